@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+export OMP_NUM_THREADS ?= 1
+.PHONY: help report lab test lint clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: another package's open range must not bring a different build of it
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(PIP) torch==2.13.0
+	touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.torch
+	$(PIP) -e ".[builtin]"
+	touch $@
+
+# curvlinops is a test oracle; its dependency on torchvision is not needed for what is compared, so it comes without
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.bench
+	$(PIP) -e ".[builtin,export,cluster,test]" einops
+	$(PIP) --no-deps curvlinops-for-pytorch backpack-for-pytorch einconv linear_operator jaxtyping
+	touch $@
+
+report: $(VENV)/.bench ## compress the packaged MiniLM and write reports/compress.html
+	$(BIN)/workbench report compress --subject minilm-docstrings --out reports
+
+lab: $(VENV)/.bench ## open JupyterLab on the index notebook
+	cd notebooks && ../$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/index.ipynb
+
+test: $(VENV)/.test ## run the whole test suite (installs Chromium for the browser tests when it can)
+	@command -v chromium >/dev/null 2>&1 || sh tests/browser/install_chromium.sh
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.test ## ruff, mypy, notebooks without outputs
+	$(BIN)/ruff check workbench widgets tests
+	$(BIN)/mypy
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+clean: ## remove everything that can be made again
+	rm -rf $(VENV) build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,68 @@
+"""Milliseconds from a key pressed on a view's slider to the new figure painted, in a real JupyterLab in headless Chromium.
+
+    python -m tests.benchmarks.bench_panel_latency
+
+Measured in the page: from the keydown event until the figure of the next revision has been on the screen for two frames. The
+way is page, server, kernel, `Result.figure`, kernel, server, page, Plotly. Prints the median of 21 presses and how long the
+kernel's own part (`Result.figure` and packing) takes.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from tests.browser.lab import browse, open_notebook, run_all, serve
+
+PANEL = """\
+import time, widgets, workbench
+from workbench.curvature import Spectrum
+panel = widgets.panel(Spectrum, workbench.subject("digits-vit"), probes=2, steps=8, examples=64)
+panel.job.start(); panel.job.wait()
+panel"""
+KERNEL = """\
+from widgets.plot import packed
+times = []
+for _ in range(21):
+    began = time.perf_counter()
+    packed(widgets.PlotView(panel.result.figure(**panel.view)).spec)
+    times.append(1e3 * (time.perf_counter() - began))
+print("KERNEL", sorted(times)[10])"""
+WATCH = """() => {
+  const plot = document.querySelector('.wb-plot'); window.delays = []; window.drawing = [];
+  document.addEventListener('keydown', () => {
+    const began = performance.now(), before = plot.dataset.revision;
+    const look = () => plot.dataset.revision === before ? requestAnimationFrame(look)
+      : requestAnimationFrame(() => requestAnimationFrame(() => { window.delays.push(performance.now() - began); window.drawing.push(+plot.dataset.milliseconds) }));
+    look();
+  }, true);
+}"""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as private:
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        cells = [nbformat.v4.new_code_cell(PANEL), nbformat.v4.new_code_cell(KERNEL)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), Path(folder) / "latency.ipynb")
+        with serve(Path(folder), Path(private)) as lab, browse() as watched:
+            page = watched.page
+            open_notebook(page, lab, "latency.ipynb")
+            run_all(page)
+            page.wait_for_selector(".wb-plot-figure .main-svg")
+            inside = float(page.get_by_text("KERNEL ").last.inner_text().split()[1])
+            page.evaluate(WATCH)
+            page.locator(".wb-field-batch .noUi-handle").focus()
+            for press in range(24):
+                page.keyboard.press("ArrowLeft" if press % 12 < 6 else "ArrowRight")
+                page.wait_for_function(f"() => window.delays.length > {press}")
+            delays, drawing = page.evaluate("() => [window.delays.slice(3), window.drawing.slice(3)]")
+    print(f"key to picture: median {statistics.median(delays):.0f} ms, worst of {len(delays)} {max(delays):.0f} ms; "
+          f"of it in the kernel {inside:.0f} ms, drawing {statistics.median(drawing):.0f} ms; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Shared fixtures: one compute thread, a private cache, small random checkpoints of five architectures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read when a kernel is decorated, so it has to be set before anything imports one; compilation is tested in subprocesses.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of published run tables that lies beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("no ../shared/data beside the checkout: published run tables are not shipped with the project")
+    return folder
+
+
+@pytest.fixture()
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for this test alone."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> None:
+    torch.manual_seed(0)
+
+
+def tiny(architecture: str) -> torch.nn.Module:
+    """A small random model of a stock transformers class, default attention, unedited."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    if architecture == "bert":
+        return t.BertForSequenceClassification(t.BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=64, max_position_embeddings=64, num_labels=3))  # fmt: skip
+    if architecture == "gpt2":
+        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0))
+    if architecture == "llama":
+        return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64))  # fmt: skip
+    if architecture == "t5":
+        return t.T5ForConditionalGeneration(t.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0))
+    if architecture == "vit":
+        return t.ViTForImageClassification(t.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16,
+            patch_size=8, num_labels=3))  # fmt: skip
+    if architecture == "mixtral":
+        return t.MixtralForCausalLM(t.MixtralConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64))  # fmt: skip
+    raise KeyError(architecture)
+
+
+ARCHITECTURES = ("bert", "gpt2", "llama", "t5", "vit", "mixtral")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """architecture -> folder written by save_pretrained."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for architecture in ARCHITECTURES:
+        tiny(architecture).save_pretrained(root / architecture)
+    return {a: root / a for a in ARCHITECTURES}

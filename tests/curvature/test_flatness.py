@@ -1,0 +1,53 @@
+"""The flatness study's parts: a corpus whose hidden states are known, training to a given loss, and its correlations."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from workbench.curvature.flatness import Corpus, hidden_markov, probe_accuracy, rank_correlations, small_model, train_to
+from workbench.subjects import TASKS, Subject
+
+
+def transitions(corpus: Corpus) -> torch.Tensor:
+    counts = torch.zeros(6, 6, dtype=torch.float64)
+    counts.index_put_((corpus.states[:, :-1].reshape(-1), corpus.states[:, 1:].reshape(-1)), torch.ones((), dtype=torch.float64), accumulate=True)
+    return counts / counts.sum(1, keepdim=True)
+
+
+def test_the_chain_moves_along_one_permutation_and_is_the_same_for_every_sample() -> None:
+    first, second = hidden_markov(600, seed=0), hidden_markov(600, seed=1)
+    assert first.tokens.shape == first.states.shape == (600, 24) and int(first.tokens.max()) < 24 and int(first.tokens.min()) >= 0
+    assert torch.equal(hidden_markov(600, seed=0).tokens, first.tokens) and not torch.equal(first.tokens, second.tokens)
+    moves, again = transitions(first), transitions(second)
+    assert sorted(moves.argmax(1).tolist()) == list(range(6)) and bool((moves.max(1).values > 0.82).all())
+    assert torch.allclose(moves, again, atol=0.05)
+    assert not torch.allclose(moves, transitions(hidden_markov(600, seed=0, rules=1)), atol=0.05)
+
+
+def test_training_stops_at_the_goal_and_says_when_it_was_not_reached() -> None:
+    parts = {name: hidden_markov(count, seed=i) for i, (name, count) in enumerate((("train", 256), ("validation", 64)))}
+    splits = {name: {"input_ids": corpus.tokens, "labels": corpus.tokens} for name, corpus in parts.items()}
+    subject = Subject("hidden-markov", small_model(0), TASKS["causal-lm"](), splits)
+    before = subject.evaluate("validation")["loss"]
+    loss, steps = train_to(subject, before - 0.05, ("adam", 3e-3, 32), 0, most=200, every=10)
+    assert loss <= before - 0.05 and steps < 200 and steps % 10 == 0
+    assert loss == pytest.approx(subject.evaluate("validation")["loss"], rel=1e-5)
+    assert train_to(subject, 0.0, ("sgd", 1e-3, 8), 0, most=4, every=2)[1] == 4
+
+
+def test_the_probe_reads_states_better_than_guessing() -> None:
+    fit, test = hidden_markov(512, seed=2), hidden_markov(512, seed=3)
+    guess = float(torch.bincount(test.states[:, -1]).max()) / 512
+    accuracy = probe_accuracy(small_model(0), fit, test)
+    assert guess + 0.1 < accuracy < 1
+
+
+def test_correlations_leave_out_models_of_another_loss() -> None:
+    table = pd.DataFrame({"loss": [2.40, 2.41, 2.40, 2.39, 2.40, 2.60], "trace": [1.0, 2.0, 3.0, 4.0, 5.0, 0.1],
+                          "top_eigenvalue": [1.0, 3.0, 2.0, 4.0, 5.0, 9.0], "probe_accuracy": [0.9, 0.8, 0.7, 0.6, 0.5, 0.1]})  # fmt: skip
+    found = rank_correlations(table)
+    assert found["models"] == 5 and found["loss"] == pytest.approx(2.40)
+    assert found["trace_correlation"] == pytest.approx(-1) and found["top_eigenvalue_correlation"] == pytest.approx(-0.9)
+    assert rank_correlations(table, tolerance=0.2)["trace_correlation"] > -0.5  # all six: the odd one out turns the order around

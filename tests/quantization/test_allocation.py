@@ -1,0 +1,131 @@
+"""Bit allocation: published configurations, brute force, and the instruments on small models."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import workbench
+from workbench.curvature.quadratic import measured_change, predicted_change
+from workbench.instruments import BadInput, Progress
+from workbench.quantization import Allocate, LayerSensitivity
+from workbench.quantization.allocation import allocate, front, with_interactions
+from workbench.quantization.quantize import Quantize
+from workbench.quantization.sensitivity import alone, candidates, traces
+from workbench.subjects import Subject
+
+
+@pytest.mark.parametrize("cost", ["modelsize", "bops", "latency"])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_published_configurations_of_hawq_v3(shared: Path, cost: str, share: float) -> None:
+    folder = shared / "data" / "hawq_ilp"
+    table = json.loads((folder / "hawqv3_sensitivity.json").read_text())["resnet18"]
+    published = json.loads((folder / "published_bits_per_layer.json").read_text())[f"resnet18_{cost}_{share:g}"]
+    trace = np.array(table["Hutchinson_trace"])
+    sensitivity = np.stack([trace * table["delta_weights_4bit_square"], trace * table["delta_weights_8bit_square"]], 1)
+    parameters, operations = np.array(table["parameters"]), np.array(table["bops"])
+    size = {"modelsize": np.stack([parameters / 2, parameters], 1), "bops": np.stack([operations / 64, operations / 16], 1),
+            "latency": np.stack([table["latency_int4"], table["latency_int8"]], 1)}[cost]  # fmt: skip
+    low, high = size.sum(0)
+    found = allocate(sensitivity, size, low + (high - low) * share, [tuple(pair) for pair in table["tie_equal"]])
+    assert [4 if k == 0 else 8 for k in found.choice] == published
+    assert found.bound == pytest.approx(found.cost, rel=1e-6)
+
+
+def test_equals_brute_force() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        cost, size = np.sort(random.random((5, 3)), 1)[:, ::-1], np.sort(random.random((5, 3)), 1)
+        budget = 0.5 * (size[:, 0].sum() + size[:, -1].sum())
+        best = min(cost[np.arange(5), c].sum() for c in itertools.product(range(3), repeat=5) if size[np.arange(5), c].sum() <= budget)
+        assert allocate(cost, size, budget).cost == pytest.approx(best)
+
+
+def test_the_front_falls_and_fits() -> None:
+    random = np.random.default_rng(1)
+    cost, size = np.sort(random.random((8, 4)), 1)[:, ::-1], np.tile([2.0, 3.0, 4.0, 8.0], (8, 1))
+    found = front(cost, size, 20)
+    assert all(a.cost > b.cost and a.size < b.size for a, b in itertools.pairwise(found))
+    assert found[0].size == 16 and found[-1].cost == pytest.approx(cost[:, -1].sum())
+
+
+def test_interactions_are_found_by_exchanges() -> None:
+    """Two layers whose errors cancel: cheap together, dear alone; the separable program cannot know."""
+    table = np.zeros((3, 2, 3, 2))
+    for i, own in enumerate((1.0, 1.0, 0.8)):
+        table[i, 0, i, 0] = own
+    table[0, 0, 1, 0] = table[1, 0, 0, 0] = -0.9
+    size = np.tile([1.0, 2.0], (3, 1))
+    separable = np.stack([table[i, :, i, :].diagonal() for i in range(3)])
+    start = allocate(separable, size, 4.0)
+    found = with_interactions(table, size, 4.0, list(start.choice))
+    assert list(found.choice) == [0, 0, 1] and found.cost == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("budget", "cost"), [(1.0, [[1.0, 0.0]] * 3), (9.0, [[np.nan, 0.0]] * 3)])
+def test_impossible_requests_say_why(budget: float, cost: list[list[float]]) -> None:
+    with pytest.raises(BadInput, match=r"budget|cost"):
+        allocate(cost, [[2.0, 4.0]] * 3, budget)
+
+
+@pytest.fixture(scope="module")
+def bert(checkpoints: dict[str, Path]) -> Subject:
+    return workbench.subject(checkpoints["bert"], data="random")
+
+
+def test_alone_equals_one_prediction_for_each_layer(bert: Subject) -> None:
+    layers = bert.layers("*.0.*")
+    _, deltas = candidates(bert, layers, [Quantize(bits=b, group_size=16) for b in (2, 4)], 4, Progress())
+    found = alone(bert, layers, deltas, examples=4, batch_size=2)
+    for layer in layers:
+        for row, delta in enumerate(deltas[layer.name]):
+            one = predicted_change(bert, {layer.name: delta}, examples=4, batch_size=2)
+            assert found[layer.name][row] == pytest.approx((one.first, one.second), rel=1e-3, abs=1e-9)
+
+
+def test_measured_alone_equals_measured_change(bert: Subject) -> None:
+    result = LayerSensitivity(layers="*.0.*", widths=[2], group_size=16, examples=4, predict_examples=4).run(bert, Progress(), cache=False)
+    quantizer = Quantize(bits=2, group_size=16)
+    layers = bert.layers("*.0.*")
+    _, deltas = candidates(bert, layers, [quantizer], 4, Progress())
+    for layer, measured in zip(layers, result.table["measured_change"], strict=True):
+        assert measured == pytest.approx(measured_change(bert, {layer.name: deltas[layer.name][0]}, examples=4), abs=1e-7)
+    assert result.facts["rank_correlation"] > 0.8
+
+
+def test_traces_are_unbiased() -> None:
+    """Softmax regression at zero weights on the digits: the trace is known exactly."""
+    on = workbench.subject("digits-softmax")
+    layers = on.layers("*")
+    found = traces(on, layers, 60, on.size("train"), torch.Generator().manual_seed(0), split="train")
+    estimate, error = found[layers[0].name]
+    inputs = on.split("train")["inputs"]
+    # H = (I - 11'/C)/C kron X'X/n
+    assert abs(estimate - 0.9 * float(inputs.square().sum(1).mean())) < 4 * error and error < 1.0
+
+
+@pytest.mark.parametrize("sensitivity", ["curvature", "trace", "output", "measured"])
+def test_allocate(bert: Subject, sensitivity: str) -> None:
+    settings = {"layers": "*.0.*", "budget": 3.0, "widths": [2, 4], "group_size": 16, "examples": 4, "predict_examples": 4, "probes": 2, "draws": 1,
+                "test_examples": 8, "sensitivity": sensitivity}  # fmt: skip
+    result = Allocate(**settings).run(bert, Progress(), cache=False)
+    assert result.table["code_bits"].max() <= 3.0 + 1e-9
+    assert result.table.loc[0, "cost"] == pytest.approx(result.table["cost"].min())
+    assert result.subject is not None and result.tables is not None
+    widths = result.widths_for(3.0)  # type: ignore[attr-defined]
+    chosen = result.tables["widths"].query("strategy == 'integer program'").set_index("layer")["width"]
+    weights = {layer.name: layer.original.numel() for layer in bert.layers("*.0.*")}
+    assert sum(widths[k] * n for k, n in weights.items()) <= sum(chosen[k] * n for k, n in weights.items()) + 1e-9
+    for view in ("front", "widths", "strategies"):
+        assert result.figure(view=view).data
+
+
+@pytest.mark.parametrize("fields", [{"budget": 1.5}, {"widths": [2, 2, 4]}, {"widths": [2, 12], "budget": 3}])
+def test_allocate_refuses(bert: Subject, fields: dict[str, object]) -> None:
+    with pytest.raises(BadInput, match=r"budget|widths|bits"):
+        Allocate(**fields).run(bert, Progress(), cache=False)

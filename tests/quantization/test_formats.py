@@ -1,0 +1,137 @@
+"""Number formats against ml_dtypes, torch and published constants."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from workbench.instruments import BadInput
+from workbench.quantization.formats import NAMED, Codebook, lloyd_max, named, normal_float
+from workbench.quantization.grid import fit
+
+ORACLES = {
+    "e4m3fn": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn, "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn, "bf16": ml_dtypes.bfloat16, "fp16": np.float16, "e3m4ieee": ml_dtypes.float8_e3m4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_every_code_and_cast_agree_with_the_oracle(name: str) -> None:
+    element = named(name).element
+    codes = torch.arange(2**element.bits)
+    expected = codes.numpy().astype(np.uint16 if element.bits == 16 else np.uint8).view(ORACLES[name]).astype(np.float32)
+    values = element.decode(codes)
+    assert np.array_equal(values.numpy(), expected, equal_nan=True)
+    numbers = ~torch.isnan(values)
+    assert torch.equal(element.encode(values)[numbers], codes[numbers])
+    x = torch.cat([torch.randn(100_000) * torch.exp(6 * torch.randn(100_000)), values[torch.isfinite(values)]])
+    with np.errstate(over="ignore"):
+        cast = x.numpy().astype(ORACLES[name]).astype(np.float32)
+    assert np.array_equal(element.round(x, saturate=False).numpy(), cast, equal_nan=True)
+    saturated = element.round(x)
+    assert saturated.abs().max() == element.highest
+    within = x.abs() <= element.highest
+    assert np.array_equal(saturated[within].numpy(), cast[within.numpy()])
+
+
+def test_torch_casts_agree() -> None:
+    x = torch.randn(50_000) * torch.exp(3 * torch.randn(50_000))
+    x = x[x.abs() < 440]
+    assert torch.equal(named("e4m3fn").element.round(x), x.to(torch.float8_e4m3fn).float())
+    assert torch.equal(named("e5m2").element.round(x), x.to(torch.float8_e5m2).float())
+    assert torch.equal(named("bf16").element.round(x), x.bfloat16().float())
+
+
+def test_bounds_and_counts() -> None:
+    e4m3, e5m2 = named("e4m3fn").element, named("e5m2").element
+    assert (e4m3.highest, e5m2.highest, named("e2m3").element.highest, named("e3m2").element.highest) == (448, 57344, 7.5, 28)
+    assert int((e4m3.values() > 0).sum()) == 126 and int((e5m2.values() > 0).sum()) == 123
+    assert e4m3.values()[e4m3.values() > 0].min() == 2**-9 and e5m2.values()[e5m2.values() > 0].min() == 2**-16
+    assert named("e2m1").element.values().tolist() == [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    assert named("e2m1").element.round(ties).tolist() == [0, 1, 1, 2, 2, 4, 4]
+
+
+def test_normal_float_equals_the_published_codebook() -> None:
+    published = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+                 -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+                 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
+    assert np.abs(np.array(normal_float(4)) - published).max() < 2e-7
+
+
+def test_optimal_quantizers_of_a_gaussian() -> None:
+    """Max (1960): squared error of the best 2^b values, from the closed form of the cells rather than from samples."""
+    from scipy.stats import norm
+
+    for bits, expected in zip(range(1, 6), (0.36338, 0.117482, 0.034548, 0.009501, 0.002505), strict=True):
+        values = np.array(lloyd_max(bits))
+        edges = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2, [np.inf]])
+        error = 1 - (values**2 * np.diff(norm.cdf(edges))).sum()  # E x^2 - E q^2, because q = E[x | cell]
+        assert error == pytest.approx(expected, rel=3e-4)
+
+
+@pytest.mark.parametrize(("name", "errors"), {
+    "nf4": (0.007626, 0.008462, 0.009161, 0.009760), "int4": (0.009422, 0.011616, 0.013814, 0.016013), "int8": (2.87e-5, 3.53e-5, 4.20e-5, 4.86e-5),
+}.items())  # fmt: skip
+def test_block_errors_of_a_gaussian(name: str, errors: tuple[float, ...]) -> None:
+    x = torch.randn(1, 1 << 20)
+    for block, expected in zip((32, 64, 128, 256), errors, strict=True):
+        error = float((fit(x, named(name), "group", block).round(x) - x).square().mean())
+        assert error == pytest.approx(expected, rel=6e-3)
+
+
+def test_block_formats_and_plain_casts_of_a_gaussian() -> None:
+    x = torch.randn(1, 1 << 20)
+    assert float((fit(x, named("mxfp4")).round(x) - x).square().mean()) == pytest.approx(0.013244, rel=6e-3)
+    assert float((named("e4m3fn").element.round(x) - x).square().mean()) == pytest.approx(7.046e-4, rel=1e-2)
+    assert float((named("e5m2").element.round(x) - x).square().mean()) == pytest.approx(2.797e-3, rel=1e-2)
+
+
+def test_best_uniform_steps_are_found_by_the_clipping_search() -> None:
+    """The clipping search comes within its 2.5 % steps of the best uniform quantizer with 2^b - 1 levels."""
+    x = torch.randn(1, 1 << 18)
+    for bits in (3, 4, 5):
+        levels = 2 ** (bits - 1) - 1
+        best = min(float(((x / s).round().clamp(-levels, levels) * s - x).square().mean()) for s in np.linspace(0.05, 1.5, 600))
+        found = float((fit(x, named("int", bits), "tensor", rule="mse").round(x) - x).square().mean())
+        assert best <= found * (1 + 1e-6) and found <= 1.01 * best
+
+
+@pytest.mark.parametrize("name", ["int4", "e2m1", "e4m3fn", "nf4", "ternary", "fixed8.4"])
+def test_stochastic_rounding_is_unbiased(name: str) -> None:
+    element = named(name).element
+    generator = torch.Generator().manual_seed(1)
+    points = torch.linspace(0.9 * element.lowest, 0.9 * element.highest, 37)
+    draws = element.round(points.repeat(4000, 1), generator).double()
+    assert torch.isin(draws, element.values()).all()
+    error = draws.std(0) / 4000**0.5
+    assert ((draws.mean(0) - points).abs() <= 4.5 * error + 1e-6 * element.highest).all()  # 37 points: 4.5 keeps the chance of a false alarm below 1e-3
+
+
+@pytest.mark.parametrize("name", [*NAMED, "int4", "uint3", "e3m0", "fixed8.4", "nf3", "quantile3"])
+def test_rounding_is_the_nearest_value_and_idempotent(name: str) -> None:
+    element = named(name).element
+    if element.bits > 8:
+        pytest.skip("16-bit formats are compared with the oracle's cast")
+    values = element.values()
+    x = torch.cat([torch.randn(2000) * element.highest / 2, values])
+    rounded = element.round(x)
+    distance = (x[:, None] - values).abs()
+    assert torch.allclose((rounded - x).abs(), distance.min(1).values, atol=1e-6 * element.highest)
+    assert torch.equal(element.round(rounded), rounded)
+    assert torch.equal(element.decode(element.encode(rounded)), rounded)
+
+
+@pytest.mark.parametrize("name", ["int99", "e9m9", "float", "e4m0fn", "fixed40.1", "int1", ""])
+def test_unknown_formats_are_refused_by_name(name: str) -> None:
+    with pytest.raises(BadInput, match=f"format: '{name}'"):
+        named(name)
+
+
+def test_codebook_of_many_values_uses_the_same_rule() -> None:
+    wide = Codebook(6, lloyd_max(6))
+    x = torch.randn(5000)
+    distance = (x[:, None] - torch.tensor(wide.table)).abs()
+    assert torch.allclose((wide.round(x) - x).abs(), distance.min(1).values, atol=1e-6)

@@ -1,0 +1,147 @@
+"""Learned roundings against brute force and against their own starting point; block-wise and sequential calibration."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+import workbench
+from tests.conftest import ARCHITECTURES
+from workbench.instruments import BadInput, Progress
+from workbench.quantization import Quantize
+from workbench.quantization.formats import named
+from workbench.quantization.learned import LEARNED, AdaRound
+from workbench.quantization.prefix import paired_moments, target
+from workbench.quantization.rounding import ROUNDINGS, Problem
+
+SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 20}
+
+
+def problem(rows: int = 24, width: int = 32, name: str = "int3", granularity: str = "group", **more: object) -> Problem:
+    inputs = torch.randn(300, width) @ (torch.eye(width) + 0.4 * torch.randn(width, width))
+    return Problem(torch.randn(rows, width), inputs.T @ inputs, named(name), granularity, 16, steps=150, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", LEARNED)
+@pytest.mark.parametrize("name", ["int3", "uint3"])
+@pytest.mark.parametrize("granularity", ["group", "channel", "tensor"])
+def test_better_than_nearest_and_on_the_grid(method: str, name: str, granularity: str) -> None:
+    one = problem(name=name, granularity=granularity)
+    values, grid = ROUNDINGS[method](one)
+    assert torch.allclose(grid.round(values), values, atol=1e-5)
+    nearest = one.error(ROUNDINGS["nearest"](one)[0])
+    assert one.error(values) < 0.97 * nearest
+
+
+@pytest.mark.parametrize("name", ["e2m1", "nf4"])
+@pytest.mark.parametrize("method", ["flexround", "signround", "adaquant"])
+def test_other_formats(method: str, name: str) -> None:
+    one = problem(name=name)
+    values, grid = ROUNDINGS[method](one)
+    assert torch.allclose(grid.round(values), values, atol=1e-5)
+    assert one.error(values) < one.error(ROUNDINGS["nearest"](one)[0])
+
+
+def test_adaround_comes_close_to_the_best_of_all_roundings() -> None:
+    """Ten weights, every one of the 2^10 up-or-down choices tried."""
+    one = problem(rows=1, width=10, name="int4", granularity="channel")
+    one.steps = 800
+    found = one.error(ROUNDINGS["adaround"](one)[0])
+    grid = one.grid()
+    floor = torch.floor(one.weight / grid.scale)
+    choices = torch.tensor(list(itertools.product((0.0, 1.0), repeat=10)))
+    best = min(one.error((floor + c).clamp(-7, 7) * grid.scale) for c in choices)
+    nearest = one.error(ROUNDINGS["nearest"](one)[0])
+    assert best <= found * (1 + 1e-6) and found - best < 0.25 * (nearest - best)
+
+
+def test_adaround_starts_at_the_weights_and_ends_at_bits() -> None:
+    one = problem()
+    module = AdaRound(one)
+    inside = (module.units.abs() < 3) & ((module.units - module.floor - 0.5).abs() < 0.48)
+    assert torch.allclose(module.soft(0.0)[inside], one.weight[inside], atol=1e-4)
+    values, _ = module.hard()
+    offset = values / module.step - module.floor
+    assert torch.isin(offset.round(decimals=3)[module.floor.abs() < 3], torch.tensor([0.0, 1.0])).all()
+
+
+def test_half_quadratic_lowers_its_norm_and_keeps_zeros() -> None:
+    mask = torch.rand(24, 32) < 0.6
+    one = problem(name="uint3", mask=mask)
+    one.weight = one.weight * mask
+    values, grid = ROUNDINGS["hqq"](one)
+    start = one.masked(one.grid().round(one.weight))
+    assert (values - one.weight).abs().pow(0.7).mean() < (start - one.weight).abs().pow(0.7).mean()
+    assert (values[~mask] == 0).all()
+    assert grid.bytes((24, 32)) == (24 * 32 * 3 + 48 * (16 + 16)) / 8
+
+
+@pytest.mark.parametrize("method", [*LEARNED, "gptq"])
+def test_masked_weights_stay_zero(method: str) -> None:
+    mask = torch.rand(24, 32) < 0.5
+    one = problem(mask=mask)
+    one.weight = one.weight * mask
+    values, _ = ROUNDINGS[method](one)
+    assert (values[~mask] == 0).all() and one.error(values) < one.error(ROUNDINGS["nearest"](one)[0])
+
+
+def test_the_asymmetric_target_minimises_the_error_to_the_dense_output() -> None:
+    dense, noisy = torch.randn(200, 16), None
+    noisy = dense + 0.3 * torch.randn(200, 16)
+    weight = torch.randn(8, 16)
+    best = target(weight, noisy.T @ noisy, dense.T @ noisy, 1e-8)
+    expected = torch.linalg.lstsq(noisy, dense @ weight.T).solution.T
+    assert torch.allclose(best, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("fields", [{"rounding": "gptq", "sequential": True}, {"rounding": "signround", "objective": "block"},
+                                    {"rounding": "flexround", "objective": "block", "sequential": True}])  # fmt: skip
+def test_block_by_block_on_every_architecture(checkpoints: dict[str, Path], architecture: str, fields: dict[str, object]) -> None:
+    on = workbench.subject(checkpoints[architecture], data="random")
+    result = Quantize(**(SMALL | fields | {"bits": 3, "steps": 8})).run(on, Progress(), cache=False)
+    assert len(result.table) == len(on.layers())
+    assert result.subject is not None
+    for layer in result.subject.layers():
+        assert torch.isfinite(layer.weight).all()
+        assert torch.allclose(layer.changes[-1].change(layer.original.mT if layer.transposed else layer.original), layer.weight, atol=1e-6)
+
+
+def test_the_first_block_sees_the_dense_inputs(checkpoints: dict[str, Path]) -> None:
+    on = workbench.subject(checkpoints["bert"], data="random")
+    layers = on.layers("*.layer.0.*")
+    sums, cross = paired_moments(on, on, on.blocks()[0][0], layers, 8)
+    for layer in layers:
+        gram = sums[layer.name].gram
+        assert gram is not None and torch.allclose(gram[0], cross[layer.name], rtol=1e-4, atol=1e-3)
+        weight = layer.weight.detach()
+        assert torch.allclose(target(weight, gram[0], cross[layer.name], 0.01), weight, atol=1e-4)
+
+
+def test_block_objective_lowers_the_block_error(checkpoints: dict[str, Path]) -> None:
+    on = workbench.subject(checkpoints["bert"], data="random")
+    hidden = {}
+    for name, fields in {"dense": None, "nearest": {"rounding": "nearest"}, "flexround": {"rounding": "flexround", "objective": "block", "steps": 80}}.items():
+        subject = on
+        if fields is not None:
+            made = Quantize(**(SMALL | {"bits": 3, "granularity": "channel", "layers": "*.layer.0.*"} | fields)).run(on, Progress(), cache=False).subject
+            assert made is not None
+            subject = made
+        batch = next(iter(subject.batches("calibration", 8)))
+        with torch.no_grad():
+            hidden[name] = subject.model(**subject.task.inputs(batch), output_hidden_states=True).hidden_states[1]
+    errors = {k: float((v - hidden["dense"]).square().mean()) for k, v in hidden.items()}
+    assert errors["flexround"] < 0.8 * errors["nearest"]
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"rounding": "adaround", "format": "nf4"}, "adaround"), ({"rounding": "hqq"}, "hqq"), ({"rounding": "flexround", "format": "mxfp4"}, "flexround"),
+    ({"rounding": "gptq", "objective": "block"}, "objective"),
+])  # fmt: skip
+def test_combinations_that_mean_nothing_are_refused(checkpoints: dict[str, Path], fields: dict[str, object], text: str) -> None:
+    on = workbench.subject(checkpoints["bert"], data="random")
+    with pytest.raises(BadInput, match=text):
+        Quantize(**(SMALL | fields)).run(on, Progress(), cache=False)

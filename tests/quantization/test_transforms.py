@@ -1,0 +1,158 @@
+"""Equivalent transforms and activation rounding: exact without rounding, helpful with outliers, saved and opened again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import workbench
+from workbench.instruments import BadInput, Progress
+from workbench.quantization import Quantize
+from workbench.quantization.activations import ActivationQuant, KeyValueQuant, input_ranges, key_value_layers
+from workbench.quantization.formats import named
+from workbench.quantization.rounding import ROUNDINGS, Problem
+from workbench.quantization.transforms import TRANSFORMS, Transform, hadamard, in_coordinates, power_of_two
+from workbench.subjects import Subject
+from workbench.subjects.changes import Mask
+
+SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 30}
+
+
+@pytest.fixture()
+def bert(checkpoints: dict[str, Path]) -> Subject:
+    return workbench.subject(checkpoints["bert"], data="random")
+
+
+def with_outliers() -> Problem:
+    inputs = torch.randn(500, 48) @ (torch.eye(48) + 0.2 * torch.randn(48, 48))
+    inputs[:, :3] *= 30
+    return Problem(torch.randn(32, 48), inputs.T @ inputs, named("int4"), "channel", largest=inputs.abs().amax(0), steps=100)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 128])
+def test_hadamard_is_orthogonal_and_symmetric(size: int) -> None:
+    matrix = hadamard(size, dtype=torch.float64)
+    assert torch.allclose(matrix @ matrix, torch.eye(size, dtype=torch.float64), atol=1e-12) and torch.equal(matrix, matrix.T)
+    assert power_of_two(384) == 128 and power_of_two(1536) == 512 and power_of_two(7) == 1
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_products_and_moments_are_kept(name: str) -> None:
+    problem = with_outliers()
+    moved, transform = in_coordinates(problem, name, 0.5)
+    assert transform is not None
+    x = torch.randn(10, 48)
+    assert torch.allclose(moved.weight @ transform.inputs(x).T, problem.weight @ x.T, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(transform.weight_back(moved.weight), problem.weight, atol=1e-4)
+    assert torch.allclose(transform.inputs_back(transform.inputs(x)), x, atol=1e-4)
+    assert moved.error(torch.zeros_like(moved.weight)) == pytest.approx(1.0)
+    rows = torch.randn(100, 48)
+    there = transform.inputs(rows)
+    assert torch.allclose(transform.gram(rows.T @ rows), there.T @ there, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["awq", "teq"])
+def test_output_error_falls_with_outlying_inputs(name: str) -> None:
+    problem = with_outliers()
+    plain = problem.error(ROUNDINGS["nearest"](problem)[0])
+    moved, transform = in_coordinates(problem, name, 0.5)
+    assert transform is not None
+    assert problem.error(transform.weight_back(ROUNDINGS["nearest"](moved)[0])) < 0.7 * plain
+
+
+@pytest.mark.parametrize("transform", ["smooth", "hadamard"])
+def test_activation_error_falls_with_outlying_features(transform: str) -> None:
+    """8-bit inputs with three features thirty times the others: a shared scale wastes its steps on them."""
+    inputs = torch.randn(500, 64)
+    inputs[:, :3] *= 30
+    problem = Problem(torch.randn(16, 64), inputs.T @ inputs, named("int8"), "channel", largest=inputs.abs().amax(0))
+    _, found = in_coordinates(problem, transform, 0.8)
+    assert found is not None
+    exact = inputs @ problem.weight.T
+    errors = []
+    for coordinates in (Transform(), found):
+        change = ActivationQuant(None, None, coordinates.scale, coordinates.signs, format="uint6", block=coordinates.block)
+        errors.append(float((change.round(inputs) @ problem.weight.T - exact).square().mean()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("transform", ["smooth", "awq", "teq", "hadamard"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_with_every_rounding_and_saved(bert: Subject, tmp_path: Path, transform: str, rounding: str) -> None:
+    result = Quantize(**SMALL, transform=transform, rounding=rounding, activations="token").run(bert, Progress(), cache=False)
+    result.save(tmp_path / "out")
+    again = workbench.subject(tmp_path / "out")
+    assert result.subject is not None
+    assert again.evaluate("test")["loss"] == pytest.approx(result.subject.evaluate("test")["loss"], abs=1e-6)
+    layer = result.subject.layers()[0]
+    assert torch.allclose(layer.changes[0].change(layer.weight), layer.weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize("granularity", ["token", "tensor", "channel"])
+def test_eight_bit_activations_stay_close(checkpoints: dict[str, Path], architecture: str, granularity: str) -> None:
+    on = workbench.subject(checkpoints[architecture], data="random")
+    made = Quantize(**SMALL, format="bf16", activations=granularity).run(on, Progress(), cache=False).subject
+    coarse = Quantize(**SMALL, format="bf16", activations=granularity, activation_bits=2).run(on, Progress(), cache=False).subject
+    assert made is not None and coarse is not None
+    batch = next(iter(on.batches("calibration", 4)))
+    with torch.no_grad():
+        exact, near, far = (s.task.output(s.model, batch) for s in (on, made, coarse))
+    assert 0 < (near - exact).norm() < 0.05 * exact.norm() and (near - exact).norm() < (far - exact).norm()
+
+
+def test_the_hook_rounds_exactly_what_the_layer_reads(bert: Subject) -> None:
+    made = Quantize(**SMALL, format="bf16", activations="token", activation_bits=3).run(bert, Progress(), cache=False).subject
+    assert made is not None
+    layer, seen = made.layers()[0], []
+    layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    made.task.output(made.model, next(iter(made.batches("calibration", 2))))
+    tokens = seen[0].detach().reshape(-1, seen[0].shape[-1])
+    assert all(len(torch.unique(row)) <= 8 for row in tokens[:10])
+
+
+def test_again_replaces_the_hook(bert: Subject) -> None:
+    once = Quantize(**SMALL, activations="token").run(bert, Progress(), cache=False).subject
+    assert once is not None
+    twice = Quantize(**SMALL, activations="tensor").run(once, Progress(), cache=False).subject
+    assert twice is not None
+    for layer in twice.layers():
+        assert len(layer.module._forward_pre_hooks) == 1
+        assert [c.granularity for c in layer.changes if isinstance(c, ActivationQuant)] == ["tensor"]
+
+
+def test_key_value_rounding(checkpoints: dict[str, Path]) -> None:
+    on = workbench.subject(checkpoints["llama"], data="random")
+    made = Quantize(**SMALL, format="bf16", kv_bits=4).run(on, Progress(), cache=False).subject
+    assert made is not None
+    names = {layer.name.rsplit(".", 1)[-1] for layer in made.layers() if any(isinstance(c, KeyValueQuant) for c in layer.changes)}
+    assert names == {"k_proj", "v_proj"}
+    layer = key_value_layers(made.layers())[0]
+    out = layer.module(torch.randn(1, 3, 32)).reshape(-1, 8)  # groups of one head
+    assert all(len(torch.unique(row)) <= 16 for row in out.detach())
+
+
+def test_ranges_equal_a_direct_computation(bert: Subject) -> None:
+    layer, seen = bert.layers()[0], []
+    handle = layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    found = input_ranges(bert, [layer], examples=6, batch_size=3)[layer.name]
+    handle.remove()
+    masks = [batch["attention_mask"].bool() for batch in bert.batches("calibration", 3, 6)]
+    rows = torch.cat([x[m] for x, m in zip(seen, masks, strict=True)])
+    assert torch.equal(found.high[0], rows.amax(0).clamp_min(0)) and int(found.tokens) == len(rows)
+    assert float(found.kurtosis) == pytest.approx(float(rows.pow(4).mean() / rows.pow(2).mean() ** 2), rel=1e-4)
+
+
+def test_refusals(bert: Subject, checkpoints: dict[str, Path]) -> None:
+    layer = bert.layers()[0]
+    layer.attach(Mask(torch.rand(layer.shape) < 0.5))
+    with pytest.raises(BadInput, match="transform: hadamard"):
+        Quantize(**SMALL, transform="hadamard").run(bert, Progress(), cache=False)
+    with pytest.raises(BadInput, match="activations"):
+        Quantize(**SMALL, activations="token").run(workbench.subject(checkpoints["mixtral"], data="random"), Progress(), cache=False)
+    with pytest.raises(BadInput, match="kv_bits"):
+        Quantize(**SMALL, kv_bits=4, layers="*.output.dense").run(bert, Progress(), cache=False)
+    with pytest.raises(BadInput, match="objective"):
+        Quantize(**SMALL, rounding="signround", objective="block", transform="awq").run(bert, Progress(), cache=False)

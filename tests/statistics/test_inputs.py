@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import workbench
+from tests.conftest import ARCHITECTURES
+from workbench.statistics import InputCapture, example_gradients, second_moments
+from workbench.subjects import Mask
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_block_layer_sees_its_inputs_once(architecture, checkpoints):
+    subject = workbench.subject(checkpoints[architecture], data="random", max_length=12)
+    layers = subject.layers()
+    found = second_moments(subject, layers, examples=8, batch_size=4)
+    hooked: dict[str, torch.Tensor] = {}
+
+    def hook(name):
+        def see(module, args):
+            rows = args[0].detach().reshape(-1, args[0].shape[-1])
+            hooked[name] = hooked.get(name, 0) + rows.T @ rows
+
+        return see
+
+    handles = [layer.module.register_forward_pre_hook(hook(layer.name)) for layer in layers if len(layer.shape) == 2]
+    with torch.no_grad():
+        for batch in subject.batches("calibration", 4, 8):
+            subject.task.output(subject.model, batch)
+    for handle in handles:
+        handle.remove()
+    for layer in layers:
+        moments = found[layer.name]
+        assert moments.gram is not None and moments.tokens.sum() > 0
+        assert torch.allclose(moments.gram.diagonal(dim1=-2, dim2=-1), moments.square, rtol=1e-4, atol=1e-4)
+        if layer.name in hooked:
+            assert torch.allclose(moments.gram[0], hooked[layer.name], rtol=1e-4, atol=1e-4)
+        else:  # every token goes to two experts
+            tokens = subject.splits["calibration"]["input_ids"][:8].numel()
+            assert moments.tokens.sum() == 2 * tokens
+
+
+def test_padding_does_not_count(checkpoints):
+    subject = workbench.subject(checkpoints["bert"], data="random", max_length=12)
+    layers = subject.layers()
+    for split in subject.splits.values():
+        split["attention_mask"][:, 7:] = 0
+        split["attention_mask"][0] = 1  # keeps the width: nothing is trimmed
+    found = second_moments(subject, layers, examples=4, batch_size=4)
+    assert found[layers[0].name].tokens == 12 + 3 * 7
+
+
+def test_a_masked_layer_is_still_recognised():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    subject = workbench.subject(net, data={"inputs": torch.randn(40, 4), "labels": torch.randint(3, (40,))})
+    subject.layers()[0].attach(Mask(torch.rand(8, 4) < 0.5))
+    seen = []
+    with InputCapture(subject.layers(), lambda layer, expert, rows: seen.append((layer.name, tuple(rows.shape)))):
+        subject.task.output(subject.model, next(subject.batches("test", 5)))
+    assert seen == [("0", (5, 4)), ("1", (5, 8))]
+
+
+def test_per_example_gradients_average_to_the_batch_gradient():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    subject = workbench.subject(net, data={"inputs": torch.randn(40, 4), "labels": torch.randint(3, (40,))})
+    layers = subject.layers()
+    each = list(example_gradients(subject, layers, "train", examples=10))
+    batch = next(subject.batches("train", 10))
+    want = torch.autograd.grad(subject.loss(batch), [layer.original for layer in layers])
+    for index, grad in enumerate(want):
+        assert torch.allclose(torch.stack([g[index] for g in each]).mean(0), grad, atol=1e-6)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import workbench
+from tests.conftest import ARCHITECTURES, tiny
+from workbench import BadInput
+from workbench.subjects import Mask, select
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_and_opened_again_gives_the_same_outputs(architecture, checkpoints, tmp_path):
+    subject = workbench.subject(checkpoints[architecture], data="random")
+    layer = subject.layers()[0]
+    layer.attach(Mask(torch.rand(layer.shape) < 0.5))
+    batch = next(subject.batches("test", 4))
+    with torch.no_grad():
+        want = subject.task.output(subject.model, batch)
+    subject.save(tmp_path / "saved")
+    again = workbench.subject(tmp_path / "saved")
+    with torch.no_grad():
+        got = again.task.output(again.model, batch)
+    assert torch.equal(want, got)
+    assert [type(c).__name__ for c in again.layers()[0].changes] == ["Mask"]
+    plain = type(subject.model).from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.allclose(subject.task.output(plain, batch), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_block_layers_leave_out_heads_and_embeddings(architecture):
+    model = tiny(architecture)
+    names = [layer.name for layer in select(model)]
+    assert names and not any(word in name for name in names for word in ("lm_head", "classifier", "embed"))
+    assert all(len(layer.shape) in (2, 3) and torch.equal(layer.weight, layer.weight) for layer in select(model))
+
+
+def test_plain_module_and_its_errors():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(40, 4), torch.randint(3, (40,))
+    subject = workbench.subject(net, data={"inputs": x, "labels": y})
+    whole = torch.nn.functional.cross_entropy(net(subject.splits["test"]["inputs"]), subject.splits["test"]["labels"])
+    assert subject.evaluate("test", batch_size=3)["loss"] == pytest.approx(float(whole.detach()), abs=1e-6)
+    with pytest.raises(BadInput, match="inputs"):
+        workbench.subject(net)
+    with pytest.raises(BadInput, match="layers: 'nothing'"):
+        subject.layers("nothing")
+    with pytest.raises(BadInput, match="no parameters"):
+        workbench.subject(nn.Tanh(), data={"inputs": x, "labels": y})
+
+
+def test_fingerprint_follows_weights_and_survives_saving(tmp_path, checkpoints):
+    subject = workbench.subject(checkpoints["bert"], data="random")
+    before = subject.fingerprint
+    assert workbench.subject(checkpoints["bert"], data="random").fingerprint == before
+    with torch.no_grad():
+        subject.layers()[0].original.add_(1)
+    assert subject.fingerprint != before
+
+
+def test_broken_inputs_are_named(checkpoints, tmp_path):
+    with pytest.raises(BadInput, match="unknown"):
+        workbench.subject("digits-softmx")
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    for file in checkpoints["bert"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BadInput, match="not a complete safetensors"):
+        workbench.subject(folder, data="random")
+    weights.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(BadInput, match="pickle"):
+        workbench.subject(folder, data="random")
+    with pytest.raises(BadInput, match="needs data"):
+        workbench.subject(checkpoints["bert"])
+    table = tmp_path / "t.csv"
+    pd.DataFrame({"text": ["a"] * 10}).to_csv(table, index=False)
+    with pytest.raises(BadInput, match="label-column: 'label' is not in the data"):
+        workbench.subject(checkpoints["bert"], data=table, text_column="text", label_column="label")
+
+
+def test_a_python_file_gives_a_subject(tmp_path: Path):
+    file = tmp_path / "net.py"
+    file.write_text("import torch, workbench\ndef make():\n    return workbench.subject(torch.nn.Linear(4, 2), data={'inputs': torch.randn(20, 4), 'labels': torch.randint(2, (20,))})\n")
+    assert workbench.subject(f"{file}:make").task.name == "classification"
+    with pytest.raises(BadInput, match="no 'other'"):
+        workbench.subject(f"{file}:other")

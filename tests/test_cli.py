@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+import workbench
+from tests.conftest import ARCHITECTURES
+from workbench.cli import main
+
+MODULE = """
+import torch, workbench
+def net():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    x = torch.randn(200, 16)
+    return workbench.subject(module, data={"inputs": x, "labels": x[:, :4].argmax(1)})
+"""
+
+
+@pytest.fixture()
+def module_file(tmp_path):
+    file = tmp_path / "net.py"
+    file.write_text(MODULE)
+    return f"{file}:net"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prune_and_quantize_run_on_every_architecture(architecture, checkpoints, cache, tmp_path, capsys):
+    source = ["--subject", str(checkpoints[architecture]), "--data", "random", "--max-length", "16"]
+    out = tmp_path / "pruned"
+    assert main(["run", "prune", *source, "--method", "wanda", "--sparsity", "0.5", "--out", str(out)]) == 0
+    pruned = workbench.subject(out)
+    for layer in pruned.layers():
+        assert float((layer.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert main(["run", "quantize", "--subject", str(out), "--bits", "4", "--rounding", "gptq", "--group-size", "16", "--out", str(tmp_path / "both")]) == 0
+    both = workbench.subject(tmp_path / "both")
+    for before, after in zip(pruned.layers(), both.layers(), strict=True):
+        assert torch.equal(before.weight == 0, (after.weight == 0) & (before.weight == 0)), "a pruned weight came back"
+    assert "loss" in capsys.readouterr().out
+
+
+def test_a_plain_module_is_pruned_from_the_command_line(module_file, cache, capsys):
+    assert main(["run", "prune", "--subject", module_file, "--method", "magnitude", "--sparsity", "0.5"]) == 0
+    assert "sparsity 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "prune", "--subject", "no-such-model"], ["subject", "no-such-model", "known", "built-in"]),
+        (["run", "prun", "--subject", "digits-vit"], ["instrument", "did you mean prune"]),
+        (["run", "prune", "--subject", "digits-vit", "--sparsty", "0.5"], ["sparsty", "did you mean --sparsity"]),
+        (["run", "prune", "--subject", "digits-vit", "--sparsity", "1.2"], ["sparsity", "1.2"]),
+        (["run", "quantize", "--subject", "digits-vit", "--bits", "0"], ["bits", "0"]),
+        (["run", "prune", "--subject", "FOLDER", "--data", "random", "--layers", "*nothing*"], ["layers", "*nothing*"]),
+        (["run", "prune", "--subject", "FOLDER", "--data", "TABLE", "--text-column", "text", "--label-column", "label"], ["label-column", "text, other"]),
+        (["run", "prune", "--subject", "CUT", "--data", "random"], ["model.safetensors", "not a complete"]),
+        (["run", "prune", "--subject", "PICKLE", "--data", "random"], ["pickle", "pytorch_model.bin"]),
+        (["run"], ["instrument", "missing"]),
+        (["paint"], ["command", "paint"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_one_line_and_exit_code_2(arguments, words, checkpoints, tmp_path, cache, capsys):
+    pd.DataFrame({"text": ["a"] * 20, "other": [1] * 20}).to_csv(tmp_path / "t.csv", index=False)
+    for name in ("cut", "pickle"):
+        (tmp_path / name).mkdir()
+        for file in checkpoints["bert"].iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    (tmp_path / "pickle" / "model.safetensors").rename(tmp_path / "pickle" / "pytorch_model.bin")
+    places = {"FOLDER": checkpoints["bert"], "CUT": tmp_path / "cut", "PICKLE": tmp_path / "pickle", "TABLE": tmp_path / "t.csv"}
+    assert main([str(places.get(a, a)) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0] or word == "known", lines[0]
+
+
+def test_help_lists_the_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "quantize", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "--bits" in text and "--subject" in text and "--seed" in text
+
+
+def test_list_names_instruments_subjects_and_methods(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    for word in ("spectrum", "prune", "quantize", "latency", "digits-softmax", "obert", "gptq"):
+        assert word in text
+
+
+def test_the_command_is_installed():
+    done = subprocess.run([sys.executable, "-m", "workbench.cli", "list", "subjects"], capture_output=True, text=True)
+    assert done.returncode == 0 and "bytelm" in done.stdout
+
+
+def test_the_readme_lists_every_instrument_and_subject():
+    from tests.conftest import ROOT
+    from workbench.instruments import catalog
+    from workbench.subjects.registry import BUILTINS
+
+    text = (ROOT / "README.md").read_text()
+    ours = [name for name, cls in catalog().items() if cls.__module__.startswith("workbench.")]
+    assert [name for name in [*ours, *BUILTINS] if f"`{name}`" not in text] == []

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+import workbench
+from workbench import BadInput, pruning, quantization, studies
+
+
+@pytest.fixture()
+def vit(checkpoints, cache):
+    return workbench.subject(checkpoints["vit"], data="random")
+
+
+def options(**more):
+    return {"predict_examples": 4, "calibration_examples": 8} | more
+
+
+def test_a_sweep_in_processes_equals_one_by_one_and_is_free_again(vit):
+    runs = {"magnitude": [pruning.Prune(method="magnitude", sparsity=s, **options()) for s in (0.3, 0.6)],
+            "wanda": [pruning.Prune(method="wanda", sparsity=s, **options()) for s in (0.3, 0.6)]}  # fmt: skip
+    table = studies.sweep(vit, runs, jobs=2)
+    assert list(table["series"]) == ["magnitude", "magnitude", "wanda", "wanda"] and list(table["sparsity"]) == [0.3, 0.6] * 2
+    assert all(chain.stored(vit) for group in runs.values() for chain in group)
+    alone = runs["wanda"][1].run(vit, cache=False)
+    assert alone.facts["loss"] == pytest.approx(table["loss"].iloc[3], abs=1e-6)
+
+
+def test_chains_that_begin_alike_compute_the_beginning_once(vit):
+    prune = pruning.Prune(method="magnitude", sparsity=0.5, **options())
+    chains = [(prune, quantization.Quantize(bits=b, group_size=16, predict_examples=4, examples=8)) for b in (3, 8)]
+    assert not studies.stored(vit, chains[0])
+    table = studies.sweep(vit, {"both": chains}, jobs=1)
+    assert list(table["sparsity"]) == [0.5, 0.5] and list(table["bits"]) == [3, 8]
+    assert studies.stored(vit, chains[1])
+    with pytest.raises(BadInput, match="nothing can follow"):
+        studies.sweep(vit, {"wrong": [(workbench.instruments.find("weight-spectrum")(), prune)]}, jobs=1)
+
+
+def test_findings_name_the_ordering_that_failed(vit):
+    card = studies.card(vit)
+    rows = [{"series": "oBERT", "sparsity": 0.5, "loss": 2.0}, {"series": "Wanda", "sparsity": 0.5, "loss": 1.0},
+            {"series": "GPTQ", "bits": 3, "loss": 1.0}, {"series": "round to nearest", "bits": 3, "loss": 2.0}]  # fmt: skip
+    found = studies.findings(pd.DataFrame(rows), card)
+    assert found.loc["oBERT <= Wanda", "held"] == "NO" and found.loc["GPTQ < nearest", "held"] == "yes"
+
+
+def test_rank_correlation_needs_three_values():
+    assert studies.rank_correlation([1, 2, 3], [2, 4, 9]) == pytest.approx(1)
+    assert pd.isna(studies.rank_correlation([1, 1], [2, 3]))

@@ -1,0 +1,164 @@
+"""The instruments: facts that follow from their tables, the bowl on a known surface, limits of the learning rate, cards."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import workbench
+from tests.training.test_loop import language, small
+from workbench.instruments import BadInput, Progress, Result, catalog, methods
+from workbench.training import GradientNoise, LearningRateBatchSize, OptimizerComparison, ScheduleStudy, Train
+from workbench.training.comparisons import interval, rank_flips
+from workbench.training.objective import reinitialised
+from workbench.training.surface import best_lr
+
+
+def with_test_split(count: int = 60):
+    on = small(count=count)
+    on.splits["test"] = {k: v[20:40] for k, v in on.splits["train"].items()}
+    return on
+
+
+def surface(loss, lrs=None, batches=(8, 16, 32, 64, 128)) -> pd.DataFrame:
+    lrs = np.geomspace(1e-3, 1e-1, 9) if lrs is None else lrs
+    return pd.DataFrame([{"batch_size": b, "lr": lr, "value": loss(math.log(lr), math.log(b)), "diverged": False, "state": "done"} for b in batches for lr in lrs])
+
+
+def test_train(cache: Path) -> None:
+    result = Train(steps=40, lr=1e-2, evaluate_every=10).run(with_test_split())
+    assert result.facts["validation_loss"] < result.facts["before_loss"] and len(result.table) == 40
+    assert result.table.validation_loss.notna().sum() == 4 and result.subject is not None
+    assert result.subject.evaluate("validation")["loss"] == pytest.approx(result.facts["validation_loss"])
+    again = Train(steps=40, lr=1e-2, evaluate_every=10).run(with_test_split())
+    assert again.facts["validation_loss"] == result.facts["validation_loss"]
+    assert len(result.figure().data) >= 3
+    with pytest.raises(BadInput, match="lr"):
+        Train(lr=-1.0)
+
+
+def test_reinitialised() -> None:
+    on = language()
+    first, same, other = reinitialised(on, 1), reinitialised(on, 1), reinitialised(on, 2)
+    weight = lambda s: s.model.lm_head.weight.detach()  # noqa: E731
+    assert torch.equal(weight(first), weight(same)) and not torch.equal(weight(first), weight(other)) and not torch.equal(weight(first), weight(on))
+
+
+def test_bowl_of_a_known_surface() -> None:
+    """A quadratic in (ln lr, ln batch) with its minimum at (0.012, 30): found, and inside its own interval."""
+    x0, y0 = math.log(0.012), math.log(30)
+    noise = np.random.default_rng(0)
+    table = surface(lambda x, y: 2 + 0.01 * (x - x0) ** 2 + 0.006 * (y - y0) ** 2 + 0.004 * (x - x0) * (y - y0) + noise.normal(0, 2e-4))
+    result = LearningRateBatchSize().summarise(table, {"params": 1e4, "tokens_per_example": 64.0, "language": 1.0})
+    facts = result.facts
+    assert facts["bowl"] and facts["bowl_r_squared"] > 0.95
+    assert facts["optimum_lr"] == pytest.approx(0.012, rel=0.05) and facts["optimum_batch_size"] == pytest.approx(30, rel=0.1)
+    assert facts["lr_low"] <= facts["optimum_lr"] <= facts["lr_high"] and facts["batch_low"] <= facts["optimum_batch_size"] <= facts["batch_high"]
+    assert set(result.tables["predictions"].rule) == {"sqrt", "linear", "step law"}
+    assert len(result.figure().data) >= 5 and len(result.figure(show="slices").data) >= 5
+
+
+def test_slope_of_the_best_rate() -> None:
+    """Optimum at lr = 0.004 sqrt(batch / 8): the slope is 1/2, and the sqrt rule coincides with the measured optima."""
+    table = surface(lambda x, y: 1 + 0.01 * (x - math.log(0.004) - 0.5 * (y - math.log(8))) ** 2, np.geomspace(1e-3, 1e-1, 13))
+    result = LearningRateBatchSize().summarise(table, {})
+    assert result.facts["lr_batch_slope"] == pytest.approx(0.5, abs=1e-6)
+    rule = result.tables["predictions"].query("rule == 'sqrt'").lr.to_numpy()
+    np.testing.assert_allclose(rule, result.tables["optima"].lr, rtol=1e-6)
+
+
+def test_best_lr_at_the_ends() -> None:
+    rows = lambda values: pd.DataFrame({"lr": [1.0, 2.0, 4.0, 8.0], "value": values})  # noqa: E731
+    assert best_lr(rows([1, 2, 3, 4])) == (1.0, 1.0, False)
+    assert best_lr(rows([4, 3, 2, 1])) == (8.0, 1.0, False)
+    assert best_lr(rows([4, 3, 2, math.inf])) == (4.0, 2.0, True)  # the next rate diverged: the optimum cannot lie beyond
+    lr, loss, inside = best_lr(rows([2, 1, 2, 5]))
+    assert lr == pytest.approx(2.0) and loss == pytest.approx(1.0) and inside
+
+
+def test_surface_runs_and_goes_on_after_a_stop(cache: Path) -> None:
+    """Stopped from a panel half-way (its progress), gone on with by the same request: nothing runs twice, the preview was live."""
+
+    class Stopping(Progress):
+        previews = 0
+
+        def preview(self, result: Result) -> None:
+            self.previews += 1
+            if len(result.table) >= 3:
+                self.stop.set()
+
+    study = LearningRateBatchSize(examples=200, lr_points=3, batch_sizes=(5, 20), workers=1, evaluate_limit=20)
+    progress = Stopping()
+    first = study.run(with_test_split(), progress=progress)
+    assert first.partial and 3 <= len(first.table) < 6 and progress.previews >= 3
+    second = study.run(with_test_split())
+    assert not second.partial and len(second.table) == 6
+    merged = second.table.merge(first.table, on=["batch_size", "lr", "seed"], suffixes=("", "_first"))
+    assert (merged.train_seconds == merged.train_seconds_first).all() and len(merged) == len(first.table)
+    with pytest.raises(BadInput, match="batch_sizes"):
+        LearningRateBatchSize(examples=16, batch_sizes=(32,)).run(with_test_split())
+
+
+def test_comparisons(cache: Path) -> None:
+    common = dict(examples=240, batch_size=10, lr_points=3, seeds=2, workers=1)
+    result = OptimizerComparison(optimizers="adamw,sgd,lion", **common).run(with_test_split())
+    assert sorted(result.table.name) == ["adamw", "lion", "sgd"] and (result.table.seeds == 2).all()
+    assert result.table.test.is_monotonic_increasing and result.facts["best"] == result.table.name[0]
+    tuned = result.tables["tuning"].groupby("name").apply(lambda part: part.lr[part.value.idxmin()], include_groups=False)
+    for row in result.table.itertuples():
+        assert row.lr == tuned[row.name] and row.tuning_runs >= 3
+    schedules = ScheduleStudy(schedules="rex,linear,plateau", budgets=(0.5, 1.0), **common).run(with_test_split())
+    assert len(schedules.table) == 6 and set(schedules.tables["shapes"].name) == {"rex", "linear"}
+    for shown in ("leaderboard", "tuning", "curves"):
+        assert result.figure(show=shown).data
+    for shown in ("losses", "tuning", "shapes"):
+        assert schedules.figure(show=shown).data
+    with pytest.raises(BadInput, match="did you mean rex"):
+        ScheduleStudy(schedules="rexx", **common).run(with_test_split())
+
+
+def test_statistics_of_comparisons() -> None:
+    mean, low, high = interval([1.0, 2.0, 3.0], 0.9)
+    assert mean == 2 and high - mean == pytest.approx(2.919986 / math.sqrt(3), rel=1e-5) and mean - low == pytest.approx(high - mean)
+    curves = pd.DataFrame({"name": ["a", "a", "b", "b"], "step": [5, 10, 5, 10], "items": [5, 10, 5, 10], "value": [1.0, 0.9, 1.1, 0.5]})
+    assert rank_flips(curves) == 1
+
+
+def test_gradient_noise(cache: Path) -> None:
+    result = GradientNoise(groups=8, size=4).run(with_test_split())
+    assert result.facts["noise_scale"] > 0 and result.facts["noise_scale_low"] <= result.facts["noise_scale"] <= result.facts["noise_scale_high"]
+    assert result.figure().data
+    with pytest.raises(BadInput, match="groups"):
+        GradientNoise(groups=50, size=4).run(with_test_split())
+
+
+@pytest.mark.parametrize("name", ["digits-softmax", "net"])
+def test_largest_stable_rate_is_two_over_the_top_eigenvalue(name: str, cache: Path) -> None:
+    """Full-batch gradient descent near a minimum of a penalised loss, trained by the loop: stable below 2 / lambda, not above (10 %)."""
+    from workbench.curvature import Sharpness
+
+    on = workbench.subject("digits-softmax") if name == "digits-softmax" else with_test_split()
+    facts = Sharpness(bisect=True, examples=64, batch_size=64, split="train" if name == "net" else "calibration").run(on).facts
+    assert facts["sgd_limit_measured"] == pytest.approx(2 / facts["top_eigenvalue"], rel=0.1)
+
+
+def test_cards_and_evidence() -> None:
+    import workbench.training.evidence as evidence
+    from workbench.training.cards import CARDS
+
+    known, found = methods(), 0
+    for card in CARDS:
+        assert known[card.name] is card and card.family == "training"
+        record = card.evidence()
+        if record is not None:
+            found += 1
+            assert isinstance(record["holds"], bool) and record["note"] and record["versions"]["torch"]
+    assert found >= 1
+    assert callable(evidence.schedule)
+    for instrument in ("train", "learning-rate-batch-size", "optimizer-comparison", "schedule-study", "gradient-noise"):
+        assert instrument in catalog()

@@ -1,0 +1,68 @@
+"""The quantization panel without a browser: controls to numbers, numbers to figures."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+import workbench
+from widgets.quantization import FAMILIES, AllocationPanel, FormatPanel
+from workbench.instruments import BadInput, Progress
+from workbench.quantization import Allocate, Quantize
+
+
+@pytest.fixture()
+def panel(checkpoints: dict[str, Path]) -> FormatPanel:
+    return FormatPanel(workbench.subject(checkpoints["bert"], data="random"), examples=4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_format_draws_its_grid(panel: FormatPanel, family: str) -> None:
+    panel.family.value = family
+    assert panel.found is not None and len(panel.plot.figure.data) == 2
+    assert panel.format in panel.plot.figure.layout.title.text
+    panel.instrument.check(panel.on)
+
+
+def test_numbers_equal_the_instruments(panel: FormatPanel) -> None:
+    panel.bits.value, panel.group.value = 3, 4
+    result = panel.instrument.with_fields(examples=4, predict_examples=0, test_examples=0).run(panel.on, Progress(), cache=False)
+    row = result.table.set_index("layer").loc[panel.layer.value]
+    assert panel.found is not None
+    assert panel.found.weight_error == pytest.approx(row["weight_error"], rel=1e-4) and panel.found.output_error == pytest.approx(row["output_error"], rel=1e-3)
+    assert panel.found.bits == pytest.approx(row["bits"])
+
+
+def test_sliders_change_the_picture_quickly(panel: FormatPanel) -> None:
+    times, errors = [], []
+    for bits in (2, 3, 4, 5, 6, 7, 8):
+        began = time.perf_counter()
+        panel.bits.value = bits
+        times.append(time.perf_counter() - began)
+        assert panel.found is not None
+        errors.append(panel.found.weight_error)
+    assert len(set(errors)) >= 6 and min(errors) == errors[-1]
+    assert statistics.median(times) < 5  # a hang, not a speed, is what this catches
+
+
+def test_the_controls_shown_are_those_that_matter(panel: FormatPanel) -> None:
+    panel.family.value = "minifloat"
+    assert panel.exponent.layout.display == "" and panel.bits.layout.display == "none"
+    panel.family.value = "mxfp4"
+    assert panel.granularity.layout.display == "none"
+
+
+def test_allocation_panel_walks_the_front(checkpoints: dict[str, Path]) -> None:
+    on = workbench.subject(checkpoints["bert"], data="random")
+    result = Allocate(layers="*.0.*", budget=3, widths=[2, 4], group_size=16, examples=4, predict_examples=4, draws=0, test_examples=4).run(
+        on, Progress(), cache=False)
+    panel = AllocationPanel(result)
+    panel.average.value = panel.average.max
+    most = sum(panel.widths.values())
+    panel.average.value = panel.average.min
+    assert set(panel.widths.values()) == {2} and most > sum(panel.widths.values())
+    with pytest.raises(BadInput, match="allocate"):
+        AllocationPanel(Quantize(layers="*.0.*", predict_examples=0, test_examples=0, examples=4).run(on, Progress(), cache=False))

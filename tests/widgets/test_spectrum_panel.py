@@ -1,0 +1,64 @@
+"""The spectrum panel without a browser: a run, a clicked layer, an overlaid subject, the batch slider."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.curvature.small import mlp
+from widgets.spectrum import SpectrumPanel
+from workbench.subjects import Mask, Subject
+
+PATIENCE = 120
+
+
+def pruned(subject: Subject) -> Subject:
+    made = subject.copy()
+    for layer in made.layers("*"):
+        layer.attach(Mask(layer.weight.abs() > layer.weight.abs().median()))
+    return made
+
+
+def test_run_click_overlay_and_batch(cache: Path) -> None:
+    dense = mlp(torch.float32)
+    panel = SpectrumPanel(dense, others={"pruned": pruned(dense)}, probes=2, steps=10, batch_size=6)
+    panel.job.start()
+    assert panel.job.wait(PATIENCE) and panel.result is not None
+    assert panel.layers_plot.spec["data"] and panel.whole.disabled
+    whole = panel.result
+
+    before = len(panel.plot.spec["data"])
+    assert panel.view_controls is not None
+    panel.view_controls.values = {"batch": 4}
+    panel._draw()
+    names = [trace.get("name") or "" for trace in panel.plot.spec["data"]]
+    assert len(names) == before + 2 and any("B=4" in name for name in names)
+
+    panel.other.value = "pruned"
+    assert panel.job.wait(PATIENCE)
+    assert panel.overlaid["pruned"].provenance is not None
+    assert panel.overlaid["pruned"].provenance["fingerprint"] != dense.fingerprint
+    assert any((trace.get("name") or "").startswith("pruned: ") for trace in panel.plot.spec["data"])
+    assert panel.result is whole
+    panel.other.value = "nothing"
+    assert not any((trace.get("name") or "").startswith("pruned: ") for trace in panel.plot.spec["data"])
+
+    heat = panel.layers_plot.spec["data"][0]
+    row, column = next((i, j) for i, names in enumerate(heat["customdata"]) for j, name in enumerate(names) if name == "0.weight")
+    panel.layers_plot.clicked = {"trace": 0, "point": None, "x": heat["x"][column], "y": heat["y"][row]}
+    assert panel.job.wait(PATIENCE)
+    assert panel.result.instrument.layers == "0.weight" and panel.result.facts["parameters"] == 20
+    assert not panel.whole.disabled and panel.layers_plot.spec["data"][0]["customdata"] == heat["customdata"]
+    panel.measure_layer("all")
+    assert panel.job.wait(PATIENCE) and panel.result.facts["parameters"] == whole.facts["parameters"]
+
+
+def test_a_preview_refines_the_density(cache: Path) -> None:
+    panel = SpectrumPanel(mlp(torch.float32), probes=2, steps=10)
+    seen = []
+    draw = panel._preview
+    panel.job._preview = lambda result: (draw(result), seen.append((result.partial, panel.plot.revision)))
+    panel.job.start()
+    assert panel.job.wait(PATIENCE)
+    assert seen and all(partial for partial, _ in seen)

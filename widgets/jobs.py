@@ -1,0 +1,163 @@
+"""Run, Stop and a progress bar for work that takes longer than a moment.
+
+The work runs in a thread, so the kernel keeps answering: Stop, sliders and other cells work while it runs. What goes wrong
+is said in words beside the bar; a traceback is there to unfold, never spread over the notebook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import html
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets
+
+from workbench.instruments import BadInput, Progress, Result
+
+#: Seconds between two updates of the bar or of a live figure; every message costs the page a redraw.
+SHOW_EVERY, PREVIEW_EVERY = 0.1, 0.4
+
+
+class Note(ipywidgets.HTML):
+    """One line of state, announced to screen readers."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(layout=ipywidgets.Layout(min_width="0", flex="1 1 12rem"))
+        self.add_class("wb-note")
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        self.value = f'<span role="status">{html.escape(text)}</span>'
+
+    def complain(self, error: BaseException) -> None:
+        """An error in words: ours as they are, a stranger's with its type and, folded, where it happened."""
+        if isinstance(error, BadInput):
+            self.value = f'<span role="alert" class="wb-error">{html.escape(str(error))}</span>'
+            return
+        message = " ".join(str(error).split()) or "no message"
+        trace = "".join(traceback.format_exception(error))
+        self.value = (
+            f'<span role="alert" class="wb-error">{html.escape(type(error).__name__)}: {html.escape(message)}</span>'
+            f"<details><summary>where it happened</summary><pre>{html.escape(trace)}</pre></details>"
+        )
+
+
+def guarded(note: Note, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, with any exception shown in `note`: JupyterLab shows nothing of an error in a widget's callback."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            note.complain(error)
+            return None
+
+    return call
+
+
+class WidgetProgress(Progress):
+    """The workbench's progress protocol drawn on an ipywidgets bar, at most ten times a second."""
+
+    def __init__(self, bar: ipywidgets.IntProgress, note: Note, preview: Callable[[Result], None] | None = None) -> None:
+        super().__init__()
+        self._bar, self._note, self._preview = bar, note, preview
+        self._shown = self._previewed = 0.0
+
+    def show(self, label: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - self._shown < SHOW_EVERY and done != total:
+            return
+        self._shown = now
+        with self._bar.hold_sync():
+            self._bar.max = total or max(done, 1)
+            self._bar.value = done
+        asked = " (stopping)" if self.stop.is_set() else ""
+        self._note.say(f"{label} {done} of {total}{asked}" if total else f"{label} {done}{asked}")
+
+    def preview(self, result: Result) -> None:
+        now = time.monotonic()
+        if self._preview is not None and now - self._previewed >= PREVIEW_EVERY:
+            self._previewed = now
+            self._preview(result)
+
+
+class Job(ipywidgets.HBox):
+    """A row of Run, Stop, bar and state for `work(progress) -> value`; `finished(value)` is called with what it returned.
+
+    `preview` receives unfinished results while it runs. `start()` and `wait()` are what the buttons do, for scripts and tests.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Progress], Any],
+        finished: Callable[[Any], None],
+        preview: Callable[[Result], None] | None = None,
+    ) -> None:
+        self._work, self._finished, self._preview = work, finished, preview
+        self._thread: threading.Thread | None = None
+        self._progress: WidgetProgress | None = None
+        self.run = ipywidgets.Button(description="Run", button_style="primary", tooltip="Run with these settings")
+        self.halt = ipywidgets.Button(description="Stop", disabled=True, tooltip="Stop and keep what is there")
+        self.bar = ipywidgets.IntProgress(value=0, max=1, layout=ipywidgets.Layout(width="12rem", display="none"))
+        self.note = Note("ready")
+        self.run.on_click(guarded(self.note, lambda _: self.start()))
+        self.halt.on_click(guarded(self.note, lambda _: self.stop()))
+        row = ipywidgets.Layout(flex_flow="row wrap", align_items="center")
+        super().__init__([self.run, self.halt, self.bar, self.note], layout=row)
+        self.add_class("wb-job")
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin in a thread; does nothing while one is running."""
+        if self.running:
+            return
+        self._progress = WidgetProgress(self.bar, self.note, self._preview)
+        self._busy(True)
+        self.note.say("starting")
+        self._thread = threading.Thread(target=self._go, args=(self._progress,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the work to end; it keeps what it has."""
+        if self._progress is not None and self.running:
+            self._progress.stop.set()
+            self.halt.disabled = True
+            self.note.say("stopping")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the work to end; True when it did within `timeout` seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return not self.running
+
+    def now(self, progress: Progress) -> None:
+        """Do the work here and now, in this thread (headless)."""
+        self._finished(self._work(progress))
+
+    def _go(self, progress: WidgetProgress) -> None:
+        began = time.monotonic()
+        try:
+            value = self._work(progress)
+            self._finished(value)
+            how = "stopped, kept what was there" if progress.partial else "done"
+            self.note.say(f"{how} after {time.monotonic() - began:.1f} s")
+        except Exception as error:
+            self.note.complain(error)
+        finally:
+            self._busy(False)
+
+    def _busy(self, busy: bool) -> None:
+        with contextlib.ExitStack() as held:
+            for widget in (self.run, self.halt):
+                held.enter_context(widget.hold_sync())
+            self.run.disabled, self.halt.disabled = busy, not busy
+        self.bar.layout.display = "" if busy else "none"

@@ -1,0 +1,305 @@
+"""The panel of an instrument: its fields as controls, Run and Stop, its figure live, and the way into a report.
+
+    import widgets, workbench
+    from workbench.pruning import Prune
+
+    widgets.panel(Prune, workbench.subject("digits-vit"), sparsity=0.7)
+    widgets.panel(Prune, "digits-vit")                        # opened on the first run
+    widgets.panel.from_parameters("reports/prune.yaml")       # exactly the settings that were sent to a report
+
+Everything is derived: fields give the controls, the result gives the figure and what can be changed about its view. In a
+headless report the same cell runs at once and shows the result.
+"""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+import yaml
+
+import workbench
+import workbench.reports
+from widgets.compare import can_overlay, differences, facts_html, overlay
+from widgets.controls import Controls, help_html
+from widgets.jobs import Job, Note, guarded
+from widgets.plot import PlotView
+from widgets.sending import Report, source_of
+from workbench.instruments import BadInput, Instrument, Progress, Result, TextProgress, find
+
+KEPT = 12  # earlier results of a panel that can be compared with
+KNOWN = ("instrument", "subject", "settings", "view", "fingerprint")
+
+
+class Panel(ipywidgets.VBox):
+    """An interactive view of one instrument on one subject.
+
+    instrument : an `Instrument` class, or an instance whose settings to start from. on : a Subject, what `workbench.subject`
+    opens, or Runs. view : settings of the figure. reports : folder for what is sent to a report. fields : settings.
+
+    `.instrument` holds the settings now (validated), `.result` the last result, `.results` all of them, `.parameters` what
+    Send to report writes.
+    """
+
+    def __init__(
+        self,
+        instrument: type[Instrument] | Instrument,
+        on: Any,
+        *,
+        view: Mapping[str, Any] | None = None,
+        reports: str | os.PathLike[str] = "reports",
+        **fields: Any,
+    ) -> None:
+        start = instrument.with_fields(**fields) if isinstance(instrument, Instrument) else None
+        self.kind: type[Instrument] = type(instrument) if isinstance(instrument, Instrument) else instrument
+        if start is None and fields:
+            start = self.kind(**fields)
+        self.on, self._name = on, on if isinstance(on, str) else getattr(on, "name", type(on).__name__)
+        self.results: list[Result] = []
+        self._runs = 0  # how many there were, kept or not
+        self._folder = Path(reports)
+        self._wanted_view = dict(view or {})
+        self._quiet = False
+
+        self.controls = Controls(self.kind, start.model_dump(mode="json") if start else None, changed=self._settings_changed)
+        self.job = Job(self._work, self._finished, self._preview)
+        self.summary = ipywidgets.HTML()
+        self.view_controls: Controls | None = None
+        self.view_box = ipywidgets.Box(layout=ipywidgets.Layout(display="none"))
+        self.plot, self.beside = PlotView(), PlotView()
+        plots = ipywidgets.Box([self.plot, self.beside])
+        plots.add_class("wb-views")
+        self._make_comparison()
+        self._make_report_row()
+        self.job.add_class("wb-section")
+        super().__init__(
+            [
+                ipywidgets.HTML(self._title()), self.controls, ipywidgets.HTML(help_html(self.controls.fields)), self.job, self.view_box,
+                plots, self.summary, self.comparison, self.report_row,
+            ]
+        )  # fmt: skip
+        self.children[0].add_class("wb-title")
+        self.add_class("wb-panel")
+        self.add_class(f"wb-panel-{self.kind.name()}")
+        if os.environ.get("WORKBENCH_HEADLESS"):
+            self.job.now(TextProgress())
+
+    # ---- settings --------------------------------------------------------------------------------------------------
+    @property
+    def instrument(self) -> Instrument:
+        """The instrument with the settings shown; `BadInput` when they contradict each other."""
+        return self.kind(**self.controls.values)
+
+    @property
+    def result(self) -> Result | None:
+        return self.results[-1] if self.results else None
+
+    @property
+    def view(self) -> dict[str, Any]:
+        """Settings of the figure."""
+        return self.view_controls.values if self.view_controls is not None else dict(self._wanted_view)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The exact settings as parameters of the report notebook."""
+        found: dict[str, Any] = {"instrument": self.kind.name(), "subject": self.on, "settings": self.instrument.model_dump(mode="json")}
+        if not isinstance(self.on, str):
+            found |= {"subject": source_of(self.on), "fingerprint": self.on.fingerprint}
+        if self.view:
+            found["view"] = self.view
+        return found
+
+    @classmethod
+    def from_parameters(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Panel:
+        """The panel that these parameters (a YAML or JSON file, or a mapping) were sent from."""
+        if isinstance(source, Mapping):
+            given = dict(source)
+        else:
+            file = Path(source)
+            if not file.is_file():
+                raise BadInput(f"parameters: {str(source)!r} is not a file; give one that Send to report wrote, or a mapping")
+            try:
+                given = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except yaml.YAMLError:
+                raise BadInput(f"parameters: {str(source)!r} is neither YAML nor JSON") from None
+        if not isinstance(given, dict) or "instrument" not in given or "subject" not in given:
+            raise BadInput(f"parameters: expected a mapping with instrument and subject (keys: {', '.join(KNOWN)})")
+        unknown = [key for key in given if key not in KNOWN]
+        if unknown:
+            raise BadInput(f"{unknown[0]}: unknown parameter of a panel (parameters: {', '.join(KNOWN)})")
+        kind = find(given["instrument"])
+        on: Any = given["subject"]
+        if given.get("fingerprint"):
+            on = workbench.reports.reopen(kind, on, given["fingerprint"])
+        return cls(kind(**(given.get("settings") or {})), on, view=given.get("view"))
+
+    def _settings_changed(self) -> None:
+        if self.job.running:
+            return
+        try:
+            _ = self.instrument
+        except BadInput as error:
+            self.job.note.complain(error)
+        else:
+            self.job.note.say("ready")
+
+    # ---- running ---------------------------------------------------------------------------------------------------
+    def _work(self, progress: Progress) -> Result:
+        instrument = self.instrument
+        if isinstance(self.on, str):
+            self.on = workbench.reports.reopen(self.kind, self.on, progress=progress)
+        return instrument.run(self.on, progress=progress)
+
+    def _preview(self, result: Result) -> None:
+        self.plot.figure = result.figure(**self._valid_view(result))
+
+    def _finished(self, result: Result) -> None:
+        if self.results:  # earlier models are not kept in memory
+            earlier = copy.copy(self.results[-1])
+            earlier.subject = None
+            self.results[-1] = earlier
+        self.results = [*self.results, result][-KEPT:]
+        self._runs += 1
+        self.summary.value = facts_html(result)
+        self._show_view_controls(result)
+        self._offer_comparisons()
+        self._draw()
+
+    # ---- the figure ------------------------------------------------------------------------------------------------
+    def _show_view_controls(self, result: Result) -> None:
+        """Controls for what this result lets the viewer change; choices made before stay where they still exist."""
+        model = result.view_model()
+        if model is None:
+            self.view_controls = None
+            self.view_box.layout.display = "none"
+            return
+        kept = self._valid_view(result)
+        schema = model.model_json_schema()
+        if self.view_controls is None or self.view_controls.model.model_json_schema() != schema:
+            self.view_controls = Controls(model, kept, changed=guarded(self.job.note, self._draw), live=True)
+            self.view_box.children = [self.view_controls]
+            self.view_box.layout.display = ""
+
+    def _valid_view(self, result: Result) -> dict[str, Any]:
+        model = result.view_model()
+        if model is None:
+            return {}
+        chosen = {**self._wanted_view, **(self.view_controls.values if self.view_controls is not None else {})}
+        settings: dict[str, Any] = {}
+        for name, value in chosen.items():
+            if name in model.model_fields:
+                try:
+                    settings |= model(**{name: value}).model_dump(mode="json", include={name})
+                except ValueError:  # a choice this result does not have
+                    continue
+        return model(**settings).model_dump(mode="json")
+
+    def _draw(self) -> None:
+        result = self.result
+        if result is None:
+            return
+        figure = result.figure(**self._valid_view(result))
+        other = self._compared()
+        table, second = "", None
+        if other is not None:
+            name, earlier = other
+            table = differences(result, earlier, name)
+            drawn = earlier.figure(**self._valid_view(earlier))
+            if self.how.value == "over it" and can_overlay(figure, drawn):
+                figure = overlay(figure, drawn, name)
+            else:
+                second = drawn
+                second.update_layout(title_text=f"{name}: {drawn.layout.title.text or ''}")
+        self.plot.figure = figure
+        if second is not None or self.beside.spec["data"]:
+            self.beside.figure = second
+        self.beside.layout.display = "" if second is not None else "none"
+        if self.table.value != table:
+            self.table.value = table
+
+    # ---- comparison ------------------------------------------------------------------------------------------------
+    def _make_comparison(self) -> None:
+        style = {"description_width": "initial"}
+        self.compare = ipywidgets.Dropdown(description="Compare with", options=[("nothing", 0)], value=0, style=style)
+        self.how = ipywidgets.Dropdown(description="drawn", options=["over it", "side by side"], value="over it", style=style,
+                                       layout=ipywidgets.Layout(width="12rem"))  # fmt: skip
+        self.table = ipywidgets.HTML()
+        row = ipywidgets.HBox([self.compare, self.how], layout=ipywidgets.Layout(flex_flow="row wrap"))
+        self.comparison = ipywidgets.VBox([row, self.table], layout=ipywidgets.Layout(display="none"))
+        self.comparison.add_class("wb-section")
+        self.beside.layout.display = "none"
+        for picker in (self.compare, self.how):
+            picker.observe(guarded(self.job.note, lambda _: None if self._quiet else self._draw()), "value")
+
+    def _offer_comparisons(self) -> None:
+        earlier = {self._runs - back: result for back, result in enumerate(reversed(self.results))}
+        del earlier[self._runs]
+        self.comparison.layout.display = "" if earlier else "none"
+        chosen = self.compare.value
+        self._quiet = True
+        self.compare.options = [("nothing", 0), *((self._label(number, result), number) for number, result in earlier.items())]
+        self.compare.value = chosen if chosen in earlier else 0
+        self._quiet = False
+
+    def _label(self, number: int, result: Result) -> str:
+        """run 2 (sparsity 0.7): the settings that set it apart from the run shown."""
+        then, now = result.instrument.model_dump(mode="json"), self.results[-1].instrument.model_dump(mode="json")
+        apart = [f"{name.replace('_', ' ')} {value}" for name, value in then.items() if value != now.get(name)]
+        return f"run {number} ({', '.join(apart[:3]) or 'same settings'})"
+
+    def _compared(self) -> tuple[str, Result] | None:
+        number = self.compare.value
+        return (f"run {number}", self.results[number - self._runs - 1]) if number else None
+
+    # ---- report ----------------------------------------------------------------------------------------------------
+    def _make_report_row(self) -> None:
+        self.sender = ipywidgets.Button(
+            description="Send to report", icon="file-text-o", layout=ipywidgets.Layout(width="auto"),
+            tooltip="Write these settings as report parameters and make the report in the background",
+        )  # fmt: skip
+        self.report_note = Note()
+        self.report: Report | None = None
+        self.sender.on_click(guarded(self.report_note, lambda _: self.send_to_report()))
+        self.report_row = ipywidgets.HBox([self.sender, self.report_note], layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"))
+        self.report_row.add_class("wb-section")
+
+    def send_to_report(self) -> Report:
+        """Write the settings as a file of parameters and start the headless report; returns it without waiting."""
+        self.report = Report(self.parameters, self._folder, guarded(self.report_note, self._told))
+        return self.report
+
+    def _told(self, report: Report) -> None:
+        settings = f"settings: <code>{html.escape(str(report.parameters))}</code>"
+        if report.state == "done":
+            self.report_note.value = f'<span role="status">report: {report.link()} &nbsp; {settings}</span>'
+        elif report.error:
+            text = f'<span role="alert" class="wb-error">report failed: {html.escape(report.error)}</span> {settings}'
+            self.report_note.value = text + (f" &nbsp; partial: {report.link()}" if report.html.exists() else "")
+        else:
+            self.report_note.value = f'<span role="status">{html.escape(report.state)}</span>'
+
+    # ---- elsewhere -------------------------------------------------------------------------------------------------
+    def _title(self) -> str:
+        about = (self.kind.__doc__ or "").strip().split("\n\n")[0]
+        return f"<h3>{html.escape(self.kind.name())} on {html.escape(Path(self._name).name)}</h3><p>{html.escape(' '.join(about.split()))}</p>"
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Any]]:
+        """The live view, and beside it what other viewers, reports and the exporter show: figure, summary and table."""
+        twin = {"text/plain": f"panel of {self.kind.name()} on {self._name}", **self.plot.static_twin()}
+        twin["text/html"] = self.result._repr_html_() if self.result is not None else self._title() + _settings_html(self.controls.values)
+        if os.environ.get("WORKBENCH_HEADLESS"):
+            return twin
+        bundle = super()._repr_mimebundle_(**options)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
+        return {**data, **twin}, metadata
+
+
+def _settings_html(values: Mapping[str, Any]) -> str:
+    rows = "".join(f"<tr><th scope='row'>{html.escape(k)}</th><td>{html.escape(json.dumps(v))}</td></tr>" for k, v in values.items())
+    return f"<table><tbody>{rows}</tbody></table>"

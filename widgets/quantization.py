@@ -1,0 +1,158 @@
+"""The quantization panel: a number format drawn on a layer's real weights, and a walk along an allocation's Pareto front.
+
+    import widgets.quantization
+    widgets.quantization.FormatPanel(workbench.subject("minilm-docstrings"))
+    widgets.quantization.AllocationPanel(Allocate().run(subject))
+
+Everything redraws while a slider moves: nothing is run on the model but one forward pass when the panel opens.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import ipywidgets
+import numpy as np
+from torch import Tensor
+
+from widgets.jobs import Note, guarded
+from widgets.plot import PlotView
+from workbench.figures import figure, line, rule
+from workbench.instruments import BadInput, Progress, Result
+from workbench.quantization.allocate import AllocateResult
+from workbench.quantization.look import Look, look, look_figure
+from workbench.quantization.quantize import Quantize, moments_for
+from workbench.subjects import Subject
+
+FAMILIES = ("integer", "integer with zero point", "minifloat", "nf4", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "ternary", "binary")
+
+
+def wide() -> dict[str, Any]:
+    """Style of a control; each gets its own layout, because the panel hides those that do not matter."""
+    return {"style": {"description_width": "8rem"}, "layout": ipywidgets.Layout(width="auto", min_width="0")}
+
+
+class FormatPanel(ipywidgets.VBox):
+    """Pick a format and watch its grid and its error on one layer.
+
+    `.instrument` is what a report runs with these settings, `.found` the numbers shown.
+    """
+
+    def __init__(self, on: Subject, layers: str = "blocks", examples: int = 16) -> None:
+        self.on, self.glob = on, layers
+        chosen = [layer for layer in on.layers(layers) if len(layer.shape) == 2]
+        if not chosen:
+            raise BadInput(f"layers: {layers!r} holds stacks of experts only; the panel draws plain matrices")
+        self._layers = {layer.name: layer for layer in chosen}
+        self._moments = moments_for(on, chosen, examples, Progress())
+        self._weights: dict[str, Tensor] = {}
+        self.found: Look | None = None
+        self.layer = ipywidgets.Dropdown(options=list(self._layers), description="layer", **wide())
+        self.family = ipywidgets.Dropdown(options=FAMILIES, description="format", **wide())
+        self.bits = ipywidgets.IntSlider(value=4, min=2, max=8, description="bits", **wide())
+        self.exponent = ipywidgets.IntSlider(value=2, min=1, max=5, description="exponent bits", **wide())
+        self.mantissa = ipywidgets.IntSlider(value=1, min=0, max=5, description="mantissa bits", **wide())
+        self.granularity = ipywidgets.Dropdown(options=("group", "channel", "tensor"), description="scale for each", **wide())
+        self.group = ipywidgets.IntSlider(value=6, min=3, max=9, description="group 2^", **wide())
+        self.rotate = ipywidgets.Checkbox(value=False, description="Hadamard rotation of the inputs", indent=False)
+        self.note, self.facts, self.plot = Note("ready"), ipywidgets.HTML(), PlotView()
+        controls = (self.layer, self.family, self.bits, self.exponent, self.mantissa, self.granularity, self.group, self.rotate)
+        for control in controls:
+            control.observe(guarded(self.note, lambda _: self.draw()), "value")
+            control.add_class("wb-field-" + str(control.description).split()[0])
+        box = ipywidgets.Box(list(controls))
+        box.add_class("wb-controls")
+        title = ipywidgets.HTML(f"<h3>Number formats on {html.escape(on.name)}</h3>")
+        title.add_class("wb-title")
+        super().__init__([title, box, self.note, self.facts, self.plot])
+        self.add_class("wb-panel")
+        self.add_class("wb-panel-quantization")
+        guarded(self.note, self.draw)()
+
+    @property
+    def format(self) -> str:
+        """The format's name, as `Quantize` takes it (integers by their full name)."""
+        family = self.family.value
+        if family == "integer":
+            return f"int{self.bits.value}"
+        if family == "integer with zero point":
+            return f"uint{self.bits.value}"
+        return f"e{self.exponent.value}m{self.mantissa.value}" if family == "minifloat" else str(family)
+
+    @property
+    def fixed_block(self) -> bool:
+        return str(self.family.value).startswith(("mx", "nv"))
+
+    @property
+    def instrument(self) -> Quantize:
+        """The settings shown, for every layer of the panel's glob."""
+        shared: dict[str, Any] = {"layers": self.glob, "granularity": "auto" if self.fixed_block else self.granularity.value, "group_size": 2**self.group.value}
+        if self.format.startswith(("int", "uint")):
+            return Quantize(bits=self.bits.value, symmetric=self.format.startswith("int"), **shared)
+        return Quantize(format=self.format, transform="hadamard" if self.rotate.value else "none", **shared)
+
+    def draw(self) -> None:
+        """Round the layer's weights with the settings shown and draw them."""
+        integer, real = self.format.startswith(("int", "uint")), self.family.value == "minifloat"
+        for control, shown in ((self.bits, integer), (self.exponent, real), (self.mantissa, real), (self.granularity, not self.fixed_block),
+                               (self.group, not self.fixed_block and self.granularity.value == "group")):  # fmt: skip
+            control.layout.display = "" if shown else "none"
+        name = str(self.layer.value)
+        if name not in self._weights:
+            self._weights[name] = self._layers[name].weight.detach().float()
+        gram = self._moments[name].gram
+        assert gram is not None
+        granularity = "auto" if self.fixed_block else str(self.granularity.value)
+        self.found = look(self._weights[name], gram[0], self.format, granularity, 2**self.group.value, self.rotate.value)
+        rows = [("bits a weight", f"{self.found.bits:.3f}"), ("error of the weights", f"{self.found.weight_error:.3e}"), ("SQNR", f"{self.found.sqnr:.2f} dB"),
+                ("error of the outputs", f"{self.found.output_error:.3e}"), ("largest / rms", f"{self.found.spread:.1f}"),
+                ("kurtosis", f"{self.found.kurtosis:.1f}")]  # fmt: skip
+        self.facts.value = '<dl class="wb-facts">' + "".join(f"<div><dt>{a}</dt><dd>{b}</dd></div>" for a, b in rows) + "</dl>"
+        self.plot.figure = look_figure(self.found, f"{self.format} on {name}")
+        self.note.say("ready")
+
+
+class AllocationPanel(ipywidgets.VBox):
+    """Walk the Pareto front of an `Allocate` result: the slider is the average width, the picture each layer's width.
+
+    `.widths` is what `Quantize(layer_bits=...)` takes.
+    """
+
+    def __init__(self, result: Result) -> None:
+        if not isinstance(result, AllocateResult) or result.tables is None:
+            raise BadInput(f"result: the allocation panel shows a result of allocate, not of {result.instrument.name()}")
+        self.result = result
+        front = result.tables["front"]
+        self._averages = front["average_bits"].to_numpy()
+        low, high = float(self._averages.min()), float(self._averages.max())
+        start = float(result.facts["code_bits"])
+        self.average = ipywidgets.FloatSlider(value=start, min=low, max=high, step=0.05, description="average bits", **wide())
+        self.average.add_class("wb-field-average")
+        self.note, self.facts, self.plot, self.front = Note("ready"), ipywidgets.HTML(), PlotView(), PlotView()
+        self.average.observe(guarded(self.note, lambda _: self.draw()), "value")
+        views = ipywidgets.Box([self.plot, self.front])
+        views.add_class("wb-views")
+        super().__init__([self.average, self.note, self.facts, views])
+        self.add_class("wb-panel")
+        self.add_class("wb-panel-allocation")
+        guarded(self.note, self.draw)()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return self.result.widths_for(float(self.average.value))
+
+    def draw(self) -> None:
+        assert self.result.tables is not None
+        widths, front = self.widths, self.result.tables["front"]
+        point = front.iloc[int(np.searchsorted(self._averages, self.average.value + 1e-9, side="right")) - 1]
+        fig = figure("Width of each layer", "layer", "bits", yaxis_rangemode="tozero")
+        fig.add_bar(x=list(widths), y=list(widths.values()), marker_color="#0072B2")
+        self.plot.figure = fig
+        curve = figure("Predicted cost of the best allocation", "average bits", "predicted loss change (nats)", yaxis_type="log")
+        line(curve, self._averages, front["cost"].to_numpy(), "optimum of the integer program")
+        rule(curve, "here", x=float(point["average_bits"]))
+        self.front.figure = curve
+        proven = f"predicted loss change {point['cost']:.4g} nats (proven bound {point['bound']:.4g})"
+        self.facts.value = f"<p>{point['average_bits']:.2f} bits on average, {proven}</p>"
+        self.note.say("ready")

@@ -1,0 +1,121 @@
+"""The sparsity panel: masks of any layer at any sparsity, re-thresholded while the slider moves.
+
+    import widgets.sparsity
+    widgets.sparsity.SparsityPanel("digits-vit")
+
+Run computes the saliencies of the chosen methods once; after that the slider only moves thresholds over their ranks. Measure puts
+the masks on a copy of the model and evaluates it beside the prediction.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import ipywidgets
+import numpy as np
+
+from widgets.bitmap import Bitmap
+from widgets.jobs import Job, Note, guarded
+from widgets.plot import PlotView
+from workbench.instruments import Progress, Result
+from workbench.pruning.landscape import SaliencyMap, SaliencyMapResult
+from workbench.subjects import Subject, subject
+
+VIEWS = (("density of each layer", "density"), ("predicted loss", "predicted"), ("overlap of methods", "overlap"))
+
+
+class SparsityPanel(ipywidgets.VBox):
+    """Look at masks before making them.
+
+    on : a Subject or anything `workbench.subject` opens. `.result` is the computed saliency map, `.measured` the list of measurements.
+    """
+
+    def __init__(self, on: Any, methods: str = "magnitude,wanda,obd,obert", **fields: Any) -> None:
+        self.on: Subject = on if isinstance(on, Subject) else subject(on)
+        self.result: SaliencyMapResult | None = None
+        self.measured: list[dict[str, Any]] = []
+        self._fields = fields
+        names = [layer.name for layer in self.on.layers(fields.get("layers", "blocks"))]
+        wide: dict[str, Any] = {"style": {"description_width": "7rem"}, "layout": ipywidgets.Layout(width="auto", min_width="0")}
+        self.methods = ipywidgets.Text(value=methods, description="methods", continuous_update=False, **wide)
+        self.method = ipywidgets.Dropdown(options=[], description="mask of", **wide)
+        self.overlay = ipywidgets.Dropdown(options=[("nothing", "")], description="overlay", **wide)
+        self.layer = ipywidgets.Dropdown(options=names, description="layer", **wide)
+        self.view = ipywidgets.Dropdown(options=VIEWS, description="view", **wide)
+        self.sparsity = ipywidgets.FloatSlider(value=0.7, min=0.0, max=0.99, step=0.01, description="sparsity", readout_format=".0%", **wide)
+        for name in ("methods", "method", "overlay", "layer", "view", "sparsity"):
+            getattr(self, name).add_class(f"wb-field-{name}")
+        self.note, self.facts = Note("press Run to compute the saliencies"), ipywidgets.HTML()
+        self.facts.add_class("wb-sparsity-facts")
+        self.bitmap = Bitmap(np.zeros((1, 1), dtype=bool), "no mask yet")
+        self.plot = PlotView()
+        self.job = Job(self._compute, self._computed)
+        self.measure = Job(self._measure, self._measured)
+        self.measure.run.description = "Measure"
+        for control in (self.sparsity, self.layer, self.method, self.overlay):
+            control.observe(guarded(self.note, lambda _: self.threshold()), "value")
+        self.view.observe(guarded(self.note, lambda _: self.draw()), "value")
+        controls = ipywidgets.Box([self.methods, self.sparsity, self.method, self.overlay, self.layer, self.view])
+        controls.add_class("wb-controls")
+        title = ipywidgets.HTML(f"<h3>Sparsity of {html.escape(self.on.name)}</h3><p>{len(names)} layers; move the slider to re-threshold</p>")
+        title.add_class("wb-title")
+        super().__init__([title, controls, self.job, self.measure, self.note, self.facts, self.bitmap, self.plot])
+        self.add_class("wb-panel")
+        self.add_class("wb-panel-sparsity")
+
+    @property
+    def instrument(self) -> SaliencyMap:
+        """The settings shown; `BadInput` when they name no method."""
+        return SaliencyMap(methods=self.methods.value, **self._fields)
+
+    def _compute(self, progress: Progress) -> Result:
+        return self.instrument.run(self.on, progress)
+
+    def _computed(self, result: Result) -> None:
+        assert isinstance(result, SaliencyMapResult)
+        self.result = None  # the menus below are being filled
+        self.method.options = result.methods
+        self.method.value = result.methods[0] if result.methods else None
+        self.overlay.options = [("nothing", ""), *((m, m) for m in result.methods)]
+        self.result = result
+        self.threshold()
+
+    def _measure(self, progress: Progress) -> dict[str, Any] | None:
+        if self.result is None:
+            return None
+        method, sparsity = self.method.value, self.sparsity.value
+        split = "validation" if "validation" in self.on.splits else "test"
+        found = self.result.measure(self.on, method, sparsity, split, 256, progress)
+        dense = self.on.evaluate(split, limit=256, progress=progress)
+        return {"method": method, "sparsity": sparsity, "predicted": self.result.predicted(method, sparsity), "measured": found["loss"] - dense["loss"]} | found
+
+    def _measured(self, value: Any) -> None:
+        if value is not None:
+            self.measured.append(value)
+        self.threshold()
+
+    def threshold(self) -> None:
+        """Show the mask and the numbers at the slider's sparsity; nothing is computed anew."""
+        result = self.result
+        if result is None or not self.method.value:
+            return
+        method, other, layer, sparsity = self.method.value, self.overlay.value, self.layer.value, self.sparsity.value
+        mask = result.mask(method, layer, sparsity)
+        mask = mask.reshape(-1, mask.shape[-1])
+        if other and other != method:
+            second = result.mask(other, layer, sparsity).reshape(mask.shape)
+            agreement = float((mask & second).sum() / max((mask | second).sum(), 1))
+            shown = np.where(mask & second, 3.0, np.where(mask, 1.0, np.where(second, 2.0, np.nan)))
+            self.bitmap.show(shown, f"{layer}: 1 only {method}, 2 only {other}, 3 both (Jaccard {agreement:.2f})", low=1.0, high=3.0)
+        else:
+            self.bitmap.show(mask, f"{layer}: kept by {method} at {sparsity:.0%}")
+        rows = [("kept in this layer", f"{mask.mean():.1%}"), ("predicted loss change, mask alone", f"{result.predicted(method, sparsity):.4g}")]
+        rows += [(f"measured: {m['method']} at {m['sparsity']:.0%}", f"{m['measured']:+.4g} (predicted {m['predicted']:+.4g})") for m in self.measured[-3:]]
+        self.facts.value = '<dl class="wb-facts">' + "".join(f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)}</dd></div>" for a, b in rows) + "</dl>"
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw the chosen view at the slider's sparsity."""
+        if self.result is not None:
+            self.plot.figure = self.result.figure(show=self.view.value, sparsity=self.sparsity.value)

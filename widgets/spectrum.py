@@ -1,0 +1,123 @@
+"""The spectrum panel: the density live, layers to click, another subject laid over, and the batch size on a slider.
+
+    from widgets.spectrum import SpectrumPanel
+    SpectrumPanel(dense, others={"pruned": pruned, "4 bits": quantized})
+
+Clicking a layer in the heat map measures that layer's own spectrum; *Whole model* comes back. *Lay over* measures another
+subject with the same settings. The batch slider marks where random matrix theory puts the largest eigenvalue and the noise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ipywidgets
+
+from widgets.compare import overlay
+from widgets.jobs import guarded
+from widgets.panels import Panel
+from widgets.plot import PlotView
+from workbench.curvature import Spectrum
+from workbench.curvature.drawings import grid_of_layers, layers_figure
+from workbench.instruments import Progress, Result
+from workbench.subjects import Subject
+
+
+class SpectrumPanel(Panel):
+    """`Panel(Spectrum, on)` with a heat map of layers and an overlay of other subjects.
+
+    others : name -> Subject that can be laid over the spectrum (a pruned, quantized or recovered one). Further arguments as
+    for `Panel`. `.overlaid` holds the spectra measured of them with the settings of the last run.
+    """
+
+    children: Any
+
+    def __init__(self, on: Any, others: Mapping[str, Subject] | None = None, **options: Any) -> None:
+        self.others = dict(others or {})
+        self.overlaid: dict[str, Result] = {}
+        self._target: str | None = None
+        self._map: Result | None = None  # the last result over more than one layer, which the heat map shows
+        self.layers_plot = PlotView(alt="mean eigenvalue of every layer; click one for its spectrum")
+        self.layers_plot.add_class("wb-layers")
+        self.whole = ipywidgets.Button(description="Whole model", disabled=True, tooltip="Measure all layers together again")
+        style = {"description_width": "initial"}
+        self.other = ipywidgets.Dropdown(description="Lay over", options=["nothing", *self.others], value="nothing", style=style)
+        self.other.add_class("wb-field-other")
+        self.layer_note = ipywidgets.HTML()
+        super().__init__(Spectrum, on, **options)
+        self.whole.on_click(guarded(self.job.note, lambda _: self.measure_layer("all")))
+        self.other.observe(guarded(self.job.note, lambda _: self.lay_over(self.other.value)), "value")
+        self.layers_plot.observe(guarded(self.job.note, self._clicked), "clicked")
+        row = ipywidgets.HBox([self.whole, self.other, self.layer_note], layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"))
+        row.add_class("wb-section")
+        row.layout.display = "none" if os.environ.get("WORKBENCH_HEADLESS") else ""
+        place = list(self.children).index(self.comparison)
+        self.children = (*self.children[:place], self.layers_plot, row, *self.children[place:])
+        self.add_class("wb-panel-spectrum")
+
+    # ---- layers ----------------------------------------------------------------------------------------------------
+    def measure_layer(self, name: str) -> None:
+        """Measure the spectrum of one layer ('all': of the whole model) with the other settings as they are."""
+        if self.job.running:
+            return
+        self.controls.values = {"layers": name}
+        self._target = None
+        self.job.start()
+
+    def _clicked(self, change: Mapping[str, Any]) -> None:
+        point = change["new"]
+        if point is None or self._map is None:
+            return
+        rows, columns, where = grid_of_layers(list((self._map.tables or {})["layers"]["layer"]))
+        wanted = (rows.index(str(point["y"])), columns.index(str(point["x"])))
+        name = next((layer for layer, place in where.items() if place == wanted), None)
+        if name is not None:
+            self.measure_layer(name)
+
+    # ---- other subjects --------------------------------------------------------------------------------------------
+    def lay_over(self, name: str) -> None:
+        """Draw the spectrum of another subject over this one; measured first when it has not been."""
+        if name == "nothing" or name in self.overlaid:
+            self._draw()
+        elif not self.job.running:
+            self._target = name
+            self.job.start()
+
+    def _work(self, progress: Progress) -> Result:
+        if self._target is None:
+            return super()._work(progress)
+        assert self.result is not None, "run the spectrum first, then lay another over it"
+        return self.result.instrument.run(self.others[self._target], progress=progress)
+
+    def _preview(self, result: Result) -> None:
+        if self._target is None:
+            super()._preview(result)
+
+    def _finished(self, result: Result) -> None:
+        name, self._target = self._target, None
+        if name is not None:
+            self.overlaid[name] = result
+            self._draw()
+            return
+        self.overlaid = {}
+        self._quiet = True
+        self.other.value = "nothing"
+        self._quiet = False
+        layers = (result.tables or {}).get("layers")
+        if layers is not None and len(layers) > 1:
+            self._map = result
+            self.layers_plot.figure = layers_figure(layers)
+        self.whole.disabled = result.instrument.model_dump()["layers"] in ("all", "*")
+        super()._finished(result)
+
+    def _draw(self) -> None:
+        super()._draw()
+        found = self.overlaid.get(self.other.value)
+        self.layer_note.value = ""
+        if found is not None and self.result is not None:
+            self.plot.figure = overlay(self.plot.figure, found.figure(**self._valid_view(found)), self.other.value)
+            if "top_eigenvalue" in found.facts and "top_eigenvalue" in self.result.facts:
+                ratio = found.facts["top_eigenvalue"] / self.result.facts["top_eigenvalue"]
+                self.layer_note.value = f'<span role="status">top eigenvalue {found.facts["top_eigenvalue"]:.4g}, {ratio:.3g} times</span>'

@@ -1,0 +1,90 @@
+"""Figures of the curvature results: densities on a log axis, layers as a heat map."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from numpy.typing import ArrayLike, NDArray
+
+from workbench.figures import color, figure, heat, line, rule
+
+
+def signed_log(values: ArrayLike, unit: float) -> NDArray[np.float64]:
+    """asinh(value / unit) / ln 10: linear within the unit, decades outside."""
+    return np.arcsinh(np.asarray(values, dtype=float) / unit) / np.log(10)
+
+
+def density_figure(table: pd.DataFrame, title: str, axis: str = "linear", outliers: pd.DataFrame | None = None,
+                   bulk: tuple[float, float] | None = None, marks: Sequence[tuple[float, str]] = ()) -> go.Figure:  # fmt: skip
+    """Density with its 95 % band over probes on a log axis; labelled outliers, bulk edges, and further marks (position, text)."""
+    fig = figure(title, x="eigenvalue", y="density (fraction of eigenvalues per unit)", yaxis_type="log")
+    if not len(table):
+        fig.add_annotation(text="no product finished yet", showarrow=False)
+        return fig
+    unit = float(table["eigenvalue"].abs().max()) * 1e-3 or 1.0
+
+    def place(values: ArrayLike) -> NDArray[np.float64]:
+        return signed_log(values, unit) if axis == "signed log" else np.asarray(values, dtype=float)
+
+    top = float(table["density"].max())
+    floor = top * 1e-10
+    shown = table[table["density"] > floor]
+    banded = shown["low"].notna().all()
+    line(fig, place(shown["eigenvalue"]), shown["density"], "density", mode="lines",
+         band=(shown["low"].clip(lower=floor), shown["high"].clip(lower=floor)) if banded else None,
+         customdata=shown["eigenvalue"], hovertemplate="eigenvalue %{customdata:.4g}<br>density %{y:.3g}<extra></extra>")  # fmt: skip
+    if outliers is not None and len(outliers):
+        ordered = outliers.reindex(outliers["eigenvalue"].abs().sort_values(ascending=False).index)
+        labels = [f"{v:.3g}" if i < 6 else "" for i, v in enumerate(ordered["eigenvalue"])]
+        height = np.interp(ordered["eigenvalue"], table["eigenvalue"], table["density"]).clip(min=floor)
+        fig.add_scatter(x=place(ordered["eigenvalue"]), y=height, mode="markers+text", text=labels, textposition="top center", name="resolved eigenvalues",
+                        marker=dict(symbol="diamond", size=8, color=color(1)), customdata=ordered[["eigenvalue", "residual", "copies"]],
+                        hovertemplate="%{customdata[0]:.6g}<br>residual %{customdata[1]:.2g}<br>about %{customdata[2]:.1f} copies<extra></extra>")  # fmt: skip
+    if bulk is not None:
+        for value in bulk:
+            rule(fig, "bulk", x=float(place([value])[0]))
+    for position, text in marks:
+        fig.add_scatter(x=place([position, position]), y=[floor, top], mode="lines", name=text, line=dict(color=color(2), dash="dot", width=2))
+    if axis == "signed log":
+        ends = place([table["eigenvalue"].min(), table["eigenvalue"].max()])
+        ticks = [0.0] + [s * unit * 10.0**k for k in range(1, 5) for s in (-1, 1) if ends[0] <= place([s * unit * 10.0**k])[0] <= ends[1]]
+        fig.update_xaxes(tickvals=place(ticks), ticktext=[f"{t:.2g}" for t in ticks], title_text="eigenvalue (linear near 0, logarithmic outside)")
+    fig.update_yaxes(range=[np.log10(floor), np.log10(top) + 0.7])
+    return fig
+
+
+def grid_of_layers(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+    """Layers as a grid: one row per weight's name inside its block, one column per block number ('-' outside blocks)."""
+    rows: list[str] = []
+    columns: list[str] = []
+    where: dict[str, tuple[int, int]] = {}
+    for name in names:
+        match = re.search(r"(?<![\w])(\d+)\.", name)
+        column, row = (match[1], name[match.end() :]) if match else ("-", name)
+        if match and "decoder" in name[: match.start()]:
+            row = f"decoder {row}"
+        rows += [row] if row not in rows else []
+        columns += [column] if column not in columns else []
+        where[name] = (rows.index(row), columns.index(column))
+    return rows, columns, where
+
+
+def layers_figure(table: pd.DataFrame, value: str = "mean_eigenvalue", unit: str = "mean eigenvalue") -> go.Figure:
+    """A heat map of one number per layer; each cell carries its layer's name for clicks and hovering."""
+    if not len(table):
+        return figure("Curvature by layer: no layer finished yet")
+    rows, columns, where = grid_of_layers(list(table["layer"]))
+    z = np.full((len(rows), len(columns)), np.nan)
+    names: list[list[Any]] = [["" for _ in columns] for _ in rows]
+    for name, number in zip(table["layer"], table[value], strict=True):
+        i, j = where[name]
+        z[i, j], names[i][j] = number, name
+    fig = figure("Curvature by layer", x="block", y="", height=max(320, 22 * len(rows) + 120))
+    heat(fig, z, columns, rows, unit, customdata=names, hovertemplate="%{customdata}<br>" + unit + " %{z:.4g}<extra></extra>")
+    fig.update_xaxes(type="category")
+    return fig

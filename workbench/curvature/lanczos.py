@@ -1,0 +1,226 @@
+"""Stochastic Lanczos quadrature: the eigenvalue density from a few probes, all of them in lockstep.
+
+Each probe's Lanczos process (Lanczos 1950; Golub and Welsch 1969 for the quadrature; Ubaru, Chen and Saad 2017 for the
+density) advances by one step per product, so the k probes share every micro-batch's forward and first backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import linalg, stats
+from torch import Tensor
+
+from workbench.curvature.operators import Operator
+
+MEMORY = 2 * 1024**3  # bytes of Krylov basis kept for full reorthogonalisation; a constant, so that results do not depend on the machine
+
+
+@dataclass(eq=False)
+class Quadrature:
+    """Gauss quadrature of each probe's spectral measure: eigenvalue estimates `nodes` with `weights` that add up to one.
+
+    Node and weight arrays have one entry per probe (their lengths can differ when a Krylov space is exhausted).
+    """
+
+    nodes: list[NDArray[np.float64]] = field(default_factory=list)
+    weights: list[NDArray[np.float64]] = field(default_factory=list)
+    residuals: list[NDArray[np.float64]] = field(default_factory=list)  # ||H y - node y|| of each node's Ritz vector y
+
+    def moment(self, power: int) -> NDArray[np.float64]:
+        """Per probe, mean of eigenvalue**power over the spectrum: power 1 is trace / P, power 2 is ||H||_F^2 / P."""
+        return np.array([float(w @ n**power) for n, w in zip(self.nodes, self.weights, strict=True)])
+
+    def mass_below(self, threshold: float) -> float:
+        """Fraction of eigenvalues below a threshold, averaged over probes."""
+        return float(np.mean([w[n < threshold].sum() for n, w in zip(self.nodes, self.weights, strict=True)]))
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        return min(float(n[0]) for n in self.nodes), max(float(n[-1]) for n in self.nodes)
+
+    def densities(self, grid: NDArray[np.float64], width: float) -> NDArray[np.float64]:
+        """(probes, grid) spectral densities smoothed by a Gaussian of standard deviation `width`."""
+        return np.stack([gaussian_sum(grid, n, w, width) for n, w in zip(self.nodes, self.weights, strict=True)])
+
+    def grid(self, width: float, points: int = 1200) -> NDArray[np.float64]:
+        """Abscissae that hold all mass to 5 widths beyond the ends, no coarser than a third of a width."""
+        low, high = self.extent
+        low, high = low - 6 * width, high + 6 * width
+        return np.linspace(low, high, int(min(max(points, 3 * (high - low) / width), 20_000)))
+
+    def default_width(self) -> float:
+        """One hundredth of the spectrum's extent."""
+        low, high = self.extent
+        scale = max(abs(low), abs(high), 1e-12)
+        return max((high - low) / 100, 1e-4 * scale)
+
+
+def gaussian_sum(grid: NDArray[np.float64], nodes: NDArray[np.float64], weights: NDArray[np.float64], width: float) -> NDArray[np.float64]:
+    """sum_i weights_i N(grid; nodes_i, width^2)."""
+    return np.exp(-0.5 * ((grid[:, None] - nodes[None]) / width) ** 2) @ weights / (width * np.sqrt(2 * np.pi))
+
+
+def band(densities: NDArray[np.float64], level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Pointwise mean over probes and its Student-t confidence band at `level`; (mean, low, high). One probe has no band (NaN)."""
+    mean = densities.mean(0)
+    count = len(densities)
+    if count < 2:
+        empty = np.full_like(mean, np.nan)
+        return mean, empty, empty
+    half = stats.t.ppf(0.5 + level / 2, count - 1) * densities.std(0, ddof=1) / np.sqrt(count)
+    return mean, np.maximum(mean - half, 0), mean + half
+
+
+def keeps_basis(size: int, probes: int, steps: int, bytes_each: int) -> bool:
+    """Whether the Krylov bases of all probes fit the memory set aside for full reorthogonalisation."""
+    return size * probes * (steps + 1) * bytes_each <= MEMORY
+
+
+class Lockstep:
+    """k Lanczos processes advancing together, or k for every block of coordinates. After each `step`, `quadrature()` is the estimate so far.
+
+    With `reorthogonalise` every new vector is orthogonalised against all earlier ones (twice where needed, Daniel et al.
+    1976). Without, only the three-term recurrence is kept: converged outliers then reappear as copies whose weights add up
+    to the right total, so densities stay right and memory is three vectors a probe (Greenbaum 1989).
+    `blocks` are slices of coordinates; the operator's `block_matmat` then gives each block's own spectrum.
+    """
+
+    def __init__(self, operator: Operator, starts: Tensor, steps: int, reorthogonalise: bool = True, blocks: list[slice] | None = None) -> None:
+        self.operator, self.reorthogonalise = operator, reorthogonalise
+        self.blocks = blocks or [slice(0, operator.size)]
+        self.matmat = operator.matmat if blocks is None else operator.block_matmat  # type: ignore[attr-defined]
+        self.starts, self.probes, self.done = starts, len(starts), 0
+        self.steps = min(steps, max(s.stop - s.start for s in self.blocks))
+        self.current = torch.zeros_like(starts)
+        for s in self.blocks:
+            self.current[:, s] = starts[:, s] / torch.linalg.vector_norm(starts[:, s], dim=1, keepdim=True)
+        self.previous: Tensor | None = None
+        self.alphas: dict[tuple[int, int], list[float]] = {(k, b): [] for k in range(self.probes) for b in range(len(self.blocks))}
+        self.betas: dict[tuple[int, int], list[float]] = {key: [] for key in self.alphas}
+        self.active = set(self.alphas)
+        self.first_product: Tensor | None = None  # rows H z, for starts z: per-layer traces come free with it
+        self.noise: float | None = None  # see CurvatureOperator.noise, for unit covariance probes; free as well
+        self.basis = starts.new_empty(self.probes, self.steps, operator.size) if reorthogonalise else None
+
+    def step(self) -> None:
+        """One more product for every probe whose Krylov space is not exhausted."""
+        going = sorted({k for k, _ in self.active})
+        whole = len(going) == self.probes
+        rows = torch.tensor(going, device=self.current.device)
+        q = self.current if whole else self.current[rows]
+        w = self.matmat(q)
+        if self.done == 0:
+            scale = torch.linalg.vector_norm(self.starts, dim=1, keepdim=True)
+            self.first_product = w * scale if len(self.blocks) == 1 else None
+            spread = getattr(self.operator, "noise", lambda images: None)(w)
+            self.noise = None if spread is None else spread * self.operator.size
+        if self.basis is not None:
+            self.basis[rows, self.done] = q
+        following = torch.zeros_like(self.current)
+        for place, k in enumerate(going):
+            for b, s in enumerate(self.blocks):
+                if (k, b) in self.active:
+                    self._advance(k, b, q[place, s], w[place, s], following[k, s])
+        self.done += 1
+        self.previous, self.current = self.current, following
+
+    def _advance(self, k: int, b: int, q: Tensor, w: Tensor, following: Tensor) -> None:
+        alphas, betas, s = self.alphas[k, b], self.betas[k, b], self.blocks[b]
+        alpha = float(torch.dot(w, q))
+        w = w.sub(q, alpha=alpha)
+        if self.previous is not None:
+            w.sub_(self.previous[k, s], alpha=betas[-1])
+        if self.basis is not None:
+            w = orthogonal(w, self.basis[k, : self.done + 1, s])
+        beta = float(torch.linalg.vector_norm(w))
+        alphas.append(alpha)
+        betas.append(beta)
+        scale = max(abs(a) + c for a, c in zip(alphas, [0.0, *betas], strict=False))
+        exhausted = beta <= 100 * torch.finfo(w.dtype).eps * scale or scale == 0 or len(alphas) >= s.stop - s.start
+        if exhausted:
+            self.active.discard((k, b))
+        else:
+            torch.div(w, beta, out=following)
+
+    def run(self) -> Iterator[int]:
+        """Advance to the end, yielding the number of steps done after each."""
+        while self.active and self.done < self.steps:
+            self.step()
+            yield self.done
+
+    def quadrature(self, block: int = 0) -> Quadrature:
+        """Nodes and weights from the tridiagonal matrices so far."""
+        found = Quadrature()
+        for k in range(self.probes):
+            a, b = self.alphas[k, block], self.betas[k, block]
+            if not a:
+                continue
+            nodes, vectors = linalg.eigh_tridiagonal(np.array(a), np.array(b[: len(a) - 1]))
+            found.nodes.append(nodes)
+            found.weights.append(vectors[0] ** 2)
+            rounding = torch.finfo(self.current.dtype).eps * abs(nodes).max()
+            found.residuals.append(np.maximum(abs(b[len(a) - 1] * vectors[-1]), rounding))
+        return found
+
+
+def orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
+    """`vector` (size,) without its components along the orthonormal rows of `basis`; repeated when it shrank by half or more."""
+    before = torch.linalg.vector_norm(vector)
+    vector = vector - basis.mT @ (basis @ vector)
+    if torch.linalg.vector_norm(vector) < 0.5 * before:
+        vector = vector - basis.mT @ (basis @ vector)
+    return vector
+
+
+def pooled(quadratures: list[Quadrature]) -> Quadrature:
+    """The probes of several runs together."""
+    made = Quadrature()
+    for one in quadratures:
+        made.nodes += one.nodes
+        made.weights += one.weights
+        made.residuals += one.residuals
+    return made
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """An eigenvalue that stands apart and has converged: its value, residual norm, and the number of copies its weight suggests."""
+
+    value: float
+    residual: float
+    copies: float
+
+
+def outliers(quadrature: Quadrature, size: int, limit: int = 40) -> tuple[list[Outlier], tuple[float, float]]:
+    """Resolved eigenvalues at both ends, and the edges of what remains unresolved (the bulk).
+
+    From each end inwards, a node counts when at least half of the probes have one there whose residual norm is below 1 % of
+    its magnitude. `copies` is the mean weight times `size`; it is unbiased but noisy with few probes.
+    """
+    edges, found = [], []
+    scale = max(map(abs, quadrature.extent))
+    for sign in (1.0, -1.0):
+        probes = list(zip(quadrature.nodes, quadrature.weights, quadrature.residuals, strict=True))
+        remaining = [sorted((sign * float(n), float(w), float(r)) for n, w, r in zip(*one, strict=True)) for one in probes]
+        edge = 0.0
+        for _ in range(limit):
+            head = max((rows[-1] for rows in remaining if rows), default=None)
+            if head is None or head[0] <= 0:
+                break
+            edge = head[0]
+            floor = head[0] - max(5e-4 * scale, 2 * min(head[2], 0.01 * head[0]))
+            near = [[row for row in rows if row[0] >= floor] for rows in remaining]
+            sure = [rows for rows in near if rows and min(row[2] for row in rows) <= 0.01 * head[0]]
+            if 2 * len(sure) < len(remaining):
+                break
+            best = min((row for rows in sure for row in rows), key=lambda row: row[2])
+            weight = sum(row[1] for rows in near for row in rows) / len(remaining)
+            found.append(Outlier(sign * best[0], best[2], weight * size))
+            remaining = [rows[: len(rows) - len(gone)] for rows, gone in zip(remaining, near, strict=True)]
+        edges.append(sign * edge)
+    return sorted(found, key=lambda o: -o.value), (edges[1], edges[0])

@@ -1,0 +1,332 @@
+"""One pass over memory per optimizer step: AdamW, LAMB and Lion with fp32, bf16 or 8-bit states.
+
+    m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2
+    AdamW (Loshchilov and Hutter, 2019)   u = (m' / c1) / (sqrt(v' / c2) + eps) + wd p,     p' = p - lr u,   c_i = 1 - b_i^step
+    LAMB (You et al., 2020)               u as AdamW,                                       p' = p - lr |p| / |u| u, per tensor
+    Lion (Chen et al., 2023)              u = sign(b1 m + (1 - b1) g) + wd p,  m' = b2 m + (1 - b2) g
+
+States ("fp32", "bf16", "int8", "fp8") are quantized in groups of 128 with one scale each. int8 keeps m linearly and sqrt(v)
+rounded up, so that no denominator vanishes. fp8 is COAT (Xi et al., 2025): E4M3 after the dynamic range expansion
+|x|^k, k = log R(E4M3) / log R(group), R = largest / smallest magnitude; codes and k are stored. With bf16 parameters a bf16
+compensation buffer (Kahan, 1965) keeps what the last addition lost, so small steps are not rounded away.
+
+>>> p = torch.zeros(300)
+>>> state = new_state(p, "adamw", states="int8")
+>>> optimizer_step(p, torch.ones(300), state, "adamw", lr=0.1, step=1)
+>>> p[:2], state.bytes_per_parameter
+(tensor([-0.1000, -0.1000]), 2.08...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from workbench.instruments import BadInput
+from workbench.kernels.backend import cdiv, jit, narrow, on_device, round_even, tl, use_triton
+from workbench.kernels.registry import Case, Configuration, Kernel
+
+GROUP = 128
+OPTIMIZERS = ("adamw", "lamb", "lion")
+STATES = ("fp32", "bf16", "int8", "fp8")
+#: log2 of the ratio of E4M3's largest (448) to its smallest (2^-9) magnitude.
+_LOG_RANGE = 17.807354922057604
+
+
+@dataclass
+class State:
+    """Moments in their storage type; scales and exponents (groups,) fp32 of the quantized ones; the bf16 compensation."""
+
+    moments: list[torch.Tensor]
+    scales: list[torch.Tensor]
+    exponents: list[torch.Tensor]
+    compensation: torch.Tensor | None
+    states: str
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """All of it, scales and compensation included."""
+        tensors = [*self.moments, *self.scales, *self.exponents, *([] if self.compensation is None else [self.compensation])]
+        return sum(t.numel() * t.element_size() for t in tensors) / max(1, self.moments[0].numel())
+
+
+def new_state(parameter: torch.Tensor, optimizer: str, states: str = "fp32") -> State:
+    """Zero moments for one parameter tensor. bf16 and fp16 parameters get a compensation buffer."""
+    if optimizer not in OPTIMIZERS or states not in STATES:
+        raise BadInput(f"optimizer = {optimizer!r}, states = {states!r}: accepted are {', '.join(OPTIMIZERS)} and {', '.join(STATES)}")
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8, "fp8": torch.uint8}[states]
+    n, device, count = parameter.numel(), parameter.device, 1 if optimizer == "lion" else 2
+    groups = cdiv(n, GROUP) if kind == torch.uint8 else 0
+    moments = [torch.zeros(n, dtype=kind, device=device) for _ in range(count)]
+    if states == "int8":
+        moments[0].fill_(128)
+    small = parameter.dtype != torch.float32
+    return State(
+        moments,
+        [torch.zeros(groups, device=device) for _ in range(count)],
+        [torch.ones(groups if states == "fp8" else 0, device=device) for _ in range(count)],
+        torch.zeros(n, dtype=parameter.dtype, device=device) if small else None,
+        states,
+    )
+
+
+# The reference ---------------------------------------------------------------------------------------------------------
+
+
+def _grouped(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, -x.numel() % GROUP)).view(-1, GROUP)
+
+
+def load_moment(state: State, which: int) -> torch.Tensor:
+    """Moment 0 (m) or 1 (v), decoded, (n,) fp32."""
+    stored, n = state.moments[which], state.moments[which].numel()
+    if state.states in ("fp32", "bf16"):
+        return stored.float()
+    codes, scale = _grouped(stored), state.scales[which][:, None]
+    if state.states == "int8":
+        unit = (codes.float() - 128) / 127 if which == 0 else (codes.float() / 255) ** 2
+        return (unit * scale).flatten()[:n]
+    y = codes.view(torch.float8_e4m3fn).float() / 448
+    power = torch.exp2(torch.log2(y.abs()) / state.exponents[which][:, None])
+    return (torch.copysign(power, y) * scale).flatten()[:n]
+
+
+def store_moment(state: State, which: int, value: torch.Tensor) -> None:
+    """Encode `value` (n,) fp32 into the state."""
+    if state.states in ("fp32", "bf16"):
+        state.moments[which].copy_(value)
+        return
+    groups = _grouped(value)
+    scale = groups.abs().amax(1, keepdim=True)
+    unit = groups / torch.where(scale > 0, scale, 1.0)
+    state.scales[which].copy_(scale[:, 0])
+    if state.states == "int8":
+        codes = torch.round(unit * 127) + 128 if which == 0 else torch.ceil(torch.sqrt(unit) * 255)
+        codes = codes.to(torch.uint8)
+    else:
+        magnitude = unit.abs()
+        least = torch.where(magnitude > 0, magnitude, 1.0).amin(1, keepdim=True)
+        power = torch.clamp(_LOG_RANGE / torch.clamp(-torch.log2(least), min=1e-3), max=8.0)
+        state.exponents[which].copy_(power[:, 0])
+        expanded = torch.where(magnitude > 0, torch.exp2(torch.log2(magnitude) * power), 0.0) * 448
+        codes = torch.copysign(expanded, unit).to(torch.float8_e4m3fn).view(torch.uint8)
+    state.moments[which].copy_(codes.flatten()[: value.numel()])
+
+
+def reference_step(
+    parameter: torch.Tensor, gradient: torch.Tensor, state: State, optimizer: str, lr: float, step: int,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+) -> None:  # fmt: skip
+    """The formulas of this module in plain PyTorch, in place."""
+    g, p = gradient.float().flatten(), parameter.float().flatten()
+    m, (b1, b2) = load_moment(state, 0), betas
+    if optimizer == "lion":
+        update = torch.sign(b1 * m + (1 - b1) * g) + weight_decay * p
+        store_moment(state, 0, b2 * m + (1 - b2) * g)
+    else:
+        m = b1 * m + (1 - b1) * g
+        v = b2 * load_moment(state, 1) + (1 - b2) * (g * g)
+        store_moment(state, 0, m)
+        store_moment(state, 1, v)
+        if optimizer == "lamb":  # the second pass reads the moments back, so the update is what their storage holds
+            m, v = load_moment(state, 0), load_moment(state, 1)
+        update = m / (1 - b1**step) / (torch.sqrt(v / (1 - b2**step)) + eps) + weight_decay * p
+        if optimizer == "lamb":
+            sizes = p.norm(), update.norm()
+            update = update * torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], 1.0)
+    change = -lr * update
+    if state.compensation is not None:
+        change = change + state.compensation.float()
+    new = (p + change).to(parameter.dtype)
+    if state.compensation is not None:
+        state.compensation.copy_(change - (new.float() - p))
+    parameter.copy_(new.view(parameter.shape))
+
+
+# The kernel ------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _load(ptr, scale_ptr, power_ptr, at, group, inside, live, SECOND: tl.constexpr, STATES: tl.constexpr):
+    """Decoded moment (groups, 128). STATES: 0 as stored, 1 int8, 2 fp8 with expansion."""
+    if STATES == 0:
+        return tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
+    code = tl.load(ptr + at, mask=inside, other=128 if STATES == 1 and not SECOND else 0)
+    scale = tl.load(scale_ptr + group, mask=live, other=0.0)[:, None]
+    if STATES == 1:
+        if SECOND:
+            root = tl.div_rn(code.to(tl.float32), 255.0 + tl.zeros_like(code).to(tl.float32))
+            return root * root * scale
+        return tl.div_rn(code.to(tl.float32) - 128.0, 127.0 + tl.zeros_like(code).to(tl.float32)) * scale
+    bits = code.to(tl.int16)
+    y = ((bits & 0x7F) << 7).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    unit = tl.div_rn(y, 448.0 + tl.zeros_like(y))
+    power = tl.load(power_ptr + group, mask=live, other=1.0)[:, None] + tl.zeros_like(y)
+    value = tl.where(unit > 0, tl.exp2(tl.div_rn(tl.log2(tl.where(unit > 0, unit, 1.0)), power)), 0.0) * scale
+    return tl.where((bits & 0x80) != 0, -value, value)
+
+
+@jit
+def _store(ptr, scale_ptr, power_ptr, at, group, inside, live, value, SECOND: tl.constexpr, STATES: tl.constexpr):
+    if STATES == 0:
+        tl.store(ptr + at, narrow(value, ptr.dtype.element_ty), mask=inside)
+    else:
+        value = tl.where(inside, value, 0.0)
+        scale = tl.max(tl.abs(value), 1)
+        tl.store(scale_ptr + group, scale, mask=live)
+        unit = tl.div_rn(value, tl.where(scale > 0, scale, 1.0)[:, None] + tl.zeros_like(value))
+        if STATES == 1:
+            code = tl.ceil(tl.sqrt_rn(unit) * 255.0) if SECOND else round_even(unit * 127.0) + 128.0
+            tl.store(ptr + at, code.to(tl.int32).to(tl.uint8), mask=inside)
+        else:
+            magnitude = tl.abs(unit)
+            least = tl.min(tl.where(magnitude > 0, magnitude, 1.0), 1)
+            spread = tl.maximum(-tl.log2(least), 1e-3)
+            power = tl.minimum(tl.div_rn(17.807354922057604 + tl.zeros_like(spread), spread), 8.0)
+            tl.store(power_ptr + group, power, mask=live)
+            y = tl.where(magnitude > 0, tl.exp2(tl.log2(tl.where(magnitude > 0, magnitude, 1.0)) * power[:, None]), 0.0) * 448.0
+            exponent = tl.maximum(((y.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -6) - 3
+            quantum = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+            y = tl.minimum(round_even(tl.div_rn(y, quantum)) * quantum, 448.0)
+            bits = ((y * 0.00390625).to(tl.float16).to(tl.int16, bitcast=True) >> 7) & 0x7F
+            code = bits | tl.where(unit < 0, 0x80, 0)
+            tl.store(ptr + at, code.to(tl.uint8), mask=inside)
+
+
+@jit
+def _step(p_ptr, g_ptr, m_ptr, v_ptr, ms_ptr, vs_ptr, mk_ptr, vk_ptr, c_ptr, norms_ptr, n, lr, b1, b2, one_b1, one_b2, c1, c2, eps, decay,
+          LION: tl.constexpr, PHASE: tl.constexpr, STATES: tl.constexpr, COMPENSATED: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """PHASE 0: moments and parameters in one pass. LAMB: 1 updates the moments and sums |p|^2 and |u|^2, 2 moves the parameters."""
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    at = group[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = at < n
+    live = group * WIDTH < n
+    p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    m = _load(m_ptr, ms_ptr, mk_ptr, at, group, inside, live, False, STATES)
+    if PHASE < 2:
+        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if LION:
+        direction = b1 * m + one_b1 * g
+        update = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, direction)) + decay * p
+        _store(m_ptr, ms_ptr, mk_ptr, at, group, inside, live, b2 * m + one_b2 * g, False, STATES)
+    else:
+        v = _load(v_ptr, vs_ptr, vk_ptr, at, group, inside, live, True, STATES)
+        if PHASE < 2:
+            m = b1 * m + one_b1 * g
+            v = b2 * v + one_b2 * (g * g)
+            _store(m_ptr, ms_ptr, mk_ptr, at, group, inside, live, m, False, STATES)
+            _store(v_ptr, vs_ptr, vk_ptr, at, group, inside, live, v, True, STATES)
+            if PHASE == 1:
+                tl.debug_barrier()  # what is read back must have been written by all threads of the block
+                m = _load(m_ptr, ms_ptr, mk_ptr, at, group, inside, live, False, STATES)
+                v = _load(v_ptr, vs_ptr, vk_ptr, at, group, inside, live, True, STATES)
+        update = tl.div_rn(tl.div_rn(m, c1 + tl.zeros_like(m)), tl.sqrt_rn(tl.div_rn(v, c2 + tl.zeros_like(v))) + eps) + decay * p
+        update = tl.where(inside, update, 0.0)
+    if PHASE == 1:
+        tl.store(norms_ptr + 2 * tl.program_id(0), tl.sum(tl.sum(p * p, 1), 0))
+        tl.store(norms_ptr + 2 * tl.program_id(0) + 1, tl.sum(tl.sum(update * update, 1), 0))
+    else:
+        if PHASE == 2:
+            update = update * tl.load(norms_ptr)
+        change = -lr * update
+        if COMPENSATED:
+            change += tl.load(c_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        new = narrow(p + change, p_ptr.dtype.element_ty)
+        tl.store(p_ptr + at, new, mask=inside)
+        if COMPENSATED:
+            tl.store(c_ptr + at, narrow(change - (new.to(tl.float32) - p), c_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    parameter: torch.Tensor, gradient: torch.Tensor, state: State, optimizer: str, lr: float, step: int, betas: tuple[float, float], eps: float, decay: float
+) -> None:
+    n = parameter.numel()
+    if not n:
+        return
+    m, b1, b2 = state.moments[0], *betas
+    v = state.moments[-1]
+    scales, powers = (list(x) if x[0].numel() else [m, m] for x in (state.scales, state.exponents))
+    blocks = cdiv(n, 8 * GROUP)
+    norms = torch.empty(2 * blocks, device=parameter.device)
+
+    def run(phase: int, norms: torch.Tensor) -> None:
+        _step[(blocks,)](
+            parameter, gradient, m, v, scales[0], scales[-1], powers[0], powers[-1], parameter if state.compensation is None else state.compensation,
+            norms, n, lr, b1, b2, 1 - b1, 1 - b2, 1 - b1**step, 1 - b2**step, eps, decay, LION=optimizer == "lion", PHASE=phase,
+            STATES={"int8": 1, "fp8": 2}.get(state.states, 0), COMPENSATED=state.compensation is not None, GROUPS=8, WIDTH=GROUP, num_warps=4,
+        )  # fmt: skip
+
+    with on_device(parameter):
+        if optimizer != "lamb":
+            run(0, norms)
+            return
+        run(1, norms)
+        sizes = norms.view(-1, 2).sum(0).sqrt()
+        run(2, torch.where((sizes > 0).all(), sizes[0] / sizes[1], 1.0).view(1))
+
+
+@torch.no_grad()
+def optimizer_step(
+    parameter: torch.Tensor, gradient: torch.Tensor, state: State, optimizer: str, lr: float, step: int,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, backend: str = "auto",
+) -> None:  # fmt: skip
+    """One step on one parameter tensor, in place, state included. `step` counts from 1. No synchronisation with the GPU."""
+    if optimizer not in OPTIMIZERS:
+        raise BadInput(f"optimizer = {optimizer!r}: accepted are {', '.join(OPTIMIZERS)}")
+    if gradient.shape != parameter.shape or step < 1 or lr < 0:
+        raise BadInput(f"gradient {tuple(gradient.shape)}, step = {step}, lr = {lr}: need the parameter's shape {tuple(parameter.shape)}, >= 1 and >= 0")
+    if not parameter.is_contiguous():
+        raise BadInput("parameter: not contiguous in memory; the step is in place over flat memory, so call .contiguous() when you create it")
+    if use_triton("optimizer_step", parameter.numel(), parameter, backend):
+        _launch(parameter, gradient.contiguous(), state, optimizer, lr, step, betas, eps, weight_decay)
+    else:
+        reference_step(parameter, gradient, state, optimizer, lr, step, betas, eps, weight_decay)
+
+
+def _configuration(name: str, kind: str, moment: str, lion: bool, phase: int, states: int) -> Configuration:
+    types = {"p_ptr": f"*{kind}", "g_ptr": f"*{kind}", "m_ptr": f"*{moment}", "v_ptr": f"*{moment}", "c_ptr": f"*{kind}", "norms_ptr": "*fp32"}
+    types |= dict.fromkeys(("ms_ptr", "vs_ptr", "mk_ptr", "vk_ptr"), "*fp32")
+    types |= dict.fromkeys(("lr", "b1", "b2", "one_b1", "one_b2", "c1", "c2", "eps", "decay"), "fp32")
+    constants = {"LION": lion, "PHASE": phase, "STATES": states, "COMPENSATED": kind != "fp32", "GROUPS": 8, "WIDTH": GROUP}
+    return Configuration(name, types, constants)
+
+
+KERNELS = (
+    Kernel(
+        "optimizer_step.step",
+        _step,
+        (
+            _configuration("adamw-fp32", "fp32", "fp32", False, 0, 0),
+            _configuration("adamw-bf16-compensated", "bf16", "bf16", False, 0, 0),
+            _configuration("adamw-bf16-int8", "bf16", "u8", False, 0, 1),
+            _configuration("adamw-bf16-fp8", "bf16", "u8", False, 0, 2),
+            _configuration("lion-bf16-int8", "bf16", "u8", True, 0, 1),
+            _configuration("lamb-fp32-moments", "fp32", "fp32", False, 1, 0),
+            _configuration("lamb-fp32-parameters", "fp32", "fp32", False, 2, 0),
+            _configuration("lamb-bf16-int8-moments", "bf16", "u8", False, 1, 1),
+        ),
+    ),
+)
+
+
+def cases() -> list[Case]:
+    """2^26 parameters against PyTorch's foreach AdamW, fp32."""
+    n = 2**26
+
+    def make(optimizer: str, states: str, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        p, g = torch.randn(2, n, device=device).unbind(0)
+        state = new_state(p, optimizer, states)
+        usual = torch.nn.Parameter(p.clone())
+        usual.grad = g
+        comparator = torch.optim.AdamW([usual], foreach=True)
+        return lambda: optimizer_step(p, g, state, optimizer, 1e-3, 10, backend="triton"), comparator.step
+
+    traffic = {("adamw", "fp32"): 28, ("adamw", "int8"): 16, ("adamw", "fp8"): 16, ("lion", "fp32"): 20, ("lamb", "fp32"): 44}
+    return [
+        Case("optimizer_step", f"{o}, {s} states, 2^26 fp32", n, float(b * n), 20.0 * n, lambda device, o=o, s=s: make(o, s, device),  # type: ignore[misc]
+             comparator="foreach AdamW")
+        for (o, s), b in traffic.items()
+    ]  # fmt: skip

@@ -1,0 +1,111 @@
+"""Progress and Stop: one small object that every long computation is given."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from workbench.instruments import Result
+
+Item = TypeVar("Item")
+
+
+class Progress:
+    """Progress and Stop for anything over a second.
+
+    `track` yields items until they end or `stop` is set; then `partial` is True and the caller keeps what it has.
+    Subclasses draw: override `show(label, done, total)` and, for live figures, `preview(result)`.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.partial = False
+
+    def track(self, items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+        if total is None and hasattr(items, "__len__"):
+            total = len(items)  # type: ignore[arg-type]
+        done = 0
+        self.show(label, done, total)
+        for item in items:
+            if self.stopped:
+                return
+            yield item
+            done += 1
+            self.show(label, done, total)
+
+    @property
+    def stopped(self) -> bool:
+        """True once somebody asked to stop; reading it marks the result as partial."""
+        if self.stop.is_set():
+            self.partial = True
+        return self.partial
+
+    def show(self, label: str, done: int, total: int | None) -> None:
+        """Draw the state; called often, so it must be cheap."""
+
+    def preview(self, result: Result) -> None:
+        """Receive an unfinished result to draw while the run goes on."""
+
+
+class TextProgress(Progress):
+    """tqdm bars in a terminal or a notebook, one per label; in a headless report the text goes to the file named by `WORKBENCH_PROGRESS_FILE`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars: dict[str, Any] = {}
+        self._file = os.environ.get("WORKBENCH_PROGRESS_FILE")
+        self._headless = bool(os.environ.get("WORKBENCH_HEADLESS"))
+        self._drawn = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._last = 0.0
+
+    def show(self, label: str, done: int, total: int | None) -> None:
+        if self._headless:
+            if self._file and (time.monotonic() - self._last > 0.5 or done == total):
+                self._last = time.monotonic()
+                Path(self._file).write_text(f"{label} {done}/{total if total is not None else '?'}\n")
+            return
+        if not self._drawn:
+            return
+        from tqdm.auto import tqdm
+
+        bar = self._bars.get(label)
+        if bar is None or done < bar.n:
+            if bar is not None:
+                bar.close()
+            bar = self._bars[label] = tqdm(total=total, desc=label, leave=False, mininterval=0.3)
+        bar.update(done - bar.n)
+        if total is not None and done >= total:
+            bar.close()
+            del self._bars[label]
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()
+        self._bars.clear()
+
+
+@contextlib.contextmanager
+def interrupt_stops(progress: Progress) -> Iterator[None]:
+    """First Ctrl-C asks for a clean stop; the second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if progress.stop.is_set():
+            raise KeyboardInterrupt
+        progress.stop.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,126 @@
+"""What saliencies and compensations ask of the data, measured once when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.instruments import Progress
+from workbench.pruning import fisher
+from workbench.statistics import InputMoments, StackedGradients, example_gradients, gradient_factors, second_moments
+from workbench.statistics.factors import bytes_per_example
+from workbench.subjects import Layer, Subject
+
+FACTOR_BYTES = 2 << 30  # gradients of as many layers as fit are collected in one pass and kept
+
+
+@dataclass
+class Calibration:
+    """Statistics of a subject's weights, as they are when this is made, on its calibration split.
+
+    They are kept with the subject (`Subject.memo`), so a sweep over sparsities measures them once. Everything asked for must
+    be asked before the weights are changed.
+    """
+
+    subject: Subject
+    layers: Sequence[Layer]
+    split: str = "calibration"
+    examples: int = 128
+    gradients: int = 256
+    damp: float = 0.01
+    block: int = 50
+    seed: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.store: dict[Any, Any] = self.subject.memo(("pruning calibration", self.split, self.names), dict)
+
+    def remember(self, key: tuple[Any, ...], compute: Any) -> Any:
+        if key in self.store:
+            return self.store[key]
+        found = compute()
+        if not self.progress.stopped:  # what a stop has cut short is not kept for the next run
+            self.store[key] = found
+        return found
+
+    def scores(self, saliency: str, pattern: Any, layer: Layer, compute: Callable[[Layer], Tensor]) -> Tensor:
+        """A layer's saliencies, kept like every other statistic: they do not depend on the sparsity asked for."""
+        key = ("scores", saliency, repr(pattern), self.examples, self.gradients, self.damp, self.block, self.seed, layer.name)
+        return self.remember(key, lambda: compute(layer))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def moments(self) -> dict[str, InputMoments]:
+        """Input second moments of every layer."""
+        return self.remember(("moments", self.examples), lambda: second_moments(self.subject, self.layers, self.split, self.examples, progress=self.progress))
+
+    def gram(self, layer: Layer) -> Tensor:
+        """(experts, in, in) mean of x x^T over the tokens; the mean over all experts' tokens for an expert that saw fewer than 2."""
+        moments = self.moments[layer.name]
+        assert moments.gram is not None
+        tokens = moments.tokens.reshape(-1, 1, 1)
+        pooled = moments.gram.sum(0) / tokens.sum().clamp_min(1)
+        return torch.where(tokens >= 2, moments.gram / tokens.clamp_min(1), pooled)
+
+    def norm(self, layer: Layer) -> Tensor:
+        """(experts, in) root mean square of each input feature."""
+        moments = self.moments[layer.name]
+        return (moments.square / moments.tokens.reshape(-1, 1).clamp_min(1)).sqrt()
+
+    def mean(self, layer: Layer) -> Tensor:
+        """(experts, in) mean input."""
+        moments = self.moments[layer.name]
+        return moments.total / moments.tokens.reshape(-1, 1).clamp_min(1)
+
+    def variance(self, layer: Layer) -> Tensor:
+        """(experts, in) variance of each input feature over the tokens."""
+        return (self.norm(layer).square() - self.mean(layer).square()).clamp_min(0)
+
+    def groups(self) -> list[list[Layer]]:
+        """Layers whose gradient factors are collected in one pass over the data."""
+        made: list[list[Layer]] = []
+        size = 0
+        for layer in self.layers:
+            mine = self.gradients * bytes_per_example(self.subject, [layer], self.split, torch.bfloat16)
+            if not made or size + mine > FACTOR_BYTES or (len(layer.shape) == 3) != (len(made[-1][0].shape) == 3):
+                made.append([])
+                size = 0
+            made[-1].append(layer)
+            size += mine
+        return made
+
+    def collect(self, layers: Sequence[Layer]) -> dict[str, fisher.Gradients]:
+        """Per-example gradients of some layers; mini-batches of one example for stacked experts."""
+        if len(layers[0].shape) == 3:
+            rows = list(example_gradients(self.subject, layers, self.split, self.gradients, 1, self.progress))
+            return {layer.name: StackedGradients(torch.stack([r[i].flatten(0, 1) for r in rows])) for i, layer in enumerate(layers)}
+        # bfloat16 halves the store; its rounding is far below the sampling noise of a few hundred gradients.
+        return dict(gradient_factors(self.subject, layers, self.split, self.gradients, dtype=torch.bfloat16, progress=self.progress))
+
+    def factors(self, layer: Layer) -> fisher.Gradients:
+        """The gradients of one layer; neighbours that fit in memory come with it."""
+        groups = self.groups()
+        group = next(g for g in groups if layer.name in [other.name for other in g])
+        key = ("gradients", self.gradients, group[0].name)
+        if len(groups) > 1 and key not in self.store:  # too much to keep it all
+            for other in [k for k in self.store if k[0] == "gradients"]:
+                del self.store[other]
+        return self.remember(key, lambda: self.collect(group))[layer.name]
+
+    def absolute_damp(self) -> float:
+        """The Fisher's damp: `damp` times the mean of its diagonal over all layers."""
+        weights = sum(layer.original.numel() for layer in self.layers)
+        trace = self.remember(("trace", self.gradients), lambda: sum(self.factors(a).square_sum() / self.factors(a).examples for a in self.layers))
+        return max(self.damp * trace / weights, 1e-30)
+
+
+def rows_of(weight: Tensor) -> Tensor:
+    """(..., out, in) -> (all rows, in)."""
+    return weight.reshape(-1, weight.shape[-1])

@@ -1,0 +1,121 @@
+"""Optimal brain surgery on a layer's outputs: SparseGPT (Frantar and Alistarh 2023) and least squares on the inputs.
+
+The loss is the squared change of a layer's outputs on calibration inputs, ||(W - W') X||^2, whose Hessian is the same for
+every output row: H = X X^T (the factor 2 changes nothing).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workbench.instruments import BadInput
+from workbench.pruning.patterns import NM, smallest
+
+
+def damped(gram: Tensor, damp: float) -> Tensor:
+    """H + damp x mean diagonal; a dead input (a zero diagonal) gets that mean, so that H stays invertible."""
+    gram = gram.clone()
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    if float(mean) <= 0:
+        raise BadInput("calibration: every input of a layer is zero; give calibration data the layer reacts to")
+    dead = diagonal == 0
+    diagonal += damp * mean
+    diagonal[dead] = mean
+    return gram
+
+
+def inverse_factor(gram: Tensor, damp: float) -> Tensor:
+    """U upper triangular with H^-1 = U^T U. Raises `BadInput` naming the damp when H does not factorise."""
+    hessian = damped(gram, damp)
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if int(failed):
+        raise BadInput(f"damp: {damp:g} is too small for the calibration Hessian to factorise; raise it (damp-doctor finds the smallest that works)")
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if int(failed):
+        raise BadInput(f"damp: {damp:g} leaves the Hessian's inverse indefinite in float32; raise it (damp-doctor finds the smallest that works)")
+    return upper
+
+
+def static_saliency(weight: Tensor, gram: Tensor, damp: float) -> Tensor:
+    """w^2 / (2 [H^-1]_jj) for every weight: the OBS cost of removing it alone (Hassibi and Stork 1993)."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp)))
+    return weight.square() / (2 * inverse.diagonal())
+
+
+def sweep(weight: Tensor, gram: Tensor, damp: float, *, mask: Tensor | None = None, sparsity: float = 0.0, pattern: NM | None = None,
+          removed: Tensor | None = None, block: int = 128, inner: int = 32) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One pass over the columns from left to right: remove, and let the columns to the right absorb the error.
+
+    weight (out, in), gram (in, in). With `mask` (True = keep) the removals are fixed; otherwise they are chosen on the way:
+    for N:M when a group is reached, else the `sparsity` share of smallest w^2 / U_jj^2 of every block of columns, where U_jj is
+    the factor's diagonal, the inverse Hessian of what is still to come (SparseGPT, algorithm 1). `removed` marks weights that are
+    already gone and stay so. Returns (new weight, mask). The result does not depend on `inner`, which only sizes matrix products.
+    """
+    upper = inverse_factor(gram, damp)
+    out, width = weight.shape
+    weight = weight.clone()
+    keep = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.clone()
+    diagonal = upper.diagonal()
+    block = min(block, width)
+    if pattern is not None:
+        block, inner = block // pattern.of * pattern.of or pattern.of, max(inner // pattern.of, 1) * pattern.of
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        if mask is None and pattern is None:
+            cost = weight[:, start:stop].square() / diagonal[start:stop].square()
+            if removed is not None:
+                cost.masked_fill_(removed[:, start:stop], -1)
+            keep[:, start:stop] = ~smallest(cost.flatten(), round(sparsity * cost.numel())).reshape(cost.shape)
+        errors = torch.empty(out, stop - start, device=weight.device, dtype=weight.dtype)
+        for first in range(start, stop, inner):
+            last = min(first + inner, stop)
+            for j in range(first, last):
+                if mask is None and pattern is not None and j % pattern.of == 0:
+                    end = min(j + pattern.of, width)
+                    cost = weight[:, j:end].square() / diagonal[j:end].square()
+                    drop = (end - j) * (pattern.of - pattern.keep) // pattern.of
+                    keep[:, j:end] = ~smallest(cost, drop)
+                error = torch.where(keep[:, j], 0, weight[:, j]) / diagonal[j]
+                errors[:, j - start] = error
+                if j + 1 < last:
+                    weight[:, j + 1 : last].addr_(error, upper[j, j + 1 : last], alpha=-1)
+            if last < stop:
+                weight[:, last:stop].addmm_(errors[:, first - start : last - start], upper[first:last, last:stop], alpha=-1)
+        if stop < width:
+            weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    return weight * keep, keep
+
+
+def least_squares(weight: Tensor, gram: Tensor, mask: Tensor, damp: float, iterations: int = 200, tolerance: float = 1e-6) -> Tensor:
+    """The masked weight nearest to the dense layer's outputs: min_V ||(W - V) X||^2 with V = 0 outside the mask, row by row.
+
+    Conjugate gradients on M * (V H) = M * (W H), all rows at once, preconditioned by the diagonal of H; the start is the
+    masked weight, so the error never grows. Stops when every row's residual has fallen by `tolerance`.
+    """
+    hessian = damped(gram, damp)
+    keep = mask.to(weight.dtype)
+    scale = 1 / hessian.diagonal()
+    solution = weight * keep
+    residual = keep * ((weight - solution) @ hessian)
+    first = residual.norm(dim=-1, keepdim=True)
+    z = residual * scale
+    direction, rz = z, (residual * z).sum(-1, keepdim=True)
+    for _ in range(iterations):
+        if bool((residual.norm(dim=-1, keepdim=True) <= tolerance * first).all()):
+            break
+        product = keep * (direction @ hessian)
+        step = rz / (direction * product).sum(-1, keepdim=True).clamp_min(1e-38)
+        solution = solution + step * direction
+        residual = residual - step * product
+        z = residual * scale
+        new = (residual * z).sum(-1, keepdim=True)
+        direction, rz = z + new / rz.clamp_min(1e-38) * direction, new
+    return solution
+
+
+def output_error(delta: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """||delta X||^2 / ||W X||^2 from the inputs' second moment (in, in)."""
+    whole = float(((weight @ gram) * weight).sum())
+    return float(((delta @ gram) * delta).sum()) / whole if whole > 0 else 0.0

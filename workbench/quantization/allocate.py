@@ -1,0 +1,180 @@
+"""Allocate: choose every layer's width by an integer program over measured sensitivities, quantize, and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.quantization.allocation import Allocation, allocate, front
+from workbench.quantization.quantize import Quantize, choices
+from workbench.quantization.sensitivity import alone, candidates, measured_alone, traces
+from workbench.subjects import Layer, Subject
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Costs = NDArray[np.float64]  # (layers, widths)
+
+
+class AllocateResult(Result):
+    """The Pareto front, the chosen widths and the compared strategies."""
+
+    def figure(self, view: str = "front", **more: Any) -> go.Figure:
+        from workbench.figures import figure, line, points
+
+        assert self.tables is not None
+        if view == "widths":
+            fig = figure("Width of each layer", "layer", "bits")
+            for index, (name, part) in enumerate(self.tables["widths"].groupby("strategy", sort=False)):
+                line(fig, part["layer"].to_numpy(), part["width"].to_numpy(), str(name), mode="lines+markers", index=index)
+            return fig
+        if view == "strategies":
+            fig = figure("Loss at one size", "strategy", "test loss (nats)")
+            points(fig, self.table["strategy"].to_numpy(), self.table["loss"].to_numpy(), "measured")
+            return fig
+        fig = figure("Predicted cost of the best allocation for each size", "average bits of the codes", "predicted loss change (nats)", yaxis_type="log")
+        found = self.tables["front"]
+        line(fig, found["average_bits"].to_numpy(), found["cost"].to_numpy(), "optimum of the integer program")
+        points(fig, self.table["code_bits"].to_numpy(), self.table["cost"].to_numpy(), "strategies", text=list(self.table["strategy"]))
+        return fig
+
+    def view_model(self) -> type[BaseModel] | None:
+        return choices("AllocateView", view=("front", "widths", "strategies"))
+
+    def widths_for(self, average_bits: float) -> dict[str, int]:
+        """layer -> width on the front's point of at most `average_bits`: what `Quantize(layer_bits=...)` takes."""
+        assert self.tables is not None
+        table = self.tables["front"]
+        fitting = table[table["average_bits"] <= average_bits + 1e-9]
+        if fitting.empty:
+            raise BadInput(f"average_bits: {average_bits:g} is below the smallest allocation, {table['average_bits'].min():g}")
+        chosen = fitting.iloc[-1]
+        return {name: int(chosen[name]) for name in table.columns if name not in ("average_bits", "cost", "bound")}
+
+
+class Allocate(SubjectInstrument):
+    """Give each layer its width: sensitivities -> integer program -> quantized subject, against uniform, random and reversed allocations."""
+
+    changes_model: ClassVar[bool] = True
+
+    layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
+    budget: float = parameter(3.0, "average width of the codes, over weights", ge=1, le=8, unit="bits", step=0.25)
+    widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
+    sensitivity: Literal["curvature", "trace", "output", "measured"] = parameter(
+        "curvature", "a width's cost: 1/2 d.Hd of its rounding error d; mean Hessian trace x |d|^2 (HAWQ-V2); output error; or the measured loss change")
+    symmetric: bool = parameter(True, "integers symmetric about zero")
+    group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
+    range: Literal["auto", "minmax", "mse"] = parameter("mse", "how scales are found")
+    rounding: Literal["nearest", "gptq"] = parameter("nearest", "how weights are put on the grid")
+    examples: int = parameter(64, "calibration examples of the inputs' second moments", ge=1, unit="examples")
+    predict_examples: int = parameter(16, "calibration examples of the sensitivities", ge=1, unit="examples")
+    probes: int = parameter(4, "random probes of the trace", ge=2, le=1000)
+    draws: int = parameter(3, "random allocations to compare with (0: compare with none at all)", ge=0, le=50)
+    test_examples: int = parameter(1024, "test examples at most", ge=1, unit="examples")
+
+    @classmethod
+    def result_class(cls) -> type[Result]:
+        return AllocateResult
+
+    def quantizer(self, **fields: Any) -> Quantize:
+        return Quantize(layers=self.layers, symmetric=self.symmetric, group_size=self.group_size, range=self.range, rounding=self.rounding,
+                        examples=self.examples, predict_examples=0, test_examples=self.test_examples, seed=self.seed, **fields)  # fmt: skip
+
+    def check(self, on: Subject) -> None:
+        if not min(self.widths) <= self.budget <= max(self.widths):
+            raise BadInput(f"budget: {self.budget:g} bits lies outside the widths {self.widths}; ask for something between them")
+        if len(set(self.widths)) != len(self.widths):
+            raise BadInput(f"widths: {self.widths} repeats a width")
+        for width in self.widths:
+            self.quantizer(bits=width).check(on)
+
+    def _run(self, on: Subject, progress: Progress) -> Result:
+        layers = on.layers(self.layers)
+        widths = sorted(self.widths)
+        cost, errors = self._costs(on, layers, widths, progress)
+        weights = np.array([np.prod(layer.shape) for layer in layers], dtype=float)
+        size = weights[:, None] * np.array(widths)[None]
+        budget = self.budget * weights.sum() * (1 + 1e-12)
+        best = allocate(cost, size, budget)
+        plans = {"integer program": best} | self._rivals(cost, size, budget, widths, weights)
+        rows, chosen, subject = [], [], None
+        dense = on.memo(("evaluate", "test", self.test_examples), lambda: on.evaluate("test", limit=self.test_examples))
+        for name, plan in progress.track(list(plans.items()), "strategies"):
+            bits = {layer.name: widths[k] for layer, k in zip(layers, plan.choice, strict=True)}
+            copy = on if name == "integer program" and len(plans) == 1 else on.copy()
+            result = self.quantizer(layer_bits=bits)._run(copy, Progress())
+            subject = result.subject if name == "integer program" else subject
+            own = float(cost[np.arange(len(layers)), plan.choice].sum())
+            code_bits = plan.size / weights.sum()
+            facts = result.facts
+            rows.append({"strategy": name, "code_bits": code_bits, "average_bits": facts["average_bits"], "cost": own, "loss": facts["loss"],
+                         "change": facts["loss"] - dense["loss"]} | {k: v for k, v in facts.items() if k in ("accuracy", "perplexity")})  # fmt: skip
+            chosen += [{"strategy": name, "layer": layer, "width": width} for layer, width in bits.items()]
+        table = pd.DataFrame(rows)
+        frontier = pd.DataFrame([{"average_bits": a.size / weights.sum(), "cost": a.cost, "bound": a.bound}
+                                 | {layer.name: widths[k] for layer, k in zip(layers, a.choice, strict=True)} for a in front(cost, size)])  # fmt: skip
+        first = table.iloc[0]
+        facts = {"dense_loss": dense["loss"]} | {k: float(first[k]) for k in ("loss", "average_bits", "code_bits")}
+        facts |= {"predicted_change": best.cost, "proven_bound": best.bound}
+        for name in ("uniform", "random", "reversed"):
+            part = table[table["strategy"].str.startswith(name)]
+            if len(part):
+                facts[f"{name}_loss"] = float(part["loss"].mean())
+        return self.result(table, facts, tables={"front": frontier, "widths": pd.DataFrame(chosen), "sensitivity": errors}, subject=subject)
+
+    def _costs(self, on: Subject, layers: Sequence[Layer], widths: list[int], progress: Progress) -> tuple[Costs, pd.DataFrame]:
+        rows, deltas = candidates(on, layers, [self.quantizer(bits=w) for w in widths], self.examples, progress)
+        table = pd.DataFrame([row for layer in layers for row in rows[layer.name]])
+        if self.sensitivity == "trace":
+            generator = torch.Generator().manual_seed(self.seed)
+            found = traces(on, layers, self.probes, self.predict_examples, generator, progress=progress)
+            table["trace"] = [found[name][0] for name in table["layer"]]
+            table["trace_error"] = [found[name][1] for name in table["layer"]]
+            squares = [float(d.float().square().sum()) for layer in layers for d in deltas[layer.name]]
+            table["cost"] = 0.5 * table["trace"].clip(lower=0) / table["weights"] * squares
+        elif self.sensitivity == "output":
+            table["cost"] = table["output_error"]
+        elif self.sensitivity == "measured":
+            before = on.evaluate("calibration", batch_size=8, limit=self.predict_examples)["loss"]
+            table["cost"] = [change for layer in progress.track(layers, "measuring each layer")
+                             for change in measured_alone(on, layer, deltas[layer.name], before, "calibration", self.predict_examples)]  # fmt: skip
+        else:
+            predicted = alone(on, layers, deltas, examples=self.predict_examples, progress=progress)
+            table["cost"] = [max(second, 0.0) for layer in layers for _, second in predicted[layer.name]]
+        return table["cost"].to_numpy().reshape(len(layers), len(widths)), table
+
+    def _rivals(self, cost: Costs, size: Costs, budget: float, widths: list[int], weights: NDArray[np.float64]) -> dict[str, Allocation]:
+        """Allocations of the same size that do not know, or turn around, which layer is sensitive."""
+        if not self.draws:
+            return {}
+        rows = np.arange(len(cost))
+        plans = {"uniform": uniform_plan(cost, size, budget, widths)}
+        order = np.argsort(cost.mean(1))
+        backwards = np.empty_like(cost)
+        backwards[order] = cost[order[::-1]]
+        random = np.random.default_rng(self.seed)
+        rivals = {"reversed": backwards} | {f"random {k}": cost[random.permutation(len(cost))] for k in range(self.draws)}
+        for name, changed in rivals.items():
+            plan = allocate(changed, size, budget)
+            plans[name] = Allocation(plan.choice, float(cost[rows, plan.choice].sum()), plan.size, -np.inf)
+        return plans
+
+
+def uniform_plan(cost: Costs, size: Costs, budget: float, widths: list[int]) -> Allocation:
+    """The widest width that fits for every layer; what is left over widens layers from the first on."""
+    fitting = [k for k in range(len(widths)) if size[:, k].sum() <= budget]
+    choice = np.full(len(cost), fitting[-1], dtype=np.int64)
+    rows = np.arange(len(cost))
+    for layer in rows:
+        trial = choice.copy()
+        trial[layer] = min(fitting[-1] + 1, len(widths) - 1)
+        if size[rows, trial].sum() <= budget:
+            choice = trial
+    return Allocation(choice, float(cost[rows, choice].sum()), float(size[rows, choice].sum()), -np.inf)

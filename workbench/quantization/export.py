@@ -1,0 +1,193 @@
+"""Quantized subjects for other programs: compressed-tensors checkpoints (transformers, vLLM) and ONNX files (ONNX Runtime).
+
+Values are carried over exactly. What a target cannot express is refused by name before anything is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from workbench.instruments import BadInput, replacing
+from workbench.quantization.activations import ActivationQuant
+from workbench.quantization.fake_quant import FakeQuant
+from workbench.quantization.grid import Grid
+from workbench.quantization.packing import quantizer_of
+from workbench.subjects import Layer, Subject
+from workbench.subjects.changes import bake
+
+
+def quantized_layers(subject: Subject) -> list[Layer]:
+    found = [layer for layer in subject.layers("*") if any(isinstance(c, FakeQuant) for c in layer.changes)]
+    if not found:
+        raise BadInput("subject: no layer is quantized; run quantize first")
+    return found
+
+
+def refuse(layer: Layer, reason: str, target: str) -> None:
+    raise BadInput(f"{target}: {layer.name} {reason}, which {target} cannot express")
+
+
+def check_exportable(layers: Sequence[Layer], target: str, formats: tuple[str, ...]) -> None:
+    for layer in layers:
+        grid = quantizer_of(layer).grid
+        name = grid.format.name
+        if not name.startswith(formats):
+            refuse(layer, f"has the format {name} (it takes {', '.join(formats)})", target)
+        if len(layer.shape) == 3:
+            refuse(layer, "is a stack of experts", target)
+        if grid.transform is not None:
+            refuse(layer, "is rounded in the coordinates of an online transform", target)
+        if grid.zero is not None and not bool((grid.zero == grid.zero.round()).all()):
+            refuse(layer, "has zero points that are no integers", target)
+        if layer.shape[-1] % grid.group:
+            refuse(layer, f"has {layer.shape[-1]} inputs, no multiple of its group of {grid.group}", target)
+        if any(isinstance(c, ActivationQuant) for c in layer.changes):
+            refuse(layer, "rounds activations in a way of this workbench's own", target)
+
+
+def to_compressed_tensors(subject: Subject, folder: str | os.PathLike[str]) -> Path:
+    """Write a checkpoint that `transformers` and vLLM open: packed int2..int8, or FP8 E4M3 with tensor or channel scales.
+
+    `BadInput` for anything else, by layer. Needs the package `compressed-tensors` (extra `export`).
+    """
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+
+    if not hasattr(subject.model, "save_pretrained"):
+        raise BadInput("subject: only a transformers model can be written as a compressed-tensors checkpoint")
+    layers = quantized_layers(subject)
+    check_exportable(layers, "compressed-tensors", ("int", "uint", "e4m3fn"))
+    groups: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        grid = quantizer_of(layer).grid
+        if layer.transposed:
+            refuse(layer, "is a transposed Conv1D", "compressed-tensors")
+        arguments = scheme_of(layer, grid)
+        # Packed zero points do not survive loading (their placeholder is made unpacked), so affine integers take a byte each.
+        storage = "float-quantized" if arguments["type"] == "float" else ("pack-quantized" if arguments["symmetric"] else "naive-quantized")
+        group = groups.setdefault(json.dumps(arguments, sort_keys=True), {"targets": [], "weights": arguments, "format": storage})
+        group["targets"].append("re:" + layer.name.replace(".", "[.]") + "$")
+    formats = sorted({g["format"] for g in groups.values()})
+    config = QuantizationConfig(config_groups={f"group_{i}": g for i, g in enumerate(groups.values())}, ignore=[],
+                                format=formats[0] if len(formats) == 1 else "mixed-precision",
+                                quantization_status=QuantizationStatus.FROZEN)  # fmt: skip
+    grids = {layer.name: quantizer_of(layer).grid for layer in layers}
+    model = bake(copy.deepcopy(subject.model)).cpu().eval()
+    apply_quantization_config(model, config, run_compressed=False)
+    for name, grid in grids.items():
+        fill_parameters(model.get_submodule(name), grid)
+    compressor = ModelCompressor(quantization_config=config)
+    compressor.compress_model(model)
+    with replacing(Path(folder)) as draft:
+        model.save_pretrained(draft, safe_serialization=True)
+        compressor.update_config(str(draft))
+        if subject.tokenizer is not None and hasattr(subject.tokenizer, "save_pretrained"):
+            subject.tokenizer.save_pretrained(draft)
+    return Path(folder)
+
+
+def scheme_of(layer: Layer, grid: Grid) -> dict[str, Any]:
+    """compressed-tensors' description of a grid."""
+    out, width = layer.shape
+    whole = grid.scale.numel() == 1 and out > 1
+    strategy = "tensor" if whole else ("channel" if grid.group == width else "group")
+    real = grid.format.name == "e4m3fn"
+    if real and strategy == "group":
+        refuse(layer, "has E4M3 values with group scales", "compressed-tensors")
+    if strategy == "tensor" and not real:
+        # Packed zero points exist for channels and groups only, so one scale is written for every channel.
+        strategy = "channel"
+    return {"num_bits": 8 if real else grid.format.element.bits, "type": "float" if real else "int", "symmetric": grid.zero is None, "strategy": strategy,
+            "group_size": grid.group if strategy == "group" else None, "dynamic": False}  # fmt: skip
+
+
+def fill_parameters(module: nn.Module, grid: Grid) -> None:
+    """Put our scales and zero points where compressed-tensors looks for them; its codes are signed, so zero points shift by half the range."""
+    scale: Tensor = module.weight_scale  # type: ignore[assignment]
+    with torch.no_grad():
+        scale.copy_(grid.scale.cpu().expand(scale.shape) if scale.ndim == 2 else grid.scale.cpu().reshape(scale.shape))
+        if grid.zero is not None:
+            zero: Tensor = module.weight_zero_point  # type: ignore[assignment]
+            zero.copy_((grid.zero.cpu() - 2 ** (grid.format.element.bits - 1)).expand(zero.shape).to(zero.dtype))
+
+
+def to_onnx(subject: Subject, file: str | os.PathLike[str]) -> Path:
+    """Write an ONNX file whose quantized weights are 8-bit integers with `DequantizeLinear` (opset 21: one scale a tensor, channel or group).
+
+    Inputs are the task's columns, with a free batch size. Needs the packages `onnx` and `onnxscript` (extra `export`).
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    layers = quantized_layers(subject)
+    check_exportable(layers, "onnx", ("int", "uint"))
+    grids = {layer.name: quantizer_of(layer).grid for layer in layers}
+    codes = {layer.name: grids[layer.name].codes(layer.weight.detach()) for layer in layers}
+    model = bake(copy.deepcopy(subject.model)).cpu().eval()
+    batch = {k: v.cpu() for k, v in next(subject.batches("calibration", 2)).items()}
+    if len(next(iter(batch.values()))) < 2:
+        batch = {k: torch.cat([v, v]) for k, v in batch.items()}
+    wrapped = Outputs(subject, model, list(subject.task.inputs(batch))).eval()
+    with replacing(Path(file)) as draft:
+        arguments = tuple(subject.task.inputs(batch).values())
+        free = torch.export.Dim("batch", min=1)
+        program = torch.onnx.export(wrapped, arguments, dynamo=True, optimize=False, opset_version=21, verbose=False, input_names=wrapped.names,
+                                    output_names=["output"], dynamic_shapes=(tuple({0: free} for _ in arguments),))  # fmt: skip
+        assert program is not None
+        graph = program.model_proto
+        known = {i.name: i for i in graph.graph.initializer}
+        for layer in layers:
+            name = f"model.{layer.name}.{layer.tensor}"
+            if name not in known:
+                raise BadInput(f"onnx: the exporter changed {layer.name} beyond recognition; export the dense model instead")
+            integers, scale, zero, attributes = dequantize_inputs(layer, grids[layer.name], codes[layer.name])
+            graph.graph.initializer.remove(known[name])
+            parts = {"codes": integers, "scale": scale, "zero": zero}
+            graph.graph.initializer.extend([numpy_helper.from_array(v, f"{name}.{k}") for k, v in parts.items()])
+            node = onnx.helper.make_node("DequantizeLinear", [f"{name}.{k}" for k in parts], [name], name=f"{name}.dequantize", **attributes)
+            graph.graph.node.insert(0, node)
+        onnx.checker.check_model(graph)
+        onnx.save(graph, str(draft))
+    return Path(file)
+
+
+class Outputs(nn.Module):
+    """The model as a function of plain tensors that returns the task's output."""
+
+    def __init__(self, subject: Subject, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.task, self.names = model, subject.task, names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.task.output(self.model, dict(zip(self.names, values, strict=True)))
+
+
+def dequantize_inputs(layer: Layer, grid: Grid, codes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    """(codes, scales, zero points, attributes) of `DequantizeLinear` for a weight in the module's own orientation."""
+    signed = grid.zero is None
+    half = 2 ** (grid.format.element.bits - 1)
+    integers = (((codes + half) % (2 * half)) - half if signed else codes).cpu()
+    zero = torch.zeros_like(grid.scale) if grid.zero is None else grid.zero
+    scale, zero = grid.scale.cpu(), zero.cpu()
+    kind = np.int8 if signed else np.uint8
+    attributes: dict[str, Any] = {}
+    if scale.numel() == 1:
+        scale, zero = scale.reshape(()), zero.reshape(())
+    elif scale.shape[-1] == 1:
+        scale, zero, attributes = scale[:, 0], zero[:, 0], {"axis": 1 if layer.transposed else 0}
+    else:
+        attributes = {"axis": 0 if layer.transposed else 1, "block_size": grid.group}
+        scale, zero = (t.T if layer.transposed else t for t in (scale, zero))
+    if layer.transposed:
+        integers = integers.T
+    return (np.ascontiguousarray(integers.numpy().astype(kind)), np.ascontiguousarray(scale.numpy().astype(np.float32)),
+            np.ascontiguousarray(zero.numpy().astype(kind)), attributes)  # fmt: skip

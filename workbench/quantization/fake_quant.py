@@ -1,0 +1,63 @@
+"""The change that keeps a weight on its grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.quantization.formats import named
+from workbench.quantization.grid import Grid
+from workbench.quantization.transforms import Transform
+from workbench.subjects.changes import Change
+
+
+class FakeQuant(Change):
+    """Rounds a weight to the nearest value of a stored grid.
+
+    Values that are already on the grid stay as they are, so roundings other than nearest (GPTQ, AdaRound, ...) write their
+    choice into the weight underneath and this keeps it there. In training the gradient passes straight through, and is
+    zero where the weight lies outside the grid's range (Bengio et al. 2013).
+    """
+
+    order = 50
+    scale: Tensor
+    zero: Tensor | None
+    smooth: Tensor | None
+    signs: Tensor | None
+
+    def __init__(self, scale: Tensor, zero: Tensor | None = None, smooth: Tensor | None = None, signs: Tensor | None = None, *,
+                 format: str, group: int, block: int = 0) -> None:  # fmt: skip
+        super().__init__()
+        self.register_buffer("scale", scale.float())  # (..., out or 1, groups)
+        self.register_buffer("zero", None if zero is None else zero.float())
+        self.register_buffer("smooth", smooth)  # (..., in) and (in,): the transform in whose coordinates the grid lies
+        self.register_buffer("signs", signs)
+        self.format, self.group, self.block = format, group, block
+
+    @classmethod
+    def of(cls, grid: Grid) -> FakeQuant:
+        transform = grid.transform or Transform()
+        return cls(grid.scale, grid.zero, transform.scale, transform.signs, format=grid.format.name, group=grid.group, block=transform.block)
+
+    @property
+    def grid(self) -> Grid:
+        transform = None if self.smooth is None and self.signs is None else Transform(self.smooth, self.signs, self.block)
+        return Grid(named(self.format), self.scale, self.zero, self.group, transform)
+
+    def change(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            rounded = self.grid.round(weight)
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return rounded
+        grid = self.grid
+        moved = weight if grid.transform is None else grid.transform.weight(weight)
+        low, high = (bound.to(weight.dtype) for bound in grid.bounds(weight.shape[-1]))
+        inside = torch.minimum(torch.maximum(moved, low), high)
+        if grid.transform is not None:
+            inside = grid.transform.weight_back(inside)
+        return inside + (rounded - inside).detach()
+
+    def config(self) -> dict[str, Any]:
+        return {"format": self.format, "group": self.group, "block": self.block}

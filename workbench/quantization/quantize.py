@@ -1,0 +1,323 @@
+"""Quantize: put layers on a number format, and see what that costs beside what curvature predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import pandas as pd
+import torch
+from pydantic import BaseModel, Field, create_model
+from torch import Tensor
+
+from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.quantization.activations import (
+    KEY_VALUE,
+    InputRanges,
+    KeyValueQuant,
+    activation_format,
+    head_size,
+    input_ranges,
+    key_value_layers,
+    quantize_activations,  # fmt: skip
+)
+from workbench.quantization.blockwise import reconstruct
+from workbench.quantization.fake_quant import FakeQuant
+from workbench.quantization.formats import Format, named
+from workbench.quantization.grid import Grid, group_of
+from workbench.quantization.learned import LEARNED
+from workbench.quantization.prefix import block_calls, grouped, paired_moments, target
+from workbench.quantization.rounding import ROUNDINGS, Factors, Problem
+from workbench.quantization.transforms import in_coordinates
+from workbench.statistics import InputMoments, second_moments
+from workbench.subjects import Layer, Subject
+from workbench.subjects.changes import Mask
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+def choices(name: str, **fields: tuple[str, ...]) -> type[BaseModel]:
+    """A pydantic model with one choice a field, the first being the default: the view settings of a result."""
+    return create_model(name, **{k: (Literal[v], Field(v[0], description=k)) for k, v in fields.items()})  # type: ignore[call-overload]
+
+
+class QuantizeResult(Result):
+    """Per-layer errors as bars; the quantized model is `.subject`."""
+
+    def figure(self, column: str = "output_error", sort: str = "model order", **view: Any) -> go.Figure:
+        from workbench.figures import figure, line
+
+        table = self.table if sort == "model order" else self.table.sort_values(column, ascending=False)
+        if column == "predicted_change":
+            fig = figure("Predicted loss change of each layer alone", "layer", "nats")
+        else:
+            fig = figure(f"{column.replace('_', ' ')} of each layer", "layer", "dB" if column == "sqnr" else "share of energy",
+                         yaxis_type="linear" if column in ("sqnr", "bits") else "log")  # fmt: skip
+        line(fig, table["layer"].to_numpy(), table[column].to_numpy(), column.replace("_", " "), mode="markers" if len(table) > 1 else None)
+        return fig
+
+    def view_model(self) -> type[BaseModel] | None:
+        columns = tuple(c for c in ("output_error", "weight_error", "sqnr", "bits", "predicted_change") if c in self.table)
+        return choices("QuantizeView", column=columns, sort=("model order", "largest first"))
+
+
+class Quantize(SubjectInstrument):
+    """Put layers on a number format (integer, minifloat, codebook, block format) with a rounding of your choice; returns the quantized subject."""
+
+    changes_model: ClassVar[bool] = True
+    summary_line: ClassVar[str] = "number format x granularity x rounding, with predicted and measured loss"
+
+    layers: str = parameter("blocks", "layers to quantize, comma-separated globs; 'blocks' is every layer inside the repeated blocks")
+    format: str = parameter("int", "number format: int, e4m3fn, e5m2, e2m1, ExMy, bf16, nf4, mxfp4, nvfp4, ternary, binary, fixedW.F, quantileB, ...")
+    bits: int = parameter(4, "width of the integer format", ge=2, le=8, unit="bits")
+    symmetric: bool = parameter(True, "integers symmetric about zero; otherwise with a zero point")
+    granularity: Literal["auto", "tensor", "channel", "group"] = parameter("auto", "what shares a scale; auto: the format's own block, or groups")
+    group_size: int = parameter(64, "weights of a group (in one row)", ge=1, le=4096, scale="log", unit="weights")
+    range: Literal["auto", "minmax", "mse", "mean"] = parameter("auto", "how scales are found: largest magnitude, least squared error, mean magnitude")
+    rounding: Literal["nearest", "stochastic", "gptq", "adaround", "flexround", "signround", "adaquant", "hqq"] = parameter(
+        "nearest", "how weights are put on the grid")
+    transform: Literal["none", "smooth", "awq", "teq", "hadamard"] = parameter("none", "equivalent transform in whose coordinates rounding happens (online)")
+    alpha: float = parameter(0.5, "SmoothQuant: how far outliers move from activations to weights", ge=0, le=1, step=0.05)
+    activations: Literal["none", "token", "tensor", "channel"] = parameter("none", "round layer inputs, a scale per token (dynamic), tensor or channel")
+    activation_format: str = parameter("int", "number format of activations; int is affine with activation_bits")
+    activation_bits: int = parameter(8, "width of integer activations", ge=2, le=8, unit="bits")
+    kv_bits: int = parameter(0, "width of keys and values as a cache would keep them (0: left alone)", ge=0, le=8, unit="bits")
+    layer_bits: dict[str, int] = parameter({}, "width by layer glob, where it differs from bits (integers only)")
+    damp: float = parameter(0.01, "damping of the inputs' second moment, as a share of its mean diagonal", gt=0, le=1, scale="log")
+    act_order: bool = parameter(False, "GPTQ: round the columns with the largest inputs first")
+    steps: int = parameter(300, "iterations of learned roundings", ge=1, le=10000, scale="log")
+    objective: Literal["layer", "block"] = parameter("layer", "what learned roundings reconstruct: each layer's output or the block's")
+    sequential: bool = parameter(False, "block by block: calibrate on the inputs that the already quantized blocks produce")
+    examples: int = parameter(128, "calibration examples for the inputs' second moments", ge=1, unit="examples")
+    predict_examples: int = parameter(32, "calibration examples of predicted and measured loss change (0: none)", ge=0, unit="examples")
+    test_examples: int = parameter(1024, "test examples at most (0: no test)", ge=0, unit="examples")
+
+    @classmethod
+    def result_class(cls) -> type[Result]:
+        return QuantizeResult
+
+    def check(self, on: Subject) -> None:
+        layers = on.layers(self.layers)
+        format = self.format_for(layers[0].name)
+        if format.affine and self.format != "int" and not self.symmetric:
+            raise BadInput("symmetric: uint formats always have a zero point; use format int with symmetric false")
+        if self.rounding == "adaround" and not format.uniform:
+            raise BadInput(f"rounding: adaround chooses floor or ceiling of integers, {format.name} has no equal steps; use format int, or another rounding")
+        if self.rounding == "hqq" and not format.affine:
+            raise BadInput(f"rounding: hqq moves zero points and {format.name} has none; use format int with symmetric false")
+        if self.rounding in ("flexround", "signround", "adaquant") and format.scale != "real":
+            raise BadInput(f"rounding: {self.rounding} learns real scales and {format.name} has none; use an int, ExMy or codebook format")
+        if self.objective == "block" and self.transform != "none":
+            raise BadInput("objective: 'block' learns in the model's own coordinates; use transform none, or objective layer")
+        if self.transform == "hadamard" and (masked := [layer.name for layer in layers if mask_of(layer) is not None]):
+            raise BadInput(f"transform: hadamard mixes inputs, so the zeros of pruned layers ({masked[0]}, ...) would be lost; use smooth, awq or teq")
+        if self.activations != "none":
+            activation_format(self.activation_format, self.activation_bits)
+            if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
+                raise BadInput(f"activations: {fused[0]} reads its inputs inside a fused expert kernel; choose layers without experts, or activations none")
+        if self.kv_bits == 1:
+            raise BadInput("kv_bits: 1 bit is not accepted; it should be 0 (left alone) or 2 to 8")
+        if self.kv_bits and not key_value_layers(layers):
+            raise BadInput(f"kv_bits: no layer of {self.layers!r} is a key or value projection (names ending in {', '.join(KEY_VALUE)})")
+        if self.objective == "block" and self.rounding not in LEARNED:
+            raise BadInput(f"objective: 'block' is for learned roundings ({', '.join(LEARNED)}), not {self.rounding}; use layer")
+        if self.range == "mean" and format.affine:
+            raise BadInput("range: 'mean' needs a format symmetric about zero; use minmax or mse")
+        group_of(format, self.granularity, self.group_size, layers[0].shape[-1])
+        for glob, bits in self.layer_bits.items():
+            if self.format != "int" or not 2 <= bits <= 8:
+                raise BadInput(f"layer_bits: {glob!r} asks for {bits} bits; it takes 2 to 8 and format int")
+            on.layers(glob)
+        on.split("calibration")
+        if self.test_examples:
+            on.split("test")
+
+    def format_for(self, layer: str) -> Format:
+        """The format of a layer, after `layer_bits` (the last glob that matches wins)."""
+        from fnmatch import fnmatchcase
+
+        bits = self.bits
+        for glob, width in self.layer_bits.items():
+            if fnmatchcase(layer, glob):
+                bits = width
+        return named(self.format, bits, self.symmetric)
+
+    def _run(self, on: Subject, progress: Progress) -> Result:
+        layers = on.layers(self.layers)
+        before = self._losses(on, progress)
+        moments = moments_for(on, layers, self.examples, progress)
+        ranges = ranges_for(on, layers, self.examples, progress) if self.transform == "smooth" else {}
+        dense = on.copy() if self.sequential else on
+        rows, deltas, grids = [], {}, {}
+        for layer, values, grid in self._rounded(on, dense, layers, moments, ranges, progress):
+            weight = layer.weight.detach()
+            delta = values - weight.float()
+            deltas[layer.name], grids[layer.name] = delta.to(weight.dtype), grid
+            rows.append(layer_row(layer, weight.float(), delta, grid, moments[layer.name]))
+            if self.sequential:
+                put(layer, values, grid)
+        table = pd.DataFrame(rows)
+        facts: dict[str, Any] = {}
+        if self.predict_examples and rows:
+            facts |= self._predict(dense, table, deltas, progress)
+        if not self.sequential:
+            for layer in layers[: len(rows)]:
+                put(layer, layer.weight.detach() + deltas[layer.name], grids[layer.name])
+        self._round_activations(on, layers[: len(rows)], grids, progress)
+        after = self._losses(on, progress)
+        facts = summary_facts(table, before, after) | facts
+        if self.predict_examples:
+            facts["measured_change"] = after["calibration"]["loss"] - before["calibration"]["loss"]
+        return self.result(table, facts, subject=on)
+
+    def _rounded(self, on: Subject, dense: Subject, layers: Sequence[Layer], moments: dict[str, InputMoments], ranges: dict[str, InputRanges],
+                 progress: Progress) -> Iterator[tuple[Layer, Tensor, Grid]]:  # fmt: skip
+        """Each layer with its values and grid. With `sequential` a block's statistics are taken once those before it are in place."""
+        generator = torch.Generator().manual_seed(self.seed)
+        factors = Factors()
+        if self.objective == "layer" and not self.sequential:
+            for layer in progress.track(layers, "rounding"):
+                yield layer, *self.round_layer(layer, moments[layer.name], generator, factors, None, ranges.get(layer.name))
+            return
+        for block, mine in grouped(on, layers):
+            if progress.stopped:
+                return
+            inputs, cross = moments, dict[str, Tensor]()
+            if self.sequential:
+                inputs, cross = paired_moments(dense, on, block, mine, self.examples, progress=progress)
+            found: dict[str, list[tuple[Tensor, Grid]]] = {}
+            if self.objective == "block" and block:
+                problems = {layer.name: self.problems(layer, inputs[layer.name], generator, factors, cross.get(layer.name)) for layer in mine}
+                calls = block_calls(on, block, self.examples)
+                targets = [c.output for c in (block_calls(dense, block, self.examples) if self.sequential else calls)]
+                found = reconstruct(on.model, block, mine, problems, LEARNED[self.rounding], calls, targets, self.steps, generator, progress)
+            for layer in progress.track(mine, "rounding"):
+                parts = found.get(layer.name)
+                if parts is not None:
+                    yield layer, *stacked(parts)
+                    continue
+                yield layer, *self.round_layer(layer, inputs[layer.name], generator, factors, cross.get(layer.name), ranges.get(layer.name))
+
+    def problems(self, layer: Layer, moments: InputMoments, generator: torch.Generator, factors: Factors, cross: Tensor | None = None,
+                 ranges: InputRanges | None = None) -> list[Problem]:  # fmt: skip
+        """What to round: one matrix, or each of a stack of experts with its own inputs."""
+        weight, mask, format = layer.weight.detach().float(), mask_of(layer), self.format_for(layer.name)
+        assert moments.gram is not None
+        if cross is not None:
+            weight = target(weight, moments.gram[0], cross, self.damp)
+        pairs = [(weight, mask)] if weight.ndim == 2 else [(weight[i], None if mask is None else mask[i]) for i in range(len(weight))]
+        largest = [None] * len(pairs) if ranges is None else list(ranges.largest)
+        return [Problem(matrix if kept is None else matrix * kept, gram, format, self.granularity, self.group_size, self.range, kept, self.damp,
+                        self.act_order, self.steps, generator, factors, most)
+                for (matrix, kept), gram, most in zip(pairs, moments.gram, largest, strict=True)]  # fmt: skip
+
+    def round_layer(self, layer: Layer, moments: InputMoments, generator: torch.Generator, factors: Factors, cross: Tensor | None = None,
+                    ranges: InputRanges | None = None) -> tuple[Tensor, Grid]:  # fmt: skip
+        """Values (..., out, in), float32, in the model's coordinates, and their grid."""
+        parts = []
+        for problem in self.problems(layer, moments, generator, factors, cross, ranges):
+            moved, transform = in_coordinates(problem, self.transform, self.alpha)
+            values, grid = ROUNDINGS[self.rounding](moved)
+            parts.append((values if transform is None else transform.weight_back(values), replace(grid, transform=transform)))
+        return stacked(parts)
+
+    def _round_activations(self, on: Subject, layers: Sequence[Layer], grids: dict[str, Grid], progress: Progress) -> None:
+        if self.kv_bits:
+            size = head_size(on)
+            for layer in key_value_layers(layers):
+                layer.attach(KeyValueQuant(format=activation_format("int", self.kv_bits).name, group=size))
+        if self.activations == "none":
+            return
+        format = activation_format(self.activation_format, self.activation_bits).name
+        transforms = {layer.name: grids[layer.name].transform for layer in layers}
+        static = {} if self.activations == "token" else input_ranges(on, layers, examples=self.examples, progress=progress, transforms=transforms)
+        for layer in layers:
+            quantize_activations(layer, static.get(layer.name), format, self.activations, transforms[layer.name])
+
+    def _losses(self, on: Subject, progress: Progress) -> dict[str, dict[str, float]]:
+        found = {}
+        if self.predict_examples:
+            found["calibration"] = on.memo(("evaluate", "calibration", self.predict_examples),
+                                           lambda: on.evaluate("calibration", batch_size=8, limit=self.predict_examples))  # fmt: skip
+        if self.test_examples:
+            found["test"] = on.memo(("evaluate", "test", self.test_examples), lambda: on.evaluate("test", limit=self.test_examples, progress=progress))
+        return found
+
+    def _predict(self, on: Subject, table: pd.DataFrame, deltas: dict[str, Tensor], progress: Progress) -> dict[str, Any]:
+        from workbench.curvature.quadratic import predicted_change
+
+        found = predicted_change(on, deltas, split="calibration", examples=self.predict_examples, progress=progress)
+        table["predicted_first"] = [found.by_layer[name][0] for name in table["layer"]]
+        table["predicted_second"] = [found.by_layer[name][1] for name in table["layer"]]
+        table["predicted_change"] = table["predicted_first"] + table["predicted_second"]
+        return {"predicted_change": float(found.total)}
+
+
+def stacked(parts: Sequence[tuple[Tensor, Grid]]) -> tuple[Tensor, Grid]:
+    """A layer's matrices as one: unchanged when there is one, stacked for experts."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [g.zero for _, g in parts if g.zero is not None]
+    scales = [g.transform.scale for _, g in parts if g.transform is not None and g.transform.scale is not None]
+    transform = parts[0][1].transform
+    if transform is not None and scales:
+        transform = replace(transform, scale=torch.stack(scales))
+    grid = Grid(parts[0][1].format, torch.stack([g.scale for _, g in parts]), torch.stack(zeros) if zeros else None, parts[0][1].group, transform)
+    return torch.stack([v for v, _ in parts]), grid
+
+
+def ranges_for(on: Subject, layers: Sequence[Layer], examples: int, progress: Progress) -> dict[str, InputRanges]:
+    key = ("input ranges", examples, tuple(layer.name for layer in layers))
+    return on.memo(key, lambda: input_ranges(on, layers, examples=examples, progress=progress))
+
+
+def moments_for(on: Subject, layers: Sequence[Layer], examples: int, progress: Progress) -> dict[str, InputMoments]:
+    """Input second moments, kept with the subject: a sweep over formats and roundings measures them once."""
+    key = ("input moments", examples, tuple(layer.name for layer in layers))
+    return on.memo(key, lambda: second_moments(on, layers, "calibration", examples, progress=progress))
+
+
+def mask_of(layer: Layer) -> Tensor | None:
+    """True where the weight is kept, when the layer is pruned."""
+    masks = [c.mask for c in layer.changes if isinstance(c, Mask)]
+    return masks[0] if masks else None
+
+
+@torch.no_grad()
+def put(layer: Layer, values: Tensor, grid: Grid) -> None:
+    """Write values and keep them on their grid. What was added below the number format (low-rank terms) is part of `values` now."""
+    layer.attach(FakeQuant.of(grid))
+    stack = layer.module.parametrizations[layer.tensor]
+    kept = [c for c in stack if c.order >= FakeQuant.order]
+    while len(stack):
+        del stack[-1]
+    stack.extend(kept)
+    layer.write(values.to(layer.original.dtype))
+
+
+def layer_row(layer: Layer, weight: Tensor, delta: Tensor, grid: Grid, moments: InputMoments) -> dict[str, Any]:
+    """Errors of one layer as shares of energy, and its size."""
+    assert moments.gram is not None
+    gram = moments.gram if weight.ndim == 3 else moments.gram[0]
+    weight_error = float(delta.square().sum() / weight.square().sum().clamp_min(1e-30))
+    output_error = float(((delta @ gram) * delta).sum() / ((weight @ gram) * weight).sum().clamp_min(1e-30))
+    mask = mask_of(layer)
+    packed = grid.bytes(tuple(weight.shape), None if mask is None else int(mask.sum()))
+    return {"layer": layer.name, "weights": weight.numel(), "bits": packed * 8 / weight.numel(), "bytes": packed, "weight_error": weight_error,
+            "output_error": output_error, "sqnr": -10 * math.log10(max(weight_error, 1e-30))}  # fmt: skip
+
+
+def summary_facts(table: pd.DataFrame, before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, Any]:
+    weights = int(table["weights"].sum()) if len(table) else 0
+    facts: dict[str, Any] = {}
+    for key, value in after.get("test", {}).items():
+        facts[f"dense_{key}"], facts[key] = before["test"][key], value
+    if weights:
+        facts["average_bits"] = float(table["bytes"].sum() * 8 / weights)
+        facts["bytes"] = math.ceil(table["bytes"].sum())
+        facts["weights"] = weights
+        facts["output_error"] = float(table["output_error"].mean())
+    return facts

@@ -1,0 +1,192 @@
+"""What each layer costs when it alone is put on a number format: predicted by curvature and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from workbench.curvature.quadratic import mean_loss, predicted_change
+from workbench.curvature.weights import differentiable, place_of, with_weights
+from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.quantization.quantize import Quantize, choices, layer_row, moments_for
+from workbench.quantization.rounding import Factors
+from workbench.subjects import Layer, Subject
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Change = tuple[str, int]  # (layer, number of its candidate)
+
+
+def alone(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequence[Tensor]], split: str = "calibration", examples: int = 16,
+          batch_size: int = 8, progress: Progress | None = None) -> dict[str, list[tuple[float, float]]]:  # fmt: skip
+    """(g.d, 1/2 d.H d) of the mean loss for each layer's candidate changes d taken alone, without the interactions between layers.
+
+    One graph of the gradient serves every layer and candidate of a batch.
+    """
+    progress = progress or Progress()
+    places = [place_of(layer) for layer in layers]
+    sums = {layer.name: np.zeros((len(deltas[layer.name]), 2)) for layer in layers}
+    items = 0
+    count = -(-min(examples, subject.size(split)) // batch_size) * len(layers)
+    done = 0
+    with differentiable(subject.model, places) as weights, torch.enable_grad():
+        for batch in subject.batches(split, batch_size, examples):
+            weight = subject.task.items(batch)
+            if weight == 0:
+                continue
+            loss = subject.loss(batch)
+            gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+            for layer, value, gradient in zip(layers, weights, gradients, strict=True):
+                progress.show("sensitivity of each layer", done := done + 1, count)
+                if gradient is None:
+                    continue
+                for row, delta in enumerate(deltas[layer.name]):
+                    change = (delta.mT if layer.transposed else delta).to(value.dtype)
+                    slope = (gradient * change).sum()
+                    (product,) = torch.autograd.grad(slope, (value,), retain_graph=True, allow_unused=True) if slope.requires_grad else (None,)
+                    second = 0.0 if product is None else 0.5 * float((product * change).sum())
+                    sums[layer.name][row] += weight * np.array([float(slope.detach()), second])
+            items += weight
+            del loss, gradients
+            if progress.stopped:
+                break
+    if items == 0:
+        raise BadInput(f"split: the first {examples} examples of {split!r} hold no target; check the label column")
+    return {name: [(float(a), float(b)) for a, b in found / items] for name, found in sums.items()}
+
+
+def measured_alone(subject: Subject, layer: Layer, deltas: Sequence[Tensor], before: float, split: str, examples: int, batch_size: int = 8) -> list[float]:
+    """The loss change each candidate change of one layer makes, on the batches of `alone`."""
+    found = []
+    for delta in deltas:
+        value = getattr(layer.module, layer.tensor).detach() + (delta.mT if layer.transposed else delta)
+        with with_weights(subject.model, [place_of(layer)], [value]):
+            found.append(mean_loss(subject, split, examples, batch_size) - before)
+    return found
+
+
+def traces(subject: Subject, layers: Sequence[Layer], probes: int, examples: int, generator: torch.Generator, split: str = "calibration",
+           progress: Progress | None = None) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """(trace, standard error) of each layer's Hessian block by Hutchinson's estimator with Rademacher probes drawn for all layers at once.
+
+    z_l.(Hz)_l is unbiased for Tr(H_ll): the other layers' probes are independent of z_l. One Hessian-vector product a probe.
+    """
+    draws: dict[str, list[float]] = {layer.name: [] for layer in layers}
+    for _ in range(probes):
+        signs = {layer.name: (torch.randint(0, 2, layer.shape, generator=generator) * 2.0 - 1.0).to(layer.original.device) for layer in layers}
+        found = predicted_change(subject, signs, split=split, examples=examples, progress=progress)
+        for name, (_, second) in found.by_layer.items():
+            draws[name].append(2 * second)
+        if progress is not None and progress.stopped:
+            break
+    return {n: (float(np.mean(v)), float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else float("nan")) for n, v in draws.items()}
+
+
+class LayerSensitivityResult(Result):
+    """Predicted beside measured loss change, one point a layer."""
+
+    def figure(self, view: str = "predicted beside measured", **more: Any) -> go.Figure:
+        from workbench.figures import figure, line
+        from workbench.studies import predicted_beside_measured
+
+        table = self.table.assign(series=[f"{b:g} bits" for b in self.table["width"]])
+        if view == "predicted beside measured" and "measured_change" in table:
+            return predicted_beside_measured(table, "Loss change of each layer quantized alone")
+        fig = figure("Sensitivity of each layer", "layer", "loss change (nats)", yaxis_type="log")
+        for width, part in table.groupby("series", sort=False):
+            line(fig, part["layer"].to_numpy(), part["predicted_second"].clip(lower=1e-12).to_numpy(), f"{width}, curvature", mode="lines+markers")
+        return fig
+
+    def view_model(self) -> type[BaseModel] | None:
+        return choices("LayerSensitivityView", view=("predicted beside measured", "by layer"))
+
+
+class LayerSensitivity(SubjectInstrument):
+    """Quantize each layer alone: predicted (gradient and curvature) beside measured loss change, for one or more widths."""
+
+    layers: str = parameter("blocks", "layers, comma-separated globs")
+    format: str = parameter("int", "number format, as in quantize")
+    widths: list[int] = parameter([4], "widths to try (integer format; any other format ignores them)", min_length=1, unit="bits")
+    symmetric: bool = parameter(True, "integers symmetric about zero")
+    granularity: Literal["auto", "tensor", "channel", "group"] = parameter("auto", "what shares a scale")
+    group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
+    range: Literal["auto", "minmax", "mse", "mean"] = parameter("auto", "how scales are found")
+    rounding: Literal["nearest", "gptq"] = parameter("nearest", "how weights are put on the grid")
+    examples: int = parameter(64, "calibration examples of the inputs' second moments", ge=1, unit="examples")
+    predict_examples: int = parameter(32, "calibration examples of prediction and measurement", ge=1, unit="examples")
+    measure: bool = parameter(True, "measure each layer's loss change as well")
+
+    @classmethod
+    def result_class(cls) -> type[Result]:
+        return LayerSensitivityResult
+
+    def quantizer(self, width: int) -> Quantize:
+        return Quantize(layers=self.layers, format=self.format, bits=width, symmetric=self.symmetric, granularity=self.granularity, group_size=self.group_size,
+                        range=self.range, rounding=self.rounding, examples=self.examples, seed=self.seed)  # fmt: skip
+
+    def check(self, on: Subject) -> None:
+        for width in self.widths:
+            self.quantizer(width).check(on)
+
+    def _run(self, on: Subject, progress: Progress) -> Result:
+        layers = on.layers(self.layers)
+        rows, deltas = candidates(on, layers, [self.quantizer(w) for w in self.widths], self.examples, progress)
+        predicted = alone(on, layers, deltas, examples=self.predict_examples, progress=progress)
+        before = mean_loss(on, "calibration", self.predict_examples, 8)
+        table = pd.DataFrame([row for layer in layers for row in rows[layer.name]])
+        table["predicted_first"] = [first for layer in layers for first, _ in predicted[layer.name]]
+        table["predicted_second"] = [second for layer in layers for _, second in predicted[layer.name]]
+        table["predicted_change"] = table["predicted_first"] + table["predicted_second"]
+        facts: dict[str, Any] = {"layers": len(layers), "loss": before}
+        if self.measure:
+            measured: list[float] = []
+            for layer in progress.track(layers, "measuring each layer"):
+                measured += measured_alone(on, layer, deltas[layer.name], before, "calibration", self.predict_examples)
+            table = table.iloc[: len(measured)].copy()
+            table["measured_change"] = measured
+            facts |= self._agreement(table)
+        return self.result(table, facts)
+
+    def _agreement(self, table: pd.DataFrame) -> dict[str, Any]:
+        """Spearman's rank correlation of predicted and measured, the worst over the widths, with a bootstrap interval over layers."""
+        from workbench.studies import rank_correlation
+
+        def agreement(pairs: np.ndarray) -> float:
+            return rank_correlation(pairs[:, 0].tolist(), pairs[:, 1].tolist())
+
+        found = {}
+        for width, part in table.groupby("width"):
+            pairs = part[["predicted_change", "measured_change"]].to_numpy()
+            random = np.random.default_rng(self.seed)
+            draws = [pairs[random.integers(0, len(pairs), len(pairs))] for _ in range(400)]
+            spread = np.nanquantile([agreement(d) for d in draws], [0.025, 0.975]) if len(pairs) > 4 else [np.nan, np.nan]
+            found[width] = (agreement(pairs), *spread)
+        worst = min(found.values())
+        return {"rank_correlation": float(worst[0]), "rank_correlation_low": float(worst[1]), "rank_correlation_high": float(worst[2])}
+
+
+def candidates(on: Subject, layers: Sequence[Layer], quantizers: Sequence[Quantize], examples: int, progress: Progress) -> tuple[
+        dict[str, list[dict[str, Any]]], dict[str, list[Tensor]]]:  # fmt: skip
+    """For each layer, the rows (errors, bytes) and weight changes of each quantizer."""
+    moments = moments_for(on, layers, examples, progress)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    deltas: dict[str, list[Tensor]] = {}
+    factors = Factors()
+    for layer in layers:
+        weight = layer.weight.detach()
+        rows[layer.name], deltas[layer.name] = [], []
+        for quantizer in quantizers:
+            generator = torch.Generator().manual_seed(quantizer.seed)
+            values, grid = quantizer.round_layer(layer, moments[layer.name], generator, factors)
+            delta = values - weight.float()
+            width = quantizer.bits if quantizer.format == "int" else grid.format.element.bits
+            rows[layer.name].append(layer_row(layer, weight.float(), delta, grid, moments[layer.name]) | {"width": width})
+            deltas[layer.name].append(delta.to(weight.dtype))
+    return rows, deltas

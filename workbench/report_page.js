@@ -1,0 +1,58 @@
+// Draws the report's figures. plotly.js lies gzipped in the page; this unpacks it once, then draws what is data until then.
+(async () => {
+  const button = document.getElementById("toggle-code");
+  const folds = [...document.querySelectorAll("details.code")];
+  if (button && !folds.length) button.hidden = true;
+  button?.addEventListener("click", () => {
+    const open = button.getAttribute("aria-pressed") !== "true";
+    button.setAttribute("aria-pressed", String(open));
+    button.textContent = open ? "Hide code" : "Show code";
+    for (const fold of folds) fold.open = open;
+  });
+
+  const figures = [...document.querySelectorAll("script[data-figure]")].map((script) => ({
+    holder: document.getElementById(script.dataset.figure),
+    spec: JSON.parse(script.textContent),
+  }));
+  if (!figures.length) return;
+
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const media = matchMedia("(prefers-color-scheme: dark)");
+  let printing = false;
+
+  // The template carries a neutral grey that reads on any page; here the page's own ink is known.
+  function themed(layout) {
+    const ink = printing ? "#111111" : css("--ink");
+    const height = layout.height ?? layout.template?.layout?.height ?? 400;
+    return { autosize: true, ...layout, height, font: { color: ink, ...(layout.font || {}) } };
+  }
+
+  function fail(message) {
+    for (const { holder } of figures) { holder.classList.add("failure"); holder.textContent = message; }
+  }
+
+  if (typeof DecompressionStream === "undefined") {
+    fail("This figure needs a browser of 2023 or later (DecompressionStream).");
+    return;
+  }
+  try {
+    const packed = Uint8Array.from(atob(document.getElementById("plotly-gz").textContent), (c) => c.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    window.PlotlyConfig = { MathJaxConfig: "local" };
+    const script = document.createElement("script");
+    script.textContent = await new Response(stream).text();
+    document.head.append(script);
+    const draw = ({ holder, spec }) => window.Plotly.react(
+      holder, spec.data || [], themed(spec.layout || {}),
+      { responsive: true, displaylogo: false, topojsonURL: "", ...(spec.config || {}) });
+    for (const figure of figures) await draw(figure);
+    document.documentElement.dataset.figures = "drawn";
+    const redraw = () => figures.forEach(draw);
+    media.addEventListener("change", redraw);
+    addEventListener("beforeprint", () => { printing = true; redraw(); });
+    addEventListener("afterprint", () => { printing = false; redraw(); });
+  } catch (error) {
+    fail(`The figures could not be drawn: ${error}`);
+    throw error;
+  }
+})();

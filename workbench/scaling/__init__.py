@@ -1,0 +1,26 @@
+"""Scaling laws: runs, laws, fits that carry their doubt, and plans.
+
+    runs = scaling.load_runs("sweep.csv", columns="params=n_params, loss=eval/loss")
+    result = scaling.ScalingFit(law="chinchilla").run(runs)
+    plan = scaling.ScalingPlan(flops=1e22).run(runs)
+
+Underneath, without the instruments: `fit(law("chinchilla"), runs)`, `bootstrap`, `profile`, `compute_optimal`.
+"""
+
+from workbench.scaling.comparison import compare, cross_validate, extrapolation, held_out
+from workbench.scaling.fitting import Fit, fit
+from workbench.scaling.instruments import ScalingFit, ScalingPlan
+from workbench.scaling.lawbook import LAWS, law
+from workbench.scaling.laws import Law, Parameter
+from workbench.scaling.objective import Objective
+from workbench.scaling.planning import Draws, compute_optimal
+from workbench.scaling.runs import Runs
+from workbench.scaling.uncertainty import bootstrap, influence, profile
+
+#: Runs from a file, a DataFrame or a mapping; see `Runs.open`.
+load_runs = Runs.open
+
+__all__ = [
+    "LAWS", "Draws", "Fit", "Law", "Objective", "Parameter", "Runs", "ScalingFit", "ScalingPlan", "bootstrap", "compare", "compute_optimal",
+    "cross_validate", "extrapolation", "fit", "held_out", "influence", "law", "load_runs", "profile",
+]  # fmt: skip

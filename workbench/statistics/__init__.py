@@ -1,0 +1,7 @@
+"""Streaming statistics of a subject: input second moments of every layer, per-example gradients, activation ranges."""
+
+from workbench.statistics.factors import GradientFactors, StackedGradients, gradient_factors
+from workbench.statistics.gradients import example_gradients
+from workbench.statistics.inputs import InputCapture, InputMoments, second_moments
+
+__all__ = ["GradientFactors", "InputCapture", "InputMoments", "StackedGradients", "example_gradients", "gradient_factors", "second_moments"]

@@ -1,0 +1,145 @@
+"""The inputs of every layer, seen where the multiplication happens.
+
+A `TorchFunctionMode` watches `linear`, `addmm`, `matmul`, `bmm` and recognises a layer's weight by its storage. So plain
+linears, GPT-2's Conv1D and the slices of fused expert weights are captured the same way, and an expert's statistics hold
+only the tokens routed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from workbench.instruments import Progress
+from workbench.subjects import Layer, Subject
+
+Handler = Callable[[Layer, int, Tensor], None]  # layer, expert (0 for a plain matrix), inputs (tokens, in)
+
+
+class InputCapture(TorchFunctionMode):
+    """Calls `handler(layer, expert, inputs)` whenever a layer multiplies; inputs are detached, shape (tokens, in).
+
+    Padding is dropped when `keep` (a boolean (batch, length) mask) is set and the input has those leading dimensions.
+    """
+
+    def __init__(self, layers: Sequence[Layer], handler: Handler) -> None:
+        super().__init__()
+        self.layers, self.handler, self.keep = list(layers), handler, None
+        self._cached = parametrize.cached()
+
+    keep: Tensor | None
+
+    def __enter__(self) -> InputCapture:
+        self._cached.__enter__()
+        self._by_storage = {}
+        for layer in self.layers:
+            value = getattr(layer.module, layer.tensor)
+            self._by_storage[value.untyped_storage().data_ptr()] = (layer, value)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._cached.__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "linear":
+            self._see(args[1] if len(args) > 1 else kwargs["weight"], args[0] if args else kwargs["input"])
+        elif name == "addmm" and len(args) >= 3:
+            self._see(args[2], args[1])
+        elif name in ("matmul", "mm", "bmm", "__matmul__") and len(args) == 2:
+            self._see(args[1], args[0])
+        return func(*args, **kwargs)
+
+    def _see(self, weight: Any, inputs: Any) -> None:
+        if not isinstance(weight, Tensor) or not isinstance(inputs, Tensor):
+            return
+        found = self._by_storage.get(weight.untyped_storage().data_ptr())
+        if found is None:
+            return
+        layer, value = found
+        if value.ndim == 3:
+            expert = (weight.storage_offset() - value.storage_offset()) // value.stride(0)
+            if weight.ndim == 3:  # every expert at once: (experts, tokens, in)
+                for index in range(weight.shape[0]):
+                    self.handler(layer, index, inputs[index].detach())
+                return
+        else:
+            expert = 0
+        rows = inputs.detach()
+        if self.keep is not None and rows.ndim >= 3 and tuple(rows.shape[:2]) == tuple(self.keep.shape):
+            rows = rows[self.keep]
+        elif self.keep is not None and rows.ndim == 2 and len(rows) == self.keep.numel():
+            rows = rows[self.keep.reshape(-1)]
+        self.handler(layer, expert, rows.reshape(-1, rows.shape[-1]))
+
+
+@dataclass
+class InputMoments:
+    """Sums over calibration tokens of one layer's inputs x (tokens, in), for each expert of a stacked weight.
+
+    gram : (experts, in, in) sum of x x^T, or None when only the diagonal was asked for
+    square : (experts, in) sum of x^2;  total : (experts, in) sum of x;  tokens : (experts,)
+    """
+
+    gram: Tensor | None
+    square: Tensor
+    total: Tensor
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(1))
+
+    @property
+    def norm(self) -> Tensor:
+        """(experts, in) Euclidean norm of each input feature over the calibration tokens."""
+        return self.square.sqrt()
+
+
+def moments_of(layer: Layer, gram: bool, dtype: torch.dtype = torch.float32) -> InputMoments:
+    experts, width = (layer.shape[0] if len(layer.shape) == 3 else 1), layer.shape[-1]
+    device = layer.original.device
+    zeros = [torch.zeros(experts, width, dtype=dtype, device=device) for _ in range(2)]
+    full = torch.zeros(experts, width, width, dtype=dtype, device=device) if gram else None
+    return InputMoments(full, zeros[0], zeros[1], torch.zeros(experts, device=device))
+
+
+@torch.no_grad()
+def second_moments(subject: Subject, layers: Sequence[Layer], split: str = "calibration", examples: int = 128, batch_size: int = 16,
+                   gram: bool = True, progress: Progress | None = None) -> dict[str, InputMoments]:  # fmt: skip
+    """One streaming pass over `examples` of a split: name -> input moments; padding positions are left out.
+
+    Layers that read the same tensor (query, key, value) share one accumulation.
+    """
+    progress = progress or Progress()
+    sums = {layer.name: moments_of(layer, gram) for layer in layers}
+    last: dict[str, Any] = {}
+
+    def add(layer: Layer, expert: int, rows: Tensor) -> None:
+        mine = sums[layer.name]
+        same = last.get("rows")
+        if same is not None and same.shape == rows.shape and same.data_ptr() == rows.data_ptr() and last["source"] is rows.untyped_storage():
+            found = last["sums"]
+        else:
+            found = (rows.T @ rows if gram else None, rows.square().sum(0), rows.sum(0))
+            last.update(rows=rows, sums=found, source=rows.untyped_storage())
+        if gram:
+            assert mine.gram is not None
+            mine.gram[expert] += found[0]
+        mine.square[expert] += found[1]
+        mine.total[expert] += found[2]
+        mine.tokens[expert] += len(rows)
+
+    total = -(-min(examples, subject.size(split)) // batch_size)
+    with InputCapture(layers, add) as capture:
+        for batch in progress.track(subject.batches(split, batch_size, examples), "calibration inputs", total):
+            mask = batch.get("attention_mask")
+            capture.keep = mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
+            last.clear()
+            subject.task.output(subject.model, batch)
+    return sums

@@ -1,0 +1,34 @@
+"""Where things are kept, and how a file is written so that an interruption leaves the old one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import platformdirs
+
+
+def cache_folder() -> Path:
+    """Where fine-tuned subjects and finished results are kept; `WORKBENCH_CACHE` overrides the per-user default."""
+    folder = os.environ.get("WORKBENCH_CACHE") or platformdirs.user_cache_dir("model-workbench")
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Write to a temporary sibling (file or folder) that takes `target`'s place only when the block ends without error."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    draft = holder / target.name
+    try:
+        yield draft
+        if draft.is_dir() and target.is_dir():
+            target.rename(holder / "replaced")
+        os.replace(draft, target)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)

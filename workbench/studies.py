@@ -1,0 +1,248 @@
+"""Comparing many runs on one subject: a tidy table of their facts, computed in parallel through the result cache, and their figures."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from workbench.figures import figure, line, points, rule
+from workbench.instruments import BadInput, Instrument, Progress, Result, TextProgress, format_fact
+from workbench.subjects import Subject, subject
+
+Chain = tuple[Instrument, ...]  # run one after the other, each on the subject the one before returned
+
+
+def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progress: Progress | None = None, jobs: int = 0) -> pd.DataFrame:
+    """Run every instrument (or chain of them) on one subject; one row a run: `series` (its key), the last instrument's fields, its facts.
+
+    A series is dealt out to the workers, and each keeps the statistics it measured for the runs that share them. `jobs` worker
+    processes (0: one per core, never more than the runs that are not cached); rows come in the order given, and a sweep that is
+    stopped returns the finished ones.
+    """
+    progress = progress or TextProgress()
+    if not runs or not all(runs.values()):
+        raise BadInput("runs: every series needs at least one instrument")
+    chains = {name: [item if isinstance(item, tuple) else (item,) for item in group] for name, group in runs.items()}
+    for group in chains.values():
+        for chain in group:
+            for instrument in chain:
+                instrument.check(on)
+    missing = {name: [chain for chain in group if not stored(on, chain)] for name, group in chains.items()}
+    missing = {name: group for name, group in missing.items() if group}
+    workers = min(jobs or len(os.sched_getaffinity(0)), sum(map(len, missing.values())))
+    if workers > 1 and on.device.type == "cpu":
+        in_processes(on, [part for group in missing.values() for part in dealt(group, workers)], workers, progress)
+    rows = []
+    last: dict[str, Subject] = {}
+    every = [(name, chain) for name, group in chains.items() for chain in group]
+    for name, chain in progress.track(every, "runs"):
+        result = run_chain(on, chain, quiet(progress), last)
+        if result.partial:
+            break
+        rows.append(row(name, result))
+    return pd.DataFrame(rows)
+
+
+def run_chain(on: Subject, chain: Chain, progress: Progress, last: dict[str, Subject]) -> Result:
+    """Each instrument on the subject the one before it returned; the last result.
+
+    `last` holds the subject the previous chain ended its first part with, so chains that begin alike compute it once.
+    """
+    for instrument in chain[:-1]:
+        key = instrument.key(on)
+        if key not in last:
+            changed = instrument.run(on, progress=progress).subject
+            if changed is None:
+                raise BadInput(f"runs: {instrument.name()} changes no model, so nothing can follow it in a chain")
+            last.clear()
+            last[key] = changed
+        on = last[key]
+    return chain[-1].run(on, progress=progress)
+
+
+def stored(on: Subject, chain: Chain) -> bool:
+    """True when the whole chain is in the cache (asking costs no computation)."""
+    for instrument in chain:
+        if not instrument.stored(on):
+            return False
+        on = on.derived(instrument, instrument.key(on), lambda: None)
+    return True
+
+
+def quiet(progress: Progress) -> Progress:
+    """A progress that draws nothing but obeys the same Stop."""
+    inner = Progress()
+    inner.stop = progress.stop
+    return inner
+
+
+def row(series: str, result: Result) -> dict[str, Any]:
+    facts = {k: v for k, v in result.facts.items() if not isinstance(v, (dict, list))}
+    assert result.provenance is not None
+    before = [step["fields"] for step in result.provenance["history"] if "sparsity" in step["fields"]]
+    fields = {"sparsity": before[-1]["sparsity"]} if before else {}
+    return {"series": series, "instrument": result.instrument.name(), **facts, **fields, **result.instrument.model_dump(mode="json"),
+            "seconds": result.provenance["seconds"]}  # fmt: skip
+
+
+def dealt(group: list[Chain], workers: int) -> list[list[Chain]]:
+    """A series in as many consecutive parts as there are workers: neighbours share statistics and the start of their chains."""
+    bounds = np.linspace(0, len(group), workers + 1).round().astype(int)
+    return [group[low:high] for low, high in pairwise(bounds) if high > low]
+
+
+def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress: Progress) -> None:
+    """Fill the result cache from worker processes, each opening the subject from a folder written once."""
+    import joblib
+
+    with tempfile.TemporaryDirectory(prefix="workbench-sweep-") as folder:
+        place = Path(folder) / "subject"
+        on.save(place)
+        tasks = (joblib.delayed(one_group)(str(place), on.fingerprint, group) for group in groups)
+        done = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(tasks)
+        for _ in progress.track(done, "parts of series", len(groups)):
+            pass
+
+
+_opened: dict[str, Subject] = {}  # in a worker: the subject of its last task, with the statistics measured on it
+
+
+def one_group(folder: str, fingerprint: str, group: list[Chain]) -> int:
+    """In a worker: run one series on the saved subject under the caller's fingerprint."""
+    import torch
+
+    torch.set_num_threads(1)
+    if fingerprint not in _opened:
+        _opened.clear()
+        _opened[fingerprint] = subject(folder)
+        _opened[fingerprint].adopt_fingerprint(fingerprint)
+    last: dict[str, Subject] = {}
+    for chain in group:
+        run_chain(_opened[fingerprint], chain, Progress(), last)
+    return len(group)
+
+
+def curves(table: pd.DataFrame, x: str, y: str, title: str, x_title: str, y_title: str, dense: float | None = None, **layout: Any) -> go.Figure:
+    """One line a series, `y` against `x`; `dense` draws the uncompressed model's value as a reference."""
+    fig = figure(title, x_title, y_title, **layout)
+    for name, part in table.groupby("series", sort=False):
+        part = part.sort_values(x)
+        line(fig, part[x], part[y], str(name))
+    if dense is not None:
+        rule(fig, f"dense {dense:.4g}", y=np.log10(dense) if layout.get("yaxis_type") == "log" else dense)
+    return fig
+
+
+def predicted_beside_measured(table: pd.DataFrame, title: str, predicted: str = "predicted_change", measured: str = "measured_change") -> go.Figure:
+    """Second-order prediction against measured loss change, both axes logarithmic, with the line where they agree.
+
+    Points where either is not positive cannot be drawn on logarithmic axes; their number is in the title.
+    """
+    good = table[(table[predicted] > 0) & (table[measured] > 0)]
+    left_out = len(table) - len(good)
+    note = f" ({left_out} of {len(table)} not positive, not drawn)" if left_out else ""
+    fig = figure(title + note, "predicted loss change (nats)", "measured loss change (nats)", xaxis_type="log", yaxis_type="log", height=480)
+    for name, part in good.groupby("series", sort=False):
+        points(fig, part[predicted], part[measured], str(name))
+    if len(good):
+        ends = [good[[predicted, measured]].min().min(), good[[predicted, measured]].max().max()]
+        line(fig, ends, ends, "equal", index=6, mode="lines")
+    return fig
+
+
+def frontier(table: pd.DataFrame, dense: Card, title: str) -> go.Figure:
+    """Quality against the compressed layers' bytes for every run, with the runs that no smaller run beats joined."""
+    fig = figure(title, "size of the compressed layers (MB)", f"test {dense.score}", xaxis_type="log", height=480)
+    size, value = table["size"] / 1e6, table[dense.score] * (1 if dense.higher_is_better else -1)
+    for name, part in table.groupby("series", sort=False):
+        points(fig, part["size"] / 1e6, part[dense.score], str(name))
+    order = size.argsort()
+    best = [i for i in order if value[i] > max((value[j] for j in order if size[j] <= size[i] and j != i), default=-np.inf)]
+    line(fig, size[best], table[dense.score][best], "best for its size", index=6, mode="lines")
+    points(fig, [dense.bytes / 1e6], [dense.value], "dense", index=5)
+    return fig
+
+
+def together(*tables: pd.DataFrame) -> pd.DataFrame:
+    """Sweeps as one table, with `size`: bytes of the compressed layers (values, scales, and what says where they are)."""
+    every = pd.concat(tables, ignore_index=True)
+    sizes = [every[c] for c in ("packed_bytes", "bytes") if c in every]
+    every["size"] = sizes[0] if len(sizes) == 1 else sizes[0].fillna(sizes[1])
+    return every
+
+
+def overview(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns a reader compares, rounded."""
+    wanted = ["series", "sparsity", "bits", "size", "loss", "accuracy", "perplexity", "predicted_change", "measured_change", "seconds"]
+    shown = table[[c for c in wanted if c in table]].copy()
+    shown["size"] = (shown["size"] / 1e6).round(2)
+    shown = shown.rename(columns={"size": "size (MB)", "predicted_change": "predicted change", "measured_change": "measured change"}).round(4)
+    shown = shown.set_index("series").rename_axis(None)
+    for column in ("sparsity", "bits"):
+        if column in shown:
+            shown[column] = [f"{v:g}" if pd.notna(v) else "" for v in shown[column]]
+    return shown.astype(object).where(shown.notna(), "")
+
+
+def findings(table: pd.DataFrame, dense: Card) -> pd.DataFrame:
+    """What the runs say, each with the numbers behind it: orderings the literature expects, whether they held here, and how far."""
+    rows = []
+
+    def ordering(claim: str, better: str, worse: str, column: str, at: float) -> None:
+        values = [table[(table["series"] == s) & (table[column] == at)]["loss"] for s in (better, worse)]
+        if all(len(v) for v in values):
+            first, second = (float(v.iloc[0]) for v in values)
+            rows.append({"expected": claim, "at": f"{column} {at:g}", "held": "yes" if first <= second else "NO", "losses": f"{first:.4f} and {second:.4f}"})
+
+    for at in sorted(table["sparsity"].dropna().unique()) if "sparsity" in table else []:
+        ordering("oBERT <= Wanda", "oBERT", "Wanda", "sparsity", at)
+        ordering("Wanda <= magnitude", "Wanda", "magnitude", "sparsity", at)
+    for at in sorted(table["bits"].dropna().unique()) if "bits" in table else []:
+        ordering("GPTQ < nearest", "GPTQ", "round to nearest", "bits", at)
+    if {"predicted_change", "measured_change"} <= set(table):
+        pairs = table[["predicted_change", "measured_change"]].dropna()
+        rho = rank_correlation(pairs["predicted_change"].tolist(), pairs["measured_change"].tolist())
+        rows.append({"expected": "prediction ranks the runs", "at": f"{len(pairs)} runs", "held": "yes" if rho >= 0.8 else "NO",
+                     "losses": f"rank correlation {rho:.2f}"})  # fmt: skip
+    return pd.DataFrame(rows).set_index("expected").rename_axis(None)
+
+
+@dataclass(frozen=True)
+class Card:
+    """The subject before anything is done to it: its reproducibility card and the numbers every comparison starts from."""
+
+    facts: dict[str, Any]
+    loss: float
+    score: str  # accuracy, perplexity, ...
+    value: float
+    bytes: int  # of the layers a compression works on, in float32
+    higher_is_better: bool
+
+    def _repr_html_(self) -> str:
+        return pd.DataFrame({"": self.facts.keys(), "value": [format_fact(v) for v in self.facts.values()]}).to_html(index=False, border=0, escape=True)
+
+
+def card(on: Subject, layers: str = "blocks", progress: Progress | None = None) -> Card:
+    """Evaluate the subject on its test split and describe it."""
+    facts = on.card(progress)
+    score = next((m for m in ("accuracy", "perplexity") if f"test {m}" in facts and not (m == "accuracy" and "test perplexity" in facts)), "loss")
+    size = 4 * sum(layer.original.numel() for layer in on.layers(layers))
+    return Card(facts, facts["test loss"], score, facts[f"test {score}"], size, score == "accuracy")
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation; not a number when either has fewer than three distinct values."""
+    from scipy.stats import spearmanr
+
+    if len(set(first)) < 3 or len(set(second)) < 3:
+        return float("nan")
+    return float(spearmanr(first, second).statistic)

@@ -1,0 +1,38 @@
+"""Subjects that need no download: each builder returns the `Parts` of one (model, task name, data splits).
+
+| name | module | what it is |
+|---|---|---|
+| `digits-softmax`, `digits-vit` | `digits` | scikit-learn's digits: softmax regression, a small vision transformer |
+| `bytelm`, `bytemoe` | `bytelm` | byte language models trained by the project, weights in `data/` |
+| `minilm-docstrings` | `minilm` | the MiniLM-L6 BERT telling packages apart by their docstrings |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Parts:
+    """What a subject is made of.
+
+    `splits` has train, calibration, validation and test (calibration is drawn from train), each a dict of tensors
+    with one row per example. `info` has at least `note` (a sentence on the data) and, for classifiers, `labels`.
+    """
+
+    model: nn.Module
+    task: str
+    splits: dict[str, dict[str, Tensor]]
+    tokenizer: Any = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def data_folder() -> Path:
+    """The project's data: `data/` of a source checkout, or the copy that an installed wheel carries."""
+    package = Path(__file__).resolve().parents[2]
+    installed = package / "_data"
+    return installed if installed.is_dir() else package.parent / "data"

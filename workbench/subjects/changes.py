@@ -1,0 +1,139 @@
+"""Changes to weights, as `torch.nn.utils.parametrize` parametrizations: they compose, train through, can be undone or baked in.
+
+A change is a module whose `change(weight)` maps a matrix (..., out, in) to a matrix of the same shape. Its tensors are its
+buffers or parameters and its numbers are in `config()`, so a subject is saved as safetensors + JSON and never pickled.
+The order along a weight is fixed by `order`: low-rank terms first, then number formats, masks last, so zeros stay zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+REGISTRY: dict[str, type[Change]] = {}
+
+
+class Change(nn.Module):
+    """One change of a weight. Subclasses implement `change`, and `config` when they hold numbers or strings.
+
+    A subclass's constructor takes its tensors by the name they are registered under, then the entries of `config()`.
+    `transposed` is set when the module stores its weight as (in, out), as GPT-2's Conv1D does.
+    """
+
+    order: ClassVar[int] = 50
+    transposed: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        REGISTRY[cls.__name__] = cls
+
+    def change(self, weight: Tensor) -> Tensor:  # (..., out, in) -> (..., out, in)
+        raise TypeError(f"{type(self).__name__} has no change()")
+
+    def config(self) -> dict[str, Any]:
+        """JSON-able constructor arguments other than tensors."""
+        return {}
+
+    def attached(self, module: nn.Module) -> None:
+        """Called when the change is put on a weight of `module`; a change that also acts on activations hooks in here."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.change(weight.mT).mT if self.transposed else self.change(weight)
+
+
+class Mask(Change):
+    """Zeros where `mask` is False. Idempotent; gradients of pruned weights are zero."""
+
+    order = 90
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask.bool())  # (..., out, in)
+
+    def change(self, weight: Tensor) -> Tensor:
+        return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+
+class LowRank(Change):
+    """Adds scale * up @ down, with up (..., out, rank) and down (..., rank, in), both trainable (Hu et al. 2021)."""
+
+    order = 10
+
+    def __init__(self, up: Tensor, down: Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Parameter(up), nn.Parameter(down), scale
+
+    def change(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.up @ self.down).to(weight.dtype)
+
+    def config(self) -> dict[str, Any]:
+        return {"scale": self.scale}
+
+
+def attach(module: nn.Module, tensor: str, change: Change, transposed: bool = False) -> None:
+    """Add a change to a weight, at its place by `order` (replacing one of the same class)."""
+    change.transposed = transposed
+    change.attached(module)
+    if not parametrize.is_parametrized(module, tensor):
+        parametrize.register_parametrization(module, tensor, change, unsafe=True)
+        return
+    stack = module.parametrizations[tensor]  # type: ignore[index,union-attr]
+    ordered = sorted([*(c for c in stack if type(c) is not type(change)), change], key=lambda c: c.order)
+    while len(stack):
+        del stack[-1]
+    stack.extend(ordered)
+
+
+def changes_of(module: nn.Module, tensor: str) -> list[Change]:
+    """The changes on a weight, innermost first."""
+    return list(module.parametrizations[tensor]) if parametrize.is_parametrized(module, tensor) else []  # type: ignore[index,union-attr,call-overload]
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Replace every changed weight by its value, in place, so that no parametrization is left.
+
+    Not by `remove_parametrizations`: it deletes the property from the module's class, which a deep copy shares with the
+    model it was copied from, so baking a copy would break the original.
+    """
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            values = {str(tensor): getattr(module, str(tensor)).detach() for tensor in module.parametrizations}  # type: ignore[union-attr]
+            trained = {tensor: module.parametrizations[tensor].original.requires_grad for tensor in values}  # type: ignore[index,union-attr]
+            del module._modules["parametrizations"]
+            module.__class__ = type(module).__bases__[0]
+            for tensor, value in values.items():
+                module.register_parameter(tensor, nn.Parameter(value, requires_grad=trained[tensor]))
+    return model
+
+
+def describe_changes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Every change in the model as (JSON records, tensors): what a saved subject needs to attach them again."""
+    records, tensors = [], {}
+    for path, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        for tensor, stack in module.parametrizations.items():  # type: ignore[union-attr,operator]
+            tensors[f"{path}.{tensor}.original"] = stack.original.detach()
+            for change in stack:
+                key = f"{path}.{tensor}.{type(change).__name__}"
+                state = change.state_dict()
+                tensors |= {f"{key}.{name}": value for name, value in state.items()}
+                records.append({"module": path, "tensor": tensor, "change": type(change).__name__, "transposed": change.transposed,
+                                "config": change.config(), "state": sorted(state)})  # fmt: skip
+    return records, tensors
+
+
+def restore_changes(model: nn.Module, records: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+    """Attach saved changes to a model that holds the baked weights."""
+    for record in records:
+        path, tensor = record["module"], record["tensor"]
+        module = model.get_submodule(path)
+        key = f"{path}.{tensor}.{record['change']}"
+        change = REGISTRY[record["change"]](**{name: tensors[f"{key}.{name}"] for name in record["state"]}, **record["config"])
+        attach(module, tensor, change, record["transposed"])
+        with torch.no_grad():
+            module.parametrizations[tensor].original.copy_(tensors[f"{path}.{tensor}.original"])  # type: ignore[index,union-attr]

@@ -1,0 +1,43 @@
+"""The built-in subjects by name, and how their parts become a Subject."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from workbench.instruments import BadInput, Progress
+from workbench.subjects.subject import Subject
+from workbench.subjects.tasks import TASKS
+
+# name -> (module under workbench.subjects.builtin, function, what it is)
+BUILTINS: dict[str, tuple[str, str, str]] = {
+    "digits-softmax": ("digits", "softmax", "softmax regression on scikit-learn's digits at zero weights; its Hessian is known exactly"),
+    "digits-vit": ("digits", "vit", "a small vision transformer on scikit-learn's digits, trained in seconds"),
+    "bytelm": ("bytelm", "bytelm", "a 1.8 M-parameter Llama-style byte language model trained by the project on Python's own source"),
+    "bytemoe": ("bytelm", "bytemoe", "a 1.5 M-parameter Mixtral-style byte mixture of experts (4 experts, 2 active), trained briefly on the same text"),
+    "minilm-docstrings": ("minilm", "minilm", "the 22.7 M-parameter MiniLM-L6 BERT, fine-tuned to tell packages by their docstrings"),
+}
+
+
+def build(name: str, progress: Progress | None = None, **options: Any) -> Subject:
+    """The built-in subject `name`; `options` go to its builder (an unknown one is refused)."""
+    import inspect
+
+    module, function, _ = BUILTINS[name]
+    builder = getattr(importlib.import_module(f"workbench.subjects.builtin.{module}"), function)
+    accepted = set(inspect.signature(builder).parameters) - {"progress"}
+    unknown = set(options) - accepted
+    if unknown:
+        raise BadInput(f"subject: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(sorted(accepted)) or 'none'}")
+    parts = builder(progress=progress, **options)
+    return Subject(name, parts.model.eval(), TASKS[parts.task](), parts.splits, tokenizer=parts.tokenizer, data_note=parts.info.get("note", ""),
+                   labels=parts.info.get("labels"), origin={"builtin": name})  # fmt: skip
+
+
+def skeleton(name: str) -> nn.Module | None:
+    """An untrained model of a built-in that is a plain module (others rebuild from their config); None for unknown names."""
+    from workbench.subjects.builtin import digits
+
+    return digits.softmax().model if name == "digits-softmax" else None

@@ -1,0 +1,285 @@
+"""The subject: a model, its task and its data splits, with a fingerprint that names exactly this state of them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.instruments import BadInput, Progress, TextProgress, replacing
+from workbench.subjects import layers as layer_selection
+from workbench.subjects.changes import bake, describe_changes
+from workbench.subjects.layers import Layer
+from workbench.subjects.tasks import Batch, Task
+
+if TYPE_CHECKING:
+    from workbench.instruments import Instrument
+
+Split = dict[str, Tensor]  # column -> (examples, ...)
+
+
+class Subject:
+    """Model + task + splits (train, calibration, validation, test). Instruments never change the one they are given.
+
+    `model` may be a callable that makes the model: a subject derived by a cached run exists by its fingerprint and is only
+    computed when somebody asks for its weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module | Callable[[], nn.Module],
+        task: Task,
+        splits: dict[str, Split],
+        *,
+        tokenizer: Any = None,
+        data_note: str = "",
+        labels: list[str] | None = None,
+        history: list[dict[str, Any]] | None = None,
+        fingerprint: str | None = None,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        self.name, self.task, self.splits, self.tokenizer = name, task, splits, tokenizer
+        self.data_note, self.labels, self.history, self.origin = data_note, labels, history or [], origin or {}
+        self._model = plain_experts(model) if isinstance(model, nn.Module) else None
+        self._make = None if isinstance(model, nn.Module) else model
+        self._fingerprint = fingerprint
+        self._memory: dict[tuple[Any, ...], Any] = {}
+        self._seen: tuple[int, ...] | None = self._versions() if fingerprint and self._model is not None else None
+        for split, columns in splits.items():
+            lengths = {k: len(v) for k, v in columns.items()}
+            if len(set(lengths.values())) > 1:
+                raise BadInput(f"data: split {split!r} has columns of different lengths: {lengths}")
+            if not lengths or min(lengths.values()) == 0:
+                raise BadInput(f"data: split {split!r} is empty; every split needs at least one example")
+
+    # ---- the model -------------------------------------------------------------------------------------------------
+    @property
+    def model(self) -> nn.Module:
+        if self._model is None:
+            assert self._make is not None
+            self._model = plain_experts(self._make()).eval()
+            self._seen = self._versions()
+        return self._model
+
+    def _versions(self) -> tuple[int, ...]:
+        assert self._model is not None
+        return (*(t._version for t in self._model.state_dict(keep_vars=True).values()), id(self._model))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights, changes, configuration, task and data; changes when any weight is written."""
+        if self._fingerprint is not None and (self._model is None or self._seen == self._versions()):
+            return self._fingerprint
+        digest = hashlib.sha256()
+        model = self.model
+        config = getattr(model, "config", None)
+        digest.update(repr(config.to_dict() if config is not None and hasattr(config, "to_dict") else str(model)).encode())
+        digest.update(json.dumps(describe_changes(model)[0], sort_keys=True).encode() + self.task.name.encode())
+        for group in (model.state_dict(), *self.splits.values()):
+            for key, value in sorted(group.items()):
+                digest.update(key.encode() + str(tuple(value.shape)).encode() + str(value.dtype).encode())
+                digest.update(memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        self._fingerprint, self._seen = digest.hexdigest()[:24], self._versions()
+        return self._fingerprint
+
+    def resolve_device(self, device: str = "auto") -> torch.device:
+        if device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise BadInput(f"device: {device!r} was asked for but no CUDA device is present; use auto or cpu")
+        return torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        tensor = next(iter(self.model.parameters()), None)
+        return tensor.device if tensor is not None else torch.device("cpu")
+
+    def copy(self) -> Subject:
+        """A subject with its own copy of the weights (data is shared)."""
+        made = self.with_model(copy.deepcopy(self.model))
+        made.adopt_fingerprint(self.fingerprint)
+        return made
+
+    def with_model(self, model: nn.Module) -> Subject:
+        made = Subject(self.name, model, self.task, self.splits, tokenizer=self.tokenizer, data_note=self.data_note, labels=self.labels,
+                       history=list(self.history), origin=self.origin)  # fmt: skip
+        made._memory = self._memory  # keys hold the fingerprint, so sharing is safe
+        return made
+
+    def prepared(self, device: str, copy: bool) -> Subject:
+        """What an instrument works on: eval mode, on the device, a private copy when it will change the weights."""
+        target = self.resolve_device(device)
+        if copy or target != self.device:
+            mine = self.copy()
+            mine.model.to(target).eval()
+            return mine
+        self.model.eval()
+        return self
+
+    def derived(self, instrument: Instrument, key: str, make: Callable[[], Subject | None]) -> Subject:
+        """The subject a cached run produced: known by its fingerprint, computed on demand."""
+
+        def weights() -> nn.Module:
+            made = make()
+            assert made is not None
+            return made.model
+
+        return Subject(self.name, weights, self.task, self.splits, tokenizer=self.tokenizer, data_note=self.data_note, labels=self.labels,
+                       history=[*self.history, step(instrument)], fingerprint=key, origin=self.origin)  # fmt: skip
+
+    def adopt_fingerprint(self, fingerprint: str) -> None:
+        """Take the fingerprint of the subject this one was saved from: the same weights, task and data."""
+        self._fingerprint, self._seen = fingerprint, self._versions()
+
+    def memo(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """A statistic of this subject, kept in memory while its fingerprint stays; the last few are kept."""
+        full = (self.fingerprint, str(self.device), *key)
+        if full not in self._memory:
+            while len(self._memory) >= 8:
+                self._memory.pop(next(iter(self._memory)))
+            self._memory[full] = compute()
+        return self._memory[full]
+
+    def adopt(self, parent: Subject, instrument: Instrument, fingerprint: str | None) -> None:
+        """Record what was done to get here; the run's key becomes the fingerprint (None: hash the weights)."""
+        self.history = [*parent.history, step(instrument)]
+        self._fingerprint = fingerprint
+        self._seen = self._versions() if fingerprint else None
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise BadInput(f"split: {name!r} does not exist; this subject has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def size(self, split: str) -> int:
+        return len(next(iter(self.split(split).values())))
+
+    def batches(self, split: str, batch_size: int = 32, limit: int | None = None, device: torch.device | None = None,
+                by_length: bool = False) -> Iterator[Batch]:  # fmt: skip
+        """Batches of the first `limit` examples, trimmed to the longest sequence in each; in order, or shortest first."""
+        columns = self.split(split)
+        total = min(self.size(split), limit or self.size(split))
+        device = device or self.device
+        order = torch.arange(total)
+        if by_length and "attention_mask" in columns and columns["attention_mask"].ndim == 2:
+            order = columns["attention_mask"][:total].sum(1).argsort(stable=True)
+        for rows in order.split(batch_size):
+            batch = {k: v[rows] for k, v in columns.items()}
+            yield {k: v.to(device) for k, v in trim(batch).items()}
+
+    # ---- measuring -------------------------------------------------------------------------------------------------
+    def loss(self, batch: Batch) -> Tensor:
+        return self.task.loss(self.model, batch)
+
+    @torch.no_grad()
+    def evaluate(self, split: str = "test", batch_size: int = 64, limit: int | None = None, progress: Progress | None = None) -> dict[str, float]:
+        """Mean loss and metrics over a split (perplexity for language models); exact whatever the batch size."""
+        progress = progress or Progress()
+        sums: dict[str, float] = {}
+        was_training, total, items = self.model.training, 0.0, 0
+        self.model.eval()
+        count = -(-min(self.size(split), limit or self.size(split)) // batch_size)
+        with torch.nn.utils.parametrize.cached():
+            for batch in progress.track(self.batches(split, batch_size, limit, by_length=True), f"evaluate {split}", count):
+                output = self.task.output(self.model, batch)
+                weight = self.task.items(batch)
+                if weight == 0:
+                    continue
+                total += float(self.task.criterion(output, batch)) * weight
+                items += weight
+                for key, value in self.task.metrics(output, batch).items():
+                    sums[key] = sums.get(key, 0.0) + value
+        self.model.train(was_training)
+        if items == 0:
+            raise BadInput(f"split: {split!r} has no item with a target; check the label column")
+        found = {"loss": total / items} | {k: v / items for k, v in sums.items()}
+        if self.task.name in ("causal-lm", "masked-lm", "seq2seq-lm"):
+            found["perplexity"] = float(torch.tensor(found["loss"]).exp())
+        return found
+
+    # ---- structure -------------------------------------------------------------------------------------------------
+    def layers(self, glob: str = "blocks") -> list[Layer]:
+        return layer_selection.select(self.model, glob)
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        return layer_selection.blocks(self.model)
+
+    def parameter_count(self) -> int:
+        """Distinct parameters of the dense model (tied weights once; changes not counted)."""
+        return sum(p.numel() for p in {id(p): p for p in bake(copy.deepcopy(self.model)).parameters()}.values())
+
+    # ---- disk ------------------------------------------------------------------------------------------------------
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """A folder that `workbench.subject(folder)` opens with its changes, and `transformers` opens with them baked in."""
+        folder = Path(folder)
+        with replacing(folder) as draft:
+            draft.mkdir()
+            self.save_into(draft)
+        return folder
+
+    def save_into(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        from workbench.pruning.removal import record_of, stock
+
+        records, tensors = describe_changes(self.model)
+        baked = stock(bake(copy.deepcopy(self.model))).cpu()
+        if hasattr(baked, "save_pretrained"):
+            from workbench.subjects.checkpoints import quiet_transformers
+
+            with quiet_transformers():
+                baked.save_pretrained(folder, safe_serialization=True)
+        else:
+            from safetensors.torch import save_model
+
+            save_model(baked, str(folder / "model.safetensors"))
+        if self.tokenizer is not None and hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(folder)
+        if tensors:
+            save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, folder / "changes.safetensors")
+        save_file({f"{s}/{k}": v.contiguous().clone() for s, c in self.splits.items() for k, v in c.items()}, folder / "splits.safetensors")
+        note = {"name": self.name, "task": self.task.name, "data_note": self.data_note, "labels": self.labels, "history": self.history,
+                "origin": self.origin, "changes": records, "removed": record_of(self.model)}  # fmt: skip
+        (folder / "workbench.json").write_text(json.dumps(note, indent=1))
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{k} {self.size(k)}" for k in self.splits)
+        done = " > ".join(s["instrument"] for s in self.history)
+        return f"Subject({self.name!r}, {self.task.name}, {sizes}{', after ' + done if done else ''})"
+
+    def card(self, progress: Progress | None = None) -> dict[str, Any]:
+        """The reproducibility card: what a reader must know to get the same numbers."""
+        test = self.evaluate("test" if "test" in self.splits else next(iter(self.splits)), progress=progress or TextProgress())
+        return {"subject": self.name, "task": self.task.name, "architecture": type(self.model).__name__, "parameters": self.parameter_count(),
+                "layers": len(self.layers()), "data": self.data_note, **{f"{k} examples": self.size(k) for k in self.splits},
+                "fingerprint": self.fingerprint} | {f"test {k}": v for k, v in test.items()}  # fmt: skip
+
+
+def plain_experts(model: nn.Module) -> nn.Module:
+    """Mixture-of-experts models compute expert by expert: grouped kernels hide each expert's inputs and have no second derivative."""
+    if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    return model
+
+
+def step(instrument: Instrument) -> dict[str, Any]:
+    return {"instrument": instrument.name(), "fields": instrument.model_dump(mode="json")}
+
+
+def trim(batch: Batch) -> Batch:
+    """Cut padding that no example of the batch uses (right padding, by the attention mask)."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return batch
+    longest = max(int(mask.sum(1).max()), 1)
+    width = mask.shape[1]
+    return {k: v[:, :longest] if v.ndim == 2 and v.shape[1] == width else v for k, v in batch.items()}

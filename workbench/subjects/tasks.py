@@ -1,0 +1,208 @@
+"""Tasks: how a batch becomes an output, a loss and metrics. A new modality is a new task; nothing else changes.
+
+A batch is a dict of tensors whose first dimension is the example. Every loss is the mean over *items* (examples, or
+target tokens), so totals over batches are exact: sum of `loss * items` divided by the sum of items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a batch becomes a loss. `flat` gives (outputs, targets) with one row per item: what curvature and metrics need."""
+
+    name: ClassVar[str] = ""
+    loss_kind: ClassVar[str] = "cross_entropy"  # cross_entropy | squared_error | other
+    targets: ClassVar[str] = "labels"
+
+    def inputs(self, batch: Batch) -> Batch:
+        return {k: v for k, v in batch.items() if k != self.targets}
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits or predictions, straight from the model."""
+        options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+        return first_tensor(model(**self.inputs(batch), **options))
+
+    def flat(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(items, classes) outputs and (items,) targets; items that are padding are left out."""
+        return output, batch[self.targets]
+
+    def criterion(self, output: Tensor, batch: Batch) -> Tensor:
+        """Mean loss over the batch's items, a scalar; in float32 or wider."""
+        rows, targets = self.flat(output, batch)
+        return F.cross_entropy(rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows, targets)
+
+    def items(self, batch: Batch) -> int:
+        return int(batch[self.targets].shape[0])
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, float]:
+        """Sums over items of each metric."""
+        rows, targets = self.flat(output, batch)
+        return {"accuracy": float((rows.argmax(-1) == targets).sum())}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.criterion(self.output(model, batch), batch)
+
+
+@dataclass(frozen=True)
+class SequenceClassification(Task):
+    name: ClassVar[str] = "sequence-classification"
+
+
+@dataclass(frozen=True)
+class ImageClassification(Task):
+    name: ClassVar[str] = "image-classification"
+
+
+@dataclass(frozen=True)
+class TokenTask(Task):
+    """Losses over tokens; label -100 marks positions without a target."""
+
+    shift: ClassVar[int] = 0
+
+    def flat(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        labels = batch[self.targets][:, self.shift :]
+        keep = labels != -100
+        return output[:, : output.shape[1] - self.shift][keep], labels[keep]
+
+    def items(self, batch: Batch) -> int:
+        return int((batch[self.targets][:, self.shift :] != -100).sum())
+
+
+@dataclass(frozen=True)
+class TokenClassification(TokenTask):
+    name: ClassVar[str] = "token-classification"
+
+
+@dataclass(frozen=True)
+class MaskedLM(TokenTask):
+    name: ClassVar[str] = "masked-lm"
+
+
+@dataclass(frozen=True)
+class CausalLM(TokenTask):
+    """Next-token prediction: `labels` are the input ids (-100 at padding); the shift happens here."""
+
+    name: ClassVar[str] = "causal-lm"
+    shift: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class Seq2SeqLM(TokenTask):
+    """Encoder-decoder: `labels` are the decoder's targets; its inputs are the labels shifted right."""
+
+    name: ClassVar[str] = "seq2seq-lm"
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        decoder = model.prepare_decoder_input_ids_from_labels(labels=batch[self.targets])  # type: ignore[operator]
+        return first_tensor(model(**self.inputs(batch), decoder_input_ids=decoder, use_cache=False))
+
+
+@dataclass(frozen=True)
+class SquaredErrorTask(Task):
+    """Half the mean over items of the squared error summed over outputs: the Hessian in the outputs is the identity."""
+
+    loss_kind: ClassVar[str] = "squared_error"
+
+    def flat(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        targets = batch[self.targets].to(output.dtype)
+        return output.reshape(len(output), -1), targets.reshape(len(targets), -1)
+
+    def criterion(self, output: Tensor, batch: Batch) -> Tensor:
+        rows, targets = self.flat(output, batch)
+        return 0.5 * (rows - targets).square().sum(-1).mean()
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, float]:
+        rows, targets = self.flat(output, batch)
+        return {"squared_error": float((rows - targets).square().sum())}
+
+
+@dataclass(frozen=True)
+class Regression(SquaredErrorTask):
+    name: ClassVar[str] = "regression"
+
+
+@dataclass(frozen=True)
+class Embedding(SquaredErrorTask):
+    """A checkpoint without a head: mean-pooled hidden states against target vectors (by default the dense model's own)."""
+
+    name: ClassVar[str] = "embedding"
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        hidden = super().output(model, batch)
+        if hidden.ndim == 2:
+            return hidden
+        mask = batch.get("attention_mask")
+        weights = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden.dtype)
+        return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class ModuleTask(Task):
+    """A plain `nn.Module` called as `model(batch["inputs"])` with cross-entropy on integer labels."""
+
+    name: ClassVar[str] = "classification"
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        return first_tensor(model(batch["inputs"]))
+
+    def flat(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return output.reshape(-1, output.shape[-1]), batch[self.targets].reshape(-1)
+
+    def items(self, batch: Batch) -> int:
+        return int(batch[self.targets].numel())
+
+
+@dataclass(frozen=True)
+class ModuleRegression(SquaredErrorTask):
+    name: ClassVar[str] = "module-regression"
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        return first_tensor(model(batch["inputs"]))
+
+
+@dataclass(frozen=True)
+class CustomLoss(Task):
+    """A plain `nn.Module` with the user's own `loss(output, batch) -> scalar mean over examples`."""
+
+    name: ClassVar[str] = "custom"
+    loss_kind: ClassVar[str] = "other"
+    function: Callable[[Tensor, Batch], Tensor] = F.mse_loss  # type: ignore[assignment]
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        return first_tensor(model(batch["inputs"]))
+
+    def criterion(self, output: Tensor, batch: Batch) -> Tensor:
+        return self.function(output, batch)
+
+    def items(self, batch: Batch) -> int:
+        return len(next(iter(batch.values())))
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, float]:
+        return {}
+
+
+TASKS: dict[str, type[Task]] = {
+    cls.name: cls
+    for cls in (SequenceClassification, TokenClassification, CausalLM, MaskedLM, Seq2SeqLM, ImageClassification, Regression,
+                Embedding, ModuleTask, ModuleRegression)
+}  # fmt: skip
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The logits (or first tensor) of whatever a model returned."""
+    if isinstance(output, Tensor):
+        return output
+    if getattr(output, "logits", None) is not None:
+        return output.logits
+    return output[0]

@@ -1,0 +1,11 @@
+"""Training: loop, optimizers, schedules, batch-size rules, sweeps, and what learning rate and batch size do to the loss."""
+
+from workbench.training.batch import NormTest
+from workbench.training.comparisons import OptimizerComparison, ScheduleStudy
+from workbench.training.loop import Training, fit
+from workbench.training.noise_study import GradientNoise
+from workbench.training.surface import LearningRateBatchSize
+from workbench.training.sweeps import Range, Sweep, Trial
+from workbench.training.train_study import Train
+
+__all__ = ["GradientNoise", "LearningRateBatchSize", "NormTest", "OptimizerComparison", "Range", "ScheduleStudy", "Sweep", "Train", "Training", "Trial", "fit"]
