@@ -42,6 +42,8 @@ def serve(root: Path, private: Path, environment: dict[str, str] | None = None) 
     settings = private / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(json.dumps({"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True}))
+    # the project's own override follows the system's light or dark; while it does, JupyterLab takes the first change of theme as the wish to stop following
+    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"adaptive-theme": False}))
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "JUPYTER_CONFIG_DIR": str(private / "config"), "JUPYTER_RUNTIME_DIR": str(private / "runtime"), "JUPYTER_DATA_DIR": str(private / "data"),
@@ -124,15 +126,6 @@ def run_all(page: playwright.Page) -> None:
 
 
 def set_theme(page: playwright.Page, theme: str) -> None:
-    """Change the theme and wait for it; a change asked for while the first theme still loads is overtaken by it, so ask again."""
-    light = "false" if "Dark" in theme else "true"
-    other = "JupyterLab Light" if "Dark" in theme else "JupyterLab Dark"
-    took_effect = f"() => document.body.dataset.jpThemeLight === '{light}'"
-    for patience in (8000, 8000, 90000):
-        page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
-        try:
-            page.wait_for_function(took_effect, timeout=patience)
-            return
-        except playwright.TimeoutError:
-            page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", other)
-    raise TimeoutError(f"JupyterLab did not change to {theme}")
+    """Change the theme and wait until it is there."""
+    page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+    page.wait_for_function("(light) => document.body.dataset.jpThemeLight === light", arg="false" if "Dark" in theme else "true")
