@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from workbench.training.group_optimizer import GroupOptimizer, adam_direction
 
 
 def projection(gradient: Tensor, rank: int) -> tuple[Tensor, bool]:
@@ -17,7 +18,7 @@ def projection(gradient: Tensor, rank: int) -> tuple[Tensor, bool]:
     return (left[:, :rank].contiguous() if on_left else right[:rank].mT.contiguous()), on_left
 
 
-class GaLore(Optimizer):
+class GaLore(GroupOptimizer):
     """R = P^T G;  N = Adam(R);  w <- w - lr (alpha P N + wd w), with P refreshed from the gradient's SVD every `refresh` steps.
 
     Matrices (out, in) with both sides above `rank` are projected on their shorter side, the rest is plain AdamW. State of an (m, n)
@@ -28,35 +29,23 @@ class GaLore(Optimizer):
                  rank: int = 32, refresh: int = 200, alpha: float = 0.25) -> None:  # fmt: skip
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, refresh=refresh, alpha=alpha))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group)
-        return loss
+    def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        rank, plain = group["rank"], [p.ndim != 2 or min(p.shape) <= group["rank"] for p in weights]
+        reduced = []
+        for p, gradient, whole in zip(weights, gradients, plain, strict=True):
+            if not whole and (group["step"] - 1) % group["refresh"] == 0:
+                self.state[p]["projection"], _ = projection(gradient, rank)
+            reduced.append(gradient if whole else self._down(p, gradient))
+        first, second = self.kept("exp_avg", weights, reduced), self.kept("exp_avg_sq", weights, reduced)
+        updates = adam_direction(first, second, reduced, group["betas"], group["eps"], group["step"])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        updates = [u if whole else group["alpha"] * self._up(p, u) for p, u, whole in zip(weights, updates, plain, strict=True)]
+        torch._foreach_sub_(weights, updates, alpha=group["lr"])
 
-    def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, rank = self.state[p], group["rank"]
-        low = p.ndim == 2 and min(p.shape) > rank
-        t = state["step"] = state.get("step", 0) + 1
-        if low and (t - 1) % group["refresh"] == 0:
-            state["projection"], _ = projection(gradient, rank)
-        on_left = low and p.shape[0] <= p.shape[1]
-        if low:
-            basis = state["projection"]
-            gradient = basis.mT @ gradient if on_left else gradient @ basis
-        if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        beta1, beta2 = group["betas"]
-        first = state["exp_avg"].lerp_(gradient, 1 - beta1)
-        second = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        update = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group["eps"])
-        if low:
-            update = group["alpha"] * (basis @ update if on_left else update @ basis.mT)
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(update, alpha=group["lr"])
+    def _down(self, p: Tensor, gradient: Tensor) -> Tensor:
+        basis = self.state[p]["projection"]
+        return basis.mT @ gradient if p.shape[0] <= p.shape[1] else gradient @ basis
+
+    def _up(self, p: Tensor, update: Tensor) -> Tensor:
+        basis = self.state[p]["projection"]
+        return basis @ update if p.shape[0] <= p.shape[1] else update @ basis.mT

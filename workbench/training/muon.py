@@ -7,14 +7,14 @@ CUDA when asked), and after each step a map may keep every matrix's spectral nor
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from workbench.instruments import BadInput
+from workbench.training.group_optimizer import GroupOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 #: No singular value leaves five steps of the iteration above this (the polynomial's largest value on its range is 1.2024).
@@ -73,7 +73,7 @@ def top_singular(matrix: Tensor, start: Tensor, iterations: int = 8) -> tuple[Te
     return left @ (matrix @ right), left, right
 
 
-class Muon(Optimizer):
+class Muon(GroupOptimizer):
     """m <- mu m + g;  u = NS(g + mu m);  w <- (1 - lr wd) w - lr s u, for matrices only.
 
     scale s: "spectral" sqrt(max(1, out / in)) (Jordan et al.), "rms" 0.2 sqrt(max(out, in)) (Moonlight, Liu et al. 2025: AdamW's
@@ -97,30 +97,17 @@ class Muon(Optimizer):
                 if p.ndim != 2:
                     raise BadInput(f"params: Muon takes matrices, got a parameter of shape {tuple(p.shape)}; give it to AdamW")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                    if group["weight_map"] not in ("none", "soft-cap"):
-                        state["right"] = torch.nn.functional.normalize(torch.ones(p.shape[1], dtype=p.dtype, device=p.device), dim=0)
-                buffer = state["momentum"].mul_(group["momentum"]).add_(p.grad)
-                direction = p.grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
-                update = orthogonalise(direction, group["steps"], torch.bfloat16 if p.is_cuda else None)
-                factor = {"spectral": max(1.0, p.shape[0] / p.shape[1]) ** 0.5, "rms": 0.2 * max(p.shape) ** 0.5, "none": 1.0}[group["scale"]]
-                if group["weight_map"] != "decay":
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update, alpha=group["lr"] * factor)
-                self._map(p, group, state)
-        return loss
+    def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        momenta, mu = self.kept("momentum", weights), group["momentum"]
+        torch._foreach_mul_(momenta, mu)
+        torch._foreach_add_(momenta, gradients)
+        directions = torch._foreach_add(gradients, momenta, alpha=mu) if group["nesterov"] else momenta
+        if group["weight_map"] != "decay":
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        for p, direction in zip(weights, directions, strict=True):
+            factor = {"spectral": max(1.0, p.shape[0] / p.shape[1]) ** 0.5, "rms": 0.2 * max(p.shape) ** 0.5, "none": 1.0}[group["scale"]]
+            p.sub_(orthogonalise(direction, group["steps"], torch.bfloat16 if p.is_cuda else None), alpha=group["lr"] * factor)
+            self._map(p, group, self.state[p])
 
     def _map(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         kind, cap = group["weight_map"], group["cap"]
@@ -129,6 +116,8 @@ class Muon(Optimizer):
         if kind == "soft-cap":
             p.copy_(soft_cap(p, soft_cap_strength(cap, group["lr"] * LARGEST_UPDATE)))
             return
+        if "right" not in state:
+            state["right"] = torch.full((p.shape[1],), p.shape[1] ** -0.5, dtype=p.dtype, device=p.device)
         sigma, left, state["right"] = top_singular(p, state["right"])
         if kind == "normalise":
             p.mul_(cap / sigma.clamp_min(cap))

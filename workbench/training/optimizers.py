@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from workbench.instruments import BadInput
 from workbench.training.galore import GaLore
+from workbench.training.group_optimizer import evaluated
 from workbench.training.lamb import LAMB, LARS
 from workbench.training.muon import Muon
 
@@ -56,10 +57,7 @@ class Together(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for part in self.parts:
             part.step()
         return loss

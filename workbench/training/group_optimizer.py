@@ -1,0 +1,61 @@
+"""What every optimizer of this folder shares: closure, gradients, zero state on first use, a step count. A subclass is its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def evaluated(closure: Callable[[], float] | None) -> float | None:
+    """The loss of torch's optional closure, with gradients."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class GroupOptimizer(Optimizer):
+    """`update(group, weights, gradients)` is one step of one parameter group, without gradients being recorded.
+
+    weights : the parameters of the group that have a gradient. `group["step"]` counts from 1. An optimizer that needs more than
+    gradients (another backward pass, halves of the batch) defines `prepare(run)`, which `fit` calls when gradients are complete.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = evaluated(closure)
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights:
+                group["step"] = group.get("step", 0) + 1
+                self.update(group, weights, [p.grad for p in weights])
+        return loss
+
+    def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def kept(self, name: str, weights: list[Tensor], like: list[Tensor] | None = None) -> list[Tensor]:
+        """State tensors `name` of the weights, zeros of the shape of `like` (the weights) when new."""
+        for weight, shape in zip(weights, like or weights, strict=True):
+            if name not in self.state[weight]:
+                self.state[weight][name] = torch.zeros_like(shape)
+        return [self.state[weight][name] for weight in weights]
+
+
+def adam_direction(first: list[Tensor], second: list[Tensor], gradients: list[Tensor], betas: tuple[float, float], eps: float, step: int,
+                   bias_correction: bool = True) -> list[Tensor]:  # fmt: skip
+    """Update both moments in place and return m_hat / (sqrt(v_hat) + eps) as new tensors (Kingma & Ba 2015, algorithm 1)."""
+    beta1, beta2 = betas
+    torch._foreach_lerp_(first, gradients, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+    c1, c2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
+    # m / c1 / (sqrt(v / c2) + eps) = m / ((sqrt(v) + eps sqrt(c2)) c1 / sqrt(c2))
+    below = list(torch._foreach_sqrt(second))
+    torch._foreach_add_(below, eps * c2**0.5)
+    torch._foreach_mul_(below, c1 / c2**0.5)
+    return list(torch._foreach_div(first, below))
