@@ -91,6 +91,7 @@ class Job(ipywidgets.HBox):
     """A row of Run, Stop, bar and state for `work(progress) -> value`; `finished(value)` is called with what it returned.
 
     `preview` receives unfinished results while it runs. `start()` and `wait()` are what the buttons do, for scripts and tests.
+    `after(call)` is for what is asked while work is running: it comes next.
     """
 
     def __init__(
@@ -102,6 +103,9 @@ class Job(ipywidgets.HBox):
         self._work, self._finished, self._preview = work, finished, preview
         self._thread: threading.Thread | None = None
         self._progress: WidgetProgress | None = None
+        self._lock = threading.Lock()  # between the work's last act and a request that arrives meanwhile
+        self._going = False
+        self._waiting: Callable[[], None] | None = None
         self.run = ipywidgets.Button(description="Run", button_style="primary", tooltip="Run with these settings")
         self.halt = ipywidgets.Button(description="Stop", disabled=True, tooltip="Stop and keep what is there")
         self.bar = ipywidgets.IntProgress(value=0, max=1, layout=ipywidgets.Layout(width="12rem", display="none"))
@@ -114,29 +118,44 @@ class Job(ipywidgets.HBox):
 
     @property
     def running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._going
 
     def start(self) -> None:
         """Begin in a thread; does nothing while one is running."""
-        if self.running:
-            return
+        with self._lock:
+            if self._going:
+                return
+            self._going = True
+            self._busy(True)
         self._progress = WidgetProgress(self.bar, self.note, self._preview)
-        self._busy(True)
         self.note.say("starting")
         self._thread = threading.Thread(target=self._go, args=(self._progress,), daemon=True)
         self._thread.start()
 
+    def after(self, call: Callable[[], None]) -> bool:
+        """Call now, or when the work that is running has ended; of several waiting the last one is kept. True when it waits."""
+        with self._lock:
+            if self._going:
+                self._waiting = call
+                return True
+        call()
+        return False
+
     def stop(self) -> None:
-        """Ask the work to end; it keeps what it has."""
+        """Ask the work to end; it keeps what it has. What was to come next is forgotten."""
+        self._waiting = None
         if self._progress is not None and self.running:
             self._progress.stop.set()
             self.halt.disabled = True
             self.note.say("stopping")
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the work to end; True when it did within `timeout` seconds."""
-        if self._thread is not None:
-            self._thread.join(timeout)
+        """Wait for the work, and what was to come after it, to end; True when it did within `timeout` seconds."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while (thread := self._thread) is not None and thread.is_alive():
+            thread.join(None if until is None else max(until - time.monotonic(), 0))
+            if until is not None and time.monotonic() >= until:
+                break
         return not self.running
 
     def now(self, progress: Progress) -> None:
@@ -153,7 +172,12 @@ class Job(ipywidgets.HBox):
         except Exception as error:
             self.note.complain(error)
         finally:
-            self._busy(False)
+            with self._lock:
+                self._busy(False)
+                self._going = False
+                following, self._waiting = self._waiting, None
+            if following is not None:
+                guarded(self.note, following)()
 
     def _busy(self, busy: bool) -> None:
         with contextlib.ExitStack() as held:

@@ -3,14 +3,16 @@
     from widgets.spectrum import SpectrumPanel
     SpectrumPanel(dense, others={"pruned": pruned, "4 bits": quantized})
 
-Clicking a layer in the heat map measures that layer's own spectrum; *Whole model* comes back. *Lay over* measures another
-subject with the same settings. The batch slider marks where random matrix theory puts the largest eigenvalue and the noise.
+Clicking a layer in the heat map measures that layer's own spectrum; *All layers* comes back. *Lay over* measures another
+subject with the same settings. What is asked while a run is going on comes next. The batch slider marks where random matrix
+theory puts the largest eigenvalue and the noise.
 """
 
 from __future__ import annotations
 
+import html
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ipywidgets
@@ -21,7 +23,7 @@ from widgets.panels import Panel
 from widgets.plot import PlotView
 from workbench.curvature import Spectrum
 from workbench.curvature.drawings import grid_of_layers, layers_figure
-from workbench.instruments import Progress, Result
+from workbench.instruments import BadInput, Progress, Result
 from workbench.subjects import Subject
 
 
@@ -41,14 +43,14 @@ class SpectrumPanel(Panel):
         self._map: Result | None = None  # the last result over more than one layer, which the heat map shows
         self.layers_plot = PlotView(alt="mean eigenvalue of every layer; click one for its spectrum")
         self.layers_plot.add_class("wb-layers")
-        self.whole = ipywidgets.Button(description="Whole model", disabled=True, tooltip="Measure all layers together again")
+        self.whole = ipywidgets.Button(description="All layers", disabled=True, tooltip="Back to the spectrum of all layers of the heat map together")
         style = {"description_width": "initial"}
         self.other = ipywidgets.Dropdown(description="Lay over", options=["nothing", *self.others], value="nothing", style=style)
         self.other.add_class("wb-field-other")
         self.layer_note = ipywidgets.HTML()
         super().__init__(Spectrum, on, **options)
-        self.whole.on_click(guarded(self.job.note, lambda _: self.measure_layer("all")))
-        self.other.observe(guarded(self.job.note, lambda _: self.lay_over(self.other.value)), "value")
+        self.whole.on_click(guarded(self.job.note, lambda _: self.measure_all()))
+        self.other.observe(guarded(self.job.note, lambda _: None if self._quiet else self.lay_over(self.other.value)), "value")
         self.layers_plot.observe(guarded(self.job.note, self._clicked), "clicked")
         row = ipywidgets.HBox([self.whole, self.other, self.layer_note], layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"))
         row.add_class("wb-section")
@@ -59,17 +61,28 @@ class SpectrumPanel(Panel):
 
     # ---- layers ----------------------------------------------------------------------------------------------------
     def measure_layer(self, name: str) -> None:
-        """Measure the spectrum of one layer ('all': of the whole model) with the other settings as they are."""
-        if self.job.running:
-            return
-        self.controls.values = {"layers": name}
-        self._target = None
-        self.job.start()
+        """Measure the spectrum of one layer (or of layers by glob) with the other settings as they are."""
+
+        def begin() -> None:
+            self.controls.values = {"layers": name}
+            self._target = None
+            self.job.start()
+
+        self._ask(begin, f"spectrum of {name}")
+
+    def measure_all(self) -> None:
+        """Back to the layers that the heat map shows."""
+        self.measure_layer("all" if self._map is None else self._map.instrument.model_dump()["layers"])
+
+    def _ask(self, begin: Callable[[], None], what: str) -> None:
+        if self.job.after(begin):
+            self.layer_note.value = f'<span role="status">next, after this run: {html.escape(what)}</span>'
 
     def _clicked(self, change: Mapping[str, Any]) -> None:
         point = change["new"]
         if point is None or self._map is None:
             return
+        self.layers_plot.clicked = None  # type: ignore[assignment]  # or a second click on the same cell would be no change
         rows, columns, where = grid_of_layers(list((self._map.tables or {})["layers"]["layer"]))
         wanted = (rows.index(str(point["y"])), columns.index(str(point["x"])))
         name = next((layer for layer, place in where.items() if place == wanted), None)
@@ -81,15 +94,32 @@ class SpectrumPanel(Panel):
         """Draw the spectrum of another subject over this one; measured first when it has not been."""
         if name == "nothing" or name in self.overlaid:
             self._draw()
-        elif not self.job.running:
+            return
+
+        def begin() -> None:
+            if self.result is None:
+                self._show_other("nothing")
+                raise BadInput("lay over: there is no spectrum to lay it over yet; press Run first")
             self._target = name
             self.job.start()
+
+        self._ask(begin, f"{name}, laid over")
+
+    def _show_other(self, name: str) -> None:
+        self._quiet = True
+        self.other.value = name
+        self._quiet = False
 
     def _work(self, progress: Progress) -> Result:
         if self._target is None:
             return super()._work(progress)
-        assert self.result is not None, "run the spectrum first, then lay another over it"
-        return self.result.instrument.run(self.others[self._target], progress=progress)
+        assert self.result is not None
+        try:
+            return self.result.instrument.run(self.others[self._target], progress=progress)
+        except Exception:
+            self._target = None
+            self._show_other("nothing")
+            raise
 
     def _preview(self, result: Result) -> None:
         if self._target is None:
@@ -99,17 +129,17 @@ class SpectrumPanel(Panel):
         name, self._target = self._target, None
         if name is not None:
             self.overlaid[name] = result
+            self._show_other(name)
             self._draw()
             return
         self.overlaid = {}
-        self._quiet = True
-        self.other.value = "nothing"
-        self._quiet = False
+        self._show_other("nothing")
         layers = (result.tables or {}).get("layers")
         if layers is not None and len(layers) > 1:
             self._map = result
-            self.layers_plot.figure = layers_figure(layers)
-        self.whole.disabled = result.instrument.model_dump()["layers"] in ("all", "*")
+            drawn = layers_figure(layers)
+            self.layers_plot.figure = drawn.update_layout(title_text="Curvature by layer: click a cell for its own spectrum")
+        self.whole.disabled = result is self._map
         super()._finished(result)
 
     def _draw(self) -> None:

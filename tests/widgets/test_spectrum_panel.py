@@ -8,6 +8,7 @@ import torch
 
 from tests.curvature.small import mlp
 from widgets.spectrum import SpectrumPanel
+from workbench.instruments import Result
 from workbench.subjects import Mask, Subject
 
 PATIENCE = 120
@@ -48,17 +49,53 @@ def test_run_click_overlay_and_batch(cache: Path) -> None:
     row, column = next((i, j) for i, names in enumerate(heat["customdata"]) for j, name in enumerate(names) if name == "0.weight")
     panel.layers_plot.clicked = {"trace": 0, "point": None, "x": heat["x"][column], "y": heat["y"][row]}
     assert panel.job.wait(PATIENCE)
-    assert panel.result.instrument.layers == "0.weight" and panel.result.facts["parameters"] == 20
+    assert panel.result.instrument.model_dump()["layers"] == "0.weight" and panel.result.facts["parameters"] == 20
+    assert panel.layers_plot.clicked is None  # a second click on the same cell is a click again
     assert not panel.whole.disabled and panel.layers_plot.spec["data"][0]["customdata"] == heat["customdata"]
-    panel.measure_layer("all")
-    assert panel.job.wait(PATIENCE) and panel.result.facts["parameters"] == whole.facts["parameters"]
+    panel.measure_all()
+    assert panel.job.wait(PATIENCE) and panel.result.facts["parameters"] == whole.facts["parameters"] and panel.whole.disabled
+
+
+def test_what_is_asked_during_a_run_comes_next(cache: Path) -> None:
+    dense = mlp(torch.float32)
+    panel = SpectrumPanel(dense, others={"pruned": pruned(dense)}, probes=2, steps=10, batch_size=6)
+    panel.other.value = "pruned"
+    assert "press Run first" in panel.job.note.value and panel.other.value == "nothing"
+
+    seen: list[str] = []
+
+    def ask_once(result: Result) -> None:
+        if not seen:
+            panel.measure_layer("0.weight")
+            panel.other.value = "pruned"  # the last thing asked wins
+            seen.append(panel.layer_note.value)
+
+    panel.job._preview = ask_once
+    panel.job.start()
+    assert panel.job.wait(PATIENCE) and "next, after this run: pruned" in seen[0]
+    assert set(panel.overlaid) == {"pruned"} and panel.other.value == "pruned"
+    assert panel.result is not None and panel.result.instrument.model_dump()["layers"] == "all"
+
+    def ask_and_stop(result: Result) -> None:
+        panel.measure_layer("0.weight")
+        panel.job.stop()  # Stop forgets what was to come
+
+    panel.job._preview = ask_and_stop
+    panel.controls.values = {"seed": 1}
+    panel.job.start()
+    assert panel.job.wait(PATIENCE) and panel.result.partial and panel.result.instrument.model_dump()["layers"] == "all" and not panel.job.running
 
 
 def test_a_preview_refines_the_density(cache: Path) -> None:
     panel = SpectrumPanel(mlp(torch.float32), probes=2, steps=10)
-    seen = []
+    seen: list[tuple[bool, int]] = []
     draw = panel._preview
-    panel.job._preview = lambda result: (draw(result), seen.append((result.partial, panel.plot.revision)))
+
+    def look(result: Result) -> None:
+        draw(result)
+        seen.append((result.partial, panel.plot.revision))
+
+    panel.job._preview = look
     panel.job.start()
     assert panel.job.wait(PATIENCE)
     assert seen and all(partial for partial, _ in seen)

@@ -175,7 +175,7 @@ class SpectrumResult(Result):
         note = " (partial: stopped early)" if self.partial else ""
         return (f"spectrum{note}: {LABEL[f['operator']]}, {f['parameters']:,} parameters, top {f['top_eigenvalue']:.6g} (residual {f['top_residual']:.2g}), "
                 f"bottom {f['bottom_eigenvalue']:.4g}, trace {f['trace']:.5g} ± {f['trace_standard_error']:.2g} (s.e.), ‖H‖ {f['frobenius_norm']:.4g}, "
-                f"mass {f['mass']:.5f}, 2/λ {f['two_over_top']:.4g}, {f['outliers']} outliers, Gaussian width {f['gaussian_width']:.2g}")  # fmt: skip
+                f"mass {f['mass']:.5f}, 2/λ {f['two_over_top']:.4g}, {f['outliers']} outlier{'' if f['outliers'] == 1 else 's'}, Gaussian width {f['gaussian_width']:.2g}")  # fmt: skip
 
 
 LABEL = {"hessian": "Hessian", "ggn": "Gauss-Newton", "empirical-fisher": "Empirical Fisher", "mc-fisher": "Fisher (sampled)"}
