@@ -8,8 +8,9 @@ from workbench.quantization.fake_quant import FakeQuant
 from workbench.quantization.formats import Format, named
 from workbench.quantization.grid import Grid, fit
 from workbench.quantization.quantize import Quantize
+from workbench.quantization.rotating import Rotate
 from workbench.quantization.rotation import rotate
 from workbench.quantization.sensitivity import LayerSensitivity
 
-__all__ = ["Allocate", "ErrorAnatomy", "FakeQuant", "Format", "Grid", "LayerSensitivity", "Quantize", "TrainQuantized", "fit", "named", "rotate",
+__all__ = ["Allocate", "ErrorAnatomy", "FakeQuant", "Format", "Grid", "LayerSensitivity", "Quantize", "Rotate", "TrainQuantized", "fit", "named", "rotate",
            "to_compressed_tensors", "to_onnx"]  # fmt: skip

@@ -9,11 +9,13 @@ scales cannot move and nothing can be folded: there, use `Quantize(transform="ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from workbench.instruments import BadInput
 from workbench.quantization.transforms import hadamard, power_of_two
@@ -23,12 +25,14 @@ from workbench.subjects.changes import bake
 
 @dataclass
 class Stream:
-    """What reads and writes the residual stream. Weights are (module, transposed) with transposed for Conv1D's (in, out)."""
+    """What reads and writes the residual stream. `heads` holds, for each block, the value projection, its rows and the output projection."""
 
     embeddings: list[nn.Embedding]
-    blocks: list[list[tuple[Any, list[tuple[Any, bool]], tuple[Any, bool]]]]  # (norm, its readers, the writer)
+    blocks: list[list[tuple[Any, list[Any], Any]]]  # (norm, its readers, the writer)
     norm: nn.Module
     head: nn.Linear
+    heads: list[tuple[Any, slice, Any]]
+    head_size: int
 
 
 def stream_of(model: Any) -> Stream:
@@ -36,20 +40,24 @@ def stream_of(model: Any) -> Stream:
     name = type(model).__name__
     if hasattr(model, "transformer") and hasattr(model.transformer, "wte"):
         inner = model.transformer
-        blocks = [[(b.ln_1, [(b.attn.c_attn, True)], (b.attn.c_proj, True)), (b.ln_2, [(b.mlp.c_fc, True)], (b.mlp.c_proj, True))] for b in inner.h]
-        return Stream([inner.wte, inner.wpe], blocks, inner.ln_f, model.lm_head)
+        blocks = [[(b.ln_1, [b.attn.c_attn], b.attn.c_proj), (b.ln_2, [b.mlp.c_fc], b.mlp.c_proj)] for b in inner.h]
+        width = inner.wte.weight.shape[1]
+        heads = [(b.attn.c_attn, slice(2 * width, 3 * width), b.attn.c_proj) for b in inner.h]
+        return Stream([inner.wte, inner.wpe], blocks, inner.ln_f, model.lm_head, heads, width // model.config.n_head)
     inner = getattr(model, "model", None)
     first = next(iter(inner.layers), None) if inner is not None and hasattr(inner, "layers") else None
     if first is None or not hasattr(first, "input_layernorm") or not hasattr(getattr(first, "mlp", None), "down_proj"):
         raise BadInput(f"subject: {name} has no residual stream that rotations can be folded into (a pre-norm causal model with RMSNorm or "
                        "LayerNorm is needed); use quantize with transform hadamard, which stays online")  # fmt: skip
-    blocks = []
+    blocks, heads = [], []
     for b in inner.layers:
         attention, mlp = b.self_attn, b.mlp
-        readers = [(attention.q_proj, False), (attention.k_proj, False), (attention.v_proj, False)]
-        blocks.append([(b.input_layernorm, readers, (attention.o_proj, False)),
-                       (b.post_attention_layernorm, [(mlp.gate_proj, False), (mlp.up_proj, False)], (mlp.down_proj, False))])  # fmt: skip
-    return Stream([inner.embed_tokens], blocks, inner.norm, model.lm_head)
+        blocks.append([(b.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], attention.o_proj),
+                       (b.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], mlp.down_proj)])  # fmt: skip
+        heads.append((attention.v_proj, slice(None), attention.o_proj))
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Stream([inner.embed_tokens], blocks, inner.norm, model.lm_head, heads, int(size))
 
 
 def random_rotation(width: int, kind: str, generator: torch.Generator) -> Tensor:
@@ -71,59 +79,99 @@ def keep_mean(matrix: Tensor) -> Tensor:
     ones = torch.full((len(matrix),), len(matrix) ** -0.5, dtype=matrix.dtype, device=matrix.device)
     across = matrix @ ones - ones
     size = across.square().sum()
-    return matrix if float(size) < 1e-24 else matrix - 2 * torch.outer(across, across @ matrix) / size
+    return matrix if float(size.detach()) < 1e-24 else matrix - 2 * torch.outer(across, across @ matrix) / size
 
 
 @torch.no_grad()
-def rotate(subject: Subject, kind: str = "hadamard", seed: int = 0, rotation: Tensor | None = None) -> Subject:
+def rotate(subject: Subject, kind: str = "hadamard", seed: int = 0, rotation: Tensor | None = None, heads: Sequence[Tensor] = ()) -> Subject:
     """A subject with the same function whose residual stream is rotated by an orthogonal (width, width) matrix.
 
+    heads : an orthogonal (head size, head size) for each block, which turns what its heads read and write (SpinQuant's R2)
     Changes on its weights are baked in first; a head tied to the embedding is untied (its norm's scale moves into it).
     """
     made = subject.copy()
     model: Any = bake(made.model)
-    stream = stream_of(model)
+    stream = folded(model)
     width = stream.embeddings[0].weight.shape[1]
     matrix = random_rotation(width, kind, torch.Generator().manual_seed(seed)) if rotation is None else rotation.double()
-    if matrix.shape != (width, width) or not torch.allclose(matrix @ matrix.T, torch.eye(width, dtype=torch.float64), atol=1e-8):
-        raise BadInput(f"rotation: an orthogonal matrix of shape ({width}, {width}) is needed, got {tuple(matrix.shape)}")
-    matrix = matrix.to(stream.head.weight.device)
-    untie(model, stream)
-    centre = isinstance(stream.norm, nn.LayerNorm)
-    project = torch.eye(width, dtype=torch.float64, device=matrix.device)
-    if centre:
-        project = project - 1 / width
-        matrix = keep_mean(matrix)
-    write = matrix @ project  # what is added to the stream goes through the centring, then the rotation
-    for embedding in stream.embeddings:
-        embedding.weight.copy_((embedding.weight.double() @ write.T).to(embedding.weight.dtype))
-    for block in stream.blocks:
-        for norm, readers, (writer, turned) in block:
-            for reader, transposed in readers:
-                read_from(reader, transposed, norm, matrix)
-            reset(norm)
-            weight = writer.weight.double().mT if turned else writer.weight.double()
-            weight = write @ weight
-            writer.weight.copy_((weight.mT if turned else weight).to(writer.weight.dtype))
-            if writer.bias is not None:
-                writer.bias.copy_((write @ writer.bias.double()).to(writer.bias.dtype))
-    read_from(stream.head, False, stream.norm, matrix)
-    reset(stream.norm)
+    for name, found, size in [("rotation", matrix, width), *(("heads", h.double(), stream.head_size) for h in heads)]:
+        if found.shape != (size, size) or not torch.allclose(found @ found.T, torch.eye(size, dtype=torch.float64, device=found.device), atol=1e-8):
+            raise BadInput(f"{name}: an orthogonal matrix of shape ({size}, {size}) is needed, got {tuple(found.shape)}")
+    device = stream.head.weight.device
+    for (module, tensor), value in turned(stream, matrix.to(device), [h.double().to(device) for h in heads]).items():
+        getattr(module, tensor).copy_(value)
     return made.with_model(model)
 
 
-def read_from(reader: Any, transposed: bool, norm: Any, matrix: Tensor) -> None:
-    """W (g * n + b) + c = (W diag(g) R^T) (R n) + (c + W b)."""
-    weight = reader.weight.double().mT if transposed else reader.weight.double()
-    shift = getattr(norm, "bias", None)
+@torch.no_grad()
+def folded(model: Any) -> Stream:
+    """The stream of a model after its norms' scales and biases went into the layers that read them (in place), and LayerNorm's centring
+    into the layers that write: from here on any rotation leaves the function alone."""
+    stream = stream_of(model)
+    untie(model, stream)
+    centre = isinstance(stream.norm, nn.LayerNorm)
+    if centre:
+        for embedding in stream.embeddings:
+            embedding.weight.sub_(embedding.weight.mean(1, keepdim=True))
+    for norm, readers, writer in [part for block in stream.blocks for part in block] + [(stream.norm, [stream.head], None)]:
+        for reader in readers:
+            read_from(reader, norm)
+        reset(norm)
+        if centre and writer is not None:
+            matrix = matrix_of(writer)
+            matrix.sub_(matrix.mean(0))
+            if writer.bias is not None:
+                writer.bias.sub_(writer.bias.mean())
+    return stream
+
+
+def turned(stream: Stream, matrix: Tensor, heads: Sequence[Tensor] = ()) -> dict[tuple[nn.Module, str], Tensor]:
+    """(module, tensor) -> its value in the rotated stream: readers W R^T, writers R W. Differentiable in the rotations, in their dtype."""
+    if isinstance(stream.norm, nn.LayerNorm):
+        matrix = keep_mean(matrix)
+    found: dict[tuple[nn.Module, str], Tensor] = {(e, "weight"): e.weight.detach().to(matrix.dtype) @ matrix.T for e in stream.embeddings}
+
+    def now(module: Any, tensor: str) -> Tensor:
+        """The value so far, matrices as (out, in)."""
+        value = found.get((module, tensor), getattr(module, tensor).detach().to(matrix.dtype))
+        return value.mT if tensor == "weight" and isinstance(module, Conv1D) else value
+
+    def then(module: Any, tensor: str, value: Tensor) -> None:
+        found[module, tensor] = value.mT if tensor == "weight" and isinstance(module, Conv1D) else value
+
+    for (value, rows, output), turn in zip(stream.heads, heads, strict=bool(heads)):
+        for tensor in ("weight", "bias"):
+            if getattr(value, tensor, None) is not None:
+                whole = now(value, tensor)
+                part = whole[rows].unflatten(0, (-1, stream.head_size))
+                part = torch.einsum("ij,hj...->hi...", turn, part).flatten(0, 1)
+                then(value, tensor, part if rows == slice(None) else torch.cat([whole[: rows.start], part, whole[rows.stop :]]))
+        then(output, "weight", (now(output, "weight").unflatten(1, (-1, stream.head_size)) @ turn.T).flatten(1))
+    for _, readers, writer in [part for block in stream.blocks for part in block]:
+        for reader in readers:
+            then(reader, "weight", now(reader, "weight") @ matrix.T)
+        then(writer, "weight", matrix @ now(writer, "weight"))
+        if writer.bias is not None:
+            then(writer, "bias", matrix @ now(writer, "bias"))
+    then(stream.head, "weight", now(stream.head, "weight") @ matrix.T)
+    return found
+
+
+def matrix_of(module: Any) -> Tensor:
+    """The weight as (out, in), sharing its storage."""
+    return module.weight.mT if isinstance(module, Conv1D) else module.weight
+
+
+def read_from(reader: Any, norm: Any) -> None:
+    """W (g * n + b) + c = (W diag(g)) n + (c + W b)."""
+    weight, shift = matrix_of(reader), getattr(norm, "bias", None)
     if shift is not None and bool((shift != 0).any()):
-        moved = weight @ shift.double()
+        moved = weight.double() @ shift.double()
         if reader.bias is None:
             reader.bias = nn.Parameter(moved.to(reader.weight.dtype), requires_grad=False)
         else:
             reader.bias.copy_((reader.bias.double() + moved).to(reader.bias.dtype))
-    weight = (weight * norm.weight.double()) @ matrix.T
-    reader.weight.copy_((weight.mT if transposed else weight).to(reader.weight.dtype))
+    weight.mul_(norm.weight)
 
 
 def reset(norm: Any) -> None:
