@@ -9,6 +9,8 @@ block RxC           rectangles of R outputs by C inputs
 row, column         one output's weights; one input's weights
 heads, neurons, heads+neurons
                     coupled structures that span several matrices (see `workbench.pruning.structures`)
+channels, layers, experts
+                    dimensions of the architecture, cut for the whole model at once (see `workbench.pruning.dimensions`)
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch.nn import functional as F
 from workbench.instruments import BadInput
 
 STRUCTURES = ("heads", "neurons")
-ACCEPTED = "unstructured, N:M (2:4), N:M outputs, block RxC (block 16x16), row, column, heads, neurons, heads+neurons"
+DIMENSIONS = ("channels", "layers", "experts")
+ACCEPTED = "unstructured, N:M (2:4), N:M outputs, block RxC (block 16x16), row, column, heads, neurons, heads+neurons, channels, layers, experts"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,14 @@ class Structures:
     kinds: tuple[str, ...]
 
 
-Pattern = Tiles | NM | Structures
+@dataclass(frozen=True)
+class Dimension:
+    """A dimension of the architecture: hidden channels, layers or experts."""
+
+    kind: str
+
+
+Pattern = Tiles | NM | Structures | Dimension
 
 
 def parse(text: str) -> Pattern:
@@ -82,6 +92,8 @@ def parse(text: str) -> Pattern:
         if not rows or not columns:
             raise BadInput(f"pattern: {text!r} has an empty block; give positive sizes, such as block 16x16")
         return Tiles(rows, columns)
+    if text in DIMENSIONS:
+        return Dimension(text)
     kinds = tuple(text.split("+"))
     if all(kind in STRUCTURES for kind in kinds) and len(set(kinds)) == len(kinds):
         return Structures(kinds)

@@ -131,8 +131,7 @@ def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept) 
                 setattr(config, name, left)
                 return True
         return False
-    own_head_size = "head_dim" in known or config.model_type == "vit" or "d_kv" in known
-    if not own_head_size:
+    if not own_head_size(model):
         return False
     if "d_kv" not in known:
         config.head_dim = groups[0].members[1].index.shape[1]
@@ -143,6 +142,13 @@ def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept) 
     if "num_decoder_heads" in known:
         config.num_decoder_heads = left
     return True
+
+
+def own_head_size(model: nn.Module) -> bool:
+    """Whether the configuration can give the heads a size that does not follow from the hidden size."""
+    config = getattr(model, "config", None)
+    known = config.to_dict() if config is not None else {}
+    return "head_dim" in known or "d_kv" in known or known.get("model_type") == "vit"
 
 
 def stock(model: nn.Module) -> nn.Module:
