@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,8 +17,13 @@ from workbench.instruments import BadInput
 from workbench.training import checkpoint, fit
 from workbench.training.galore import GaLore, projection
 from workbench.training.lamb import LAMB, LARS
+from workbench.training.mkor import MKOR, rank_one_inverse
 from workbench.training.muon import Muon, orthogonalise, soft_cap, soft_cap_strength
-from workbench.training.optimizers import OPTIMIZERS, Together, make_optimizer, state_bytes
+from workbench.training.onebit import OneBitAdam, compress, packed, unpacked
+from workbench.training.optimizers import OPTIMIZERS, make_optimizer, state_bytes
+from workbench.training.scion import Scion, steepest
+from workbench.training.sophia import Sophia
+from workbench.training.together import Together
 
 LR, WD = 0.05, 0.1
 
@@ -201,10 +209,254 @@ def test_soap_is_adam_in_the_eigenbasis() -> None:
     torch.testing.assert_close(weight.detach().double(), plain, rtol=1e-4, atol=1e-5)
 
 
+def test_mars() -> None:
+    """Yuan et al. 2024, algorithm 2: Adam on the gradient corrected by its own change, clipped to norm one; plain AdamW for vectors."""
+
+    def rule(w: Tensor, g: Tensor, s: dict, t: int) -> Tensor:
+        b1, b2 = (0.95, 0.99) if w.ndim == 2 else (0.9, 0.95)
+        c = g + 0.025 * b1 / (1 - b1) * (g - s.get("g", 0 * g)) if w.ndim == 2 else g
+        c = c / max(1.0, float(c.norm())) if w.ndim == 2 else c
+        s["g"], s["m"], s["v"] = g, b1 * s.get("m", 0 * g) + (1 - b1) * c, b2 * s.get("v", 0 * g) + (1 - b2) * c * c
+        step = s["m"] / (1 - b1**t) / ((s["v"].sqrt() + 1e-8) / (1 - b2**t) ** 0.5)
+        return w * (1 - LR * (WD if w.ndim == 2 else 0.0)) - LR * step
+
+    def make(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+        model = nn.Module()
+        for i, weight in enumerate(weights):
+            model.register_parameter(f"w{i}", weight)
+        return make_optimizer("mars", LR, WD)(model)
+
+    compare(make, rule, tolerance=1e-6)  # where theirs adds eps differs by 1e-8
+
+
+def test_sophia() -> None:
+    """The rule with the diagonal given, and pytorch_optimizer's SophiaH at the same diagonal: m / max(gamma h) clipped at 1 is theirs at p = gamma."""
+    from pytorch_optimizer import SophiaH
+
+    weights, loss = problem()
+    plain, theirs = [w.detach().clone() for w in weights], [nn.Parameter(w.detach().clone()) for w in weights]
+    optimizer, oracle = Sophia(weights, lr=LR, gamma=0.05, weight_decay=WD), SophiaH(theirs, lr=LR / 0.05, p=0.05, weight_decay=WD * 0.05, update_period=10**9)
+    first, h = [0 * w for w in plain], [0 * w for w in plain]
+    generator = torch.Generator().manual_seed(0)
+    for t in range(6):
+        diagonals = [torch.randn(w.shape, generator=generator, dtype=torch.float64) * 20 for w in plain]
+        if t % 3 == 0:
+            optimizer.average(weights, diagonals)
+            h = [0.99 * a + 0.01 * d for a, d in zip(h, diagonals, strict=True)]
+        for ws in (weights, theirs):
+            for w, g in zip(ws, torch.autograd.grad(loss(ws), ws), strict=True):
+                w.grad = g
+        grads = [w.grad.clone() for w in weights]
+        first = [0.96 * m + 0.04 * g for m, g in zip(first, grads, strict=True)]
+        clipped = [(m / (0.05 * a).clamp(min=1e-12)).clamp(-1, 1) for m, a in zip(first, h, strict=True)]
+        plain = [w * (1 - LR * WD) - LR * c for w, c in zip(plain, clipped, strict=True)]
+        optimizer.step()
+        oracle.step(hessian=[d.clone() for d in diagonals] if t % 3 == 0 else None) if t % 3 == 0 else oracle.step()
+        for a, b, c in zip(weights, plain, theirs, strict=True):
+            torch.testing.assert_close(a.detach(), b, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(c.detach(), b, rtol=1e-9, atol=1e-9)
+
+
+def test_sophia_estimates_the_diagonal() -> None:
+    """Of a separable loss one probe of signs is exact; of any loss the mean over probes is the diagonal."""
+    weight = nn.Parameter(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
+    optimizer = Sophia([weight], betas=(0.9, 0.0))
+    optimizer.estimate(lambda: (weight**4).sum() + (weight[0] * 0))
+    torch.testing.assert_close(optimizer.state[weight]["hessian"], 12 * weight.detach() ** 2)
+    matrix = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, -1.0], [0.0, -1.0, 4.0]], dtype=torch.float64)
+    torch.manual_seed(0)
+    found = []
+    for _ in range(400):
+        optimizer.estimate(lambda: 0.5 * weight @ matrix @ weight)
+        found.append(optimizer.state[weight]["hessian"].clone())
+    assert float((torch.stack(found).mean(0) - matrix.diagonal()).abs().max()) < 4 * (2 / 400) ** 0.5
+
+
+def test_scion() -> None:
+    def rule(w: Tensor, g: Tensor, s: dict, t: int) -> Tensor:
+        s["d"] = 0.9 * s.get("d", 0 * g) + 0.1 * g
+        left, sigma, right = torch.linalg.svd(s["d"] / s["d"].norm(), full_matrices=False)
+        for _ in range(5):
+            sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+        return (1 - LR * WD) * w - LR * 2.0 * (w.shape[0] / w.shape[1]) ** 0.5 * left @ torch.diag(sigma) @ right
+
+    compare(lambda ws: Scion(ws, lr=LR, weight_decay=WD, radius=2.0), rule, count=2, tolerance=1e-9)
+    direction = torch.tensor([[3.0, -4.0], [0.0, 12.0]], dtype=torch.float64)
+    assert torch.equal(steepest(direction, "sign"), torch.tensor([[0.5, -0.5], [0.0, 0.5]], dtype=torch.float64))
+    assert float(steepest(direction[:, 1], "rms").square().mean()) == pytest.approx(1.0)
+    with pytest.raises(BadInput, match="norm"):
+        Scion([nn.Parameter(torch.zeros(2, 2))], norm="nuclear")
+
+
+def test_scion_agrees_with_pytorch_optimizer_to_bfloat16() -> None:
+    from pytorch_optimizer import SCION
+
+    mine, theirs = (nn.Parameter(torch.randn(8, 12, generator=torch.Generator().manual_seed(0))) for _ in range(2))
+    first, second = Scion([mine], lr=0.1, radius=3.0), SCION([theirs], lr=0.1, momentum=0.1, scale=3.0, norm_type=2)
+    for t in range(3):
+        gradient = torch.randn(8, 12, generator=torch.Generator().manual_seed(t))
+        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        first.step()
+        second.step()
+    torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=0.05, atol=0.03)
+
+
+def test_kron_whitens_its_gradients() -> None:
+    """Li 2018: Q is fitted so that P = Q^T Q whitens; for gradients of known Kronecker covariance P g has covariance near the identity."""
+    from pytorch_optimizer import Kron
+
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.diag(torch.tensor([4.0, 1.0, 0.25])), torch.diag(torch.tensor([2.0, 0.5]))
+    weight = nn.Parameter(torch.zeros(3, 2))
+    optimizer = Kron([weight], lr=1e-9, momentum=0.0, pre_conditioner_update_probability=1.0, balance_prob=0.0)
+    torch.manual_seed(0)
+    draw = lambda: left @ torch.randn(3, 2, generator=generator) @ right  # noqa: E731
+    for _ in range(3000):
+        weight.grad = draw()
+        optimizer.step()
+    a, b = optimizer.state[weight]["Q"]
+    images = torch.stack([a.T @ a @ draw() @ b.T @ b for _ in range(3000)])
+    spread = images.reshape(-1, 6).var(0)
+    assert float(spread.max() / spread.min()) < 3.0  # 4,096 before: (4 / 0.25 x 2 / 0.5)^2
+
+
+def test_one_bit_adam_is_adam_until_it_freezes() -> None:
+    weights, loss = problem()
+    twins = [nn.Parameter(w.detach().clone()) for w in weights]
+    mine, adam = OneBitAdam(weights, lr=LR, freeze=5), torch.optim.Adam(twins, lr=LR)
+    for _ in range(5):
+        for ws, optimizer in ((weights, mine), (twins, adam)):
+            optimizer.zero_grad()
+            loss(ws).backward()
+            optimizer.step()
+    for a, b in zip(weights, twins, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-10, atol=1e-10)
+    assert mine.bytes_sent == 5 * 8 * (54 + 45 + 7)
+
+
+def one_bit_reference(gradients: Tensor, freeze: int, steps: int) -> Tensor:
+    """Tang et al. 2021, algorithm 1, written out: gradients (steps, workers, d) -> the weights after, from zero."""
+    workers, d = gradients.shape[1:]
+    m, v, w = (torch.zeros(d, dtype=torch.float64) for _ in range(3))
+    errors, server = torch.zeros(workers, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
+    sign = lambda x: torch.where(x >= 0, 1.0, -1.0).double() * x.norm() / d**0.5  # noqa: E731
+    for t in range(1, steps + 1):
+        g = gradients[t - 1]
+        if t <= freeze:
+            m, v = 0.9 * m + 0.1 * g.mean(0), 0.999 * v + 0.001 * g.mean(0) ** 2
+            below = (v / (1 - 0.999**t)).sqrt() + 1e-8
+        else:
+            whole = 0.9 * m + 0.1 * g + errors
+            sent = torch.stack([sign(x) for x in whole])
+            errors = whole - sent
+            mean = sent.mean(0) + server
+            m = sign(mean)
+            server = mean - m
+            below = (v / (1 - 0.999**freeze)).sqrt() + 1e-8
+        w = w - LR * m / (1 - 0.9**t) / below
+    return w
+
+
+def test_one_bit_adam_with_simulated_workers() -> None:
+    gradients = torch.randn(9, 4, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = nn.Parameter(torch.zeros(11, dtype=torch.float64))
+    optimizer = OneBitAdam([weight], lr=LR, freeze=3, workers=4)
+    for step in gradients:
+        optimizer.zero_grad()
+        for g in step:
+            (weight @ g / 4).backward()
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), one_bit_reference(gradients, 3, 9), rtol=1e-10, atol=1e-10)
+    assert optimizer.bytes_sent == 3 * 8 * 11 + 6 * (2 + 4)
+    weight.grad = gradients[0, 0].clone()
+    with pytest.raises(BadInput, match="workers: 4 were promised"):
+        optimizer.step()
+    whole = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(unpacked(*packed(compress(whole)), whole), compress(whole)) or torch.allclose(unpacked(*packed(compress(whole)), whole), compress(whole))
+
+
+def test_one_bit_adam_does_not_move_what_never_had_a_gradient() -> None:
+    weight = nn.Parameter(torch.ones(6))
+    optimizer = OneBitAdam([weight], lr=LR, freeze=2)
+    for _ in range(6):
+        weight.grad = torch.tensor([1.0, -2.0, 0.5, 0.0, 0.0, 3.0])
+        optimizer.step()
+    assert torch.equal(weight[3:5].detach(), torch.ones(2)) and (weight[:3] != 1).all()
+
+
+def test_one_bit_adam_over_processes_equals_the_simulation(tmp_path) -> None:
+    """Two processes of gloo that exchange packed signs reach the weights of two simulated workers."""
+    code = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from workbench.training.onebit import OneBitAdam
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+gradients = torch.randn(7, 2, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+weight = nn.Parameter(torch.zeros(11, dtype=torch.float64))
+optimizer = OneBitAdam([weight], lr=0.05, freeze=3)
+for step in gradients:
+    weight.grad = step[rank].clone()
+    optimizer.step()
+torch.save(weight.detach(), sys.argv[3]) if rank == 0 else None
+dist.destroy_process_group()
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path / "store"), str(tmp_path / "out")], env={**os.environ, "OMP_NUM_THREADS": "1"})
+                 for rank in (0, 1)]  # fmt: skip
+    assert [process.wait(120) for process in processes] == [0, 0]
+    gradients = torch.randn(7, 2, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(torch.load(tmp_path / "out", weights_only=True), one_bit_reference(gradients, 3, 7), rtol=1e-10, atol=1e-10)
+
+
+def test_rank_one_inverse_is_the_inverse() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix, inverse = torch.eye(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    for _ in range(20):
+        v = torch.randn(6, generator=generator, dtype=torch.float64)
+        matrix, inverse = 0.9 * matrix + 0.1 * torch.outer(v, v), rank_one_inverse(inverse, v, 0.9)
+        torch.testing.assert_close(inverse, torch.linalg.inv(matrix), rtol=1e-9, atol=1e-9)
+
+
+def test_mkor() -> None:
+    """Three steps of two linear layers against factors inverted directly, the inner optimizer plain SGD."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    twin = copy.deepcopy(model)
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=LR), decay=0.9, every=1)
+    factors = [[torch.eye(n, dtype=torch.float64) for n in layer.weight.shape] for layer in (twin[0], twin[2])]
+    for _ in range(3):
+        x, y = torch.randn(7, 4, dtype=torch.float64), torch.randint(3, (7,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        hidden = twin[0](x)
+        out = twin[2](hidden.tanh())
+        hidden.retain_grad(), out.retain_grad()
+        twin.zero_grad()
+        nn.functional.cross_entropy(out, y).backward()
+        for layer, pair, g, a in ((twin[0], factors[0], hidden.grad.sum(0), x.mean(0)), (twin[2], factors[1], out.grad.sum(0), hidden.tanh().mean(0).detach())):
+            pair[:] = [0.9 * f + 0.1 * torch.outer(v, v) for f, v in zip(pair, (g, a), strict=True)]
+            step = torch.linalg.inv(pair[0]) @ layer.weight.grad @ torch.linalg.inv(pair[1])
+            layer.weight.data -= LR * step * layer.weight.grad.norm() / step.norm()
+            layer.bias.data -= LR * layer.bias.grad
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_mkor_draws_large_inverses_back() -> None:
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.0), decay=0.1, every=1, stabiliser=0.5, threshold=5.0)
+    model(torch.tensor([[1.0, 0.0, 0.0]])).sum().backward()
+    optimizer.step()
+    # unseen inputs: 1 / 0.1 = 10 passes the threshold, half-way to the identity is 5.5
+    torch.testing.assert_close(optimizer.inverses["0"][1].diagonal(), torch.tensor([1.0, 5.5, 5.5]))
+    assert state_bytes(optimizer) == 4 * (4 + 9)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_trains_and_resumes(name: str, tmp_path) -> None:
-    options = {"rank": 2, "refresh": 5} if name == "galore" else {}
-    lr = {"sgd": 0.05, "lars": 5.0}.get(name, 0.01)
+    options = {"galore": {"rank": 2, "refresh": 5}, "one-bit-adam": {"freeze": 4}, "sophia": {"every": 4}, "mkor": {"every": 4}}.get(name, {})
+    lr = {"sgd": 0.05, "lars": 5.0, "mkor": 0.05}.get(name, 0.01)
     arguments = dict(steps=12, batch_size=25, optimizer=name, lr=lr, optimizer_options=options, checkpoint_every=6)
     whole, broken = small(), small()
     run = fit(whole, checkpoint_folder=tmp_path / "a", **arguments)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.instruments import BadInput, Progress
-from workbench.subjects import Subject
+from workbench.subjects import Batch, Subject
 from workbench.training.loop import Training
 from workbench.training.order import take
 
@@ -61,6 +61,12 @@ def noise_scale_interval(gram: np.ndarray, size: int, level: float = 0.9, resamp
     return whole * math.exp(-reach), whole * math.exp(reach)
 
 
+def flat_gradient(subject: Subject, batch: Batch, parameters: list[nn.Parameter]) -> Tensor:
+    """The gradient of the batch's mean loss over `parameters`, as one vector; unused ones are zero."""
+    found = torch.autograd.grad(subject.loss(batch), parameters, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)])
+
+
 def gradient_groups(subject: Subject, split: str = "train", groups: int = 16, size: int = 16, seed: int = 0, progress: Progress | None = None) -> np.ndarray:
     """Inner products (groups, groups), float64, of the gradients of `groups` disjoint random batches of `size` examples."""
     progress = progress or Progress()
@@ -71,8 +77,7 @@ def gradient_groups(subject: Subject, split: str = "train", groups: int = 16, si
     for index in progress.track(range(groups), "gradients"):
         chosen = take(subject.size(split), seed, index * size, size)
         batch = {k: v[chosen].to(subject.device) for k, v in subject.split(split).items()}
-        found = torch.autograd.grad(subject.loss(batch), parameters, allow_unused=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]).cpu())
+        rows.append(flat_gradient(subject, batch, parameters).cpu())
     matrix = torch.stack(rows).double()
     return (matrix @ matrix.T).numpy()
 
@@ -106,22 +111,15 @@ class NormTest:
     largest: int = 4096
     sample: int = 32
     every: int = 1
-    split: str = "train"
-    seed: int = 0
     sizes: list[int] = field(default_factory=list)
 
     def __call__(self, run: Training) -> None:
         self.sizes.append(run.batch_size)
         if run.step % self.every or run.batch_size >= self.largest:
             return
-        chosen = take(run.subject.size(self.split), self.seed, run.position, min(run.batch_size, self.sample))
-        columns = run.subject.split(self.split)
         parameters = [p for p in run.subject.model.parameters() if p.requires_grad]
-        rows = []
-        for index in chosen.tolist():
-            batch = {k: v[index : index + 1].to(run.subject.device) for k, v in columns.items()}
-            grads = torch.autograd.grad(run.subject.loss(batch), parameters, allow_unused=True)
-            rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads, strict=True)]))
+        sample = run.batch(self.sample)
+        rows = [flat_gradient(run.subject, {k: v[i : i + 1] for k, v in sample.items()}, parameters) for i in range(len(run.chosen[: self.sample]))]
         variance, _ = gradient_variance(torch.stack(rows))
         square = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)
         run.batch_size = next_batch(float(variance), square, run.batch_size, self.eta, self.largest)

@@ -244,7 +244,7 @@ def adadagrad(name: str, progress: Progress) -> Record:
     for label, batch, eta in progress.track([("fixed 8", 8, None), ("fixed 512", 512, None), ("adaptive", 8, 0.3), ("adaptive, eta 0.6", 8, 0.6)], "plans"):
 
         def run(seed: int, batch: int = batch, eta: float | None = eta) -> tuple[float, int, list[int]]:
-            mine, rule = reinitialised(on, seed), NormTest(eta or 1.0, 512, 16, every=10, seed=seed)
+            mine, rule = reinitialised(on, seed), NormTest(eta or 1.0, 512, 16, every=10)
 
             def spent(state: Training) -> None:
                 state.stop = state.position >= budget

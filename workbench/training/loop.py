@@ -53,10 +53,17 @@ class Training:
     averaged: AveragedModel | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    split: str = "train"
+    chosen: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # the examples of the step in progress, of this process
 
     @property
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def batch(self, limit: int | None = None) -> Batch:
+        """The examples of the step in progress, on the device; the first `limit` of them."""
+        columns = self.subject.split(self.split)
+        return {k: v.to(self.subject.device) for k, v in trim({k: v[self.chosen[:limit]] for k, v in columns.items()}).items()}
 
     @property
     def history(self) -> pd.DataFrame:
@@ -135,7 +142,9 @@ def fit(
     maker = optimizer if callable(optimizer) else make_optimizer(optimizer, lr, weight_decay, **(optimizer_options or {}))
     stepper = maker(subject.model)
     planner = schedule if callable(schedule) else make_schedule(schedule, warmup=warmup, **(schedule_options or {}))
-    run = Training(subject, model, stepper, planner(stepper, steps), steps, batch_size)
+    run = Training(subject, model, stepper, planner(stepper, steps), steps, batch_size, split=split)
+    # an optimizer that needs more than gradients asks for it here, once they are complete
+    prepared = (*before_step, *([stepper.prepare] if hasattr(stepper, "prepare") else []))
     if ema > 0:
         run.averaged = AveragedModel(subject.model, multi_avg_fn=get_ema_multi_avg_fn(ema))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -154,8 +163,8 @@ def fit(
             model.train()
             # ---- gradient of the mean loss over the batch, micro-batch by micro-batch
             used = run.batch_size  # callbacks may set another for the next step
-            chosen = take(size, seed, run.position, used)[rank::world]
-            micro = [{k: v[part] for k, v in columns.items()} for part in chosen.split(micro_batch or max(len(chosen), 1))]
+            run.chosen = take(size, seed, run.position, used)[rank::world]
+            micro = [{k: v[part] for k, v in columns.items()} for part in run.chosen.split(micro_batch or max(len(run.chosen), 1))]
             counts = [subject.task.items(batch) for batch in micro]
             total = sum(counts) if not accelerator else int(accelerator.reduce(torch.tensor(sum(counts), device=device), "sum"))
             mean = torch.zeros((), device=device)
@@ -173,7 +182,7 @@ def fit(
             # ---- one step
             scaler.unscale_(stepper)
             norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else math.inf)
-            for callback in before_step:
+            for callback in prepared:
                 callback(run)
             row = {"step": run.step + 1, "lr": run.lr, "batch_size": used}
             scaler.step(stepper)

@@ -15,9 +15,13 @@ from torch.optim import Optimizer
 
 from workbench.instruments import BadInput
 from workbench.training.galore import GaLore
-from workbench.training.group_optimizer import evaluated
 from workbench.training.lamb import LAMB, LARS
+from workbench.training.mkor import MKOR
 from workbench.training.muon import Muon
+from workbench.training.onebit import OneBitAdam
+from workbench.training.scion import Scion
+from workbench.training.sophia import Sophia
+from workbench.training.together import Together
 
 Groups = list[dict[str, Any]]
 
@@ -42,33 +46,6 @@ def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
         inside = {id(p) for p in matrices[1:-1]} or {id(p) for p in matrices}
     trained = [p for p in model.parameters() if p.requires_grad]
     return [p for p in trained if id(p) in inside], [p for p in trained if id(p) not in inside]
-
-
-class Together(Optimizer):
-    """Several optimizers on disjoint parameters as one: schedules, clipping and checkpoints see a single optimizer."""
-
-    def __init__(self, parts: list[Optimizer]) -> None:
-        self.parts = parts
-        super().__init__([{**group} for part in parts for group in part.param_groups], {})
-        self._link()
-
-    def _link(self) -> None:
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = evaluated(closure)
-        for part in self.parts:
-            part.step()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._link()
 
 
 @dataclass(frozen=True)
@@ -134,6 +111,45 @@ def _galore(model: nn.Module, lr: float, weight_decay: float, **options: Any) ->
     return GaLore([group for group in groups if group["params"]], lr=lr, **options)
 
 
+def _sophia(model: nn.Module, lr: float, weight_decay: float, **options: Any) -> Optimizer:
+    return Sophia(decay_groups(model, weight_decay), lr=lr, **options)
+
+
+def _kron(model: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, pre_conditioner_update_probability: float | None = None) -> Optimizer:
+    from pytorch_optimizer import Kron
+
+    # balancing draws from numpy's global generator, which no checkpoint holds; it only keeps low precision from overflowing
+    return Kron(decay_groups(model, weight_decay), lr=lr, momentum=momentum, pre_conditioner_update_probability=pre_conditioner_update_probability,
+                max_size_triangular=2048, balance_prob=0.0, precondition_dtype=None)  # fmt: skip
+
+
+def _mars(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.95, 0.99), gamma: float = 0.025) -> Optimizer:
+    from pytorch_optimizer import MARS
+
+    return MARS(decay_groups(model, weight_decay), lr=lr, betas=betas, gamma=gamma, lr_1d=lr, weight_decay_1d=0.0)
+
+
+def _scion(model: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, radius: float = 1.0, edge_radius: float = 10.0) -> Optimizer:
+    matrices, rest = hidden_matrices(model)
+    groups = [
+        {"params": matrices, "norm": "spectral", "radius": radius, "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim >= 2], "norm": "sign", "radius": edge_radius, "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "norm": "rms", "radius": radius, "weight_decay": 0.0},
+    ]
+    return Scion([group for group in groups if group["params"]], lr=lr, momentum=momentum)
+
+
+def _onebit(model: nn.Module, lr: float, weight_decay: float, **options: Any) -> Optimizer:
+    return OneBitAdam(decay_groups(model, weight_decay), lr=lr, **options)
+
+
+def _mkor(model: nn.Module, lr: float, weight_decay: float, inner: str = "sgd", decay: float = 0.9, every: int = 10, stabiliser: float = 0.1,
+          threshold: float = 100.0, **options: Any) -> Optimizer:  # fmt: skip
+    if inner == "mkor":
+        raise BadInput("inner: MKOR cannot be its own inner optimizer; use sgd or lamb")
+    return MKOR(model, make_optimizer(inner, lr, weight_decay, **options)(model), decay, every, stabiliser, threshold)
+
+
 OPTIMIZERS: dict[str, Recipe] = {
     "adamw": Recipe(_adamw, "Loshchilov & Hutter 2019; torch", 1e-3, ("betas", "eps")),
     "sgd": Recipe(_sgd, "Robbins & Monro 1951, Polyak 1964; torch", 1e-1, ("momentum", "nesterov")),
@@ -143,6 +159,12 @@ OPTIMIZERS: dict[str, Recipe] = {
     "lion": Recipe(_lion, "Chen et al. 2023; pytorch_optimizer", 1e-4, ("betas",)),
     "muon": Recipe(_muon, "Jordan et al. 2024, Liu et al. 2025", 1e-3, ("adamw_ratio", "betas", "momentum", "nesterov", "steps", "scale", "weight_map", "cap")),
     "soap": Recipe(_soap, "Vyas et al. 2024; pytorch_optimizer", 3e-3, ("betas", "precondition_frequency")),
+    "sophia": Recipe(_sophia, "Liu et al. 2023", 1e-3, ("betas", "gamma", "eps", "every", "examples")),
+    "kron": Recipe(_kron, "Li 2018, PSGD; pytorch_optimizer", 1e-3, ("momentum", "pre_conditioner_update_probability")),
+    "mars": Recipe(_mars, "Yuan et al. 2024; pytorch_optimizer", 3e-3, ("betas", "gamma")),
+    "scion": Recipe(_scion, "Pethick et al. 2025", 1e-2, ("momentum", "radius", "edge_radius")),
+    "one-bit-adam": Recipe(_onebit, "Tang et al. 2021", 1e-3, ("betas", "eps", "freeze", "workers", "feedback")),
+    "mkor": Recipe(_mkor, "Mozaffari et al. 2023", 1e-1, ("inner", "decay", "every", "stabiliser", "threshold", "momentum", "nesterov")),
     "galore": Recipe(_galore, "Zhao et al. 2024", 1e-2, ("betas", "eps", "rank", "refresh", "alpha")),
 }
 
@@ -165,7 +187,6 @@ def make_optimizer(name: str, lr: float, weight_decay: float = 0.0, **options: A
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of every tensor an optimizer keeps between steps."""
-    parts = optimizer.parts if isinstance(optimizer, Together) else [optimizer]
 
     def size(value: Any) -> int:
         if isinstance(value, torch.Tensor):
@@ -176,4 +197,4 @@ def state_bytes(optimizer: Optimizer) -> int:
             return sum(size(item) for item in value)
         return 0
 
-    return sum(size(dict(part.state)) for part in parts)
+    return size(optimizer.kept_state() if isinstance(optimizer, Together) else dict(optimizer.state))

@@ -15,7 +15,7 @@ from workbench.training.objective import Start, reinitialised
 from workbench.training.optimizers import make_optimizer, state_bytes
 from workbench.training.schedules import make_schedule
 
-OptimizerName = Literal["adamw", "sgd", "adafactor", "lamb", "lars", "lion", "muon", "soap", "galore"]
+OptimizerName = Literal["adamw", "sgd", "adafactor", "lamb", "lars", "lion", "muon", "soap", "sophia", "kron", "mars", "scion", "mkor", "one-bit-adam", "galore"]
 ScheduleName = Literal["cosine", "linear", "constant", "rex", "uba", "delayed-linear", "polynomial", "step", "exponential", "inverse-sqrt", "wsd", "infinite",
                        "one-cycle", "plateau"]  # fmt: skip
 
