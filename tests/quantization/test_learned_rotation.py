@@ -10,8 +10,8 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization.learned_rotation import cayley_step, learned_rotation, principal, principal_rotation
-from workbench.quantization.rotation import random_rotation, rotate
 from workbench.quantization.rotating import Rotate
+from workbench.quantization.rotation import random_rotation, rotate
 from workbench.subjects import Subject
 
 

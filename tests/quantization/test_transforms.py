@@ -10,10 +10,11 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
-from workbench.quantization.activations import ActivationQuant, KeyValueQuant, input_ranges, key_value_layers
+from workbench.quantization.activations import ActivationQuant, KeyValueQuant, input_ranges, key_value_layers, widest
+from workbench.quantization.flatness import factor, factors_of
 from workbench.quantization.formats import named
 from workbench.quantization.rounding import ROUNDINGS, Problem
-from workbench.quantization.transforms import TRANSFORMS, Transform, hadamard, in_coordinates, power_of_two
+from workbench.quantization.transforms import TRANSFORMS, Transform, hadamard, in_coordinates, kronecker, power_of_two
 from workbench.subjects import Subject
 from workbench.subjects.changes import Mask
 
@@ -53,13 +54,60 @@ def test_products_and_moments_are_kept(name: str) -> None:
     assert torch.allclose(transform.gram(rows.T @ rows), there.T @ there, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["awq", "teq"])
+@pytest.mark.parametrize("name", ["awq", "teq", "flatquant"])
 def test_output_error_falls_with_outlying_inputs(name: str) -> None:
     problem = with_outliers()
     plain = problem.error(ROUNDINGS["nearest"](problem)[0])
     moved, transform = in_coordinates(problem, name, 0.5)
     assert transform is not None
     assert problem.error(transform.weight_back(ROUNDINGS["nearest"](moved)[0])) < 0.7 * plain
+
+
+def test_a_kronecker_product_is_the_dense_one() -> None:
+    left, right, rows = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 4), (6, 6), (7, 24)))
+    dense = torch.kron(left, right)
+    assert torch.allclose(kronecker(rows, left, right), rows @ dense)
+    transform = Transform(left=left, right=right)
+    assert torch.allclose(transform.weight(rows), rows @ dense)
+    assert torch.allclose(transform.inputs(rows), torch.linalg.solve(dense, rows.T).T)
+    assert torch.allclose(transform.inputs_back(transform.inputs(rows)), rows)
+    assert factors_of(384) == (16, 24) and factors_of(7) == (1, 7) and factors_of(1536) == (32, 48)
+    stack = torch.stack([left, 2 * left])
+    both = Transform(left=stack, right=torch.stack([right, right])).weight(torch.stack([rows, rows]))
+    assert torch.allclose(both[1], 2 * both[0])
+    gram = rows.T @ rows
+    assert torch.allclose(factor(gram).T @ factor(gram), gram, atol=1e-8)
+
+
+def test_flatquant_lowers_the_error_of_rounded_weights_and_inputs() -> None:
+    """Four-bit weights and inputs with outlying features: below none, scaling and a Hadamard rotation, as the paper orders them."""
+    inputs = torch.randn(300, 48) @ (torch.eye(48) + 0.2 * torch.randn(48, 48))
+    inputs[:, :3] *= 30
+    weight = torch.randn(32, 48)
+    problem = Problem(weight, inputs.T @ inputs, named("int4"), "channel", largest=inputs.abs().amax(0), steps=150, rows=inputs, activation=named("uint4"))
+    exact, errors = inputs @ weight.T, {}
+    for name in ("none", "smooth", "hadamard", "flatquant"):
+        moved, transform = in_coordinates(problem, name, 0.5)
+        rounded = moved.grid().round(moved.weight)
+        change = ActivationQuant(**(transform or Transform()).tensors, format="uint4", block=transform.block if transform else 0)
+        back = rounded if transform is None else transform.weight_back(rounded)
+        errors[name] = float((change.round(inputs) @ back.T - exact).square().sum() / exact.square().sum())
+    assert errors["flatquant"] < 0.8 * min(errors["none"], errors["smooth"], errors["hadamard"])
+
+
+def test_resq_keeps_the_principal_eighth_wide() -> None:
+    """Correlated inputs, four bits with an eighth of the features at eight: principal components beat picking features, and no split."""
+    inputs = torch.randn(400, 32) @ torch.randn(32, 32) * 0.05 + torch.randn(400, 4) @ torch.randn(4, 32)
+    problem = Problem(torch.randn(16, 32), inputs.T @ inputs, named("int8"), "channel")
+    errors = {}
+    for name, share in (("none", 0.0), ("none", 0.125), ("hadamard", 0.125), ("resq", 0.125)):
+        moved, transform = in_coordinates(problem, name, 0.5)
+        wide = widest(moved.gram, share) if share else None
+        assert wide is None or int(wide.sum()) == 4
+        found = transform or Transform()
+        change = ActivationQuant(**found.tensors, wide=wide, format="uint4", block=found.block, orthogonal=found.orthogonal)
+        errors[name, share] = float((change.round(inputs) - inputs).square().sum() / inputs.square().sum())
+    assert errors["resq", 0.125] < 0.3 * min(v for k, v in errors.items() if k[0] != "resq")
 
 
 @pytest.mark.parametrize("transform", ["smooth", "hadamard"])
@@ -113,6 +161,16 @@ def test_the_hook_rounds_exactly_what_the_layer_reads(bert: Subject) -> None:
     assert all(len(torch.unique(row)) <= 8 for row in tokens[:10])
 
 
+@pytest.mark.parametrize("fields", [{"transform": "resq", "wide_share": 0.125}, {"transform": "flatquant"}, {"wide_share": 0.25, "activations": "tensor"},
+                                    {"transform": "resq", "wide_share": 0.125, "activations": "channel"}])  # fmt: skip
+def test_mixed_and_learned_coordinates_run_and_open_again(bert: Subject, fields: dict[str, object], tmp_path: Path) -> None:
+    result = Quantize(**(SMALL | {"activations": "token", "activation_bits": 4, "steps": 5} | fields)).run(bert, Progress(), cache=False)
+    result.save(tmp_path / "out")
+    assert result.subject is not None
+    again = workbench.subject(tmp_path / "out")
+    assert again.evaluate("test")["loss"] == pytest.approx(result.subject.evaluate("test")["loss"], abs=1e-6)
+
+
 def test_again_replaces_the_hook(bert: Subject) -> None:
     once = Quantize(**SMALL, activations="token").run(bert, Progress(), cache=False).subject
     assert once is not None
@@ -152,6 +210,8 @@ def test_refusals(bert: Subject, checkpoints: dict[str, Path]) -> None:
         Quantize(**SMALL, transform="hadamard").run(bert, Progress(), cache=False)
     with pytest.raises(BadInput, match="activations"):
         Quantize(**SMALL, activations="token").run(workbench.subject(checkpoints["mixtral"], data="random"), Progress(), cache=False)
+    with pytest.raises(BadInput, match="wide_share"):
+        Quantize(**SMALL, wide_share=0.125).run(bert, Progress(), cache=False)
     with pytest.raises(BadInput, match="kv_bits"):
         Quantize(**SMALL, kv_bits=4, layers="*.output.dense").run(bert, Progress(), cache=False)
     with pytest.raises(BadInput, match="objective"):

@@ -81,7 +81,8 @@ class ActivationQuant(Change):
     """Rounds the inputs of a linear layer; its weight is left alone.
 
     granularity "token": a scale for every token, found as it comes (dynamic); "tensor" and "channel": from the stored `low` and
-    `high`, one number or one a feature (static). Gradients pass straight through inside the range.
+    `high`, one number or one a feature (static). Features marked in `wide` (in,) are rounded apart from the others, to `wide_format`
+    (with "tensor", each part has its own range). Gradients pass straight through inside the range.
     """
 
     order = 80
@@ -89,24 +90,30 @@ class ActivationQuant(Change):
     high: Tensor | None
     smooth: Tensor | None
     signs: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
+    wide: Tensor | None
     place = "input"
 
-    def __init__(self, low: Tensor | None = None, high: Tensor | None = None, smooth: Tensor | None = None, signs: Tensor | None = None, *,
-                 format: str, granularity: str = "token", block: int = 0, group: int = 0) -> None:  # fmt: skip
+    def __init__(self, low: Tensor | None = None, high: Tensor | None = None, smooth: Tensor | None = None, signs: Tensor | None = None,
+                 left: Tensor | None = None, right: Tensor | None = None, wide: Tensor | None = None, *, format: str, granularity: str = "token",
+                 block: int = 0, group: int = 0, orthogonal: bool = False, wide_format: str = "uint8") -> None:  # fmt: skip
         super().__init__()
-        for name, tensor in (("low", low), ("high", high), ("smooth", smooth), ("signs", signs)):
+        for name, tensor in (("low", low), ("high", high), ("smooth", smooth), ("signs", signs), ("left", left), ("right", right), ("wide", wide)):
             self.register_buffer(name, tensor)
-        self.format, self.granularity, self.block, self.group = format, granularity, block, group
+        self.format, self.granularity, self.block, self.group, self.orthogonal = format, granularity, block, group, orthogonal
+        self.wide_format = wide_format
 
     @property
     def transform(self) -> Transform:
-        return Transform(self.smooth, self.signs, self.block)
+        return Transform.of(dict(self.named_buffers()), self.block, self.orthogonal) or Transform()
 
     def change(self, weight: Tensor) -> Tensor:
         return weight
 
     def config(self) -> dict[str, Any]:
-        return {"format": self.format, "granularity": self.granularity, "block": self.block, "group": self.group}
+        return {"format": self.format, "granularity": self.granularity, "block": self.block, "group": self.group, "orthogonal": self.orthogonal,
+                "wide_format": self.wide_format}  # fmt: skip
 
     def attached(self, module: nn.Module) -> None:
         hooks = module._forward_pre_hooks if self.place == "input" else module._forward_hooks
@@ -129,17 +136,26 @@ class ActivationQuant(Change):
         work = self.transform.inputs(x.float())
         if self.group:
             work = work.unflatten(-1, (-1, self.group))
-        if self.low is None or self.high is None:
-            low, high = work.detach().amin(-1, keepdim=True), work.detach().amax(-1, keepdim=True)
+        if self.wide is None:
+            rounded = rounded_inputs(work, named(self.format), self.low, self.high)
         else:
-            low, high = self.low, self.high
-        grid = spanning(low, high, named(self.format), work.shape[-1])
-        shift = 0.0 if grid.zero is None else grid.zero
-        element = grid.format.element
-        units = (work / grid.scale + shift).clamp(element.lowest, element.highest)
-        units = units + (element.round(units.detach().clone()) - units).detach()
-        rounded = (units - shift) * grid.scale
+            rounded = torch.empty_like(work)
+            for part, name in ((~self.wide, self.format), (self.wide, self.wide_format)):
+                low, high = (None if t is None else t[part] for t in (self.low, self.high))
+                rounded[..., part] = rounded_inputs(work[..., part], named(name), low, high)
         return self.transform.inputs_back(rounded.flatten(-2) if self.group else rounded).to(x.dtype)
+
+
+def rounded_inputs(work: Tensor, format: Format, low: Tensor | None, high: Tensor | None) -> Tensor:
+    """Inputs (..., features) on the grid that spans [low, high], or each token's own range; straight-through gradients."""
+    if low is None or high is None:
+        low, high = work.detach().amin(-1, keepdim=True), work.detach().amax(-1, keepdim=True)
+    grid = spanning(low, high, format, work.shape[-1])
+    shift = 0.0 if grid.zero is None else grid.zero
+    element = grid.format.element
+    units = (work / grid.scale + shift).clamp(element.lowest, element.highest)
+    units = units + (element.round(units.detach().clone()) - units).detach()
+    return (units - shift) * grid.scale
 
 
 class KeyValueQuant(ActivationQuant):
@@ -168,13 +184,28 @@ def head_size(subject: Subject) -> int:
     return int(known or config.hidden_size // config.num_attention_heads)
 
 
-def quantize_activations(layer: Layer, ranges: InputRanges | None, format: str, granularity: str, transform: Transform | None = None) -> None:
+def quantize_activations(layer: Layer, ranges: InputRanges | None, format: str, granularity: str, transform: Transform | None = None,
+                         wide: Tensor | None = None) -> None:  # fmt: skip
     """Attach an `ActivationQuant` to a linear layer; static granularities take their range from `ranges`, in transformed coordinates."""
     low = high = None
     if granularity != "token":
         assert ranges is not None
         low, high = ranges.low[0], ranges.high[0]
         if granularity == "tensor":
-            low, high = low.min(), high.max()
+            parts = [torch.ones_like(low, dtype=torch.bool)] if wide is None else [~wide, wide]
+            low, high = low.clone(), high.clone()
+            for part in parts:
+                low[part], high[part] = low[part].min(), high[part].max()
+            if wide is None:
+                low, high = low[0], high[0]
     transform = transform or Transform()
-    layer.attach(ActivationQuant(low, high, transform.scale, transform.signs, format=format, granularity=granularity, block=transform.block))
+    layer.attach(ActivationQuant(low, high, **transform.tensors, wide=wide, format=format, granularity=granularity, block=transform.block,
+                                 orthogonal=transform.orthogonal))  # fmt: skip
+
+
+def widest(gram: Tensor, share: float) -> Tensor:
+    """(in,) True for the `share` of features with the most energy in a second moment: those a mixed-precision rounding keeps wide."""
+    energy = gram.diagonal()
+    found = torch.zeros_like(energy, dtype=torch.bool)
+    found[energy.argsort(descending=True, stable=True)[: max(1, round(share * len(energy)))]] = True
+    return found

@@ -26,24 +26,27 @@ class FakeQuant(Change):
     zero: Tensor | None
     smooth: Tensor | None
     signs: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
 
-    def __init__(self, scale: Tensor, zero: Tensor | None = None, smooth: Tensor | None = None, signs: Tensor | None = None, *,
-                 format: str, group: int, block: int = 0) -> None:  # fmt: skip
+    def __init__(self, scale: Tensor, zero: Tensor | None = None, smooth: Tensor | None = None, signs: Tensor | None = None, left: Tensor | None = None,
+                 right: Tensor | None = None, *, format: str, group: int, block: int = 0, orthogonal: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.register_buffer("scale", scale.float())  # (..., out or 1, groups)
         self.register_buffer("zero", None if zero is None else zero.float())
-        self.register_buffer("smooth", smooth)  # (..., in) and (in,): the transform in whose coordinates the grid lies
-        self.register_buffer("signs", signs)
-        self.format, self.group, self.block = format, group, block
+        for name, tensor in (("smooth", smooth), ("signs", signs), ("left", left), ("right", right)):
+            self.register_buffer(name, tensor)  # the transform in whose coordinates the grid lies
+        self.format, self.group, self.block, self.orthogonal = format, group, block, orthogonal
 
     @classmethod
     def of(cls, grid: Grid) -> FakeQuant:
         transform = grid.transform or Transform()
-        return cls(grid.scale, grid.zero, transform.scale, transform.signs, format=grid.format.name, group=grid.group, block=transform.block)
+        return cls(grid.scale, grid.zero, **transform.tensors, format=grid.format.name, group=grid.group, block=transform.block,
+                   orthogonal=transform.orthogonal)  # fmt: skip
 
     @property
     def grid(self) -> Grid:
-        transform = None if self.smooth is None and self.signs is None else Transform(self.smooth, self.signs, self.block)
+        transform = Transform.of(dict(self.named_buffers()), self.block, self.orthogonal)
         return Grid(named(self.format), self.scale, self.zero, self.group, transform)
 
     def change(self, weight: Tensor) -> Tensor:
@@ -60,4 +63,4 @@ class FakeQuant(Change):
         return inside + (rounded - inside).detach()
 
     def config(self) -> dict[str, Any]:
-        return {"format": self.format, "group": self.group, "block": self.block}
+        return {"format": self.format, "group": self.group, "block": self.block, "orthogonal": self.orthogonal}

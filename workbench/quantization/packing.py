@@ -39,7 +39,7 @@ def quantizer_of(layer: Layer) -> FakeQuant:
 
 
 def packed_layer(layer: Layer) -> dict[str, Tensor]:
-    """What has to be stored of a quantized layer: codes, scale, zero (when there is one), the transform's scale and signs."""
+    """What has to be stored of a quantized layer: codes, scale, zero (when there is one), the transform's tensors."""
     grid = quantizer_of(layer).grid
     found = {"codes": pack(grid.codes(layer.weight.detach()), grid.format.element.bits)}
     if grid.format.scale == "e8m0":
@@ -54,7 +54,7 @@ def packed_layer(layer: Layer) -> dict[str, Tensor]:
         whole_numbers = bool((grid.zero == grid.zero.round()).all())
         found["zero"] = pack(grid.zero.long(), grid.format.element.bits) if whole_numbers else grid.zero.to(torch.float16)
     if grid.transform is not None:
-        found |= {k: v for k, v in (("smooth", grid.transform.scale), ("signs", grid.transform.signs)) if v is not None}
+        found |= grid.transform.tensors
     return found
 
 
@@ -75,5 +75,5 @@ def unpacked_layer(stored: dict[str, Tensor], change: FakeQuant, shape: tuple[in
     if "zero" in stored:
         packed = stored["zero"]
         zero = unpack(packed, format.element.bits, scale.numel()).reshape(scale.shape).float() if packed.dtype == torch.uint8 else packed.float()
-    transform = Transform(stored.get("smooth"), stored.get("signs"), change.block) if "smooth" in stored or "signs" in stored else None
+    transform = Transform.of(stored, change.block, change.orthogonal)
     return Grid(format, scale, zero, change.group, transform).decode(codes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pandas as pd
@@ -21,16 +21,18 @@ from workbench.quantization.activations import (
     head_size,
     input_ranges,
     key_value_layers,
-    quantize_activations,  # fmt: skip
+    quantize_activations,
+    widest,  # fmt: skip
 )
 from workbench.quantization.blockwise import reconstruct
 from workbench.quantization.fake_quant import FakeQuant
+from workbench.quantization.flatness import input_rows
 from workbench.quantization.formats import Format, named
 from workbench.quantization.grid import Grid, group_of
 from workbench.quantization.learned import LEARNED
 from workbench.quantization.prefix import block_calls, grouped, paired_moments, target
 from workbench.quantization.rounding import ROUNDINGS, Factors, Problem
-from workbench.quantization.transforms import in_coordinates
+from workbench.quantization.transforms import Transform, in_coordinates
 from workbench.statistics import InputMoments, second_moments
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Mask
@@ -42,6 +44,14 @@ if TYPE_CHECKING:
 def choices(name: str, **fields: tuple[str, ...]) -> type[BaseModel]:
     """A pydantic model with one choice a field, the first being the default: the view settings of a result."""
     return create_model(name, **{k: (Literal[v], Field(v[0], description=k)) for k, v in fields.items()})  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What some transforms ask about a layer's inputs besides the second moment: ranges, and sampled rows, by layer."""
+
+    ranges: dict[str, InputRanges]
+    rows: dict[str, Tensor]
 
 
 class QuantizeResult(Result):
@@ -79,11 +89,12 @@ class Quantize(SubjectInstrument):
     range: Literal["auto", "minmax", "mse", "mean"] = parameter("auto", "how scales are found: largest magnitude, least squared error, mean magnitude")
     rounding: Literal["nearest", "stochastic", "gptq", "adaround", "flexround", "signround", "adaquant", "hqq"] = parameter(
         "nearest", "how weights are put on the grid")
-    transform: Literal["none", "smooth", "awq", "teq", "hadamard"] = parameter("none", "equivalent transform in whose coordinates rounding happens (online)")
+    transform: Literal["none", "smooth", "awq", "teq", "hadamard", "resq", "flatquant"] = parameter("none", "equivalent transform in whose coordinates rounding happens (online)")
     alpha: float = parameter(0.5, "SmoothQuant: how far outliers move from activations to weights", ge=0, le=1, step=0.05)
     activations: Literal["none", "token", "tensor", "channel"] = parameter("none", "round layer inputs, a scale per token (dynamic), tensor or channel")
     activation_format: str = parameter("int", "number format of activations; int is affine with activation_bits")
     activation_bits: int = parameter(8, "width of integer activations", ge=2, le=8, unit="bits")
+    wide_share: float = parameter(0.0, "share of each layer's input features, those with the most energy, rounded apart and to 8 bits", ge=0, le=0.5, step=0.0625)
     kv_bits: int = parameter(0, "width of keys and values as a cache would keep them (0: left alone)", ge=0, le=8, unit="bits")
     layer_bits: dict[str, int] = parameter({}, "width by layer glob, where it differs from bits (integers only)")
     damp: float = parameter(0.01, "damping of the inputs' second moment, as a share of its mean diagonal", gt=0, le=1, scale="log")
@@ -112,12 +123,14 @@ class Quantize(SubjectInstrument):
             raise BadInput(f"rounding: {self.rounding} learns real scales and {format.name} has none; use an int, ExMy or codebook format")
         if self.objective == "block" and self.transform != "none":
             raise BadInput("objective: 'block' learns in the model's own coordinates; use transform none, or objective layer")
-        if self.transform == "hadamard" and (masked := [layer.name for layer in layers if mask_of(layer) is not None]):
-            raise BadInput(f"transform: hadamard mixes inputs, so the zeros of pruned layers ({masked[0]}, ...) would be lost; use smooth, awq or teq")
+        if self.transform in ("hadamard", "resq", "flatquant") and (masked := [layer.name for layer in layers if mask_of(layer) is not None]):
+            raise BadInput(f"transform: {self.transform} mixes inputs, so the zeros of pruned layers ({masked[0]}, ...) would be lost; use smooth, awq or teq")
         if self.activations != "none":
             activation_format(self.activation_format, self.activation_bits)
             if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
                 raise BadInput(f"activations: {fused[0]} reads its inputs inside a fused expert kernel; choose layers without experts, or activations none")
+        if self.wide_share and self.activations == "none":
+            raise BadInput(f"wide_share: {self.wide_share:g} of the activations are to stay wide, but activations is none; choose token, tensor or channel")
         if self.kv_bits == 1:
             raise BadInput("kv_bits: 1 bit is not accepted; it should be 0 (left alone) or 2 to 8")
         if self.kv_bits and not key_value_layers(layers):
@@ -145,14 +158,20 @@ class Quantize(SubjectInstrument):
                 bits = width
         return named(self.format, bits, self.symmetric)
 
+    @property
+    def rounds_rows(self) -> bool:
+        """True when a transform is learned on rounded inputs, so that some of them must be kept."""
+        return self.transform == "flatquant" and self.activations != "none"
+
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
         before = self._losses(on, progress)
         moments = moments_for(on, layers, self.examples, progress)
         ranges = ranges_for(on, layers, self.examples, progress) if self.transform == "smooth" else {}
+        tokens = input_rows(on, layers, self.examples, torch.Generator().manual_seed(self.seed)) if self.rounds_rows else {}
         dense = on.copy() if self.sequential else on
         rows, deltas, grids = [], {}, {}
-        for layer, values, grid in self._rounded(on, dense, layers, moments, ranges, progress):
+        for layer, values, grid in self._rounded(on, dense, layers, moments, Inputs(ranges, tokens), progress):
             weight = layer.weight.detach()
             delta = values - weight.float()
             deltas[layer.name], grids[layer.name] = delta.to(weight.dtype), grid
@@ -166,21 +185,21 @@ class Quantize(SubjectInstrument):
         if not self.sequential:
             for layer in layers[: len(rows)]:
                 put(layer, layer.weight.detach() + deltas[layer.name], grids[layer.name])
-        self._round_activations(on, layers[: len(rows)], grids, progress)
+        self._round_activations(on, layers[: len(rows)], grids, moments, progress)
         after = self._losses(on, progress)
         facts = summary_facts(table, before, after) | facts
         if self.predict_examples:
             facts["measured_change"] = after["calibration"]["loss"] - before["calibration"]["loss"]
         return self.result(table, facts, subject=on)
 
-    def _rounded(self, on: Subject, dense: Subject, layers: Sequence[Layer], moments: dict[str, InputMoments], ranges: dict[str, InputRanges],
+    def _rounded(self, on: Subject, dense: Subject, layers: Sequence[Layer], moments: dict[str, InputMoments], seen: Inputs,
                  progress: Progress) -> Iterator[tuple[Layer, Tensor, Grid]]:  # fmt: skip
         """Each layer with its values and grid. With `sequential` a block's statistics are taken once those before it are in place."""
         generator = torch.Generator().manual_seed(self.seed)
         factors = Factors()
         if self.objective == "layer" and not self.sequential:
             for layer in progress.track(layers, "rounding"):
-                yield layer, *self.round_layer(layer, moments[layer.name], generator, factors, None, ranges.get(layer.name))
+                yield layer, *self.round_layer(layer, moments[layer.name], generator, factors, None, seen)
             return
         for block, mine in grouped(on, layers):
             if progress.stopped:
@@ -199,32 +218,35 @@ class Quantize(SubjectInstrument):
                 if parts is not None:
                     yield layer, *stacked(parts)
                     continue
-                yield layer, *self.round_layer(layer, inputs[layer.name], generator, factors, cross.get(layer.name), ranges.get(layer.name))
+                yield layer, *self.round_layer(layer, inputs[layer.name], generator, factors, cross.get(layer.name), seen)
 
     def problems(self, layer: Layer, moments: InputMoments, generator: torch.Generator, factors: Factors, cross: Tensor | None = None,
-                 ranges: InputRanges | None = None) -> list[Problem]:  # fmt: skip
+                 seen: Inputs | None = None) -> list[Problem]:  # fmt: skip
         """What to round: one matrix, or each of a stack of experts with its own inputs."""
         weight, mask, format = layer.weight.detach().float(), mask_of(layer), self.format_for(layer.name)
         assert moments.gram is not None
         if cross is not None:
             weight = target(weight, moments.gram[0], cross, self.damp)
         pairs = [(weight, mask)] if weight.ndim == 2 else [(weight[i], None if mask is None else mask[i]) for i in range(len(weight))]
+        ranges, rows = (None, None) if seen is None else (seen.ranges.get(layer.name), seen.rows.get(layer.name))
         largest = [None] * len(pairs) if ranges is None else list(ranges.largest)
+        activation = None if rows is None else activation_format(self.activation_format, self.activation_bits)
         return [Problem(matrix if kept is None else matrix * kept, gram, format, self.granularity, self.group_size, self.range, kept, self.damp,
-                        self.act_order, self.steps, generator, factors, most)
+                        self.act_order, self.steps, generator, factors, most, rows, activation)
                 for (matrix, kept), gram, most in zip(pairs, moments.gram, largest, strict=True)]  # fmt: skip
 
     def round_layer(self, layer: Layer, moments: InputMoments, generator: torch.Generator, factors: Factors, cross: Tensor | None = None,
-                    ranges: InputRanges | None = None) -> tuple[Tensor, Grid]:  # fmt: skip
+                    seen: Inputs | None = None) -> tuple[Tensor, Grid]:  # fmt: skip
         """Values (..., out, in), float32, in the model's coordinates, and their grid."""
         parts = []
-        for problem in self.problems(layer, moments, generator, factors, cross, ranges):
+        for problem in self.problems(layer, moments, generator, factors, cross, seen):
             moved, transform = in_coordinates(problem, self.transform, self.alpha)
             values, grid = ROUNDINGS[self.rounding](moved)
             parts.append((values if transform is None else transform.weight_back(values), replace(grid, transform=transform)))
         return stacked(parts)
 
-    def _round_activations(self, on: Subject, layers: Sequence[Layer], grids: dict[str, Grid], progress: Progress) -> None:
+    def _round_activations(self, on: Subject, layers: Sequence[Layer], grids: dict[str, Grid], moments: dict[str, InputMoments],
+                           progress: Progress) -> None:  # fmt: skip
         if self.kv_bits:
             size = head_size(on)
             for layer in key_value_layers(layers):
@@ -235,7 +257,10 @@ class Quantize(SubjectInstrument):
         transforms = {layer.name: grids[layer.name].transform for layer in layers}
         static = {} if self.activations == "token" else input_ranges(on, layers, examples=self.examples, progress=progress, transforms=transforms)
         for layer in layers:
-            quantize_activations(layer, static.get(layer.name), format, self.activations, transforms[layer.name])
+            transform, gram = transforms[layer.name], moments[layer.name].gram
+            assert gram is not None
+            wide = widest(gram[0] if transform is None else transform.gram(gram[0]), self.wide_share) if self.wide_share else None
+            quantize_activations(layer, static.get(layer.name), format, self.activations, transform, wide)
 
     def _losses(self, on: Subject, progress: Progress) -> dict[str, dict[str, float]]:
         found = {}
@@ -261,10 +286,11 @@ def stacked(parts: Sequence[tuple[Tensor, Grid]]) -> tuple[Tensor, Grid]:
     if len(parts) == 1:
         return parts[0]
     zeros = [g.zero for _, g in parts if g.zero is not None]
-    scales = [g.transform.scale for _, g in parts if g.transform is not None and g.transform.scale is not None]
     transform = parts[0][1].transform
-    if transform is not None and scales:
-        transform = replace(transform, scale=torch.stack(scales))
+    if transform is not None:
+        own = [g.transform.tensors for _, g in parts if g.transform is not None]
+        each = {name: torch.stack([tensors[name] for tensors in own]) for name in own[0] if name != "signs"}
+        transform = Transform.of(transform.tensors | each, transform.block, transform.orthogonal)
     grid = Grid(parts[0][1].format, torch.stack([g.scale for _, g in parts]), torch.stack(zeros) if zeros else None, parts[0][1].group, transform)
     return torch.stack([v for v, _ in parts]), grid
 

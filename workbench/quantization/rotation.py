@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from workbench.instruments import BadInput
-from workbench.quantization.transforms import hadamard, power_of_two
+from workbench.quantization.transforms import haar, hadamard, power_of_two
 from workbench.subjects import Subject
 from workbench.subjects.changes import bake
 
@@ -69,8 +69,7 @@ def random_rotation(width: int, kind: str, generator: torch.Generator) -> Tensor
         signs = torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
         return torch.block_diag(*[hadamard(block, dtype=torch.float64)] * (width // block)) * signs
     if kind == "orthogonal":
-        q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-        return q * torch.sign(r.diagonal())
+        return haar(width, generator)
     raise BadInput(f"kind: {kind!r} is unknown; accepted: hadamard, orthogonal, identity")
 
 

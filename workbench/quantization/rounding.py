@@ -45,6 +45,7 @@ class Problem:
     weight : (out, in) float32, zeros where pruned;  gram : (in, in) second moment of the inputs the quantized layer will see
     mask : True where a weight is kept, or None;  generator : the source of every random choice
     largest : (in,) largest magnitude of each input in calibration, for transforms that ask for it
+    rows, activation : (tokens, in) sampled inputs and the format they will be rounded to per token, for transforms that minimise both errors
     """
 
     weight: Tensor
@@ -60,10 +61,12 @@ class Problem:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     factors: Factors = field(default_factory=Factors)
     largest: Tensor | None = None
+    rows: Tensor | None = None
+    activation: Format | None = None
 
     def moved(self, transform: Transform) -> Problem:
         """The same problem in a transform's coordinates."""
-        return replace(self, weight=transform.weight(self.weight), gram=transform.gram(self.gram), largest=None)
+        return replace(self, weight=transform.weight(self.weight), gram=transform.gram(self.gram), largest=None, rows=None)
 
     def grid(self) -> Grid:
         """The format's grid on this weight; clipping searches weigh each column's error by its inputs' energy."""
