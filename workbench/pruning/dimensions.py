@@ -252,7 +252,7 @@ def count_fields(model: nn.Module) -> dict[str, str]:
         raise BadInput(f"pattern: layers: {type(model).__name__} has no repeated blocks")
     found: dict[str, str] = {}
     for field, value in config.to_dict().items():
-        if "layers" not in field and field != "n_layer" or not isinstance(value, int) or value not in sizes.values():
+        if ("layers" not in field and field != "n_layer") or not isinstance(value, int) or value not in sizes.values():
             continue
         longer = copy.deepcopy(config)
         lengthen(longer, value)
@@ -296,9 +296,7 @@ def shrink_layers(model: nn.Module, kept: Tensor) -> nn.Module:
     state = {}
     for name, value in model.state_dict().items():
         prefix = next((f"{path}.{name.removeprefix(path + '.').split('.')[0]}." for path in lists if name.startswith(path + ".")), "")
-        if "relative_attention_bias" in name:  # T5's table sits in the first block and serves all of them
-            state[name] = value
-        elif not prefix:
+        if "relative_attention_bias" in name or not prefix:  # T5's table sits in the first block and serves all of them
             state[name] = value
         elif prefix in renamed:
             state[renamed[prefix] + name.removeprefix(prefix)] = value

@@ -13,11 +13,9 @@ from workbench.pruning import icbs, obs
 from workbench.pruning.allocations import allocate
 from workbench.pruning.calibration import Calibration, rows_of
 from workbench.pruning.compensation import COMPENSATIONS, bias_shift
-from workbench.pruning.patterns import NM, Pattern, Structures, Tiles, make_mask, yield_to
+from workbench.pruning.patterns import NM, Pattern, Tiles, make_mask, yield_to
 from workbench.pruning.saliencies import SALIENCIES
-from workbench.pruning.speed import choose, expected_seconds, measure_table
-from workbench.pruning.structured import across, groups_of, prune_structures, score, uniform
-from workbench.subjects import Layer, Mask, Subject
+from workbench.subjects import Layer, Mask
 
 
 def prune_once(layers: Sequence[Layer], calibration: Calibration, pattern: Tiles | NM, sparsity: float, saliency: str, compensation: str,
@@ -88,44 +86,6 @@ def swept(layer: Layer, calibration: Calibration, pattern: Pattern, sparsity: fl
         return obs.sweep(weight, gram[0], calibration.damp, removed=gone, **options)
     parts = [obs.sweep(w, g, calibration.damp, removed=r, **options) for w, g, r in zip(weight, gram, gone, strict=True)]
     return torch.stack([w for w, _ in parts]), torch.stack([m for _, m in parts])
-
-
-def check_structures(on: Subject, layers: Sequence[Layer], pattern: Structures, saliency: str, compensation: str, allocation: str) -> None:
-    """Say why a combination with heads or neurons makes no sense, before anything is computed."""
-    groups = groups_of(on, layers, pattern)
-    if compensation == "fisher":
-        raise BadInput("compensation: fisher updates blocks along a row, which whole heads and neurons cut through; use least-squares, bias or none")
-    if compensation == "obs":
-        raise BadInput("compensation: obs chooses weight by weight; for heads and neurons the same optimum is called least-squares")
-    if saliency == "movement":
-        raise BadInput("saliency: movement is collected for single weights; use gradient, taylor2 or obs for heads and neurons")
-    if allocation == "erdos-renyi":
-        raise BadInput("allocation: erdos-renyi is a rule for densities of matrices; use layer or global for heads and neurons")
-    for group in groups:
-        if saliency == "obs" and len(group.consumers) != 1:
-            raise BadInput(f"saliency: obs needs one consumer for each group and {group.name} ties several together; use magnitude, wanda or gradient")
-        if compensation == "bias" and any(m.layer.bias is None or len(m.layer.shape) == 3 for m in group.consumers):
-            raise BadInput(f"compensation: bias needs a bias and the output of {group.name} has none; use least-squares or none")
-
-
-def prune_units(on: Subject, layers: Sequence[Layer], calibration: Calibration, pattern: Structures, sparsity: float, saliency: str, compensation: str,
-                allocation: str, progress: Progress, speedup: float = 1.0, batch_size: int = 16, facts: dict[str, float] | None = None,
-                ) -> dict[str, Tensor]:  # fmt: skip
-    """The same event for heads and neurons; returns what each group keeps. A speed-up's expectation is put into `facts`."""
-    groups = groups_of(on, layers, pattern)
-    scored = [score(g, saliency, calibration, pattern) for g in progress.track(groups, f"units by {saliency}")]
-    if progress.stopped:
-        return {}
-    if allocation == "latency":
-        table = measure_table(on, pattern.kinds, batch_size, split=calibration.split, progress=progress)
-        counts = choose(scored, table, speedup)
-        if facts is not None:
-            facts |= {"target_speedup": speedup, "expected_speedup": table.dense / expected_seconds(scored, counts, table)}
-    elif allocation == "global":
-        counts = across(scored, sparsity, standardise=not SALIENCIES[saliency].loss_like)
-    else:
-        counts = uniform(scored, sparsity)
-    return prune_structures(scored, counts, compensation, calibration, progress)
 
 
 def removed(layer: Layer) -> Tensor:

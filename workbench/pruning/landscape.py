@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LEVELS = 65535
 BINS = 256
 GRID = tuple(round(0.05 * i, 2) for i in range(1, 20))
-KNOWN = tuple(name for name, preset in PRESETS.items() if preset.saliency in SALIENCIES and name not in ("icbs", "llm-pruner", "ziplm"))
+KNOWN = tuple(name for name, preset in PRESETS.items() if preset.saliency in SALIENCIES and not preset.only and name not in ("icbs", "llm-pruner", "ziplm"))
 
 
 class SaliencyMap(SubjectInstrument):

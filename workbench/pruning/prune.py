@@ -12,19 +12,23 @@ from torch import Tensor
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.events import check_structures, prune_once, prune_units, zero_share
-from workbench.pruning.patterns import NM, Structures, Tiles, parse
-from workbench.pruning.presets import PRESETS, STRUCTURED
+from workbench.pruning.events import prune_once, zero_share
+from workbench.pruning.patterns import NM, Dimension, Structures, Tiles, parse
+from workbench.pruning.presets import PRESETS, preset_for
 from workbench.pruning.recovery import Recovery
 from workbench.pruning.report import add_prediction, layer_table, packed_bytes
+from workbench.pruning.saliencies import SALIENCIES
 from workbench.pruning.schedules import sparsities
+from workbench.pruning.shrinking import check_dimension, prune_dimension
 from workbench.pruning.speed import measured_speedup
+from workbench.pruning.structured_events import check_structures, prune_units
 from workbench.subjects import Layer, Subject
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "obert", "obert-greedy", "gradient", "obd", "taylor2", "movement", "icbs", "flap", "llm-pruner", "ziplm",
-                 "random"]  # fmt: skip
-SaliencyName = Literal["preset", "random", "magnitude", "wanda", "fluctuation", "gradient", "obd", "taylor2", "movement", "obs", "fisher", "fisher-greedy"]
-Allocation = Literal["preset", "row", "layer", "global", "erdos-renyi", "latency"]
+                 "minitron", "adapt-pruner", "deeper-layers", "heapr", "premoe", "slimmoe", "pat", "random"]  # fmt: skip
+SaliencyName = Literal["preset", "random", "magnitude", "wanda", "fluctuation", "gradient", "obd", "taylor2", "movement", "obs", "fisher", "fisher-greedy",
+                       "activation", "heapr", "angular", "block-influence", "loss", "deepest", "tcess", "usage", "learned"]  # fmt: skip
+Allocation = Literal["preset", "row", "layer", "global", "erdos-renyi", "latency", "adaptive"]
 TRAINED_BEFORE_LAST = 0.6  # share of the recovery steps spent before the last pruning event of a gradual schedule
 
 
@@ -36,11 +40,13 @@ class Prune(SubjectInstrument):
 
     method: Method = parameter("obert", "published method: fixes saliency, compensation and allocation unless they are given")
     sparsity: float = parameter(0.5, "share of the weights to remove", ge=0, lt=1, step=0.01)
-    pattern: str = parameter("unstructured", "what goes together: unstructured, 2:4, 2:4 outputs, block 16x16, row, column, heads, neurons, heads+neurons")
+    pattern: str = parameter("unstructured", "what goes together: unstructured, 2:4, 2:4 outputs, block 16x16, row, column, heads, neurons, heads+neurons, "
+                             "channels, layers, experts")  # fmt: skip
     layers: str = parameter("blocks", "which layers: blocks (all inside the repeated blocks) or globs over names, such as '*.query,*.key'")
     saliency: SaliencyName = parameter("preset", "what a weight's removal is thought to cost")
     compensation: Literal["preset", "none", "bias", "obs", "least-squares", "fisher"] = parameter("preset", "what the survivors do about the removed weights")
     allocation: Allocation = parameter("preset", "how the sparsity is shared among layers or groups; latency: so that the speed-up is reached")
+    amplitude: float = parameter(0.1, "how far an adaptive allocation moves a block's sparsity from the mean", ge=0, le=1)
     speedup: float = parameter(1.0, "measured speed-up to reach by removing heads and neurons, with allocation latency", ge=1, step=0.1)
     schedule: Literal["one-shot", "cubic", "linear"] = parameter("one-shot", "at once, or over several steps with the statistics measured anew at each")
     steps: int = parameter(1, "pruning steps of a gradual schedule", ge=1)
@@ -66,9 +72,7 @@ class Prune(SubjectInstrument):
 
     def composition(self) -> tuple[str, str, str]:
         """(saliency, compensation, allocation) after the preset has filled what was left to it."""
-        preset = PRESETS[self.method]
-        if isinstance(parse(self.pattern), Structures):
-            preset = STRUCTURED.get(self.method, preset)
+        preset = preset_for(self.method, parse(self.pattern))
         own = (self.saliency, self.compensation, self.allocation)
         filled = (preset.saliency, preset.compensation, preset.allocation)
         saliency, compensation, allocation = (a if a != "preset" else b for a, b in zip(own, filled, strict=True))
@@ -80,6 +84,12 @@ class Prune(SubjectInstrument):
         for split in (self.calibration_split, self.test_split):
             on.split(split)
         layers = on.layers(self.layers)
+        if isinstance(pattern, Dimension):
+            check_dimension(self, on, pattern)
+        elif not isinstance(pattern, Structures) and saliency not in SALIENCIES and saliency != "movement":
+            raise BadInput(f"saliency: {saliency} scores whole structures and dimensions, not single weights; choose another, or such a pattern")
+        if allocation == "adaptive" and not isinstance(pattern, Structures):
+            raise BadInput("allocation: adaptive shares heads and neurons among the blocks; choose layer, row or global")
         if isinstance(pattern, NM):
             if not math.isclose(self.sparsity, pattern.sparsity, abs_tol=1e-6) and self.sparsity != 0.5:
                 raise BadInput(f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, which fixes it at {pattern.sparsity:g}; leave sparsity out")
@@ -109,7 +119,7 @@ class Prune(SubjectInstrument):
                 if layer.bias is None or len(layer.shape) != 2:
                     raise BadInput(f"compensation: bias needs a bias in every layer and {layer.name} has none; use obs, least-squares or none")
 
-    def _calibration(self, on: Subject, layers: Sequence[Layer], progress: Progress) -> Calibration:
+    def calibration(self, on: Subject, layers: Sequence[Layer], progress: Progress) -> Calibration:
         return Calibration(on, layers, self.calibration_split, self.calibration_examples, self.gradients, self.damp, self.block, self.seed, progress)
 
     def _recovery(self, on: Subject, layers: Sequence[Layer], teacher: Subject | None, progress: Progress) -> Recovery | None:
@@ -120,10 +130,12 @@ class Prune(SubjectInstrument):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers, pattern = on.layers(self.layers), parse(self.pattern)
-        dense_test = self._dense(on, progress)
+        if isinstance(pattern, Dimension):
+            return prune_dimension(self, on, pattern, progress)
+        dense_test = self.dense_facts(on, progress)
         dense = on.copy() if self.predict_examples or self.recovery == "distil" or self.speedup > 1 else None
         before = {layer.name: layer.weight.detach().clone() for layer in layers}
-        calibration = self._calibration(on, layers, progress)
+        calibration = self.calibration(on, layers, progress)
         grams = {layer.name: calibration.gram(layer) for layer in layers}
         recovery = self._recovery(on, layers, dense, progress)
         target = pattern.sparsity if isinstance(pattern, NM) else self.sparsity
@@ -138,9 +150,10 @@ class Prune(SubjectInstrument):
             if recovery is not None and between:
                 recovery.advance(between)
             if number or between:
-                calibration = self._calibration(on, layers, progress)
+                calibration = self.calibration(on, layers, progress)
             if isinstance(pattern, Structures):
-                kept = prune_units(on, layers, calibration, pattern, sparsity, *self.composition(), progress, self.speedup, self.batch_size, extra)
+                kept = prune_units(on, layers, calibration, pattern, sparsity, *self.composition(), progress, self.speedup,
+                                   self.amplitude, self.batch_size, extra)  # fmt: skip
             else:
                 scores = recovery.scores if recovery is not None else {}
                 prune_once(layers, calibration, pattern, sparsity, *self.composition(), progress, scores, PRESETS[self.method].refine)
@@ -172,7 +185,7 @@ class Prune(SubjectInstrument):
             tables["units"] = pd.DataFrame([{"group": n, "units": k.shape[1], "kept": int(k[0].sum())} for n, k in kept.items()])
         return self.result(table, facts, tables=tables, arrays=arrays, subject=on)
 
-    def _dense(self, on: Subject, progress: Progress) -> dict[str, float]:
+    def dense_facts(self, on: Subject, progress: Progress) -> dict[str, float]:
         known = on.memo(("evaluations",), dict)
         if self.test_split not in known:
             found = on.evaluate(self.test_split, progress=progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,11 @@ from torch import Tensor
 
 from workbench.instruments import BadInput, Progress
 from workbench.pruning import ziplm
+from workbench.pruning.activations import unit_activations
+from workbench.pruning.atomic import atomic_scores
 from workbench.pruning.calibration import Calibration
+from workbench.pruning.depth import Stack, measure_stacks
+from workbench.pruning.dimensions import stacks
 from workbench.pruning.patterns import Structures, cheapest
 from workbench.pruning.saliencies import SALIENCIES
 from workbench.pruning.structures import Group, discover
@@ -19,6 +23,35 @@ from workbench.subjects import Layer, Subject
 #: Saliencies of a layer's inputs say what a unit is worth where it is consumed; the others are summed over all its weights.
 CONSUMER_ONLY = ("wanda", "fluctuation", "obs")
 EXPERT_STEP = 8  # grouped matrix products of experts want widths in steps of 16 bytes
+
+
+@dataclass(frozen=True)
+class UnitSaliency:
+    """A rule that scores whole units of all groups at once: (calibration, groups) -> group name -> (experts, units)."""
+
+    score: Callable[[Calibration, Sequence[Group]], dict[str, Tensor]]
+    kinds: tuple[str, ...]
+    source: str
+    loss_like: bool = False
+
+
+def activation(calibration: Calibration, groups: Sequence[Group]) -> dict[str, Tensor]:
+    return unit_activations(calibration.subject, groups, calibration.split, calibration.examples, calibration.progress)
+
+
+def atomic(calibration: Calibration, groups: Sequence[Group]) -> dict[str, Tensor]:
+    return atomic_scores(calibration.subject, groups, calibration.split, calibration.gradients, progress=calibration.progress)
+
+
+UNIT_SALIENCIES: dict[str, UnitSaliency] = {
+    "activation": UnitSaliency(activation, ("heads", "neurons"), "Muralidharan et al. 2024 (Minitron)"),
+    "heapr": UnitSaliency(atomic, ("neurons",), "Li et al. 2025 (HEAPr)", True),
+}
+
+
+def loss_like(saliency: str) -> bool:
+    """Whether scores are predicted losses, which compare across groups as they are."""
+    return (UNIT_SALIENCIES if saliency in UNIT_SALIENCIES else SALIENCIES)[saliency].loss_like
 
 
 @dataclass
@@ -62,9 +95,17 @@ def score(group: Group, saliency: str, calibration: Calibration, pattern: Struct
         order, errors = torch.stack([o for o, _ in pairs]).cpu(), sum(e for _, e in pairs)
         assert isinstance(errors, Tensor)
         return Scored(group, order, torch.cat([errors.new_zeros(1), errors]).cpu())
-    members = group.consumers if saliency in CONSUMER_ONLY else group.members
-    scores = {m.layer.name: SALIENCIES[saliency].score(m.layer, calibration, pattern).float() for m in members}
-    units = group.unit_scores(scores, members).masked_fill(~group.alive(), -1)
+    if saliency in UNIT_SALIENCIES:
+        groups = groups_of(calibration.subject, calibration.layers, pattern)
+        key = ("units", saliency, pattern.kinds, calibration.examples, calibration.gradients)
+        units = calibration.remember(key, lambda: UNIT_SALIENCIES[saliency].score(calibration, groups))[group.name]
+    else:
+        members = group.consumers if saliency in CONSUMER_ONLY else group.members
+        scores = {m.layer.name: SALIENCIES[saliency].score(m.layer, calibration, pattern).float() for m in members}
+        units = group.unit_scores(scores, members)
+    if not bool(torch.isfinite(units).all()):
+        raise BadInput(f"layers: {group.name} has NaN or infinite saliencies; its weights or its calibration inputs hold NaN or infinity")
+    units = units.masked_fill(~group.alive(), -1)
     values, order = units.sort(dim=1)
     costs = values.clamp_min(0).sum(0).cumsum(0)
     return Scored(group, order, torch.cat([costs.new_zeros(1), costs]))
@@ -99,6 +140,33 @@ def across(scored: Sequence[Scored], sparsity: float, standardise: bool) -> list
     drop = cheapest(torch.cat(values), torch.cat(weights).float(), sparsity) & torch.cat(values).isfinite()
     counts = torch.bincount(torch.cat(owner)[drop], minlength=len(scored))
     return [int(c) * s.step for c, s in zip(counts, scored, strict=True)]
+
+
+def block_importance(calibration: Calibration) -> dict[str, float]:
+    """Path of each block -> how much it changes its input (1 - cosine), centred and divided by the largest deviation (Wang et al. 2025)."""
+    key = ("stacks", calibration.examples)
+    found: list[Stack] = calibration.remember(key, lambda: measure_stacks(calibration.subject, calibration.split, calibration.examples,
+                                                                          progress=calibration.progress))  # fmt: skip
+    names = [name for paths in stacks(calibration.subject.model).values() for name in paths]
+    values = torch.cat([s.influence for s in found])
+    values = values - values.mean()
+    return dict(zip(names, (values / values.abs().max().clamp_min(1e-12)).tolist(), strict=True))
+
+
+def adaptive(scored: Sequence[Scored], sparsity: float, amplitude: float, calibration: Calibration) -> list[int]:
+    """Sparsity of a block = sparsity - amplitude x its importance, in [0, 0.99] (Wang et al. 2025, Adapt-Pruner).
+
+    A common shift makes up for what the bounds cut off, so that the weights removed are the asked share of all.
+    """
+    importance = block_importance(calibration)
+    own = torch.tensor([next((v for block, v in importance.items() if s.group.name.startswith(block + ".")), 0.0) for s in scored])
+    weights = torch.tensor([float(s.group.weights_per_unit() * s.group.experts * s.group.units) for s in scored])
+    low, high = -1.0, 1.0
+    for _ in range(50):
+        shift = (low + high) / 2
+        shares = (sparsity - amplitude * own + shift).clamp(0, 0.99)
+        low, high = (shift, high) if float((shares * weights).sum() / weights.sum()) < sparsity else (low, shift)
+    return [min(round(float(share) * s.group.units / s.step) * s.step, s.most()) for share, s in zip(shares, scored, strict=True)]
 
 
 def compensate(group: Group, kept: Tensor, compensation: str, calibration: Calibration) -> None:
