@@ -13,7 +13,9 @@ import torch
 import workbench
 from tests.training.test_loop import language, small
 from workbench.instruments import BadInput, Progress, Result, catalog, methods
-from workbench.training import GradientNoise, LearningRateBatchSize, OptimizerComparison, ScheduleStudy, Train
+from workbench.subjects import Subject
+from workbench.subjects.tasks import CustomLoss
+from workbench.training import GradientNoise, LearningRateBatchSize, LearningRateRange, OptimizerComparison, ScheduleStudy, Train
 from workbench.training.comparisons import interval, rank_flips
 from workbench.training.objective import reinitialised
 from workbench.training.surface import best_lr
@@ -160,5 +162,21 @@ def test_cards_and_evidence() -> None:
             assert isinstance(record["holds"], bool) and record["note"] and record["versions"]["torch"]
     assert found >= 1
     assert callable(evidence.schedule)
-    for instrument in ("train", "learning-rate-batch-size", "optimizer-comparison", "schedule-study", "gradient-noise"):
+    for instrument in ("train", "learning-rate-batch-size", "optimizer-comparison", "schedule-study", "gradient-noise", "learning-rate-range"):
         assert instrument in catalog()
+
+
+def test_range_test_brackets_the_stability_limit(cache: Path) -> None:
+    """A quadratic of curvatures 8 and 1: momentum 0.9 is stable below 2 (1 + 0.9) / 8, so the loss turns up beyond, and not long after."""
+    inputs = torch.diag(torch.tensor([8.0, 1.0])).sqrt().repeat(4, 1) * 2**0.5
+    on = Subject("bowl", torch.nn.Linear(2, 1, bias=False), CustomLoss(lambda output, batch: 0.5 * output.square().mean()), {"train": {"inputs": inputs}})
+    limit = 2 * 1.9 / 8
+    result = LearningRateRange(lr_low=limit / 30, lr_high=limit * 1000, steps=200, batch_size=8, optimizer="sgd", memory=0.0, start="weights").run(on)
+    facts = result.facts
+    assert facts["lr_steepest"] <= facts["lr_lowest"] < facts["lr_diverges"] and limit < facts["lr_diverges"] < 20 * limit
+    assert result.table.lr.iloc[0] == pytest.approx(limit / 30) and len(result.table) < 200  # ended early: nothing to learn beyond
+    assert len(result.figure().data) >= 2
+    growth = result.table.lr.to_numpy()[1:] / result.table.lr.to_numpy()[:-1]
+    np.testing.assert_allclose(growth, growth[0], rtol=1e-9)
+    with pytest.raises(BadInput, match="lr_high"):
+        LearningRateRange(lr_low=1.0, lr_high=0.1).run(on)

@@ -133,6 +133,17 @@ class ProfileLR(LRScheduler):
         return [base * self.multiple(self.last_epoch) for base in self.base_lrs]
 
 
+class ExponentialRise(LRScheduler):
+    """From the optimizer's learning rate to `factor` times it over `total` steps, evenly in the logarithm: the range test of Smith (2017)."""
+
+    def __init__(self, optimizer: Optimizer, total: int, factor: float, last_epoch: int = -1) -> None:
+        self.total, self.factor = total, factor
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        return [base * self.factor ** (self.last_epoch / max(self.total - 1, 1)) for base in self.base_lrs]
+
+
 class TimeBudgetLR(ProfileLR):
     """The same profile over a budget of seconds instead of steps (Izsak, Berchansky & Levy 2021): zero when the time is up.
 
