@@ -11,7 +11,7 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import ErrorAnatomy, FakeQuant, TrainQuantized
-from workbench.quantization.aware import LearnedStep, MeanScaled
+from workbench.quantization.trainable import LearnedStep, MeanScaled
 
 
 def test_anatomy(checkpoints: dict[str, Path]) -> None:

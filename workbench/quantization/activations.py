@@ -158,6 +158,20 @@ def rounded_inputs(work: Tensor, format: Format, low: Tensor | None, high: Tenso
     return (units - shift) * grid.scale
 
 
+class SignInputs(ActivationQuant):
+    """Inputs as signs, +1 or -1, with the gradient of clip(x, -1, 1) (Qin et al. 2022, BiBERT)."""
+
+    def __init__(self) -> None:
+        super().__init__(format="binary")
+
+    def round(self, x: Tensor) -> Tensor:
+        clipped = x.clamp(-1, 1)
+        return clipped + (torch.where(x >= 0, 1.0, -1.0).to(x.dtype) - clipped).detach()
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+
 class KeyValueQuant(ActivationQuant):
     """Rounds what a key or value projection writes, as a quantized key-value cache would keep it: per token, in groups of one head."""
 

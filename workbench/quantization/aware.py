@@ -1,7 +1,9 @@
-"""Quantization-aware training: the loss is minimised through the rounding, with steps that are learned or follow the weights."""
+"""Quantization-aware training: the loss is minimised through the rounding, whatever of it is learned (see `trainable.py`)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pandas as pd
@@ -10,69 +12,16 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.quantization.activations import SignInputs
+from workbench.quantization.adapters import Adapter, zero_term
 from workbench.quantization.formats import named
-from workbench.quantization.grid import Grid, in_groups, stored
 from workbench.quantization.quantize import choices, put
-from workbench.subjects import Layer, Subject
+from workbench.quantization.trainable import ROUNDINGS, Course, TrainedRounding, average_width
+from workbench.subjects import Layer, LowRank, Subject
 from workbench.subjects.changes import Change
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-
-class LearnedStep(Change):
-    """LSQ (Esser et al. 2020): s round(clip(w / s)) with a learned step s for every group.
-
-    d/ds is round(w/s) - w/s inside the range and the bound outside (eq. 3), which is what the straight-through rounding of
-    w / s gives; it is scaled by 1 / sqrt(weights of a group x highest) (section 2.2).
-    """
-
-    order = 50
-
-    def __init__(self, step: Tensor, *, format: str, group: int) -> None:
-        super().__init__()
-        self.step = nn.Parameter(step)  # (..., out or 1, groups)
-        self.format, self.group = format, group
-
-    def change(self, weight: Tensor) -> Tensor:
-        element = named(self.format).element
-        factor = (self.group * max(element.highest, 1.0)) ** -0.5
-        step = self.step.abs().clamp_min(1e-8)
-        step = step * factor + (step - step * factor).detach()
-        spread = step.repeat_interleave(self.group, -1)[..., : weight.shape[-1]]
-        units = (weight / spread).clamp(element.lowest, element.highest)
-        return (units + (element.round(units.detach()) - units).detach()) * spread
-
-    def grid(self) -> Grid:
-        format = named(self.format)
-        return Grid(format, stored(self.step.detach().abs().clamp_min(1e-8), format), None, self.group)
-
-    def config(self) -> dict[str, Any]:
-        return {"format": self.format, "group": self.group}
-
-
-class MeanScaled(Change):
-    """Ternary or binary weights that follow the mean magnitude: gamma round(clip(w / gamma)), gamma = mean |w| of a group, straight through
-    (Ma et al. 2024; Kaushal et al. 2024, TriLM). `blend` phases it in: w + blend (Q(w) - w)."""
-
-    order = 50
-    blend: Tensor
-
-    def __init__(self, blend: Tensor | None = None, *, format: str, group: int) -> None:
-        super().__init__()
-        self.register_buffer("blend", torch.ones(()) if blend is None else blend)
-        self.format, self.group = format, group
-
-    def grid_of(self, weight: Tensor) -> Grid:
-        format = named(self.format)
-        return Grid(format, stored(in_groups(weight.detach().float(), self.group).abs().mean(-1), format), None, self.group)
-
-    def change(self, weight: Tensor) -> Tensor:
-        rounded = self.grid_of(weight).round(weight.detach())
-        return weight + self.blend * (rounded - weight).detach()
-
-    def config(self) -> dict[str, Any]:
-        return {"format": self.format, "group": self.group}
 
 
 class TrainQuantizedResult(Result):
@@ -81,7 +30,7 @@ class TrainQuantizedResult(Result):
     def figure(self, column: str = "train_loss", **more: Any) -> go.Figure:
         from workbench.figures import figure, line, rule
 
-        fig = figure("Quantization-aware training", "step", "loss (nats)")
+        fig = figure("Quantization-aware training", "step", "bits" if column == "average_width" else "loss (nats)")
         found = self.table[self.table[column].notna()]
         line(fig, found["step"].to_numpy(), found[column].to_numpy(), column.replace("_", " "))
         switch = self.facts.get("switch_step", 0)
@@ -90,17 +39,22 @@ class TrainQuantizedResult(Result):
         return fig
 
     def view_model(self) -> type[BaseModel] | None:
-        return choices("TrainQuantizedView", column=("train_loss", "validation_loss"))
+        return choices("TrainQuantizedView", column=tuple(c for c in ("train_loss", "validation_loss", "average_width") if c in self.table))
 
 
 class TrainQuantized(SubjectInstrument):
-    """Train through the rounding: learned steps (LSQ) or ternary / binary weights, from the start or after a part of the steps in full precision."""
+    """Train through the rounding: learned steps (LSQ), ternary / binary weights, learned widths or formats, adapters; from the start or after a full-precision part."""
 
     changes_model: ClassVar[bool] = True
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
-    method: Literal["lsq", "ternary", "binary"] = parameter("lsq", "learned steps; or values that follow the mean magnitude")
-    bits: int = parameter(3, "width for lsq", ge=2, le=8, unit="bits")
+    method: Literal["lsq", "ternary", "binary", "bibert", "nipq", "csq", "fliqs", "l4q", "adapters"] = parameter(
+        "lsq", "learned steps; values that follow the mean magnitude; widths by noise or bit planes; formats by policy; LoRA inside the rounding, or beside it")
+    bits: int = parameter(3, "width for lsq and l4q", ge=2, le=8, unit="bits")
+    budget: float = parameter(3.0, "average width that nipq, csq and fliqs pull towards", ge=2, le=8, unit="bits", step=0.25)
+    strength: float = parameter(1.0, "how hard they pull (nats a bit)", ge=0, le=1000, scale="log")
+    formats: list[str] = parameter(["int2", "int3", "int4", "int8"], "formats that fliqs chooses from, by name", min_length=2)
+    rank: int = parameter(8, "rank of l4q's low-rank term", ge=1, le=1024, scale="log")
     group_size: int = parameter(4096, "weights of a group (4096 and wider rows: one scale a row)", ge=1, le=4096, scale="log", unit="weights")
     steps: int = parameter(200, "optimizer steps", ge=1, le=100000, scale="log")
     batch_size: int = parameter(16, "examples of a step", ge=1, le=4096, scale="log", unit="examples")
@@ -119,12 +73,23 @@ class TrainQuantized(SubjectInstrument):
         layers = on.layers(self.layers)
         on.split("train")
         on.split("test")
-        if self.ramp and self.method == "lsq":
-            raise BadInput("ramp: phasing in is for ternary and binary; lsq learns its steps instead")
+        if self.ramp and self.method not in ("ternary", "binary"):
+            raise BadInput(f"ramp: phasing in is for ternary and binary, not {self.method}; leave it at 0")
         if self.ramp + self.switch_at > 1:
             raise BadInput(f"ramp: {self.ramp:g} after a switch at {self.switch_at:g} ends beyond the last step; the two must add up to at most 1")
-        if quantized := [layer.name for layer in layers if any(c.order == 50 for c in layer.changes)]:
+        if self.method in ("l4q", "adapters") and (self.switch_at or self.from_scratch):
+            raise BadInput(f"method: {self.method} trains low-rank terms of frozen weights from the first step; set switch_at 0 and from_scratch false")
+        if self.method == "fliqs":
+            for name in self.formats:
+                if named(name).scale != "real":
+                    raise BadInput(f"formats: {name!r} fixes its own scale; fliqs chooses among formats with real scales, as int4, e2m1 or nf4")
+        if self.method == "adapters":
+            if bare := [layer.name for layer in layers if not any(isinstance(c, Adapter) for c in layer.changes)]:
+                raise BadInput(f"layers: {bare[0]} has no adapter to train; quantize with adapter_rank first")
+        elif quantized := [layer.name for layer in layers if any(c.order == 50 for c in layer.changes)]:
             raise BadInput(f"layers: {quantized[0]} is quantized already; train the dense subject")
+        if self.method == "bibert" and (fused := [layer.name for layer in layers if len(layer.shape) == 3]):
+            raise BadInput(f"layers: {fused[0]} reads its inputs inside a fused expert kernel; bibert needs plain linears")
         if self.from_scratch and not hasattr(on.model, "config"):
             raise BadInput("from_scratch: only a transformers model can be made anew from its configuration")
 
@@ -135,70 +100,100 @@ class TrainQuantized(SubjectInstrument):
             device = on.device
             on = on.with_model(type(on.model)(on.model.config).to(device))
         layers = on.layers(self.layers)
+        sizes = [math.prod(layer.shape) for layer in layers]
         generator = torch.Generator().manual_seed(self.seed)
+        course = Course(self, torch.Generator().manual_seed(self.seed + 1))
         switch = round(self.switch_at * self.steps)
-        optimizer = torch.optim.AdamW((p for p in on.model.parameters() if p.requires_grad), self.learning_rate, weight_decay=0.0)
+        trained = [(p, p.requires_grad) for p in on.model.parameters()]
+        optimizer = torch.optim.AdamW([{"params": [p for p, wanted in trained if wanted], "rate": 1.0}], self.learning_rate, weight_decay=0.0)
         rows: list[dict[str, float]] = []
+        roundings: list[TrainedRounding] = []
         on.model.train()
         for step in progress.track(range(self.steps), "training"):
             if step == switch:
-                self._switch_on(on, layers, optimizer)
-            if self.ramp and step >= switch:
-                for layer in layers:
-                    for change in layer.changes:
-                        if isinstance(change, MeanScaled):
-                            change.blend.fill_(min(1.0, (step - switch + 1) / max(self.ramp * self.steps, 1)))
+                roundings = self._switch_on(on, layers, optimizer)
+            course.done = (step - switch + 1) / (self.steps - switch)
+            for rounding in roundings:
+                rounding.prepare(course)
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * (1 - step / self.steps)
+                group["lr"] = self.learning_rate * group["rate"] * (1 - step / self.steps)
             pick = torch.randint(on.size("train"), (self.batch_size,), generator=generator)
             batch = {k: v[pick].to(on.device) for k, v in on.split("train").items()}
             loss = on.loss(batch)
             if not bool(torch.isfinite(loss)):
                 raise BadInput(f"learning_rate: the loss was no longer finite at step {step}; {self.learning_rate:g} is too large here")
-            loss.backward()
+            extra = type(roundings[0]).extra(roundings, sizes, loss, course) if roundings else None
+            (loss if extra is None else loss + extra).backward()
             torch.nn.utils.clip_grad_norm_(on.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             rows.append({"step": step, "train_loss": float(loss.detach()), "validation_loss": float("nan"), "quantized": float(step >= switch)})
+            if roundings and roundings[0].width is not None:
+                rows[-1]["average_width"] = float(average_width(roundings, sizes).detach())
             if (step + 1) % max(1, self.steps // 5) == 0 and "validation" in on.splits:
                 rows[-1]["validation_loss"] = on.evaluate("validation", limit=self.test_examples)["loss"]
                 on.model.train()
         on.model.eval()
         if len(rows) <= switch:
             self._switch_on(on, layers, optimizer)
-        self._freeze(layers)
+        widths = self._freeze(layers)
+        for tensor, wanted in trained:
+            tensor.requires_grad_(wanted)
         after = on.evaluate("test", limit=self.test_examples, progress=progress)
         facts: dict[str, Any] = {"switch_step": switch} | {f"dense_{k}": v for k, v in dense.items()} | after
-        return self.result(pd.DataFrame(rows), facts, subject=on)
+        tables = {"widths": widths} if len(widths) else {}
+        if tables:
+            facts["average_width"] = float((widths["bits"] * widths["weights"]).sum() / widths["weights"].sum())
+        return self.result(pd.DataFrame(rows), facts, tables=tables, subject=on)
 
-    def _switch_on(self, on: Subject, layers: list[Layer], optimizer: torch.optim.Optimizer) -> None:
+    def _switch_on(self, on: Subject, layers: Sequence[Layer], optimizer: torch.optim.Optimizer) -> list[TrainedRounding]:
+        """Put the roundings on and give the optimizer what they learn. Methods that train low-rank terms freeze everything else."""
+        if self.method in ("l4q", "adapters"):
+            for tensor in on.model.parameters():
+                tensor.requires_grad_(False)
+        made: list[TrainedRounding] = []
+        terms: list[nn.Parameter] = []
+        generator = torch.Generator().manual_seed(self.seed)
         for layer in layers:
-            group = min(self.group_size, layer.shape[-1])
-            if self.method == "lsq":
-                format = named("int", self.bits)
-                # The paper's start, 2 mean|w| / sqrt(highest), on each group.
-                start = 2 * in_groups(layer.weight.detach().float(), group).abs().mean(-1) / max(format.element.highest, 1.0) ** 0.5
-                layer.attach(LearnedStep(start.clamp_min(1e-6), format=format.name, group=group))
-            else:
-                layer.attach(MeanScaled(torch.tensor(0.0 if self.ramp else 1.0, device=layer.original.device), format=self.method, group=group))
-        steps = [c.step for layer in layers for c in layer.changes if isinstance(c, LearnedStep)]
-        if steps:
-            optimizer.add_param_group({"params": steps})
+            if self.method == "l4q":
+                layer.attach(LowRank(*zero_term(layer.shape, self.rank, generator, layer.original.device)))
+            if self.method != "adapters":
+                rounding = ROUNDINGS[self.method].begin(layer.weight.detach().float(), min(self.group_size, layer.shape[-1]), self)
+                layer.attach(rounding)
+                made.append(rounding)
+            if self.method == "bibert":
+                layer.attach(SignInputs())
+            terms += [p for c in layer.changes if isinstance(c, LowRank) and self.method in ("l4q", "adapters") for p in c.parameters()]
+        own = [p for rounding in made for p in rounding.parameters()]
+        for params, rate in ((own, ROUNDINGS[self.method].rate if made else 1.0), (terms, 10.0)):
+            for tensor in params:
+                tensor.requires_grad_(True)
+            if fresh := [p for p in params if not known(optimizer, p)]:
+                optimizer.add_param_group({"params": fresh, "rate": rate})
         if self.reset_optimizer:
             optimizer.state.clear()
+        return made
 
     @torch.no_grad()
-    def _freeze(self, layers: list[Layer]) -> None:
-        """Replace the trainable changes by the grid they ended on, with the values that were trained."""
+    def _freeze(self, layers: Sequence[Layer]) -> pd.DataFrame:
+        """Replace the trained roundings by the grid they ended on, with the values that were trained; one row a layer with its width."""
+        rows = []
         for layer in layers:
             for change in layer.changes:
-                if isinstance(change, (LearnedStep, MeanScaled)):
-                    inner = layer.original.mT if layer.transposed else layer.original
-                    grid = change.grid() if isinstance(change, LearnedStep) else change.grid_of(inner)
-                    values = grid.round(inner.detach().float())
+                if isinstance(change, TrainedRounding):
+                    weight = (layer.original.mT if layer.transposed else layer.original).detach()
+                    for inner in layer.changes:
+                        weight = inner.change(weight) if inner.order < change.order else weight
+                    values, grid = change.final(weight.float())
                     put(layer, values, grid)
                     remove(layer, change)
+                    rows.append({"layer": layer.name, "format": grid.format.name, "bits": grid.format.element.bits, "weights": math.prod(layer.shape)})
                     break
+        return pd.DataFrame(rows)
+
+
+def known(optimizer: torch.optim.Optimizer, tensor: Tensor) -> bool:
+    return any(tensor is p for group in optimizer.param_groups for p in group["params"])
 
 
 def remove(layer: Layer, change: Change) -> None:

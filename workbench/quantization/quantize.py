@@ -24,6 +24,7 @@ from workbench.quantization.activations import (
     quantize_activations,
     widest,  # fmt: skip
 )
+from workbench.quantization.adapters import Adapter, Term, with_term
 from workbench.quantization.blockwise import reconstruct
 from workbench.quantization.fake_quant import FakeQuant
 from workbench.quantization.flatness import input_rows
@@ -101,6 +102,8 @@ class Quantize(SubjectInstrument):
     act_order: bool = parameter(False, "GPTQ: round the columns with the largest inputs first")
     steps: int = parameter(300, "iterations of learned roundings", ge=1, le=10000, scale="log")
     objective: Literal["layer", "block"] = parameter("layer", "what learned roundings reconstruct: each layer's output or the block's")
+    adapter_rank: int = parameter(0, "rank of a low-rank term kept beside each rounded weight (0: none)", ge=0, le=1024)
+    adapter_steps: int = parameter(5, "alternations of rounding and best low-rank fit (LoftQ); 0 starts the term at zero (QLoRA)", ge=0, le=100)
     sequential: bool = parameter(False, "block by block: calibrate on the inputs that the already quantized blocks produce")
     examples: int = parameter(128, "calibration examples for the inputs' second moments", ge=1, unit="examples")
     predict_examples: int = parameter(32, "calibration examples of predicted and measured loss change (0: none)", ge=0, unit="examples")
@@ -137,6 +140,8 @@ class Quantize(SubjectInstrument):
             raise BadInput(f"kv_bits: no layer of {self.layers!r} is a key or value projection (names ending in {', '.join(KEY_VALUE)})")
         if self.objective == "block" and self.rounding not in LEARNED:
             raise BadInput(f"objective: 'block' is for learned roundings ({', '.join(LEARNED)}), not {self.rounding}; use layer")
+        if self.adapter_rank and self.objective == "block":
+            raise BadInput("adapter_rank: a low-rank term is fitted layer by layer; use objective layer")
         if self.range == "mean" and format.affine:
             raise BadInput("range: 'mean' needs a format symmetric about zero; use minmax or mse")
         group_of(format, self.granularity, self.group_size, layers[0].shape[-1])
@@ -170,21 +175,23 @@ class Quantize(SubjectInstrument):
         ranges = ranges_for(on, layers, self.examples, progress) if self.transform == "smooth" else {}
         tokens = input_rows(on, layers, self.examples, torch.Generator().manual_seed(self.seed)) if self.rounds_rows else {}
         dense = on.copy() if self.sequential else on
-        rows, deltas, grids = [], {}, {}
-        for layer, values, grid in self._rounded(on, dense, layers, moments, Inputs(ranges, tokens), progress):
+        rows, deltas, grids, terms = [], {}, {}, {}
+        for layer, values, grid, term in self._rounded(on, dense, layers, moments, Inputs(ranges, tokens), progress):
             weight = layer.weight.detach()
-            delta = values - weight.float()
-            deltas[layer.name], grids[layer.name] = delta.to(weight.dtype), grid
-            rows.append(layer_row(layer, weight.float(), delta, grid, moments[layer.name]))
+            delta = effective(values, term) - weight.float()
+            deltas[layer.name], grids[layer.name], terms[layer.name] = delta.to(weight.dtype), grid, term
+            rows.append(layer_row(layer, weight.float(), delta, grid, moments[layer.name], term))
             if self.sequential:
-                put(layer, values, grid)
+                put(layer, values, grid, term)
         table = pd.DataFrame(rows)
         facts: dict[str, Any] = {}
         if self.predict_examples and rows:
             facts |= self._predict(dense, table, deltas, progress)
         if not self.sequential:
             for layer in layers[: len(rows)]:
-                put(layer, layer.weight.detach() + deltas[layer.name], grids[layer.name])
+                term = terms[layer.name]
+                whole = layer.weight.detach() + deltas[layer.name]
+                put(layer, whole if term is None else whole - (term[0] @ term[1]).to(whole.dtype), grids[layer.name], term)
         self._round_activations(on, layers[: len(rows)], grids, moments, progress)
         after = self._losses(on, progress)
         facts = summary_facts(table, before, after) | facts
@@ -193,7 +200,7 @@ class Quantize(SubjectInstrument):
         return self.result(table, facts, subject=on)
 
     def _rounded(self, on: Subject, dense: Subject, layers: Sequence[Layer], moments: dict[str, InputMoments], seen: Inputs,
-                 progress: Progress) -> Iterator[tuple[Layer, Tensor, Grid]]:  # fmt: skip
+                 progress: Progress) -> Iterator[tuple[Layer, Tensor, Grid, Term | None]]:  # fmt: skip
         """Each layer with its values and grid. With `sequential` a block's statistics are taken once those before it are in place."""
         generator = torch.Generator().manual_seed(self.seed)
         factors = Factors()
@@ -216,7 +223,7 @@ class Quantize(SubjectInstrument):
             for layer in progress.track(mine, "rounding"):
                 parts = found.get(layer.name)
                 if parts is not None:
-                    yield layer, *stacked(parts)
+                    yield layer, *stacked(parts), None
                     continue
                 yield layer, *self.round_layer(layer, inputs[layer.name], generator, factors, cross.get(layer.name), seen)
 
@@ -236,14 +243,21 @@ class Quantize(SubjectInstrument):
                 for (matrix, kept), gram, most in zip(pairs, moments.gram, largest, strict=True)]  # fmt: skip
 
     def round_layer(self, layer: Layer, moments: InputMoments, generator: torch.Generator, factors: Factors, cross: Tensor | None = None,
-                    seen: Inputs | None = None) -> tuple[Tensor, Grid]:  # fmt: skip
-        """Values (..., out, in), float32, in the model's coordinates, and their grid."""
-        parts = []
-        for problem in self.problems(layer, moments, generator, factors, cross, seen):
-            moved, transform = in_coordinates(problem, self.transform, self.alpha)
-            values, grid = ROUNDINGS[self.rounding](moved)
-            parts.append((values if transform is None else transform.weight_back(values), replace(grid, transform=transform)))
-        return stacked(parts)
+                    seen: Inputs | None = None) -> tuple[Tensor, Grid, Term | None]:  # fmt: skip
+        """Values (..., out, in), float32, in the model's coordinates, their grid, and the low-rank term beside them, if any."""
+        problems = self.problems(layer, moments, generator, factors, cross, seen)
+        if not self.adapter_rank:
+            return *stacked([self.round(problem) for problem in problems]), None
+        parts = [with_term(problem, self.round, self.adapter_rank, self.adapter_steps) for problem in problems]
+        ups, downs = zip(*(term for _, _, term in parts), strict=True)
+        term = (ups[0], downs[0]) if len(parts) == 1 else (torch.stack(ups), torch.stack(downs))
+        return *stacked([(values, grid) for values, grid, _ in parts]), term
+
+    def round(self, problem: Problem) -> tuple[Tensor, Grid]:
+        """One matrix: its values in the model's coordinates, and the grid they are on in the transform's."""
+        moved, transform = in_coordinates(problem, self.transform, self.alpha)
+        values, grid = ROUNDINGS[self.rounding](moved)
+        return values if transform is None else transform.weight_back(values), replace(grid, transform=transform)
 
     def _round_activations(self, on: Subject, layers: Sequence[Layer], grids: dict[str, Grid], moments: dict[str, InputMoments],
                            progress: Progress) -> None:  # fmt: skip
@@ -312,19 +326,25 @@ def mask_of(layer: Layer) -> Tensor | None:
     return masks[0] if masks else None
 
 
+def effective(values: Tensor, term: Term | None) -> Tensor:
+    return values if term is None else values + term[0] @ term[1]
+
+
 @torch.no_grad()
-def put(layer: Layer, values: Tensor, grid: Grid) -> None:
-    """Write values and keep them on their grid. What was added below the number format (low-rank terms) is part of `values` now."""
+def put(layer: Layer, values: Tensor, grid: Grid, term: Term | None = None) -> None:
+    """Write values and keep them on their grid, with a low-rank term beside them. What was added before is part of `values` now."""
     layer.attach(FakeQuant.of(grid))
     stack = layer.module.parametrizations[layer.tensor]
-    kept = [c for c in stack if c.order >= FakeQuant.order]
+    kept = [c for c in stack if c.order >= FakeQuant.order and not isinstance(c, Adapter)]
     while len(stack):
         del stack[-1]
     stack.extend(kept)
     layer.write(values.to(layer.original.dtype))
+    if term is not None:
+        layer.attach(Adapter(*term))
 
 
-def layer_row(layer: Layer, weight: Tensor, delta: Tensor, grid: Grid, moments: InputMoments) -> dict[str, Any]:
+def layer_row(layer: Layer, weight: Tensor, delta: Tensor, grid: Grid, moments: InputMoments, term: Term | None = None) -> dict[str, Any]:
     """Errors of one layer as shares of energy, and its size."""
     assert moments.gram is not None
     gram = moments.gram if weight.ndim == 3 else moments.gram[0]
@@ -332,6 +352,7 @@ def layer_row(layer: Layer, weight: Tensor, delta: Tensor, grid: Grid, moments: 
     output_error = float(((delta @ gram) * delta).sum() / ((weight @ gram) * weight).sum().clamp_min(1e-30))
     mask = mask_of(layer)
     packed = grid.bytes(tuple(weight.shape), None if mask is None else int(mask.sum()))
+    packed += 0 if term is None else 2 * (term[0].numel() + term[1].numel())  # kept in 16 bits
     return {"layer": layer.name, "weights": weight.numel(), "bits": packed * 8 / weight.numel(), "bytes": packed, "weight_error": weight_error,
             "output_error": output_error, "sqnr": -10 * math.log10(max(weight_error, 1e-30))}  # fmt: skip
 

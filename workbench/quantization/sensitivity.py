@@ -184,7 +184,7 @@ def candidates(on: Subject, layers: Sequence[Layer], quantizers: Sequence[Quanti
         rows[layer.name], deltas[layer.name] = [], []
         for quantizer in quantizers:
             generator = torch.Generator().manual_seed(quantizer.seed)
-            values, grid = quantizer.round_layer(layer, moments[layer.name], generator, factors)
+            values, grid, _ = quantizer.round_layer(layer, moments[layer.name], generator, factors)
             delta = values - weight.float()
             width = quantizer.bits if quantizer.format == "int" else grid.format.element.bits
             rows[layer.name].append(layer_row(layer, weight.float(), delta, grid, moments[layer.name]) | {"width": width})

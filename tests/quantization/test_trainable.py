@@ -1,0 +1,207 @@
+"""Roundings that are trained: their formulas, the widths they end on, low-rank terms inside and beside the rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import workbench
+from workbench.instruments import BadInput, Progress
+from workbench.quantization import FakeQuant, Quantize, TrainQuantized
+from workbench.quantization.activations import SignInputs
+from workbench.quantization.adapters import Adapter, best_term, with_term
+from workbench.quantization.formats import named
+from workbench.quantization.packing import quantizer_of
+from workbench.quantization.rounding import ROUNDINGS, Problem
+from workbench.quantization.trainable import BitPlanes, CentredSign, Course, FormatPolicy, PseudoNoise
+
+SHORT = {"layers": "*", "steps": 40, "batch_size": 64, "learning_rate": 1e-3}
+
+
+def course(**settings: object) -> Course:
+    return Course(SimpleNamespace(**({"budget": 3.0, "strength": 1.0} | settings)), torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+
+
+def test_pseudo_noise_has_the_variance_of_rounding() -> None:
+    """Uniform in a step: mean zero, variance step^2 / 12, within 5 standard errors; nothing beyond the bound but noise."""
+    weight = torch.rand(200, 500) * 2 - 1
+    noise = PseudoNoise.begin(weight, 500, SimpleNamespace(budget=3.0))  # type: ignore[arg-type]
+    noise.prepare(course())
+    step = noise.step().detach()
+    found = (noise.change(weight).detach() - weight) / step
+    count = found.numel()
+    assert abs(float(found.mean())) < 5 * (1 / 12 / count) ** 0.5
+    assert float(found.var()) == pytest.approx(1 / 12, abs=5 * (1 / 180 / count) ** 0.5)  # var of (n^2) is 1/180
+    assert torch.allclose(step, weight.abs().amax(1, keepdim=True) / (2 ** (noise.width.detach() - 1) - 1))
+    with torch.no_grad():
+        noise.log_bound.sub_(1.0)
+    assert (noise.change(weight).abs() <= noise.log_bound.exp() + noise.step() / 2 + 1e-6).all()
+
+
+def test_pseudo_noise_rounds_outside_training_and_its_width_has_a_gradient() -> None:
+    weight = torch.randn(4, 16)
+    noise = PseudoNoise.begin(weight, 16, SimpleNamespace(budget=3.0))  # type: ignore[arg-type]
+    noise.eval()
+    values, grid = noise.final(weight)
+    assert torch.equal(noise.change(weight), values) and grid.format.name == "int4" and torch.allclose(grid.round(values), values)
+    noise.train()
+    noise.prepare(course())
+    first = noise.change(weight)
+    assert torch.equal(first, noise.change(weight))  # one draw a step
+    first.square().sum().backward()
+    assert noise.place.grad is not None and float(noise.place.grad) < 0  # more bits, less noise
+
+
+def test_bit_planes_start_at_the_weights_and_end_on_integers() -> None:
+    weight = torch.randn(6, 32)
+    planes = BitPlanes.begin(weight, 16, SimpleNamespace())  # type: ignore[arg-type]
+    step = weight.unflatten(1, (2, 16)).abs().amax(-1) / 127
+    rounded = (weight / step.repeat_interleave(16, 1)).round() * step.repeat_interleave(16, 1)
+    assert torch.allclose(planes.change(weight), rounded, atol=1e-5)
+    with torch.no_grad():
+        planes.keep.copy_(torch.tensor([-1.0, -1, -1, 1, 1, 1, 1]))  # the three lowest planes close
+    at_end = course()
+    at_end.done = 1.0
+    planes.prepare(at_end)
+    assert float(planes.width.detach()) == pytest.approx(5.0)
+    values, grid = planes.final(weight)
+    assert grid.format.name == "int5" and torch.allclose(planes.change(weight), values, rtol=1e-3, atol=1e-4)  # scales are stored in 16 bits
+    assert torch.allclose(grid.round(values), values, atol=1e-6)
+    gates = torch.sigmoid(planes.sharpness * torch.cat([planes.keep, planes.positive.flatten()]))
+    assert (gates * (1 - gates)).max() < 1e-6
+
+
+def test_the_pull_on_bit_planes_changes_sign_at_the_budget() -> None:
+    planes = BitPlanes.begin(torch.randn(2, 8), 8, SimpleNamespace())  # type: ignore[arg-type]
+    for budget, sign in ((3.0, 1), (8.5, -1)):
+        extra = BitPlanes.extra([planes], [16], torch.zeros(()), course(budget=budget))
+        assert extra is not None
+        (slope,) = torch.autograd.grad(extra, planes.keep)
+        assert (slope * sign > 0).all()
+
+
+def test_centred_signs_are_balanced() -> None:
+    weight = torch.randn(5, 33) + 0.7
+    change = CentredSign(group=33)
+    values, grid = change.final(weight)
+    alpha = weight.abs().mean(1, keepdim=True)
+    assert torch.allclose(values, alpha * torch.sign(weight - weight.mean(1, keepdim=True)), rtol=1e-3)
+    assert torch.equal(change.change(weight), values) and torch.allclose(grid.round(values), values)
+    inputs = torch.linspace(-2, 2, 9, requires_grad=True)
+    SignInputs().round(inputs).sum().backward()
+    assert torch.equal(SignInputs().round(inputs).detach().unique(), torch.tensor([-1.0, 1.0]))
+    assert inputs.grad is not None and torch.equal(inputs.grad[[0, 8]], torch.zeros(2)) and (inputs.grad[3:6] == 1).all()
+
+
+def test_a_policy_learns_which_format_is_rewarded() -> None:
+    """A bandit: the loss is 0 for the second format and 1 for the others, so REINFORCE must end there."""
+    policy = FormatPolicy(torch.zeros(3), formats=["int2", "int4", "int8"], group=8)
+    optimizer, now = torch.optim.Adam(policy.parameters(), 0.1), course(strength=0.0, budget=4.0)
+    for step in range(150):
+        now.done = (step + 1) / 150
+        policy.prepare(now)
+        extra = FormatPolicy.extra([policy], [8], torch.tensor(0.0 if policy.drawn == 1 else 1.0), now)
+        assert extra is not None
+        optimizer.zero_grad()
+        extra.backward()
+        optimizer.step()
+    chances = torch.softmax(policy.logits.detach(), 0)
+    assert int(chances.argmax()) == 1 and float(chances[1]) > 0.9
+    policy.eval()
+    assert policy.index == 1
+
+
+def test_loftq_never_grows_and_its_term_is_the_best_of_its_rank() -> None:
+    problem = Problem(torch.randn(24, 48), torch.eye(48), named("int2"), "channel")
+    gap = torch.randn(12, 20)
+    up, down = best_term(gap, 5)
+    values = torch.linalg.svdvals(gap)
+    assert float((gap - up @ down).norm()) == pytest.approx(float(values[5:].square().sum().sqrt()), rel=1e-5)
+    residuals = []
+    for alternations in range(6):
+        rounded, grid, (up, down) = with_term(problem, ROUNDINGS["nearest"], 8, alternations)
+        assert torch.allclose(grid.round(rounded), rounded, atol=1e-6)
+        residuals.append(float((problem.weight - rounded - up @ down).norm()))
+    assert all(b <= a + 1e-6 for a, b in zip(residuals, residuals[1:], strict=False))
+    assert residuals[1] < 0.9 * residuals[0]  # QLoRA's start has no term yet
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_adapters_are_counted_saved_and_leave_zeros_alone(checkpoints: dict[str, Path], rounding: str, tmp_path: Path) -> None:
+    on = workbench.subject(checkpoints["bert"], data="random")
+    from workbench.subjects.changes import Mask
+
+    layer = on.layers()[0]
+    layer.attach(Mask(torch.rand(layer.shape) < 0.5))
+    fields = {"bits": 2, "examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "rounding": rounding}
+    plain = Quantize(**fields).run(on, Progress(), cache=False)
+    result = Quantize(**fields, adapter_rank=4).run(on, Progress(), cache=False)
+    assert result.subject is not None and (result.table["weight_error"] < plain.table["weight_error"]).all()
+    assert (result.subject.layers()[0].weight[layer.weight == 0] == 0).all()
+    extra = result.table["bytes"] - plain.table["bytes"]
+    assert [float(e) for e in extra] == [2.0 * 4 * sum(found.shape) for found in result.subject.layers()]
+    result.save(tmp_path / "out")
+    again = workbench.subject(tmp_path / "out")
+    assert again.evaluate("test")["loss"] == pytest.approx(result.subject.evaluate("test")["loss"], abs=1e-6)
+    over = Quantize(**(fields | {"bits": 8})).run(result.subject, Progress(), cache=False).subject
+    assert over is not None and not any(isinstance(c, Adapter) for found in over.layers() for c in found.changes)
+    for first, second in zip(result.subject.layers(), over.layers(), strict=True):
+        assert torch.allclose(first.weight, second.weight, atol=float(first.weight.detach().abs().max()) / 60)
+
+
+def test_only_the_adapters_are_trained() -> None:
+    on = workbench.subject("digits-vit")
+    base = Quantize(layers="*", bits=2, granularity="channel", adapter_rank=4, predict_examples=0).run(on, Progress(), cache=False).subject
+    assert base is not None
+    result = TrainQuantized(**SHORT, method="adapters").run(base, Progress(), cache=False)
+    assert result.subject is not None and result.facts["loss"] < 0.8 * result.facts["dense_loss"]
+    for before, after in zip(base.layers("*"), result.subject.layers("*"), strict=True):
+        assert torch.equal(before.original, after.original) and not torch.equal(before.weight, after.weight)
+    assert all(p.requires_grad for p in result.subject.model.parameters())
+    with pytest.raises(BadInput, match="adapter"):
+        TrainQuantized(**SHORT, method="adapters").run(on, Progress(), cache=False)
+
+
+def test_l4q_ends_fully_quantized() -> None:
+    on = workbench.subject("digits-vit")
+    result = TrainQuantized(**SHORT, method="l4q", bits=2).run(on, Progress(), cache=False)
+    plain = Quantize(layers="*", bits=2, granularity="channel", predict_examples=0).run(on, Progress(), cache=False)
+    assert result.subject is not None and result.facts["loss"] < 0.8 * plain.facts["loss"]
+    for layer in result.subject.layers("*"):
+        assert [type(c) for c in layer.changes] == [FakeQuant]
+        assert max(len(torch.unique(row)) for row in layer.weight) <= 3
+    others = {n: p for n, p in on.model.named_parameters() if "norm" in n and p.ndim == 1}
+    for name, tensor in others.items():
+        assert torch.equal(result.subject.model.get_parameter(name), tensor)  # nothing but terms and steps moved
+
+
+@pytest.mark.parametrize("fields", [{"method": "nipq"}, {"method": "csq", "strength": 0.3}, {"method": "fliqs", "formats": ["int2", "int4", "e2m1"]}])
+def test_learned_widths_end_on_formats(fields: dict[str, object], tmp_path: Path) -> None:
+    on = workbench.subject("digits-vit")
+    result = TrainQuantized(**(SHORT | {"steps": 60} | fields)).run(on, Progress(), cache=False)
+    assert result.subject is not None and result.tables is not None
+    widths = result.tables["widths"].set_index("layer")
+    for layer in result.subject.layers("*"):
+        assert quantizer_of(layer).grid.format.element.bits == widths.loc[layer.name, "bits"]
+    assert result.facts["accuracy"] > 0.5 and abs(result.facts["average_width"] - 3.0) < 1.5
+    result.save(tmp_path / "out")
+    assert workbench.subject(tmp_path / "out").evaluate("test", limit=512)["loss"] == pytest.approx(result.facts["loss"], abs=1e-5)
+
+
+def test_binary_weights_and_inputs_train() -> None:
+    on = workbench.subject("digits-vit")
+    result = TrainQuantized(**(SHORT | {"layers": "blocks"}), method="bibert").run(on, Progress(), cache=False)
+    assert result.subject is not None
+    assert result.table["train_loss"].iloc[-5:].mean() < result.table["train_loss"].iloc[:5].mean()
+    for layer in result.subject.layers():
+        assert all(len(torch.unique(row)) == 2 for row in layer.weight) and any(isinstance(c, SignInputs) for c in layer.changes)
+
+
+@pytest.mark.parametrize(("fields", "text"), [({"method": "l4q", "switch_at": 0.5}, "switch_at"), ({"method": "fliqs", "formats": ["int4", "mxfp4"]}, "formats"),
+                                              ({"method": "csq", "ramp": 0.5}, "ramp")])  # fmt: skip
+def test_refusals(fields: dict[str, object], text: str) -> None:
+    with pytest.raises(BadInput, match=text):
+        TrainQuantized(**fields).run(workbench.subject("digits-vit"), Progress(), cache=False)
