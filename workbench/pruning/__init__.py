@@ -1,7 +1,8 @@
-"""Pruning: saliency x pattern x allocation x compensation x schedule x recovery."""
+"""Pruning: saliency x pattern x allocation x compensation x schedule x recovery; and training with masks."""
 
 from workbench.pruning.damp import DampDoctor
 from workbench.pruning.landscape import SaliencyMap
 from workbench.pruning.prune import Prune
+from workbench.pruning.train_sparse import TrainSparse
 
-__all__ = ["DampDoctor", "Prune", "SaliencyMap"]
+__all__ = ["DampDoctor", "Prune", "SaliencyMap", "TrainSparse"]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.instruments import Progress
+from workbench.pruning.beside import add_low_rank
+from workbench.pruning.trainable import set_trainable
 from workbench.subjects import Batch, Layer, LowRank, Subject
 from workbench.subjects.subject import trim
 
@@ -58,28 +60,10 @@ class Recovery:
         self.scores: dict[str, Tensor] = {}
         self._was = {name: p.requires_grad for name, p in self.on.model.named_parameters()}
         if self.kind == "low-rank":
-            self._add_adapters()
-        self.parameters = self._trainable()
+            add_low_rank(self.layers, self.rank, beside=False, generator=torch.Generator().manual_seed(self.seed))
+        self.parameters = set_trainable(self.on, "adapters" if self.kind == "low-rank" else "all")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=0.0)
         self._batches = random_batches(self.on, self.split, min(self.batch_size, self.on.size(self.split)), self.seed)
-
-    def _add_adapters(self) -> None:
-        for layer in self.layers:
-            *stack, out, width = layer.shape
-            rank = min(self.rank, out, width)
-            down = torch.randn(*stack, rank, width, device=layer.original.device) / width**0.5
-            layer.attach(LowRank(torch.zeros(*stack, out, rank, device=down.device), down))
-
-    def _trainable(self) -> list[nn.Parameter]:
-        embeddings = {id(p) for m in self.on.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-        chosen = []
-        for name, parameter in self.on.model.named_parameters():
-            small = name.endswith(("bias", "up", "down")) or parameter.ndim == 1
-            learns = id(parameter) not in embeddings and (self.kind != "low-rank" or small)
-            parameter.requires_grad_(learns)
-            if learns:
-                chosen.append(parameter)
-        return chosen
 
     @property
     def trainable_share(self) -> float:
@@ -94,18 +78,7 @@ class Recovery:
     def loss(self, batch: Batch) -> Tensor:
         if self.kind != "distil" or self.teacher is None:
             return self.on.loss(batch)
-        hidden, taught = HiddenStates(self.on.model), HiddenStates(self.teacher.model)
-        with hidden:
-            output = self.on.task.output(self.on.model, batch)
-        with torch.no_grad(), taught:
-            target = self.teacher.task.output(self.teacher.model, batch)
-        rows, _ = self.on.task.flat(output, batch)
-        goals, _ = self.on.task.flat(target, batch)
-        t = self.temperature
-        soft = F.kl_div(F.log_softmax(rows / t, -1), F.log_softmax(goals / t, -1), log_target=True, reduction="batchmean") * t * t
-        pairs = [(a, b) for a, b in zip(hidden.states, taught.states, strict=False) if a.shape == b.shape]
-        match = sum((F.mse_loss(a, b) / b.square().mean().clamp_min(1e-8) for a, b in pairs), torch.zeros((), device=rows.device))
-        return self.on.task.criterion(output, batch) + soft + match / max(len(pairs), 1)
+        return distilled_loss(self.on, self.teacher, batch, self.temperature)
 
     def advance(self, steps: int) -> None:
         """Train so many steps more; stops early, keeping the state, when asked to."""
@@ -144,21 +117,33 @@ class Recovery:
         self.on.model.eval()
 
 
+def distilled_loss(on: Subject, teacher: Subject, batch: Batch, temperature: float = 2.0, hidden_states: bool = True) -> Tensor:
+    """Task's loss + t^2 KL(teacher || student) of outputs softened by t (Hinton et al. 2015) + mean relative squared distance of hidden states."""
+    hidden, taught = HiddenStates(on.model), HiddenStates(teacher.model)
+    with hidden:
+        output = on.task.output(on.model, batch)
+    with torch.no_grad(), taught:
+        target = teacher.task.output(teacher.model, batch)
+    rows, _ = on.task.flat(output, batch)
+    goals, _ = on.task.flat(target, batch)
+    t = temperature
+    soft = F.kl_div(F.log_softmax(rows / t, -1), F.log_softmax(goals / t, -1), log_target=True, reduction="batchmean") * t * t
+    found = on.task.criterion(output, batch) + soft
+    pairs = [(a, b) for a, b in zip(hidden.states, taught.states, strict=False) if a.shape == b.shape] if hidden_states else []
+    if pairs:
+        match = sum((F.mse_loss(a, b) / b.square().mean().clamp_min(1e-8) for a, b in pairs), torch.zeros((), device=rows.device))
+        found = found + match / len(pairs)
+    return found
+
+
 @torch.no_grad()
 def merge(layer: Layer) -> None:
     """Fold a low-rank term into the weight underneath; number formats and masks stay on top, so no zero is lost."""
-    from torch.nn.utils import parametrize
-
-    terms = [c for c in layer.changes if isinstance(c, LowRank)]
-    others = [c for c in layer.changes if not isinstance(c, LowRank)]
-    stored = layer.original.detach()
-    weight = (stored.mT if layer.transposed else stored).clone()
-    for term in terms:
-        weight = term.change(weight)
-    parametrize.remove_parametrizations(layer.module, layer.tensor, leave_parametrized=False)
-    layer.write(weight)
-    for change in others:
-        layer.attach(change)
+    for term in [c for c in layer.changes if type(c) is LowRank]:
+        stored = layer.original.detach()
+        weight = term.change(stored.mT if layer.transposed else stored)
+        layer.detach(term)
+        layer.write(weight)
 
 
 class HiddenStates:
@@ -182,5 +167,3 @@ class HiddenStates:
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-
-

@@ -93,6 +93,27 @@ def changes_of(module: nn.Module, tensor: str) -> list[Change]:
     return list(module.parametrizations[tensor]) if parametrize.is_parametrized(module, tensor) else []  # type: ignore[index,union-attr,call-overload]
 
 
+def detach(module: nn.Module, tensor: str, change: Change) -> None:
+    """Take one change off a weight; the parameter underneath stays the same object, so an optimizer keeps it.
+
+    The last change goes the way `bake` takes it: without touching the class that copies of the module share.
+    """
+    left = {str(name): [c for c in stack if c is not change] for name, stack in module.parametrizations.items()}  # type: ignore[union-attr,operator]
+    if left[tensor]:
+        stack = module.parametrizations[tensor]  # type: ignore[index,union-attr]
+        while len(stack):
+            del stack[-1]
+        stack.extend(left[tensor])
+        return
+    originals = {name: module.parametrizations[name].original for name in left}  # type: ignore[index,union-attr]
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for name, original in originals.items():
+        module.register_parameter(name, original)
+        for other in left[name]:
+            attach(module, name, other, other.transposed)
+
+
 def bake(model: nn.Module) -> nn.Module:
     """Replace every changed weight by its value, in place, so that no parametrization is left.
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from workbench.instruments import BadInput
-from workbench.subjects.changes import Change, attach, changes_of
+from workbench.subjects.changes import Change, attach, changes_of, detach
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class Layer:
     def attach(self, change: Change) -> None:
         """Put a change (mask, number format, low-rank term) on this weight."""
         attach(self.module, self.tensor, change, self.transposed)
+
+    def detach(self, change: Change) -> None:
+        """Take one change off this weight, keeping the others and the parameter underneath."""
+        detach(self.module, self.tensor, change)
 
 
 def all_layers(model: nn.Module) -> list[Layer]:
