@@ -37,6 +37,7 @@ function render({ model, el }) {
   const lying = () => model.get("rows") > 1.5 * model.get("columns");
   const extent = () => lying() ? [model.get("rows"), model.get("columns")] : [model.get("columns"), model.get("rows")];
   const pixels = () => fitted * view.zoom;
+  const names = () => model.get("names") ?? [];
 
   function paint() {
     const rows = model.get("rows"), columns = model.get("columns");
@@ -113,6 +114,7 @@ function render({ model, el }) {
     const code = bytes(model.get("cells"))[row * model.get("columns") + column];
     let value;
     if (model.get("kind") === "mask") value = code ? "set" : "empty";
+    else if (model.get("kind") === "classes") value = code ? names()[code - 1] : "neither";
     else if (!code) value = "no value";
     else value = `${number(model.get("low") + (code - 1) / 254 * (model.get("high") - model.get("low")))} ${model.get("unit")}`.trim();
     return `row ${row}, column ${column}: ${value}`;
@@ -130,6 +132,17 @@ function render({ model, el }) {
     scale.hidden = model.get("kind") === "mask";
     if (scale.hidden) return;
     const colors = bytes(model.get("palette"));
+    if (model.get("kind") === "classes") {
+      scale.replaceChildren(...names().map((name, index) => {
+        const item = document.createElement("span"), swatch = document.createElement("span");
+        item.className = "wb-bitmap-class";
+        swatch.className = "wb-bitmap-swatch";
+        swatch.style.background = `rgb(${colors.slice(4 * index + 4, 4 * index + 7).join(",")})`;
+        item.append(swatch, document.createTextNode(name));
+        return item;
+      }));
+      return;
+    }
     const stops = [1, 64, 128, 192, 255].map((i) => `rgb(${colors[4 * i]},${colors[4 * i + 1]},${colors[4 * i + 2]})`);
     const bar = document.createElement("span");
     bar.className = "wb-bitmap-colors";
@@ -234,7 +247,7 @@ function render({ model, el }) {
     paint();
     fit();
   }
-  const watched = ["cells", "palette", "rows", "columns", "label", "low", "high"].map((name) => `change:${name}`);
+  const watched = ["cells", "palette", "rows", "columns", "label", "low", "high", "names"].map((name) => `change:${name}`);
   let scheduled = false;
   const changed = () => {
     if (scheduled) return;

@@ -2,6 +2,7 @@
 
     Bitmap(layer.weight != 0, "sparsity pattern of blocks.0.mlp.fc1")
     Bitmap(error, "absolute error", unit="1e-3")
+    Bitmap(codes, "two masks", classes={"only one": "#0072B2", "only the other": "#D55E00", "both": BOTH_COLOR})
 
 The cells cross to the page as one byte each: 0 is "no value" (or False), 1 to 255 run linearly from `low` to `high`, so a value
 read out is exact to 1/508 of that range. Wheel, + and - zoom; dragging moves, shift and dragging zooms into a box; arrow keys
@@ -13,6 +14,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from workbench.instruments import BadInput
 
 _HERE = Path(__file__).parent
 MASK_COLOR = (0, 114, 178, 255)  # Okabe-Ito blue: reads on a light and on a dark page
+BOTH_COLOR = "#8a8a8a"  # of what two classes share: grey, on either page
 STATIC_PIXELS = 1000  # the static twin's longer side
 
 
@@ -62,10 +65,25 @@ def encoded(matrix: ArrayLike, low: float | None = None, high: float | None = No
     return np.where(finite, codes, np.uint8(0)), low, high
 
 
+def class_palette(colors: Sequence[str]) -> bytes:
+    """256 RGBA entries: transparent, then the classes' hex colours."""
+    found = b"".join(bytes((*(int(value[i : i + 2], 16) for i in (1, 3, 5)), 255)) for value in colors)
+    return (bytes(4) + found).ljust(1024, bytes(1))
+
+
+def class_codes(matrix: ArrayLike, count: int) -> NDArray[np.uint8]:
+    """A matrix of class numbers 0 to `count` as bytes."""
+    cells = np.asarray(matrix)
+    if cells.ndim != 2 or cells.size == 0 or cells.min() < 0 or cells.max() > min(count, 255):
+        raise BadInput(f"matrix: expected rows and columns of class numbers 0 to {min(count, 255)}, got shape {cells.shape}")
+    return cells.astype(np.uint8)
+
+
 class Bitmap(anywidget.AnyWidget):
     """A live view of one matrix; `show` puts another one in its place, keeping zoom when the shape is the same.
 
     label : says what is seen. unit : of the values. low, high : values of the palette's ends. height : pixels, at most.
+    classes : names and hex colours; the matrix then holds whole numbers, 0 for none of them and i for the i-th name.
     """
 
     _esm = _HERE / "bitmap.js"
@@ -77,6 +95,7 @@ class Bitmap(anywidget.AnyWidget):
     kind = traitlets.Unicode("mask").tag(sync=True)
     low = traitlets.Float(0.0).tag(sync=True)
     high = traitlets.Float(1.0).tag(sync=True)
+    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
     label = traitlets.Unicode("").tag(sync=True)
     unit = traitlets.Unicode("").tag(sync=True)
     height = traitlets.Int(360).tag(sync=True)
@@ -90,20 +109,26 @@ class Bitmap(anywidget.AnyWidget):
         low: float | None = None,
         high: float | None = None,
         height: int = 360,
+        classes: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(label=label, unit=unit, height=height, **self._state(matrix, low, high))
+        super().__init__(label=label, unit=unit, height=height, **self._state(matrix, low, high, classes))
 
     @staticmethod
-    def _state(matrix: ArrayLike, low: float | None, high: float | None) -> dict[str, Any]:
-        codes, low, high = encoded(matrix, low, high)
-        kind = "mask" if np.asarray(matrix).dtype == np.bool_ else "magnitude"
-        return {"cells": codes.tobytes(), "rows": codes.shape[0], "columns": codes.shape[1], "kind": kind,
-                "palette": palette(kind), "low": low, "high": high}  # fmt: skip
+    def _state(matrix: ArrayLike, low: float | None, high: float | None, classes: Mapping[str, str] | None = None) -> dict[str, Any]:
+        if classes:
+            codes, low, high, kind, colors = class_codes(matrix, len(classes)), 0.0, float(len(classes)), "classes", class_palette(list(classes.values()))
+        else:
+            codes, low, high = encoded(matrix, low, high)
+            kind = "mask" if np.asarray(matrix).dtype == np.bool_ else "magnitude"
+            colors = palette(kind)
+        return {"cells": codes.tobytes(), "rows": codes.shape[0], "columns": codes.shape[1], "kind": kind, "palette": colors, "low": low, "high": high,
+                "names": list(classes or ())}  # fmt: skip
 
-    def show(self, matrix: ArrayLike, label: str | None = None, *, low: float | None = None, high: float | None = None) -> None:
+    def show(self, matrix: ArrayLike, label: str | None = None, *, low: float | None = None, high: float | None = None,
+             classes: Mapping[str, str] | None = None) -> None:  # fmt: skip
         """Show another matrix."""
         with self.hold_sync():
-            for name, value in self._state(matrix, low, high).items():
+            for name, value in self._state(matrix, low, high, classes).items():
                 setattr(self, name, value)
             if label is not None:
                 self.label = label

@@ -15,10 +15,11 @@ from typing import Any
 import ipywidgets
 import numpy as np
 
-from widgets.bitmap import Bitmap
+from widgets.bitmap import BOTH_COLOR, Bitmap
 from widgets.jobs import Job, Note, guarded
 from widgets.plot import PlotView
-from workbench.instruments import Progress, Result
+from workbench.figures import color
+from workbench.instruments import BadInput, Progress, Result
 from workbench.pruning.landscape import SaliencyMap, SaliencyMapResult
 from workbench.subjects import Subject, subject
 
@@ -46,12 +47,15 @@ class SparsityPanel(ipywidgets.VBox):
         self.sparsity = ipywidgets.FloatSlider(value=0.7, min=0.0, max=0.99, step=0.01, description="sparsity", readout_format=".0%", **wide)
         for name in ("methods", "method", "overlay", "layer", "view", "sparsity"):
             getattr(self, name).add_class(f"wb-field-{name}")
-        self.note, self.facts = Note("press Run to compute the saliencies"), ipywidgets.HTML()
+        self.note, self.facts = Note(), ipywidgets.HTML()
+        self.note.layout.flex = "0 0 auto"  # under the other, not beside it
         self.facts.add_class("wb-sparsity-facts")
         self.bitmap = Bitmap(np.zeros((1, 1), dtype=bool), "no mask yet")
         self.plot = PlotView()
         self.job = Job(self._compute, self._computed)
+        self.job.note.say("press Run to compute the saliencies")
         self.measure = Job(self._measure, self._measured)
+        self.measure.note.say("evaluates the mask's model beside the prediction")
         self.measure.run.description = "Measure"
         for control in (self.sparsity, self.layer, self.method, self.overlay):
             control.observe(guarded(self.note, lambda _: self.threshold()), "value")
@@ -81,9 +85,9 @@ class SparsityPanel(ipywidgets.VBox):
         self.result = result
         self.threshold()
 
-    def _measure(self, progress: Progress) -> dict[str, Any] | None:
+    def _measure(self, progress: Progress) -> dict[str, Any]:
         if self.result is None:
-            return None
+            raise BadInput("measure: there is no mask yet; press Run first")
         method, sparsity = self.method.value, self.sparsity.value
         split = "validation" if "validation" in self.on.splits else "test"
         found = self.result.measure(self.on, method, sparsity, split, 256, progress)
@@ -91,8 +95,7 @@ class SparsityPanel(ipywidgets.VBox):
         return {"method": method, "sparsity": sparsity, "predicted": self.result.predicted(method, sparsity), "measured": found["loss"] - dense["loss"]} | found
 
     def _measured(self, value: Any) -> None:
-        if value is not None:
-            self.measured.append(value)
+        self.measured.append(value)
         self.threshold()
 
     def threshold(self) -> None:
@@ -106,12 +109,13 @@ class SparsityPanel(ipywidgets.VBox):
         if other and other != method:
             second = result.mask(other, layer, sparsity).reshape(mask.shape)
             agreement = float((mask & second).sum() / max((mask | second).sum(), 1))
-            shown = np.where(mask & second, 3.0, np.where(mask, 1.0, np.where(second, 2.0, np.nan)))
-            self.bitmap.show(shown, f"{layer}: 1 only {method}, 2 only {other}, 3 both (Jaccard {agreement:.2f})", low=1.0, high=3.0)
+            label = f"{layer}: kept by {method} and {other} at {sparsity:.0%}, Jaccard {agreement:.2f}"
+            one, two = (color(result.methods.index(name)) for name in (method, other))  # the colours the figure below gives them
+            self.bitmap.show(mask + 2 * second, label, classes={f"only {method}": one, f"only {other}": two, "both": BOTH_COLOR})
         else:
             self.bitmap.show(mask, f"{layer}: kept by {method} at {sparsity:.0%}")
-        rows = [("kept in this layer", f"{mask.mean():.1%}"), ("predicted loss change, mask alone", f"{result.predicted(method, sparsity):.4g}")]
-        rows += [(f"measured: {m['method']} at {m['sparsity']:.0%}", f"{m['measured']:+.4g} (predicted {m['predicted']:+.4g})") for m in self.measured[-3:]]
+        rows = [("kept in this layer", f"{mask.mean():.1%}"), ("diagonal Fisher's loss change", f"{result.predicted(method, sparsity):+.4g}")]
+        rows += [(f"measured: {m['method']} at {m['sparsity']:.0%}", f"{m['measured']:+.4g} (diagonal Fisher {m['predicted']:+.4g})") for m in self.measured[-3:]]
         self.facts.value = '<dl class="wb-facts">' + "".join(f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)}</dd></div>" for a, b in rows) + "</dl>"
         self.draw()
 

@@ -65,6 +65,14 @@ def test_codes_are_linear_exact_to_half_a_step_and_zero_means_missing() -> None:
     assert encoded(np.array([[True, False]]))[0].tolist() == [[1, 0]]
 
 
+def test_bitmap_of_classes_has_their_names_and_colours() -> None:
+    bitmap = Bitmap(np.array([[0, 1], [2, 3]]), "two masks", classes={"a": "#010203", "b": "#0a0b0c", "both": "#ffffff"})
+    assert (bitmap.kind, bitmap.names, bitmap.cells) == ("classes", ["a", "b", "both"], bytes((0, 1, 2, 3))) and len(bitmap.palette) == 1024
+    assert bitmap.palette[:12] == bytes((0, 0, 0, 0, 1, 2, 3, 255, 10, 11, 12, 255))
+    with pytest.raises(BadInput, match="class numbers"):
+        bitmap.show(np.array([[4]]), classes={"a": "#010203"})
+
+
 def test_bitmap_refuses_what_is_not_a_matrix() -> None:
     for wrong in (np.zeros(3), np.zeros((0, 3)), np.zeros((1, 2, 3))):
         with pytest.raises(BadInput, match="rows and columns"):
