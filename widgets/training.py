@@ -1,8 +1,8 @@
 """The schedule panel: draw and compare learning-rate schedules over a budget, and train with the one chosen.
 
-    import widgets.training
-    widgets.training.SchedulePanel()                       # drawing only
-    widgets.training.SchedulePanel("digits-vit")           # and a training panel below, with the chosen schedule's settings
+import widgets.training
+widgets.training.SchedulePanel()                       # drawing only
+widgets.training.SchedulePanel("digits-vit")           # and a training panel below, with the chosen schedule's settings
 """
 
 from __future__ import annotations
@@ -29,18 +29,23 @@ class SchedulePanel(ipywidgets.VBox):
     def __init__(self, on: Any = None, names: tuple[str, ...] = ("cosine", "linear", "rex", "uba", "wsd"), steps: int = 1000) -> None:
         wide = {"style": {"description_width": "8rem"}, "layout": ipywidgets.Layout(width="auto", min_width="0")}
         self.names = ipywidgets.SelectMultiple(value=names, options=DRAWN, rows=8, description="schedules", **wide)
-        self.steps = ipywidgets.IntSlider(value=steps, min=20, max=20_000, step=20, description="budget (steps)", continuous_update=False, **wide)
+        self.steps = ipywidgets.FloatLogSlider(value=steps, min=1.3, max=5, step=0.05, description="budget (steps)", readout_format=".0f", continuous_update=False, **wide)
         self.lr = ipywidgets.FloatLogSlider(value=1e-3, min=-5, max=0, step=0.05, description="peak rate", readout_format=".2e", **wide)
         self.warmup = ipywidgets.FloatSlider(value=0.05, min=0.0, max=0.5, step=0.01, description="warm-up", **wide)
         self.sampling = ipywidgets.IntSlider(value=1, min=1, max=500, description="sampled every", **wide)
         self.phi = ipywidgets.FloatLogSlider(value=0.5, min=-1, max=1.5, step=0.05, description="UBA phi", readout_format=".2f", **wide)
         self.note, self.areas, self.plot = Note("ready"), ipywidgets.HTML(), PlotView()
+        self.note.layout.flex = "0 0 auto"  # below each other, not beside
+        self.areas.add_class("wb-table")
+        title = ipywidgets.HTML("<h3>learning-rate schedules</h3><p>Choose several (Ctrl or Shift); the area is the mean rate over the peak.</p>")
+        title.add_class("wb-title")
         controls = [self.names, self.steps, self.lr, self.warmup, self.sampling, self.phi]
-        for control in controls:
+        for name, control in zip(("schedules", "steps", "lr", "warmup", "sampling", "phi"), controls, strict=True):
+            control.add_class(f"wb-field-{name}")
             control.observe(guarded(self.note, lambda _: self.draw()), "value")
         box = ipywidgets.Box(controls)
         box.add_class("wb-controls")
-        children: list[ipywidgets.Widget] = [box, self.note, self.plot, self.areas]
+        children: list[ipywidgets.Widget] = [title, box, self.note, self.plot, self.areas]
         self.training: Panel | None = None
         if on is not None:
             first = next((n for n in names if n in get_args(ScheduleName)), "cosine")
@@ -54,7 +59,9 @@ class SchedulePanel(ipywidgets.VBox):
         """Sample the chosen schedules again and draw them."""
         if not self.names.value:
             raise BadInput(f"schedules: choose at least one of {', '.join(DRAWN)}")
-        self.table = schedule_table(self.names.value, self.steps.value, self.lr.value, self.warmup.value, self.sampling.value, self.phi.value)
+        steps = round(self.steps.value)
+        self.table = schedule_table(self.names.value, steps, self.lr.value, self.warmup.value, self.sampling.value, self.phi.value)
         self.plot.figure = schedule_figure(self.table)
-        self.areas.value = schedule_areas(self.table).to_html(index=False, border=0, float_format=lambda v: f"{v:.4g}")
-        self.note.say(f"{len(self.names.value)} schedules over {self.steps.value} steps")
+        shown = schedule_areas(self.table).rename(columns=lambda name: name.replace("_", " "))
+        self.areas.value = shown.to_html(index=False, border=0, float_format=lambda v: f"{v:.3g}")
+        self.note.say(f"{len(self.names.value)} schedules over {steps} steps")

@@ -16,6 +16,7 @@ from tests.training.test_loop import net, same, small
 from workbench.instruments import BadInput
 from workbench.training import checkpoint, fit
 from workbench.training.galore import GaLore, projection
+from workbench.training.kron import Kron, spectral_lower_bound
 from workbench.training.lamb import LAMB, LARS
 from workbench.training.mkor import MKOR, rank_one_inverse
 from workbench.training.muon import Muon, orthogonalise, soft_cap, soft_cap_strength
@@ -301,23 +302,44 @@ def test_scion_agrees_with_pytorch_optimizer_to_bfloat16() -> None:
     torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=0.05, atol=0.03)
 
 
-def test_kron_whitens_its_gradients() -> None:
-    """Li 2018: Q is fitted so that P = Q^T Q whitens; for gradients of known Kronecker covariance P g has covariance near the identity."""
-    from pytorch_optimizer import Kron
+def test_kron_equals_pytorch_optimizer() -> None:
+    """Step for step at the same draws: two matrices with a diagonal side each."""
+    from pytorch_optimizer import Kron as Theirs
 
+    weights, loss = problem()
+    weights = weights[:2]
+    twins = [nn.Parameter(w.detach().clone()) for w in weights]
+    mine = Kron(weights, lr=LR, weight_decay=WD, largest=8)
+    theirs = Theirs(twins, lr=LR, weight_decay=WD, max_size_triangular=8, balance_prob=0.0, precondition_dtype=None)
+    for ws, optimizer in ((weights, mine), (twins, theirs)):
+        torch.manual_seed(3)
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss(ws).backward()
+            optimizer.step()
+    for a, b in zip(weights, twins, strict=True):
+        # their triangular solves are done in single precision
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_kron_whitens_its_gradients() -> None:
+    """Li 2018: Q is fitted so that P g is white; for gradients of known Kronecker covariance its spread becomes even."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.diag(torch.tensor([4.0, 1.0, 0.25])), torch.diag(torch.tensor([2.0, 0.5]))
     weight = nn.Parameter(torch.zeros(3, 2))
-    optimizer = Kron([weight], lr=1e-9, momentum=0.0, pre_conditioner_update_probability=1.0, balance_prob=0.0)
+    optimizer = Kron([weight], lr=1e-9, momentum=0.0)
     torch.manual_seed(0)
     draw = lambda: left @ torch.randn(3, 2, generator=generator) @ right  # noqa: E731
-    for _ in range(3000):
+    for _ in range(2000):
         weight.grad = draw()
         optimizer.step()
-    a, b = optimizer.state[weight]["Q"]
+    a, b = optimizer.state[weight]["first"], optimizer.state[weight]["second"]
     images = torch.stack([a.T @ a @ draw() @ b.T @ b for _ in range(3000)])
     spread = images.reshape(-1, 6).var(0)
     assert float(spread.max() / spread.min()) < 3.0  # 4,096 before: (4 / 0.25 x 2 / 0.5)^2
+    matrix = torch.randn(12, 12, generator=generator)
+    matrix = matrix @ matrix.T
+    assert 0.8 < float(spectral_lower_bound(matrix) / torch.linalg.matrix_norm(matrix, 2)) <= 1.0
 
 
 def test_one_bit_adam_is_adam_until_it_freezes() -> None:

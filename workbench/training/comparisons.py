@@ -7,7 +7,7 @@ run at all seeds, and the test loss of those is what is compared (Wen et al. 202
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -232,7 +232,7 @@ def rank_flips(curves: pd.DataFrame) -> int:
 
 
 class ComparisonView(BaseModel):
-    show: str = Field("leaderboard", description="leaderboard, tuning or curves", pattern="^(leaderboard|tuning|curves)$")
+    show: Literal["leaderboard", "tuning", "curves"] = Field("leaderboard", description="test losses, the tuning runs, or validation losses along the runs")
 
 
 class ComparisonResult(Result):
@@ -265,7 +265,7 @@ def bars(fig: go.Figure, table: pd.DataFrame, labels: Any, index: int = 0, name:
 
 
 class ScheduleView(BaseModel):
-    show: str = Field("losses", description="losses, shapes or tuning", pattern="^(losses|shapes|tuning)$")
+    show: Literal["losses", "shapes", "tuning"] = Field("losses", description="test losses, the schedules themselves, or the tuning runs")
 
 
 class ScheduleResult(ComparisonResult):

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from workbench.instruments import BadInput
 from workbench.training.galore import GaLore
+from workbench.training.kron import Kron
 from workbench.training.lamb import LAMB, LARS
 from workbench.training.mkor import MKOR
 from workbench.training.muon import Muon
@@ -115,12 +116,8 @@ def _sophia(model: nn.Module, lr: float, weight_decay: float, **options: Any) ->
     return Sophia(decay_groups(model, weight_decay), lr=lr, **options)
 
 
-def _kron(model: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, pre_conditioner_update_probability: float | None = None) -> Optimizer:
-    from pytorch_optimizer import Kron
-
-    # balancing draws from numpy's global generator, which no checkpoint holds; it only keeps low precision from overflowing
-    return Kron(decay_groups(model, weight_decay), lr=lr, momentum=momentum, pre_conditioner_update_probability=pre_conditioner_update_probability,
-                max_size_triangular=2048, balance_prob=0.0, precondition_dtype=None)  # fmt: skip
+def _kron(model: nn.Module, lr: float, weight_decay: float, **options: Any) -> Optimizer:
+    return Kron(decay_groups(model, weight_decay), lr=lr, **options)
 
 
 def _mars(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.95, 0.99), gamma: float = 0.025) -> Optimizer:
@@ -160,7 +157,7 @@ OPTIMIZERS: dict[str, Recipe] = {
     "muon": Recipe(_muon, "Jordan et al. 2024, Liu et al. 2025", 1e-3, ("adamw_ratio", "betas", "momentum", "nesterov", "steps", "scale", "weight_map", "cap")),
     "soap": Recipe(_soap, "Vyas et al. 2024; pytorch_optimizer", 3e-3, ("betas", "precondition_frequency")),
     "sophia": Recipe(_sophia, "Liu et al. 2023", 1e-3, ("betas", "gamma", "eps", "every", "examples")),
-    "kron": Recipe(_kron, "Li 2018, PSGD; pytorch_optimizer", 1e-3, ("momentum", "pre_conditioner_update_probability")),
+    "kron": Recipe(_kron, "Li 2018, PSGD", 1e-3, ("momentum", "factor_lr", "largest", "flat", "least")),
     "mars": Recipe(_mars, "Yuan et al. 2024; pytorch_optimizer", 3e-3, ("betas", "gamma")),
     "scion": Recipe(_scion, "Pethick et al. 2025", 1e-2, ("momentum", "radius", "edge_radius")),
     "one-bit-adam": Recipe(_onebit, "Tang et al. 2021", 1e-3, ("betas", "eps", "freeze", "workers", "feedback")),

@@ -212,6 +212,10 @@ class SurfaceResult(Result):
         if self.table.empty:
             return fig
         finite = self.table[np.isfinite(self.table.value)]
+        asked = (self.instrument.lr_low, self.instrument.lr_high) if isinstance(self.instrument, LearningRateBatchSize) else (math.inf, 0.0)
+        low, high = min(asked[0], self.table.lr.min()), max(asked[1], self.table.lr.max())  # what is still to come has its place
+        room = 0.05 * math.log10(high / low) + 0.02
+        fig.update_xaxes(range=[math.log10(low) - room, math.log10(high) + room], dtick="D2" if high / low < 1e4 else 1)
         for batch, part in finite.groupby("batch_size"):
             cells = part.groupby("lr").value.agg(["mean", "min", "max"]).reset_index()
             band = (cells["min"], cells["max"]) if part.groupby("lr").size().max() > 1 else None
