@@ -138,10 +138,10 @@ class LearningRateBatchSize(SubjectInstrument):
         found = best_settings(frame, "bowl", self.within).iloc[0]
         plateau = finite[finite.value <= finite.value.min() * 1.01]
         facts: dict[str, Any] = {"bowl": not bool(found.fallback), "optimum_lr": float(found.learning_rate), "optimum_batch_size": float(found.batch_tokens),
-                                 "bowl_r_squared": float(found.r_squared), "plateau_share": len(plateau) / len(finite),
+                                 "plateau_share": len(plateau) / len(finite),
                                  "plateau_lr_ratio": float(plateau.lr.max() / plateau.lr.min())}  # fmt: skip
         if not found.fallback:
-            facts |= bowl_interval(frame, self.within, 200, self.level, self.seed)
+            facts |= {"bowl_r_squared": float(found.r_squared)} | bowl_interval(frame, self.within, 200, self.level, self.seed)
         return facts
 
 
@@ -172,6 +172,11 @@ def predictions(found: pd.DataFrame, shape: dict[str, float], examples: int) -> 
     return pd.DataFrame(rows, columns=["batch_size", "rule", "lr"])
 
 
+def ticks(low: float, high: float) -> str | int:
+    """Plotly's dtick of a logarithmic axis: 1, 2 and 5 of each decade where there is room."""
+    return "D2" if high / low < 1e4 else 1
+
+
 class SurfaceView(BaseModel):
     show: Literal["surface", "slices"] = Field("surface", description="the surface, or the loss against learning rate for each batch size")
     predictions: bool = Field(True, description="learning rates that the scaling rules predict")
@@ -188,6 +193,8 @@ class SurfaceResult(Result):
         mean = self.table.groupby(["batch_size", "lr"], as_index=False)["value"].mean()
         grid = mean.pivot(index="lr", columns="batch_size", values="value").replace([np.inf, -np.inf], np.nan)
         fig = figure("Loss over learning rate and batch size", x="batch size (examples)", y="learning rate", xaxis_type="log", yaxis_type="log")
+        fig.update_xaxes(tickvals=list(grid.columns), ticktext=[f"{batch:g}" for batch in grid.columns])
+        fig.update_yaxes(dtick=ticks(grid.index.min(), grid.index.max()))
         low = float(np.nanmin(grid.to_numpy()))
         fig.add_trace(go.Heatmap(x=grid.columns, y=grid.index, z=np.minimum(grid.to_numpy() / low - 1, 0.5) * 100, coloraxis="coloraxis", name="runs",
                                  customdata=grid.to_numpy(), hovertemplate="batch %{x}, lr %{y:.2e}: loss %{customdata:.4f}<extra></extra>"))  # fmt: skip
@@ -215,11 +222,12 @@ class SurfaceResult(Result):
         asked = (self.instrument.lr_low, self.instrument.lr_high) if isinstance(self.instrument, LearningRateBatchSize) else (math.inf, 0.0)
         low, high = min(asked[0], self.table.lr.min()), max(asked[1], self.table.lr.max())  # what is still to come has its place
         room = 0.05 * math.log10(high / low) + 0.02
-        fig.update_xaxes(range=[math.log10(low) - room, math.log10(high) + room], dtick="D2" if high / low < 1e4 else 1)
+        fig.update_xaxes(range=[math.log10(low) - room, math.log10(high) + room], dtick=ticks(low, high))
         for batch, part in finite.groupby("batch_size"):
             cells = part.groupby("lr").value.agg(["mean", "min", "max"]).reset_index()
             band = (cells["min"], cells["max"]) if part.groupby("lr").size().max() > 1 else None
             line(fig, cells.lr, cells["mean"], f"batch {batch}", band=band, mode="lines+markers")
         if len(finite):
-            fig.update_yaxes(range=[float(finite.value.min()) * 0.98, float(min(finite.value.max(), finite.value.min() * 1.6)) * 1.02])
+            lowest = finite.groupby("batch_size").value.min()  # every batch size shows its minimum
+            fig.update_yaxes(range=[float(lowest.min()) * 0.98, float(min(finite.value.max(), 1.5 * lowest.max())) * 1.02])
         return fig
