@@ -59,7 +59,7 @@ def test_prune_to_a_speedup_removes_units_and_reports_it(checkpoints):
     except BadInput as error:  # on a model this small, a busy machine may not show any gain
         assert "cannot be reached" in str(error)
         return
-    assert result.facts["expected_speedup"] >= 1.02 - 1e-6 and result.facts["speedup"] > 0
+    assert result.facts["expected_speedup"] > 1 and result.facts["speedup"] > 0
     assert result.subject.parameter_count() < subject.parameter_count()
     with pytest.raises(BadInput, match="belong together"):
         Prune(method="magnitude", pattern="neurons", speedup=2.0).run(subject, Progress(), cache=False)

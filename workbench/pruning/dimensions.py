@@ -24,6 +24,7 @@ from workbench.pruning.structures import Group, Member, discover
 from workbench.subjects import all_layers, blocks
 from workbench.subjects.changes import bake
 from workbench.subjects.checkpoints import quiet_transformers
+from workbench.subjects.subject import plain_experts
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 CHOSEN_EXPERTS = ("num_experts_per_tok", "top_k")
@@ -232,7 +233,7 @@ def rebuilt(model: nn.Module, config: Any, state: dict[str, Tensor]) -> nn.Modul
     made.load_state_dict(state, strict=True)
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
-    return made.train(model.training)
+    return plain_experts(made).train(model.training)
 
 
 # ---- layers --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 from workbench.instruments import BadInput, Progress
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.patterns import Structures
-from workbench.pruning.speed import choose, expected_seconds, measure_table
+from workbench.pruning.speed import expected_seconds, measure_table, reach
 from workbench.pruning.structured import UNIT_SALIENCIES, across, adaptive, groups_of, loss_like, prune_structures, score, uniform
 from workbench.subjects import Layer, Subject
 
@@ -44,8 +44,9 @@ def prune_units(on: Subject, layers: Sequence[Layer], calibration: Calibration, 
     if progress.stopped:
         return {}
     if allocation == "latency":
-        table = measure_table(on, pattern.kinds, batch_size, split=calibration.split, progress=progress)
-        counts = choose(scored, table, speedup)
+        key = ("latency table", pattern.kinds, batch_size, calibration.split)
+        table = on.memo(key, lambda: measure_table(on, pattern.kinds, batch_size, split=calibration.split, progress=progress))
+        counts, _ = reach(on, scored, table, speedup, batch_size, calibration.split)
         if facts is not None:
             facts |= {"target_speedup": speedup, "expected_speedup": table.dense / expected_seconds(scored, counts, table)}
     elif allocation == "global":
