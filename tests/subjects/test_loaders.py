@@ -92,3 +92,11 @@ def test_a_python_file_gives_a_subject(tmp_path: Path):
     assert workbench.subject(f"{file}:make").task.name == "classification"
     with pytest.raises(BadInput, match="no 'other'"):
         workbench.subject(f"{file}:other")
+
+
+def test_a_seed_trains_another_network_and_is_refused_where_nothing_is_trained():
+    first, second = (workbench.subject("digits-vit", epochs=1, seed=seed) for seed in (0, 1))
+    assert first.fingerprint != second.fingerprint
+    assert first.fingerprint == workbench.subject("digits-vit", epochs=1).fingerprint
+    with pytest.raises(BadInput, match="seed"):
+        workbench.subject("bytelm", seed=1)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from workbench.instruments import Method, Progress
+from workbench.pruning import training_cards
 
 SEEDS = (0, 1, 2)
 
@@ -158,3 +159,4 @@ CARDS: list[Method] = [
          "a refitted Wanda mask beats Wanda at 60 %", None,
          arms_at(0.6, refitted={"method": "wanda", "compensation": "least-squares"}, wanda={"method": "wanda"}), [("refitted", "wanda")]),
 ]  # fmt: skip
+CARDS += training_cards.CARDS

@@ -60,6 +60,7 @@ def subject(
     task : a name of `workbench.subjects.TASKS`; guessed from the checkpoint's class when left out.
     loss : for a module: "cross_entropy", "squared_error" or a function (output, batch) -> mean loss over examples.
     max_length : tokens per example. max_examples : at most so many rows of `data` are used (chosen by `seed`).
+    seed : also of a built-in's training, for those that are trained on first use; another than 0 is refused by those that ship.
 
     Raises `BadInput` naming what is wrong before any long computation.
     """
@@ -73,7 +74,7 @@ def subject(
 
         if data is not None:
             raise BadInput(f"data: the built-in subject {source!r} brings its own; leave data out")
-        return build(source, progress=progress, **options)
+        return build(source, progress=progress, **(options | ({"seed": seed} if seed else {})))
     if match := re.fullmatch(r"(.+\.py):(\w+)", source):
         return from_file(Path(match[1]), match[2])
     folder = Path(source)
