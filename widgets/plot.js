@@ -40,7 +40,8 @@ function themed(layout, el) {
   return { autosize: true, uirevision: "keep", ...layout, height, font: { color: ink, ...(layout.font || {}) } };
 }
 
-const CONFIG = { responsive: false, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+// No button that would send the figure to a server.
+const CONFIG = { responsive: false, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "sendChartToCloud"] };
 
 async function render({ model, el }) {
   el.classList.add("wb-plot");

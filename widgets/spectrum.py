@@ -16,13 +16,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ipywidgets
+import plotly.graph_objects as go
 
 from widgets.compare import overlay
 from widgets.jobs import guarded
 from widgets.panels import Panel
 from widgets.plot import PlotView
 from workbench.curvature import Spectrum
-from workbench.curvature.drawings import grid_of_layers, layers_figure
+from workbench.curvature.drawings import grid_of_layers, layers_figure, with_room_for_labels
+from workbench.figures import color
 from workbench.instruments import BadInput, Progress, Result
 from workbench.subjects import Subject
 
@@ -147,7 +149,19 @@ class SpectrumPanel(Panel):
         found = self.overlaid.get(self.other.value)
         self.layer_note.value = ""
         if found is not None and self.result is not None:
-            self.plot.figure = overlay(self.plot.figure, found.figure(**self._valid_view(found)), self.other.value)
+            self.plot.figure = self._over(found.figure(**self._valid_view(found)))
             if "top_eigenvalue" in found.facts and "top_eigenvalue" in self.result.facts:
                 ratio = found.facts["top_eigenvalue"] / self.result.facts["top_eigenvalue"]
-                self.layer_note.value = f'<span role="status">top eigenvalue {found.facts["top_eigenvalue"]:.4g}, {ratio:.3g} times</span>'
+                text = f"top eigenvalue of {self.other.value}: {found.facts['top_eigenvalue']:.4g}, {ratio:.3g} times this one's"
+                self.layer_note.value = f'<span role="status">{html.escape(text)}</span>'
+
+    def _over(self, other: go.Figure) -> go.Figure:
+        """The drawn spectrum with another over it, told apart by colour on light and dark pages, and labels thinned for both."""
+        merged = overlay(self.plot.figure, other, self.other.value)
+        for trace in merged.data[len(self.plot.figure.data) :]:
+            trace.opacity = 1.0
+            if trace.fillcolor:
+                trace.fillcolor = "rgba(204,121,167,0.18)"
+            else:
+                trace.update(line_color=color(3), marker_color=color(3))
+        return with_room_for_labels(merged)

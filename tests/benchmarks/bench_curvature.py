@@ -1,24 +1,29 @@
 """Curvature products and stochastic Lanczos quadrature beside curvlinops and hessian-eigenthings, on the MiniLM encoder.
 
-    python tests/benchmarks/bench_curvature.py [--repeats 5] [--examples 16] [--batch-size 8] [--steps 4] [--out data/benchmarks/curvature.md]
-    python tests/benchmarks/bench_curvature.py --memory workbench | curvlinops | hessian-eigenthings
+    python tests/benchmarks/bench_curvature.py products [--repeats 5] [--examples 4] [--batch-size 2] [--probes 8]
+    python tests/benchmarks/bench_curvature.py slq      [--repeats 5] [--examples 4] [--batch-size 2] [--probes 8] [--steps 30] [--whole]
+    python tests/benchmarks/bench_curvature.py memory --library workbench | curvlinops | hessian-eigenthings
 
-All libraries get the same 36 encoder matrices, the same micro-batches, float32 and plain matrix-product attention (the peers
-raise on the fused one). Times are CPU seconds of one thread, taken in turns in one process, and printed as medians of ratios: in
-gradients (one gradient = forward and backward over the same data, with the same attention) and of peer to workbench.
-SLQ runs are `--steps` long (the peers repeat one probe after the other, so their cost a step and probe does not depend on
-the number of probes; the workbench runs all of its probes in lockstep). Peak memory: `--memory` runs 30 steps in a process of its own.
+All libraries that are installed get the same 36 encoder matrices, the same micro-batches, float32 and plain matrix-product
+attention (the peers raise on the fused one). Times are CPU seconds of one thread, taken in turns in one process, and printed as
+medians of ratios: in gradients (one gradient = forward and backward over the same data, with the same attention) and of peer to
+workbench.
+
+`slq` compares whole calls from data to density. The workbench runs its probes in lockstep, all of them every time. The peers run
+one probe after the other, each at the same cost, so every repeat takes one of theirs times the number of probes, plus what a peer does
+once (curvlinops first searches the spectrum's boundaries); `--whole` also runs curvlinops' whole call once, to check that sum.
+`memory` runs whole calls of three steps in a process of its own: neither library's vectors grow with the steps here.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import resource
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -28,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import workbench
 from workbench.curvature import curvature_operator
-from workbench.curvature.lanczos import Lockstep, keeps_basis
+from workbench.curvature.lanczos import Lockstep, Quadrature, band, keeps_basis
 from workbench.curvature.probes import rademacher
 from workbench.curvature.weights import find_places
 
@@ -46,10 +51,15 @@ class Logits(nn.Module):
         return self.model(input_ids=ids, attention_mask=(ids != 0).long()).logits
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def timed(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[float, Any]:
+    """CPU seconds of a call, and what it returned."""
     began = time.process_time()
-    work()
-    return time.process_time() - began
+    value = work(*arguments, **options)
+    return time.process_time() - began, value
+
+
+def seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    return timed(work, *arguments)[0]
 
 
 class Bench:
@@ -80,115 +90,145 @@ class Bench:
         return hessian_eigenthings.HessianOperator(self.logits, self.pairs, hessian_eigenthings.supervised_loss(nn.CrossEntropyLoss()),
                                                    param_filter=lambda name, parameter: name in self.parameters)  # fmt: skip
 
-    def slq(self, probes: int, steps: int) -> Lockstep:
+    def eigenthings_slq(self, probes: int, steps: int) -> Any:
+        import hessian_eigenthings
+
+        return hessian_eigenthings.spectral_density(self.eigenthings(), num_runs=probes, lanczos_steps=steps, seed=0)
+
+    def slq(self, probes: int, steps: int) -> Quadrature:
         with self.open() as operator:
             full = keeps_basis(operator.size, probes, steps, 4)
             run = Lockstep(operator, rademacher(operator, range(probes), 0), steps, full)
             for _ in run.run():
                 pass
-            return run
-
-    def peer_slq(self, name: str, probes: int, steps: int) -> Any:
-        if name == "curvlinops":
-            from curvlinops.papyan2020traces.spectrum import lanczos_approximate_spectrum
-
-            return lanczos_approximate_spectrum(self.curvlinops(), ncv=steps, num_repeats=probes, boundaries=(-300.0, 900.0))
-        import hessian_eigenthings
-
-        return hessian_eigenthings.spectral_density(self.eigenthings(), num_runs=probes, lanczos_steps=steps, seed=0)
+            found = run.quadrature()
+            band(found.densities(found.grid(found.default_width()), found.default_width()))
+            return found
 
 
+EIGENTHINGS = importlib.util.find_spec("hessian_eigenthings") is not None
 Rows = list[tuple[str, float, float, float]]
 
 
-def measure(repeats: int, examples: int, batch_size: int, steps: int, probes: int) -> Iterator[Rows]:
+def summary(found: dict[str, list[float]]) -> Rows:
+    return [(k, median(v), min(v), max(v)) for k, v in found.items()]
+
+
+def products(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
     """After every repeat, the (what, median, lowest, highest) of the ratios so far."""
-    bench = Bench(examples, batch_size)
     vectors = torch.randn(probes, bench.size, generator=torch.Generator().manual_seed(0))
     found: dict[str, list[float]] = {}
-    with sdpa_kernel(SDPBackend.MATH):
-        agree = bench.curvlinops("ggn") @ vectors[0]
-        with bench.open("ggn") as operator:
-            error = float((operator.matvec(vectors[0]) - agree).norm() / agree.norm())
-        print(f"Gauss-Newton product, relative difference to curvlinops: {error:.1e}", flush=True)
-        theirs = bench.eigenthings()
-        agree = theirs.matvec(vectors[0])
+    agree = bench.curvlinops("ggn") @ vectors[0]
+    with bench.open("ggn") as operator:
+        error = float((operator.matvec(vectors[0]) - agree).norm() / agree.norm())
+    print(f"Gauss-Newton product, relative difference to curvlinops: {error:.1e}", flush=True)
+    if EIGENTHINGS:
+        agree = bench.eigenthings().matvec(vectors[0])
         with bench.open() as operator:
             error = float((operator.matvec(vectors[0]) - agree).norm() / agree.norm())
         print(f"Hessian product, relative difference to hessian-eigenthings: {error:.1e}", flush=True)
-        del theirs, agree
-        for number in range(repeats):
-            with bench.open() as operator:
-                gradient = seconds(operator.gradient)
-                hessian = seconds(lambda op=operator: op.matmat(vectors)) / probes
-                one = seconds(lambda op=operator: op.matmat(vectors[:1]))
-                gradient = (gradient + seconds(operator.gradient)) / 2
-            with bench.open("ggn") as operator:
-                ggn = seconds(lambda op=operator: op.matmat(vectors)) / probes
-            columns = vectors.T.contiguous()
-            their_hessian, their_ggn = bench.curvlinops(), bench.curvlinops("ggn")
-            c_one = seconds(lambda op=their_hessian, v=columns[:, 0]: op @ v)
-            c_ggn = seconds(lambda op=their_ggn, v=columns[:, :4]: op @ v) / 4
-            ours = seconds(lambda: bench.slq(probes, steps)) / (probes * steps)
-            c_slq = seconds(lambda: bench.peer_slq("curvlinops", 1, steps)) / steps
-            e_slq = seconds(lambda: bench.peer_slq("hessian-eigenthings", 1, steps)) / steps
-            row = {
-                f"Hessian, {probes} vectors: gradients a vector": hessian / gradient, "Hessian, 1 vector: gradients": one / gradient,
-                f"GGN, {probes} vectors: gradients a vector": ggn / gradient, "curvlinops Hessian, 1 vector: gradients": c_one / gradient,
-                "curvlinops GGN, 4 columns: gradients a vector": c_ggn / gradient, f"SLQ, {probes} probes: gradients a probe and step": ours / gradient,
-                "curvlinops SLQ: gradients a probe and step": c_slq / gradient, "hessian-eigenthings SLQ: gradients a probe and step": e_slq / gradient,
-                "SLQ speed-up over curvlinops": c_slq / ours, "SLQ speed-up over hessian-eigenthings": e_slq / ours,
-            }  # fmt: skip
-            print(f"repeat {number + 1}: one gradient {gradient:.2f} s; " + "; ".join(f"{k} {v:.2f}" for k, v in row.items()), flush=True)
-            for key, value in row.items():
-                found.setdefault(key, []).append(value)
-            yield [(k, median(v), min(v), max(v)) for k, v in found.items()]
-
-
-def memory(name: str, examples: int, batch_size: int) -> None:
-    """Peak resident memory of 30 Lanczos steps (workbench: 8 probes together; peers: one probe at a time, as they run), beyond the model."""
-    bench = Bench(examples, batch_size)
-    with sdpa_kernel(SDPBackend.MATH):
+    del agree
+    columns = vectors.T.contiguous()
+    for _ in range(repeats):
+        row: dict[str, float] = {}
         with bench.open() as operator:
-            operator.gradient()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if name == "workbench":
-            bench.slq(8, 30)
-        else:
-            bench.peer_slq(name, 1, 30)
-    print(f"{name}: peak {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB above one gradient's")
+            gradient = seconds(operator.gradient)
+            row[f"Hessian, {probes} vectors, first product: gradients a vector"] = seconds(operator.matmat, vectors) / probes
+            operator.matmat(vectors[:1])  # from here on the graphs are kept
+            row[f"Hessian, {probes} vectors, further products: gradients a vector"] = seconds(operator.matmat, vectors) / probes
+            row["Hessian, 1 vector, further products: gradients"] = seconds(operator.matmat, vectors[:1])
+            gradient = (gradient + seconds(operator.gradient)) / 2
+        with bench.open("ggn") as operator:
+            row[f"GGN, {probes} vectors, first product: gradients a vector"] = seconds(operator.matmat, vectors) / probes
+            operator.matmat(vectors[:1])
+            row[f"GGN, {probes} vectors, further products: gradients a vector"] = seconds(operator.matmat, vectors) / probes
+        their_hessian, their_ggn = bench.curvlinops(), bench.curvlinops("ggn")
+        row["curvlinops Hessian, 1 vector: gradients"] = seconds(their_hessian.__matmul__, columns[:, 0])
+        row["curvlinops GGN, 4 columns: gradients a vector"] = seconds(their_ggn.__matmul__, columns[:, :4]) / 4
+        for key, value in row.items():
+            found.setdefault(key, []).append(value / gradient)
+        print(f"one gradient {gradient:.3f} s; " + "; ".join(f"{k} {v[-1]:.2f}" for k, v in found.items()), flush=True)
+        yield summary(found)
+
+
+def slq(bench: Bench, repeats: int, probes: int, steps: int, whole: bool) -> Iterator[Rows]:
+    """Whole calls, as `products`."""
+    from curvlinops.papyan2020traces.spectrum import approximate_boundaries, fast_lanczos, lanczos_approximate_spectrum
+
+    found: dict[str, list[float]] = {}
+    for number in range(repeats):
+        with bench.open() as operator:
+            gradient = seconds(operator.gradient)
+        row: dict[str, float] = {}
+        row["workbench"], mine = timed(bench.slq, probes, steps)
+        theirs = bench.curvlinops()
+        row["curvlinops, boundaries"], bounds = timed(approximate_boundaries, theirs)
+        row["curvlinops, one probe"], (nodes, _) = timed(fast_lanczos, theirs, steps)
+        ratios = {"curvlinops": row["curvlinops, boundaries"] + probes * row["curvlinops, one probe"]}
+        if EIGENTHINGS:
+            row["hessian-eigenthings, one probe"], _ = timed(bench.eigenthings_slq, 1, steps)
+            ratios["hessian-eigenthings"] = probes * row["hessian-eigenthings, one probe"]
+        if whole and number == 0:
+            measured, _ = timed(lanczos_approximate_spectrum, theirs, ncv=steps, num_repeats=probes)
+            print(f"curvlinops' whole call: {measured:.1f} s; from its parts: {ratios['curvlinops']:.1f} s", flush=True)
+        lines = {f"{name}: gradients": value / gradient for name, value in row.items()}
+        lines |= {f"whole call, {name} over workbench": value / row["workbench"] for name, value in ratios.items()}
+        for key, value in lines.items():
+            found.setdefault(key, []).append(value)
+        print(f"one gradient {gradient:.3f} s, workbench {row['workbench']:.1f} s; " + "; ".join(f"{k} {v:.2f}" for k, v in lines.items()), flush=True)
+        print(f"extent: workbench {mine.extent}, curvlinops {float(nodes.min()), float(nodes.max())}, its boundaries {bounds}", flush=True)
+        yield summary(found)
+
+
+def memory(bench: Bench, library: str, probes: int, steps: int = 3) -> None:
+    """Peak resident memory of a whole call, beyond one gradient's."""
+    with bench.open() as operator:
+        operator.gradient()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if library == "workbench":
+        bench.slq(probes, steps)
+    elif library == "curvlinops":
+        from curvlinops.papyan2020traces.spectrum import lanczos_approximate_spectrum
+
+        lanczos_approximate_spectrum(bench.curvlinops(), ncv=steps)
+    else:
+        bench.eigenthings_slq(1, steps)
+    print(f"{library}: peak {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB above one gradient's")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("products", "slq", "memory"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--examples", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--examples", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--probes", type=int, default=8)
-    parser.add_argument("--memory", choices=("workbench", "curvlinops", "hessian-eigenthings"))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--library", choices=("workbench", "curvlinops", "hessian-eigenthings"), default="workbench")
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps: at least 2; curvlinops divides by steps - 1")
     torch.set_num_threads(1)
-    if options.memory:
-        memory(options.memory, options.batch_size, options.batch_size)
-        return
-    loads = []
-    text = ""
-    for done, rows in enumerate(measure(options.repeats, options.examples, options.batch_size, options.steps, options.probes), 1):
-        loads.append(os.getloadavg()[0])
-        text = "\n".join([
-            f"MiniLM encoder, {options.examples} examples in micro-batches of {options.batch_size}, {options.probes} probes, SLQ of {options.steps} "
-            f"step(s), {done} repeat(s), torch {torch.__version__}, one thread of {os.cpu_count()} {platform.machine()} cores.",
-            f"CPU seconds, not wall time; meanwhile the machine's load was {min(loads):.0f} to {max(loads):.0f} processes, so caches were shared and single ratios are noisy.",
-            "", "| what | median | lowest | highest |", "|---|---|---|---|",
-            *(f"| {what} | {middle:.2f} | {low:.2f} | {high:.2f} |" for what, middle, low, high in rows), ""])  # fmt: skip
-        if options.out:  # every repeat, so that a run cut short leaves what it measured
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(text)
-    print(text)
+    with sdpa_kernel(SDPBackend.MATH):
+        bench = Bench(options.examples, options.batch_size)
+        if options.what == "memory":
+            memory(bench, options.library, options.probes)
+            return
+        if options.what == "products":
+            runs = products(bench, options.repeats, options.probes)
+        else:
+            runs = slq(bench, options.repeats, options.probes, options.steps, options.whole)
+        rows: Rows = []
+        loads = []
+        for found in runs:
+            rows = found
+            loads.append(os.getloadavg()[0])
+    print("\n".join([
+        f"MiniLM encoder, {options.examples} examples in micro-batches of {options.batch_size}, {options.probes} probes, {options.steps} steps, {options.repeats} "
+        f"repeats, torch {torch.__version__}, one thread of {os.cpu_count()} {platform.machine()} cores, CPU seconds; load {min(loads):.0f} to {max(loads):.0f}.",
+        "", "| what | median | lowest | highest |", "|---|---|---|---|",
+        *(f"| {what} | {middle:.2f} | {low:.2f} | {high:.2f} |" for what, middle, low, high in rows)]))  # fmt: skip
 
 
 if __name__ == "__main__":

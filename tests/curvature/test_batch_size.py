@@ -73,6 +73,34 @@ def test_measured_tops_and_noise_equal_brute_force() -> None:
     assert len(result.figure(batch=20).data) > len(result.figure().data)
 
 
+class Quadratic(nn.Module):
+    """1/2 w.X w for a matrix X an example: its Hessian is X."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(size))
+
+    def forward(self, matrices: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (matrices @ self.w) @ self.w
+
+
+def test_where_the_theorys_assumption_holds_the_instrument_measures_what_it_predicts() -> None:
+    """One eigenvalue beside independent symmetric noise in every example's own Hessian, batches from drowned to clear of the noise."""
+    size, examples, spike, level = 120, 160, 2.0, 0.2667  # the noise's edge passes the eigenvalue at 8 examples
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(examples, size, size, generator=draw) * level**0.5
+    matrices = (noise + noise.mT) / 2**0.5
+    matrices[:, 0, 0] += spike
+    split = {"inputs": matrices, "labels": torch.zeros(examples)}
+    subject = workbench.subject(Quadratic(size), data=dict.fromkeys(("train", "calibration", "validation", "test"), split), loss=lambda y, batch: y.mean())
+    result = BatchSizeTheory(examples=examples, smallest=3, sizes=6, repeats=6, batch_size=4, noise_probes=8).run(subject, cache=False)
+    assert result.facts["example_noise"] == pytest.approx(size**2 * level, rel=0.05)
+    assert result.table["measured"].to_numpy() == pytest.approx(result.table["predicted"].to_numpy(), rel=0.05)
+    drowned = result.table["batch"] <= 6
+    assert drowned.any() and (result.table["predicted"] == result.table["noise_edge"])[drowned].all()
+    assert result.facts["r2_predicted"] > 0.98
+
+
 def test_the_largest_stable_rate_of_gradient_descent_on_a_quadratic_is_two_over_lambda() -> None:
     subject = linear()
     x = subject.split("train")["inputs"].double()

@@ -125,7 +125,7 @@ def test_full_length_lanczos_is_the_exact_spectral_measure() -> None:
     """With as many steps as dimensions, weights are the squared components of the probe along the eigenvectors."""
     operator = known(torch.linspace(-2, 5, 40))
     starts = rademacher(operator, range(3), 1)
-    run = Lockstep(operator, starts, 40)
+    run = Lockstep(operator, starts.clone(), 40)
     list(run.run())
     values, vectors = torch.linalg.eigh(operator.matrix)
     quadrature = run.quadrature()

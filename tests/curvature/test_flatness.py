@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench.curvature.flatness import Corpus, hidden_markov, probe_accuracy, rank_correlations, small_model, train_to
+from workbench.curvature.flatness import Checkpoint, Corpus, at_one_loss, hidden_markov, probe_accuracy, rank_correlations, small_model, train
 from workbench.subjects import TASKS, Subject
 
 
@@ -26,15 +26,23 @@ def test_the_chain_moves_along_one_permutation_and_is_the_same_for_every_sample(
     assert not torch.allclose(moves, transitions(hidden_markov(600, seed=0, rules=1)), atol=0.05)
 
 
-def test_training_stops_at_the_goal_and_says_when_it_was_not_reached() -> None:
+def test_checkpoints_fall_and_hold_the_weights_of_their_loss() -> None:
     parts = {name: hidden_markov(count, seed=i) for i, (name, count) in enumerate((("train", 256), ("validation", 64)))}
     splits = {name: {"input_ids": corpus.tokens, "labels": corpus.tokens} for name, corpus in parts.items()}
     subject = Subject("hidden-markov", small_model(0), TASKS["causal-lm"](), splits)
     before = subject.evaluate("validation")["loss"]
-    loss, steps = train_to(subject, before - 0.05, ("adam", 3e-3, 32), 0, most=200, every=10)
-    assert loss <= before - 0.05 and steps < 200 and steps % 10 == 0
-    assert loss == pytest.approx(subject.evaluate("validation")["loss"], rel=1e-5)
-    assert train_to(subject, 0.0, ("sgd", 1e-3, 8), 0, most=4, every=2)[1] == 4
+    points = train(subject, ("adam", 3e-3, 32), 0, steps=60, every=10)
+    losses = [point.loss for point in points]
+    assert points[0].step == 0 and losses[0] == pytest.approx(before, rel=1e-5) and losses[-1] < before - 0.05
+    assert losses == sorted(losses, reverse=True) and all(point.step % 10 == 0 for point in points)
+    for point in (points[-1], points[0]):
+        subject.model.load_state_dict(point.state)
+        assert subject.evaluate("validation")["loss"] == pytest.approx(point.loss, rel=1e-5)
+
+
+def test_the_common_loss_is_the_best_of_the_run_that_got_least_far() -> None:
+    runs = [[Checkpoint(loss, step, {}) for step, loss in enumerate(losses)] for losses in ([3.0, 2.8, 2.5], [3.1, 2.9], [3.2, 2.95, 2.9, 2.85])]
+    assert [(point.loss, point.step) for point in at_one_loss(runs)] == [(2.8, 1), (2.9, 1), (2.9, 2)]
 
 
 def test_the_probe_reads_states_better_than_guessing() -> None:

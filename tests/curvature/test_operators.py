@@ -195,6 +195,30 @@ def test_the_model_is_as_before_afterwards() -> None:
     assert switches == (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())
 
 
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "empirical-fisher"])
+def test_graphs_kept_between_products_change_nothing(kind: str) -> None:
+    subject = stock("bert")
+    with curvature_operator(subject, kind, batch_size=2) as operator:
+        v = torch.randn(2, operator.size, generator=torch.Generator().manual_seed(0))
+        buffer = torch.full_like(v, float("nan"))
+        fresh, blocks = operator.matmat(v), operator.block_matmat(v)
+        assert len(operator._kept) == 3
+        moved_loss_and_gradient(operator, v[0] * 1e-2)
+        assert operator.matmat(v, out=buffer) is buffer and torch.equal(buffer, fresh) and torch.equal(operator.block_matmat(v), blocks)
+        operator.forget()
+        assert torch.equal(operator.matmat(v), fresh)
+    assert not operator._kept
+
+
+def test_the_weight_of_a_graph_is_what_it_saves() -> None:
+    from workbench.curvature.graphs import weighed
+
+    model = nn.Linear(5, 3).double()
+    with weighed(model) as size:
+        y = model(torch.ones(7, 5, dtype=torch.float64)).exp()
+    assert size == [7 * 5 * 8 + 7 * 3 * 8] and y.requires_grad  # the layer's inputs and the exponentials; not its weight
+
+
 def test_padding_only_batches_and_uneven_items_are_weighted_exactly() -> None:
     subject = stock("llama", torch.float64)
     subject.splits["calibration"]["labels"][2:4] = -100

@@ -52,13 +52,14 @@ def measure_batch_theory(name: str, progress: Progress) -> dict[str, Any]:
     from workbench.curvature.batch_size import BatchSizeTheory
 
     records = {}
-    studies: dict[str, dict[str, Any]] = {"digits-softmax": dict(examples=1000, sizes=6, repeats=24),
+    studies: dict[str, dict[str, Any]] = {"digits-softmax": dict(examples=1000, sizes=6, repeats=24, learning_rates=True),
                                           "digits-vit": dict(examples=256, sizes=4, repeats=6, tolerance=0.03)}  # fmt: skip
     for subject, fields in studies.items():
         result = BatchSizeTheory(batch_size=8, **fields).run(workbench.subject(subject), progress=progress, cache=False)
         measured = result.table["measured"].to_numpy()
         records[subject] = {"falls": bool(np.all(np.diff(measured) <= 0)), "r2_predicted": result.facts.get("r2_predicted"),
                             "r2_fitted": result.facts.get("r2_fitted"), "fitted_over_measured_noise": result.facts["fitted_over_measured_noise"],
+                            "sgd_limit_slope": result.facts.get("sgd_limit_slope"), "adam_limit_slope": result.facts.get("adam_limit_slope"),
                             "rows": result.table.to_dict("records")}  # fmt: skip
     holds = all(r["falls"] and (r["r2_fitted"] or 0) > 0.8 for r in records.values())
     note = "; ".join(f"{k}: R2 {r['r2_predicted']:.2f} with measured noise, {r['r2_fitted']:.2f} with fitted noise" for k, r in records.items())
@@ -76,8 +77,7 @@ def measure_flatness(name: str, progress: Progress) -> dict[str, Any]:
                     f"{found['trace_correlation']:.2f} (p {found['trace_p']:.2g}), of top eigenvalue {found['top_eigenvalue_correlation']:.2f}"}  # fmt: skip
 
 
-# A few blocks each: every change is evaluated at a dozen scales.
-PREDICTED = {"minilm-docstrings": "bert.encoder.layer.1.*,bert.encoder.layer.4.*", "bytelm": "model.layers.0.*,model.layers.2.*"}
+PREDICTED = ("minilm-docstrings", "bytelm")
 
 
 def measure_prediction(name: str, progress: Progress) -> dict[str, Any]:
@@ -86,10 +86,10 @@ def measure_prediction(name: str, progress: Progress) -> dict[str, Any]:
     from workbench.curvature.prediction_study import QuadraticPrediction
 
     records: dict[str, Any] = {}
-    for subject, layers in PREDICTED.items():
+    for subject in PREDICTED:
         on = workbench.subject(subject)
         for change in ("round", "prune"):
-            result = QuadraticPrediction(layers=layers, change=change, bits=4, sparsity=0.5, examples=16, batch_size=8).run(on, progress=progress, cache=False)
+            result = QuadraticPrediction(layers="blocks", change=change, bits=4, sparsity=0.5, examples=16, batch_size=8).run(on, progress=progress, cache=False)
             records[f"{subject}, {change}"] = {**result.facts, "examples": 16, "rows": result.table.to_dict("records")}
     holds = all(r["rank_correlation"] > 0.8 for r in records.values())
     note = "; ".join(f"{k}: rank correlation {r['rank_correlation']:.2f}, {r['within_factor_2']:.0%} of layers within a factor of 2, median radius "

@@ -1,12 +1,14 @@
 """Flatness study: models with the same pre-training loss, their Hessian trace and top eigenvalue, and what they learned (Liu et al. 2023).
 
 The corpus is a hidden Markov chain, so the downstream question has an answer: which hidden state is the chain in? Small causal
-transformers are trained with several optimizers and noise levels and stopped at one validation loss; then their curvature is
-measured and a linear probe reads the hidden state from the last layer's features.
+transformers are trained with several optimizers and noise levels for the same number of steps. The loss at which they are
+compared comes from the runs themselves: the lowest validation loss of the run that got least far. Every run's checkpoint is the
+one where it first got there; then its curvature is measured and a linear probe reads the hidden state from its features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,23 +64,38 @@ RECIPES: dict[str, tuple[str, float, int]] = {
 }  # fmt: skip
 
 
-def train_to(subject: Subject, goal: float, recipe: tuple[str, float, int], seed: int, most: int = 3000, every: int = 20) -> tuple[float, int]:
-    """Train until the validation loss is at most `goal`; returns the loss reached and the steps taken."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """Validation loss (nats a token), the step it was measured after, and the weights there."""
+
+    loss: float
+    step: int
+    state: dict[str, Tensor]
+
+
+def train(subject: Subject, recipe: tuple[str, float, int], seed: int, steps: int = 1500, every: int = 10) -> list[Checkpoint]:
+    """Train for `steps`; a checkpoint for every evaluation (each `every` steps) that is lower than all before, so losses fall."""
     kind, rate, batch = recipe
     weights = list(subject.model.parameters())
     rule: torch.optim.Optimizer = torch.optim.Adam(weights, rate) if kind == "adam" else torch.optim.SGD(weights, rate, momentum=0.9)
     draw, columns = torch.Generator().manual_seed(seed), subject.split("train")
-    loss = subject.evaluate("validation", batch_size=256)["loss"]
-    for step in range(1, most + 1):
+    found: list[Checkpoint] = []
+    for step in range(steps + 1):
+        if step % every == 0:
+            loss = subject.evaluate("validation", batch_size=256)["loss"]
+            if not found or loss < found[-1].loss:
+                found.append(Checkpoint(loss, step, {name: value.clone() for name, value in subject.model.state_dict().items()}))
         rows = torch.randint(subject.size("train"), (batch,), generator=draw)
         rule.zero_grad()
         subject.loss({k: v[rows] for k, v in columns.items()}).backward()
         rule.step()
-        if step % every == 0:
-            loss = subject.evaluate("validation", batch_size=256)["loss"]
-            if loss <= goal:
-                return loss, step
-    return loss, most
+    return found
+
+
+def at_one_loss(runs: Sequence[Sequence[Checkpoint]]) -> list[Checkpoint]:
+    """Of each run the checkpoint that is first as low as the lowest loss of the run that got least far."""
+    goal = max((run[-1].loss for run in runs), default=0.0)
+    return [next(point for point in run if point.loss <= goal) for run in runs]
 
 
 @torch.no_grad()
@@ -92,21 +109,26 @@ def probe_accuracy(model: nn.Module, fit: Corpus, test: Corpus) -> float:
     return float(reader.score(features(test), test.states[:, -1].numpy()))
 
 
-def flatness_study(seeds: int = 3, goal: float = 2.42, examples: int = 64, probes: int = 48, progress: Progress | None = None) -> pd.DataFrame:
-    """One row a model: recipe, seed, validation loss reached, trace with standard error, top eigenvalue, probe accuracy."""
+def flatness_study(seeds: int = 3, steps: int = 1500, examples: int = 64, probes: int = 48, progress: Progress | None = None) -> pd.DataFrame:
+    """One row a model: recipe, seed, validation loss and step of its checkpoint, trace with standard error, top eigenvalue, probe accuracy."""
     progress = progress or Progress()
     parts = {name: hidden_markov(count, seed=i) for i, (name, count) in enumerate((("train", 4096), ("validation", 512), ("fit", 1024), ("test", 1024)))}
     splits = {name: {"input_ids": parts[name].tokens, "labels": parts[name].tokens} for name in ("train", "validation")}
-    rows = []
     jobs = [(name, recipe, seed) for seed in range(seeds) for name, recipe in RECIPES.items()]
-    for name, recipe, seed in progress.track(jobs, "models trained to one loss"):
-        subject = Subject("hidden-markov", small_model(seed), TASKS["causal-lm"](), splits)
-        loss, steps = train_to(subject, goal, recipe, seed)
+    subjects = [Subject("hidden-markov", small_model(seed), TASKS["causal-lm"](), splits) for _, _, seed in jobs]
+    runs = []
+    for subject, (_, recipe, seed) in zip(progress.track(subjects, "models trained"), jobs, strict=False):
+        runs.append(train(subject, recipe, seed, steps))
+    rows = []
+    measured = zip(progress.track(subjects[: len(runs)], "models measured"), jobs, at_one_loss(runs), runs, strict=False)
+    for subject, (name, _, seed), point, run in measured:
+        subject.model.load_state_dict(point.state)
         with curvature_operator(subject, split="validation", examples=examples, batch_size=examples) as operator:
             trace = hutchinson(operator, probes, seed)
             top = eigenpairs(operator, 1, tolerance=0.03, block=1, verify=False)
-        rows.append({"recipe": name, "seed": seed, "loss": loss, "steps": steps, "trace": trace.value, "trace_standard_error": trace.error,
-                     "top_eigenvalue": float(top.values[0]), "probe_accuracy": probe_accuracy(subject.model, parts["fit"], parts["test"])})  # fmt: skip
+        rows.append({"recipe": name, "seed": seed, "loss": point.loss, "steps": point.step, "lowest_loss": run[-1].loss, "trace": trace.value,
+                     "trace_standard_error": trace.error, "top_eigenvalue": float(top.values[0]),
+                     "probe_accuracy": probe_accuracy(subject.model, parts["fit"], parts["test"])})  # fmt: skip
     return pd.DataFrame(rows)
 
 

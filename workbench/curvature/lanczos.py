@@ -6,7 +6,7 @@ density) advances by one step per product, so the k probes share every micro-bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,65 +87,77 @@ class Lockstep:
     With `reorthogonalise` every new vector is orthogonalised against all earlier ones (twice where needed, Daniel et al.
     1976). Without, only the three-term recurrence is kept: converged outliers then reappear as copies whose weights add up
     to the right total, so densities stay right and memory is three vectors a probe (Greenbaum 1989).
-    `blocks` are slices of coordinates; the operator's `block_matmat` then gives each block's own spectrum.
+    `blocks` are slices of coordinates; the operator's `block_matmat` then gives each block's own spectrum. `starts` (k, size)
+    is taken over and overwritten. After the first step `forms` (k, parts) holds z_p.(H z)_p for the starts z and the slices
+    `parts`: traces of diagonal blocks at no further cost.
     """
 
-    def __init__(self, operator: Operator, starts: Tensor, steps: int, reorthogonalise: bool = True, blocks: list[slice] | None = None) -> None:
-        self.operator, self.reorthogonalise = operator, reorthogonalise
+    def __init__(self, operator: Operator, starts: Tensor, steps: int, reorthogonalise: bool = True, blocks: list[slice] | None = None,
+                 parts: Sequence[slice] = ()) -> None:  # fmt: skip
+        self.operator, self.parts = operator, parts
         self.blocks = blocks or [slice(0, operator.size)]
         self.matmat = operator.matmat if blocks is None else operator.block_matmat  # type: ignore[attr-defined]
-        self.starts, self.probes, self.done = starts, len(starts), 0
+        self.probes, self.done = len(starts), 0
         self.steps = min(steps, max(s.stop - s.start for s in self.blocks))
-        self.current = torch.zeros_like(starts)
+        self.scales = torch.linalg.vector_norm(starts, dim=1).double().cpu().numpy()
         for s in self.blocks:
-            self.current[:, s] = starts[:, s] / torch.linalg.vector_norm(starts[:, s], dim=1, keepdim=True)
+            starts[:, s] /= torch.linalg.vector_norm(starts[:, s], dim=1, keepdim=True)
+        self.current: Tensor = starts
         self.previous: Tensor | None = None
         self.alphas: dict[tuple[int, int], list[float]] = {(k, b): [] for k in range(self.probes) for b in range(len(self.blocks))}
         self.betas: dict[tuple[int, int], list[float]] = {key: [] for key in self.alphas}
         self.active = set(self.alphas)
-        self.first_product: Tensor | None = None  # rows H z, for starts z: per-layer traces come free with it
+        self.forms: NDArray[np.float64] = np.full((self.probes, len(parts)), np.nan)
         self.noise: float | None = None  # see CurvatureOperator.noise, for unit covariance probes; free as well
         self.basis = starts.new_empty(self.probes, self.steps, operator.size) if reorthogonalise else None
+        self._spare: Tensor | None = None  # memory that the next product is written to
+
+    def release(self) -> None:
+        """Give the vectors back; `quadrature` goes on working, `step` does not."""
+        self.basis = self.previous = self._spare = None
+        self.current = self.current.new_empty(0)
 
     def step(self) -> None:
         """One more product for every probe whose Krylov space is not exhausted."""
         going = sorted({k for k, _ in self.active})
-        whole = len(going) == self.probes
-        rows = torch.tensor(going, device=self.current.device)
-        q = self.current if whole else self.current[rows]
-        w = self.matmat(q)
+        q = self.current
+        if len(going) == self.probes:
+            w = self.matmat(q, out=self._spare)
+        else:
+            w = torch.zeros_like(q)
+            w[going] = self.matmat(q[going])
         if self.done == 0:
-            scale = torch.linalg.vector_norm(self.starts, dim=1, keepdim=True)
-            self.first_product = w * scale if len(self.blocks) == 1 else None
+            for column, s in enumerate(self.parts):
+                self.forms[:, column] = self.scales**2 * (q[:, s] * w[:, s]).sum(1).double().cpu().numpy()
             spread = getattr(self.operator, "noise", lambda images: None)(w)
             self.noise = None if spread is None else spread * self.operator.size
-        if self.basis is not None:
-            self.basis[rows, self.done] = q
-        following = torch.zeros_like(self.current)
-        for place, k in enumerate(going):
+        for k in going:
+            if self.basis is not None:
+                self.basis[k, self.done] = q[k]
             for b, s in enumerate(self.blocks):
                 if (k, b) in self.active:
-                    self._advance(k, b, q[place, s], w[place, s], following[k, s])
+                    self._advance(k, b, q[k, s], w[k, s])
         self.done += 1
-        self.previous, self.current = self.current, following
+        self._spare, self.previous, self.current = self.previous, q, w
 
-    def _advance(self, k: int, b: int, q: Tensor, w: Tensor, following: Tensor) -> None:
+    def _advance(self, k: int, b: int, q: Tensor, w: Tensor) -> None:
+        """Turn the product `w` of the newest vector `q` into the next one, in place."""
         alphas, betas, s = self.alphas[k, b], self.betas[k, b], self.blocks[b]
         alpha = float(torch.dot(w, q))
-        w = w.sub(q, alpha=alpha)
+        w.sub_(q, alpha=alpha)
         if self.previous is not None:
             w.sub_(self.previous[k, s], alpha=betas[-1])
         if self.basis is not None:
-            w = orthogonal(w, self.basis[k, : self.done + 1, s])
+            orthogonalise(w, self.basis[k, : self.done + 1, s])
         beta = float(torch.linalg.vector_norm(w))
         alphas.append(alpha)
         betas.append(beta)
         scale = max(abs(a) + c for a, c in zip(alphas, [0.0, *betas], strict=False))
-        exhausted = beta <= 100 * torch.finfo(w.dtype).eps * scale or scale == 0 or len(alphas) >= s.stop - s.start
-        if exhausted:
+        if beta <= 100 * torch.finfo(w.dtype).eps * scale or scale == 0 or len(alphas) >= s.stop - s.start:  # the Krylov space is exhausted
             self.active.discard((k, b))
+            w.zero_()
         else:
-            torch.div(w, beta, out=following)
+            w.div_(beta)
 
     def run(self) -> Iterator[int]:
         """Advance to the end, yielding the number of steps done after each."""
@@ -168,13 +180,12 @@ class Lockstep:
         return found
 
 
-def orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
-    """`vector` (size,) without its components along the orthonormal rows of `basis`; repeated when it shrank by half or more."""
+def orthogonalise(vector: Tensor, basis: Tensor) -> None:
+    """Take the components along the orthonormal rows of `basis` out of `vector` (size,), in place; twice when it shrank by half or more."""
     before = torch.linalg.vector_norm(vector)
-    vector = vector - basis.mT @ (basis @ vector)
+    vector -= basis.mT @ (basis @ vector)
     if torch.linalg.vector_norm(vector) < 0.5 * before:
-        vector = vector - basis.mT @ (basis @ vector)
-    return vector
+        vector -= basis.mT @ (basis @ vector)
 
 
 def pooled(quadratures: list[Quadrature]) -> Quadrature:

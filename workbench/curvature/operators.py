@@ -1,8 +1,8 @@
 """Curvature matrices as operators: exact products over all chosen batches, many vectors at a time.
 
-For every micro-batch the forward pass and the first backward pass are computed once and their graph is kept while all
-vectors pass through it (Pearlmutter 1994, by double backward). A further Hessian product then costs about two gradients, a
-Gauss-Newton product about one and a third, instead of three to four with a fresh graph.
+For every micro-batch the forward pass and the first backward pass are computed once, and all vectors pass through that graph
+(see `graphs`): a Hessian product then costs about two gradients, a Gauss-Newton product about one and a third, instead of three
+to four with a fresh graph. As many graphs as fit into `GRAPH_MEMORY` are kept from one product to the next.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from workbench.curvature.graphs import Graph, HessianGraph, OuterGraph, weighed
 from workbench.curvature.output_space import OutputCurvature, check_kind, draw_uniform
 from workbench.curvature.weights import Place, check_finite, differentiable, find_places
 from workbench.instruments import BadInput, Progress
 from workbench.subjects import Batch, Subject, bake
+
+GRAPH_MEMORY = 1024**3  # bytes of micro-batches' graphs kept between products; what is kept changes the time, not the result
 
 
 class Stopped(Exception):
@@ -27,13 +30,13 @@ class Stopped(Exception):
 
 
 class Operator(Protocol):
-    """A symmetric matrix (size, size) that multiplies rows: `matmat` maps (k, size) to (k, size)."""
+    """A symmetric matrix (size, size) that multiplies rows: `matmat` maps (k, size) to (k, size), written to `out` when that is given."""
 
     size: int
     dtype: torch.dtype
     device: torch.device
 
-    def matmat(self, vectors: Tensor) -> Tensor: ...
+    def matmat(self, vectors: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 class DenseOperator:
@@ -43,14 +46,15 @@ class DenseOperator:
         self.matrix = matrix
         self.size, self.dtype, self.device = len(matrix), matrix.dtype, matrix.device
 
-    def matmat(self, vectors: Tensor) -> Tensor:
-        return vectors @ self.matrix
+    def matmat(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.matmul(vectors, self.matrix, out=out)
 
 
 class CurvatureOperator:
     """Hessian, generalised Gauss-Newton, empirical or Monte Carlo Fisher of a subject's mean loss; open it with `curvature_operator`.
 
-    size : number P of coordinates. names, slices : the weights they belong to, in order.
+    size : number P of coordinates. names, slices : the weights they belong to, in order; their values must not change between
+    products (`forget` drops the graphs that were built with them).
     products : how many matrix-vector products were done. Under an initialised `torch.distributed` group every process takes
     each world-size-th micro-batch and products are summed over processes.
     """
@@ -68,6 +72,8 @@ class CurvatureOperator:
         self.size, self.products = ends[-1], 0
         self.batch_squares: Tensor | None = None  # of the last product: sum over micro-batches of items |H_batch v|^2, a vector
         self.batch_count, self.total_items = 0, 0.0
+        self._kept: dict[int, Graph] = {}
+        self._room: int | None = None  # how many graphs are kept; known once the first was weighed
 
     # ---- data ------------------------------------------------------------------------------------------------------
     def batches(self) -> Iterator[tuple[Batch, Tensor | None]]:
@@ -133,29 +139,31 @@ class CurvatureOperator:
         """H v for one vector (size,)."""
         return self.matmat(vector[None])[0]
 
-    def matmat(self, vectors: Tensor) -> Tensor:
+    def matmat(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
         """H applied to each row of `vectors` (k, size), every micro-batch's graph built once. Raises `Stopped` on a stop."""
-        return self._products(vectors, [list(range(len(self.weights)))])
+        return self._products(vectors, [list(range(len(self.weights)))], out)
 
-    def block_matmat(self, vectors: Tensor) -> Tensor:
+    def block_matmat(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
         """The block-diagonal matrix (one block a weight) applied to each row (k, size): H_ll v_l side by side, in one pass."""
-        return self._products(vectors, [[i] for i in range(len(self.weights))])
+        return self._products(vectors, [[i] for i in range(len(self.weights))], out)
 
-    def _products(self, vectors: Tensor, blocks: list[list[int]]) -> Tensor:
+    def _products(self, vectors: Tensor, blocks: list[list[int]], out: Tensor | None) -> Tensor:
         if vectors.ndim != 2 or vectors.shape[1] != self.size:
             raise ValueError(f"vectors must have shape (k, {self.size}), got {tuple(vectors.shape)}")
         vectors = vectors.to(self.device, self.dtype)
-        total = torch.zeros_like(vectors)
+        total = torch.zeros_like(vectors) if out is None else out.zero_()
         squares = torch.zeros(len(vectors) + 1, dtype=torch.float64, device=self.device)  # the last entry counts micro-batches
         items = 0.0
         with torch.enable_grad():
-            for batch, draws in self.batches():
+            for number, (batch, draws) in enumerate(self.batches()):
                 weight = self.subject.task.items(batch)
-                if self.kind == "hessian":
-                    found = self._hessian(batch, vectors, total, blocks, weight)
-                else:
-                    found = self._outer(batch, draws, vectors, total, blocks)
-                squares[:-1] += torch.tensor(found, dtype=torch.float64) / weight
+                graph = self._graph(number, batch, draws)
+                for row, (vector, sums) in enumerate(zip(vectors, total, strict=True)):
+                    if self.progress.stop.is_set():
+                        raise Stopped
+                    directions = self.parts(vector)
+                    for block in blocks:
+                        squares[row] += self._add(sums, block, graph.product(block, directions), graph.scale) / weight
                 squares[-1] += 1
                 items += weight
         self.products += len(vectors)
@@ -164,60 +172,43 @@ class CurvatureOperator:
         self.batch_squares, self.batch_count = squares[:-1].cpu(), int(squares[-1])
         return self._reduced(total, items)
 
-    def _hessian(self, batch: Batch, vectors: Tensor, total: Tensor, blocks: list[list[int]], weight: float) -> list[float]:
-        """Adds weight * H_batch v to each row of `total`; returns |weight H_batch v|^2."""
-        norms = []
-        gradients = torch.autograd.grad(self.loss(batch), self.weights, create_graph=True, allow_unused=True)
-        for vector, out in zip(vectors, total, strict=True):
-            if self.progress.stop.is_set():
-                raise Stopped
-            directions = self.parts(vector)
-            square = 0.0
-            for block in blocks:
-                used = [i for i in block if gradients[i] is not None and gradients[i].requires_grad]
-                if not used:  # linear in these weights, or not used at all: zero curvature
-                    continue
-                found = twice([gradients[i] for i in used], [self.weights[i] for i in block], [directions[i] for i in used])
-                square += self._add(out, block, found, weight)
-            norms.append(square)
-        return norms
+    def _graph(self, number: int, batch: Batch, draws: Tensor | None) -> Graph:
+        """The graph of this process's micro-batch `number`, kept from an earlier product or built."""
+        if number in self._kept:
+            return self._kept[number]
+        if self._room is None:
+            with weighed(self.subject.model) as size:
+                made = self._built(batch, draws)
+            self._room = GRAPH_MEMORY // max(size[0], 1)
+            return made  # not kept: what weighs it would be called at every use
+        made = self._built(batch, draws)
+        if number < self._room:
+            self._kept[number] = made
+        return made
 
-    def _outer(self, batch: Batch, draws: Tensor | None, vectors: Tensor, total: Tensor, blocks: list[list[int]]) -> list[float]:
-        """As `_hessian`, for J^T S J."""
-        norms = []
-        output = self.subject.task.output(self.subject.model, batch)
-        middle = OutputCurvature(self.kind, self.subject.task, output, batch, draws)
-        rows = middle.rows
-        if not rows.requires_grad:
+    def _built(self, batch: Batch, draws: Tensor | None) -> Graph:
+        if self.kind == "hessian":
+            return HessianGraph(self.loss(batch), self.weights, self.subject.task.items(batch))
+        middle = OutputCurvature(self.kind, self.subject.task, self.subject.task.output(self.subject.model, batch), batch, draws)
+        if not middle.rows.requires_grad:
             raise BadInput("loss: the outputs do not depend differentiably on the chosen weights; choose other layers")
-        if not torch.isfinite(rows).all():
+        if not torch.isfinite(middle.rows).all():
             raise BadInput(f"loss: the model's outputs on a batch of {self.split} are not finite; check the data and the weights")
-        probe = torch.zeros_like(rows, requires_grad=True)
-        # J^T u as a function of u: its derivative in u, against v, is J v (two backward passes instead of a forward-mode one)
-        pulled = torch.autograd.grad(rows, self.weights, probe, create_graph=True, allow_unused=True)
-        for vector, out in zip(vectors, total, strict=True):
-            if self.progress.stop.is_set():
-                raise Stopped
-            directions = self.parts(vector)
-            square = 0.0
-            for block in blocks:
-                used = [i for i in block if pulled[i] is not None]
-                if not used:
-                    continue
-                tangents = torch.autograd.grad([pulled[i] for i in used], probe, [directions[i] for i in used], retain_graph=True)[0]
-                found = torch.autograd.grad(rows, [self.weights[i] for i in block], middle(tangents), retain_graph=True, allow_unused=True)
-                square += self._add(out, block, found, 1.0)
-            norms.append(square)
-        return norms
+        return OuterGraph(middle, self.weights)
 
-    def _add(self, out: Tensor, block: list[int], found: Sequence[Tensor | None], weight: float) -> float:
-        square = 0.0
+    def forget(self) -> None:
+        """Drop the graphs kept so far."""
+        self._kept.clear()
+
+    def _add(self, sums: Tensor, block: list[int], found: Sequence[Tensor | None], scale: float) -> Tensor:
+        """Add `scale` times what was found to a row of sums; returns its squared norm."""
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, value in zip(block, found, strict=True):
             if value is not None:
                 flat = value.detach().reshape(-1)
-                out[self.slices[i]].add_(flat, alpha=weight)
-                square += weight**2 * float(torch.dot(flat, flat))
-        return square
+                sums[self.slices[i]].add_(flat, alpha=scale)
+                square += torch.dot(flat, flat)
+        return square * scale**2
 
     def noise(self, images: Tensor) -> float | None:
         """Per-item noise of the last product: V with E |(H_B - H) v|^2 = V / B for a random batch of B items (None with one micro-batch).
@@ -228,19 +219,8 @@ class CurvatureOperator:
         if self.batch_squares is None or self.batch_count < 2:
             return None
         items = float(self.total_items)
-        spread = self.batch_squares / items - images.double().square().sum(1).cpu()
+        spread = self.batch_squares / items - torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square().cpu()
         return float(spread.mean()) * items / (self.batch_count - 1)
-
-
-def twice(gradients: list[Tensor], weights: list[Tensor], directions: list[Tensor]) -> Sequence[Tensor | None]:
-    """The second backward pass; a layer without a second derivative is named in words."""
-    try:
-        return torch.autograd.grad(gradients, weights, directions, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "not implemented" in str(error) or "does not require grad" in str(error):
-            reason = str(error).splitlines()[0]
-            raise BadInput(f"operator: hessian needs second derivatives and a layer of this model has none ({reason}); use operator ggn") from None
-        raise
 
 
 def distributed() -> bool:
@@ -272,7 +252,11 @@ def curvature_operator(subject: Subject, kind: str = "hessian", layers: str = "a
         subject = subject.with_model(converted(subject.model, places, wanted))
         places = [p for p in find_places(subject.model, layers) if p.name in chosen]
     with differentiable(subject.model, places) as weights:
-        yield CurvatureOperator(subject, places, weights, kind, split, examples, batch_size, samples, seed, progress or Progress())
+        operator = CurvatureOperator(subject, places, weights, kind, split, examples, batch_size, samples, seed, progress or Progress())
+        try:
+            yield operator
+        finally:
+            operator.forget()
 
 
 def converted(model: torch.nn.Module, places: Sequence[Place], dtype: torch.dtype) -> torch.nn.Module:

@@ -25,8 +25,8 @@ class Preconditioned:
         self.operator, self.scale = operator, diagonal.rsqrt()
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
 
-    def matmat(self, vectors: Tensor) -> Tensor:
-        return self.operator.matmat(vectors * self.scale).mul_(self.scale)
+    def matmat(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.operator.matmat(vectors * self.scale, out).mul_(self.scale)
 
 
 def batch_gradients(operator: CurvatureOperator) -> tuple[Tensor, Tensor, float, list[float]]:

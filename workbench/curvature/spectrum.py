@@ -41,16 +41,15 @@ class Spectrum(CurvatureInstrument):
             full = self.reorthogonalise == "full" or (
                 self.reorthogonalise == "auto" and keeps_basis(operator.size, self.probes, self.steps, operator.dtype.itemsize)
             )
-            starts = rademacher(operator, range(self.probes), self.seed)
-            whole = Lockstep(operator, starts, self.steps, full)
+            whole = Lockstep(operator, rademacher(operator, range(self.probes), self.seed), self.steps, full, parts=operator.slices)
             blocks: Lockstep | None = None
             try:
                 for _ in progress.track(whole.run(), "Lanczos steps", whole.steps):
                     if draws_previews(progress):
                         preview(progress, self._result(operator, whole, None, full))
                 if self.per_layer and not progress.stopped:
-                    whole.basis = None
-                    blocks = Lockstep(operator, starts, self.steps, full, operator.slices)
+                    whole.release()
+                    blocks = Lockstep(operator, rademacher(operator, range(self.probes), self.seed), self.steps, full, operator.slices)
                     for _ in progress.track(blocks.run(), "Lanczos steps in each layer", blocks.steps):
                         if draws_previews(progress):
                             preview(progress, self._result(operator, whole, blocks, full))
@@ -106,10 +105,8 @@ def layer_density(name: str, quadrature: Quadrature, fraction: float) -> pd.Data
 
 def layer_table(operator: CurvatureOperator, whole: Lockstep, blocks: Lockstep | None) -> pd.DataFrame:
     """Per weight: trace of its own block, from the first product's partial sums, and the ends of its own spectrum when measured."""
-    assert whole.first_product is not None
     rows = []
-    for place, (name, s) in enumerate(zip(operator.names, operator.slices, strict=True)):
-        forms = (whole.starts[:, s] * whole.first_product[:, s]).sum(1).double().cpu().numpy()
+    for place, (name, s, forms) in enumerate(zip(operator.names, operator.slices, whole.forms.T, strict=True)):
         row: dict[str, Any] = {"layer": name, "parameters": s.stop - s.start, "trace": float(forms.mean()), "trace_standard_error": standard_error(forms),
                                "mean_eigenvalue": float(forms.mean()) / (s.stop - s.start)}  # fmt: skip
         if blocks is not None and blocks.done:
@@ -175,7 +172,8 @@ class SpectrumResult(Result):
         note = " (partial: stopped early)" if self.partial else ""
         return (f"spectrum{note}: {LABEL[f['operator']]}, {f['parameters']:,} parameters, top {f['top_eigenvalue']:.6g} (residual {f['top_residual']:.2g}), "
                 f"bottom {f['bottom_eigenvalue']:.4g}, trace {f['trace']:.5g} ± {f['trace_standard_error']:.2g} (s.e.), ‖H‖ {f['frobenius_norm']:.4g}, "
-                f"mass {f['mass']:.5f}, 2/λ {f['two_over_top']:.4g}, {f['outliers']} outlier{'' if f['outliers'] == 1 else 's'}, Gaussian width {f['gaussian_width']:.2g}")  # fmt: skip
+                f"mass {f['mass']:.5f}, 2/λ {f['two_over_top']:.4g}, {f['outliers']} outlier{'' if f['outliers'] == 1 else 's'}, "
+                f"Gaussian width {f['gaussian_width']:.2g}")  # fmt: skip
 
 
 LABEL = {"hessian": "Hessian", "ggn": "Gauss-Newton", "empirical-fisher": "Empirical Fisher", "mc-fisher": "Fisher (sampled)"}

@@ -1,0 +1,133 @@
+"""The spectrum panel in a real JupyterLab: run and watch it refine, click a layer, lay a pruned subject over it, move the batch slider."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
+
+V4 = nbformat.v4
+CODE = """\
+import workbench
+from widgets.spectrum import SpectrumPanel
+from workbench import pruning
+subject = workbench.subject("digits-vit")
+pruned = pruning.Prune(method="magnitude", sparsity=0.7).run(subject).subject
+SpectrumPanel(subject, others={"pruned": pruned}, layers="blocks", probes=2, steps=16, examples=64, batch_size=8)"""
+expect.set_options(timeout=PATIENCE)
+
+FIGURES = "[...document.querySelectorAll('.wb-plot')].filter((e) => !e.closest('.wb-layers'))"
+TRACES = f"({FIGURES}[0].querySelector('.wb-plot-figure')._fullData ?? []).map((t) => t.name ?? '')"
+# where the heat map's cell of a layer is on the page
+CELL = """(name) => { const plot = document.querySelector('.wb-layers .wb-plot-figure'), full = plot?._fullLayout, heat = plot?._fullData?.[0];
+if (!heat?.customdata) return null;
+plot.scrollIntoView({ block: 'center' });
+const box = plot.getBoundingClientRect();
+for (let row = 0; row < heat.y.length; row++) for (let column = 0; column < heat.x.length; column++) if (heat.customdata[row][column] === name)
+  return [box.left + full._size.l + full.xaxis.d2p(heat.x[column]), box.top + full._size.t + full.yaxis.d2p(heat.y[row])];
+return null; }"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(V4.new_notebook(cells=[V4.new_code_cell(CODE)], metadata=kernel), root / "spectrum.ipynb")
+    with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
+        yield found
+
+
+def shown(page: Page) -> int:
+    """Which picture of the density is on the page."""
+    return int(page.evaluate(f"() => {FIGURES}[0].dataset.revision ?? '0'"))
+
+
+def wait_until_redrawn(page: Page, before: int) -> int:
+    page.wait_for_function(f"(before) => +({FIGURES}[0].dataset.revision ?? '0') > before", arg=before)
+    return shown(page)
+
+
+def photograph(page: Page, name: str) -> None:
+    """For people: pictures of the panel, when SCREENSHOTS names a folder."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.locator(".wb-panel").screenshot(path=Path(folder) / f"{name}.png")
+
+
+def test_run_refine_click_overlay_and_batch(lab: Lab, watched: Watched) -> None:
+    page = watched.page
+    page.set_viewport_size({"width": 1280, "height": 1800})
+    open_notebook(page, lab, "spectrum.ipynb")
+    run_all(page)
+    panel = page.locator(".wb-panel")
+    note = panel.locator(".wb-job .wb-note")
+    title = panel.locator(".wb-plot:not(.wb-layers .wb-plot) .gtitle").first
+
+    # refines while it runs: several pictures before the last one, each of an unfinished spectrum
+    panel.get_by_role("button", name="Run", exact=True).click()
+    first = wait_until_redrawn(page, 0)
+    expect(title).to_have_text(re.compile(r"running"))
+    second = wait_until_redrawn(page, first)
+    assert second > first
+    expect(note).to_have_text(re.compile("done after"))
+    expect(title).not_to_have_text(re.compile("running"))
+    photograph(page, "run")
+
+    # a clicked layer shows its own spectrum
+    layer = "vit.layers.1.mlp.fc1"
+    place = page.wait_for_function(CELL, arg=layer).json_value()
+    page.mouse.move(*place)
+    page.mouse.click(*place)
+    expect(panel.get_by_label("layers", exact=True)).to_have_value(layer)
+    expect(title).to_contain_text(layer)
+    expect(note).to_have_text(re.compile("done after"))
+    photograph(page, "layer")
+    panel.get_by_role("button", name="All layers").click()
+    expect(panel.get_by_label("layers", exact=True)).to_have_value("blocks")
+    expect(title).to_contain_text("blocks")
+    expect(panel.get_by_role("button", name="All layers")).to_be_disabled()
+
+    # another subject over it
+    panel.get_by_label("Lay over").select_option(label="pruned")
+    page.wait_for_function(f"() => {TRACES}.some((name) => name.startsWith('pruned: '))")
+    expect(panel).to_contain_text(re.compile(r"top eigenvalue of pruned: \S+, \S+ times"))
+    photograph(page, "overlay")
+
+    # the batch size on its slider: predicted top and noise edge
+    assert not any("at B=" in name for name in page.evaluate(f"() => {TRACES}"))
+    page.locator(".wb-field-batch .noUi-handle").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"() => {TRACES}.some((name) => /^noise edge at B=/.test(name)) && {TRACES}.some((name) => /^predicted top at B=/.test(name))")
+    photograph(page, "batch")
+    set_theme(page, "JupyterLab Dark")
+    photograph(page, "dark")
+
+
+def test_a_click_while_it_runs_is_kept(lab: Lab, watched: Watched) -> None:
+    page = watched.page
+    page.set_viewport_size({"width": 1280, "height": 1800})
+    open_notebook(page, lab, "spectrum.ipynb")
+    run_all(page)
+    panel = page.locator(".wb-panel")
+    note = panel.locator(".wb-job .wb-note")
+    panel.get_by_role("button", name="Run", exact=True).click()
+    expect(note).to_have_text(re.compile("done after"))
+    layer = "vit.layers.0.attention.q_proj"
+    page.locator(".wb-field-steps .noUi-handle").focus()
+    page.keyboard.press("End")
+    panel.get_by_role("button", name="Run", exact=True).click()
+    expect(panel.get_by_role("button", name="Stop", exact=True)).to_be_enabled()
+    place = page.wait_for_function(CELL, arg=layer).json_value()
+    page.mouse.move(*place)
+    page.mouse.click(*place)
+    expect(panel).to_contain_text(f"next, after this run: spectrum of {layer}")
+    panel.get_by_role("button", name="Stop", exact=True).click()
+    expect(note).to_have_text(re.compile("stopped, kept what was there"))
+    expect(panel.get_by_label("layers", exact=True)).to_have_value("blocks")  # Stop forgets what was to come
