@@ -15,7 +15,7 @@ from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import CustomLoss
 from workbench.training import NormTest, fit
 from workbench.training.batch import gradient_groups, gradient_variance, log_slope, next_batch, noise_scale, noise_scale_interval
-from workbench.training.normalisation import GhostBatchNorm, WeightStandardization
+from workbench.training.normalisation import BatchChannelNorm, GhostBatchNorm, WeightStandardization
 
 
 def test_noise_scale_is_unbiased_on_a_known_covariance() -> None:
@@ -112,6 +112,27 @@ def test_ghost_batch_norm() -> None:
     assert isinstance(model[1], GhostBatchNorm)
     with pytest.raises(BadInput, match="ghost"):
         GhostBatchNorm(3, ghost=1)
+
+
+def test_batch_channel_norm() -> None:
+    """Estimates first moved, then used for normalising, without a gradient into them; group norm after."""
+    torch.manual_seed(0)
+    inputs, layer = torch.randn(6, 4, 3, dtype=torch.float64), BatchChannelNorm(4, 2, rate=0.25).double()
+    with torch.no_grad():
+        layer.weight.mul_(1.5).add_(torch.arange(4)), layer.bias.add_(0.3)
+    values = inputs.transpose(0, 1).flatten(1)
+    mean, var = 0.25 * values.mean(1), 0.75 + 0.25 * values.var(1)
+    normed = (inputs - mean[:, None]) / (var[:, None] + 1e-5).sqrt() * layer.weight[:, None] + layer.bias[:, None]
+    torch.testing.assert_close(layer(inputs), nn.functional.group_norm(normed, 2, eps=1e-5))
+    torch.testing.assert_close(layer.running_mean, mean)
+    torch.testing.assert_close(layer.running_var, var)
+    torch.testing.assert_close(layer.eval()(inputs), nn.functional.group_norm(normed, 2, eps=1e-5))
+    first = layer.train()(inputs.requires_grad_())
+    second = layer(inputs)  # gradient accumulation: both passes are still differentiable
+    (first.sum() + second.sum()).backward()
+    single = BatchChannelNorm(2, 1, rate=1.0)
+    single(torch.tensor([[3.0, -2.0]]))
+    torch.testing.assert_close(single.running_var, torch.tensor([9.0, 4.0]))
 
 
 def test_weight_standardisation() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 from workbench.instruments import Method, Progress
 
 
-def _measured(function: str) -> Callable[[str, Progress], dict[str, Any]]:
-    """The measurement, imported only when somebody runs it."""
+def _measured(place: str) -> Callable[[str, Progress], dict[str, Any]]:
+    """The measurement "module.function" of this folder, imported only when somebody runs it."""
+    module, function = place.split(".")
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
-        from workbench.training import evidence
+        from importlib import import_module
 
-        return getattr(evidence, function)(name, progress)
+        return getattr(import_module(f"workbench.training.{module}_evidence"), function)(name, progress)
 
     return measure
 
@@ -33,7 +34,7 @@ CARDS = [
         r"\eta_t = \eta_0 \frac{1 - t/T}{1/2 + (1 - t/T)/2}",
         "a step budget",
         "best average rank among common schedules over budgets",
-        "schedule",
+        "schedule.schedule",
     ),
     _card(
         "uba",
@@ -43,7 +44,7 @@ CARDS = [
         r"\eta_t = \eta \frac{2(1+\cos \pi t/T)}{2\varphi + (2-\varphi)(1+\cos \pi t/T)}",
         "a step budget",
         "beats the commonly used schedules at every budget",
-        "schedule",
+        "schedule.schedule",
     ),
     _card(
         "power",
@@ -53,6 +54,7 @@ CARDS = [
         r"\eta(n) = \min(\eta_{max}, \beta a n^b)",
         "tokens per step and batch size",
         "one setting for every batch size and token count",
+        "schedule.power",
     ),
     _card(
         "infinite",
@@ -61,7 +63,28 @@ CARDS = [
         "Singh et al. 2025",
         r"cool down to \eta_c, hold, anneal \eta_c (\eta_{min}/\eta_c)^q",
         "nothing: no budget",
-        "continual pre-training without re-warming",
+        "continual pre-training without re-warming: less forgetting at an equal or lower loss",
+        "schedule.infinite_schedule",
+    ),
+    _card(
+        "rewarm",
+        340,
+        "Re-warming for continual pre-training",
+        "Gupta et al. 2023",
+        r"\eta: 0 \to \eta_{max} \text{ over } w T, \text{ then cosine to } \eta_{max}/10",
+        "a checkpoint and its optimizer's rate",
+        "warm-up length hardly matters, a larger peak is better downstream and worse upstream, and both beat training from scratch",
+        "schedule.rewarm",
+    ),
+    _card(
+        "reference-time",
+        349,
+        "Reference system time",
+        "Kaddour et al. 2023",
+        r"RST = \sum_t \text{seconds of step } t \text{ on the reference machine}",
+        "the time of a step on one machine",
+        "gains over an undecayed baseline vanish against one that decays within the budget",
+        "schedule.reference_time",
     ),
     _card(
         "budgeted-decay",
@@ -71,7 +94,7 @@ CARDS = [
         r"\eta(\text{budget}) = 0",
         "a budget of steps or seconds",
         "decaying within the budget beats a constant rate and a schedule too long for it",
-        "budgeted_decay",
+        "schedule.budgeted_decay",
     ),
     _card(
         "lamb",
@@ -81,7 +104,7 @@ CARDS = [
         r"w \leftarrow w - \eta \phi(\|w\|) / \|u\| \, u",
         "nothing beyond Adam's state",
         "smaller degradation than AdamW at the largest batch",
-        "lamb",
+        "optimizer.lamb",
     ),
     _card(
         "muon",
@@ -91,7 +114,7 @@ CARDS = [
         r"w \leftarrow w - \eta s \, \mathrm{NS}(g + \mu m)",
         "matrices; AdamW for the rest",
         "lower loss than AdamW at equal tuning",
-        "optimizer",
+        "optimizer.optimizer",
     ),
     _card(
         "soap",
@@ -101,7 +124,7 @@ CARDS = [
         r"Adam in the eigenbasis of \overline{GG^T}, \overline{G^TG}",
         "two square matrices per weight",
         "lower loss than AdamW at equal tuning",
-        "optimizer",
+        "optimizer.optimizer",
     ),
     _card(
         "lion",
@@ -111,7 +134,7 @@ CARDS = [
         r"w \leftarrow w - \eta (\mathrm{sign}(\beta_1 m + (1-\beta_1) g) + \lambda w)",
         "one moment",
         "lower loss than AdamW with half the state",
-        "optimizer",
+        "optimizer.optimizer",
     ),
     _card(
         "galore",
@@ -121,7 +144,7 @@ CARDS = [
         r"w \leftarrow w - \eta \alpha P \,\mathrm{Adam}(P^T g)",
         "an SVD of the gradient every few hundred steps",
         "loss within a few per cent of Adam with much less optimizer state",
-        "galore",
+        "optimizer.galore",
     ),
     _card(
         "muon-soft-cap",
@@ -131,7 +154,7 @@ CARDS = [
         r"\sigma \to y + a y^3, \; y = \sigma - a \sigma^3",
         "Muon; a cap per matrix",
         "an enforced Lipschitz bound at little cost in accuracy",
-        "lipschitz",
+        "optimizer.lipschitz",
     ),
     _card(
         "ghost-batch-norm",
@@ -141,7 +164,7 @@ CARDS = [
         r"batch norm over ghosts; \eta_L = \sqrt{B_L/B_S} \eta_S",
         "batch norm",
         "closes the generalisation gap of large batches step by step",
-        "ghost_batch_norm",
+        "batch.ghost_batch_norm",
     ),
     _card(
         "adadagrad",
@@ -151,7 +174,7 @@ CARDS = [
         r"B \leftarrow \lceil \mathrm{Var}_i(\nabla l_i) / (\eta^2 \|g_B\|^2) \rceil",
         "per-example gradients of a sample",
         "fewer updates than a small fixed batch at the same accuracy",
-        "adadagrad",
+        "batch.adadagrad",
     ),
     _card(
         "noise-scale",
@@ -161,7 +184,7 @@ CARDS = [
         r"B_{simple} = \mathrm{tr}\,\Sigma / |G|^2",
         "gradients of several batches",
         "the noise scale predicts the critical batch of the steps-to-target hyperbola",
-        "noise",
+        "batch.noise",
     ),
     _card(
         "step-law",
@@ -171,7 +194,7 @@ CARDS = [
         r"\eta^* = c N^{-x} D^{y}, \; B^* = k D^{z}",
         "a grid of small runs",
         "best learning rate falls with size; loss is convex in (log lr, log batch) with a wide plateau",
-        "step_law_surface",
+        "batch.step_law_surface",
     ),
     _card(
         "weight-standardization",
@@ -181,5 +204,106 @@ CARDS = [
         r"\hat W = (W - \mu_W) / \sigma_W",
         "nothing; a change on the weight",
         "lets group norm match batch norm at micro-batches of one or two",
+        "batch.weight_standardization",
+    ),
+    _card(
+        "sophia",
+        28,
+        "Sophia",
+        "Liu et al. 2023; Wen et al. 2025",
+        r"w \leftarrow w - \eta\,\mathrm{clip}(m / \max(\gamma h, \epsilon), 1)",
+        "a Hessian-vector product every ten steps",
+        "lower loss than AdamW at equal tuning",
+        "optimizer.optimizer",
+    ),
+    _card(
+        "kron",
+        28,
+        "Kron (PSGD)",
+        "Li 2018; Wen et al. 2025",
+        r"w \leftarrow w - \eta\, Q_1^T Q_1 m Q_2^T Q_2",
+        "two triangular matrices per weight",
+        "lower loss than AdamW at equal tuning",
+        "optimizer.optimizer",
+    ),
+    _card(
+        "mars",
+        28,
+        "MARS",
+        "Yuan et al. 2024; Wen et al. 2025",
+        r"c = g_t + \gamma \frac{\beta_1}{1-\beta_1}(g_t - g_{t-1}) \text{ in AdamW}",
+        "the last gradient",
+        "lower loss than AdamW at equal tuning",
+        "optimizer.optimizer",
+    ),
+    _card(
+        "scion",
+        28,
+        "Scion",
+        "Pethick et al. 2025; Wen et al. 2025",
+        r"w \leftarrow w - \eta \rho \, \mathrm{lmo}(d)",
+        "one moment; a norm for each layer",
+        "lower loss than AdamW at equal tuning",
+        "optimizer.optimizer",
+    ),
+    _card(
+        "mkor",
+        141,
+        "MKOR",
+        "Mozaffari et al. 2023",
+        r"\Delta W = L^{-1} G R^{-1} \|G\| / \|\cdot\|, \text{ inverses by Sherman-Morrison}",
+        "mean inputs and output gradients of linear layers",
+        "fewer steps to a target than its inner optimizer; an inverse costs d^2 instead of d^3",
+        "optimizer.mkor",
+    ),
+    _card(
+        "one-bit-adam",
+        22,
+        "1-bit Adam",
+        "Tang et al. 2021",
+        r"m \leftarrow C(\overline{C(m_i + e_i)} + e), \; C(x) = \|x\|/\sqrt{d}\,\mathrm{sign}(x)",
+        "a warm-up of Adam; error memories",
+        "Adam's loss with a fraction of the communication; error feedback and the warm-up are needed",
+        "optimizer.one_bit",
+    ),
+    _card(
+        "self-tuning",
+        23,
+        "Self-tuning networks",
+        "MacKay et al. 2019",
+        r"\hat W(\lambda) = W + \mathrm{diag}(V\lambda) W'",
+        "a validation split during training",
+        "lower loss than random search in the same time",
+        "optimizer.self_tuned",
+    ),
+    _card(
+        "concurrent-adversary",
+        112,
+        "ConAdv",
+        "Liu et al. 2022",
+        r"\tfrac12 L(\theta_t; x) + \tfrac12 L(\theta_t; x + \epsilon\,\mathrm{sign} \nabla_x L(\theta_{t-\tau}; x))",
+        "a continuous input; the weights of a step ago",
+        "at the largest batch at least the plain accuracy, as good as synchronous adversaries, and flatter",
+        "batch.concurrent_adversary",
+    ),
+    _card(
+        "agvm",
+        119,
+        "AGVM",
+        "Xue et al. 2022",
+        r"\mu_i = \mathrm{EMA} \sqrt{\mathrm{clamp}(\Phi_1 / \Phi_i, \tfrac12, 10)}, \; \Phi = 1 - \cos(g^A, g^B)",
+        "two halves of a batch every few steps",
+        "gradient noise differs more between modules at a large batch, and aligning it lowers the loss",
+        "batch.module_rates",
+    ),
+    _card(
+        "sqrt-rule",
+        115,
+        "Square-root rule for Adam",
+        "Granziol, Zohren & Roberts 2022",
+        r"\eta^* \propto B^{1/2}",
+        "a grid of learning rates and batch sizes",
+        "Adam's best learning rate grows as the square root of the batch",
+        "batch.adam_slope",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Normalisation for large and for tiny batches: ghost batch norm (Hoffer et al. 2017) and weight standardisation (Qiao et al. 2019)."""
+"""Normalisation for large and tiny batches: ghost batch norm (Hoffer et al. 2017), weight standardisation and batch-channel norm (Qiao et al. 2019)."""
 
 from __future__ import annotations
 
@@ -50,6 +50,36 @@ class GhostBatchNorm(nn.Module):
             parts[-2:] = [torch.cat(parts[-2:])]  # one value per feature has no variance
         done = [F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps) for part in parts]
         return torch.cat(done)
+
+
+class BatchChannelNorm(nn.Module):
+    """Batch norm by running estimates, which training uses too, then group norm; for batches of one or two (Qiao et al. 2019, algorithm 1).
+
+    m <- m + rate (mean_B - m), v <- v + rate (var_B - v), y = gamma (x - m) / sqrt(v + eps) + beta, then `nn.GroupNorm(groups)` with its
+    own scale and shift. Gradients do not flow into the estimates. Input (batch, features, ...); a batch of one value a feature counts
+    with variance (x - m)^2 about the old estimate, which has the same expectation.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int, groups: int = 32, rate: float = 0.01, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.rate, self.eps = rate, eps
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.channel = nn.GroupNorm(groups, features, eps)
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                values = inputs.detach().transpose(0, 1).flatten(1)
+                spread = values.var(1, unbiased=True) if values.shape[1] > 1 else (values[:, 0] - self.running_mean).square()
+                self.running_mean.lerp_(values.mean(1), self.rate)
+                self.running_var.lerp_(spread, self.rate)
+        mean, var = self.running_mean.clone(), self.running_var.clone()  # the next call changes them before this one's backward
+        return self.channel(F.batch_norm(inputs, mean, var, self.weight, self.bias, False, 0.0, self.eps))
 
 
 class WeightStandardization(Change):

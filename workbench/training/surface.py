@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from workbench.figures import figure, line
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.scaling.hyperparameters import best_settings, step_law
+from workbench.scaling.hyperparameters import best_settings, excess_loss, step_law
 from workbench.subjects import Subject
 from workbench.training.batch import log_slope
 from workbench.training.objective import Start, TrainingObjective, axis, prepared_folder, swept
@@ -81,6 +81,7 @@ class LearningRateBatchSize(SubjectInstrument):
     evaluate_limit: int = parameter(512, "validation examples that a run is judged by", ge=1)
     within: float = parameter(0.05, "the bowl is fitted to runs within this fraction of the lowest loss", gt=0, le=1)
     level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1)
+    resamples: int = parameter(200, "bootstrap resamples of the bowl's interval", ge=2, le=10_000)
     workers: int = parameter(2, "worker processes", ge=1, le=256)
     storage: str = parameter("", "database of the sweep, an SQLAlchemy URL that several machines may share; empty: SQLite in the cache")
     backend: Literal["loky", "dask", "ray"] = parameter("loky", "where workers run: processes here, or a Dask or Ray cluster that is already joined")
@@ -124,6 +125,8 @@ class LearningRateBatchSize(SubjectInstrument):
             best = finite.iloc[int(np.argmin(finite.value.to_numpy()))]
             facts |= {"best_loss": float(best.value), "best_lr": float(best.lr), "best_batch_size": int(best.batch_size)}
             facts |= self._bowl(finite, shape)
+            if shape.get("language"):
+                facts["step_law_excess"] = float(excess_loss(self._runs(finite, shape), step_law).excess.iloc[0])
             tables["optima"] = optima(done)
             tables["predictions"] = predictions(tables["optima"], shape, self.examples)
             usable = tables["optima"][tables["optima"].inside]
@@ -132,16 +135,21 @@ class LearningRateBatchSize(SubjectInstrument):
                 facts |= {"lr_batch_slope": slope["slope"], "lr_batch_slope_low": slope["low"], "lr_batch_slope_high": slope["high"]}
         return self.result(done, facts, tables=tables, partial=len(done) < len(table))
 
+    def _runs(self, finite: pd.DataFrame, shape: dict[str, float]) -> pd.DataFrame:
+        """One cell of the scaling package's run table; of a subject without tokens an example is the unit."""
+        unit = shape.get("tokens_per_example", 1.0)
+        return pd.DataFrame({"params": shape.get("params", 1.0), "tokens": self.examples * unit, "learning_rate": finite.lr.astype(float),
+                             "batch_tokens": finite.batch_size.astype(float) * unit, "loss": finite.value.astype(float)})  # fmt: skip
+
     def _bowl(self, finite: pd.DataFrame, shape: dict[str, float]) -> dict[str, Any]:
-        frame = pd.DataFrame({"params": 1.0, "tokens": 1.0, "learning_rate": finite.lr.astype(float), "batch_tokens": finite.batch_size.astype(float),
-                              "loss": finite.value.astype(float)})  # fmt: skip
+        frame = self._runs(finite, shape | {"tokens_per_example": 1.0})
         found = best_settings(frame, "bowl", self.within).iloc[0]
         plateau = finite[finite.value <= finite.value.min() * 1.01]
         facts: dict[str, Any] = {"bowl": not bool(found.fallback), "optimum_lr": float(found.learning_rate), "optimum_batch_size": float(found.batch_tokens),
                                  "plateau_share": len(plateau) / len(finite),
                                  "plateau_lr_ratio": float(plateau.lr.max() / plateau.lr.min())}  # fmt: skip
         if not found.fallback:
-            facts |= {"bowl_r_squared": float(found.r_squared)} | bowl_interval(frame, self.within, 200, self.level, self.seed)
+            facts |= {"bowl_r_squared": float(found.r_squared)} | bowl_interval(frame, self.within, self.resamples, self.level, self.seed)
         return facts
 
 
