@@ -20,8 +20,10 @@ from workbench.training import Sweep, fit
 from workbench.training.galore import GaLore
 from workbench.training.lamb import LAMB, LARS
 from workbench.training.objective import reinitialised
+from workbench.training.onebit import OneBitAdam
 from workbench.training.order import take
 from workbench.training.schedules import cosine
+from workbench.training.sophia import Sophia
 
 
 def alternating(candidates: dict[str, Callable[[], float]], rounds: int = 5) -> dict[str, float]:
@@ -67,6 +69,12 @@ def loop(steps: int = 4, batch_size: int = 4) -> None:
     print(f"loop: {found['fit'] / found['bare']:.3f} x a bare loop on bytelm ({found['bare'] / steps * 1e3:.0f} ms of processor time a step)")
 
 
+#: Passes over all elements of a step: calls of a foreach function, norms among them.
+PASSES = {"AdamW foreach": 8, "SGD momentum foreach": 3}
+RATIOS = (("LAMB", "AdamW foreach", 11), ("LARS", "SGD momentum foreach", 5), ("GaLore (rank 32, no refresh)", "AdamW foreach", 6),
+          ("Sophia (no Hessian)", "AdamW foreach", 7), ("1-bit Adam (compressed, one worker)", "AdamW foreach", 14))  # fmt: skip
+
+
 def optimizers(count: int = 12, width: int = 512) -> None:
     def stepping(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], float]:
         weights = [nn.Parameter(torch.randn(width, width)) for _ in range(count)]
@@ -86,11 +94,12 @@ def optimizers(count: int = 12, width: int = 512) -> None:
     found = alternating({
         "AdamW foreach": stepping(lambda w: torch.optim.AdamW(w, foreach=True)), "LAMB": stepping(lambda w: LAMB(w)),
         "SGD momentum foreach": stepping(lambda w: torch.optim.SGD(w, lr=0.1, momentum=0.9, foreach=True)), "LARS": stepping(lambda w: LARS(w)),
-        "GaLore (rank 32, no refresh)": stepping(lambda w: GaLore(w, rank=32)),
+        "GaLore (rank 32, no refresh)": stepping(lambda w: GaLore(w, rank=32)), "Sophia (no Hessian)": stepping(lambda w: Sophia(w)),
+        "1-bit Adam (compressed, one worker)": stepping(lambda w: OneBitAdam(w, freeze=1)),
     }, 7)  # fmt: skip
-    for name in ("LAMB", "LARS", "GaLore (rank 32, no refresh)"):
-        base = "SGD momentum foreach" if name == "LARS" else "AdamW foreach"
-        print(f"{name}: {found[name] / found[base]:.2f} x {base}")
+    for name, base, passes in RATIOS:
+        ratio = found[name] / found[base]
+        print(f"{name}: {ratio:.2f} x {base}, {ratio * PASSES[base] / passes:.2f} x at equal passes ({passes} to {PASSES[base]}); {found[name] / 3 * 1e3:.1f} ms a step")
 
 
 def sweep(trials: int = 40) -> None:

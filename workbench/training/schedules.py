@@ -44,7 +44,11 @@ def rex(p: float, final: float = 0.0) -> float:
 
 
 def uba(p: float, phi: float = 2.0, final: float = 0.0) -> float:
-    """2 (1 + cos pi p) / (2 phi + (2 - phi)(1 + cos pi p)): cosine at phi = 2, held high longer below (Tang et al. 2025)."""
+    """2 (1 + cos pi p) / (2 phi + (2 - phi)(1 + cos pi p)): cosine at phi = 2, held high longer below (Tang et al. 2025).
+
+    The form is that of a public implementation and has the properties the abstract states; two others use (1 - p)^phi instead, which
+    `polynomial` gives. The paper's own equation could not be compared.
+    """
     raised = 1 + math.cos(math.pi * p)
     return final + (1 - final) * (2 * raised / (2 * phi + (2 - phi) * raised) if p < 1 else 0.0)
 
