@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from workbench.instruments import Method, Progress
-from workbench.pruning import training_cards
+from workbench.pruning import structural_cards, training_cards
 
 SEEDS = (0, 1, 2)
 
@@ -134,10 +134,6 @@ CARDS: list[Method] = [
          arms_at(0.5, ziplm=HN | {"method": "ziplm"}, without_update=HN | {"method": "ziplm", "compensation": "none"}, flap=HN | {"method": "flap"},
                  magnitude=HN | {"method": "magnitude"}),
          [("ziplm", "without update"), ("ziplm", "flap"), ("ziplm", "magnitude")]),
-    card("ziplm-minilm", "ZipLM to a measured speed-up of a pretrained BERT", "Kurtic, Frantar and Alistarh 2023", "rho_S with a measured latency table",
-         "calibration inputs", "1.5 times faster on this CPU: better than magnitude and FLAP at the same target", 94,
-         {m: {"method": m, "pattern": "heads+neurons", "allocation": "latency", "speedup": 1.5} for m in ("ziplm", "flap", "magnitude")},
-         [("ziplm", "flap"), ("ziplm", "magnitude")], subject="minilm-docstrings", seeds=(0,)),
     card("perp", "PERP: retrain few parameters", "Zimmer et al. 2023", "W = M * (W_p + B A), with biases and norms", "fine-tuning",
          "masked adapters, biases and norms recover most of what full retraining does at 70 %", 331,
          arms_at(0.7, adapters={"method": "magnitude", "recovery": "low-rank", "recovery_steps": 60, "lr": 2e-3}, none={"method": "magnitude"},
@@ -159,4 +155,5 @@ CARDS: list[Method] = [
          "a refitted Wanda mask beats Wanda at 60 %", None,
          arms_at(0.6, refitted={"method": "wanda", "compensation": "least-squares"}, wanda={"method": "wanda"}), [("refitted", "wanda")]),
 ]  # fmt: skip
+CARDS += structural_cards.CARDS
 CARDS += training_cards.CARDS

@@ -47,7 +47,7 @@ def levels(group: Group) -> list[int]:
     return sorted({min(round(share * group.units / step) * step, most) for share in SHARES})
 
 
-def measure_table(on: Subject, kinds: Sequence[str], batch_size: int = 16, repeats: int = 7, split: str = "calibration",
+def measure_table(on: Subject, kinds: Sequence[str], batch_size: int = 16, repeats: int = 5, split: str = "calibration",
                   progress: Progress | None = None) -> LatencyTable:  # fmt: skip
     """Time the model with units removed from all groups of one kind; all variants take turns, so noise falls on all alike."""
     progress = progress or Progress()
@@ -146,7 +146,7 @@ def reach(on: Subject, scored: Sequence[Scored], table: LatencyTable, speedup: f
             raise
         kept = {s.group.name: s.kept(min(count, s.most())) for s, count in zip(scored, counts, strict=True)}
         small = on.with_model(remove(copy.deepcopy(on.model), kept))
-        measured = measured_speedup(on, small, batch_size, split=split)
+        measured = measured_speedup(on, small, batch_size, 7, split)
         if abs(measured / speedup - 1) < abs(best[1] / speedup - 1):
             best = (counts, measured)
         if abs(measured / speedup - 1) <= tolerance:

@@ -91,7 +91,8 @@ def score(group: Group, saliency: str, calibration: Calibration, pattern: Struct
         member = consumer(group)
         weight, gram = member.layer.weight.detach(), calibration.gram(member.layer)
         matrices = weight if weight.ndim == 3 else weight[None]
-        pairs = [ziplm.removal_order(w, g, member.index, calibration.damp) for w, g in zip(matrices, gram, strict=True)]
+        key = ("removal order", group.name, calibration.examples, calibration.damp)
+        pairs = calibration.remember(key, lambda: [ziplm.removal_order(w, g, member.index, calibration.damp) for w, g in zip(matrices, gram, strict=True)])
         order, errors = torch.stack([o for o, _ in pairs]).cpu(), sum(e for _, e in pairs)
         assert isinstance(errors, Tensor)
         return Scored(group, order, torch.cat([errors.new_zeros(1), errors]).cpu())
