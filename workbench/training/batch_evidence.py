@@ -288,11 +288,11 @@ def module_rates(name: str, progress: Progress) -> Record:
 
         def arguments(lr: float, seed: int, batch: int = batch, aligned: bool = aligned, rules: list[AGVM] = rules) -> dict[str, Any]:
             rules.append(AGVM(every=2, momentum=0.9 if aligned else 1.0))  # an average that never moves only measures
-            return {"epochs": 8, "batch_size": batch, "warmup": 0.1, "before_step": [rules[-1]], "clip": None,
+            return {"epochs": 4, "batch_size": batch, "warmup": 0.1, "before_step": [rules[-1]], "clip": None,
                     "optimizer": lambda model: torch.optim.SGD(module_groups(model, order), lr=lr, momentum=0.9)}  # fmt: skip
 
         found[label] = tuned(base, (0.003, 0.01, 0.03, 0.1), arguments, progress, label, fresh=fresh)
-        noise[label] = {module: float(np.median([phi[module] for _, phi, _ in rules[-1].history])) for module in order}
+        noise[label] = {module: float(np.median([phi[module] for rule in rules for _, phi, _ in rule.history])) for module in order}
     spread = {k: max(v.values()) / max(min(v.values()), 1e-9) for k, v in noise.items()}
     large, ours = found["batch 539"], found["batch 539, aligned"]
     return {"subject": "digits-vit with a fresh head", "plans": told(found), "noise": noise,
