@@ -155,7 +155,7 @@ def test_gradient_noise(cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["digits-softmax", "net"])
 def test_largest_stable_rate_is_two_over_the_top_eigenvalue(name: str, cache: Path) -> None:
-    """Full-batch gradient descent near a minimum of a penalised loss, trained by the loop: stable below 2 / lambda, not above (10 %)."""
+    """A small displacement under full-batch gradient descent grows beyond 2 / lambda and not below: the limit by bisection, within 10 %."""
     from workbench.curvature import Sharpness
 
     on = workbench.subject("digits-softmax") if name == "digits-softmax" else with_test_split()
