@@ -122,7 +122,14 @@ def test_surface_runs_and_goes_on_after_a_stop(cache: Path) -> None:
 
 def test_comparisons(cache: Path) -> None:
     common = dict(examples=240, batch_size=10, lr_points=3, seeds=2, workers=1)
-    result = OptimizerComparison(optimizers="adamw,sgd,lion", **common).run(with_test_split())
+    drawn: list[Result] = []
+
+    class Watching(Progress):
+        def preview(self, result: Result) -> None:
+            drawn.append(result)
+
+    result = OptimizerComparison(optimizers="adamw,sgd,lion", **common).run(with_test_split(), progress=Watching())
+    assert [len(r.tables["tuning"]) for r in drawn][:3] == [1, 2, 3] and drawn[0].figure().data and drawn[0].partial
     assert sorted(result.table.name) == ["adamw", "lion", "sgd"] and (result.table.seeds == 2).all()
     assert result.table.test.is_monotonic_increasing and result.facts["best"] == result.table.name[0]
     tuned = result.tables["tuning"].groupby("name").apply(lambda part: part.lr[part.value.idxmin()], include_groups=False)

@@ -21,6 +21,7 @@ from workbench.subjects import Subject
 from workbench.training.objective import Start, TrainingObjective, prepared_folder, swept
 from workbench.training.optimizers import OPTIMIZERS
 from workbench.training.schedules import SCHEDULES, sampled
+from workbench.training.surface import ticks
 from workbench.training.train_study import OptimizerName, ScheduleName, names
 
 #: How often a ladder is extended by two rungs where the best learning rate was at its end: the rule is everybody's.
@@ -74,15 +75,21 @@ class Comparison(SubjectInstrument):
             return [best * self.lr_factor, best * self.lr_factor**2]
         return [best / self.lr_factor, best / self.lr_factor**2] if best == tried.lr.min() else []
 
-    def protocol(self, on: Subject, progress: Progress, candidates: list[dict[str, Any]], centres: list[float]) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(tuning runs, final runs): candidates are argument sets of `fit`, each tuned around its own centre."""
+    def protocol(self, on: Subject, progress: Progress, candidates: list[dict[str, Any]], centres: list[float], labels: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """(tuning runs, final runs): candidates are argument sets of `fit`, each tuned around its own centre. Tuning is drawn as it goes."""
         fixed = {"batch_size": self.batch_size, "warmup": self.warmup, "weight_decay": self.weight_decay, "evaluate_limit": self.evaluate_limit}
         objective = CandidateObjective(prepared_folder(on, self.workers), fixed, self.start, str(on.device), reports=8, candidates=candidates, examples=self.examples)
         asked = {i: self.ladder(centre) for i, centre in enumerate(centres)}
+
+        def preview(table: pd.DataFrame) -> None:
+            if type(progress).preview is not Progress.preview and "value" in table:
+                runs = pd.concat([tuning, with_points(table)], ignore_index=True)
+                progress.preview(self.result(pd.DataFrame(), {"runs": len(runs)}, tables={"tuning": tuning_table(runs, labels)}, partial=True))
+
         tuning, points = pd.DataFrame(), [tuple_text([i, lr]) for i, ladder in asked.items() for lr in ladder]
         for attempt in range(1 + EXTENSIONS):
             space = {"point": points, "seed": [self.seed]}
-            found = with_points(swept(self, on, f"tune{attempt}", space, objective, progress, self.workers, self.storage))
+            found = with_points(swept(self, on, f"tune{attempt}", space, objective, progress, self.workers, self.storage, on_change=preview))
             tuning = pd.concat([tuning, found], ignore_index=True)
             points = [] if progress.stopped else [tuple_text([i, lr]) for i in asked for lr in self.beyond(tuning[tuning.candidate == i])]
             if not points:
@@ -153,7 +160,7 @@ class OptimizerComparison(Comparison):
     def _run(self, on: Subject, progress: Progress) -> Result:
         chosen = names(self.optimizers, tuple(OPTIMIZERS), "optimizers")
         candidates = [{"optimizer": name, "schedule": self.schedule} for name in chosen]
-        tuning, finals = self.protocol(on, progress, candidates, [OPTIMIZERS[name].lr for name in chosen])
+        tuning, finals = self.protocol(on, progress, candidates, [OPTIMIZERS[name].lr for name in chosen], chosen)
         table = leaderboard(finals, [{"name": name} for name in chosen], tuning, self.level)
         facts: dict[str, Any] = {"runs": len(tuning) + len(finals)}
         curves = curve_table(finals, chosen)
@@ -191,7 +198,8 @@ class ScheduleStudy(Comparison):
         pairs = [(name, budget) for budget in self.budgets for name in chosen]
         candidates = [{"optimizer": self.optimizer, "schedule": name, "examples": max(self.batch_size, round(budget * self.examples))} |
                       ({"schedule_options": {"phi": self.phi}} if name == "uba" else {}) for name, budget in pairs]  # fmt: skip
-        tuning, finals = self.protocol(on, progress, candidates, [OPTIMIZERS[self.optimizer].lr] * len(pairs))
+        labels = [f"{name} at {budget:g}" for name, budget in pairs]
+        tuning, finals = self.protocol(on, progress, candidates, [OPTIMIZERS[self.optimizer].lr] * len(pairs), labels)
         table = leaderboard(finals, [{"name": name, "budget": budget} for name, budget in pairs], tuning, self.level)
         facts: dict[str, Any] = {"runs": len(tuning) + len(finals)}
         if len(table):
@@ -205,7 +213,6 @@ class ScheduleStudy(Comparison):
                 options: dict[str, Any] = {"phi": self.phi} if name == "uba" else {}
                 multiples = sampled(name, steps, 0.0 if name == "one-cycle" else self.warmup, **options)
                 shapes.append(pd.DataFrame({"name": name, "step": np.arange(steps), "multiple": multiples}))
-        labels = [f"{name} at {budget:g}" for name, budget in pairs]
         return self.result(table, facts, tables={"tuning": tuning_table(tuning, labels), "shapes": pd.concat(shapes[1:] or shapes)})
 
 
@@ -241,7 +248,9 @@ class ComparisonResult(Result):
 
     def figure(self, **view: Any) -> go.Figure:
         show = ComparisonView(**view).show
-        if show == "leaderboard" or self.table.empty:
+        if self.table.empty and len((self.tables or {}).get("tuning", ())):
+            show = "tuning"  # there is no final run yet
+        if show == "leaderboard" or (self.table.empty and show != "tuning"):
             fig = figure("Test loss at each one's best learning rate", x="test loss (nats)", y="")
             bars(fig, self.table, self.table.get("name", pd.Series(dtype=str)))
             return fig
@@ -249,6 +258,8 @@ class ComparisonResult(Result):
         title, x = ("Tuning", "learning rate") if show == "tuning" else ("Validation loss along the runs", "step")
         fig = figure(title, x=x, y="validation loss (nats)",
                      xaxis_type="log" if show == "tuning" else "linear")  # fmt: skip
+        if show == "tuning" and len(source):
+            fig.update_xaxes(dtick=ticks(source.lr.min(), source.lr.max()))
         for name, part in source[np.isfinite(source.value)].groupby("name", sort=False):
             line(fig, part["lr" if show == "tuning" else "step"], part.value, str(name), mode="lines+markers")
         return fig
@@ -274,7 +285,7 @@ class ScheduleResult(ComparisonResult):
 
     def figure(self, **view: Any) -> go.Figure:
         show = ScheduleView(**view).show
-        if show == "tuning":
+        if show == "tuning" or self.table.empty:
             return super().figure(show="tuning")
         if show == "shapes":
             fig = figure("Schedules", x="step", y="learning rate / peak")
