@@ -211,7 +211,7 @@ def test_soap_is_adam_in_the_eigenbasis() -> None:
 
 
 def test_mars() -> None:
-    """Yuan et al. 2024, algorithm 2: Adam on the gradient corrected by its own change, clipped to norm one; plain AdamW for vectors."""
+    """Yuan et al. 2024: Adam on the gradient corrected by its own change, clipped to norm one; plain AdamW for vectors."""
 
     def rule(w: Tensor, g: Tensor, s: dict, t: int) -> Tensor:
         b1, b2 = (0.95, 0.99) if w.ndim == 2 else (0.9, 0.95)

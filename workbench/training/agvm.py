@@ -33,7 +33,7 @@ def module_groups(model: nn.Module, modules: Sequence[str], weight_decay: float 
 
 
 def gradient_disagreement(first: Tensor, second: Tensor) -> Tensor:
-    """Phi = 1 - cos of the gradients of two halves of a batch: 0 without noise, 1 when noise is all there is (eq. 5 and 6)."""
+    """Phi = 1 - cos of the gradients of two halves of a batch: 0 without noise, 1 when noise is all there is."""
     return 1 - torch.nn.functional.cosine_similarity(first, second, dim=0)
 
 
@@ -41,7 +41,7 @@ class AGVM:
     """A callback of `fit(..., optimizer=lambda m: torch.optim.SGD(module_groups(m, [...]), lr), before_step=[AGVM()])`.
 
     Every `every` steps from `start` on: Phi_i of each module, mu_i <- EMA(momentum) of sqrt(clamp(Phi_1 / Phi_i, 1/2, 10)), and in
-    every step the learning rate of module i is mu_i times the schedule's; module 1 is the first group's (eq. 8). After Adam, gradients
+    every step the learning rate of module i is mu_i times the schedule's; module 1 is the first group's. After Adam, gradients
     are measured divided by the root of the second moment. The schedule must set the rate anew each step, as all here but plateau do.
     `history` holds (step, {module: Phi}, {module: mu}). Constants are those of the authors' public hook.
     """

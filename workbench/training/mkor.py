@@ -26,8 +26,7 @@ class MKOR(Together):
     mean input over the batch. An inverse whose largest entry passes `threshold` is drawn to the identity: (1 - z) inverse + z I with
     z = `stabiliser`. The authors add MKOR-H, a switch to the inner optimizer when the loss stalls, which is not made here.
 
-    The paper prints the update as a sum that keeps the inverse positive (its eq. 5); this is the exact inverse, which stays positive
-    too. Layers with a side above `largest` keep that side unpreconditioned.
+    Layers with a side above `largest` keep that side unpreconditioned; biases, embeddings and norms go to the inner optimizer as they are.
     """
 
     def __init__(self, model: nn.Module, inner: Optimizer, decay: float = 0.9, every: int = 10, stabiliser: float = 0.1, threshold: float = 100.0,

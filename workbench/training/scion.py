@@ -16,7 +16,7 @@ NORMS = ("spectral", "sign", "rms")
 
 
 def steepest(direction: Tensor, norm: str) -> Tensor:
-    """The unit-norm tensor with the largest inner product with `direction` (minus the linear minimisation oracle), table 2 of the source.
+    """The unit-norm tensor with the largest inner product with `direction` (minus the linear minimisation oracle).
 
     spectral: sqrt(out / in) U V^T by Newton-Schulz; sign: sign / in (the largest-entry norm, scaled); rms: d / sqrt(mean d^2).
     """

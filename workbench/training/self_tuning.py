@@ -68,7 +68,7 @@ class Setting(nn.Module):
 
 
 class SelfTuningLinear(nn.Module):
-    """y = (W + diag(V l) W') x + b + diag(C l) b' with l the hyperparameters drawn: an affine best response of rank one a row (eq. 10)."""
+    """y = (W + diag(V l) W') x + b + diag(C l) b' with l the hyperparameters drawn: an affine best response of rank one a row."""
 
     def __init__(self, layer: nn.Linear, setting: Setting) -> None:
         super().__init__()
