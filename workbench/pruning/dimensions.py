@@ -360,13 +360,22 @@ SHRINK = {"channels": shrink_channels, "layers": shrink_layers, "experts": shrin
 def extent(model: nn.Module, kind: str) -> tuple[int, int]:
     """(units, step in which they go): channels, blocks, or experts of one layer. `BadInput` when the model has none."""
     if kind == "channels":
-        channel_axes(model)
         return channels(model), channel_step(model)
     if kind == "layers":
-        count_fields(model)
         return len(blocks(model)), 1
     expert_modules(model)
     return expert_count(model)[1], 1
+
+
+def check_shrinkable(model: nn.Module, kind: str) -> None:
+    """`BadInput` with the reason when the model's class or configuration cannot lose units of a dimension."""
+    if kind == "channels":
+        channel_axes(model)
+    elif kind == "layers":
+        count_fields(model)
+    else:
+        expert_modules(model)
+        expert_count(model)
 
 
 def shrink(model: nn.Module, kind: str, kept: Tensor) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor
 from workbench.instruments import BadInput, Progress, Result
 from workbench.latency import count_flops
 from workbench.pruning.dimension_scores import check_saliency, keep
-from workbench.pruning.dimensions import extent, left_after, names_of, shrink, stacks
+from workbench.pruning.dimensions import check_shrinkable, extent, left_after, names_of, shrink, stacks
 from workbench.pruning.patterns import Dimension
 from workbench.pruning.pruning_aware import learn_channels
 from workbench.pruning.recovery import Recovery, distilled_loss
@@ -43,6 +43,7 @@ class ShrunkRecovery(Recovery):
 def check_dimension(prune: Prune, on: Any, pattern: Dimension) -> None:
     """Say why a combination with channels, layers or experts makes no sense, before anything is computed."""
     kind, (saliency, compensation, _) = pattern.kind, prune.composition()
+    check_shrinkable(on.model, kind)
     total, step = extent(on.model, kind)
     check_saliency(kind, saliency)
     if compensation != "none":
@@ -55,16 +56,16 @@ def check_dimension(prune: Prune, on: Any, pattern: Dimension) -> None:
         raise BadInput(f"remove: {kind} cannot be masked, only removed; leave remove at true")
     if record_of(on.model):
         raise BadInput(f"pattern: {kind} have to go before heads or neurons: this model has removed some that its configuration cannot express")
-    if prune.sparsity > 0 and target(prune, on, kind) == total:
+    if prune.sparsity > 0 and left_at(on, kind, prune.sparsity) == total:
         raise BadInput(f"sparsity: {prune.sparsity:g} of {total} {kind} in steps of {step} is none; the smallest is about {step / total:.2f}")
     if saliency == "learned" and (prune.recovery not in ("finetune", "low-rank") or prune.schedule != "one-shot"):
         raise BadInput("saliency: learned channels are found by training; give recovery finetune or low-rank, recovery_steps and schedule one-shot")
 
 
-def target(prune: Prune, on: Any, kind: str, sparsity: float | None = None) -> int:
-    """Units that stay at a sparsity (of the whole, as it was at the start)."""
+def left_at(on: Any, kind: str, sparsity: float) -> int:
+    """Units of the model that stay at a sparsity; every list of blocks keeps at least one."""
     total, step = extent(on.model, kind)
-    return left_after(total, prune.sparsity if sparsity is None else sparsity, step, len(stacks(on.model)) if kind == "layers" else 1)
+    return left_after(total, sparsity, step, len(stacks(on.model)) if kind == "layers" else 1)
 
 
 def train(prune: Prune, on: Subject, teacher: Subject | None, done: int, steps: int, progress: Progress) -> tuple[list[dict[str, float]], float]:
@@ -97,7 +98,7 @@ def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Pro
             break
         if between:
             curve += train(prune, on, teacher, len(curve), between, progress)[0]
-        left = left_after(total, sparsity, extent(dense.model, kind)[1], len(stacks(dense.model)) if kind == "layers" else 1)
+        left = left_at(dense, kind, sparsity)
         if saliency == "learned":
             kept, curve = learn_channels(on, left, prune.recovery, prune.recovery_steps, prune.lr, prune.batch_size, prune.rank, prune.seed, progress)
         else:
