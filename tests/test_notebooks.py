@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +87,20 @@ def test_a_failing_cell_keeps_what_was_done_and_names_the_error(tmp_path):
     done = reports.render("compress", SMALL["compress"] | {"group_size": 0}, tmp_path)
     assert done.error is not None and "group_size" in done.error
     assert done.notebook.exists() and done.html.exists()
+
+
+def test_a_killed_report_leaves_nothing_that_stops_the_next(tmp_path):
+    environment = os.environ | {"WORKBENCH_CACHE": str(tmp_path / "cache")}
+    out, given = tmp_path / "out", [f"--{key.replace('_', '-')}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in SMALL["compress"].items()]
+    command = [sys.executable, "-m", "workbench.cli", "report", "compress", "--out", str(out), *given]
+    first = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("cache/results/*")) and time.monotonic() < until:  # some of the work is done, most is not
+        time.sleep(0.05)
+        assert first.poll() is None
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (out / "compress.html").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert (out / "compress.html").stat().st_size > 1e5 and (out / "compress.ipynb").exists()

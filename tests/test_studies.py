@@ -37,6 +37,18 @@ def test_chains_that_begin_alike_compute_the_beginning_once(vit):
         studies.sweep(vit, {"wrong": [(workbench.instruments.find("weight-spectrum")(), prune)]}, jobs=1)
 
 
+def test_chains_go_where_their_beginning_is_computed(vit):
+    first, second, third = [(pruning.Prune(method="magnitude", sparsity=s, **options()),) for s in (0.3, 0.5, 0.7)]
+    longer = (*second, quantization.Quantize(bits=4, group_size=16, predict_examples=4, examples=8))
+    found = studies.families(vit, {"short": [first, second, third], "both": [longer], "none": []})
+    assert found == [[[first], [second, longer], [third]]]
+    assert studies.dealt(found[0], 2) == [[first, second, longer], [third]] and studies.dealt(found[0], 1) == [[first, second, longer, third]]
+    assert studies.families(vit, {"both": [longer], "short": [second]}) == [[[second, longer]]]
+    last: dict = {}
+    pruned = studies.run_chain(vit, second, workbench.instruments.Progress(), last)
+    assert list(last.values()) == [pruned.subject]
+
+
 def test_findings_name_the_ordering_that_failed(vit):
     card = studies.card(vit)
     rows = [{"series": "oBERT", "sparsity": 0.5, "loss": 2.0}, {"series": "Wanda", "sparsity": 0.5, "loss": 1.0},

@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,11 @@ Chain = tuple[Instrument, ...]  # run one after the other, each on the subject t
 
 
 def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progress: Progress | None = None, jobs: int = 0) -> pd.DataFrame:
-    """Run every instrument (or chain of them) on one subject; one row a run: `series` (its key), the last instrument's fields, its facts.
+    """Run every instrument (or chain of them) on one subject; one row a run: `series` (its key), the last instrument's fields, its facts,
+    and `size`, the bytes of the compressed layers (values, scales, and what says where they are).
 
-    A series is dealt out to the workers, and each keeps the statistics it measured for the runs that share them. `jobs` worker
+    A series is dealt out to the workers, and each keeps the statistics it measured for the runs that share them; chains of any series
+    that begin with the same run go to the worker that computes it. `jobs` worker
     processes (0: one per core, never more than the runs that are not cached); rows come in the order given, and a sweep that is
     stopped returns the finished ones.
     """
@@ -36,11 +37,10 @@ def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progres
         for chain in group:
             for instrument in chain:
                 instrument.check(on)
-    missing = {name: [chain for chain in group if not stored(on, chain)] for name, group in chains.items()}
-    missing = {name: group for name, group in missing.items() if group}
-    workers = min(jobs or len(os.sched_getaffinity(0)), sum(map(len, missing.values())))
+    missing = families(on, {name: [chain for chain in group if not stored(on, chain)] for name, group in chains.items()})
+    workers = min(jobs or len(os.sched_getaffinity(0)), sum(map(len, missing)))
     if workers > 1 and on.device.type == "cpu":
-        in_processes(on, [part for group in missing.values() for part in dealt(group, workers)], workers, progress)
+        in_processes(on, [part for group in missing for part in dealt(group, workers)], workers, progress)
     rows = []
     last: dict[str, Subject] = {}
     every = [(name, chain) for name, group in chains.items() for chain in group]
@@ -55,7 +55,7 @@ def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progres
 def run_chain(on: Subject, chain: Chain, progress: Progress, last: dict[str, Subject]) -> Result:
     """Each instrument on the subject the one before it returned; the last result.
 
-    `last` holds the subject the previous chain ended its first part with, so chains that begin alike compute it once.
+    `last` holds the subject that the latest beginning of a chain ended with, so chains that begin alike compute it once.
     """
     for instrument in chain[:-1]:
         key = instrument.key(on)
@@ -66,7 +66,11 @@ def run_chain(on: Subject, chain: Chain, progress: Progress, last: dict[str, Sub
             last.clear()
             last[key] = changed
         on = last[key]
-    return chain[-1].run(on, progress=progress)
+    result = chain[-1].run(on, progress=progress)
+    if len(chain) == 1 and result.subject is not None and not result.partial:
+        last.clear()
+        last[chain[-1].key(on)] = result.subject
+    return result
 
 
 def stored(on: Subject, chain: Chain) -> bool:
@@ -90,14 +94,35 @@ def row(series: str, result: Result) -> dict[str, Any]:
     assert result.provenance is not None
     before = [step["fields"] for step in result.provenance["history"] if "sparsity" in step["fields"]]
     fields = {"sparsity": before[-1]["sparsity"]} if before else {}
+    sizes = [facts[c] for c in ("packed_bytes", "bytes") if c in facts]  # packed, where the format has a packing
+    fields |= {"size": sizes[0]} if sizes else {}
     return {"series": series, "instrument": result.instrument.name(), **facts, **fields, **result.instrument.model_dump(mode="json"),
             "seconds": result.provenance["seconds"]}  # fmt: skip
 
 
-def dealt(group: list[Chain], workers: int) -> list[list[Chain]]:
-    """A series in as many consecutive parts as there are workers: neighbours share statistics and the start of their chains."""
-    bounds = np.linspace(0, len(group), workers + 1).round().astype(int)
-    return [group[low:high] for low, high in pairwise(bounds) if high > low]
+def families(on: Subject, chains: Mapping[str, Sequence[Chain]]) -> list[list[list[Chain]]]:
+    """By series, its chains in families: those that begin with the same run, the short ones first, in the series that has the first of them."""
+    series: list[list[list[Chain]]] = []
+    known: dict[str, list[Chain]] = {}
+    for group in chains.values():
+        begun: list[list[Chain]] = []
+        for chain in group:
+            key = chain[0].key(on)
+            if key not in known:
+                known[key] = []
+                begun.append(known[key])
+            known[key].append(chain)
+        series.append(begun)
+    for family in known.values():
+        family.sort(key=len)
+    return [begun for begun in series if begun]
+
+
+def dealt(group: list[list[Chain]], workers: int) -> list[list[Chain]]:
+    """A series in as many consecutive parts as there are workers, families kept together: neighbours share statistics and beginnings."""
+    ends = np.cumsum([0, *map(len, group)])
+    parts = np.searchsorted(np.linspace(0, ends[-1], workers + 1)[1:-1], (ends[:-1] + ends[1:]) / 2)
+    return [part for k in range(workers) if (part := [chain for family, p in zip(group, parts, strict=True) if p == k for chain in family])]
 
 
 def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress: Progress) -> None:
@@ -170,14 +195,6 @@ def frontier(table: pd.DataFrame, dense: Card, title: str) -> go.Figure:
     line(fig, size[best], table[dense.score][best], "best for its size", index=6, mode="lines")
     points(fig, [dense.bytes / 1e6], [dense.value], "dense", index=5)
     return fig
-
-
-def together(*tables: pd.DataFrame) -> pd.DataFrame:
-    """Sweeps as one table, with `size`: bytes of the compressed layers (values, scales, and what says where they are)."""
-    every = pd.concat(tables, ignore_index=True)
-    sizes = [every[c] for c in ("packed_bytes", "bytes") if c in every]
-    every["size"] = sizes[0] if len(sizes) == 1 else sizes[0].fillna(sizes[1])
-    return every
 
 
 def overview(table: pd.DataFrame) -> pd.DataFrame:
