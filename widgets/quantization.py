@@ -10,6 +10,7 @@ Everything redraws while a slider moves: nothing is run on the model but one for
 from __future__ import annotations
 
 import html
+import os
 from typing import Any
 
 import ipywidgets
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from widgets.jobs import Note, guarded
 from widgets.plot import PlotView
-from workbench.figures import figure, line, rule
+from workbench.figures import color, figure, line, rule
 from workbench.instruments import BadInput, Progress, Result
 from workbench.quantization.allocate import AllocateResult
 from workbench.quantization.look import Look, look, look_figure
-from workbench.quantization.quantize import Quantize, moments_for
+from workbench.quantization.quantize import Quantize, moments_for, short_names
 from workbench.subjects import Subject
 
 FAMILIES = ("integer", "integer with zero point", "minifloat", "nf4", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "ternary", "binary")
@@ -31,6 +32,15 @@ FAMILIES = ("integer", "integer with zero point", "minifloat", "nf4", "mxfp4", "
 def wide() -> dict[str, Any]:
     """Style of a control; each gets its own layout, because the panel hides those that do not matter."""
     return {"style": {"description_width": "8rem"}, "layout": ipywidgets.Layout(width="auto", min_width="0")}
+
+
+def with_twin(bundle: Any, plot: PlotView, facts: str) -> Any:
+    """The live view with what reports and other viewers show: the figure and the numbers."""
+    twin = {"text/html": facts, **plot.static_twin()}
+    if os.environ.get("WORKBENCH_HEADLESS"):
+        return twin
+    data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
+    return {**data, **twin}, metadata
 
 
 class FormatPanel(ipywidgets.VBox):
@@ -54,21 +64,26 @@ class FormatPanel(ipywidgets.VBox):
         self.exponent = ipywidgets.IntSlider(value=2, min=1, max=5, description="exponent bits", **wide())
         self.mantissa = ipywidgets.IntSlider(value=1, min=0, max=5, description="mantissa bits", **wide())
         self.granularity = ipywidgets.Dropdown(options=("group", "channel", "tensor"), description="scale for each", **wide())
-        self.group = ipywidgets.IntSlider(value=6, min=3, max=9, description="group 2^", **wide())
+        self.group = ipywidgets.SelectionSlider(value=64, options=[2**k for k in range(3, 10)], description="group size", **wide())
         self.rotate = ipywidgets.Checkbox(value=False, description="Hadamard rotation of the inputs", indent=False)
         self.note, self.facts, self.plot = Note("ready"), ipywidgets.HTML(), PlotView()
+        self.note.layout.flex = "0 0 auto"  # under the controls, not beside them
         controls = (self.layer, self.family, self.bits, self.exponent, self.mantissa, self.granularity, self.group, self.rotate)
         for control in controls:
             control.observe(guarded(self.note, lambda _: self.draw()), "value")
             control.add_class("wb-field-" + str(control.description).split()[0])
         box = ipywidgets.Box(list(controls))
         box.add_class("wb-controls")
-        title = ipywidgets.HTML(f"<h3>Number formats on {html.escape(on.name)}</h3>")
+        words = "The format's values under the real weights of one layer, and the error of rounding to them."
+        title = ipywidgets.HTML(f"<h3>Number formats on {html.escape(on.name)}</h3><p>{words}</p>")
         title.add_class("wb-title")
         super().__init__([title, box, self.note, self.facts, self.plot])
         self.add_class("wb-panel")
         self.add_class("wb-panel-quantization")
         guarded(self.note, self.draw)()
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return with_twin(super()._repr_mimebundle_(**options), self.plot, self.facts.value)
 
     @property
     def format(self) -> str:
@@ -87,7 +102,7 @@ class FormatPanel(ipywidgets.VBox):
     @property
     def instrument(self) -> Quantize:
         """The settings shown, for every layer of the panel's glob."""
-        shared: dict[str, Any] = {"layers": self.glob, "granularity": "auto" if self.fixed_block else self.granularity.value, "group_size": 2**self.group.value}
+        shared: dict[str, Any] = {"layers": self.glob, "granularity": "auto" if self.fixed_block else self.granularity.value, "group_size": int(self.group.value)}
         if self.format.startswith(("int", "uint")):
             return Quantize(bits=self.bits.value, symmetric=self.format.startswith("int"), **shared)
         return Quantize(format=self.format, transform="hadamard" if self.rotate.value else "none", **shared)
@@ -104,11 +119,11 @@ class FormatPanel(ipywidgets.VBox):
         gram = self._moments[name].gram
         assert gram is not None
         granularity = "auto" if self.fixed_block else str(self.granularity.value)
-        self.found = look(self._weights[name], gram[0], self.format, granularity, 2**self.group.value, self.rotate.value)
+        self.found = look(self._weights[name], gram[0], self.format, granularity, int(self.group.value), self.rotate.value)
         rows = [("bits a weight", f"{self.found.bits:.3f}"), ("error of the weights", f"{self.found.weight_error:.3e}"), ("SQNR", f"{self.found.sqnr:.2f} dB"),
                 ("error of the outputs", f"{self.found.output_error:.3e}"), ("largest / rms", f"{self.found.spread:.1f}"),
                 ("kurtosis", f"{self.found.kurtosis:.1f}")]  # fmt: skip
-        self.facts.value = '<dl class="wb-facts">' + "".join(f"<div><dt>{a}</dt><dd>{b}</dd></div>" for a, b in rows) + "</dl>"
+        self.facts.value = '<div class="wb-facts">' + "".join(f"<span><i>{a}</i> {b}</span>" for a, b in rows) + "</div>"
         self.plot.figure = look_figure(self.found, f"{self.format} on {name}")
         self.note.say("ready")
 
@@ -130,13 +145,20 @@ class AllocationPanel(ipywidgets.VBox):
         self.average = ipywidgets.FloatSlider(value=start, min=low, max=high, step=0.05, description="average bits", **wide())
         self.average.add_class("wb-field-average")
         self.note, self.facts, self.plot, self.front = Note("ready"), ipywidgets.HTML(), PlotView(), PlotView()
+        self.note.layout.flex = "0 0 auto"
+        title = ipywidgets.HTML(f"<h3>Widths of the layers of {html.escape(str((result.provenance or {}).get('on', 'the subject')))}</h3>"
+                                "<p>The best allocation of each average width, by the integer program.</p>")  # fmt: skip
+        title.add_class("wb-title")
         self.average.observe(guarded(self.note, lambda _: self.draw()), "value")
         views = ipywidgets.Box([self.plot, self.front])
         views.add_class("wb-views")
-        super().__init__([self.average, self.note, self.facts, views])
+        super().__init__([title, self.average, self.note, self.facts, views])
         self.add_class("wb-panel")
         self.add_class("wb-panel-allocation")
         guarded(self.note, self.draw)()
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return with_twin(super()._repr_mimebundle_(**options), self.plot, self.facts.value)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -147,7 +169,8 @@ class AllocationPanel(ipywidgets.VBox):
         widths, front = self.widths, self.result.tables["front"]
         point = front.iloc[int(np.searchsorted(self._averages, self.average.value + 1e-9, side="right")) - 1]
         fig = figure("Width of each layer", "layer", "bits", yaxis_rangemode="tozero")
-        fig.add_bar(x=list(widths), y=list(widths.values()), marker_color="#0072B2")
+        fig.add_bar(x=list(widths), y=list(widths.values()), name="bits", marker_color=color(0))
+        short_names(fig, list(widths))
         self.plot.figure = fig
         curve = figure("Predicted cost of the best allocation", "average bits", "predicted loss change (nats)", yaxis_type="log")
         line(curve, self._averages, front["cost"].to_numpy(), "optimum of the integer program")

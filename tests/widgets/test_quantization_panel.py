@@ -28,7 +28,7 @@ def test_every_format_draws_its_grid(panel: FormatPanel, family: str) -> None:
 
 
 def test_numbers_equal_the_instruments(panel: FormatPanel) -> None:
-    panel.bits.value, panel.group.value = 3, 4
+    panel.bits.value, panel.group.value = 3, 16
     result = panel.instrument.with_fields(examples=4, predict_examples=0, test_examples=0).run(panel.on, Progress(), cache=False)
     row = result.table.set_index("layer").loc[panel.layer.value]
     assert panel.found is not None

@@ -47,6 +47,15 @@ def choices(name: str, **fields: tuple[str, ...]) -> type[BaseModel]:
     return create_model(name, **{k: (Literal[v], Field(v[0], description=k)) for k, v in fields.items()})  # type: ignore[call-overload]
 
 
+def short_names(fig: go.Figure, names: Sequence[str]) -> None:
+    """Layers along the x axis in this order, their labels without the parts of the name that all of them begin with."""
+    parts = [name.split(".") for name in names]
+    same = 0
+    while parts and all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
+        same += 1
+    fig.update_xaxes(type="category", categoryorder="array", categoryarray=list(names), tickvals=list(names), ticktext=[".".join(p[same:]) for p in parts])
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What some transforms ask about a layer's inputs besides the second moment: ranges, and sampled rows, by layer."""
@@ -58,21 +67,27 @@ class Inputs:
 class QuantizeResult(Result):
     """Per-layer errors as bars; the quantized model is `.subject`."""
 
-    def figure(self, column: str = "output_error", sort: str = "model order", **view: Any) -> go.Figure:
-        from workbench.figures import figure, line
+    def figure(self, column: str = "output_error", sort: str = "model order", only: str = "", **view: Any) -> go.Figure:
+        """Bars by layer. sort : "model order" or "largest first"; only : layers whose name holds this text."""
+        from workbench.figures import color, figure
 
         table = self.table if sort == "model order" else self.table.sort_values(column, ascending=False)
+        table = table[table["layer"].str.contains(only, case=False, regex=False)]
         if column == "predicted_change":
-            fig = figure("Predicted loss change of each layer alone", "layer", "nats")
+            title, unit = "Predicted loss change of each layer alone", "nats"
         else:
-            fig = figure(f"{column.replace('_', ' ')} of each layer", "layer", "dB" if column == "sqnr" else "share of energy",
-                         yaxis_type="linear" if column in ("sqnr", "bits") else "log")  # fmt: skip
-        line(fig, table["layer"].to_numpy(), table[column].to_numpy(), column.replace("_", " "), mode="markers" if len(table) > 1 else None)
+            title = {"sqnr": "Signal to quantization noise of each layer", "bits": "Bits a weight of each layer"}.get(column, f"{column.replace('_', ' ')} of each layer")
+            unit = {"sqnr": "dB", "bits": "bits"}.get(column, "share of energy")
+        title += "" if len(table) else f": no layer's name holds {only!r}"
+        fig = figure(title, "layer", unit, yaxis_type="log" if column.endswith("error") else "linear")
+        fig.add_bar(x=table["layer"].to_numpy(), y=table[column].to_numpy(), name=column.replace("_", " "), marker_color=color(0))
+        short_names(fig, [str(name) for name in table["layer"]])
         return fig
 
     def view_model(self) -> type[BaseModel] | None:
         columns = tuple(c for c in ("output_error", "weight_error", "sqnr", "bits", "predicted_change") if c in self.table)
-        return choices("QuantizeView", column=columns, sort=("model order", "largest first"))
+        only = (str, Field("", description="layers whose name holds this text"))
+        return create_model("QuantizeView", __base__=choices("QuantizeView", column=columns, sort=("model order", "largest first")), only=only)
 
 
 class Quantize(SubjectInstrument):
