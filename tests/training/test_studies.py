@@ -145,6 +145,17 @@ def test_comparisons(cache: Path) -> None:
         ScheduleStudy(schedules="rexx", **common).run(with_test_split())
 
 
+def test_speedup_against_the_baselines_own_curve(cache: Path) -> None:
+    study = OptimizerComparison(optimizers="adamw,sgd", examples=400, batch_size=10, lr_points=1, seeds=1, workers=1, baseline_budgets=(0.25, 0.5, 2.0))
+    result = study.run(with_test_split())
+    assert sorted(result.table.name) == ["adamw", "sgd"] and {"adamw at 0.25", "adamw at 2"} <= set(result.tables["tuning"].name)
+    by_name = result.table.set_index("name")
+    assert by_name.speedup["adamw"] == pytest.approx(1.0, abs=0.7)  # what its own fitted curve needs for its own loss
+    assert (by_name.speedup["sgd"] > by_name.speedup["adamw"]) == (by_name.test["sgd"] < by_name.test["adamw"])
+    with pytest.raises(BadInput, match="baseline_budgets"):
+        OptimizerComparison(optimizers="sgd,lion", baseline_budgets=(0.25, 0.5, 2.0)).run(with_test_split())
+
+
 def test_statistics_of_comparisons() -> None:
     mean, low, high = interval([1.0, 2.0, 3.0], 0.9)
     assert mean == 2 and high - mean == pytest.approx(2.919986 / math.sqrt(3), rel=1e-5) and mean - low == pytest.approx(high - mean)

@@ -17,6 +17,7 @@ from scipy import stats
 
 from workbench.figures import color, figure, line
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.scaling.hyperparameters import speedup
 from workbench.subjects import Subject
 from workbench.training.objective import Start, TrainingObjective, prepared_folder, swept
 from workbench.training.optimizers import OPTIMIZERS
@@ -148,6 +149,7 @@ class OptimizerComparison(Comparison):
 
     optimizers: str = parameter("adamw,sgd,lamb,lion,muon,soap", f"comma-separated, of {', '.join(OPTIMIZERS)}", min_length=1)
     schedule: ScheduleName = parameter("cosine", "learning-rate schedule of every run")
+    baseline_budgets: tuple[float, ...] = parameter((), "further budgets, as multiples of the examples, at which AdamW is run too, for the speed-up of the others; at least 3")
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -155,22 +157,35 @@ class OptimizerComparison(Comparison):
 
     def check(self, on: Subject) -> None:
         super().check(on)
-        names(self.optimizers, tuple(OPTIMIZERS), "optimizers")
+        chosen = names(self.optimizers, tuple(OPTIMIZERS), "optimizers")
+        if self.baseline_budgets and ("adamw" not in chosen or len({1.0, *self.baseline_budgets}) < 4 or min(self.baseline_budgets) * self.examples < self.batch_size):
+            raise BadInput(f"baseline_budgets: {self.baseline_budgets} with {self.optimizers} is not accepted; AdamW must be among the optimizers, and its curve "
+                           "needs at least three budgets other than 1, each of a step or more")  # fmt: skip
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         chosen = names(self.optimizers, tuple(OPTIMIZERS), "optimizers")
+        labels = [*chosen, *(f"adamw at {budget:g}" for budget in self.baseline_budgets)]
         candidates = [{"optimizer": name, "schedule": self.schedule} for name in chosen]
-        tuning, finals = self.protocol(on, progress, candidates, [OPTIMIZERS[name].lr for name in chosen], chosen)
-        table = leaderboard(finals, [{"name": name} for name in chosen], tuning, self.level)
+        candidates += [{"optimizer": "adamw", "schedule": self.schedule, "examples": round(budget * self.examples)} for budget in self.baseline_budgets]
+        tuning, finals = self.protocol(on, progress, candidates, [OPTIMIZERS[c["optimizer"]].lr for c in candidates], labels)
+        everything = leaderboard(finals, [{"name": name} for name in labels], tuning, self.level)
         facts: dict[str, Any] = {"runs": len(tuning) + len(finals)}
-        curves = curve_table(finals, chosen)
+        curves = curve_table(finals[finals.candidate < len(chosen)] if len(finals) else finals, chosen)
+        table = everything[everything.name.isin(chosen)] if len(everything) else everything
         if len(table):
             table = table.sort_values("test", ignore_index=True)
             facts |= {"best": table.name[0], "best_test": table.test[0], "lr_spread": float(table.lr.max() / table.lr.min()), "rank_flips": rank_flips(curves)}
             if "adamw" in set(table.name):
                 base = float(table.set_index("name").test["adamw"])
                 table["above_adamw"] = table.test - base
-        return self.result(table, facts, tables={"tuning": tuning_table(tuning, chosen), "curves": curves})
+            if self.baseline_budgets:
+                reached = everything.set_index("name").test
+                sizes = np.array([1.0, *self.baseline_budgets]) * self.examples
+                baseline = pd.DataFrame({"tokens": sizes, "loss": reached[["adamw", *labels[len(chosen) :]]].to_numpy(float)})
+                found = speedup(baseline, np.full(len(table), float(self.examples)), table.test.to_numpy(float), self.seed)
+                table["speedup"], table["extrapolated"] = found.speedup.to_numpy(), found.extrapolated.to_numpy()
+                facts["best_speedup"] = float(table.speedup[0])
+        return self.result(table, facts, tables={"tuning": tuning_table(tuning, labels), "curves": curves})
 
 
 class ScheduleStudy(Comparison):
