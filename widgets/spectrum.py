@@ -145,10 +145,12 @@ class SpectrumPanel(Panel):
         super()._finished(result)
 
     def _draw(self) -> None:
-        super()._draw()
-        found = self.overlaid.get(self.other.value)
-        self.layer_note.value = ""
-        if found is not None and self.result is not None:
+        with self.plot.hold_sync():  # one picture, not one without and then one with the other subject
+            super()._draw()
+            found = self.overlaid.get(self.other.value)
+            self.layer_note.value = ""
+            if found is None or self.result is None:
+                return
             self.plot.figure = self._over(found.figure(**self._valid_view(found)))
             if "top_eigenvalue" in found.facts and "top_eigenvalue" in self.result.facts:
                 ratio = found.facts["top_eigenvalue"] / self.result.facts["top_eigenvalue"]
