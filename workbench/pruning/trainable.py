@@ -4,7 +4,8 @@ all        everything but the embeddings
 adapters   low-rank terms, biases, norms (Zimmer et al. 2023) and whatever a change on a weight brought with it
 half       in every block half of the attention matrices, half of the feed-forward matrices and half of the norms, drawn anew for
            every stage (Hui et al. 2024, HFT); everything outside the blocks
-blocks     the blocks that are named, and what stands outside the blocks but the embeddings: the head (Kaplun et al. 2023, SubTuning)
+blocks     the blocks that are named and the head: whatever comes after the last block (Kaplun et al. 2023, SubTuning)
+head       the head alone
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 from workbench.instruments import BadInput
 from workbench.subjects import Change, Subject, all_layers, blocks
 
-TRAINABLE = ("all", "adapters", "half", "blocks")
+TRAINABLE = ("all", "adapters", "half", "blocks", "head")
 
 
 def embedding_parameters(model: nn.Module) -> set[int]:
@@ -33,12 +34,13 @@ def set_trainable(on: Subject, kind: str, chosen: Sequence[int] = (), seed: int 
     inside = {id(p): index for index, (_, block) in enumerate(blocks(on.model)) for p in block.parameters()}
     frozen = frozen_half(on, seed) if kind == "half" else set()
     added = {id(p) for m in on.model.modules() if isinstance(m, Change) for p in m.parameters()}
-    learning = []
+    learning, past = [], False
     for name, parameter in on.model.named_parameters():
+        past = past or inside.get(id(parameter)) == max(inside.values(), default=-1)
         if kind == "adapters":
             learns = id(parameter) in added or name.endswith("bias") or parameter.ndim == 1
-        elif kind == "blocks":
-            learns = inside[id(parameter)] in chosen if id(parameter) in inside else True
+        elif kind in ("blocks", "head"):
+            learns = inside[id(parameter)] in chosen if id(parameter) in inside else past
         else:
             learns = id(parameter) not in frozen
         learns = learns and id(parameter) not in embeddings
