@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from workbench.instruments import Instrument, Progress
 from workbench.subjects import Subject
 
 SEEDS = (0, 1, 2)
-Arm = Sequence[Callable[[int], Instrument] | str]  # instruments to make for a seed, one after the other; a word names a change of data
+Known = dict[str, dict[str, Any]]  # arm -> facts of the arms before, for the same seed
+Arm = Sequence[Callable[[int, Known], Instrument] | str]  # instruments to make, one after the other; a word names a change of data
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -67,54 +69,66 @@ def reference_prose(on: Subject) -> Subject:
 CHANGES: dict[str, Callable[[Subject], Subject]] = {"prose": reference_prose, "lying": lying_digits, "lying-100": lambda on: lying_digits(on, 100)}
 
 
-def run_arm(on: Subject, arm: Arm, seed: int, done: dict[str, Subject], progress: Progress) -> tuple[dict[str, Any], Subject]:
+@dataclass(frozen=True)
+class Claim:
+    """The weighted sum of arms' values is below `margin` in the mean over seeds; {better: 1, worse: -1} says better < worse."""
+
+    says: str
+    weights: dict[str, float]
+    value: str = "loss"
+    margin: float = 0.0
+
+    def judged(self, facts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        sums = sum(w * np.array([f[self.value] for f in facts[label]], float) for label, w in self.weights.items())
+        assert isinstance(sums, np.ndarray)
+        return {"claim": self.says, "weights": self.weights, "value": self.value, "margin": self.margin, "difference": summary(sums.tolist()),
+                "holds": bool(sums.mean() < self.margin), "in_every_seed": bool((sums < self.margin).all())}  # fmt: skip
+
+
+def run_arm(on: Subject, arm: Arm, seed: int, known: Known, done: dict[str, Subject]) -> tuple[dict[str, Any], Subject]:
     """The last run's facts and subject; what arms begin with alike is computed once (`done`)."""
     facts: dict[str, Any] = {}
     path = ""
     for step in arm:
-        instrument = None if isinstance(step, str) else step(seed)
+        instrument = None if isinstance(step, str) else step(seed, known)
         path += f" > {step if instrument is None else instrument!r}"
-        if path in done:
-            on = done[path]
-            continue
         if instrument is None:
             on = CHANGES[str(step)](on)
-        else:
-            result = instrument.run(on, progress, cache=False)
-            facts, found = result.facts, result.subject
-            assert found is not None
-            on = found
-        done[path] = on
-    return facts, on
+            continue
+        if path not in done:
+            result = instrument.run(on, Progress(), cache=False)
+            assert result.subject is not None
+            facts, done[path] = result.facts, result.subject
+            for name, table in (result.tables or {}).items():
+                if name == "masks" and len(table):
+                    facts |= {"moved_first": float(table.moved.iloc[1 : 1 + len(table) // 4].mean()), "moved_last": float(table.moved.iloc[-len(table) // 5 :].mean())}
+        on = done[path].with_model(done[path].model)
+    return facts | {"error": 1 - facts["accuracy"]} if "accuracy" in facts else facts, on
 
 
-def compare_arms(name: str, progress: Progress, *, make: Callable[[int], Subject], arms: dict[str, Arm], claims: Sequence[tuple[str, str]], value: str = "loss",
-                 keep: Sequence[str] = (), seeds: Sequence[int] = SEEDS, extra: Callable[[dict[str, Subject], dict[str, dict[str, Any]]], dict[str, Any]] | None = None,
-                 ) -> dict[str, Any]:  # fmt: skip
-    """Run all arms for every seed. A claim (better, worse) holds when the paired difference of `value` is below zero in the mean; whether it is
-    so for every seed stands beside it. `keep` are further facts to store; `extra` measures something of a seed's subjects and facts."""
+def compare_arms(name: str, progress: Progress, *, make: Callable[[int], Subject], arms: dict[str, Arm], claims: Sequence[Claim], keep: Sequence[str] = (),
+                 seeds: Sequence[int] = SEEDS, extra: Callable[[Subject, dict[str, Subject]], dict[str, dict[str, float]]] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Run all arms for every seed and judge the claims, paired by seed. `keep` are further facts to store; `extra` measures more of each arm
+    from the seed's first subject and the arms' last ones."""
     facts: dict[str, list[dict[str, Any]]] = {label: [] for label in arms}
-    more: list[dict[str, Any]] = []
+    about = ""
     for seed in progress.track(seeds, name):
-        base, done = make(seed), {}  # type: ignore[var-annotated]
-        subjects: dict[str, Subject] = {}
+        base, done, known, subjects = make(seed), {}, {}, {}  # type: ignore[var-annotated]
+        about = base.name
         for label, arm in arms.items():
-            found, subjects[label] = run_arm(base, arm, seed, done, Progress())
-            facts[label].append(found)
-        more.append(extra(subjects, {label: facts[label][-1] for label in arms}) if extra else {})
+            known[label], subjects[label] = run_arm(base, arm, seed, known, done)
+        for label, found in (extra(base, subjects) if extra else {}).items():
+            known[label] |= found
         for label in arms:
-            facts[label][-1] = facts[label][-1] | {k.removeprefix(f"{label}: "): v for k, v in more[-1].items() if k.startswith(f"{label}: ")}
-    stored = dict.fromkeys((value, "loss", "accuracy", "sparsity", "trained_parameters", "side_parameters", "matmul_share", *keep))
-    measured = {label: {k: summary([float(f[k]) for f in found]) for k in stored if all(k in f for f in found)} for label, found in facts.items()}
-    checked = []
-    for better, worse in claims:
-        difference = np.subtract(measured[better][value]["values"], measured[worse][value]["values"])
-        checked.append({"better": better, "worse": worse, "difference": summary(difference.tolist()), "holds": bool(difference.mean() < 0),
-                        "in_every_seed": bool((difference < 0).all())})  # fmt: skip
-    failed = [f"{c['better']} < {c['worse']}" for c in checked if not c["holds"]]
-    means = ", ".join(f"{label} {m[value]['mean']:.3f}" for label, m in measured.items())
-    return {"subject": make(seeds[0]).name, "arms": measured, "claims": checked, "holds": not failed, "seeds": list(seeds),
-            "note": f"test {value.replace('_', ' ')}: {means}" + (f"; failed: {'; '.join(failed)}" if failed else "")}  # fmt: skip
+            facts[label].append(known[label])
+    wanted = dict.fromkeys(("loss", "accuracy", "sparsity", "trained_parameters", "side_parameters", "matmul_share", *keep, *(c.value for c in claims)))
+    measured = {label: {k: summary([float(f[k]) for f in found]) for k in wanted if all(isinstance(f.get(k), (int, float)) for f in found)}
+                for label, found in facts.items()}  # fmt: skip
+    judged = [claim.judged(facts) for claim in claims]
+    failed = [c["claim"] for c in judged if not c["holds"]]
+    means = ", ".join(f"{label} {m['loss']['mean']:.3f}" for label, m in measured.items() if "loss" in m)
+    return {"subject": about, "arms": measured, "claims": judged, "holds": not failed, "seeds": list(seeds),
+            "note": f"test loss: {means}" + (f"; failed: {'; '.join(failed)}" if failed else "")}  # fmt: skip
 
 
 def recovered_accuracy(name: str, progress: Progress, *, targets: dict[str, tuple[dict[str, Any], float, float]], subject: str = "minilm-docstrings",
