@@ -1,191 +1,28 @@
-"""Catalog cards of the quantization methods, each with the measurement that tests its claim here.
-
-Comparisons share everything but the method: subject, layers, bits, granularity, calibration examples, test examples. The
-three seeds draw three calibration sets from the training split (and seed the roundings); intervals are Student's t over the
-seeds' paired differences. Nothing is tuned on the test split; learned roundings get the steps written in the record.
-"""
+"""Catalog cards of the quantization methods; `evidence.py` measures their claims."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-import torch
-from scipy.stats import t as student
+from workbench.instruments import Method
+from workbench.quantization.evidence import (
+    above_majority,
+    against,
+    allocations,
+    compared,
+    learned_rotations,
+    merged,
+    number_formats,
+    rotations,
+    switch_over,
+    trained,
+)
 
-import workbench
-from workbench.instruments import Method, Progress
-from workbench.quantization.allocate import Allocate
-from workbench.quantization.aware import TrainQuantized
-from workbench.quantization.formats import named
-from workbench.quantization.grid import fit
-from workbench.quantization.quantize import Quantize
-from workbench.quantization.rotation import rotate
-from workbench.subjects import Subject
-
-SEEDS = (0, 1, 2)
-CALIBRATION, TEST = 64, 256
 FAMILY = "quantization"
-
-
-@functools.cache
-def opened(name: str) -> Subject:
-    return workbench.subject(name)
-
-
-@functools.cache
-def drawn(name: str, seed: int) -> Subject:
-    """The subject with a calibration split drawn anew from its training split."""
-    on = opened(name)
-    pick = torch.randperm(on.size("train"), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
-    splits = on.splits | {"calibration": {k: v[pick] for k, v in on.split("train").items()}}
-    return Subject(on.name, on.model, on.task, splits, tokenizer=on.tokenizer, data_note=on.data_note, labels=on.labels, origin=on.origin)
-
-
-def loss_of(fields: Mapping[str, Any], subject: str, seed: int) -> float:
-    """Test loss after quantizing with one calibration draw; the result cache shares comparators between cards."""
-    common = {"examples": CALIBRATION, "predict_examples": 0, "test_examples": TEST, "bits": 3, "seed": seed}
-    return float(Quantize(**(common | dict(fields))).run(drawn(subject, seed), Progress()).facts["loss"])
-
-
-@functools.cache
-def dense_loss(subject: str) -> float:
-    return opened(subject).evaluate("test", limit=TEST)["loss"]
-
-
-def interval(differences: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval over seeds."""
-    values = np.array(differences)
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
-
-
-def against(method: Mapping[str, Any], comparator: Mapping[str, Any],
-            subjects: tuple[str, ...] = ("minilm-docstrings", "bytelm")) -> Callable[[str, Progress], dict[str, Any]]:  # fmt: skip
-    """A measurement: test loss of one setting minus another's on the same draws; holds when it is lower on every subject."""
-
-    def measure(name: str, progress: Progress) -> dict[str, Any]:
-        rows, holds, notes = [], True, []
-        for subject in subjects:
-            losses: dict[str, list[float]] = {"method": [], "comparator": []}
-            for seed in progress.track(SEEDS, f"{name} on {subject}"):
-                for key, fields in (("method", method), ("comparator", comparator)):
-                    losses[key].append(loss_of(fields, subject, seed))
-            mean, low, high = interval([a - b for a, b in zip(losses["method"], losses["comparator"], strict=True)])
-            dense = dense_loss(subject)
-            rows.append({"subject": subject, "dense_loss": dense, **losses, "difference": mean, "low": low, "high": high})
-            holds &= mean < 0
-            notes.append(f"{subject} {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats")
-        return {"holds": bool(holds), "note": "; ".join(notes), "rows": rows, "settings": dict(method), "against": dict(comparator),
-                "test_examples": TEST, "calibration_examples": CALIBRATION, "seeds": list(SEEDS)}  # fmt: skip
-
-    return measure
-
-
-def allocations(sensitivity: Literal["curvature", "trace"]) -> Callable[[str, Progress], dict[str, Any]]:
-    """Average of 3 bits from widths 2, 3, 4 and 8: the allocation against uniform, random and reversed at the same size."""
-
-    def measure(name: str, progress: Progress) -> dict[str, Any]:
-        rows = []
-        for subject in ("bytelm", "minilm-docstrings"):
-            for seed in progress.track(SEEDS, f"{name} on {subject}"):
-                instrument = Allocate(budget=3.0, sensitivity=sensitivity, examples=16, predict_examples=8, probes=4, draws=1, test_examples=TEST, seed=seed)
-                facts = instrument.run(drawn(subject, seed), Progress()).facts
-                rows.append({"subject": subject, "seed": seed} | {k: facts[k] for k in ("loss", "uniform_loss", "random_loss", "reversed_loss")})
-        notes, holds = [], True
-        for subject in ("bytelm", "minilm-docstrings"):
-            mine = [r for r in rows if r["subject"] == subject]
-            for rival in ("uniform", "random", "reversed"):
-                mean, low, high = interval([r["loss"] - r[f"{rival}_loss"] for r in mine])
-                holds &= mean < 0
-                notes.append(f"{subject} minus {rival} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-        return {"holds": bool(holds), "note": "; ".join(notes), "rows": rows, "budget": 3.0, "widths": [2, 3, 4, 8]}
-
-    return measure
-
-
-def number_formats(name: str, progress: Progress) -> dict[str, Any]:
-    """Weight noise of 8-bit formats over the bytelm's matrices, one scale a tensor, with the input noise of the heavy-tailed activations."""
-    from workbench.quantization.activations import ActivationQuant
-
-    on = opened("bytelm")
-    inputs: dict[str, torch.Tensor] = {}
-    layers = on.layers()
-    from workbench.quantization.prefix import collecting
-
-    with torch.no_grad(), collecting(on, layers) as (_, seen):
-        on.task.output(on.model, next(on.batches("calibration", 4)))
-    for (key, _), found in seen.items():
-        inputs[key] = torch.cat(found).float()
-    rows: list[dict[str, Any]] = []
-    for layer in progress.track(layers, name):
-        weight, x = layer.weight.detach().float(), inputs[layer.name]
-        for format in ("int8", "e4m3fn", "e5m2", "e3m4"):
-            low, high = x.min(), x.max()
-            rounded = ActivationQuant(low, high, format=format, granularity="tensor").round(x)
-            rows.append({"layer": layer.name, "format": format,
-                         "weight_error": float((fit(weight, named(format), "tensor").round(weight) - weight).square().sum() / weight.square().sum()),
-                         "input_error": float((rounded - x).square().sum() / x.square().sum())})  # fmt: skip
-    means = {f: {k: float(np.mean([r[k] for r in rows if r["format"] == f])) for k in ("weight_error", "input_error")}
-             for f in ("int8", "e4m3fn", "e5m2", "e3m4")}  # fmt: skip
-    outlying = [key for key, x in inputs.items() if x.abs().max() > 60 * x.std()]
-    holds = means["e4m3fn"]["weight_error"] < means["e5m2"]["weight_error"] and means["e4m3fn"]["input_error"] < means["e5m2"]["input_error"]
-    note = ", ".join(f"{f}: weights {m['weight_error']:.2e}, inputs {m['input_error']:.2e}" for f, m in means.items())
-    return {"holds": bool(holds), "note": note + f"; {len(outlying)} layers with inputs beyond 60 standard deviations", "means": means, "rows": rows}
-
-
-def rotations(name: str, progress: Progress) -> dict[str, Any]:
-    """Four-bit weights and activations of the bytelm after folded rotations, against none."""
-    rows = []
-    settings = Quantize(bits=4, granularity="channel", activations="token", activation_bits=4, examples=16, predict_examples=0, test_examples=TEST)
-    on = opened("bytelm")
-    plain = float(settings.run(on, Progress()).facts["loss"])
-    for seed in progress.track(SEEDS, name):
-        for kind in ("hadamard", "orthogonal"):
-            rows.append({"seed": seed, "kind": kind, "loss": float(settings.run(rotate(on, kind, seed), Progress()).facts["loss"]), "plain": plain})
-    mean, low, high = interval([r["loss"] - plain for r in rows if r["kind"] == "hadamard"])
-    return {"holds": mean < 0, "note": f"bytelm W4A4, folded Hadamard minus none {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows}
-
-
-def switch_over(name: str, progress: Progress) -> dict[str, Any]:
-    """Loss of a ternary digits transformer trained from scratch against the share of steps in full precision first."""
-    rows = []
-    for share in progress.track((0.0, 0.2, 0.4, 0.6, 0.8), name):
-        for seed in SEEDS:
-            instrument = TrainQuantized(method="ternary", layers="*",
-         steps=150, batch_size=64, learning_rate=2e-3, from_scratch=True, switch_at=share,
-                                        seed=seed, test_examples=512)  # fmt: skip
-            rows.append({"switch_at": share, "seed": seed, "loss": float(instrument.run(opened("digits-vit"), Progress()).facts["loss"])})
-    means = {share: float(np.mean([r["loss"] for r in rows if r["switch_at"] == share])) for share in (0.0, 0.2, 0.4, 0.6, 0.8)}
-    best = min(means, key=lambda share: means[share])
-    mean, low, high = interval([r["loss"] - z["loss"] for r, z in zip([r for r in rows if r["switch_at"] == best], [r for r in rows if r["switch_at"] == 0.0],
-                                                                       strict=True)]) if best else (0.0, 0.0, 0.0)  # fmt: skip
-    return {"holds": 0 < best < 0.8, "note": f"best switch at {best:g} of the steps; minus switching at once {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats",
-            "means": means, "rows": rows}  # fmt: skip
-
-
-def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]:
-    """Training through the rounding against rounding afterwards, after the same number of further steps in full precision."""
-
-    def measure(name: str, progress: Progress) -> dict[str, Any]:
-        rows = []
-        for seed in progress.track(SEEDS, name):
-            on = opened("bytelm")
-            shared: dict[str, Any] = dict(method=method, bits=bits, steps=40, batch_size=4, learning_rate=3e-4, test_examples=64, seed=seed)
-            aware = float(TrainQuantized(**shared).run(on, Progress()).facts["loss"])
-            late = float(TrainQuantized(**shared, switch_at=0.975).run(on, Progress()).facts["loss"])  # rounding for the last step alone
-            rows.append({"seed": seed, "aware": aware, "late": late})
-        mean, low, high = interval([r["aware"] - r["late"] for r in rows])
-        return {"holds": mean < 0, "note": f"bytelm, aware minus rounded at the end {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows, "steps": 40}
-
-    return measure
-
-
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
 FEW = {"steps": 60}
-COARSE = {"granularity": "channel", "range": "mse"}
+FOUR: dict[str, Any] = {"bits": 4, "granularity": "channel", "activations": "token", "activation_bits": 4}
 
 
 def card(name: str, title: str, source: str, formula: str, needs: str, claim: str, measure: Callable[..., dict[str, Any]],
@@ -255,4 +92,28 @@ CARDS = [
          "lower loss than rounding to ternary after as many steps", trained("ternary", 2), 197),
     card("continual-qat", "When to switch from full precision to ternary", "Nielsen et al. 2025", r"W + \lambda_t (Q(W) - W)", "training",
          "an interior switch point is best", switch_over, 192),
+    card("spinquant", "SpinQuant: rotations learned on the Stiefel manifold", "Liu et al. 2025",
+         r"R' = (I + \tfrac{a}{2}Y)^{-1}(I - \tfrac{a}{2}Y)R,\ Y = \hat G - \hat G^\top", "calibration inputs, gradients",
+         "lower loss than the Hadamard rotation it starts from, 4-bit weights and activations", learned_rotations, 385),
+    card("flatquant", "FlatQuant: learned Kronecker transforms", "Sun et al. 2025", r"Q(X P)\,Q(P^{-1}W^\top),\ P = P_1 \otimes P_2",
+         "calibration inputs, gradients", "lower loss than an online Hadamard rotation, 4-bit weights and activations",
+         against(FOUR | {"transform": "flatquant"} | FEW, FOUR | {"transform": "hadamard"}, ("bytelm",)), 310),
+    card("resq", "ResQ: an eighth of principal coordinates in 8 bits", "Saxena et al. 2025", r"U = [P_l R_l,\ P_h R_h]", "calibration inputs",
+         "lower loss than keeping an eighth of the features wide after a Hadamard rotation, 4-bit weights and activations",
+         against(FOUR | {"transform": "resq", "wide_share": 0.125}, FOUR | {"transform": "hadamard", "wide_share": 0.125}, ("bytelm",)), 357),
+    card("loftq", "LoftQ: alternating rounding and low-rank fit", "Li et al. 2024", r"\min \|W - Q - AB^\top\|_F", "nothing",
+         "lower loss than a zero low-rank term (QLoRA's start) at 2 bits, before any training",
+         against({"bits": 2, "adapter_rank": 8}, {"bits": 2, "adapter_rank": 8, "adapter_steps": 0}, ("bytelm",)), 345),
+    card("nipq", "NIPQ: training with noise in the rounding's place", "Shin et al. 2023", r"\mathrm{clip}(x; -\alpha, \alpha) + \Delta n", "training",
+         "lower loss than LSQ at 3 bits after as many steps", compared({"method": "nipq", "budget": 3.0}, {"method": "lsq", "bits": 3}), 356),
+    card("csq", "CSQ: bit planes that close by themselves", "Xiao et al. 2023",
+         r"\frac{s}{2^n-1}\sum_b (f(m_p^b) - f(m_n^b)) f(m_B^b) 2^b", "training",
+         "lower loss than LSQ at 3 bits after as many steps", compared({"method": "csq", "budget": 3.0, "strength": 0.3}, {"method": "lsq", "bits": 3}), 276),
+    card("fliqs", "FLIQS: a format policy learned while training", "Dotzel et al. 2024", r"-(r - b)\log\pi(f)", "training",
+         "lower loss than LSQ at 3 bits after as many steps, with formats int2, int3, int4 and e2m1",
+         compared({"method": "fliqs", "budget": 3.0, "formats": ["int2", "int3", "int4", "e2m1"]}, {"method": "lsq", "bits": 3}), 369),
+    card("l4q", "L4Q: a low-rank term inside the learned rounding", "Jeon et al. 2024", r"s\,\mathrm{round}((W_0 + AB)/s)", "training",
+         "lower loss than adapters beside a rounded weight, merged and rounded, at 2 bits", merged, 335),
+    card("bibert", "BiBERT's balanced binary weights, with binary inputs", "Qin et al. 2022", r"\alpha\,\mathrm{sign}(W - \bar W)", "training",
+         "accuracy above the commonest class with binary weights and inputs", above_majority, 8),
 ]  # fmt: skip

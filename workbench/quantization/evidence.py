@@ -1,0 +1,258 @@
+"""Measurements that test the claims of the quantization methods' cards.
+
+Comparisons share everything but the method: subject, layers, bits, granularity, calibration examples, test examples. The
+three seeds draw three calibration sets from the training split (and seed the roundings); intervals are Student's t over the
+seeds' paired differences. Nothing is tuned on the test split; learned roundings get the steps written in the record.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+
+import workbench
+from workbench.instruments import Progress
+from workbench.quantization.allocate import Allocate
+from workbench.quantization.aware import TrainQuantized
+from workbench.quantization.formats import named
+from workbench.quantization.grid import fit
+from workbench.quantization.quantize import Quantize
+from workbench.quantization.rotating import Rotate
+from workbench.quantization.rotation import rotate
+from workbench.subjects import Subject
+
+SEEDS = (0, 1, 2)
+CALIBRATION, TEST = 64, 256
+
+
+@functools.cache
+def opened(name: str) -> Subject:
+    return workbench.subject(name)
+
+
+@functools.cache
+def drawn(name: str, seed: int) -> Subject:
+    """The subject with a calibration split drawn anew from its training split."""
+    on = opened(name)
+    pick = torch.randperm(on.size("train"), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
+    splits = on.splits | {"calibration": {k: v[pick] for k, v in on.split("train").items()}}
+    return Subject(on.name, on.model, on.task, splits, tokenizer=on.tokenizer, data_note=on.data_note, labels=on.labels, origin=on.origin)
+
+
+def loss_of(fields: Mapping[str, Any], subject: str, seed: int) -> float:
+    """Test loss after quantizing with one calibration draw; the result cache shares comparators between cards."""
+    common = {"examples": CALIBRATION, "predict_examples": 0, "test_examples": TEST, "bits": 3, "seed": seed}
+    return float(Quantize(**(common | dict(fields))).run(drawn(subject, seed), Progress()).facts["loss"])
+
+
+@functools.cache
+def dense_loss(subject: str) -> float:
+    return opened(subject).evaluate("test", limit=TEST)["loss"]
+
+
+def interval(differences: list[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval over seeds."""
+    values = np.array(differences)
+    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def against(method: Mapping[str, Any], comparator: Mapping[str, Any],
+            subjects: tuple[str, ...] = ("minilm-docstrings", "bytelm")) -> Callable[[str, Progress], dict[str, Any]]:  # fmt: skip
+    """A measurement: test loss of one setting minus another's on the same draws; holds when it is lower on every subject."""
+
+    def measure(name: str, progress: Progress) -> dict[str, Any]:
+        rows, holds, notes = [], True, []
+        for subject in subjects:
+            losses: dict[str, list[float]] = {"method": [], "comparator": []}
+            for seed in progress.track(SEEDS, f"{name} on {subject}"):
+                for key, fields in (("method", method), ("comparator", comparator)):
+                    losses[key].append(loss_of(fields, subject, seed))
+            mean, low, high = interval([a - b for a, b in zip(losses["method"], losses["comparator"], strict=True)])
+            dense = dense_loss(subject)
+            rows.append({"subject": subject, "dense_loss": dense, **losses, "difference": mean, "low": low, "high": high})
+            holds &= mean < 0
+            notes.append(f"{subject} {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats")
+        return {"holds": bool(holds), "note": "; ".join(notes), "rows": rows, "settings": dict(method), "against": dict(comparator),
+                "test_examples": TEST, "calibration_examples": CALIBRATION, "seeds": list(SEEDS)}  # fmt: skip
+
+    return measure
+
+
+def allocations(sensitivity: Literal["curvature", "trace"]) -> Callable[[str, Progress], dict[str, Any]]:
+    """Average of 3 bits from widths 2, 3, 4 and 8: the allocation against uniform, random and reversed at the same size."""
+
+    def measure(name: str, progress: Progress) -> dict[str, Any]:
+        rows = []
+        for subject in ("bytelm", "minilm-docstrings"):
+            for seed in progress.track(SEEDS, f"{name} on {subject}"):
+                instrument = Allocate(budget=3.0, sensitivity=sensitivity, examples=16, predict_examples=8, probes=4, draws=1, test_examples=TEST, seed=seed)
+                facts = instrument.run(drawn(subject, seed), Progress()).facts
+                rows.append({"subject": subject, "seed": seed} | {k: facts[k] for k in ("loss", "uniform_loss", "random_loss", "reversed_loss")})
+        notes, holds = [], True
+        for subject in ("bytelm", "minilm-docstrings"):
+            mine = [r for r in rows if r["subject"] == subject]
+            for rival in ("uniform", "random", "reversed"):
+                mean, low, high = interval([r["loss"] - r[f"{rival}_loss"] for r in mine])
+                holds &= mean < 0
+                notes.append(f"{subject} minus {rival} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+        return {"holds": bool(holds), "note": "; ".join(notes), "rows": rows, "budget": 3.0, "widths": [2, 3, 4, 8]}
+
+    return measure
+
+
+def number_formats(name: str, progress: Progress) -> dict[str, Any]:
+    """Weight noise of 8-bit formats over the bytelm's matrices, one scale a tensor, with the input noise of the heavy-tailed activations."""
+    from workbench.quantization.activations import ActivationQuant
+
+    on = opened("bytelm")
+    inputs: dict[str, torch.Tensor] = {}
+    layers = on.layers()
+    from workbench.quantization.prefix import collecting
+
+    with torch.no_grad(), collecting(on, layers) as (_, seen):
+        on.task.output(on.model, next(on.batches("calibration", 4)))
+    for (key, _), found in seen.items():
+        inputs[key] = torch.cat(found).float()
+    rows: list[dict[str, Any]] = []
+    for layer in progress.track(layers, name):
+        weight, x = layer.weight.detach().float(), inputs[layer.name]
+        for format in ("int8", "e4m3fn", "e5m2", "e3m4"):
+            low, high = x.min(), x.max()
+            rounded = ActivationQuant(low, high, format=format, granularity="tensor").round(x)
+            rows.append({"layer": layer.name, "format": format,
+                         "weight_error": float((fit(weight, named(format), "tensor").round(weight) - weight).square().sum() / weight.square().sum()),
+                         "input_error": float((rounded - x).square().sum() / x.square().sum())})  # fmt: skip
+    means = {f: {k: float(np.mean([r[k] for r in rows if r["format"] == f])) for k in ("weight_error", "input_error")}
+             for f in ("int8", "e4m3fn", "e5m2", "e3m4")}  # fmt: skip
+    outlying = [key for key, x in inputs.items() if x.abs().max() > 60 * x.std()]
+    holds = means["e4m3fn"]["weight_error"] < means["e5m2"]["weight_error"] and means["e4m3fn"]["input_error"] < means["e5m2"]["input_error"]
+    note = ", ".join(f"{f}: weights {m['weight_error']:.2e}, inputs {m['input_error']:.2e}" for f, m in means.items())
+    return {"holds": bool(holds), "note": note + f"; {len(outlying)} layers with inputs beyond 60 standard deviations", "means": means, "rows": rows}
+
+
+def rotations(name: str, progress: Progress) -> dict[str, Any]:
+    """Four-bit weights and activations of the bytelm after folded rotations, against none."""
+    rows = []
+    settings = Quantize(bits=4, granularity="channel", activations="token", activation_bits=4, examples=16, predict_examples=0, test_examples=TEST)
+    on = opened("bytelm")
+    plain = float(settings.run(on, Progress()).facts["loss"])
+    for seed in progress.track(SEEDS, name):
+        for kind in ("hadamard", "orthogonal"):
+            rows.append({"seed": seed, "kind": kind, "loss": float(settings.run(rotate(on, kind, seed), Progress()).facts["loss"]), "plain": plain})
+    mean, low, high = interval([r["loss"] - plain for r in rows if r["kind"] == "hadamard"])
+    return {"holds": mean < 0, "note": f"bytelm W4A4, folded Hadamard minus none {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows}
+
+
+@functools.cache
+def small_bytelm() -> Subject:
+    """A Llama of two layers and 64 features with random weights, on the bytelm's data: trained in seconds."""
+    on = opened("bytelm")
+    config: Any = copy.deepcopy(on.model.config)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 64, 160, 2, 2, 2
+    torch.manual_seed(0)
+    return on.with_model(type(on.model)(config))
+
+
+def switch_over(name: str, progress: Progress) -> dict[str, Any]:
+    """Test loss of a small byte language model with ternary blocks, trained from scratch, against the share of steps in full precision first."""
+    rows: list[dict[str, Any]] = []
+    shares = (0.0, 0.2, 0.4, 0.6, 0.8)
+    settings: dict[str, Any] = dict(method="ternary", steps=120, batch_size=8, learning_rate=3e-3, from_scratch=True, test_examples=64)
+    for share in progress.track(shares, name):
+        for seed in SEEDS:
+            result = TrainQuantized(**settings, switch_at=share, seed=seed).run(small_bytelm(), Progress())
+            losses = result.table["train_loss"].to_numpy()
+            switch = int(result.facts["switch_step"])
+            spike = float(losses[switch : switch + 3].mean() - losses[max(switch - 3, 0) : switch].mean()) if switch else 0.0
+            rows.append({"switch_at": share, "seed": seed, "loss": float(result.facts["loss"]), "spike": spike})
+    means = {share: float(np.mean([r["loss"] for r in rows if r["switch_at"] == share])) for share in shares}
+    best = min(means, key=lambda share: means[share])
+    at = {share: [r["loss"] for r in rows if r["switch_at"] == share] for share in shares}
+    mean, low, high = interval([a - b for a, b in zip(at[best], at[0.0], strict=True)]) if best else (0.0, 0.0, 0.0)
+    note = f"ternary bytelm of 0.1 M parameters, best switch at {best:g} of the steps; minus switching at once {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats"
+    return {"holds": 0 < best < 0.8 and high < 0, "note": note, "means": means, "rows": rows, "settings": settings, "seeds": list(SEEDS)}
+
+
+def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]:
+    """Training through the rounding against rounding afterwards, after the same number of further steps in full precision."""
+
+    def measure(name: str, progress: Progress) -> dict[str, Any]:
+        rows = []
+        for seed in progress.track(SEEDS, name):
+            on = opened("bytelm")
+            shared: dict[str, Any] = dict(method=method, bits=bits, steps=40, batch_size=4, learning_rate=3e-4, test_examples=64, seed=seed)
+            aware = float(TrainQuantized(**shared).run(on, Progress()).facts["loss"])
+            late = float(TrainQuantized(**shared, switch_at=0.975).run(on, Progress()).facts["loss"])  # rounding for the last step alone
+            rows.append({"seed": seed, "aware": aware, "late": late})
+        mean, low, high = interval([r["aware"] - r["late"] for r in rows])
+        return {"holds": mean < 0, "note": f"bytelm, aware minus rounded at the end {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows, "steps": 40}
+
+    return measure
+
+
+def compared(method: Mapping[str, Any], comparator: Mapping[str, Any]) -> Callable[[str, Progress], dict[str, Any]]:
+    """Training of the digits transformer through one rounding minus another, same steps, batches and seeds; lower is better."""
+    shared: dict[str, Any] = dict(steps=150, batch_size=64, learning_rate=1e-3, test_examples=512)
+
+    def measure(name: str, progress: Progress) -> dict[str, Any]:
+        rows = []
+        for seed in progress.track(SEEDS, name):
+            found = [TrainQuantized(**(shared | dict(fields)), seed=seed).run(opened("digits-vit"), Progress()).facts for fields in (method, comparator)]
+            rows.append({"seed": seed} | {f"{side}_{key}": float(facts[key]) for side, facts in zip(("method", "comparator"), found, strict=True)
+                                          for key in ("loss", "accuracy", "average_width")})  # fmt: skip
+        mean, low, high = interval([r["method_loss"] - r["comparator_loss"] for r in rows])
+        width = float(np.mean([r["method_average_width"] for r in rows]))
+        note = f"digits-vit, minus the comparator {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats at {width:.2f} bits on average against {dict(comparator)}"
+        return {"holds": mean < 0, "note": note, "rows": rows, "settings": shared | dict(method), "against": shared | dict(comparator), "seeds": list(SEEDS)}
+
+    return measure
+
+
+def merged(name: str, progress: Progress) -> dict[str, Any]:
+    """L4Q against adapters beside a rounded weight that are merged and rounded again: both end as 2-bit integers and scales."""
+    rows, on = [], opened("digits-vit")
+    rounding: dict[str, Any] = dict(bits=2, granularity="channel", range="mse", predict_examples=0, test_examples=512)
+    training: dict[str, Any] = dict(steps=150, batch_size=64, learning_rate=1e-3, test_examples=512)
+    for seed in progress.track(SEEDS, name):
+        inside = float(TrainQuantized(method="l4q", bits=2, rank=8, seed=seed, **training).run(on, Progress()).facts["loss"])
+        start = Quantize(**rounding, adapter_rank=8, adapter_steps=0, seed=seed).run(on, Progress()).subject
+        tuned = TrainQuantized(method="adapters", seed=seed, **training).run(start, Progress())
+        beside = float(Quantize(**rounding, seed=seed).run(tuned.subject, Progress()).facts["loss"])
+        rows.append({"seed": seed, "l4q": inside, "merged": beside, "before_merging": float(tuned.facts["loss"])})
+    mean, low, high = interval([r["l4q"] - r["merged"] for r in rows])
+    return {"holds": mean < 0, "note": f"digits-vit, 2 bits, minus QLoRA merged and rounded {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows,
+            "settings": training, "seeds": list(SEEDS)}  # fmt: skip
+
+
+def above_majority(name: str, progress: Progress) -> dict[str, Any]:
+    """Accuracy of the digits transformer with binary weights and inputs in its blocks, above always naming the commonest class."""
+    rows, on = [], opened("digits-vit")
+    labels = on.split("test")["labels"]
+    majority = float(labels.bincount().max() / len(labels))
+    settings: dict[str, Any] = dict(method="bibert", steps=300, batch_size=64, learning_rate=2e-3, test_examples=512)
+    for seed in progress.track(SEEDS, name):
+        rows.append({"seed": seed, "accuracy": float(TrainQuantized(**settings, seed=seed).run(on, Progress()).facts["accuracy"])})
+    mean, low, high = interval([r["accuracy"] - majority for r in rows])
+    return {"holds": low > 0, "note": f"digits-vit, accuracy above the commonest class {mean:+.3f} [{low:+.3f}, {high:+.3f}]", "rows": rows,
+            "majority": majority, "settings": settings, "seeds": list(SEEDS)}  # fmt: skip
+
+
+def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
+    """Four-bit weights and activations of the bytelm after a learned rotation, against the Hadamard rotation it started from."""
+    rows, on = [], opened("bytelm")
+    settings = Quantize(bits=4, granularity="channel", activations="token", activation_bits=4, examples=16, predict_examples=0, test_examples=64)
+    learning: dict[str, Any] = dict(kind="learned", steps=20, examples=16, activation_bits=4)
+    for seed in progress.track(SEEDS, name):
+        losses = [float(settings.run(Rotate(**fields, seed=seed).run(on, Progress()).subject, Progress()).facts["loss"])
+                  for fields in (learning, {"kind": "hadamard", "examples": 16})]  # fmt: skip
+        rows.append({"seed": seed, "learned": losses[0], "hadamard": losses[1]})
+    mean, low, high = interval([r["learned"] - r["hadamard"] for r in rows])
+    return {"holds": mean < 0, "note": f"bytelm W4A4, learned minus Hadamard {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows,
+            "settings": learning, "seeds": list(SEEDS)}  # fmt: skip
