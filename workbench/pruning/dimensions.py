@@ -31,11 +31,19 @@ CHOSEN_EXPERTS = ("num_experts_per_tok", "top_k")
 Axes = dict[str, tuple[int, ...]]  # parameter -> its axes that run along the dimension
 
 
+SKELETONS: dict[tuple[type, str], dict[str, tuple[int, ...]]] = {}  # the few shapes that one cut asks for several times
+
+
 def skeleton(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters and saved buffers that the model's class has for a configuration; no memory is taken."""
-    with torch.device("meta"), quiet_transformers():
-        made = type(model)(config)
-    return {name: tuple(value.shape) for name, value in made.state_dict(keep_vars=True).items()}
+    key = (type(model), config.to_json_string(use_diff=False))
+    if key not in SKELETONS:
+        while len(SKELETONS) >= 32:
+            SKELETONS.pop(next(iter(SKELETONS)))
+        with torch.device("meta"), quiet_transformers():
+            made = type(model)(config)
+        SKELETONS[key] = {name: tuple(value.shape) for name, value in made.state_dict(keep_vars=True).items()}
+    return SKELETONS[key]
 
 
 def config_of(model: nn.Module, kind: str) -> Any:
