@@ -56,6 +56,15 @@ def test_the_command_line_runs_them_on_a_checkpoint(checkpoints: dict[str, Path]
     assert "nothing*" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_command_line_runs_all_four_on_every_stock_class(architecture: str, checkpoints: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+    for name, instrument in SMALL.items():
+        options = [part for field, value in instrument.model_dump(exclude_unset=True).items() for part in (f"--{field.replace('_', '-')}", str(value))]
+        assert main(["run", name, "--subject", str(checkpoints[architecture]), "--data", "random", *options, "--out", str(tmp_path / name)]) == 0
+        saved = Result.load(tmp_path / name)
+        assert not saved.partial and len(saved.table) and len(saved.figure().data), name
+
+
 def test_digits_spectrum_meets_the_published_hessian(cache: Path) -> None:
     subject = workbench.subject("digits-softmax")
     result = curvature.Spectrum(split="all", examples=1797, batch_size=1797).run(subject)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.curvature.small import mlp
+from tests.conftest import ARCHITECTURES
+from tests.curvature.small import mlp, stock
+from tests.curvature.test_instruments import SMALL
+from widgets.panels import Panel
 from widgets.spectrum import SpectrumPanel
 from workbench.instruments import Result
 from workbench.subjects import Mask, Subject
@@ -99,3 +103,13 @@ def test_a_preview_refines_the_density(cache: Path) -> None:
     panel.job.start()
     assert panel.job.wait(PATIENCE)
     assert seen and all(partial for partial, _ in seen)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_panels_of_the_four_instruments_on_every_stock_class(architecture: str, cache: Path) -> None:
+    subject = stock(architecture)
+    for instrument in SMALL.values():
+        panel = Panel(instrument, subject)
+        panel.job.start()
+        assert panel.job.wait(PATIENCE) and panel.result is not None and not panel.result.partial, panel.job.note.value
+        assert panel.plot.spec["data"]
