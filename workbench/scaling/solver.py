@@ -55,7 +55,8 @@ def _step(gradient: Array, curvature: Array, metric: Array, damping: Array, thet
     g = np.where(free, g, 0.0)
     h = h * free[:, :, None] * free[:, None, :]
     index = np.arange(p)
-    h[:, index, index] += np.where(free, damping[:, None], 1.0)
+    # the diagonal is one: a hundred roundings of damping keep a flat valley from being singular to the last bit
+    h[:, index, index] += np.where(free, np.maximum(damping, 1e-13)[:, None], 1.0)
     bad = ~(np.isfinite(h).all((1, 2)) & np.isfinite(g).all(1))
     if bad.any():
         h[bad], g[bad] = np.eye(p), 0.0

@@ -82,8 +82,10 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, kind: Literal["run
 
     kind "runs" assumes nothing about the scatter: rows drawn with replacement (Efron, 1979) and the spread of the parameters
     widened by sqrt(rows / (rows - parameters)) for squares; exponential row weights (Rubin, 1981) for a Huber loss, whose
-    fit passes through points and jumps when rows vanish altogether. kind "residuals": predictions plus resampled residuals;
-    keeps a designed grid of runs as it is. Both were measured to cover the truth 86 to 94 % of the time at 90 %.
+    fit passes through points and jumps when rows vanish altogether. Both are widened by the ratio of Student's to the normal
+    quantile (Hesterberg 2015, "What teachers should know about the bootstrap", sec. 4.4), as a spread from few runs needs.
+    kind "residuals": predictions plus resampled residuals; keeps a designed grid of runs as it is.
+    Both were measured to cover the truth 86 to 94 % of the time at 90 %.
     """
     if resamples < 2:
         raise BadInput(f"resamples: {resamples} is not accepted, at least 2 are needed")
@@ -104,8 +106,11 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, kind: Literal["run
     if not good.any():
         raise BadInput("bootstrap: no resample could be refitted; add runs or take a smaller law")
     theta = theta[good]
-    if kind == "runs" and problem.objective.kind == "squares" and n > p:  # residuals are smaller than errors, by the parameters spent
-        theta = np.clip(fit.theta + (theta - fit.theta) * np.sqrt(n / (n - p)), problem.low, problem.high)
+    if kind == "runs" and n > p:
+        wider = stats.t.ppf(0.95, n - p) / stats.norm.ppf(0.95)
+        if problem.objective.kind == "squares":  # residuals are smaller than errors, by the parameters spent
+            wider *= np.sqrt(n / (n - p))
+        theta = np.clip(fit.theta + (theta - fit.theta) * wider, problem.low, problem.high)
     return Bootstrap(fit, theta, int((~good).sum()), kind)
 
 
