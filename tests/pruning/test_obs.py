@@ -113,3 +113,14 @@ def test_brute_force_without_update_is_the_smallest_quadratic():
         delta[list(chosen)] = -w[list(chosen)]
         assert float(delta @ gram @ delta) / 2 >= loss - 1e-12
     assert int(mask.sum()) == 4
+
+
+def test_the_inverse_factor_is_upper_triangular_and_gives_the_inverse():
+    torch.manual_seed(0)
+    for n in (1, 7, 128, 301):
+        x = torch.randn(2 * n + 5, n, dtype=torch.float64)
+        gram = x.T @ x / len(x)
+        upper = obs.inverse_factor(gram, 0.01)
+        assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
+        assert torch.allclose(upper.T @ upper @ obs.damped(gram, 0.01), torch.eye(n, dtype=torch.float64), atol=1e-9)
+        assert torch.allclose(obs.triangular_inverse(upper, 4) @ upper, torch.eye(n, dtype=torch.float64), atol=1e-9)

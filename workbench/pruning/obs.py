@@ -27,15 +27,29 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """U upper triangular with H^-1 = U^T U. Raises `BadInput` naming the damp when H does not factorise."""
-    hessian = damped(gram, damp)
-    lower, failed = torch.linalg.cholesky_ex(hessian)
+    """U upper triangular with H^-1 = U^T U. Raises `BadInput` naming the damp when H does not factorise.
+
+    H = R R^T with R upper triangular is a Cholesky factorisation from the last row to the first, and U is R's inverse: neither H^-1
+    nor a second factorisation is needed.
+    """
+    lower, failed = torch.linalg.cholesky_ex(damped(gram, damp).flip(0, 1))
     if int(failed):
         raise BadInput(f"damp: {damp:g} is too small for the calibration Hessian to factorise; raise it (damp-doctor finds the smallest that works)")
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if int(failed):
-        raise BadInput(f"damp: {damp:g} leaves the Hessian's inverse indefinite in float32; raise it (damp-doctor finds the smallest that works)")
-    return upper
+    return triangular_inverse(lower.flip(0, 1))
+
+
+def triangular_inverse(upper: Tensor, smallest_block: int = 128) -> Tensor:
+    """Inverse of an upper triangular (n, n) by halves, so that nearly all the work is matrix products:
+    [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
+    n = len(upper)
+    if n <= smallest_block:
+        return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True)
+    half = n // 2
+    first, last = triangular_inverse(upper[:half, :half], smallest_block), triangular_inverse(upper[half:, half:], smallest_block)
+    found = torch.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = first, last
+    found[:half, half:] = -first @ (upper[:half, half:] @ last)
+    return found
 
 
 def static_saliency(weight: Tensor, gram: Tensor, damp: float) -> Tensor:
@@ -55,37 +69,39 @@ def sweep(weight: Tensor, gram: Tensor, damp: float, *, mask: Tensor | None = No
     """
     upper = inverse_factor(gram, damp)
     out, width = weight.shape
-    weight = weight.clone()
-    keep = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.clone()
+    columns = weight.mT.contiguous()  # (in, out): a column of the weight is a row here, so that the sweep reads and writes in order
+    keep = torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.mT.clone()
     diagonal = upper.diagonal()
+    squared = diagonal.square()[:, None]
     block = min(block, width)
     if pattern is not None:
         block, inner = block // pattern.of * pattern.of or pattern.of, max(inner // pattern.of, 1) * pattern.of
     for start in range(0, width, block):
         stop = min(start + block, width)
         if mask is None and pattern is None:
-            cost = weight[:, start:stop].square() / diagonal[start:stop].square()
+            cost = columns[start:stop].square() / squared[start:stop]
             if removed is not None:
-                cost.masked_fill_(removed[:, start:stop], -1)
-            keep[:, start:stop] = ~smallest(cost.flatten(), round(sparsity * cost.numel())).reshape(cost.shape)
-        errors = torch.empty(out, stop - start, device=weight.device, dtype=weight.dtype)
+                cost.masked_fill_(removed[:, start:stop].mT, -1)
+            keep[start:stop] = ~smallest(cost.flatten(), round(sparsity * cost.numel())).reshape(cost.shape)
+        errors = torch.empty(stop - start, out, device=weight.device, dtype=weight.dtype)
         for first in range(start, stop, inner):
             last = min(first + inner, stop)
             for j in range(first, last):
                 if mask is None and pattern is not None and j % pattern.of == 0:
                     end = min(j + pattern.of, width)
-                    cost = weight[:, j:end].square() / diagonal[j:end].square()
+                    cost = columns[j:end].square() / squared[j:end]
                     drop = (end - j) * (pattern.of - pattern.keep) // pattern.of
-                    keep[:, j:end] = ~smallest(cost, drop)
-                error = torch.where(keep[:, j], 0, weight[:, j]) / diagonal[j]
-                errors[:, j - start] = error
+                    keep[j:end] = ~smallest(cost.mT, drop).mT
+                error = errors[j - start]
+                torch.div(columns[j], diagonal[j], out=error)
+                error.masked_fill_(keep[j], 0)
                 if j + 1 < last:
-                    weight[:, j + 1 : last].addr_(error, upper[j, j + 1 : last], alpha=-1)
+                    columns[j + 1 : last].addr_(upper[j, j + 1 : last], error, alpha=-1)
             if last < stop:
-                weight[:, last:stop].addmm_(errors[:, first - start : last - start], upper[first:last, last:stop], alpha=-1)
+                columns[last:stop].addmm_(upper[first:last, last:stop].mT, errors[first - start : last - start], alpha=-1)
         if stop < width:
-            weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
-    return weight * keep, keep
+            columns[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
+    return (columns * keep).mT.contiguous(), keep.mT.contiguous()
 
 
 def least_squares(weight: Tensor, gram: Tensor, mask: Tensor, damp: float, iterations: int = 200, tolerance: float = 1e-6) -> Tensor:
