@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +98,24 @@ def test_removing_in_two_steps_is_remembered_in_the_stock_shapes(checkpoints, tm
     assert all(sum(kept[0]) == 2 and len(kept[0]) == 4 for kept in record.values())
     twice.save(tmp_path / "saved")
     assert workbench.subject(tmp_path / "saved").evaluate()["loss"] == pytest.approx(twice.evaluate()["loss"], abs=1e-6)
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_saved_in_the_stock_shapes(tmp_path):
+    config = transformers.LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    subject = workbench.subject(tmp_path / "dense", data="random")
+    kept = {g.name: torch.tensor([[True, False, True, True]]) for g in discover(subject.model, ("heads",))}
+    removal.remove(subject.model, kept)
+    assert removal.record_of(subject.model) and subject.model.config.num_attention_heads == 4
+    batch = next(subject.batches("test", 4))
+    subject.save(tmp_path / "saved")
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    again = workbench.subject(tmp_path / "saved")
+    with torch.no_grad():
+        want = subject.task.output(subject.model, batch)
+        assert torch.allclose(subject.task.output(plain, batch), want, atol=1e-6)
+        assert torch.allclose(again.task.output(again.model, batch), want, atol=1e-6)
+    assert again.parameter_count() == subject.parameter_count()
 
 
 def test_ziplm_errors_are_those_of_the_exact_refit():

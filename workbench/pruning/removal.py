@@ -133,14 +133,31 @@ def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept) 
         return False
     if not own_head_size(model):
         return False
+    said = copy.deepcopy(config)
     if "d_kv" not in known:
-        config.head_dim = groups[0].members[1].index.shape[1]
+        said.head_dim = groups[0].members[1].index.shape[1]
     share = next(iter(kept.values())).shape[1]
     for name in (*HEAD_COUNTS, "num_key_value_heads"):
         if name in known and isinstance(known[name], int):
-            setattr(config, name, known[name] * left // share)
+            setattr(said, name, known[name] * left // share)
     if "num_decoder_heads" in known:
-        config.num_decoder_heads = left
+        said.num_decoder_heads = left
+    if not accepted(said):
+        return False
+    for name, value in said.to_dict().items():
+        if known.get(name) != value:
+            setattr(config, name, value)
+    return True
+
+
+def accepted(config: Any) -> bool:
+    """Whether transformers opens a configuration: Llama's wants heads that divide the hidden size, though its heads have a size of their own."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        type(config).from_dict(config.to_dict())
+    except (ValueError, StrictDataclassError):
+        return False
     return True
 
 
