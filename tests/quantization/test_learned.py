@@ -12,9 +12,10 @@ import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
+from workbench.quantization.blockwise import output_of, windows
 from workbench.quantization.formats import named
 from workbench.quantization.learned import LEARNED, AdaRound
-from workbench.quantization.prefix import paired_moments, target
+from workbench.quantization.prefix import block_calls, paired_moments, target
 from workbench.quantization.rounding import ROUNDINGS, Problem
 
 SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 20}
@@ -99,7 +100,7 @@ def test_the_asymmetric_target_minimises_the_error_to_the_dense_output() -> None
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("fields", [{"rounding": "gptq", "sequential": True}, {"rounding": "signround", "objective": "block"},
-                                    {"rounding": "flexround", "objective": "block", "sequential": True}])  # fmt: skip
+                                    {"rounding": "flexround", "objective": "block", "sequential": True, "window": 2}])  # fmt: skip
 def test_block_by_block_on_every_architecture(checkpoints: dict[str, Path], architecture: str, fields: dict[str, object]) -> None:
     on = workbench.subject(checkpoints[architecture], data="random")
     result = Quantize(**(SMALL | fields | {"bits": 3, "steps": 8})).run(on, Progress(), cache=False)
@@ -108,6 +109,38 @@ def test_block_by_block_on_every_architecture(checkpoints: dict[str, Path], arch
     for layer in result.subject.layers():
         assert torch.isfinite(layer.weight).all()
         assert torch.allclose(layer.changes[-1].change(layer.original.mT if layer.transposed else layer.original), layer.weight, atol=1e-6)
+
+
+def test_windows_cover_every_block() -> None:
+    assert [list(w) for w in windows(4, 2, 1)] == [[0, 1], [1, 2], [2, 3]]
+    assert [list(w) for w in windows(5, 2, 0)] == [[0, 1], [2, 3], [3, 4]] and [list(w) for w in windows(3, 1, 0)] == [[0], [1], [2]]
+    assert [list(w) for w in windows(2, 4, 1)] == [[0, 1]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_in_a_window_are_chained_exactly(checkpoints: dict[str, Path], architecture: str) -> None:
+    on = workbench.subject(checkpoints[architecture], data="random")
+    names = [name for name, _ in on.blocks()][:2]
+    calls = [block_calls(on, name, 8) for name in names]
+    parts = [on.model.get_submodule(name) for name in names]
+    with torch.no_grad():
+        found = output_of(parts, [{}, {}], [c[0] for c in calls])
+    assert torch.allclose(found, calls[1][0].output, atol=1e-5)
+
+
+def test_a_window_lowers_the_error_behind_it_and_low_rank_rounding_has_few_parameters(checkpoints: dict[str, Path]) -> None:
+    on = workbench.subject(checkpoints["bert"], data="random")
+    outputs, shared = {}, SMALL | {"bits": 2, "granularity": "channel", "steps": 120, "objective": "block", "rounding": "flexround"}
+    for name, fields in {"dense": None, "nearest": {"rounding": "nearest", "objective": "layer"}, "one": {}, "two": {"window": 2},
+                         "two, low rank": {"window": 2, "rounding": "lowrank-adaround"}}.items():  # fmt: skip
+        made = on if fields is None else Quantize(**(shared | fields)).run(on, Progress(), cache=False).subject
+        assert made is not None
+        with torch.no_grad():
+            outputs[name] = made.model(**made.task.inputs(next(iter(made.batches("calibration", 8)))), output_hidden_states=True).hidden_states[-1]
+    errors = {k: float((v - outputs["dense"]).square().mean()) for k, v in outputs.items()}
+    assert errors["two"] < errors["one"] < errors["nearest"] and errors["two, low rank"] < errors["nearest"]
+    module = LEARNED["lowrank-adaround"](problem())
+    assert sum(p.numel() for p in module.parameters()) == 5 * (24 + 32)
 
 
 def test_the_first_block_sees_the_dense_inputs(checkpoints: dict[str, Path]) -> None:
@@ -139,7 +172,7 @@ def test_block_objective_lowers_the_block_error(checkpoints: dict[str, Path]) ->
 
 @pytest.mark.parametrize(("fields", "text"), [
     ({"rounding": "adaround", "format": "nf4"}, "adaround"), ({"rounding": "hqq"}, "hqq"), ({"rounding": "flexround", "format": "mxfp4"}, "flexround"),
-    ({"rounding": "gptq", "objective": "block"}, "objective"),
+    ({"rounding": "gptq", "objective": "block"}, "objective"), ({"rounding": "adaround", "window": 2}, "window"),
 ])  # fmt: skip
 def test_combinations_that_mean_nothing_are_refused(checkpoints: dict[str, Path], fields: dict[str, object], text: str) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")

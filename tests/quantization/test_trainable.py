@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,7 +126,7 @@ def test_loftq_never_grows_and_its_term_is_the_best_of_its_rank() -> None:
         rounded, grid, (up, down) = with_term(problem, ROUNDINGS["nearest"], 8, alternations)
         assert torch.allclose(grid.round(rounded), rounded, atol=1e-6)
         residuals.append(float((problem.weight - rounded - up @ down).norm()))
-    assert all(b <= a + 1e-6 for a, b in zip(residuals, residuals[1:], strict=False))
+    assert all(b <= a + 1e-6 for a, b in itertools.pairwise(residuals))
     assert residuals[1] < 0.9 * residuals[0]  # QLoRA's start has no term yet
 
 

@@ -1,4 +1,4 @@
-"""Learned roundings of a whole block against its dense output (Li et al. 2021, BRECQ; the objective of FlexRound and SignRound)."""
+"""Learned roundings of a whole block, or of several in a sliding window, against the dense output (Li et al. 2021, BRECQ; Ding et al. 2025, CBQ)."""
 
 from __future__ import annotations
 
@@ -7,51 +7,54 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from workbench.curvature.weights import plain_weights
 from workbench.instruments import Progress
-from workbench.quantization.grid import Grid
 from workbench.quantization.learned import LearnedRounding, advance, descend
 from workbench.quantization.prefix import Call, first
-from workbench.quantization.rounding import Problem
 from workbench.subjects import Layer
 
-Problems = dict[str, list[Problem]]  # one for a plain matrix, one for each stacked expert
 
+def reconstruct(model: nn.Module, blocks: Sequence[str], layers: Sequence[Layer], modules: dict[str, list[LearnedRounding]], calls: Sequence[Sequence[Call]],
+                targets: Sequence[Tensor], steps: int, generator: torch.Generator, progress: Progress, divergence: bool = False) -> None:  # fmt: skip
+    """Minimise the mean squared error of what consecutive blocks put out together over their calls; moves `modules` (by layer name).
 
-def reconstruct(model: nn.Module, block: str, layers: Sequence[Layer], problems: Problems, kind: type[LearnedRounding], calls: Sequence[Call],
-                targets: Sequence[Tensor], steps: int, generator: torch.Generator, progress: Progress) -> dict[str, list[tuple[Tensor, Grid]]]:  # fmt: skip
-    """Minimise the mean squared error of the block's output over its calls; name -> (values, grid) for each matrix of each layer.
-
-    One random call a step. The state with the least error over all calls, looked at eight times, nearest rounding included, is kept.
+    calls : for every batch, each block's call;  targets : the last block's wanted outputs. One random batch a step.
+    divergence : add KL(softmax(target) || softmax(output)) of the hidden states, as CBQ does (Ding et al. 2025)
+    The state with the least error over all calls, looked at eight times, the one at the start included, is left in the modules.
     """
-    module = model.get_submodule(block)
+    parts = [model.get_submodule(block) for block in blocks]
     with plain_weights(model), torch.enable_grad():
-        modules = {layer.name: [kind(p) for p in problems[layer.name]] for layer in layers}
-        every = [m for group in modules.values() for m in group]
+        every = [m for layer in layers for m in modules[layer.name]]
         optimizers = [descend(m, steps) for m in every]
         size = sum(float(t.square().sum()) for t in targets)
 
-        def weights(hard: bool, done: float) -> dict[str, Tensor]:
-            made = {}
+        def weights(hard: bool, done: float) -> list[dict[str, Tensor]]:
+            made: list[dict[str, Tensor]] = [{} for _ in blocks]
             for layer in layers:
-                parts = [m.hard()[0] if hard else m.problem.masked(m.soft(done)) for m in modules[layer.name]]
-                value = torch.stack(parts) if len(layer.shape) == 3 else parts[0]
+                found = [m.hard()[0] if hard else m.problem.masked(m.soft(done)) for m in modules[layer.name]]
+                value = torch.stack(found) if len(layer.shape) == 3 else found[0]
                 name = f"{layer.name}.{layer.tensor}" if len(layer.shape) == 2 else layer.name
-                made[name[len(block) + 1 :]] = (value.mT if layer.transposed else value).to(layer.original.dtype)
+                index = next(i for i, block in enumerate(blocks) if name.startswith(block + "."))
+                made[index][name[len(blocks[index]) + 1 :]] = (value.mT if layer.transposed else value).to(layer.original.dtype)
             return made
 
         @torch.no_grad()
         def error() -> float:
             values = weights(True, 1.0)
-            pairs = zip(calls, targets, strict=True)
-            return sum(float((first(functional_call(module, values, c.args, c.kwargs)) - t).square().sum()) for c, t in pairs) / size
+            return sum(float((output_of(parts, values, c) - t).square().sum()) for c, t in zip(calls, targets, strict=True)) / size
 
-        least, best = error(), {name: [m.hard() for m in group] for name, group in modules.items()}
-        for step in progress.track(range(steps), f"learning {block}"):
+        def state() -> list[dict[str, Tensor]]:
+            return [{name: value.detach().clone() for name, value in m.state_dict().items()} for m in every]
+
+        least, best = error(), state()
+        for step in progress.track(range(steps), f"learning {' and '.join(blocks)}"):
             pick = int(torch.randint(len(calls), (), generator=generator))
-            output = first(functional_call(module, weights(False, step / steps), calls[pick].args, calls[pick].kwargs))
-            loss = (output - targets[pick]).square().sum() / targets[pick].square().sum()
+            output, target = output_of(parts, weights(False, step / steps), calls[pick]), targets[pick]
+            loss = (output - target).square().sum() / target.square().sum()
+            if divergence:
+                loss = loss + functional.kl_div(output.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="sum") / output[..., 0].numel()
             penalties = [p for m in every if (p := m.penalty(step / steps)) is not None]
             if penalties:
                 # The layer objective counts errors in squared steps, of order 1/12 a weight; this keeps the same balance.
@@ -61,5 +64,25 @@ def reconstruct(model: nn.Module, block: str, layers: Sequence[Layer], problems:
             for m, optimizer in zip(every, optimizers, strict=True):
                 advance(m, optimizer, step, steps)
             if (step + 1) % max(1, steps // 8) == 0 and (found := error()) < least:
-                least, best = found, {name: [m.hard() for m in group] for name, group in modules.items()}
-    return best
+                least, best = found, state()
+        for m, values in zip(every, best, strict=True):
+            m.load_state_dict(values)
+
+
+def output_of(parts: Sequence[nn.Module], weights: Sequence[dict[str, Tensor]], calls: Sequence[Call]) -> Tensor:
+    """What consecutive blocks put out: the first on its call's inputs, each other on what the one before it put out."""
+    hidden: Tensor | None = None
+    for part, values, call in zip(parts, weights, calls, strict=True):
+        args, kwargs = call.args, call.kwargs
+        if hidden is not None:
+            args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+        hidden = first(functional_call(part, values, args, kwargs))
+    assert hidden is not None
+    return hidden
+
+
+def windows(count: int, width: int, overlap: int) -> list[range]:
+    """Runs of `width` consecutive blocks, each sharing `overlap` with the one before, that cover all `count`: (4, 2, 1) -> 01, 12, 23."""
+    width = min(width, count)
+    starts = [*range(0, count - width, max(width - overlap, 1)), count - width]
+    return [range(s, s + width) for s in dict.fromkeys(starts)]

@@ -70,10 +70,17 @@ class AdaRound(LearnedRounding):
         super().__init__(problem)
         self.floor = torch.floor(self.units)
         part = (self.units - self.floor).clamp(0.01, 0.99)
-        self.V = nn.Parameter(torch.logit((part - self.low) / (self.high - self.low)))
+        self.learn(torch.logit((part - self.low) / (self.high - self.low)))
+
+    def learn(self, start: Tensor) -> None:
+        """Make what is learned of the logits that leave the weights as they are."""
+        self.V = nn.Parameter(start)
+
+    def logits(self) -> Tensor:
+        return self.V
 
     def h(self) -> Tensor:
-        return (torch.sigmoid(self.V) * (self.high - self.low) + self.low).clamp(0, 1)
+        return (torch.sigmoid(self.logits()) * (self.high - self.low) + self.low).clamp(0, 1)
 
     def soft(self, progress: float) -> Tensor:
         element = self.base.format.element
@@ -91,6 +98,24 @@ class AdaRound(LearnedRounding):
         element = self.base.format.element
         units = (self.floor + (self.h() >= 0.5)).clamp(element.lowest, element.highest)
         return self.problem.masked((units - self.zero) * self.step), self.base
+
+
+class LowRankAdaRound(AdaRound):
+    """AdaRound whose logits are moved by a product of two thin matrices, V = V_0 + A_1 A_2 (Ding et al. 2025, CBQ's LoRA-rounding; rank 5).
+
+    V_0, held fixed, leaves the weights as they are, as in AdaRound.
+    """
+
+    rank: ClassVar[int] = 5
+
+    def learn(self, start: Tensor) -> None:
+        rows, columns = start.shape
+        self.start = start
+        drawn = torch.randn(rows, self.rank, generator=self.problem.generator).to(start)
+        self.A1, self.A2 = nn.Parameter(drawn), nn.Parameter(torch.zeros(self.rank, columns, device=start.device))
+
+    def logits(self) -> Tensor:
+        return self.start + self.A1 @ self.A2
 
 
 class FlexRound(LearnedRounding):
@@ -258,12 +283,17 @@ def keep_best(best: Tensor, grid: Grid, error: Tensor, values: Tensor, new_grid:
     return torch.where(rows, values, best), replace(grid, scale=scale, zero=zero), torch.where(better, new_error, error)
 
 
-LEARNED: dict[str, type[LearnedRounding]] = {"adaround": AdaRound, "flexround": FlexRound, "signround": SignRound, "adaquant": AdaQuant}
+LEARNED: dict[str, type[LearnedRounding]] = {"adaround": AdaRound, "lowrank-adaround": LowRankAdaRound, "flexround": FlexRound, "signround": SignRound, "adaquant": AdaQuant}
 
 
 @rounding("adaround")
 def adaround(problem: Problem) -> tuple[Tensor, Grid]:
     return learn(problem, AdaRound)
+
+
+@rounding("lowrank-adaround")
+def lowrank_adaround(problem: Problem) -> tuple[Tensor, Grid]:
+    return learn(problem, LowRankAdaRound)
 
 
 @rounding("flexround")

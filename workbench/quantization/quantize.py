@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +26,12 @@ from workbench.quantization.activations import (
     widest,  # fmt: skip
 )
 from workbench.quantization.adapters import Adapter, Term, with_term
-from workbench.quantization.blockwise import reconstruct
+from workbench.quantization.blockwise import reconstruct, windows
 from workbench.quantization.fake_quant import FakeQuant
 from workbench.quantization.flatness import input_rows
 from workbench.quantization.formats import Format, named
 from workbench.quantization.grid import Grid, group_of
-from workbench.quantization.learned import LEARNED
+from workbench.quantization.learned import LEARNED, LearnedRounding
 from workbench.quantization.prefix import block_calls, grouped, paired_moments, target
 from workbench.quantization.rounding import ROUNDINGS, Factors, Problem
 from workbench.quantization.transforms import Transform, in_coordinates
@@ -103,7 +104,7 @@ class Quantize(SubjectInstrument):
     granularity: Literal["auto", "tensor", "channel", "group"] = parameter("auto", "what shares a scale; auto: the format's own block, or groups")
     group_size: int = parameter(64, "weights of a group (in one row)", ge=1, le=4096, scale="log", unit="weights")
     range: Literal["auto", "minmax", "mse", "mean"] = parameter("auto", "how scales are found: largest magnitude, least squared error, mean magnitude")
-    rounding: Literal["nearest", "stochastic", "gptq", "adaround", "flexround", "signround", "adaquant", "hqq"] = parameter(
+    rounding: Literal["nearest", "stochastic", "gptq", "adaround", "lowrank-adaround", "flexround", "signround", "adaquant", "hqq"] = parameter(
         "nearest", "how weights are put on the grid")
     transform: Literal["none", "smooth", "awq", "teq", "hadamard", "resq", "flatquant"] = parameter("none", "equivalent transform in whose coordinates rounding happens (online)")
     alpha: float = parameter(0.5, "SmoothQuant: how far outliers move from activations to weights", ge=0, le=1, step=0.05)
@@ -117,6 +118,8 @@ class Quantize(SubjectInstrument):
     act_order: bool = parameter(False, "GPTQ: round the columns with the largest inputs first")
     steps: int = parameter(300, "iterations of learned roundings", ge=1, le=10000, scale="log")
     objective: Literal["layer", "block"] = parameter("layer", "what learned roundings reconstruct: each layer's output or the block's")
+    window: int = parameter(1, "consecutive blocks learned together (objective block; 2 and more add CBQ's divergence)", ge=1, le=16, unit="blocks")
+    overlap: int = parameter(1, "blocks a window shares with the one before", ge=0, le=15, unit="blocks")
     adapter_rank: int = parameter(0, "rank of a low-rank term kept beside each rounded weight (0: none)", ge=0, le=1024)
     adapter_steps: int = parameter(5, "alternations of rounding and best low-rank fit (LoftQ); 0 starts the term at zero (QLoRA)", ge=0, le=100)
     sequential: bool = parameter(False, "block by block: calibrate on the inputs that the already quantized blocks produce")
@@ -133,8 +136,8 @@ class Quantize(SubjectInstrument):
         format = self.format_for(layers[0].name)
         if format.affine and self.format != "int" and not self.symmetric:
             raise BadInput("symmetric: uint formats always have a zero point; use format int with symmetric false")
-        if self.rounding == "adaround" and not format.uniform:
-            raise BadInput(f"rounding: adaround chooses floor or ceiling of integers, {format.name} has no equal steps; use format int, or another rounding")
+        if self.rounding in ("adaround", "lowrank-adaround") and not format.uniform:
+            raise BadInput(f"rounding: {self.rounding} chooses floor or ceiling of integers, {format.name} has no equal steps; use format int, or another rounding")
         if self.rounding == "hqq" and not format.affine:
             raise BadInput(f"rounding: hqq moves zero points and {format.name} has none; use format int with symmetric false")
         if self.rounding in ("flexround", "signround", "adaquant") and format.scale != "real":
@@ -157,6 +160,8 @@ class Quantize(SubjectInstrument):
             raise BadInput(f"objective: 'block' is for learned roundings ({', '.join(LEARNED)}), not {self.rounding}; use layer")
         if self.adapter_rank and self.objective == "block":
             raise BadInput("adapter_rank: a low-rank term is fitted layer by layer; use objective layer")
+        if self.window > 1 and (self.objective != "block" or self.overlap >= self.window):
+            raise BadInput(f"window: {self.window} blocks with overlap {self.overlap} need objective block and an overlap smaller than the window")
         if self.range == "mean" and format.affine:
             raise BadInput("range: 'mean' needs a format symmetric about zero; use minmax or mse")
         group_of(format, self.granularity, self.group_size, layers[0].shape[-1])
@@ -223,24 +228,47 @@ class Quantize(SubjectInstrument):
             for layer in progress.track(layers, "rounding"):
                 yield layer, *self.round_layer(layer, moments[layer.name], generator, factors, None, seen)
             return
-        for block, mine in grouped(on, layers):
+        groups = grouped(on, layers)
+        if self.objective == "block":
+            for _, stack in itertools.groupby([g for g in groups if g[0]], key=lambda g: g[0].rsplit(".", 1)[0]):  # an encoder's, then a decoder's
+                yield from self._windows(on, dense, list(stack), moments, generator, factors, progress)
+            groups = [g for g in groups if not g[0]]  # what lies outside the blocks is rounded layer by layer
+        for block, mine in groups:
             if progress.stopped:
                 return
             inputs, cross = moments, dict[str, Tensor]()
             if self.sequential:
                 inputs, cross = paired_moments(dense, on, block, mine, self.examples, progress=progress)
-            found: dict[str, list[tuple[Tensor, Grid]]] = {}
-            if self.objective == "block" and block:
-                problems = {layer.name: self.problems(layer, inputs[layer.name], generator, factors, cross.get(layer.name)) for layer in mine}
-                calls = block_calls(on, block, self.examples)
-                targets = [c.output for c in (block_calls(dense, block, self.examples) if self.sequential else calls)]
-                found = reconstruct(on.model, block, mine, problems, LEARNED[self.rounding], calls, targets, self.steps, generator, progress)
             for layer in progress.track(mine, "rounding"):
-                parts = found.get(layer.name)
-                if parts is not None:
-                    yield layer, *stacked(parts), None
-                    continue
                 yield layer, *self.round_layer(layer, inputs[layer.name], generator, factors, cross.get(layer.name), seen)
+
+    def _windows(self, on: Subject, dense: Subject, groups: Sequence[tuple[str, list[Layer]]], moments: dict[str, InputMoments], generator: torch.Generator,
+                 factors: Factors, progress: Progress) -> Iterator[tuple[Layer, Tensor, Grid, Term | None]]:  # fmt: skip
+        """Blocks learned in windows; a block's rounding is final once the window has left it, and those after it go on from where they are."""
+        kind, modules, done = LEARNED[self.rounding], dict[str, list[LearnedRounding]](), 0
+        spans = windows(len(groups), self.window, self.overlap)
+        for span, following in zip(spans, [*spans[1:], range(len(groups), len(groups))], strict=True):
+            if progress.stopped:
+                return
+            inside = [groups[i] for i in span]
+            for block, mine in inside:
+                if mine[0].name in modules:
+                    continue
+                inputs, cross = moments, dict[str, Tensor]()
+                if self.sequential:
+                    inputs, cross = paired_moments(dense, on, block, mine, self.examples, progress=progress)
+                for layer in mine:
+                    problems = self.problems(layer, inputs[layer.name], generator, factors, cross.get(layer.name))
+                    modules[layer.name] = [kind(p) for p in problems]
+            blocks, layers = [block for block, _ in inside], [layer for _, mine in inside for layer in mine]
+            calls = [block_calls(on, block, self.examples) for block in blocks]
+            last = block_calls(dense, blocks[-1], self.examples) if self.sequential else calls[-1]
+            reconstruct(on.model, blocks, layers, modules, list(zip(*calls, strict=True)), [c.output for c in last], self.steps, generator, progress,
+                        divergence=self.window > 1)  # fmt: skip
+            for _, mine in groups[done : following.start]:
+                for layer in mine:
+                    yield layer, *stacked([m.hard() for m in modules.pop(layer.name)]), None
+            done = following.start
 
     def problems(self, layer: Layer, moments: InputMoments, generator: torch.Generator, factors: Factors, cross: Tensor | None = None,
                  seen: Inputs | None = None) -> list[Problem]:  # fmt: skip
