@@ -50,7 +50,7 @@ class FisherSweep(SubjectInstrument):
                     raise BadInput(f"{field}: {word.strip()} is not accepted; give positive {'whole ' if whole else ''}numbers separated by commas")
                 values.append(int(value) if whole else value)
             axes.append(sorted(set(values)))
-        return [(damp, gradients, block) for gradients, block, damp in itertools.product(axes[1], axes[2], axes[0])]
+        return [(float(damp), int(gradients), int(block)) for gradients, block, damp in itertools.product(axes[1], axes[2], axes[0])]
 
     def step(self, damp: float, gradients: int, block: int) -> Any:
         from workbench.pruning.prune import Prune
@@ -73,7 +73,7 @@ class FisherSweep(SubjectInstrument):
         table = pd.DataFrame(rows)
         if not len(table):
             return self.result(table)
-        best = table.loc[table["loss"].idxmin()]
+        best = table.iloc[int(table["loss"].argmin())]
         facts = {f"best_{key}": float(best[key]) if key == "damp" else int(best[key]) for key in KEYS} | {"best_loss": float(best["loss"])}
         return self.result(table, facts | {"worst_loss": float(table["loss"].max()), "dense_loss": on.evaluate(self.test_split)["loss"]})
 

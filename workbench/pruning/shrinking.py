@@ -153,7 +153,8 @@ def renamed(on: Subject, kind: str, kept: Tensor, alive: list[str]) -> list[str]
     """The layers' names after the blocks in front of them have gone; "" for a layer that goes itself."""
     if kind != "layers":
         return alive
-    found, at = {}, 0
+    found: dict[str, str] = {}
+    at = 0
     for path, names in stacks(on.model).items():
         stay = [i for i in range(len(names)) if bool(kept[at + i])]
         at += len(names)

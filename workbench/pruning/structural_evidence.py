@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def verdict(subject: str, arms: dict[str, Any], claims: Sequence[dict[str, Any]]
     return {"subject": subject, "arms": arms, "claims": list(claims), "holds": not failed, "note": note + (f"; failed: {'; '.join(failed)}" if failed else "")}
 
 
-def below(arms: dict[str, Sequence[float]], better: str, worse: str) -> dict[str, Any]:
+def below(arms: Mapping[str, Sequence[float]], better: str, worse: str) -> dict[str, Any]:
     """The claim that one arm's values are smaller than another's on average, paired by seed."""
     difference = np.subtract(arms[better], arms[worse])
     return {"claim": f"{better} < {worse}", "difference": summary(difference.tolist()), "holds": bool(difference.mean() < 0),
@@ -54,7 +54,7 @@ def on_several(name: str, progress: Progress, parts: dict[str, dict[str, Any]]) 
 
 def tuned(on: Subject, fields: dict[str, Any], rates: Sequence[float], progress: Progress) -> dict[str, Any]:
     """Test facts of one pruning with the learning rate that is best on the validation split."""
-    shared = {"predict_examples": 0} | fields
+    shared: dict[str, Any] = {"predict_examples": 0} | fields
     best = min(rates, key=lambda lr: Prune(**shared, lr=lr, test_split="validation").run(on, progress).facts["loss"])
     return Prune(**shared, lr=best).run(on, progress).facts | {"lr": best}
 
@@ -82,7 +82,7 @@ def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 
 
     rates = (5e-4, 2e-3, 8e-3)
     arms: dict[str, list[float]] = {"distilled": [], "fine-tuned": [], "from random weights": [], "activation, no training": [], "random, no training": []}
-    shared = {"method": "minitron", "pattern": "channels", "sparsity": sparsity, "predict_examples": 0}
+    shared: dict[str, Any] = {"method": "minitron", "pattern": "channels", "sparsity": sparsity, "predict_examples": 0}
     for seed in SEEDS:
         on = workbench.subject("digits-vit", seed=seed, progress=progress)
         for label, recovery in (("distilled", "distil"), ("fine-tuned", "finetune")):
@@ -115,11 +115,11 @@ def heapr(name: str, progress: Progress, examples: int = 64) -> dict[str, Any]:
 
     on = workbench.subject("bytemoe", progress=progress)
     arms: dict[str, list[float]] = {}
-    shared = {"predict_examples": 0, "gradients": examples, "calibration_examples": examples}
+    shared: dict[str, Any] = {"predict_examples": 0, "gradients": examples, "calibration_examples": examples}
     for share in (0.25, 0.5):
         for label, fields in (("heapr", {"method": "heapr"}), ("magnitude", {"method": "magnitude", "allocation": "global"}), ("random", {"method": "random"}),
                               ("whole experts by usage", {"method": "premoe", "saliency": "usage", "pattern": "experts"})):  # fmt: skip
-            wanted = {"pattern": "neurons", "sparsity": share} | fields
+            wanted: dict[str, Any] = {"pattern": "neurons", "sparsity": share} | fields
             seeds = SEEDS if label == "random" else (0,)
             found = [Prune(**(shared | wanted | {"seed": seed})).run(on, progress).facts["loss"] for seed in seeds]
             arms[f"{label} {share:.0%}"] = found if label == "random" else found * len(SEEDS)

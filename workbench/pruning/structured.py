@@ -98,8 +98,8 @@ def score(group: Group, saliency: str, calibration: Calibration, pattern: Struct
         return Scored(group, order, torch.cat([errors.new_zeros(1), errors]).cpu())
     if saliency in UNIT_SALIENCIES:
         groups = groups_of(calibration.subject, calibration.layers, pattern)
-        key = ("units", saliency, pattern.kinds, calibration.examples, calibration.gradients)
-        units = calibration.remember(key, lambda: UNIT_SALIENCIES[saliency].score(calibration, groups))[group.name]
+        every = ("units", saliency, pattern.kinds, calibration.examples, calibration.gradients)
+        units = calibration.remember(every, lambda: UNIT_SALIENCIES[saliency].score(calibration, groups))[group.name]
     else:
         members = group.consumers if saliency in CONSUMER_ONLY else group.members
         scores = {m.layer.name: SALIENCIES[saliency].score(m.layer, calibration, pattern).float() for m in members}
