@@ -40,7 +40,7 @@ SMALL: dict[str, Any] = {
     "quantization": {"subject": "digits-vit", "layers": "*layers.0.*", "bits": [3, 4], "formats": ["int", "nf4"], "group_size": 16, "examples": 16,
                      "curvature_examples": 4, "test_examples": 32},
     "sparsity": {"layers": "*layers.0.*", "maps": "magnitude,wanda", "methods": ["magnitude", "wanda"], "sparsities": [0.5, 0.8], "seeds": [0, 1],
-                 "recovery_steps": 2, "calibration_examples": 16, "gradients": 16},
+                 "recovery_steps": 2, "calibration_examples": 16, "gradients": 16, "training_methods": ["static", "dsl"], "training_steps": 12},
     "scaling": {"columns": "params=N,tokens=D,loss=val", "resamples": 20, "against": ["kaplan"]},
     "spectrum": {"layers": "*layers.0.*", "probes": 2, "steps": 4, "examples": 8},
 }  # fmt: skip

@@ -203,7 +203,7 @@ class Course:
             "trained_parameters": self.learning,
             # Multiply-adds of the matrices in training as a share of the dense model's, were every masked product skipped.
             "matmul_share": 1 - mean * self.weights / max(sum(layer.original.numel() for layer in all_layers(self.on.model)), 1) if not self.removed else 1 - mean,
-            "composition": " x ".join(f"{plan.axis(name)}" for name in ("masks", "schedule", "trainable", "terms", "loss", "backward")),
+            "composition": " x ".join(f"{plan.axis(name)}" for name in ("masks", "schedule", "trainable", "terms", "objective", "backward")),
         }
         for kind in ("heads", "neurons"):
             gone = sum(int((~kept).sum()) for name, kept in self.removed.items() if (("att" in name.lower()) == (kind == "heads")))

@@ -1,4 +1,4 @@
-"""The `train-sparse` instrument: masks x schedule x trainable parameters x terms x loss x backward, on one subject."""
+"""The `train-sparse` instrument: masks x schedule x trainable parameters x terms x objective x backward, on one subject."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TrainSparse(SubjectInstrument):
     blocks: str = parameter("", "numbers of the blocks that learn, with trainable blocks, such as 0,2")
     terms: Literal["preset", "none", "low-rank", "side-low-rank", "side-blocks", "side-low-rank+entries"] = parameter(
         "preset", "terms added to a weight: under its mask, or beside it")  # fmt: skip
-    loss: Literal["preset", "task", "distil"] = parameter("preset", "task's loss, alone or with distillation from the subject as it was given")
+    objective: Literal["preset", "task", "distil"] = parameter("preset", "task's loss, alone or with distillation from the subject as it was given")
     backward: Literal["preset", "exact", "double-pruned"] = parameter("preset", "gradient that goes on to earlier layers")
     start: Start = parameter("weights", "start from the subject's weights or from random ones")
     steps: int = parameter(200, "optimizer steps in all", ge=1, le=1_000_000, scale="log")
@@ -118,7 +118,7 @@ class TrainSparse(SubjectInstrument):
             raise BadInput("layers: stacked experts are not accepted here; choose plain matrices by a glob")
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        teacher = on.copy() if self.axis("loss") == "distil" else None
+        teacher = on.copy() if self.axis("objective") == "distil" else None
         if self.start == "random":
             on = reinitialised(on, self.seed)
         was = {name: p.requires_grad for name, p in on.model.named_parameters()}

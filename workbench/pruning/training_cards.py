@@ -100,7 +100,7 @@ CARDS: list[Method] = [
     card("block-movement", "Block pruning for faster transformers", "Lagunas et al. 2021", "M = sigmoid(S) > tau, dL/dS = sum over a block of dL/dW' W, + lambda mean sigmoid(S)",
          "fine-tuning", "hybrid blocks beat magnitude blocks of the same density, and removing what is empty makes the model faster", 195,
          make=digits, extra=measured_gains, keep=("speedup", "removed_heads", "removed_neurons"), arms={
-             "hybrid": ["lying", sparse(method="block-movement", pattern="hybrid 8x8", loss="task", penalty=2.0, **LYING)],
+             "hybrid": ["lying", sparse(method="block-movement", pattern="hybrid 8x8", objective="task", penalty=2.0, **LYING)],
              "magnitude blocks": ["lying", pruned("hybrid", method="magnitude", pattern="block 8x8", **GRADUAL)],
              "unstructured movement": ["lying", pruned("hybrid", method="movement", **GRADUAL)]},
          claims=[better("hybrid < magnitude blocks", "hybrid", "magnitude blocks"),
@@ -110,7 +110,7 @@ CARDS: list[Method] = [
          make=small_language_model, keep=("moved_first", "moved_last"), arms={
              "one-shot": [sparse(method="dense", **BYTES), pruned(method="magnitude", pattern="2:4")],
              "fixed": [sparse(method="dense", **BYTES), sparse(method="static", pattern="2:4", **MORE)],
-             "adaptive": [sparse(method="dense", **BYTES), sparse(method="ast", pattern="2:4", terms="none", loss="task", **MORE)],
+             "adaptive": [sparse(method="dense", **BYTES), sparse(method="ast", pattern="2:4", terms="none", objective="task", **MORE)],
              "with distillation": [sparse(method="dense", **BYTES), sparse(method="ast", pattern="2:4", terms="none", **MORE)],
              "with block sums": [sparse(method="dense", **BYTES), sparse(method="ast", pattern="2:4", **MORE)]},
          claims=[better("fixed < one-shot", "fixed", "one-shot"), better("adaptive < fixed", "adaptive", "fixed"),
