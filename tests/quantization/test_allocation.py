@@ -16,7 +16,7 @@ from workbench.instruments import BadInput, Progress
 from workbench.quantization import Allocate, LayerSensitivity
 from workbench.quantization.allocation import allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.sensitivity import alone, candidates, traces
+from workbench.quantization.sensitivity import alone, candidates, pairs, traces
 from workbench.subjects import Subject
 
 
@@ -86,6 +86,33 @@ def test_alone_equals_one_prediction_for_each_layer(bert: Subject) -> None:
         for row, delta in enumerate(deltas[layer.name]):
             one = predicted_change(bert, {layer.name: delta}, examples=4, batch_size=2)
             assert found[layer.name][row] == pytest.approx((one.first, one.second), rel=1e-3, abs=1e-9)
+
+
+def test_pairs_add_up_to_the_prediction_of_the_whole_change(bert: Subject) -> None:
+    """The diagonal is each layer alone; all pairs of one choice are 1/2 D.H D of that choice."""
+    layers = bert.layers("*.layer.0.*")[:4]
+    quantizers = [Quantize(bits=b, group_size=16, examples=4) for b in (2, 4)]
+    _, deltas = candidates(bert, layers, quantizers, 4, Progress())
+    found = pairs(bert, layers, deltas, examples=4)
+    assert np.allclose(found, found.transpose(2, 3, 0, 1))
+    single = alone(bert, layers, deltas, examples=4)
+    for i, layer in enumerate(layers):
+        assert [found[i, a, i, a] for a in range(2)] == pytest.approx([second for _, second in single[layer.name]], rel=1e-3, abs=1e-9)
+    choice = [0, 1, 1, 0]
+    whole = predicted_change(bert, {layer.name: deltas[layer.name][a] for layer, a in zip(layers, choice, strict=True)}, examples=4)
+    second = sum(b for _, b in whole.by_layer.values())
+    assert sum(found[i, a, j, b] for i, a in enumerate(choice) for j, b in enumerate(choice)) == pytest.approx(second, rel=1e-3)
+
+
+def test_allocation_with_interactions_costs_no_more_than_without(bert: Subject) -> None:
+    result = Allocate(layers="*.layer.0.*", budget=3, widths=[2, 4], group_size=16, examples=4, predict_examples=4, draws=1, test_examples=4,
+                      interactions=True).run(bert, Progress(), cache=False)  # fmt: skip
+    table = result.table.set_index("strategy")
+    assert result.table["strategy"].iloc[0] == "with interactions" and result.facts["predicted_change"] == pytest.approx(table.loc["with interactions", "joint_cost"])
+    assert table.loc["with interactions", "joint_cost"] <= table.loc["integer program", "joint_cost"] + 1e-12
+    assert (table["code_bits"] <= 3 + 1e-9).all() and result.facts["additive_loss"] == table.loc["integer program", "loss"]
+    with pytest.raises(BadInput, match="interactions"):
+        Allocate(interactions=True, sensitivity="trace").run(bert, Progress(), cache=False)
 
 
 def test_measured_alone_equals_measured_change(bert: Subject) -> None:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.quantization.allocation import Allocation, allocate, front
+from workbench.quantization.allocation import Allocation, allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize, choices
-from workbench.quantization.sensitivity import alone, candidates, measured_alone, traces
+from workbench.quantization.sensitivity import alone, candidates, measured_alone, pairs, traces
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Allocate(SubjectInstrument):
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
     sensitivity: Literal["curvature", "trace", "output", "measured"] = parameter(
         "curvature", "a width's cost: 1/2 d.Hd of its rounding error d; mean Hessian trace x |d|^2 (HAWQ-V2); output error; or the measured loss change")
+    interactions: bool = parameter(False, "count what every two layers cost together as well: one Hessian-vector product a layer and width")
     symmetric: bool = parameter(True, "integers symmetric about zero")
     group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
     range: Literal["auto", "minmax", "mse"] = parameter("mse", "how scales are found")
@@ -92,47 +93,62 @@ class Allocate(SubjectInstrument):
             raise BadInput(f"budget: {self.budget:g} bits lies outside the widths {self.widths}; ask for something between them")
         if len(set(self.widths)) != len(self.widths):
             raise BadInput(f"widths: {self.widths} repeats a width")
+        if self.interactions and self.sensitivity != "curvature":
+            raise BadInput(f"interactions: pairs of layers are costed by curvature, not by {self.sensitivity}; set sensitivity curvature")
         for width in self.widths:
             self.quantizer(bits=width).check(on)
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
         widths = sorted(self.widths)
-        cost, errors = self._costs(on, layers, widths, progress)
+        cost, errors, joint = self._costs(on, layers, widths, progress)
         weights = np.array([np.prod(layer.shape) for layer in layers], dtype=float)
         size = weights[:, None] * np.array(widths)[None]
         budget = self.budget * weights.sum() * (1 + 1e-12)
         best = allocate(cost, size, budget)
-        plans = {"integer program": best} | self._rivals(cost, size, budget, widths, weights)
+        plans = {"integer program": best}
+        if joint is not None:  # from the additive optimum, so it costs no more than that
+            plans = {"with interactions": with_interactions(joint, size, budget, best.choice.tolist())} | plans
+        main, rows_of = next(iter(plans)), np.arange(len(layers))
+        plans |= self._rivals(cost, size, budget, widths, weights)
         rows, chosen, subject = [], [], None
         dense = on.memo(("evaluate", "test", self.test_examples), lambda: on.evaluate("test", limit=self.test_examples))
         for name, plan in progress.track(list(plans.items()), "strategies"):
             bits = {layer.name: widths[k] for layer, k in zip(layers, plan.choice, strict=True)}
-            copy = on if name == "integer program" and len(plans) == 1 else on.copy()
+            copy = on if name == main and len(plans) == 1 else on.copy()
             result = self.quantizer(layer_bits=bits)._run(copy, Progress())
-            subject = result.subject if name == "integer program" else subject
-            own = float(cost[np.arange(len(layers)), plan.choice].sum())
+            subject = result.subject if name == main else subject
+            own = float(cost[rows_of, plan.choice].sum())
             code_bits = plan.size / weights.sum()
             facts = result.facts
             rows.append({"strategy": name, "code_bits": code_bits, "average_bits": facts["average_bits"], "cost": own, "loss": facts["loss"],
                          "change": facts["loss"] - dense["loss"]} | {k: v for k, v in facts.items() if k in ("accuracy", "perplexity")})  # fmt: skip
+            if joint is not None:
+                rows[-1]["joint_cost"] = float(joint[rows_of[:, None], plan.choice[:, None], rows_of, plan.choice].sum())
             chosen += [{"strategy": name, "layer": layer, "width": width} for layer, width in bits.items()]
         table = pd.DataFrame(rows)
         frontier = pd.DataFrame([{"average_bits": a.size / weights.sum(), "cost": a.cost, "bound": a.bound}
                                  | {layer.name: widths[k] for layer, k in zip(layers, a.choice, strict=True)} for a in front(cost, size)])  # fmt: skip
         first = table.iloc[0]
         facts = {"dense_loss": dense["loss"]} | {k: float(first[k]) for k in ("loss", "average_bits", "code_bits")}
-        facts |= {"predicted_change": best.cost, "proven_bound": best.bound}
+        facts |= {"predicted_change": plans[main].cost, "proven_bound": best.bound} if joint is None else {"predicted_change": plans[main].cost}
+        if joint is not None:
+            facts["additive_loss"] = float(table["loss"].iloc[1])
         for name in ("uniform", "random", "reversed"):
             part = table[table["strategy"].str.startswith(name)]
             if len(part):
                 facts[f"{name}_loss"] = float(part["loss"].mean())
         return self.result(table, facts, tables={"front": frontier, "widths": pd.DataFrame(chosen), "sensitivity": errors}, subject=subject)
 
-    def _costs(self, on: Subject, layers: Sequence[Layer], widths: list[int], progress: Progress) -> tuple[Costs, pd.DataFrame]:
+    def _costs(self, on: Subject, layers: Sequence[Layer], widths: list[int], progress: Progress) -> tuple[Costs, pd.DataFrame, Costs | None]:
         rows, deltas = candidates(on, layers, [self.quantizer(bits=w) for w in widths], self.examples, progress)
         table = pd.DataFrame([row for layer in layers for row in rows[layer.name]])
-        if self.sensitivity == "trace":
+        joint = None
+        if self.interactions:
+            joint = pairs(on, layers, deltas, examples=self.predict_examples, progress=progress)
+            own = joint[np.arange(len(layers))[:, None], np.arange(len(widths)), np.arange(len(layers))[:, None], np.arange(len(widths))]
+            table["cost"] = own.clip(min=0.0).reshape(-1)
+        elif self.sensitivity == "trace":
             generator = torch.Generator().manual_seed(self.seed)
             found = traces(on, layers, self.probes, self.predict_examples, generator, progress=progress)
             table["trace"] = [found[name][0] for name in table["layer"]]
@@ -148,7 +164,7 @@ class Allocate(SubjectInstrument):
         else:
             predicted = alone(on, layers, deltas, examples=self.predict_examples, progress=progress)
             table["cost"] = [max(second, 0.0) for layer in layers for _, second in predicted[layer.name]]
-        return table["cost"].to_numpy().reshape(len(layers), len(widths)), table
+        return table["cost"].to_numpy().reshape(len(layers), len(widths)), table, joint
 
     def _rivals(self, cost: Costs, size: Costs, budget: float, widths: list[int], weights: NDArray[np.float64]) -> dict[str, Allocation]:
         """Allocations of the same size that do not know, or turn around, which layer is sensitive."""

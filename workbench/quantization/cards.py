@@ -11,6 +11,7 @@ from workbench.quantization.evidence import (
     against,
     allocations,
     compared,
+    interactions,
     learned_rotations,
     merged,
     number_formats,
@@ -22,6 +23,7 @@ from workbench.quantization.evidence import (
 FAMILY = "quantization"
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
 FEW = {"steps": 60}
+BLOCKS: dict[str, Any] = {"bits": 2, "rounding": "lowrank-adaround", "objective": "block", "steps": 200}
 FOUR: dict[str, Any] = {"bits": 4, "granularity": "channel", "activations": "token", "activation_bits": 4}
 
 
@@ -92,6 +94,11 @@ CARDS = [
          "lower loss than rounding to ternary after as many steps", trained("ternary", 2), 197),
     card("continual-qat", "When to switch from full precision to ternary", "Nielsen et al. 2025", r"W + \lambda_t (Q(W) - W)", "training",
          "an interior switch point is best", switch_over, 192),
+    card("interactions", "Inter-layer terms in the allocation", "Schaefer et al. 2023, with exact second-order terms", r"\sum_{ij} \tfrac12 \delta_i^\top H_{ij} \delta_j",
+         "Hessian-vector products", "at an average of 3 bits lower loss than the additive integer program", interactions, 307),
+    card("cbq", "CBQ: blocks learned in a sliding window", "Ding et al. 2025", r"\|h - h_q\|^2 + D_{KL}(\sigma(h)\,\|\,\sigma(h_q))", "calibration inputs, gradients",
+         "lower loss than learning block by block at 2 bits",
+         against(BLOCKS | {"window": 2}, BLOCKS, ("digits-vit",)), 329),
     card("spinquant", "SpinQuant: rotations learned on the Stiefel manifold", "Liu et al. 2025",
          r"R' = (I + \tfrac{a}{2}Y)^{-1}(I - \tfrac{a}{2}Y)R,\ Y = \hat G - \hat G^\top", "calibration inputs, gradients",
          "lower loss than the Hadamard rotation it starts from, 4-bit weights and activations", learned_rotations, 385),

@@ -107,6 +107,18 @@ def allocations(sensitivity: Literal["curvature", "trace"]) -> Callable[[str, Pr
     return measure
 
 
+def interactions(name: str, progress: Progress) -> dict[str, Any]:
+    """Average of 3 bits on the bytelm: the allocation that knows what pairs of layers cost against the additive one of the same size."""
+    rows = []
+    settings: dict[str, Any] = dict(budget=3.0, interactions=True, examples=16, predict_examples=4, draws=0, test_examples=64)
+    for seed in progress.track(SEEDS, name):
+        facts = Allocate(**settings, seed=seed).run(drawn("bytelm", seed), Progress()).facts
+        rows.append({"seed": seed, "joint": facts["loss"], "additive": facts["additive_loss"]})
+    mean, low, high = interval([r["joint"] - r["additive"] for r in rows])
+    return {"holds": mean < 0, "note": f"bytelm at 3 bits on average, minus the additive allocation {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows,
+            "settings": settings, "seeds": list(SEEDS)}  # fmt: skip
+
+
 def number_formats(name: str, progress: Progress) -> dict[str, Any]:
     """Weight noise of 8-bit formats over the bytelm's matrices, one scale a tensor, with the input noise of the heavy-tailed activations."""
     from workbench.quantization.activations import ActivationQuant

@@ -62,6 +62,43 @@ def alone(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequen
     return {name: [(float(a), float(b)) for a, b in found / items] for name, found in sums.items()}
 
 
+def pairs(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequence[Tensor]], split: str = "calibration", examples: int = 16,
+          batch_size: int = 8, progress: Progress | None = None) -> np.ndarray:  # fmt: skip
+    """I (layers, candidates, layers, candidates), symmetric: 1/2 d_i.H d_j of the mean loss for every two layers' candidate changes.
+
+    A choice of one candidate for each layer costs the sum of I over all its pairs, its own terms included: 1/2 D.H D of the whole
+    change D (the exact form of what Schaefer et al. 2023 add to layer-wise Hessians; theirs could not be checked). One Hessian-vector
+    product for each layer and candidate. Every layer needs as many candidates.
+    """
+    progress = progress or Progress()
+    places = [place_of(layer) for layer in layers]
+    changes = [[(d.mT if layer.transposed else d).to(layer.original.dtype) for d in deltas[layer.name]] for layer in layers]
+    count = len(changes[0])
+    total, items, done = np.zeros((len(layers), count, len(layers), count)), 0, 0
+    batches = -(-min(examples, subject.size(split)) // batch_size)
+    with differentiable(subject.model, places) as weights, torch.enable_grad():
+        for batch in subject.batches(split, batch_size, examples):
+            weight = subject.task.items(batch)
+            if weight == 0:
+                continue
+            gradients = torch.autograd.grad(subject.loss(batch), weights, create_graph=True, allow_unused=True)
+            for i, gradient in enumerate(gradients):
+                progress.show("interactions of layers", done := done + 1, batches * len(layers))
+                for a, change in enumerate(changes[i] if gradient is not None else []):
+                    assert gradient is not None
+                    products = torch.autograd.grad((gradient * change).sum(), weights, retain_graph=True, allow_unused=True)
+                    for j, product in enumerate(products):
+                        if product is not None:
+                            total[i, a, j] += weight * np.array([0.5 * float((product * other).sum()) for other in changes[j]])
+            items += weight
+            if progress.stopped:
+                break
+    if items == 0:
+        raise BadInput(f"split: the first {examples} examples of {split!r} hold no target; check the label column")
+    total /= items
+    return (total + total.transpose(2, 3, 0, 1)) / 2
+
+
 def measured_alone(subject: Subject, layer: Layer, deltas: Sequence[Tensor], before: float, split: str, examples: int, batch_size: int = 8) -> list[float]:
     """The loss change each candidate change of one layer makes, on the batches of `alone`."""
     found = []
