@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -111,6 +113,17 @@ def test_gradual_schedules_train_between_and_movement_uses_it():
         result = prune(vit, method=method, sparsity=0.7, schedule="cubic", steps=3, recovery="finetune", recovery_steps=20, lr=1e-3)
         assert result.tables["schedule"].sparsity.tolist() == pytest.approx(sparsities("cubic", 0.7, 3), abs=2e-3)
         assert result.facts["sparsity"] == pytest.approx(0.7, abs=2e-3)
+
+
+def test_the_recovery_is_drawn_while_it_runs():
+    class Watching(Progress):
+        seen: ClassVar[list[int]] = []
+
+        def preview(self, result):
+            Watching.seen.append(len(result.figure().data[0].y))
+
+    result = Prune(**SMALL, method="magnitude", recovery="finetune", recovery_steps=4).run(workbench.subject("digits-vit"), Watching(), cache=False)
+    assert Watching.seen == [1, 2, 3, 4] and len(result.figure(show="recovery").data[0].y) == 4
 
 
 def test_stop_keeps_what_there_is():

@@ -169,7 +169,26 @@ def test_other_architectures(architecture, method, checkpoints):
     ({"saliency": "loud"}, "saliency"),
     ({"masks": "gates", "pattern": "2:4"}, "gates"),
     ({"stages": 400}, "stages"),
+    ({"method": "ast", "pattern": "2:4", "saliency": "obd"}, "adaptive"),
+    ({"saliency": "wanda", "allocation": "global"}, "do not compare"),
 ])  # fmt: skip
 def test_requests_that_make_no_sense_say_why_before_computing(fields, words, vit):
     with pytest.raises(BadInput, match=words):
         TrainSparse(**fields).run(vit, Progress(), cache=False)
+
+
+def test_stop_keeps_what_there_is_and_what_is_drawn_meanwhile(vit):
+    class Watching(Progress):
+        drawn = 0
+
+        def preview(self, result):
+            Watching.drawn += len(result.figure().data)
+            if len(result.table) >= 4:
+                self.stop.set()
+
+    result = TrainSparse(method="ast", pattern="2:4", steps=30).run(vit, Watching(), cache=False)
+    assert result.partial and 4 <= len(result.table) < 30 and Watching.drawn > 0
+    assert result.facts["sparsity"] == 0.5 and type(result.subject.layers()[0].changes[0]) is Mask
+    stopped = Progress()
+    stopped.stop.set()
+    assert TrainSparse(steps=5).run(vit, stopped, cache=False).partial

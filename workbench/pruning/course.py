@@ -40,6 +40,7 @@ class Course:
         self.backward: DoublePruned | None = None
 
     records: list[dict[str, float]]
+    progress: Progress
 
     # ---- masks -----------------------------------------------------------------------------------------------------
     def prepare(self, sparsity: float) -> None:
@@ -103,7 +104,7 @@ class Course:
     # ---- training --------------------------------------------------------------------------------------------------
     def train(self, stage: int, progress: Progress) -> dict[str, Any]:
         """One stage; returns its row of the table of stages, with the history of its steps."""
-        plan = self.plan
+        plan, self.progress = self.plan, progress
         chosen = parse_blocks(plan.blocks, len(self.on.blocks())) if plan.blocks else ()
         learning = set_trainable(self.on, plan.axis("trainable"), chosen, plan.seed + stage)
         self.learning = sum(p.numel() for p in learning)
@@ -113,9 +114,10 @@ class Course:
         run = fit(on, steps=steps, batch_size=plan.batch_size, lr=plan.lr, optimizer=self.optimizer, weight_decay=0.0, loss=self.loss, seed=plan.seed + stage,
                   before_step=before, callbacks=[self.after_step], progress=progress)  # fmt: skip
         history = run.history.assign(stage=stage)
-        history["step"] += self.done - run.step
+        if len(history):
+            history["step"] += self.done - run.step
         row = {"stage": stage, "sparsity": self.sparsity(), "learning": self.learning, "diverged": run.diverged, "history": history.to_dict("list")}
-        return row if run.diverged or plan.stages == 1 else row | self.on.evaluate(plan.test_split)
+        return row if run.diverged or plan.stages == 1 or progress.stopped else row | self.on.evaluate(plan.test_split)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW without decay; trained scores have a rate of their own."""
@@ -162,6 +164,8 @@ class Course:
             beside.let_in(self.layers)
         if self.done % max(plan.steps // RECORDS, 1) == 0 or self.done == plan.steps:
             self.record()
+            if type(self.progress).preview is not Progress.preview:
+                self.progress.preview(plan.result(run.history, {"steps": self.done}, tables={"masks": pd.DataFrame(self.records)}, partial=True))
 
     # ---- records ---------------------------------------------------------------------------------------------------
     def record(self) -> None:

@@ -19,7 +19,7 @@ from workbench.pruning.recovery import Recovery
 from workbench.pruning.report import add_prediction, layer_table, packed_bytes
 from workbench.pruning.saliencies import SALIENCIES
 from workbench.pruning.schedules import sparsities
-from workbench.pruning.shrinking import check_dimension, prune_dimension
+from workbench.pruning.shrinking import TRAINED_BEFORE_LAST, check_dimension, prune_dimension
 from workbench.pruning.speed import measured_speedup
 from workbench.pruning.structured_events import check_structures, prune_units
 from workbench.subjects import Layer, Subject
@@ -29,7 +29,6 @@ Method = Literal["magnitude", "wanda", "sparsegpt", "obert", "obert-greedy", "gr
 SaliencyName = Literal["preset", "random", "magnitude", "wanda", "fluctuation", "gradient", "obd", "taylor2", "movement", "obs", "fisher", "fisher-greedy",
                        "activation", "heapr", "angular", "block-influence", "loss", "deepest", "tcess", "usage", "learned"]  # fmt: skip
 Allocation = Literal["preset", "row", "layer", "global", "erdos-renyi", "latency", "adaptive"]
-TRAINED_BEFORE_LAST = 0.6  # share of the recovery steps spent before the last pruning event of a gradual schedule
 
 
 class Prune(SubjectInstrument):
@@ -125,8 +124,13 @@ class Prune(SubjectInstrument):
     def _recovery(self, on: Subject, layers: Sequence[Layer], teacher: Subject | None, progress: Progress) -> Recovery | None:
         if self.recovery == "none":
             return None
+
+        def draw(run: Recovery) -> None:
+            if type(progress).preview is not Progress.preview:
+                progress.preview(self.result(pd.DataFrame(), {"steps": run.done}, tables={"recovery": pd.DataFrame(run.curve)}, partial=True))
+
         return Recovery(on, layers, self.recovery, self.recovery_steps, self.lr, self.batch_size, seed=self.seed, rank=self.rank, teacher=teacher,
-                        movement=self.composition()[0] == "movement", progress=progress)  # fmt: skip
+                        movement=self.composition()[0] == "movement", progress=progress, watch=draw)  # fmt: skip
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers, pattern = on.layers(self.layers), parse(self.pattern)

@@ -9,7 +9,7 @@ low-rank   masked adapters, biases and norms only: W = M * (W_p + B A), merged a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +53,7 @@ class Recovery:
     temperature: float = 2.0
     movement: bool = False
     progress: Progress = field(default_factory=Progress)
+    watch: Callable[[Recovery], None] | None = None  # called about fifty times a run, for whoever wants to see it
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -96,6 +97,8 @@ class Recovery:
             self.optimizer.step()
             self.done += 1
             self.curve.append({"step": float(self.done), "loss": float(loss.detach())})
+            if self.watch is not None and self.done % max(self.total // 50, 1) == 0:
+                self.watch(self)
         self.on.model.eval()
 
     def _accumulate(self) -> None:

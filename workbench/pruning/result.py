@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class PruneView(BaseModel):
     """What the viewer may choose without pruning again."""
 
-    show: Literal["sparsity", "relative_error", "relative_output_error", "predicted_change", "distances"] = "sparsity"
+    show: Literal["sparsity", "relative_error", "relative_output_error", "predicted_change", "distances", "recovery"] = "sparsity"
 
 
 AXES = {
@@ -29,7 +29,7 @@ AXES = {
 
 
 class PruneResult(Result):
-    """Per-layer bars of sparsity, errors or predicted loss; for pruned layers also the angular distance over every run of blocks."""
+    """Per-layer bars of sparsity, errors or predicted loss; for pruned layers also the angular distance over every run of blocks; the recovery's curve."""
 
     def view_model(self) -> type[BaseModel]:
         return PruneView
@@ -41,12 +41,24 @@ class PruneResult(Result):
         distances = (self.tables or {}).get("distances")
         if show == "distances" and distances is not None:
             return distance_map(distances)
+        recovery = (self.tables or {}).get("recovery")
+        if recovery is not None and (show == "recovery" or self.table.empty):  # nothing else is there while the recovery runs
+            return recovery_curve(recovery)
         if show not in self.table:
             show = "sparsity"
         title = f"{getattr(self.instrument, 'method', 'prune')} at {100 * self.facts['sparsity']:.0f} % sparsity"
         fig = figure(title, x="layer", y=AXES[show])
         fig.add_bar(x=self.table["layer"], y=self.table[show], marker_color=color(0), name=AXES[show])
         return fig
+
+
+def recovery_curve(recovery: pd.DataFrame) -> go.Figure:
+    """Loss of the training batches over the recovery's steps."""
+    from workbench.figures import figure, line
+
+    fig = figure("Recovery", x="step", y="loss of the training batch (nats)")
+    line(fig, recovery.step, recovery.loss, "training batch", mode="lines")
+    return fig
 
 
 def distance_map(distances: pd.DataFrame) -> go.Figure:

@@ -85,6 +85,10 @@ class TrainSparse(SubjectInstrument):
             on.split(split)
         if self.axis("saliency") not in SALIENCIES:
             raise BadInput(f"saliency: {self.saliency!r} is not accepted; it should be preset or one of {', '.join(SALIENCIES)}")
+        if masks == "adaptive" and self.axis("saliency") not in ("magnitude", "wanda"):
+            raise BadInput(f"saliency: {self.saliency} cannot follow the weights at every step; adaptive masks take magnitude or wanda")
+        if self.allocation == "global" and masks in ("static", "regrow") and self.axis("saliency") in ("wanda", "obs", "fluctuation", "random"):
+            raise BadInput(f"allocation: global compares scores across layers and {self.axis('saliency')} scores do not compare; use layer or a loss-like saliency")
         if masks == "gates":
             gating.gate_pattern(self.pattern)
         elif masks not in ("none", "kept", "lifted"):
