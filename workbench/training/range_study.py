@@ -28,13 +28,17 @@ def smoothed(losses: np.ndarray, memory: float) -> np.ndarray:
 
 
 class LearningRateRange(SubjectInstrument):
-    """Learning-rate range test (Smith 2017): a rate that grows exponentially, the loss beside it, the rate where it falls fastest."""
+    """Learning-rate range test (Smith 2017): a rate that grows exponentially, the loss beside it, the rate where it falls fastest.
+
+    A fall of the smoothed loss below the noise of a batch says nothing about rates: take more steps. It diverges where the smoothed
+    loss rises twice the noise above its first value.
+    """
 
     summary_line = "learning-rate range test: loss against a growing rate, the steepest descent and where it diverges"
 
     lr_low: float = parameter(1e-5, "learning rate of the first step", gt=0, le=100, scale="log")
     lr_high: float = parameter(1.0, "learning rate of the last step", gt=0, le=1e4, scale="log")
-    steps: int = parameter(100, "steps between them", ge=10, le=100_000, scale="log")
+    steps: int = parameter(200, "steps between them", ge=10, le=100_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
     optimizer: OptimizerName = parameter("adamw", "optimizer")
     weight_decay: float = parameter(0.0, "weight decay of matrices", ge=0, le=10)
@@ -67,9 +71,11 @@ class LearningRateRange(SubjectInstrument):
             table["smooth"] = finite.smooth
             lowest = int(np.argmin(finite.smooth.to_numpy()))
             slope = np.gradient(finite.smooth.to_numpy(), np.log(finite.lr.to_numpy(float)))
-            beyond = finite[(finite.index > finite.index[lowest]) & (finite.smooth > finite.smooth.iloc[0])]
+            noise = float((finite.loss.astype(float) - finite.smooth).iloc[: max(lowest, len(finite) // 4) + 1].std(ddof=0))
+            beyond = finite[(finite.index > finite.index[lowest]) & (finite.smooth > finite.smooth.iloc[0] + 2 * noise)]
             facts |= {"lr_steepest": float(finite.lr.iloc[int(np.argmin(slope[: lowest + 1]))]), "lr_lowest": float(finite.lr.iloc[lowest]),
-                      "lr_diverges": float(beyond.lr.iloc[0]) if len(beyond) else (float(finite.lr.iloc[-1]) if run.diverged else math.nan)}  # fmt: skip
+                      "lr_diverges": float(beyond.lr.iloc[0]) if len(beyond) else (float(finite.lr.iloc[-1]) if run.diverged else math.nan),
+                      "fall": float(finite.smooth.iloc[0] - finite.smooth.iloc[lowest]), "noise": noise}  # fmt: skip
         return self.result(table, facts)
 
 
