@@ -7,7 +7,7 @@ Importing this package imports neither Triton nor any kernel.
 |---|---|
 | `packing`, `rotary`, `attention`, `unpadded` | packed batches, rotary positions, attention without padding, BERT and Llama run unpadded |
 | `block_sparse`, `semi_structured` | block-sparse and 2:4 weight times dense activations |
-| `low_bit_linear`, `scaled_matmul` | int4, int8, NF4, FP8, MXFP4 weights; int8 x int8 and FP8 x FP8 |
+| `low_bit_linear`, `scaled_matmul`, `int8_flow` | int4, int8, NF4, FP8, MXFP4 weights; int8 x int8 and FP8 x FP8; int8 from operator to operator |
 | `quantize`, `hadamard`, `kronecker`, `random_bits` | quantize-dequantize, rotations fused with it, counter-based random numbers |
 | `optimizer_step` | AdamW, LAMB, Lion with fp32, bf16, int8 and FP8 states |
 | `linear_cross_entropy`, `norm`, `activation`, `saved_activation` | chunked loss; norms and activations that keep 8 or 2 bits |

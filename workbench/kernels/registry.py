@@ -22,6 +22,7 @@ MODULES: tuple[str, ...] = (
     "semi_structured",
     "low_bit_linear",
     "scaled_matmul",
+    "int8_flow",
     "quantize",
     "hadamard",
     "kronecker",
