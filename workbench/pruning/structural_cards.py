@@ -11,7 +11,7 @@ from workbench.pruning import structural_evidence as evidence
 HN = {"pattern": "heads+neurons"}
 HEAL = {"recovery": "low-rank", "recovery_steps": 40, "lr": 2e-3}
 TUNE = {"recovery": "finetune", "recovery_steps": 60, "lr": 1e-3}
-DISTIL = {"recovery": "distil", "recovery_steps": 30, "lr": 1e-3, "batch_size": 4}
+DISTIL = {"recovery": "distil", "recovery_steps": 24, "lr": 1e-3, "batch_size": 4}
 
 
 def depth(sparsity: float, **more: Any) -> dict[str, dict[str, Any]]:
