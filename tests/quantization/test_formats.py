@@ -135,3 +135,16 @@ def test_codebook_of_many_values_uses_the_same_rule() -> None:
     x = torch.randn(5000)
     distance = (x[:, None] - torch.tensor(wide.table)).abs()
     assert torch.allclose((wide.round(x) - x).abs(), distance.min(1).values, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf3", "nf8", "ternary", "binary", "quantile2", "quantile4", "quantile6"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codebooks_round_as_a_search_does(name: str, dtype: torch.dtype) -> None:
+    """Random numbers, every value, every midpoint and its neighbours, far beyond the range, infinities: to the nearest, ties down."""
+    element = named(name).element
+    table = torch.tensor(element.table, dtype=dtype)
+    middles = (table[1:] + table[:-1]) / 2
+    ends = torch.tensor([-1e30, 1e30, -torch.inf, torch.inf], dtype=dtype)
+    x = torch.cat([torch.randn(20000, dtype=dtype), table, middles, torch.nextafter(middles, ends[1]), torch.nextafter(middles, ends[0]), ends])
+    assert torch.equal(element.round(x), table[torch.bucketize(x, middles)])
+    assert element.round(torch.tensor([torch.nan], dtype=dtype)) == table[0]

@@ -197,15 +197,18 @@ class Codebook(Element):
         return self.table[-1]
 
     def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
-        table = torch.tensor(self.table, dtype=x.dtype, device=x.device)
         if generator is None:
-            middles = (table[1:] + table[:-1]) / 2
-            if len(self.table) > 32:
-                return table[torch.bucketize(x, middles)]
-            index = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)  # counting passes beat a search while the values are few
-            for middle in middles.tolist():
-                index.add_((x > middle).view(torch.uint8))
-            return table.index_select(0, index.reshape(-1).int()).reshape(x.shape)
+            found = buckets(self.table, x.dtype, x.device)
+            if found is None:
+                table = torch.tensor(self.table, dtype=x.dtype, device=x.device)
+                return table[torch.bucketize(x, (table[1:] + table[:-1]) / 2)]
+            middle, pair = found
+            flat = x.reshape(-1)
+            per_unit = (len(middle) - 1) / (self.highest - self.lowest)
+            index = flat.clamp(self.lowest, self.highest).sub_(self.lowest).mul_(per_unit).to(torch.int32).clamp_(0, len(middle) - 1)
+            above = flat > middle.index_select(0, index)
+            return pair.index_select(0, index.mul_(2).add_(above)).reshape(x.shape)
+        table = torch.tensor(self.table, dtype=x.dtype, device=x.device)
         inside = x.clamp(self.lowest, self.highest)
         below = torch.bucketize(inside, table[1:-1], right=True)
         low, high = table[below], table[below + 1]
@@ -217,6 +220,27 @@ class Codebook(Element):
 
     def decode(self, codes: Tensor) -> Tensor:
         return torch.tensor(self.table, device=codes.device)[codes.clamp(max=len(self.table) - 1)]
+
+
+@functools.lru_cache
+def buckets(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """A codebook's range cut into so many equal buckets that none holds two of the midpoints between values: (midpoint of each bucket,
+    infinite where there is none; the values below and above it, two a bucket). Midpoints keep clear of the buckets' ends, where rounding
+    could put a number into the neighbour. None when a thousand buckets do not do.
+    """
+    table = torch.tensor(values, dtype=dtype)
+    middles = (table[1:] + table[:-1]) / 2
+    places = (middles.double() - values[0]) / (values[-1] - values[0])
+    for count in range(len(values), 1024):
+        where = places * count
+        inside, share = where.long(), where - where.floor()
+        if len(inside.unique()) == len(inside) and bool(((share > 1e-3) & (share < 1 - 1e-3)).all()):
+            below = torch.bucketize(torch.arange(count + 1), inside)  # midpoints in the buckets before
+            middle = torch.full((count + 1,), torch.inf, dtype=dtype)
+            middle[inside] = middles
+            pair = torch.stack([table[below], table[(below + middle.isfinite()).clamp(max=len(values) - 1)]], 1).reshape(-1)
+            return middle.to(device), pair.to(device)
+    return None
 
 
 @dataclass(frozen=True)
