@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ from tests.conftest import ARCHITECTURES
 from workbench import BadInput
 from workbench.instruments import Progress, Result
 from workbench.pruning import Prune
+from workbench.pruning.calibration import Calibration
 from workbench.pruning.patterns import Structures, obeys, parse
 from workbench.pruning.schedules import cubic, sparsities
 from workbench.subjects import Mask
@@ -124,6 +126,24 @@ def test_the_recovery_is_drawn_while_it_runs():
 
     result = Prune(**SMALL, method="magnitude", recovery="finetune", recovery_steps=4).run(workbench.subject("digits-vit"), Watching(), cache=False)
     assert Watching.seen == [1, 2, 3, 4] and len(result.figure(show="recovery").data[0].y) == 4
+
+
+@pytest.mark.parametrize(("method", "compensation"), [("sparsegpt", "preset"), ("wanda", "bias"), ("obert", "preset")])
+def test_statistics_that_do_not_fit_are_measured_group_by_group_to_the_same_end(method, compensation, monkeypatch):
+    fields = {"method": method, "compensation": compensation, "sparsity": 0.6, "layers": "*layers.0.*,*layers.1.*"}
+    whole = prune(workbench.subject("digits-vit"), **fields)
+    held = []
+    for limit in (4 * 96 * 96, 1):  # one layer of the widest, and less than any
+        monkeypatch.setattr(Calibration, "__init__", partialmethod(Calibration.__init__, memory=limit))
+        again = prune(workbench.subject("digits-vit"), **fields)
+        held += [key for key in again.subject._memory if key[2] == "pruning calibration"]
+        for stores in (v for k, v in again.subject._memory.items() if k[2] == "pruning calibration"):
+            assert sum(k[0] == "moments" for k in stores) <= 1 and sum(k[0] == "gradients" for k in stores) <= 1
+        for a, b in zip(whole.subject.layers(), again.subject.layers(), strict=True):
+            assert torch.allclose(a.weight, b.weight, atol=1e-5)
+        assert again.table.relative_output_error.tolist() == pytest.approx(whole.table.relative_output_error.tolist(), rel=1e-3)
+        monkeypatch.undo()
+    assert held
 
 
 def test_stop_keeps_what_there_is():

@@ -15,15 +15,16 @@ from workbench.statistics import InputMoments, StackedGradients, example_gradien
 from workbench.statistics.factors import bytes_per_example
 from workbench.subjects import Layer, Subject
 
-FACTOR_BYTES = 2 << 30  # gradients of as many layers as fit are collected in one pass and kept
+BYTES = 2 << 30  # statistics of as many neighbouring layers as fit are collected in one pass and kept
 
 
 @dataclass
 class Calibration:
     """Statistics of a subject's weights, as they are when this is made, on its calibration split.
 
-    They are kept with the subject (`Subject.memo`), so a sweep over sparsities measures them once. Everything asked for must
-    be asked before the weights are changed.
+    They are kept with the subject (`Subject.memo`), so a sweep over sparsities measures them once. When they take more than `memory`
+    bytes they are measured a group of neighbouring layers at a time, each when it is asked for, and only one group is held. Everything
+    asked for must be asked before the weights are changed.
     """
 
     subject: Subject
@@ -35,6 +36,7 @@ class Calibration:
     block: int = 50
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
+    memory: int = BYTES
 
     def __post_init__(self) -> None:
         self.store: dict[Any, Any] = self.subject.memo(("pruning calibration", self.split, self.names), dict)
@@ -56,14 +58,27 @@ class Calibration:
     def names(self) -> tuple[str, ...]:
         return tuple(layer.name for layer in self.layers)
 
-    @property
-    def moments(self) -> dict[str, InputMoments]:
-        """Input second moments of every layer."""
-        return self.remember(("moments", self.examples), lambda: second_moments(self.subject, self.layers, self.split, self.examples, progress=self.progress))
+    def moments(self, layer: Layer) -> InputMoments:
+        """Input second moments of one layer; its neighbours come with it."""
+        groups = self.groups(lambda a: 4 * a.shape[-1] ** 2 * (a.shape[0] if len(a.shape) == 3 else 1))
+
+        def measure(group: Sequence[Layer]) -> dict[str, InputMoments]:
+            return second_moments(self.subject, group, self.split, self.examples, progress=self.progress)
+
+        return self.grouped("moments", self.examples, groups, layer, measure)[layer.name]
+
+    def grouped(self, what: str, examples: int, groups: list[list[Layer]], layer: Layer, measure: Callable[[list[Layer]], Any]) -> Any:
+        """What is measured for the group that a layer is in; when there are several groups, the others' is let go."""
+        group = next(g for g in groups if layer.name in [other.name for other in g])
+        key = (what, examples, group[0].name)
+        if len(groups) > 1 and key not in self.store:  # too much to keep it all
+            for other in [k for k in self.store if k[0] == what]:
+                del self.store[other]
+        return self.remember(key, lambda: measure(group))
 
     def gram(self, layer: Layer) -> Tensor:
         """(experts, in, in) mean of x x^T over the tokens; the mean over all experts' tokens for an expert that saw fewer than 2."""
-        moments = self.moments[layer.name]
+        moments = self.moments(layer)
         assert moments.gram is not None
         tokens = moments.tokens.reshape(-1, 1, 1)
         pooled = moments.gram.sum(0) / tokens.sum().clamp_min(1)
@@ -71,25 +86,25 @@ class Calibration:
 
     def norm(self, layer: Layer) -> Tensor:
         """(experts, in) root mean square of each input feature."""
-        moments = self.moments[layer.name]
+        moments = self.moments(layer)
         return (moments.square / moments.tokens.reshape(-1, 1).clamp_min(1)).sqrt()
 
     def mean(self, layer: Layer) -> Tensor:
         """(experts, in) mean input."""
-        moments = self.moments[layer.name]
+        moments = self.moments(layer)
         return moments.total / moments.tokens.reshape(-1, 1).clamp_min(1)
 
     def variance(self, layer: Layer) -> Tensor:
         """(experts, in) variance of each input feature over the tokens."""
         return (self.norm(layer).square() - self.mean(layer).square()).clamp_min(0)
 
-    def groups(self) -> list[list[Layer]]:
-        """Layers whose gradient factors are collected in one pass over the data."""
+    def groups(self, bytes_of: Callable[[Layer], int]) -> list[list[Layer]]:
+        """Neighbouring layers that are measured in one pass over the data; plain matrices and stacks of experts apart."""
         made: list[list[Layer]] = []
         size = 0
         for layer in self.layers:
-            mine = self.gradients * bytes_per_example(self.subject, [layer], self.split, torch.bfloat16)
-            if not made or size + mine > FACTOR_BYTES or (len(layer.shape) == 3) != (len(made[-1][0].shape) == 3):
+            mine = bytes_of(layer)
+            if not made or size + mine > self.memory or (len(layer.shape) == 3) != (len(made[-1][0].shape) == 3):
                 made.append([])
                 size = 0
             made[-1].append(layer)
@@ -106,13 +121,8 @@ class Calibration:
 
     def factors(self, layer: Layer) -> fisher.Gradients:
         """The gradients of one layer; neighbours that fit in memory come with it."""
-        groups = self.groups()
-        group = next(g for g in groups if layer.name in [other.name for other in g])
-        key = ("gradients", self.gradients, group[0].name)
-        if len(groups) > 1 and key not in self.store:  # too much to keep it all
-            for other in [k for k in self.store if k[0] == "gradients"]:
-                del self.store[other]
-        return self.remember(key, lambda: self.collect(group))[layer.name]
+        groups = self.groups(lambda a: self.gradients * bytes_per_example(self.subject, [a], self.split, torch.bfloat16))
+        return self.grouped("gradients", self.gradients, groups, layer, self.collect)[layer.name]
 
     def absolute_damp(self) -> float:
         """The Fisher's damp: `damp` times the mean of its diagonal over all layers."""

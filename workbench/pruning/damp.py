@@ -52,7 +52,7 @@ class DampDoctor(SubjectInstrument):
         calibration = Calibration(on, layers, self.calibration_split, self.calibration_examples, progress=progress)
         rows, spectra = [], {}
         for layer in progress.track(layers, "spectra"):
-            tokens = calibration.moments[layer.name].tokens.tolist()
+            tokens = calibration.moments(layer).tokens.tolist()
             for expert, gram in enumerate(calibration.gram(layer)):
                 name = layer.name if len(layer.shape) == 2 else f"{layer.name}[{expert}]"
                 values = torch.linalg.eigvalsh(gram.double()).clamp_min(0).flip(0)

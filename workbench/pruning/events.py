@@ -37,6 +37,7 @@ def prune_once(layers: Sequence[Layer], calibration: Calibration, pattern: Tiles
     within = {"row": "row", "global": "stack"}.get(allocation, "matrix")
     shares = allocate(allocation, layers, scores, pattern, sparsity)
     made: dict[str, tuple[Tensor, Tensor]] = {}
+    shifts: dict[str, Tensor] = {}
     for layer in progress.track(layers, f"compensation {compensation}"):
         if sweeping:
             made[layer.name] = swept(layer, calibration, pattern, shares[layer.name], gone[layer.name])
@@ -46,10 +47,13 @@ def prune_once(layers: Sequence[Layer], calibration: Calibration, pattern: Tiles
         if refine:
             mask = refined(layer, mask, score, calibration)
         made[layer.name] = (COMPENSATIONS[compensation](layer, mask, calibration), mask)
+        if compensation == "bias":
+            weight = layer.weight.detach()
+            shifts[layer.name] = bias_shift(layer, weight * mask - weight, calibration)
     if progress.stopped:
         return
     for layer in layers:
-        write(layer, *made.pop(layer.name), compensation, calibration)
+        write(layer, *made.pop(layer.name), compensation, shifts.get(layer.name))
 
 
 def refined(layer: Layer, mask: Tensor, score: Tensor, calibration: Calibration) -> Tensor:
@@ -58,14 +62,14 @@ def refined(layer: Layer, mask: Tensor, score: Tensor, calibration: Calibration)
     return icbs.refine(*rows, calibration.factors(layer), calibration.absolute_damp(), seed=calibration.seed)[0].reshape(mask.shape)  # type: ignore[misc,arg-type]
 
 
-def write(layer: Layer, weight: Tensor, mask: Tensor, compensation: str, calibration: Calibration) -> None:
-    """Put a layer's new weight and mask in place."""
+def write(layer: Layer, weight: Tensor, mask: Tensor, compensation: str, shift: Tensor | None) -> None:
+    """Put a layer's new weight and mask, and what its bias gains, in place."""
     old = layer.weight.detach()
-    if compensation == "bias":
+    if shift is not None:
         bias = layer.bias
         assert bias is not None
         with torch.no_grad():
-            bias.add_(bias_shift(layer, old * mask - old, calibration))
+            bias.add_(shift)
     elif compensation != "none":
         # Written as a difference, so that low-rank terms and number formats on the same weight keep their meaning.
         stored = layer.original.detach()

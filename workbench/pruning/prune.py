@@ -137,10 +137,9 @@ class Prune(SubjectInstrument):
         if isinstance(pattern, Dimension):
             return prune_dimension(self, on, pattern, progress)
         dense_test = self.dense_facts(on, progress)
-        dense = on.copy() if self.predict_examples or self.recovery == "distil" or self.speedup > 1 else None
+        dense = on.copy()
         before = {layer.name: layer.weight.detach().clone() for layer in layers}
         calibration = self.calibration(on, layers, progress)
-        grams = {layer.name: calibration.gram(layer) for layer in layers}
         recovery = self._recovery(on, layers, dense, progress)
         target = pattern.sparsity if isinstance(pattern, NM) else self.sparsity
         events = sparsities(self.schedule, target, self.steps)
@@ -165,9 +164,10 @@ class Prune(SubjectInstrument):
         if recovery is not None:
             recovery.advance(self.recovery_steps - recovery.done)
             recovery.finish()
-        table = layer_table(layers, before, grams)
+        # The dense model's statistics: still held when they fit in memory, otherwise measured on the copy again, a group of layers at a time.
+        table = layer_table(layers, before, None if progress.stopped else self.calibration(dense, dense.layers(self.layers), progress).gram)
         facts = self._facts(layers, dense_test)
-        if dense is not None and self.predict_examples and not progress.stopped:
+        if self.predict_examples and not progress.stopped:
             deltas = {layer.name: layer.weight.detach() - before[layer.name] for layer in layers}
             add_prediction(table, facts, dense, deltas, self.calibration_split, self.predict_examples, progress)
         arrays = {layer.name: np.packbits((layer.weight.detach() != 0).cpu().numpy(), axis=-1) for layer in layers}
@@ -175,7 +175,7 @@ class Prune(SubjectInstrument):
             from workbench.pruning.removal import remove
 
             remove(on.model, kept)
-            if dense is not None and extra:
+            if extra:
                 extra["speedup"] = measured_speedup(dense, on, self.batch_size, split=self.calibration_split)
             facts |= extra
             facts["packed_bytes"] = facts["dense_bytes"] - 4 * (facts["weights"] - sum(layer.original.numel() for layer in on.layers(self.layers)))

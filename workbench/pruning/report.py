@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -24,22 +24,29 @@ def packed_bytes(weights: int, nonzero: int, pattern: Pattern) -> int:
     return int(nonzero * 4 + index)
 
 
-def layer_table(layers: Sequence[Layer], before: dict[str, Tensor], grams: dict[str, Tensor]) -> pd.DataFrame:
-    """One row a layer: size, sparsity, relative error of the weight and of its outputs on the calibration inputs."""
+def layer_table(layers: Sequence[Layer], before: dict[str, Tensor], gram: Callable[[Layer], Tensor] | None) -> pd.DataFrame:
+    """One row a layer: size, sparsity, relative error of the weight and of its outputs on the calibration inputs.
+
+    gram : a layer's second moment of inputs (experts, in, in), asked for one layer at a time; None leaves the outputs' error open.
+    """
     rows = []
     for layer in layers:
         old, new = before[layer.name].float(), layer.weight.detach().float()
         delta = new - old
         norm = float(old.square().sum())
         pairs = [(delta, old)] if old.ndim == 2 else list(zip(delta, old, strict=True))
-        lost = sum(float(((d @ g) * d).sum()) for (d, _), g in zip(pairs, grams[layer.name], strict=True))
-        whole = sum(float(((w @ g) * w).sum()) for (_, w), g in zip(pairs, grams[layer.name], strict=True))
+        share = math.nan
+        if gram is not None:
+            moments = gram(layer)
+            lost = sum(float(((d @ g) * d).sum()) for (d, _), g in zip(pairs, moments, strict=True))
+            whole = sum(float(((w @ g) * w).sum()) for (_, w), g in zip(pairs, moments, strict=True))
+            share = lost / whole if whole > 0 else 0.0
         rows.append({
             "layer": layer.name,
             "weights": old.numel(),
             "sparsity": float((new == 0).float().mean()),
             "relative_error": float(delta.square().sum()) / norm if norm else 0.0,
-            "relative_output_error": lost / whole if whole > 0 else 0.0,
+            "relative_output_error": share,
         })  # fmt: skip
     return pd.DataFrame(rows)
 
