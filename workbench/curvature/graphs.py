@@ -13,12 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from workbench.curvature.linears import Sink
 from workbench.curvature.output_space import OutputCurvature
 from workbench.instruments import BadInput
 
 
 class Graph(Protocol):
-    """`product` gives `scale` ** -1 times the *sum* over items of the micro-batch's matrix, applied to a vector."""
+    """`product` gives `scale` ** -1 times the *sum* over items of the micro-batch's matrix, applied to a vector; what its layers sent to
+    the sink is left out."""
 
     scale: float
 
@@ -53,8 +55,8 @@ class OuterGraph:
 
     scale = 1.0
 
-    def __init__(self, middle: OutputCurvature, weights: Sequence[Tensor]) -> None:
-        self.middle, self.weights = middle, weights
+    def __init__(self, middle: OutputCurvature, weights: Sequence[Tensor], sink: Sink) -> None:
+        self.middle, self.weights, self.sink = middle, weights, sink
         # J^T u as a function of u: its derivative in u, against v, is J v (two backward passes instead of a forward-mode one)
         self.cotangent = torch.zeros_like(middle.rows, requires_grad=True)
         self.pulled = torch.autograd.grad(middle.rows, list(weights), self.cotangent, create_graph=True, allow_unused=True)
@@ -63,7 +65,9 @@ class OuterGraph:
         used = [i for i in block if self.pulled[i] is not None]
         if not used:
             return [None] * len(block)
+        self.sink.tangents = True
         tangents = torch.autograd.grad([self.pulled[i] for i in used], self.cotangent, [directions[i] for i in used], retain_graph=True)[0]
+        self.sink.tangents = False
         return torch.autograd.grad(self.middle.rows, [self.weights[i] for i in block], self.middle(tangents), retain_graph=True, allow_unused=True)
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from workbench.curvature.graphs import Graph, HessianGraph, OuterGraph, weighed
+from workbench.curvature.linears import InPlaceLinears, Sink
 from workbench.curvature.output_space import OutputCurvature, check_kind, draw_uniform
 from workbench.curvature.weights import Place, check_finite, differentiable, find_places
 from workbench.instruments import BadInput, Progress
@@ -70,9 +71,10 @@ class CurvatureOperator:
         ends = torch.tensor([w.numel() for w in self.weights]).cumsum(0).tolist()
         self.slices = [slice(end - w.numel(), end) for end, w in zip(ends, self.weights, strict=True)]
         self.size, self.products = ends[-1], 0
-        self.batch_squares: Tensor | None = None  # of the last product: sum over micro-batches of items |H_batch v|^2, a vector
+        self.batch_squares: Tensor | None = None  # of the first product: sum over micro-batches of items |H_batch v|^2, a vector
         self.batch_count, self.total_items = 0, 0.0
         self._kept: dict[int, Graph] = {}
+        self._sink = Sink()
         self._room: int | None = None  # how many graphs are kept; known once the first was weighed
 
     # ---- data ------------------------------------------------------------------------------------------------------
@@ -152,7 +154,9 @@ class CurvatureOperator:
             raise ValueError(f"vectors must have shape (k, {self.size}), got {tuple(vectors.shape)}")
         vectors = vectors.to(self.device, self.dtype)
         total = torch.zeros_like(vectors) if out is None else out.zero_()
+        first = self.batch_squares is None
         squares = torch.zeros(len(vectors) + 1, dtype=torch.float64, device=self.device)  # the last entry counts micro-batches
+        alone = torch.empty(self.size, dtype=self.dtype, device=self.device) if first else None
         items = 0.0
         with torch.enable_grad():
             for number, (batch, draws) in enumerate(self.batches()):
@@ -161,16 +165,30 @@ class CurvatureOperator:
                 for row, (vector, sums) in enumerate(zip(vectors, total, strict=True)):
                     if self.progress.stop.is_set():
                         raise Stopped
-                    directions = self.parts(vector)
-                    for block in blocks:
-                        squares[row] += self._add(sums, block, graph.product(block, directions), graph.scale) / weight
+                    if alone is None:
+                        self._pass(graph, vector, sums, blocks)
+                    else:  # apart from the other micro-batches, for its norm
+                        self._pass(graph, vector, alone.zero_(), blocks)
+                        squares[row] += torch.dot(alone, alone).double() / weight
+                        sums += alone
                 squares[-1] += 1
                 items += weight
         self.products += len(vectors)
-        if distributed():
-            dist.all_reduce(squares)
-        self.batch_squares, self.batch_count = squares[:-1].cpu(), int(squares[-1])
+        if first:
+            if distributed():
+                dist.all_reduce(squares)
+            self.batch_squares, self.batch_count = squares[:-1].cpu(), int(squares[-1])
         return self._reduced(total, items)
+
+    def _pass(self, graph: Graph, vector: Tensor, sums: Tensor, blocks: list[list[int]]) -> None:
+        """Add the sum over items of the micro-batch's H v to `sums` (size,)."""
+        directions, parts = self.parts(vector), self.parts(sums)
+        self._sink.scale = graph.scale
+        for block in blocks:
+            self._sink.rows = {i: parts[i] for i in block}
+            for i, value in zip(block, graph.product(block, directions), strict=True):
+                if value is not None:
+                    parts[i].add_(value.detach(), alpha=graph.scale)
 
     def _graph(self, number: int, batch: Batch, draws: Tensor | None) -> Graph:
         """The graph of this process's micro-batch `number`, kept from an earlier product or built."""
@@ -187,31 +205,22 @@ class CurvatureOperator:
         return made
 
     def _built(self, batch: Batch, draws: Tensor | None) -> Graph:
-        if self.kind == "hessian":
-            return HessianGraph(self.loss(batch), self.weights, self.subject.task.items(batch))
-        middle = OutputCurvature(self.kind, self.subject.task, self.subject.task.output(self.subject.model, batch), batch, draws)
+        with InPlaceLinears(self.weights, self._sink):
+            if self.kind == "hessian":
+                return HessianGraph(self.loss(batch), self.weights, self.subject.task.items(batch))
+            middle = OutputCurvature(self.kind, self.subject.task, self.subject.task.output(self.subject.model, batch), batch, draws)
         if not middle.rows.requires_grad:
             raise BadInput("loss: the outputs do not depend differentiably on the chosen weights; choose other layers")
         if not torch.isfinite(middle.rows).all():
             raise BadInput(f"loss: the model's outputs on a batch of {self.split} are not finite; check the data and the weights")
-        return OuterGraph(middle, self.weights)
+        return OuterGraph(middle, self.weights, self._sink)
 
     def forget(self) -> None:
         """Drop the graphs kept so far."""
         self._kept.clear()
 
-    def _add(self, sums: Tensor, block: list[int], found: Sequence[Tensor | None], scale: float) -> Tensor:
-        """Add `scale` times what was found to a row of sums; returns its squared norm."""
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, value in zip(block, found, strict=True):
-            if value is not None:
-                flat = value.detach().reshape(-1)
-                sums[self.slices[i]].add_(flat, alpha=scale)
-                square += torch.dot(flat, flat)
-        return square * scale**2
-
     def noise(self, images: Tensor) -> float | None:
-        """Per-item noise of the last product: V with E |(H_B - H) v|^2 = V / B for a random batch of B items (None with one micro-batch).
+        """Per-item noise of the first product: V with E |(H_B - H) v|^2 = V / B for a random batch of B items (None with one micro-batch).
 
         From the spread of the micro-batches' own products around the mean `images` (k, size), averaged over vectors; for
         probes with unit covariance it is the sum of the variances of all entries of one item's matrix.
