@@ -22,6 +22,7 @@ from workbench.quantization.allocate import Allocate
 from workbench.quantization.aware import TrainQuantized
 from workbench.quantization.formats import named
 from workbench.quantization.grid import fit
+from workbench.quantization.leaderboard import redrawn
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.rotating import Rotate
 from workbench.quantization.rotation import rotate
@@ -39,10 +40,7 @@ def opened(name: str) -> Subject:
 @functools.cache
 def drawn(name: str, seed: int) -> Subject:
     """The subject with a calibration split drawn anew from its training split."""
-    on = opened(name)
-    pick = torch.randperm(on.size("train"), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
-    splits = on.splits | {"calibration": {k: v[pick] for k, v in on.split("train").items()}}
-    return Subject(on.name, on.model, on.task, splits, tokenizer=on.tokenizer, data_note=on.data_note, labels=on.labels, origin=on.origin)
+    return redrawn(opened(name), seed, CALIBRATION)
 
 
 def loss_of(fields: Mapping[str, Any], subject: str, seed: int) -> float:
