@@ -106,7 +106,7 @@ def test_the_largest_stable_rate_of_gradient_descent_on_a_quadratic_is_two_over_
     x = subject.split("train")["inputs"].double()
     top = float(torch.linalg.eigvalsh(x.T @ x / len(x))[-1])
     result = BatchSizeTheory(examples=96, smallest=48, sizes=2, repeats=1, batch_size=24, learning_rates=True, training_steps=100).run(subject, cache=False)
-    last = result.table.set_index("batch").loc[96]
+    last = result.table.set_index("batch").loc[96].to_dict()
     assert last["sgd_limit"] == pytest.approx(2 / top, rel=0.06) and math.isfinite(last["adam_limit"])
 
 

@@ -115,7 +115,8 @@ class StopAfter(Progress):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.left, self.seen = count, []
+        self.left = count
+        self.seen: list[tuple[bool, int, float | None]] = []
 
     def show(self, label: str, done: int, total: int | None) -> None:
         self.left -= 1
@@ -193,7 +194,11 @@ def test_validity_radius_finds_where_a_quartic_leaves_its_parabola() -> None:
     from workbench.curvature.prediction_study import validity_radius
 
     for c in (0.01, 0.7, 30.0):
-        assert validity_radius(lambda s: s**2, lambda s, c=c: s**2 + c * s**4, 0.0) == pytest.approx(c**-0.5, rel=0.05)
+
+        def quartic(s: float, c: float = c) -> float:
+            return s**2 + c * s**4
+
+        assert validity_radius(lambda s: s**2, quartic, 0.0) == pytest.approx(c**-0.5, rel=0.05)
 
 
 def test_results_survive_saving(tmp_path: Path) -> None:
