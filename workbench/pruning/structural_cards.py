@@ -56,8 +56,8 @@ CARDS: list[Method] = [
     Method("pat", "pruning", "PAT: pruning-aware tuning", "Liu et al. 2024", "y = s m (I + U V)(W x + b), m = sigmoid(T M) + c shared by all layers", "fine-tuning",
            "a quarter of the channels: better than pruning by activation and then as many steps of adapters of the same rank", 58,
            functools.partial(evidence.rates_compared, arms={
-               "pat": {"method": "pat", "pattern": "channels", "sparsity": 0.25, "recovery": "low-rank", "recovery_steps": 100},
-               "prune, then adapters": {"method": "minitron", "pattern": "channels", "sparsity": 0.25, "recovery": "low-rank", "recovery_steps": 100}},
+               "pat": {"method": "pat", "pattern": "channels", "sparsity": 0.25, "recovery": "low-rank", "recovery_steps": 60},
+               "prune, then adapters": {"method": "minitron", "pattern": "channels", "sparsity": 0.25, "recovery": "low-rank", "recovery_steps": 60}},
                claims=[("pat", "prune, then adapters")])),
     Method("heapr", "pruning", "HEAPr: atomic experts", "Li et al. 2025", "s_k = 1/2 E[h_k^2] w_k^T E[g g^T] w_k", "calibration gradients",
            "25 % and 50 % of the experts' neurons: better than magnitude, random and whole experts; the scores predict the loss", 31, evidence.heapr),

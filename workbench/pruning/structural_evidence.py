@@ -59,7 +59,7 @@ def tuned(on: Subject, fields: dict[str, Any], rates: Sequence[float], progress:
     return Prune(**shared, lr=best).run(on, progress).facts | {"lr": best}
 
 
-def rates_compared(name: str, progress: Progress, arms: Arms, claims: Sequence[tuple[str, str]], rates: Sequence[float] = (5e-4, 2e-3, 8e-3)) -> dict[str, Any]:
+def rates_compared(name: str, progress: Progress, arms: Arms, claims: Sequence[tuple[str, str]], rates: Sequence[float] = (2e-3, 6e-3)) -> dict[str, Any]:
     """Arms with a learning rate each, chosen on validation among the same few, on three networks of `digits-vit`."""
     import workbench
 
@@ -75,12 +75,12 @@ def rates_compared(name: str, progress: Progress, arms: Arms, claims: Sequence[t
     return verdict("digits-vit", records, [below(losses, a, b) for a, b in claims], note)
 
 
-def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 80) -> dict[str, Any]:
+def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 60) -> dict[str, Any]:
     """Half the channels: pruned and distilled, pruned and fine-tuned, and the small configuration from random weights; equal steps."""
     import workbench
     from workbench.pruning.shrinking import train
 
-    rates = (5e-4, 2e-3, 8e-3)
+    rates = (2e-3, 6e-3)
     arms: dict[str, list[float]] = {"distilled": [], "fine-tuned": [], "from random weights": [], "activation, no training": [], "random, no training": []}
     shared: dict[str, Any] = {"method": "minitron", "pattern": "channels", "sparsity": sparsity, "predict_examples": 0}
     for seed in SEEDS:
@@ -157,7 +157,7 @@ def domains(split: str, windows: int, length: int = 256) -> dict[str, dict[str, 
     return found
 
 
-def premoe(name: str, progress: Progress, windows: int = 48, queries: int = 16) -> dict[str, Any]:
+def premoe(name: str, progress: Progress, windows: int = 32, queries: int = 12) -> dict[str, Any]:
     """bytemoe with half of its experts, chosen for each of three domains; loss on held-out text, and which pattern a query of one window finds."""
     import workbench
 
