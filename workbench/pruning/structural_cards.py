@@ -54,9 +54,9 @@ CARDS: list[Method] = [
                "bytelm": {"arms": depth(0.25) | {"angular, healed": depth(0.25)["angular"] | HEAL | {"recovery_steps": 20, "batch_size": 4}}, "subject": "bytelm",
                           "claims": [("angular", "random"), ("angular", "deepest"), ("angular, healed", "angular")]}})),
     Method("pat", "pruning", "PAT: pruning-aware tuning", "Liu et al. 2024", "y = s m (I + U V)(W x + b), m = sigmoid(T M) + c shared by all layers", "fine-tuning",
-           "a quarter of the channels: better than pruning by activation and then as many steps of adapters of the same rank", 58,
+           "a quarter of the channels: better than pruning by activation and then as many steps of adapters with as many parameters", 58,
            functools.partial(evidence.rates_compared, arms={
-               "pat": {"method": "pat", "pattern": "channels", "sparsity": 0.25, "recovery": "low-rank", "recovery_steps": 60},
+               "pat": {"method": "pat", "pattern": "channels", "sparsity": 0.25, "recovery": "low-rank", "recovery_steps": 60, "rank": 28},
                "prune, then adapters": {"method": "minitron", "pattern": "channels", "sparsity": 0.25, "recovery": "low-rank", "recovery_steps": 60}},
                claims=[("pat", "prune, then adapters")])),
     Method("heapr", "pruning", "HEAPr: atomic experts", "Li et al. 2025", "s_k = 1/2 E[h_k^2] w_k^T E[g g^T] w_k", "calibration gradients",
