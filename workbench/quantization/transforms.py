@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class Transform:
         return self.inputs(self.inputs(gram).mT).mT
 
     def detached(self) -> Transform:
-        return replace(self, **{name: None if t is None else t.detach() for name, t in (("scale", self.scale), ("left", self.left), ("right", self.right))})
+        scale, left, right = (None if t is None else t.detach() for t in (self.scale, self.left, self.right))
+        return replace(self, scale=scale, left=left, right=right)
 
     def inverse(self, factor: Tensor) -> Tensor:
         return factor.mT if self.orthogonal else torch.linalg.inv(factor)
@@ -83,7 +84,7 @@ class Transform:
         return 2 * numbers + (0 if self.signs is None else self.signs.numel() / 8)
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Any]:
         """What a change has to keep, by the names of its buffers."""
         named = {"smooth": self.scale, "signs": self.signs, "left": self.left, "right": self.right}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
