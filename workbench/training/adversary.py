@@ -55,6 +55,9 @@ class ConcurrentAdversary:
 class Stale(nn.Module):
     """The model at other weights, without copying it."""
 
+    live: nn.Module
+    weights: dict[str, Tensor]
+
     def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.__dict__["live"], self.__dict__["weights"] = model, weights  # not registered: its parameters are not to be found here

@@ -239,7 +239,7 @@ def weight_standardization(name: str, progress: Progress) -> Record:
             return mine
 
         made = {"epochs": 3, "batch_size": 32, "micro_batch": micro, "optimizer": "sgd", "weight_decay": 0.0, "warmup": 0.1}
-        found[label] = tuned(digits_net(norm), (0.0125, 0.05, 0.2), lambda lr, seed, made=made: made, progress, label, "accuracy", fresh)
+        found[label] = tuned(digits_net(norm), (0.0125, 0.05, 0.2), made, progress, label, "accuracy", fresh)
         found[label]["test_error"] = 1 - found[label]["test"]
     errors = {k: v["test_error"] for k, v in found.items()}
     reference = 1 - found["batch norm, 32 at once"]["low"]

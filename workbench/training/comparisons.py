@@ -165,7 +165,7 @@ class OptimizerComparison(Comparison):
     def _run(self, on: Subject, progress: Progress) -> Result:
         chosen = names(self.optimizers, tuple(OPTIMIZERS), "optimizers")
         labels = [*chosen, *(f"adamw at {budget:g}" for budget in self.baseline_budgets)]
-        candidates = [{"optimizer": name, "schedule": self.schedule} for name in chosen]
+        candidates: list[dict[str, Any]] = [{"optimizer": name, "schedule": self.schedule} for name in chosen]
         candidates += [{"optimizer": "adamw", "schedule": self.schedule, "examples": round(budget * self.examples)} for budget in self.baseline_budgets]
         tuning, finals = self.protocol(on, progress, candidates, [OPTIMIZERS[c["optimizer"]].lr for c in candidates], labels)
         everything = leaderboard(finals, [{"name": name} for name in labels], tuning, self.level)

@@ -42,21 +42,25 @@ def over_seeds(make: Callable[[int], float]) -> tuple[float, float, float, list[
     return (*interval(values), values)
 
 
-def tuned(on: Subject, rates: Sequence[float], arguments: Callable[[float, int], dict[str, Any]], progress: Progress, label: str = "tune", metric: str = "loss",
+def tuned(on: Subject, rates: Sequence[float], arguments: dict[str, Any] | Callable[[float, int], dict[str, Any]], progress: Progress, label: str = "tune", metric: str = "loss",
           fresh: Callable[[Subject, int], Subject] = reinitialised) -> Record:  # fmt: skip
-    """The best of `rates` by validation loss at the first seed, then its test metric over all seeds; `arguments(lr, seed)` go to `fit`.
+    """The best of `rates` by validation loss at the first seed, then its test metric over all seeds; `arguments`, or what it returns for (lr, seed), go to `fit`.
 
     Returns lr, test (mean), low, high, values, at_end, validation and the trained subjects and runs under "done".
     """
 
+    def given(lr: float, seed: int) -> dict[str, Any]:
+        return arguments(lr, seed) if callable(arguments) else arguments
+
     def run(lr: float, seed: int) -> tuple[Training, Subject]:
         mine = fresh(on, seed)
-        return fit(mine, **({"seed": seed, "lr": lr, "progress": quiet(progress)} | arguments(lr, seed))), mine
+        fixed: dict[str, Any] = {"seed": seed, "lr": lr, "progress": quiet(progress)}
+        return fit(mine, **(fixed | given(lr, seed))), mine
 
     found = {lr: run(lr, SEEDS[0]) for lr in progress.track(rates, label, len(rates))}
     best = min(found, key=lambda lr: found[lr][0].validation)
     done = [found[best], *(run(best, seed) for seed in SEEDS[1:])]
-    limit = arguments(best, SEEDS[0]).get("evaluate_limit")
+    limit = given(best, SEEDS[0]).get("evaluate_limit")
     values = [mine.evaluate("test", limit=limit)[metric] for _, mine in done]
     mean, low, high = interval(values)
     return {"lr": best, "at_end": best in (min(rates), max(rates)), "validation": [r.validation for r, _ in done], "test": mean, "low": low, "high": high,

@@ -153,7 +153,7 @@ def one_bit(name: str, progress: Progress) -> Record:
     for label, options in plans.items():
         made = {"steps": steps, "batch_size": batch, "micro_batch": batch // 4, "clip": None, "weight_decay": 0.0, "optimizer": "one-bit-adam", "warmup": 0.1,
                 "optimizer_options": {"workers": 4, "betas": (0.9, 0.95), **options}, "evaluate_limit": 128}  # fmt: skip
-        found[label] = tuned(on, (2e-3, 4e-3, 8e-3, 1.6e-2), lambda lr, seed, made=made: made, progress, label)
+        found[label] = tuned(on, (2e-3, 4e-3, 8e-3, 1.6e-2), made, progress, label)
         found[label]["bytes_sent"] = found[label]["done"][0][0].optimizer.bytes_sent
     adam, ours = found["Adam"], found["1-bit after a quarter"]
     worse = [not found[k]["test"] <= ours["test"] for k in ("the same without error feedback", "1-bit from step 2")]
@@ -170,7 +170,8 @@ def mkor(name: str, progress: Progress) -> Record:
                   for lr in progress.track([0.0125 * 2**i for i in range(7)], label, 7)}  # fmt: skip
         best = min(counts, key=lambda lr: counts[lr])
         found[label] = {"lr": best, "steps": counts[best], "at_end": best in (min(counts), max(counts)), "steps_by_rate": counts}
-    widths, cost = (128, 256, 512, 1024), {"rank one": [], "inverse": []}
+    widths = (128, 256, 512, 1024)
+    cost: dict[str, list[float]] = {"rank one": [], "inverse": []}
     for width in widths:
         matrix, vector = torch.eye(width), torch.randn(width)
         for label, call in (("rank one", lambda m=matrix, v=vector: rank_one_inverse(m, v, 0.9)), ("inverse", lambda m=matrix: torch.linalg.inv(m + 0.1))):

@@ -84,19 +84,19 @@ def power(name: str, progress: Progress) -> Record:
     """WSD's best rate over batch sizes and budgets fits eta / batch = a T^b; then one power schedule against WSD tuned in every cell."""
     on = language_subject(24)
     tokens, cells = 63, [(batch, steps) for batch in (8, 32) for steps in (16, 32, 64)]
-    common = {"weight_decay": 0.0, "warmup": 0.1, "evaluate_limit": 128}
+    common: dict[str, Any] = {"weight_decay": 0.0, "warmup": 0.1, "evaluate_limit": 128}
     rates = [5e-3 * 2**i for i in range(5)]
-    wsd = {cell: tuned(on, rates, lambda lr, seed, cell=cell: common | {"batch_size": cell[0], "steps": cell[1], "schedule": "wsd"}, progress, f"WSD {cell}")
+    wsd = {cell: tuned(on, rates, common | {"batch_size": cell[0], "steps": cell[1], "schedule": "wsd"}, progress, f"WSD {cell}")
            for cell in cells}  # fmt: skip
     law = log_slope([batch * steps * tokens for batch, steps in cells], [wsd[batch, steps]["lr"] / batch for batch, steps in cells])
     a, b = math.exp(law["intercept"]), law["slope"]
     typical = float(np.median([wsd[cell]["lr"] for cell in cells]))
     rows = []
     for batch, steps in cells:
-        own = {"batch_size": batch, "steps": steps, **common}
+        own: dict[str, Any] = {"batch_size": batch, "steps": steps, **common}
         options = {"batch": batch, "tokens": float(batch * tokens), "a": a, "b": b}
-        one = tuned(on, [4e-2], lambda lr, seed, own=own, options=options: own | {"schedule": "power", "schedule_options": options}, progress, "power")
-        same = tuned(on, [typical], lambda lr, seed, own=own: own | {"schedule": "constant"}, progress, "constant")
+        one = tuned(on, [4e-2], own | {"schedule": "power", "schedule_options": options}, progress, "power")
+        same = tuned(on, [typical], own | {"schedule": "constant"}, progress, "constant")
         best = wsd[batch, steps]
         rows.append({"batch_size": batch, "steps": steps, "wsd": best["test"], "wsd_lr": best["lr"], "power": one["test"], "power_gap": one["test"] / best["test"] - 1,
                      "constant_gap": same["test"] / best["test"] - 1})  # fmt: skip
@@ -234,9 +234,12 @@ def reference_time(name: str, progress: Progress) -> Record:
     on, names = language_subject(24), ("adamw", "lion", "sophia")
     steps_of, seconds = {}, {}
     for label in names:  # the reference machine is this one, its clock processor time
-        mine, spent = reinitialised(on, 0), []
-        clock = lambda run, spent=spent: spent.append(time.process_time())  # type: ignore[misc]  # noqa: E731
-        fit(mine, steps=40, batch_size=32, optimizer=label, lr=1e-3, evaluate_limit=1, callbacks=[clock], progress=quiet(progress))
+        spent: list[float] = []
+
+        def clock(run: Training, spent: list[float] = spent) -> None:
+            spent.append(time.process_time())
+
+        fit(reinitialised(on, 0), steps=40, batch_size=32, optimizer=label, lr=1e-3, evaluate_limit=1, callbacks=[clock], progress=quiet(progress))
         seconds[label] = float(np.diff(spent[:-1]).mean())  # the mean: Sophia's Hessian comes every tenth step
     budgets = {f"{n} AdamW steps": n * seconds["adamw"] for n in (16, 32, 64)}
     rates = {"adamw": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "lion": [1e-3, 2e-3, 4e-3, 8e-3], "sophia": [1e-3, 2e-3, 4e-3, 8e-3]}
@@ -246,7 +249,7 @@ def reference_time(name: str, progress: Progress) -> Record:
         for plan, (label, schedule) in plans.items():
             steps_of[label] = max(1, int(available / seconds[label]))
             made = {"steps": steps_of[label], "batch_size": 32, "optimizer": label, "schedule": schedule, "warmup": 0.1, "evaluate_limit": 128}
-            found.setdefault(budget, {})[plan] = tuned(on, rates[label], lambda lr, seed, made=made: made, progress, f"{plan} {budget}")
+            found.setdefault(budget, {})[plan] = tuned(on, rates[label], made, progress, f"{plan} {budget}")
     gains = {b: {k: v["adamw"]["test"] - v[k]["test"] for k in ("lion", "sophia")} for b, v in found.items()}
     against_constant = {b: {k: v["adamw, not decayed"]["test"] - v[k]["test"] for k in ("lion", "sophia")} for b, v in found.items()}
     made_up = all(against_constant[b][k] > gains[b][k] for b in gains for k in gains[b])
