@@ -294,7 +294,7 @@ def adam_slope(name: str, progress: Progress) -> Record:
     """Best learning rate of AdamW and of SGD against batch size at equal examples: exponents with intervals."""
     on, found = digits_net(), {}
     for optimizer, low, high in (("adamw", 5e-4, 6.4e-2), ("sgd", 1e-2, 1.28)):
-        study = LearningRateBatchSize(examples=4 * 1078, lr_low=low, lr_high=high, lr_points=6, batch_sizes=(4, 8, 16, 32, 64, 128), seeds=3, optimizer=optimizer,  # type: ignore[arg-type]
+        study = LearningRateBatchSize(examples=3 * 1078, lr_low=low, lr_high=high, lr_points=6, batch_sizes=(8, 16, 32, 64, 128), seeds=3, optimizer=optimizer,  # type: ignore[arg-type]
                                       weight_decay=0.0, workers=1)  # fmt: skip
         result = study.run(on, progress=progress)
         facts = {k: result.facts.get(f"lr_batch_{k}", math.nan) for k in ("slope", "slope_low", "slope_high")}
