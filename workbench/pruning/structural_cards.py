@@ -51,7 +51,7 @@ CARDS: list[Method] = [
            "the run of smallest angular distance is no worse than random or deepest blocks, and healing closes most of the gap", 354,
            functools.partial(evidence.on_several, parts={
                "digits-vit": {"arms": depth(0.33) | healed(0.33), "claims": [("angular", "random"), ("angular", "deepest"), ("angular, healed", "angular")]},
-               "bytelm": {"arms": depth(0.25) | {"angular, healed": depth(0.25)["angular"] | HEAL | {"recovery_steps": 20, "batch_size": 4}}, "subject": "bytelm",
+               "bytelm": {"arms": depth(0.25) | {"angular, healed": depth(0.25)["angular"] | HEAL | {"recovery_steps": 20, "batch_size": 4}}, "source": "bytelm",
                           "claims": [("angular", "random"), ("angular", "deepest"), ("angular, healed", "angular")]}})),
     Method("pat", "pruning", "PAT: pruning-aware tuning", "Liu et al. 2024", "y = s m (I + U V)(W x + b), m = sigmoid(T M) + c shared by all layers", "fine-tuning",
            "a quarter of the channels: better than pruning by activation and then as many steps of adapters with as many parameters", 58,
@@ -65,7 +65,7 @@ CARDS: list[Method] = [
            "half of the experts: TCESS better than usage, random and other domains' patterns; queries find their pattern", 86, evidence.premoe),
     Method("slimmoe", "pruning", "SlimMoE: slimmer experts in stages", "Li et al. 2025", "experts' neurons by Taylor score, pruned and distilled in stages",
            "calibration gradients, distillation", "half of the experts' width: two stages better than one, and both better than half of the experts, equal steps", 96,
-           functools.partial(evidence.compared, subject="bytemoe", arms={
+           functools.partial(evidence.language_model, source="bytemoe", arms={
                "two stages": DISTIL | {"method": "slimmoe", "pattern": "neurons", "sparsity": 0.5, "schedule": "linear", "steps": 2, "gradients": 32},
                "one stage": DISTIL | {"method": "slimmoe", "pattern": "neurons", "sparsity": 0.5, "gradients": 32},
                "half of the experts": DISTIL | {"method": "premoe", "pattern": "experts", "sparsity": 0.5}},
