@@ -293,7 +293,7 @@ def module_rates(name: str, progress: Progress) -> Record:
 def adam_slope(name: str, progress: Progress) -> Record:
     """Best learning rate of AdamW and of SGD against batch size at equal examples: exponents with intervals."""
     on, found = digits_net(), {}
-    for optimizer, low, high in (("adamw", 5e-4, 6.4e-2), ("sgd", 1e-2, 1.28)):
+    for optimizer, low, high in (("adamw", 2e-3, 0.256), ("sgd", 2e-2, 2.56)):
         study = LearningRateBatchSize(examples=3 * 1078, lr_low=low, lr_high=high, lr_points=6, batch_sizes=(8, 16, 32, 64, 128), seeds=3, optimizer=optimizer,  # type: ignore[arg-type]
                                       weight_decay=0.0, workers=1)  # fmt: skip
         result = study.run(on, progress=progress)
