@@ -62,7 +62,7 @@ class Recovery:
         self._was = {name: p.requires_grad for name, p in self.on.model.named_parameters()}
         if self.kind == "low-rank":
             add_low_rank(self.layers, self.rank, beside=False, generator=torch.Generator().manual_seed(self.seed))
-        self.parameters = set_trainable(self.on, "adapters" if self.kind == "low-rank" else "all")
+        self.parameters = set_trainable(self.on, "adapters" if self.kind == "low-rank" else "body")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=0.0)
         self._batches = random_batches(self.on, self.split, min(self.batch_size, self.on.size(self.split)), self.seed)
 

@@ -38,7 +38,7 @@ class TrainSparse(SubjectInstrument):
     saliency: str = parameter("preset", f"what chooses a mask that is made before training: preset, {', '.join(SALIENCIES)}")
     allocation: Literal["preset", "row", "layer", "global", "erdos-renyi"] = parameter("preset", "how a mask made before training shares its sparsity among layers")
     schedule: Literal["preset", "from-start", "cubic", "geometric", "late"] = parameter("preset", "sparsity over the run; geometric and late go from stage to stage")
-    trainable: Literal["preset", "all", "adapters", "half", "blocks", "head"] = parameter("preset", "what learns")
+    trainable: Literal["preset", "all", "body", "adapters", "half", "blocks", "head"] = parameter("preset", "what learns")
     blocks: str = parameter("", "numbers of the blocks that learn, with trainable blocks, such as 0,2")
     terms: Literal["preset", "none", "low-rank", "side-low-rank", "side-blocks", "side-low-rank+entries"] = parameter(
         "preset", "terms added to a weight: under its mask, or beside it")  # fmt: skip

@@ -1,6 +1,7 @@
 """What learns: which of a subject's parameters get gradients.
 
-all        everything but the embeddings
+all        everything
+body       everything but the embeddings
 adapters   low-rank terms, biases, norms (Zimmer et al. 2023) and whatever a change on a weight brought with it
 half       in every block half of the attention matrices, half of the feed-forward matrices and half of the norms, drawn anew for
            every stage (Hui et al. 2024, HFT); everything outside the blocks
@@ -18,7 +19,7 @@ from torch import nn
 from workbench.instruments import BadInput
 from workbench.subjects import Change, Subject, all_layers, blocks
 
-TRAINABLE = ("all", "adapters", "half", "blocks", "head")
+TRAINABLE = ("all", "body", "adapters", "half", "blocks", "head")
 
 
 def embedding_parameters(model: nn.Module) -> set[int]:
@@ -43,7 +44,7 @@ def set_trainable(on: Subject, kind: str, chosen: Sequence[int] = (), seed: int 
             learns = inside[id(parameter)] in chosen if id(parameter) in inside else past
         else:
             learns = id(parameter) not in frozen
-        learns = learns and id(parameter) not in embeddings
+        learns = learns and (kind in ("all", "half") or id(parameter) not in embeddings)
         parameter.requires_grad_(learns)
         if learns:
             learning.append(parameter)
