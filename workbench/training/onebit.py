@@ -15,12 +15,12 @@ from workbench.training.group_optimizer import GroupOptimizer, adam_direction
 
 def compress(values: Tensor) -> Tensor:
     """C(x) = |x|_2 / sqrt(d) sign(x), with sign(0) = 1: one bit a coordinate and a scale, of the same norm as x."""
-    return torch.where(values >= 0, 1.0, -1.0).to(values.dtype) * (values.norm() / values.numel() ** 0.5)
+    return torch.copysign((values.norm() / values.numel() ** 0.5).expand_as(values), values)
 
 
 def packed(values: Tensor) -> tuple[Tensor, Tensor]:
     """(signs as bits, (ceil(d / 8),) uint8; scale, scalar) of a compressed tensor: what crosses the wire."""
-    bits = torch.nn.functional.pad((values.flatten() >= 0).to(torch.uint8), (0, -values.numel() % 8)).view(-1, 8)
+    bits = torch.nn.functional.pad((~values.flatten().signbit()).to(torch.uint8), (0, -values.numel() % 8)).view(-1, 8)
     places = 2 ** torch.arange(8, dtype=torch.uint8, device=values.device)
     return (bits * places).sum(1, dtype=torch.uint8), values.norm() / values.numel() ** 0.5
 
@@ -73,20 +73,29 @@ class OneBitAdam(GroupOptimizer):
         return [g * self.workers for g in seen]
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
-        first, second, t = self.kept("exp_avg", weights), self.kept("exp_avg_sq", weights), group["step"]
-        beta1, beta2 = group["betas"]
+        first, t = self.kept("exp_avg", weights), group["step"]
+        beta1 = group["betas"][0]
         parts = [self._by_worker(p) for p in weights]
         if t <= self.freeze:
             means = [averaged(torch.stack(part).mean(0)) for part in parts]
             self.bytes_sent += sum(g.numel() * g.element_size() for g in gradients)
-            updates = adam_direction(first, second, means, group["betas"], group["eps"], t)
+            updates = adam_direction(first, self.kept("exp_avg_sq", weights), means, group["betas"], group["eps"], t)
         else:
             for p, m, part in zip(weights, first, parts, strict=True):
                 m.copy_(self._exchange(p, [torch.lerp(m, g, 1 - beta1) for g in part]))
-            frozen = 1 - beta2**self.freeze
-            updates = [torch.where(v > 0, m / (1 - beta1**t) / ((v / frozen).sqrt() + group["eps"]), 0.0) for m, v in zip(first, second, strict=True)]
+            updates = torch._foreach_mul(first, [self._inverse_root(p, group) for p in weights])
+            torch._foreach_div_(updates, 1 - beta1**t)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(weights, updates, alpha=group["lr"])
+
+    def _inverse_root(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """1 / (sqrt(v_hat) + eps) of the frozen second moment, 0 where that is 0; takes the place of the second moment in the state."""
+        state = self.state[p]
+        if "inverse_root" not in state:
+            second = state.pop("exp_avg_sq", torch.zeros_like(p))
+            root = (second / (1 - group["betas"][1] ** self.freeze)).sqrt()
+            state["inverse_root"] = torch.where(second > 0, 1 / (root + group["eps"]), 0.0)
+        return state["inverse_root"]
 
     def _exchange(self, p: Tensor, momenta: list[Tensor]) -> Tensor:
         """The workers' compressed mean, compressed again, as every worker receives it."""
@@ -98,7 +107,9 @@ class OneBitAdam(GroupOptimizer):
             if self.feedback:
                 state[key] = whole - sent[-1]
         self.bytes_sent += -(-p.numel() // 8) + 4
-        whole = gathered(sent).mean(0) + state.get("server_error", 0.0)
+        whole = gathered(sent)
+        if "server_error" in state:
+            whole = whole + state["server_error"]
         received = compress(whole)
         if self.feedback:
             state["server_error"] = whole - received
@@ -118,9 +129,9 @@ def averaged(gradient: Tensor) -> Tensor:
 
 
 def gathered(sent: list[Tensor]) -> Tensor:
-    """Every worker's compressed tensor, (workers, ...): over processes only bits and scales travel."""
+    """The mean of every worker's compressed tensor: over processes only bits and scales travel."""
     if not _several():
-        return torch.stack(sent)
+        return torch.stack(sent).mean(0) if len(sent) > 1 else sent[0]
     found = []
     for mine in sent:
         bits, scale = packed(mine)
@@ -129,4 +140,4 @@ def gathered(sent: list[Tensor]) -> Tensor:
         dist.all_gather(all_bits, bits)
         dist.all_gather(all_scales, scale)
         found += [unpacked(b, s, mine) for b, s in zip(all_bits, all_scales, strict=True)]
-    return torch.stack(found)
+    return torch.stack(found).mean(0)
