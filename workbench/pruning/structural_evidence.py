@@ -51,7 +51,8 @@ def language_model(name: str, progress: Progress, source: str, arms: Arms, claim
     losses: dict[str, list[float]] = {}
     for label, fields in arms.items():
         seeds = SEEDS if label.startswith("random") else (0,)
-        found = [Prune(**({"predict_examples": 0, "seed": seed} | fields)).run(on, progress).facts["loss"] for seed in seeds]
+        every: list[dict[str, Any]] = [{"predict_examples": 0, "seed": seed} | fields for seed in seeds]
+        found = [Prune(**each).run(on, progress).facts["loss"] for each in every]
         losses[label] = found if len(found) > 1 else found * len(SEEDS)
     note = f"loss on {windows} test windows: dense {on.evaluate('test')['loss']:.3f}, " + ", ".join(f"{label} {np.mean(v):.3f}" for label, v in losses.items())
     return verdict(source, {label: {"fields": arms[label], "loss": summary(v)} for label, v in losses.items()}, [below(losses, a, b) for a, b in claims], note)
