@@ -12,14 +12,16 @@ import nbformat
 import pytest
 from playwright.sync_api import Page, expect
 
+import workbench
 from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
+from workbench.instruments import Progress
+from workbench.quantization import Allocate
 
 V4 = nbformat.v4
-OPEN = "import widgets, workbench, widgets.quantization\nfrom workbench.quantization import Allocate, Quantize\non = workbench.subject('digits-vit')\n"
+OPEN = "import widgets, workbench, widgets.quantization\nfrom workbench.quantization import Quantize\non = workbench.subject('digits-vit')\n"
 CELLS = {
     "formats": "widgets.quantization.FormatPanel(on)",
-    "allocation": "from workbench.instruments import Progress\n"
-    "widgets.quantization.AllocationPanel(Allocate(widths=[2, 3, 4, 8], examples=16, predict_examples=8, draws=0, test_examples=32).run(on, Progress()))",
+    "allocation": "from workbench.instruments import Result\nwidgets.quantization.AllocationPanel(Result.load('allocated', open_subject=False))",
     "layers": "widgets.panel(Quantize, on, bits=3, examples=16, predict_examples=8, test_examples=64)",
 }
 
@@ -44,6 +46,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for name, cell in CELLS.items():
         nbformat.write(V4.new_notebook(cells=[V4.new_code_cell(OPEN + cell)], metadata=kernel), root / f"{name}.ipynb")
+    on = workbench.subject("digits-vit")
+    small = Allocate(layers="*layers.0.*", widths=[2, 3, 4, 8], examples=16, predict_examples=8, draws=0, test_examples=32)
+    small.run(on, Progress(), cache=False).save(root / "allocated", with_subject=False)
     with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
         yield found
 
