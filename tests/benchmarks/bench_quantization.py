@@ -9,7 +9,6 @@ inverse instead of using a Cholesky factor.
 from __future__ import annotations
 
 import importlib.util
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -98,56 +97,6 @@ def compare_errors() -> None:
         print(f"  GPTQ int{bits}, over the dense inverse in float64                    {error(found) / error(dense_inverse(weight, gram, 0.01, row)):.4f}")
 
 
-def dense_inverse(weight: Tensor, gram: Tensor, damp: float, grid: Grid) -> Tensor:
-    """Optimal brain quantization in column order: after each column its row and column are eliminated from the explicit inverse, in float64."""
-    work, inverse, out = weight.double(), torch.linalg.inv(damped(gram, damp).double()), torch.zeros_like(weight, dtype=torch.float64)
-    scale = grid.columns(weight.shape[1])[0].double()
-    for i in range(weight.shape[1]):
-        out[:, i] = grid.format.element.round(work[:, i] / scale[:, i]) * scale[:, i]
-        error = (work[:, i] - out[:, i]) / inverse[i, i]
-        work -= error[:, None] * inverse[i]
-        inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-    return out.float()
-
-
-def by_torch(weight: Tensor, grid: Grid) -> Tensor:
-    """One scale a row, symmetric integers, by torch's own kernel."""
-    scale, element = grid.scale[:, 0], grid.format.element
-    return torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros(len(scale), dtype=torch.int32), 0, int(element.lowest), int(element.highest))
-
-
-def by_compressed_tensors(weight: Tensor, bits: int, group: int) -> Tensor:
-    """Groups with a zero point, scales and rounding by compressed-tensors (vLLM's format library)."""
-    from compressed_tensors.quantization import QuantizationArgs
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    settings = QuantizationArgs(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=group)
-    blocks = weight.unflatten(1, (-1, group))
-    scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), settings)
-    return fake_quantize(weight, scale, zero, settings)
-
-
-def compare_errors() -> None:
-    torch.manual_seed(1)
-    weight = torch.randn(384, 384) * torch.rand(384, 1)
-    inputs = torch.randn(768, 384) @ torch.randn(384, 384)
-    gram = inputs.T @ inputs
-
-    def error(values: Tensor) -> float:
-        return float((((values - weight).double() @ gram.double()) * (values - weight)).sum())
-
-    print("error of the outputs, ours over the peer's, one layer, inputs and bits")
-    for bits in (3, 4, 8):
-        row = fit(weight, named("int", bits), "channel")
-        print(f"  nearest int{bits}, a scale a row, over torch.fake_quantize          {error(row.round(weight)) / error(by_torch(weight, row)):.4f}")
-        if importlib.util.find_spec("compressed_tensors"):
-            ours = fit(weight, named("int", bits, False), "group", 64).round(weight)
-            print(f"  nearest uint{bits}, groups of 64, over compressed-tensors            {error(ours) / error(by_compressed_tensors(weight, bits, 64)):.4f}")
-        found = gptq(weight, inverse_factor(gram, 0.01), row)
-        print(f"  GPTQ int{bits}, over the dense inverse in float64                    {error(found) / error(dense_inverse(weight, gram, 0.01, row)):.4f}")
-
-
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -166,7 +115,6 @@ def main() -> None:
         errors = [float((((v - weight) @ gram) * (v - weight)).sum()) for v in (values, plain)]
         speed = median_of(lambda w=weight, u=upper, g=grid: column_loop(w, u, g)) / median_of(lambda w=weight, u=upper, g=grid: gptq(w, u, g))
         print(f"  {out:5} x {width:5} {speed:6.2f} x faster, error {errors[0] / errors[1]:.4f}")
-    compare_errors()
     compare_errors()
 
 
