@@ -77,7 +77,10 @@ def eigenpairs(operator: Operator, count: int = 10, end: str = "top", tolerance:
             values += theta.tolist()
         if stopped or not len(theta):
             break
-    order = sorted(range(len(values)), key=lambda i: -values[i])[:count]
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    if len(order) > count:  # rounding put a copy of the last value above it, and the search went on
+        following = max(values[order[count]], values[order[count]] if following is None else following)
+    order = order[:count]
     vectors = locked[torch.tensor(order, dtype=torch.long, device=locked.device)]
     found = sign * torch.tensor([values[i] for i in order], dtype=torch.float64)
     if stopped or not len(order):
