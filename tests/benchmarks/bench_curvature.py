@@ -1,6 +1,7 @@
 """Curvature products and stochastic Lanczos quadrature beside curvlinops and hessian-eigenthings, on the MiniLM encoder.
 
     python tests/benchmarks/bench_curvature.py products [--repeats 5] [--examples 4] [--batch-size 2] [--probes 8]
+    python tests/benchmarks/bench_curvature.py steps    [--repeats 4] [--probes 2]
     python tests/benchmarks/bench_curvature.py slq      [--repeats 5] [--examples 4] [--batch-size 2] [--probes 8] [--steps 30] [--whole]
     python tests/benchmarks/bench_curvature.py memory --library workbench | curvlinops | hessian-eigenthings
 
@@ -151,6 +152,25 @@ def products(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
         yield summary(found)
 
 
+def lanczos_steps(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
+    """One step of a probe in lockstep, graphs kept, beside one product of curvlinops; as `products`, in seconds instead of minutes."""
+    found: dict[str, list[float]] = {}
+    theirs, vector = bench.curvlinops(), torch.randn(bench.size, generator=torch.Generator().manual_seed(0))
+    theirs @ vector
+    with bench.open() as operator:
+        operator.gradient()
+        run = Lockstep(operator, rademacher(operator, range(probes), 0), repeats + 2, False)
+        run.step()
+        run.step()
+        for _ in range(repeats):
+            gradient, mine, peer = seconds(operator.gradient), seconds(run.step) / probes, seconds(theirs.__matmul__, vector)
+            row = {"workbench, one probe and step: gradients": mine / gradient, "curvlinops Hessian, one product: gradients": peer / gradient,
+                   "curvlinops product over workbench step": peer / mine}  # fmt: skip
+            for key, value in row.items():
+                found.setdefault(key, []).append(value)
+            yield summary(found)
+
+
 def slq(bench: Bench, repeats: int, probes: int, steps: int, whole: bool) -> Iterator[Rows]:
     """Whole calls, as `products`."""
     from curvlinops.papyan2020traces.spectrum import approximate_boundaries, fast_lanczos, lanczos_approximate_spectrum
@@ -198,7 +218,7 @@ def memory(bench: Bench, library: str, probes: int, steps: int = 3) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("products", "slq", "memory"))
+    parser.add_argument("what", choices=("products", "steps", "slq", "memory"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--examples", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -217,6 +237,8 @@ def main() -> None:
             return
         if options.what == "products":
             runs = products(bench, options.repeats, options.probes)
+        elif options.what == "steps":
+            runs = lanczos_steps(bench, options.repeats, options.probes)
         else:
             runs = slq(bench, options.repeats, options.probes, options.steps, options.whole)
         rows: Rows = []
