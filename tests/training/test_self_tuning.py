@@ -48,7 +48,7 @@ def test_best_response_and_hypergradient_of_ridge_regression() -> None:
     found = model[0].responding().detach().numpy()[0]
     assert np.abs(found - at(centre)).max() < 0.03 * np.abs(at(centre)).max()
     derivative = (at(centre + 1e-4) - at(centre - 1e-4)) / 2e-4
-    learned = float(model[0].gate[0, 0]) * model[0].response.detach().numpy()[0]
+    learned = model[0].gate[0, 0].item() * model[0].response.detach().numpy()[0]
     assert np.linalg.norm(learned - derivative) < 0.1 * np.linalg.norm(derivative)
     gradient = torch.autograd.grad(squares(model, held_out), setting.centre)[0]
     exact = (validation(held_out, at(centre + 1e-4)) - validation(held_out, at(centre - 1e-4))) / 2e-4

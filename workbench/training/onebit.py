@@ -83,7 +83,7 @@ class OneBitAdam(GroupOptimizer):
         else:
             for p, m, part in zip(weights, first, parts, strict=True):
                 m.copy_(self._exchange(p, [torch.lerp(m, g, 1 - beta1) for g in part]))
-            updates = torch._foreach_mul(first, [self._inverse_root(p, group) for p in weights])
+            updates = list(torch._foreach_mul(first, [self._inverse_root(p, group) for p in weights]))
             torch._foreach_div_(updates, 1 - beta1**t)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(weights, updates, alpha=group["lr"])
