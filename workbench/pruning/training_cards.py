@@ -2,7 +2,8 @@
 
 Digits: a vision transformer trained on upright digits, one for each seed, goes on with the same digits lying on their sides, a task it
 has not seen. Bytes: a Llama-style model of 57 k weights on Python's source, one for each seed; its second corpus is the prose of Python's
-reference. Rates are those of the arms without masks, the same for all; nothing was chosen on the test split.
+reference. Rates are those of the arms without masks, the same for all but low-rank terms, which start at zero and take 3e-3; nothing was
+chosen on the test split.
 """
 
 from __future__ import annotations
