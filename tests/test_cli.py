@@ -108,3 +108,11 @@ def test_the_readme_lists_every_instrument_and_subject():
     text = (ROOT / "README.md").read_text()
     ours = [name for name, cls in catalog().items() if cls.__module__.startswith("workbench.")]
     assert [name for name in [*ours, *BUILTINS] if f"`{name}`" not in text] == []
+
+
+def test_lists_are_written_with_or_without_brackets():
+    from workbench.cli import value_of
+
+    assert value_of("8, 32", tuple[int, ...]) == value_of("[8, 32]", tuple[int, ...]) == [8, 32]
+    assert value_of("*layers.0.*,head", list[str]) == ["*layers.0.*", "head"]
+    assert value_of("1e-3,0.1", tuple[float, ...]) == [0.001, 0.1]

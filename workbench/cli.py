@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -115,7 +115,9 @@ def field_arguments(parser: argparse.ArgumentParser, cls: type[Instrument]) -> N
 
 
 def value_of(text: str, annotation: Any) -> Any:
-    """An option's text as a value: taken literally for string fields, as YAML otherwise (lists, numbers, true/false, null)."""
+    """An option's text as a value: taken literally for string fields, as YAML otherwise (numbers, true/false, null); lists as [a, b] or a, b."""
+    if get_origin(annotation) in (list, tuple) and not text.lstrip().startswith("["):
+        return [value_of(part.strip(), get_args(annotation)[0]) for part in text.split(",") if part.strip()]
     kinds = get_args(annotation) or (annotation,)
     if annotation is str or all(isinstance(k, str) for k in kinds):
         return text
