@@ -20,14 +20,15 @@ from workbench.subjects import Subject, subject
 Chain = tuple[Instrument, ...]  # run one after the other, each on the subject the one before returned
 
 
-def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progress: Progress | None = None, jobs: int = 0) -> pd.DataFrame:
+def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progress: Progress | None = None, jobs: int = 0,
+          beside: Sequence[Instrument] = ()) -> pd.DataFrame:  # fmt: skip
     """Run every instrument (or chain of them) on one subject; one row a run: `series` (its key), the last instrument's fields, its facts,
     and `size`, the bytes of the compressed layers (values, scales, and what says where they are).
 
     A series is dealt out to the workers, and each keeps the statistics it measured for the runs that share them; chains of any series
-    that begin with the same run go to the worker that computes it. `jobs` worker
-    processes (0: one per core, never more than the runs that are not cached); rows come in the order given, and a sweep that is
-    stopped returns the finished ones.
+    that begin with the same run go to the worker that computes it. `jobs` worker processes (0: one per core, never more than the runs
+    that are not cached); rows come in the order given, and a sweep that is stopped returns the finished ones. `beside`: instruments
+    that give no row; they are computed first, beside the others, for a later `run` to find in the cache.
     """
     progress = progress or TextProgress()
     if not runs or not all(runs.values()):
@@ -37,7 +38,10 @@ def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progres
         for chain in group:
             for instrument in chain:
                 instrument.check(on)
-    missing = families(on, {name: [chain for chain in group if not stored(on, chain)] for name, group in chains.items()})
+    for instrument in beside:
+        instrument.check(on)
+    wanted = {"": [(instrument,) for instrument in beside]} | chains
+    missing = families(on, {name: [chain for chain in group if not stored(on, chain)] for name, group in wanted.items()})
     workers = min(jobs or len(os.sched_getaffinity(0)), sum(map(len, missing)))
     if workers > 1 and on.device.type == "cpu":
         in_processes(on, [part for group in missing for part in dealt(group, workers)], workers, progress)
@@ -132,7 +136,7 @@ def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress:
     with tempfile.TemporaryDirectory(prefix="workbench-sweep-") as folder:
         place = Path(folder) / "subject"
         on.save(place)
-        tasks = (joblib.delayed(one_group)(str(place), on.fingerprint, group) for group in groups)
+        tasks = (joblib.delayed(one_group)(str(place), on.fingerprint, on.evaluations, group) for group in groups)
         done = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(tasks)
         for _ in progress.track(done, "parts of series", len(groups)):
             pass
@@ -141,15 +145,15 @@ def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress:
 _opened: dict[str, Subject] = {}  # in a worker: the subject of its last task, with the statistics measured on it
 
 
-def one_group(folder: str, fingerprint: str, group: list[Chain]) -> int:
-    """In a worker: run one series on the saved subject under the caller's fingerprint."""
+def one_group(folder: str, fingerprint: str, evaluations: dict[tuple[str, int], dict[str, float]], group: list[Chain]) -> int:
+    """In a worker: run one series on the saved subject under the caller's fingerprint, with what the caller measured on it."""
     import torch
 
     torch.set_num_threads(1)
     if fingerprint not in _opened:
         _opened.clear()
         _opened[fingerprint] = subject(folder)
-        _opened[fingerprint].adopt_fingerprint(fingerprint)
+        _opened[fingerprint].adopt_fingerprint(fingerprint, evaluations)
     last: dict[str, Subject] = {}
     for chain in group:
         run_chain(_opened[fingerprint], chain, Progress(), last)

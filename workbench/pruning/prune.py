@@ -136,7 +136,7 @@ class Prune(SubjectInstrument):
         layers, pattern = on.layers(self.layers), parse(self.pattern)
         if isinstance(pattern, Dimension):
             return prune_dimension(self, on, pattern, progress)
-        dense_test = self.dense_facts(on, progress)
+        dense_test = on.evaluated(self.test_split, progress=progress)
         dense = on.copy()
         before = {layer.name: layer.weight.detach().clone() for layer in layers}
         calibration = self.calibration(on, layers, progress)
@@ -188,15 +188,6 @@ class Prune(SubjectInstrument):
         if kept:
             tables["units"] = pd.DataFrame([{"group": n, "units": k.shape[1], "kept": int(k[0].sum())} for n, k in kept.items()])
         return self.result(table, facts, tables=tables, arrays=arrays, subject=on)
-
-    def dense_facts(self, on: Subject, progress: Progress) -> dict[str, float]:
-        known = on.memo(("evaluations",), dict)
-        if self.test_split not in known:
-            found = on.evaluate(self.test_split, progress=progress)
-            if progress.stopped:
-                return found
-            known[self.test_split] = found
-        return known[self.test_split]
 
     def _facts(self, layers: Sequence[Layer], dense: dict[str, float]) -> dict[str, Any]:
         saliency, compensation, allocation = self.composition()

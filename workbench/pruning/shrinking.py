@@ -81,7 +81,7 @@ def train(prune: Prune, on: Subject, teacher: Subject | None, done: int, steps: 
 def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Progress) -> Result:
     """The `prune` instrument for a dimension: events of choosing and rebuilding, with recovery before, between and after."""
     kind, saliency = pattern.kind, prune.composition()[0]
-    facts = {f"dense_{k}": v for k, v in prune.dense_facts(on, progress).items()}
+    facts = {f"dense_{k}": v for k, v in on.evaluated(prune.test_split, progress=progress).items()}
     dense = on.copy()
     batch = next(dense.batches(prune.test_split, min(prune.batch_size, 16)))
     total = extent(on.model, kind)[0]

@@ -112,7 +112,7 @@ class Allocate(SubjectInstrument):
         main, rows_of = next(iter(plans)), np.arange(len(layers))
         plans |= self._rivals(cost, size, budget, widths, weights)
         rows, chosen, subject = [], [], None
-        dense = on.memo(("evaluate", "test", self.test_examples), lambda: on.evaluate("test", limit=self.test_examples))
+        dense = on.evaluated("test", self.test_examples)
         for name, plan in progress.track(list(plans.items()), "strategies"):
             bits = {layer.name: widths[k] for layer, k in zip(layers, plan.choice, strict=True)}
             copy = on if name == main and len(plans) == 1 else on.copy()

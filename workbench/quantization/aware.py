@@ -94,7 +94,7 @@ class TrainQuantized(SubjectInstrument):
             raise BadInput("from_scratch: only a transformers model can be made anew from its configuration")
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        dense = on.memo(("evaluate", "test", self.test_examples), lambda: on.evaluate("test", limit=self.test_examples))
+        dense = on.evaluated("test", self.test_examples)
         if self.from_scratch:
             torch.manual_seed(self.seed)
             device = on.device

@@ -322,10 +322,9 @@ class Quantize(SubjectInstrument):
     def _losses(self, on: Subject, progress: Progress) -> dict[str, dict[str, float]]:
         found = {}
         if self.predict_examples:
-            found["calibration"] = on.memo(("evaluate", "calibration", self.predict_examples),
-                                           lambda: on.evaluate("calibration", batch_size=8, limit=self.predict_examples))  # fmt: skip
+            found["calibration"] = on.evaluated("calibration", self.predict_examples)
         if self.test_examples:
-            found["test"] = on.memo(("evaluate", "test", self.test_examples), lambda: on.evaluate("test", limit=self.test_examples, progress=progress))
+            found["test"] = on.evaluated("test", self.test_examples, progress)
         return found
 
     def _predict(self, on: Subject, table: pd.DataFrame, deltas: dict[str, Tensor], progress: Progress) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,18 +136,34 @@ class Subject:
         return Subject(self.name, weights, self.task, self.splits, tokenizer=self.tokenizer, data_note=self.data_note, labels=self.labels,
                        history=[*self.history, step(instrument)], fingerprint=key, origin=self.origin)  # fmt: skip
 
-    def adopt_fingerprint(self, fingerprint: str) -> None:
-        """Take the fingerprint of the subject this one was saved from: the same weights, task and data."""
+    def adopt_fingerprint(self, fingerprint: str, evaluations: Mapping[tuple[str, int], dict[str, float]] | None = None) -> None:
+        """Take the fingerprint of the subject this one was saved from, the same weights, task and data, and what was measured on it."""
         self._fingerprint, self._seen = fingerprint, self._versions()
+        for (split, examples), found in (evaluations or {}).items():
+            self.memo(("evaluate", split, examples), functools.partial(dict, found))
 
     def memo(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-        """A statistic of this subject, kept in memory while its fingerprint stays; the last few are kept."""
+        """A statistic of this subject, kept in memory while its fingerprint stays; the ones used last are kept."""
         full = (self.fingerprint, str(self.device), *key)
-        if full not in self._memory:
-            while len(self._memory) >= 8:
-                self._memory.pop(next(iter(self._memory)))
-            self._memory[full] = compute()
-        return self._memory[full]
+        found = self._memory.pop(full) if full in self._memory else compute()
+        while len(self._memory) >= 16:
+            self._memory.pop(next(iter(self._memory)))
+        self._memory[full] = found
+        return found
+
+    def evaluated(self, split: str = "test", limit: int | None = None, progress: Progress | None = None) -> dict[str, float]:
+        """`evaluate`, remembered while the weights stay; what a stop cut short is not kept."""
+        progress = progress or Progress()
+        key = ("evaluate", split, min(self.size(split), limit or self.size(split)))
+        known = self.evaluations.get(key[1:])
+        found = known or self.evaluate(split, limit=limit, progress=progress)
+        return found if progress.stopped else dict(self.memo(key, lambda: found))
+
+    @property
+    def evaluations(self) -> dict[tuple[str, int], dict[str, float]]:
+        """What `evaluated` remembers: (split, examples) -> loss and metrics."""
+        begin = (self.fingerprint, str(self.device), "evaluate")
+        return {key[3:]: value for key, value in self._memory.items() if key[:3] == begin}
 
     def adopt(self, parent: Subject, instrument: Instrument, fingerprint: str | None) -> None:
         """Record what was done to get here; the run's key becomes the fingerprint (None: hash the weights)."""
@@ -258,7 +275,7 @@ class Subject:
 
     def card(self, progress: Progress | None = None) -> dict[str, Any]:
         """The reproducibility card: what a reader must know to get the same numbers."""
-        test = self.evaluate("test" if "test" in self.splits else next(iter(self.splits)), progress=progress or TextProgress())
+        test = self.evaluated("test" if "test" in self.splits else next(iter(self.splits)), progress=progress or TextProgress())
         return {"subject": self.name, "task": self.task.name, "architecture": type(self.model).__name__, "parameters": self.parameter_count(),
                 "layers": len(self.layers()), "data": self.data_note, **{f"{k} examples": self.size(k) for k in self.splits},
                 "fingerprint": self.fingerprint} | {f"test {k}": v for k, v in test.items()}  # fmt: skip

@@ -6,9 +6,11 @@ Fine-tuning runs once, in minutes, and is kept in the cache folder together with
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,17 @@ def length_batches(train: dict[str, Tensor], batch: int, pool: int = 16) -> list
     return batches
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, an operation has one thread: the workers are the parallelism."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fit(model: Any, train: dict[str, Tensor], epochs: int, progress: Progress, batch: int = 16, peak: float = 1.5e-4) -> None:
     """AdamW with the embeddings frozen: 10 % warm-up, linear decay; the fresh head learns ten times faster.
 
@@ -165,29 +178,26 @@ def fit(model: Any, train: dict[str, Tensor], epochs: int, progress: Progress, b
         loss = nn.functional.cross_entropy(logits, train["labels"][rows], reduction="sum") / count
         return torch.autograd.grad(loss, encoder + head)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            for chosen in progress.track(batches, "fine-tune minilm-docstrings"):
-                halves = list(pool.map(gradients, chosen.chunk(2), (len(chosen),) * 2))
-                for parameter, *pieces in zip(encoder + head, *halves, strict=True):
-                    parameter.grad = sum(pieces[1:], start=pieces[0])
-                nn.utils.clip_grad_norm_(encoder + head, 1.0)
-                optimizer.step()
-                schedule.step()
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), ThreadPoolExecutor(2) as pool:
+        for chosen in progress.track(batches, "fine-tune minilm-docstrings"):
+            halves = list(pool.map(gradients, chosen.chunk(2), (len(chosen),) * 2))
+            for parameter, *pieces in zip(encoder + head, *halves, strict=True):
+                parameter.grad = sum(pieces[1:], start=pieces[0])
+            nn.utils.clip_grad_norm_(encoder + head, 1.0)
+            optimizer.step()
+            schedule.step()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
 
-@torch.no_grad()
 def measure(model: nn.Module, split: dict[str, Tensor]) -> dict[str, float]:
-    """Mean cross-entropy and accuracy."""
-    logits = torch.cat([
-        model(input_ids=ids, attention_mask=mask).logits
-        for ids, mask in zip(split["input_ids"].split(64), split["attention_mask"].split(64), strict=True)
-    ])  # fmt: skip
+    """Mean cross-entropy and accuracy, two batches at a time."""
+
+    @torch.no_grad()
+    def answers(ids: Tensor, mask: Tensor) -> Tensor:
+        return model(input_ids=ids, attention_mask=mask).logits
+
+    with one_thread(), ThreadPoolExecutor(2) as pool:
+        logits = torch.cat(list(pool.map(answers, split["input_ids"].split(64), split["attention_mask"].split(64))))
     loss = nn.functional.cross_entropy(logits, split["labels"])
     return {"loss": round(float(loss), 4), "accuracy": round(float((logits.argmax(1) == split["labels"]).float().mean()), 4)}
