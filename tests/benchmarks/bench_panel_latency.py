@@ -14,9 +14,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import nbformat
-
 from tests.browser.lab import browse, open_notebook, run_all, serve
+from tests.notebook import write
 
 PANEL = """\
 import time, widgets, workbench
@@ -47,9 +46,7 @@ WATCH = """() => {
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as private:
-        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        cells = [nbformat.v4.new_code_cell(PANEL), nbformat.v4.new_code_cell(KERNEL)]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), Path(folder) / "latency.ipynb")
+        write(Path(folder) / "latency.ipynb", PANEL, KERNEL)
         with serve(Path(folder), Path(private)) as lab, browse() as watched:
             page = watched.page
             open_notebook(page, lab, "latency.ipynb")

@@ -126,6 +126,11 @@ def run_all(page: playwright.Page) -> None:
 
 
 def set_theme(page: playwright.Page, theme: str) -> None:
-    """Change the theme and wait until it is there."""
+    """Change the theme and wait until it is there.
+
+    JupyterLab shows its splash screen meanwhile and takes it away 200 ms later; a second change before that makes it throw.
+    """
+    page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
     page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
     page.wait_for_function("(light) => document.body.dataset.jpThemeLight === light", arg="false" if "Dark" in theme else "true")
+    page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")

@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
+from tests.notebook import write
 
 ROOT = Path(__file__).parent.parent.parent
-V4 = nbformat.v4
 PANEL = """\
 import widgets, workbench
 from workbench.curvature import Spectrum
@@ -27,8 +26,7 @@ expect.set_options(timeout=PATIENCE)
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     root = tmp_path_factory.mktemp("root")
     shutil.copy(ROOT / "notebooks" / "index.ipynb", root)
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(V4.new_notebook(cells=[V4.new_code_cell(PANEL)], metadata=kernel), root / "panel.ipynb")
+    write(root / "panel.ipynb", PANEL)
     private = tmp_path_factory.mktemp("private")
     environment = {"WORKBENCH_CACHE": str(private / "cache"), "JUPYTER_PATH": str(ROOT / "share" / "jupyter")}
     with serve(root, private, environment) as found:

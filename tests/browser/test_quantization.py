@@ -8,16 +8,15 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
 from playwright.sync_api import Page, expect
 
 import workbench
 from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
+from tests.notebook import write
 from workbench.instruments import Progress
 from workbench.quantization import Allocate
 
-V4 = nbformat.v4
 OPEN = "import widgets, workbench, widgets.quantization\nfrom workbench.quantization import Quantize\non = workbench.subject('digits-vit')\n"
 CELLS = {
     "formats": "widgets.quantization.FormatPanel(on)",
@@ -43,9 +42,8 @@ expect.set_options(timeout=PATIENCE)
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for name, cell in CELLS.items():
-        nbformat.write(V4.new_notebook(cells=[V4.new_code_cell(OPEN + cell)], metadata=kernel), root / f"{name}.ipynb")
+        write(root / f"{name}.ipynb", OPEN + cell)
     on = workbench.subject("digits-vit")
     small = Allocate(layers="*layers.0.*", widths=[2, 3, 4, 8], examples=16, predict_examples=8, draws=0, test_examples=32)
     small.run(on, Progress(), cache=False).save(root / "allocated", with_subject=False)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from playwright.sync_api import expect
 
 from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve
+from tests.notebook import write
 from workbench.scaling import law
 
-V4 = nbformat.v4
 CODE = """\
 from widgets.scaling import ScalingPanel
 ScalingPanel("runs.csv", columns="params=size")"""
@@ -27,8 +26,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 6), np.logspace(9, 11, 6)))
     loss = law("chinchilla").predict(dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), {"params": n, "tokens": d})
     pd.DataFrame({"size": n, "tokens": d, "loss": loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(36))}).to_csv(root / "runs.csv", index=False)
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(V4.new_notebook(cells=[V4.new_code_cell(CODE)], metadata=kernel), root / "scaling.ipynb")
+    write(root / "scaling.ipynb", CODE)
     with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
         yield found
 

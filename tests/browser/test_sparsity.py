@@ -8,13 +8,12 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
+from tests.notebook import write
 
-V4 = nbformat.v4
 CODE = """\
 from widgets.sparsity import SparsityPanel
 SparsityPanel("digits-vit", methods="magnitude,obd", gradients=16, calibration_examples=16)"""
@@ -36,8 +35,7 @@ expect.set_options(timeout=PATIENCE)
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(V4.new_notebook(cells=[V4.new_code_cell(CODE)], metadata=kernel), root / "sparsity.ipynb")
+    write(root / "sparsity.ipynb", CODE)
     with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
         yield found
 

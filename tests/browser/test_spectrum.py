@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
+from tests.notebook import write
 
-V4 = nbformat.v4
 CODE = """\
 import workbench
 from widgets.spectrum import SpectrumPanel
@@ -42,8 +41,7 @@ return null; }"""
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(V4.new_notebook(cells=[V4.new_code_cell(CODE)], metadata=kernel), root / "spectrum.ipynb")
+    write(root / "spectrum.ipynb", CODE)
     with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
         yield found
 

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
+from tests.notebook import write
 
-V4 = nbformat.v4
 SURFACE = """\
 import widgets, workbench
 from workbench.training import LearningRateBatchSize
@@ -34,9 +33,8 @@ expect.set_options(timeout=PATIENCE)
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     for name, code in (("surface", SURFACE), ("schedules", SCHEDULES), ("optimizers", OPTIMIZERS)):
-        nbformat.write(V4.new_notebook(cells=[V4.new_code_cell(code)], metadata=kernel), root / f"{name}.ipynb")
+        write(root / f"{name}.ipynb", code)
     with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
         yield found
 

@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import workbench
 from tests.conftest import tiny
@@ -51,14 +52,12 @@ def test_a_speedup_out_of_reach_says_what_is_the_most():
         choose(scored, table, 50.0)
 
 
-def test_prune_to_a_speedup_removes_units_and_reports_it(checkpoints):
-    subject = workbench.subject(checkpoints["vit"], data="random")
-    fields = {"method": "magnitude", "pattern": "neurons", "allocation": "latency", "speedup": 1.02, "predict_examples": 0}
-    try:
-        result = Prune(**fields).run(subject, Progress(), cache=False)
-    except BadInput as error:  # on a model this small, a busy machine may not show any gain
-        assert "cannot be reached" in str(error)
-        return
+def test_prune_to_a_speedup_removes_units_and_reports_it(tmp_path):
+    config = transformers.ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=4096, image_size=32, patch_size=8, num_labels=3)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "wide")  # its neurons take nearly all the time, however busy the machine
+    subject = workbench.subject(tmp_path / "wide", data="random")
+    fields = {"method": "magnitude", "pattern": "neurons", "allocation": "latency", "speedup": 1.5, "predict_examples": 0}
+    result = Prune(**fields).run(subject, Progress(), cache=False)
     assert result.facts["expected_speedup"] > 1 and result.facts["speedup"] > 0
     assert result.subject.parameter_count() < subject.parameter_count()
     with pytest.raises(BadInput, match="belong together"):

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import yaml
 
-from tests.reports.notebook import write
+from tests.notebook import write
 from workbench import BadInput, reports
 
 DECLARED = """\

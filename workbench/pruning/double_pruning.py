@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 
 from workbench.pruning.patterns import NM, nm_mask
+from workbench.statistics.inputs import WeightCalls
 from workbench.subjects import Layer, Mask
 
 
@@ -54,48 +53,33 @@ class BackwardWeight(Function):
         return dy @ back, dy.flatten(0, -2).mT @ x.flatten(0, -2), None
 
 
-class DoublePruned(TorchFunctionMode):
+class DoublePruned(WeightCalls):
     """While entered, every product with a layer's weight has the backward pass above. The second masks are chosen once, when made.
 
     Terms beside a sparse weight (adapters) go back in full: only the sparse part is pruned twice.
     """
 
     def __init__(self, layers: Sequence[Layer], keep: int, of: int) -> None:
-        super().__init__()
-        self.layers = list(layers)
+        super().__init__(layers)
         self.dropped = {}
         for layer in layers:
             sparse = sparse_part(layer)
             self.dropped[layer.name] = (sparse != 0) & ~second_mask(sparse, keep, of)
 
-    def __enter__(self) -> DoublePruned:
-        self._cached = parametrize.cached()
-        self._cached.__enter__()  # one tensor a weight, so that it can be recognised
-        self._backs = {}
-        for layer in self.layers:
-            lost = torch.where(self.dropped[layer.name], sparse_part(layer), 0.0)
-            self._backs[getattr(layer.module, layer.tensor).untyped_storage().data_ptr()] = layer.weight.detach() - lost
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._cached.__exit__(*error)
+    def seen(self, layer: Layer, value: Tensor) -> Tensor:
+        return layer.weight.detach() - torch.where(self.dropped[layer.name], sparse_part(layer), 0.0)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "linear":
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            if (back := self._back(given["weight"])) is not None:
+            if (back := self.found(given["weight"])) is not None:
                 product: Tensor = BackwardWeight.apply(given["input"], given["weight"], back)
                 return product if given.get("bias") is None else product + given["bias"]
-        elif name == "addmm" and len(args) == 3 and (back := self._back(args[2])) is not None:
+        elif name == "addmm" and len(args) == 3 and (back := self.found(args[2])) is not None:
             return BackwardWeight.apply(args[1], args[2].mT, back) + args[0]
         return func(*args, **kwargs)
-
-    def _back(self, weight: Any) -> Tensor | None:
-        return self._backs.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
 
 
 def sparse_part(layer: Layer) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,31 +22,48 @@ from workbench.subjects import Layer, Subject
 Handler = Callable[[Layer, int, Tensor], None]  # layer, expert (0 for a plain matrix), inputs (tokens, in)
 
 
-class InputCapture(TorchFunctionMode):
-    """Calls `handler(layer, expert, inputs)` whenever a layer multiplies; inputs are detached, shape (tokens, in).
+class WeightCalls(TorchFunctionMode):
+    """Sees the functions that the given layers' weights go through; while it is on, a weight is one tensor, known by its storage.
 
-    Padding is dropped when `keep` (a boolean (batch, length) mask) is set and the input has those leading dimensions.
+    `seen` says what is kept of a layer and its weight; `found` gives it back for a tensor that lies in that weight's storage.
     """
 
-    def __init__(self, layers: Sequence[Layer], handler: Handler) -> None:
+    def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
-        self.layers, self.handler, self.keep = list(layers), handler, None
+        self.layers = list(layers)
         self._cached = parametrize.cached()
 
-    keep: Tensor | None
-
-    def __enter__(self) -> InputCapture:
+    def __enter__(self) -> Self:
         self._cached.__enter__()
         self._by_storage = {}
         for layer in self.layers:
             value = getattr(layer.module, layer.tensor)
-            self._by_storage[value.untyped_storage().data_ptr()] = (layer, value)
+            self._by_storage[value.untyped_storage().data_ptr()] = self.seen(layer, value)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._cached.__exit__(*error)
+
+    def seen(self, layer: Layer, value: Tensor) -> Any:
+        return layer, value
+
+    def found(self, weight: Any) -> Any:
+        return self._by_storage.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
+
+
+class InputCapture(WeightCalls):
+    """Calls `handler(layer, expert, inputs)` whenever a layer multiplies; inputs are detached, shape (tokens, in).
+
+    Padding is dropped when `keep` (a boolean (batch, length) mask) is set and the input has those leading dimensions.
+    """
+
+    def __init__(self, layers: Sequence[Layer], handler: Handler) -> None:
+        super().__init__(layers)
+        self.handler, self.keep = handler, None
+
+    keep: Tensor | None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,10 +77,8 @@ class InputCapture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _see(self, weight: Any, inputs: Any) -> None:
-        if not isinstance(weight, Tensor) or not isinstance(inputs, Tensor):
-            return
-        found = self._by_storage.get(weight.untyped_storage().data_ptr())
-        if found is None:
+        found = self.found(weight)
+        if found is None or not isinstance(inputs, Tensor):
             return
         layer, value = found
         if value.ndim == 3:
