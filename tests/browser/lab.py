@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import playwright.sync_api as playwright
+import pytest
+
+from tests.notebook import write
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -79,6 +82,16 @@ def serve(root: Path, private: Path, environment: dict[str, str] | None = None) 
             process.wait(15)
 
 
+@contextlib.contextmanager
+def serve_cells(folders: pytest.TempPathFactory, cells: dict[str, str], environment: dict[str, str] | None = None) -> Iterator[Lab]:
+    """JupyterLab over a new folder with one notebook of one cell a name, and a cache of its own."""
+    root, private = folders.mktemp("root"), folders.mktemp("private")
+    for name, code in cells.items():
+        write(root / f"{name}.ipynb", code)
+    with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache"), **(environment or {})}) as found:
+        yield found
+
+
 @dataclass
 class Watched:
     """A page, and what it did that a test should know of."""
@@ -123,6 +136,22 @@ def run_all(page: playwright.Page) -> None:
         "() => { const book = jupyterapp.shell.currentWidget; const cells = book.content.widgets.filter(c => c.model.type === 'code');"
         " return book.sessionContext.session.kernel.status === 'idle' && cells.every(c => c.model.executionCount || !c.model.sharedModel.source.trim()) }"
     )
+
+
+def open_and_run(page: playwright.Page, lab: Lab, name: str, height: int = 1500) -> None:
+    """Open the notebook `name` in a window tall enough for its panel, and run it."""
+    page.set_viewport_size({"width": 1280, "height": height})
+    open_notebook(page, lab, f"{name}.ipynb")
+    run_all(page)
+
+
+def photograph(page: playwright.Page, name: str) -> None:
+    """For a person who wants to look: the page in both themes, where WORKBENCH_PICTURES names a folder."""
+    folder = os.environ.get("WORKBENCH_PICTURES")
+    for theme in ("Light", "Dark") if folder else ():
+        set_theme(page, f"JupyterLab {theme}")
+        page.wait_for_timeout(700)
+        page.screenshot(path=Path(str(folder)) / f"{name}-{theme.lower()}.png")
 
 
 def set_theme(page: playwright.Page, theme: str) -> None:

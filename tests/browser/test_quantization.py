@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
 import workbench
-from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
-from tests.notebook import write
+from tests.browser.lab import PATIENCE, Lab, Watched, open_and_run, photograph, serve_cells
 from workbench.instruments import Progress
 from workbench.quantization import Allocate
 
@@ -41,31 +38,16 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
-    for name, cell in CELLS.items():
-        write(root / f"{name}.ipynb", OPEN + cell)
     on = workbench.subject("digits-vit")
     small = Allocate(layers="*layers.0.*", widths=[2, 3, 4, 8], examples=16, predict_examples=8, draws=0, test_examples=32)
-    small.run(on, Progress(), cache=False).save(root / "allocated", with_subject=False)
-    with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
+    with serve_cells(tmp_path_factory, {name: OPEN + cell for name, cell in CELLS.items()}) as found:
+        small.run(on, Progress(), cache=False).save(found.root / "allocated", with_subject=False)
         yield found
 
 
 def opened(lab: Lab, watched: Watched, name: str) -> Page:
-    page = watched.page
-    page.set_viewport_size({"width": 1280, "height": 1200})
-    open_notebook(page, lab, f"{name}.ipynb")
-    run_all(page)
-    return page
-
-
-def pictured(page: Page, name: str) -> None:
-    """A screenshot in each theme, where WORKBENCH_SCREENSHOTS names a folder."""
-    folder = os.environ.get("WORKBENCH_SCREENSHOTS")
-    for theme in ("JupyterLab Light", "JupyterLab Dark") if folder else ():
-        set_theme(page, theme)
-        page.wait_for_timeout(400)
-        page.screenshot(path=str(Path(str(folder)) / f"{name}-{theme.split()[1].lower()}.png"))
+    open_and_run(watched.page, lab, name, height=1200)
+    return watched.page
 
 
 def test_the_grid_and_the_error_follow_the_slider_and_the_page_says_how_fast(lab: Lab, watched: Watched,
@@ -101,7 +83,7 @@ def test_the_grid_and_the_error_follow_the_slider_and_the_page_says_how_fast(lab
     expect(facts).not_to_have_text(before)
     panel.get_by_label("layer", exact=True).select_option(index=1)
     expect(facts).to_contain_text("kurtosis")
-    pictured(page, "formats")
+    photograph(page, "formats")
 
 
 def test_the_allocation_slider_walks_the_front(lab: Lab, watched: Watched) -> None:
@@ -121,7 +103,7 @@ def test_the_allocation_slider_walks_the_front(lab: Lab, watched: Watched) -> No
         handle.press("ArrowRight")
     page.wait_for_function(f"() => new Set(({bars})()).size > 1")
     assert len(page.evaluate(bars)) == len(before)
-    pictured(page, "allocation")
+    photograph(page, "allocation")
 
 
 def test_bars_are_sorted_filtered_and_laid_over_another_run(lab: Lab, watched: Watched) -> None:
@@ -151,4 +133,4 @@ def test_bars_are_sorted_filtered_and_laid_over_another_run(lab: Lab, watched: W
     panel.get_by_label("Compare with").select_option(index=1)
     page.wait_for_function(f"() => {TRACES}.length === 2")
     expect(panel.get_by_role("rowheader", name="rounding", exact=True)).to_be_visible()
-    pictured(page, "layers")
+    photograph(page, "layers")

@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve
-from tests.notebook import write
+from tests.browser.lab import PATIENCE, Lab, Watched, open_and_run, serve_cells
 from workbench.scaling import law
 
 CODE = """\
@@ -22,20 +21,16 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
     n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 6), np.logspace(9, 11, 6)))
     loss = law("chinchilla").predict(dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), {"params": n, "tokens": d})
-    pd.DataFrame({"size": n, "tokens": d, "loss": loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(36))}).to_csv(root / "runs.csv", index=False)
-    write(root / "scaling.ipynb", CODE)
-    with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
+    with serve_cells(tmp_path_factory, {"scaling": CODE}) as found:
+        pd.DataFrame({"size": n, "tokens": d, "loss": loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(36))}).to_csv(found.root / "runs.csv", index=False)
         yield found
 
 
 def test_cutoff_click_and_budget(lab: Lab, watched: Watched) -> None:
     page = watched.page
-    page.set_viewport_size({"width": 1280, "height": 1400})
-    open_notebook(page, lab, "scaling.ipynb")
-    run_all(page)
+    open_and_run(page, lab, "scaling", height=1400)
     note, plan, facts = page.locator(".wb-note"), page.locator(".wb-scaling-plan"), page.locator(".wb-scaling-facts")
     expect(note).to_contain_text("36 runs fitted: converged")
     expect(plan).to_contain_text("N*")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
-from tests.notebook import write
+from tests.browser.lab import PATIENCE, Lab, Watched, open_and_run, photograph, serve_cells, set_theme
 
 CODE = """\
 from widgets.sparsity import SparsityPanel
@@ -34,9 +31,7 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
-    write(root / "sparsity.ipynb", CODE)
-    with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
+    with serve_cells(tmp_path_factory, {"sparsity": CODE}) as found:
         yield found
 
 
@@ -44,9 +39,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def computed(lab: Lab, watched: Watched) -> Page:
     """The panel with its saliencies computed."""
     page = watched.page
-    page.set_viewport_size({"width": 1280, "height": 1500})
-    open_notebook(page, lab, "sparsity.ipynb")
-    run_all(page)
+    open_and_run(page, lab, "sparsity")
     page.get_by_role("button", name="Run", exact=True).click()
     expect(page.locator(".wb-bitmap-status")).to_contain_text("kept by magnitude at 70%")
     return page
@@ -123,14 +116,7 @@ def test_two_methods_are_laid_over_each_other_in_either_theme(computed: Page) ->
     expect(page.locator(".wb-sparsity-facts")).to_contain_text("measured: magnitude at 70%")
     for theme in ("JupyterLab Dark", "JupyterLab Light"):
         set_theme(page, theme)
-        picture(page, theme)
-
-
-def picture(page: Page, name: str) -> None:
-    """Kept for a person to look at when a folder is given."""
-    if folder := os.environ.get("WORKBENCH_PICTURES"):
-        page.wait_for_timeout(500)
-        page.screenshot(path=Path(folder) / f"sparsity-{name.split()[-1].lower()}.png")
+    photograph(page, "sparsity")
 
 
 def test_a_wrong_method_is_told_in_words(computed: Page) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
-from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
-from tests.notebook import write
+from tests.browser.lab import PATIENCE, Lab, Watched, open_and_run, photograph, serve_cells
 
 CODE = """\
 import workbench
@@ -40,23 +37,13 @@ return null; }"""
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
-    write(root / "spectrum.ipynb", CODE)
-    with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
+    with serve_cells(tmp_path_factory, {"spectrum": CODE}) as found:
         yield found
-
-
-def photograph(page: Page, name: str) -> None:
-    """For people: pictures of the panel, when SCREENSHOTS names a folder."""
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.locator(".wb-panel").screenshot(path=Path(folder) / f"{name}.png")
 
 
 def test_run_refine_click_overlay_and_batch(lab: Lab, watched: Watched) -> None:
     page = watched.page
-    page.set_viewport_size({"width": 1280, "height": 1800})
-    open_notebook(page, lab, "spectrum.ipynb")
-    run_all(page)
+    open_and_run(page, lab, "spectrum", height=1800)
     panel = page.locator(".wb-panel")
     note = panel.locator(".wb-job .wb-note")
     title = panel.locator(".wb-plot:not(.wb-layers .wb-plot) .gtitle").first
@@ -68,7 +55,7 @@ def test_run_refine_click_overlay_and_batch(lab: Lab, watched: Watched) -> None:
     expect(title).to_have_text("Hessian spectrum, blocks")
     titles = page.evaluate("() => window.titles")
     assert len(titles) >= 3 and all("running" in text for text in titles[:2]), titles
-    photograph(page, "run")
+    photograph(page, "spectrum-run")
 
     # a clicked layer shows its own spectrum
     layer = "vit.layers.1.mlp.fc1"
@@ -78,7 +65,7 @@ def test_run_refine_click_overlay_and_batch(lab: Lab, watched: Watched) -> None:
     expect(panel.get_by_label("layers", exact=True)).to_have_value(layer)
     expect(title).to_contain_text(layer)
     expect(note).to_have_text(re.compile("done after"))
-    photograph(page, "layer")
+    photograph(page, "spectrum-layer")
     panel.get_by_role("button", name="All layers").click()
     expect(panel.get_by_label("layers", exact=True)).to_have_value("blocks")
     expect(title).to_contain_text("blocks")
@@ -88,7 +75,7 @@ def test_run_refine_click_overlay_and_batch(lab: Lab, watched: Watched) -> None:
     panel.get_by_label("Lay over").select_option(label="pruned")
     page.wait_for_function(f"() => {TRACES}.some((name) => name.startsWith('pruned: '))")
     expect(panel).to_contain_text(re.compile(r"top eigenvalue of pruned: \S+, \S+ times"))
-    photograph(page, "overlay")
+    photograph(page, "spectrum-overlay")
 
     # the batch size on its slider: predicted top and noise edge
     assert not any("at B=" in name for name in page.evaluate(f"() => {TRACES}"))
@@ -96,16 +83,12 @@ def test_run_refine_click_overlay_and_batch(lab: Lab, watched: Watched) -> None:
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
     page.wait_for_function(f"() => {TRACES}.some((name) => /^noise edge at B=/.test(name)) && {TRACES}.some((name) => /^predicted top at B=/.test(name))")
-    photograph(page, "batch")
-    set_theme(page, "JupyterLab Dark")
-    photograph(page, "dark")
+    photograph(page, "spectrum-batch")
 
 
 def test_a_click_while_it_runs_is_kept(lab: Lab, watched: Watched) -> None:
     page = watched.page
-    page.set_viewport_size({"width": 1280, "height": 1800})
-    open_notebook(page, lab, "spectrum.ipynb")
-    run_all(page)
+    open_and_run(page, lab, "spectrum", height=1800)
     panel = page.locator(".wb-panel")
     note = panel.locator(".wb-job .wb-note")
     panel.get_by_role("button", name="Run", exact=True).click()

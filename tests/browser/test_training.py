@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
-from tests.notebook import write
+from tests.browser.lab import PATIENCE, Lab, Watched, open_and_run, photograph, serve_cells
 
 SURFACE = """\
 import widgets, workbench
@@ -32,17 +31,8 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    root, private = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("private")
-    for name, code in (("surface", SURFACE), ("schedules", SCHEDULES), ("optimizers", OPTIMIZERS)):
-        write(root / f"{name}.ipynb", code)
-    with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache")}) as found:
+    with serve_cells(tmp_path_factory, {"surface": SURFACE, "schedules": SCHEDULES, "optimizers": OPTIMIZERS}) as found:
         yield found
-
-
-def opened(page: Page, lab: Lab, name: str) -> None:
-    page.set_viewport_size({"width": 1280, "height": 1500})
-    open_notebook(page, lab, f"{name}.ipynb")
-    run_all(page)
 
 
 def revision_after(page: Page, before: int) -> int:
@@ -50,18 +40,9 @@ def revision_after(page: Page, before: int) -> int:
     return int(page.evaluate("() => document.querySelector('.wb-plot').dataset.revision"))
 
 
-def picture(page: Page, name: str) -> None:
-    """For a person who wants to look: `WORKBENCH_PICTURES=folder pytest tests/browser/test_training.py`, light and dark."""
-    folder = os.environ.get("WORKBENCH_PICTURES")
-    for theme in ("Light", "Dark") if folder else ():
-        set_theme(page, f"JupyterLab {theme}")
-        page.wait_for_timeout(700)
-        page.screenshot(path=Path(str(folder)) / f"{name}-{theme.lower()}.png")
-
-
 def test_a_sweep_seen_live_stopped_and_gone_on_with_from_the_command_line(lab: Lab, watched: Watched, tmp_path: Path) -> None:
     page = watched.page
-    opened(page, lab, "surface")
+    open_and_run(page, lab, "surface")
     panel = page.locator(".wb-panel")
     note = panel.locator(".wb-job .wb-note")
     run, stop = panel.get_by_role("button", name="Run", exact=True), panel.get_by_role("button", name="Stop", exact=True)
@@ -71,7 +52,7 @@ def test_a_sweep_seen_live_stopped_and_gone_on_with_from_the_command_line(lab: L
     expect(note).to_contain_text("trials")
     revision_after(page, first)
     expect(run).to_be_disabled()
-    picture(page, "surface-live")
+    photograph(page, "surface-live")
     stop.click()
     expect(note).to_have_text(re.compile("stopped, kept what was there"))
     table = panel.locator(".wb-facts")
@@ -92,20 +73,20 @@ def test_a_sweep_seen_live_stopped_and_gone_on_with_from_the_command_line(lab: L
     revision_after(page, before)
     expect(note).to_have_text(re.compile("done after"))
     expect(table).to_contain_text(re.compile(r"runs\D+24"))
-    picture(page, "surface")
+    photograph(page, "surface")
     before = revision_after(page, 0)
     panel.get_by_label("show", exact=True).select_option(label="slices")
     revision_after(page, before)
     page.wait_for_function(f"() => {DRAWN}._fullData.some((t) => t.name === 'batch 8')")
-    picture(page, "slices")
+    photograph(page, "slices")
 
 
 def test_schedules_are_drawn_and_redrawn(lab: Lab, watched: Watched) -> None:
     page = watched.page
-    opened(page, lab, "schedules")
+    open_and_run(page, lab, "schedules")
     panel = page.locator(".wb-panel")
     page.wait_for_function(f"() => {DRAWN}?._fullData?.length >= 5")
-    picture(page, "schedules")
+    photograph(page, "schedules")
     before = revision_after(page, 0)
     panel.get_by_label("schedules", exact=True).select_option(label=["cosine", "infinite"])
     revision_after(page, before)
@@ -121,14 +102,14 @@ def test_schedules_are_drawn_and_redrawn(lab: Lab, watched: Watched) -> None:
 
 def test_optimizers_are_ranked(lab: Lab, watched: Watched) -> None:
     page = watched.page
-    opened(page, lab, "optimizers")
+    open_and_run(page, lab, "optimizers")
     panel = page.locator(".wb-panel")
     note = panel.locator(".wb-job .wb-note")
     panel.get_by_role("button", name="Run", exact=True).click()
     expect(note).to_have_text(re.compile("done after"))
     expect(panel.locator(".wb-facts")).to_contain_text("best")
     page.wait_for_function(f"() => {DRAWN}?._fullData?.[0]?.y?.length === 2")
-    picture(page, "optimizers")
+    photograph(page, "optimizers")
     text = panel.get_by_label("optimizers", exact=True)
     text.fill("adamw,mun")
     text.press("Enter")
