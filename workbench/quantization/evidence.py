@@ -27,9 +27,12 @@ from workbench.quantization.quantize import Quantize
 from workbench.quantization.rotating import Rotate
 from workbench.quantization.rotation import rotate
 from workbench.subjects import Subject
+from workbench.training.loop import fit as fit_weights
 
 SEEDS = (0, 1, 2)
 CALIBRATION, TEST = 64, 256
+TRAINED: dict[str, Any] = {"steps": 40, "batch_size": 4, "test_examples": 64}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 @functools.cache
@@ -190,19 +193,42 @@ def switch_over(name: str, progress: Progress) -> dict[str, Any]:
     return {"holds": 0 < best < 0.8 and high < 0, "note": note, "means": means, "rows": rows, "settings": settings, "seeds": list(SEEDS)}
 
 
+@functools.cache
+def continued(rate: float, seed: int) -> Subject:
+    """The bytelm after further steps in full precision: what is rounded afterwards in `trained`."""
+    on = opened("bytelm").copy()
+    fit_weights(on, steps=TRAINED["steps"], batch_size=TRAINED["batch_size"], lr=rate, weight_decay=0.0, schedule="linear", warmup=0.0, seed=seed)
+    return on
+
+
 def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]:
-    """Training through the rounding against rounding afterwards, after the same number of further steps in full precision."""
+    """Training through the rounding against as many steps in full precision and then the clipping of least squared error at the same width.
+
+    Both sides train with AdamW and a linearly decaying rate; each takes the rate with the lower validation loss of its first seed.
+    """
+    format = {"format": "int", "bits": bits} if method == "lsq" else {"format": method}
+
+    def aware(rate: float, seed: int) -> tuple[float, float]:
+        result = TrainQuantized(**TRAINED, method=method, bits=bits, learning_rate=rate, seed=seed).run(opened("bytelm"), Progress())
+        return float(result.table["validation_loss"].dropna().iloc[-1]), float(result.facts["loss"])
+
+    def late(rate: float, seed: int) -> tuple[float, float]:
+        rounding = Quantize(**format, granularity="channel", range="mse", examples=CALIBRATION, predict_examples=0, test_examples=TRAINED["test_examples"], seed=seed)
+        result = rounding.run(continued(rate, seed), Progress())
+        return result.subject.evaluate("validation", limit=TRAINED["test_examples"])["loss"], float(result.facts["loss"])
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
-        rows = []
-        for seed in progress.track(SEEDS, name):
-            on = opened("bytelm")
-            shared: dict[str, Any] = dict(method=method, bits=bits, steps=40, batch_size=4, learning_rate=3e-4, test_examples=64, seed=seed)
-            aware = float(TrainQuantized(**shared).run(on, Progress()).facts["loss"])
-            late = float(TrainQuantized(**shared, switch_at=0.975).run(on, Progress()).facts["loss"])  # rounding for the last step alone
-            rows.append({"seed": seed, "aware": aware, "late": late})
-        mean, low, high = interval([r["aware"] - r["late"] for r in rows])
-        return {"holds": mean < 0, "note": f"bytelm, aware minus rounded at the end {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows, "steps": 40}
+        losses: dict[str, list[float]] = {}
+        tuning: dict[str, dict[str, float]] = {}
+        for label, side in (("aware", aware), ("late", late)):
+            first = {rate: side(rate, SEEDS[0]) for rate in progress.track(RATES, f"{name}: learning rates, {label}")}
+            best = min(first, key=lambda rate: first[rate][0])
+            tuning[label] = {"chosen": best} | {f"{rate:g}": validation for rate, (validation, _) in first.items()}
+            losses[label] = [first[best][1]] + [side(best, seed)[1] for seed in progress.track(SEEDS[1:], f"{name}: seeds, {label}")]
+        mean, low, high = interval([a - b for a, b in zip(losses["aware"], losses["late"], strict=True)])
+        return {"holds": mean < 0, "note": f"bytelm, aware minus rounded at the end {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": losses,
+                "validation_loss": tuning, "settings": TRAINED | {"method": method, "bits": bits},
+                "against": format | {"granularity": "channel", "range": "mse"}, "seeds": list(SEEDS)}  # fmt: skip
 
     return measure
 
@@ -255,10 +281,10 @@ def above_majority(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
-    """Four-bit weights and activations of the bytelm after a learned rotation, against the Hadamard rotation it started from."""
+    """Four-bit weights and activations of the bytelm after a learned rotation of the stream, against the Hadamard rotation it started from."""
     rows, on = [], opened("bytelm")
-    settings = Quantize(bits=4, granularity="channel", activations="token", activation_bits=4, examples=16, predict_examples=0, test_examples=64)
-    learning: dict[str, Any] = dict(kind="learned", steps=20, examples=16, activation_bits=4)
+    settings = Quantize(bits=4, granularity="channel", activations="token", activation_bits=4, examples=16, predict_examples=0, test_examples=TEST)
+    learning: dict[str, Any] = dict(kind="learned", steps=40, examples=32, activation_bits=4, heads=False)
     for seed in progress.track(SEEDS, name):
         losses = [float(settings.run(Rotate(**fields, seed=seed).run(on, Progress()).subject, Progress()).facts["loss"])
                   for fields in (learning, {"kind": "hadamard", "examples": 16})]  # fmt: skip
