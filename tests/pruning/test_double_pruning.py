@@ -25,13 +25,9 @@ def test_extra_zeros_are_the_formula_and_what_random_masks_show():
         assert share == pytest.approx(extra_zero_share(keep, of), abs=6 * spread)
 
 
-def test_only_the_gradient_of_the_inputs_is_pruned_twice():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
-    subject = workbench.subject(net, data={"inputs": torch.randn(20, 8), "labels": torch.randint(4, (20,))})
-    layers = subject.layers("*")
-    for layer in layers:
-        layer.attach(Mask(nm_mask(layer.weight.detach().abs(), NM(2, 4))))
+def test_only_the_gradient_of_the_inputs_is_pruned_twice(masked_pair):
+    subject, layers = masked_pair((8, 12, 4), lambda layer: nm_mask(layer.weight.detach().abs(), NM(2, 4)))
+    net = subject.model
     mode, x = DoublePruned(layers, 2, 4), torch.randn(5, 8, requires_grad=True)
     exact = net(x)
     with mode:

@@ -4,27 +4,19 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import workbench
 from workbench.pruning.regrow import dense_gradients, exchange, exchanged_share
 from workbench.pruning.schedules import annealed, geometric, late
 from workbench.pruning.selection import mask_in_force
-from workbench.subjects import Mask
 
 
-def masked_pair():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    subject = workbench.subject(net, data={"inputs": torch.randn(40, 6), "labels": torch.randint(3, (40,))})
-    layers = subject.layers("*")
-    for layer in layers:
-        layer.attach(Mask(torch.rand(layer.shape) < 0.4))
-    return subject, layers
+def sparse(layer):
+    return torch.rand(layer.shape) < 0.4
 
 
-def test_an_exchange_keeps_the_budget_and_is_the_brute_force_choice():
-    subject, layers = masked_pair()
+def test_an_exchange_keeps_the_budget_and_is_the_brute_force_choice(masked_pair):
+    subject, layers = masked_pair((6, 8, 3), sparse)
     before = [mask_in_force(layer).clone() for layer in layers]
     weights = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
     gradients = {k: v.abs() for k, v in dense_gradients(subject, layers, next(subject.batches("train", 40))).items()}
@@ -46,8 +38,8 @@ def test_an_exchange_keeps_the_budget_and_is_the_brute_force_choice():
         assert bool((layer.original[moved] == 0).all()) and bool((optimizer.state[layer.original]["exp_avg"][moved] == 0).all())
 
 
-def test_dense_gradients_are_those_of_a_plain_weight():
-    subject, layers = masked_pair()
+def test_dense_gradients_are_those_of_a_plain_weight(masked_pair):
+    subject, layers = masked_pair((6, 8, 3), sparse)
     batch = next(subject.batches("train", 40))
     found = dense_gradients(subject, layers, batch)
     plain = workbench.subjects.bake(subject.copy().model)

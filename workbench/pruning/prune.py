@@ -109,6 +109,9 @@ class Prune(SubjectInstrument):
             raise BadInput("schedule: allocation latency is one-shot; prune again with a larger speed-up to go on gradually")
         if saliency == "movement" and (self.recovery == "none" or self.schedule == "one-shot"):
             raise BadInput("saliency: movement is collected while training; it needs a gradual schedule, a recovery and recovery_steps")
+        if saliency == "movement" and not self.steps_between(self.steps):
+            raise BadInput(f"recovery_steps: {self.recovery_steps} leave no training before the first of {self.steps} pruning steps, and movement is collected there; "
+                           f"give at least {math.ceil(self.steps / TRAINED_BEFORE_LAST)}")  # fmt: skip
         if self.allocation == "global" and saliency in ("wanda", "obs", "fluctuation", "random") and not isinstance(pattern, Structures):
             raise BadInput(f"allocation: global compares scores across layers and {saliency} scores do not compare; use layer, row or a loss-like saliency")
         if isinstance(pattern, Structures):
@@ -117,6 +120,10 @@ class Prune(SubjectInstrument):
             for layer in layers:
                 if layer.bias is None or len(layer.shape) != 2:
                     raise BadInput(f"compensation: bias needs a bias in every layer and {layer.name} has none; use obs, least-squares or none")
+
+    def steps_between(self, events: int) -> int:
+        """Recovery steps before each of so many pruning events."""
+        return int(TRAINED_BEFORE_LAST * self.recovery_steps / events) if events > 1 else 0
 
     def calibration(self, on: Subject, layers: Sequence[Layer], progress: Progress) -> Calibration:
         return Calibration(on, layers, self.calibration_split, self.calibration_examples, self.gradients, self.damp, self.block, self.seed, progress)
@@ -143,7 +150,7 @@ class Prune(SubjectInstrument):
         recovery = self._recovery(on, layers, dense, progress)
         target = pattern.sparsity if isinstance(pattern, NM) else self.sparsity
         events = sparsities(self.schedule, target, self.steps)
-        between = int(TRAINED_BEFORE_LAST * self.recovery_steps / len(events)) if len(events) > 1 else 0
+        between = self.steps_between(len(events))
         history: list[dict[str, float]] = []
         kept: dict[str, Tensor] = {}
         extra: dict[str, float] = {}

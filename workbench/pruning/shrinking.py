@@ -87,7 +87,7 @@ def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Pro
     total = extent(on.model, kind)[0]
     alive = [layer.name for layer in on.layers(prune.layers)]  # the dense layers, by the names they have by now ("" when gone)
     events = sparsities(prune.schedule, prune.sparsity, prune.steps)
-    between = int(TRAINED_BEFORE_LAST * prune.recovery_steps / len(events)) if len(events) > 1 else 0
+    between = prune.steps_between(len(events))
     teacher = dense if prune.recovery == "distil" else None
     history: list[dict[str, float]] = []
     curve: list[dict[str, float]] = []
