@@ -149,19 +149,24 @@ def write_parameters(file: Path, parameters: Mapping[str, Any]) -> Path:
     return Path(file)
 
 
-def reopen(kind: type[Instrument], source: str, fingerprint: str = "", progress: Progress | None = None) -> Any:
+def reopen(kind: type[Instrument], source: str, fingerprint: str = "", progress: Progress | None = None, **data: str) -> Any:
     """What an instrument of this kind works on: a subject, or the runs in a file.
 
-    With a `fingerprint`, exactly that state of it (as a panel's Send to report asks) or `BadInput`.
+    With a `fingerprint`, exactly that state of it (as a panel's Send to report asks) or `BadInput`. `data`, `text_column` and
+    `label_column` are those of `workbench.subject`; empty ones are left out.
     """
+    given = {name: value for name, value in data.items() if value}
     if kind.on == "runs":
+        if given:
+            raise BadInput(f"{next(iter(given))}: the instrument {kind.name()} works on runs, which bring their own; leave it out")
+
         from workbench.scaling.runs import Runs
 
         on: Any = Runs.open(source)
     else:
         import workbench
 
-        on = workbench.subject(source, progress=progress)
+        on = workbench.subject(source, progress=progress, **given)
         if fingerprint and Path(source).is_dir() and Path(source).name == fingerprint:
             on.adopt_fingerprint(fingerprint)  # the folder is named after the state that was saved in it
     if fingerprint and on.fingerprint != fingerprint:
