@@ -18,6 +18,7 @@ from workbench.training.adversary import ConcurrentAdversary
 from workbench.training.agvm import AGVM, module_groups
 from workbench.training.batch import NormTest, gradient_groups, log_slope, noise_scale, noise_scale_interval
 from workbench.training.comparisons import interval
+from workbench.training.critical import steps_to_target
 from workbench.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
 from workbench.training.loop import Training, fit
 from workbench.training.normalisation import BatchChannelNorm, GhostBatchNorm, WeightStandardization
@@ -121,38 +122,6 @@ def adadagrad(name: str, progress: Progress) -> Record:
     }
 
 
-def steps_to_target(on: Subject, batch: int, lr: float, target: float, limit: int, seed: int, progress: Progress, optimizer: str = "sgd",
-                    options: dict[str, Any] | None = None) -> float:  # fmt: skip
-    """Steps at a constant rate until the validation loss is at most `target`, interpolated; infinite after `limit`. SGD is without momentum."""
-    mine, every, seen = reinitialised(on, seed), max(1, limit // 200), [(0, math.inf)]
-
-    def look(run: Training) -> None:
-        if run.step % every == 0:
-            seen.append((run.step, run.rows[-1]["validation_loss"]))
-            run.stop = seen[-1][1] <= target
-
-    fit(
-        mine,
-        steps=limit,
-        batch_size=batch,
-        lr=lr,
-        optimizer=optimizer,
-        optimizer_options={"momentum": 0.0} | (options or {}),
-        schedule="constant",
-        warmup=0.0,
-        clip=None,
-        weight_decay=0.0,
-        evaluate_every=every,
-        callbacks=[look],
-        seed=seed,
-        progress=quiet(progress),
-    )
-    if seen[-1][1] > target:
-        return math.inf
-    (s0, l0), (s1, l1) = seen[-2], seen[-1]
-    return s1 if not math.isfinite(l0) else s0 + (s1 - s0) * (l0 - target) / (l0 - l1)
-
-
 def noise(name: str, progress: Progress) -> Record:
     """The noise scale along the run beside the critical batch of the steps-to-target hyperbola."""
     on, target = digits_net(), 0.35
@@ -161,7 +130,8 @@ def noise(name: str, progress: Progress) -> Record:
     steps, used = [], []
     for batch in progress.track(batches, "batch sizes"):
         limit = max(300, 6000 // batch)
-        counts = {lr: float(np.mean([steps_to_target(on, batch, lr, target, limit, seed, progress) for seed in SEEDS])) for lr in rates}
+        made: dict[str, Any] = {"batch_size": batch, "optimizer": "sgd", "optimizer_options": {"momentum": 0.0}, "progress": quiet(progress)}
+        counts = {lr: float(np.mean([steps_to_target(reinitialised(on, seed), target, limit, lr=lr, seed=seed, **made)[0] for seed in SEEDS])) for lr in rates}
         best = min(counts, key=lambda lr: counts[lr])
         steps.append(counts[best])
         used.append(best)

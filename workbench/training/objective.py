@@ -40,6 +40,11 @@ def reinitialised(on: Subject, seed: int) -> Subject:
         return on.with_model(model)
 
 
+def begun(on: Subject, start: Start, seed: int) -> Subject:
+    """A subject of its own for one run: with the same weights or with fresh ones."""
+    return reinitialised(on, seed) if start == "random" else on.copy()
+
+
 #: Subjects of sweeps that run in this process, by fingerprint: they need no folder, so any module will do.
 HERE: dict[str, Subject] = {}
 
@@ -63,13 +68,17 @@ class TrainingObjective:
     reports: int = 0  # intermediate evaluations that a pruner sees
     test: bool = True
 
-    def __call__(self, params: dict[str, Any], trial: Trial) -> dict[str, Any]:
+    def prepared(self, params: dict[str, Any]) -> tuple[Subject, dict[str, Any]]:
+        """The subject of one run on its device, and the arguments of the run."""
         torch.set_num_threads(1)
         arguments = {**self.fixed, **params}
-        seed = int(arguments.get("seed", 0))
         base = opened(self.folder)
-        mine = reinitialised(base, seed) if self.start == "random" else base.copy()
+        mine = begun(base, self.start, int(arguments.get("seed", 0)))
         mine.model.to(self.device)
+        return mine, arguments
+
+    def __call__(self, params: dict[str, Any], trial: Trial) -> dict[str, Any]:
+        mine, arguments = self.prepared(params)
         examples = arguments.pop("examples", None)
         if examples is not None:
             arguments["steps"] = max(1, round(examples / arguments["batch_size"]))

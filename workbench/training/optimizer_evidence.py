@@ -13,8 +13,8 @@ from torch import nn
 from workbench.instruments import Progress, Result
 from workbench.subjects import Batch, Subject
 from workbench.training.batch import log_slope
-from workbench.training.batch_evidence import steps_to_target
 from workbench.training.comparisons import OptimizerComparison, interval
+from workbench.training.critical import steps_to_target
 from workbench.training.evidence import SEEDS, Record, digits_net, quiet, told, tuned
 from workbench.training.loop import Training, fit
 from workbench.training.mkor import rank_one_inverse
@@ -165,8 +165,9 @@ def one_bit(name: str, progress: Progress) -> Record:
 def mkor(name: str, progress: Progress) -> Record:
     """Steps to a validation loss of 0.35, MKOR over SGD against SGD alone, each at its best rate; cost of an inverse against its width."""
     on, found = digits_net(), {}
-    for label, options in (("sgd", None), ("mkor", {"every": 1, "inner": "sgd"})):
-        counts = {lr: float(np.mean([steps_to_target(on, 64, lr, 0.35, 400, seed, progress, label, options) for seed in SEEDS]))
+    for label, options in (("sgd", {}), ("mkor", {"every": 1, "inner": "sgd"})):
+        made: dict[str, Any] = {"batch_size": 64, "optimizer": label, "optimizer_options": {"momentum": 0.0} | options, "progress": quiet(progress)}
+        counts = {lr: float(np.mean([steps_to_target(reinitialised(on, seed), 0.35, 400, lr=lr, seed=seed, **made)[0] for seed in SEEDS]))
                   for lr in progress.track([0.0125 * 2**i for i in range(7)], label, 7)}  # fmt: skip
         best = min(counts, key=lambda lr: counts[lr])
         found[label] = {"lr": best, "steps": counts[best], "at_end": best in (min(counts), max(counts)), "steps_by_rate": counts}

@@ -13,7 +13,7 @@ from workbench.figures import figure, line, rule
 from workbench.instruments import Progress, Result, SubjectInstrument, parameter
 from workbench.subjects import Subject
 from workbench.training.loop import Training, fit
-from workbench.training.objective import Start, axis, reinitialised
+from workbench.training.objective import Start, axis, begun
 from workbench.training.schedules import ExponentialRise
 from workbench.training.train_study import OptimizerName
 
@@ -54,7 +54,7 @@ class LearningRateRange(SubjectInstrument):
         on.split("train")
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        mine = reinitialised(on, self.seed) if self.start == "random" else on.copy()
+        mine = begun(on, self.start, self.seed)
 
         def hopeless(run: Training) -> None:
             found = smoothed(np.array([row["loss"] for row in run.rows]), self.memory)
