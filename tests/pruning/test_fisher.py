@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import workbench
-from workbench.pruning import fisher
+from workbench.instruments import Progress
+from workbench.pruning import Prune, fisher
+from workbench.pruning.calibration import Calibration
 from workbench.pruning.exact import best_subset, obs_path, refit
 from workbench.pruning.patterns import NM, make_mask
 from workbench.statistics import StackedGradients, example_gradients, gradient_factors
@@ -110,3 +112,17 @@ def test_rows_are_padded_when_the_block_does_not_divide_them():
     assert fisher.update(weight, torch.ones(2, 13, dtype=torch.bool), stack, 0.1, 5).allclose(weight)
 
 
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mixtral"])
+def test_gradients_of_small_batches_are_means_of_examples(architecture, checkpoints):
+    subject = workbench.subject(checkpoints[architecture], data="random")
+    layers = subject.layers()
+    single, means = (Calibration(subject, layers, gradients=count, gradient_batch=size) for count, size in ((6, 1), (3, 2)))
+    for layer in layers:
+        whole, rows = single.factors(layer), means.factors(layer)
+        expected = whole.rows(0, 8).unflatten(0, (3, 2)).mean(1)
+        assert rows.examples == 3 and torch.allclose(rows.rows(0, 8), expected, atol=0.02 * float(expected.abs().max()))
+    assert means.absolute_damp() < single.absolute_damp()  # means vary less
+    result = Prune(gradients=3, gradient_batch=2, calibration_examples=4, predict_examples=0).run(subject, Progress(), cache=False)
+    assert result.facts["sparsity"] == pytest.approx(0.5, abs=1e-3)

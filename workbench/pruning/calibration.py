@@ -37,9 +37,10 @@ class Calibration:
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
     memory: int = BYTES
+    gradient_batch: int = 1
 
     def __post_init__(self) -> None:
-        self.store: dict[Any, Any] = self.subject.memo(("pruning calibration", self.split, self.names), dict)
+        self.store: dict[Any, Any] = self.subject.memo(("pruning calibration", self.split, self.names, self.gradient_batch), dict)
 
     def remember(self, key: tuple[Any, ...], compute: Any) -> Any:
         if key in self.store:
@@ -112,16 +113,18 @@ class Calibration:
         return made
 
     def collect(self, layers: Sequence[Layer]) -> dict[str, fisher.Gradients]:
-        """Per-example gradients of some layers; mini-batches of one example for stacked experts."""
+        """Gradients of some layers, each the mean of `gradient_batch` examples' (for stacked experts: of the mean loss of so many)."""
+        size, examples = self.gradient_batch, self.gradients * self.gradient_batch
         if len(layers[0].shape) == 3:
-            rows = list(example_gradients(self.subject, layers, self.split, self.gradients, 1, self.progress))
+            rows = list(example_gradients(self.subject, layers, self.split, examples, size, self.progress))
             return {layer.name: StackedGradients(torch.stack([r[i].flatten(0, 1) for r in rows])) for i, layer in enumerate(layers)}
         # bfloat16 halves the store; its rounding is far below the sampling noise of a few hundred gradients.
-        return dict(gradient_factors(self.subject, layers, self.split, self.gradients, dtype=torch.bfloat16, progress=self.progress))
+        found = gradient_factors(self.subject, layers, self.split, examples, size * max(16 // size, 1), torch.bfloat16, self.progress)
+        return {name: factors.averaged(size) if size > 1 else factors for name, factors in found.items()}
 
     def factors(self, layer: Layer) -> fisher.Gradients:
         """The gradients of one layer; neighbours that fit in memory come with it."""
-        groups = self.groups(lambda a: self.gradients * bytes_per_example(self.subject, [a], self.split, torch.bfloat16))
+        groups = self.groups(lambda a: self.gradients * self.gradient_batch * bytes_per_example(self.subject, [a], self.split, torch.bfloat16))
         return self.grouped("gradients", self.gradients, groups, layer, self.collect)[layer.name]
 
     def absolute_damp(self) -> float:

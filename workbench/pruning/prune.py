@@ -50,7 +50,8 @@ class Prune(SubjectInstrument):
     schedule: Literal["one-shot", "cubic", "linear"] = parameter("one-shot", "at once, or over several steps with the statistics measured anew at each")
     steps: int = parameter(1, "pruning steps of a gradual schedule", ge=1)
     calibration_examples: int = parameter(128, "examples for the layers' input statistics", ge=1, unit="examples")
-    gradients: int = parameter(256, "per-example gradients for gradient and Fisher saliencies", ge=1, unit="examples")
+    gradients: int = parameter(256, "gradients for gradient and Fisher saliencies", ge=1)
+    gradient_batch: int = parameter(1, "examples averaged in each gradient (1: per-example gradients)", ge=1, unit="examples")
     damp: float = parameter(0.01, "added to the diagonal of a Hessian or Fisher, as a share of its mean diagonal", gt=0, scale="log")
     block: int = parameter(50, "weights in one block of the Fisher", ge=1)
     recovery: Literal["none", "finetune", "distil", "low-rank"] = parameter("none", "training after and between the pruning steps, with the masks in force")
@@ -126,7 +127,8 @@ class Prune(SubjectInstrument):
         return int(TRAINED_BEFORE_LAST * self.recovery_steps / events) if events > 1 else 0
 
     def calibration(self, on: Subject, layers: Sequence[Layer], progress: Progress) -> Calibration:
-        return Calibration(on, layers, self.calibration_split, self.calibration_examples, self.gradients, self.damp, self.block, self.seed, progress)
+        return Calibration(on, layers, self.calibration_split, self.calibration_examples, self.gradients, self.damp, self.block, self.seed, progress,
+                           gradient_batch=self.gradient_batch)  # fmt: skip
 
     def _recovery(self, on: Subject, layers: Sequence[Layer], teacher: Subject | None, progress: Progress) -> Recovery | None:
         if self.recovery == "none":

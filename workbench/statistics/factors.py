@@ -72,6 +72,20 @@ class GradientFactors:
         total = total / self.examples
         return total if self.mask is None else total * self.mask
 
+    def averaged(self, size: int) -> GradientFactors:
+        """Means of the gradients of every `size` consecutive examples; what is left over at the end of a list makes a mean of its own.
+
+        The tokens of a group are put behind one another, so the means stay factored. Lists whose lengths `size` divides make equal groups.
+        """
+        found = GradientFactors(mask=self.mask)
+        for x, d in zip(self.inputs, self.outputs, strict=True):
+            whole = len(x) // size * size
+            for part, count in ((slice(whole), size), (slice(whole, None), len(x) - whole)):
+                if len(x[part]):
+                    found.inputs.append(x[part].reshape(-1, count * x.shape[1], x.shape[-1]))
+                    found.outputs.append((d[part] / count).reshape(-1, count * d.shape[1], d.shape[-1]))
+        return found
+
 
 def bytes_per_example(subject: Subject, layers: Sequence[Layer], split: str, dtype: torch.dtype) -> int:
     """An upper bound of what the factors of one example take."""
