@@ -23,7 +23,7 @@ from workbench.instruments import BadInput, Progress, Result
 from workbench.pruning.landscape import SaliencyMap, SaliencyMapResult
 from workbench.subjects import Subject, subject
 
-VIEWS = (("density of each layer", "density"), ("predicted loss", "predicted"), ("overlap of methods", "overlap"))
+VIEWS = (("density of each layer", "density"), ("density of each head", "heads"), ("predicted loss", "predicted"), ("overlap of methods", "overlap"))
 
 
 class SparsityPanel(ipywidgets.VBox):

@@ -108,7 +108,7 @@ def test_two_methods_are_laid_over_each_other_in_either_theme(computed: Page) ->
     page.locator(".wb-bitmap canvas").focus()
     page.keyboard.press("ArrowRight")
     expect(status).to_contain_text(re.compile(r"column \d+: (both|only magnitude|only obd|neither)"))
-    for view in ("predicted loss", "overlap of methods", "density of each layer"):
+    for view in ("density of each head", "predicted loss", "overlap of methods", "density of each layer"):
         before = int(page.evaluate("() => document.querySelector('.wb-plot').dataset.revision"))
         page.get_by_label("view", exact=True).select_option(label=view)
         page.wait_for_function(f"() => +document.querySelector('.wb-plot').dataset.revision > {before}")

@@ -10,6 +10,7 @@ from workbench.instruments import Progress
 from workbench.pruning import Prune, SaliencyMap
 from workbench.pruning.landscape import LEVELS, order_statistics
 from workbench.pruning.leaderboard import curves, leaderboard, summary
+from workbench.pruning.structures import discover
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,24 @@ def test_overlap_and_predictions_are_what_counting_gives(found):
     assert row.jaccard == pytest.approx(both / either, abs=1e-3)
     losses = [result.predicted("obd", s) for s in (0.2, 0.5, 0.8)]
     assert losses == sorted(losses) and losses[-1] < result.predicted("magnitude", 0.8)
-    for show in ("density", "predicted", "overlap"):
+    for show in ("density", "heads", "predicted", "overlap"):
         assert len(result.figure(show=show, sparsity=0.5).data)
     measured = result.measure(vit, "obd", 0.3, limit=100)
     assert measured["loss"] == pytest.approx(vit.evaluate("validation", limit=100)["loss"], abs=0.05)
+
+
+def test_a_heads_density_is_that_of_its_rows_and_columns(found):
+    vit, result = found
+    (group, *_), heads = discover(vit.model, ("heads",)), result.tables["heads"]
+    assert list(heads.label[: group.units]) == [f"0.{h}" for h in range(group.units)] and set(heads["attention"]) == {g.name for g in discover(vit.model, ("heads",))}
+    shares = result.head_densities("obd", 0.75)  # a threshold on the border of a bin is exact
+    for head in range(group.units):
+        kept = total = 0
+        for member in group.members:
+            mask = result.mask("obd", member.layer.name, 0.75)
+            part = (mask if member.axis == -2 else mask.T)[member.index[head].numpy()]
+            kept, total = kept + part.sum(), total + part.size
+        assert shares[head] == pytest.approx(kept / total) and total == heads.weights[head]
 
 
 def test_only_methods_with_scores_of_single_weights(found):

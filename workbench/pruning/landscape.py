@@ -21,6 +21,7 @@ from workbench.pruning.calibration import Calibration
 from workbench.pruning.patterns import Tiles
 from workbench.pruning.presets import PRESETS
 from workbench.pruning.saliencies import SALIENCIES
+from workbench.pruning.structures import discover
 from workbench.subjects import Mask, Subject
 
 if TYPE_CHECKING:
@@ -81,10 +82,11 @@ class SaliencyMap(SubjectInstrument):
             for layer in layers:
                 lost += np.bincount(mine[layer.name].ravel() >> 8, weights=cost[layer.name].cpu().numpy().ravel(), minlength=BINS)
             curves += [{"method": method, "sparsity": (b + 1) / BINS, "predicted_change": float(c)} for b, c in enumerate(lost.cumsum())]
+        heads, counts = by_head(on, ranks, self.names())
         rows = [{"layer": layer.name, "out": layer.shape[-2], "in": layer.shape[-1], "weights": layer.original.numel()} for layer in layers]
         found = sorted({key.split("/", 1)[0] for key in ranks}, key=self.names().index)
-        tables = {"curves": pd.DataFrame(curves), "overlap": overlaps(ranks, found, [layer.name for layer in layers])}
-        return self.result(pd.DataFrame(rows), {"methods": ", ".join(found), "weights": sum(r["weights"] for r in rows)}, tables=tables, arrays=ranks)
+        tables = {"curves": pd.DataFrame(curves), "overlap": overlaps(ranks, found, [layer.name for layer in layers]), "heads": heads}
+        return self.result(pd.DataFrame(rows), {"methods": ", ".join(found), "weights": sum(r["weights"] for r in rows)}, tables=tables, arrays=ranks | counts)
 
 
 def ranked(scores: dict[str, Tensor], allocation: str) -> dict[str, NDArray[np.uint16]]:
@@ -109,6 +111,28 @@ def order_statistics(scores: Tensor) -> Tensor:
     return torch.zeros_like(order, dtype=torch.int32).scatter(-1, order, places.contiguous())
 
 
+def by_head(on: Subject, ranks: dict[str, NDArray[np.uint16]], methods: list[str]) -> tuple[pd.DataFrame, dict[str, NDArray[np.int64]]]:
+    """A table of the attention heads that lie inside the ranked layers, and for each method ("METHOD heads") how many weights of each head go at
+    each of `BINS` sparsities: (heads, BINS). A head of several query heads with one key and value counts once, with all its weights."""
+    done = [m for m in methods if any(key.startswith(f"{m}/") for key in ranks)]
+    groups = [g for g in discover(on.model, ("heads",)) if done and all(f"{done[0]}/{m.layer.name}" in ranks for m in g.members)]
+    table = pd.DataFrame([{"attention": g.name, "head": h, "label": f"{i}.{h}", "weights": g.weights_per_unit()} for i, g in enumerate(groups) for h in range(g.units)],
+                         columns=["attention", "head", "label", "weights"])  # fmt: skip
+    counts = {}
+    for method in done:
+        bins = []
+        for group in groups:
+            total = np.zeros((group.units, BINS), dtype=np.int64)
+            for member in group.members:
+                rank = ranks[f"{method}/{member.layer.name}"] >> 8
+                lines = rank if member.axis == -2 else rank.T
+                for head, index in enumerate(member.index.numpy()):
+                    total[head] += np.bincount(lines[index].ravel(), minlength=BINS)
+            bins.append(total)
+        counts[f"{method} heads"] = np.concatenate(bins) if bins else np.zeros((0, BINS), dtype=np.int64)
+    return table, counts
+
+
 def overlaps(ranks: dict[str, NDArray[np.uint16]], methods: list[str], layers: list[str]) -> pd.DataFrame:
     """Jaccard index of the kept weights of every two methods, at each sparsity of the grid: |A and B| / |A or B|."""
     rows = []
@@ -129,7 +153,7 @@ def overlaps(ranks: dict[str, NDArray[np.uint16]], methods: list[str], layers: l
 class SaliencyView(BaseModel):
     """What the viewer may change without computing anew."""
 
-    show: Literal["density", "predicted", "overlap"] = "density"
+    show: Literal["density", "heads", "predicted", "overlap"] = "density"
     sparsity: float = parameter(0.7, "share of the weights removed", ge=0, le=0.99, step=0.01)
 
 
@@ -151,6 +175,12 @@ class SaliencyMapResult(Result):
     def densities(self, method: str, sparsity: float) -> NDArray[np.float64]:
         """Share kept in each layer, in the order of the table."""
         return np.array([self.mask(method, name, sparsity).mean() for name in self.table.layer])
+
+    def head_densities(self, method: str, sparsity: float) -> NDArray[np.float64]:
+        """Share kept in each head of the table of heads, to 1 / 256 of the sparsity."""
+        assert self.arrays is not None
+        counts = self.arrays[f"{method} heads"]
+        return 1 - counts[:, : round(sparsity * BINS)].sum(1) / np.maximum(counts.sum(1), 1)
 
     def predicted(self, method: str, sparsity: float) -> float:
         """The diagonal Fisher's loss change for this method's mask, nats."""
@@ -176,6 +206,11 @@ class SaliencyMapResult(Result):
                 fig.add_bar(x=self.table.layer, y=self.densities(method, shown.sparsity), name=method, marker_color=color(index))
             return fig
         tables = self.tables or {}
+        if shown.show == "heads":
+            fig = figure(f"What each method keeps of every head at {percent}", x="attention.head", y="share kept", barmode="group", xaxis_type="category")
+            for index, method in enumerate(self.methods):
+                fig.add_bar(x=tables["heads"].label, y=self.head_densities(method, shown.sparsity), name=method, marker_color=color(index), hovertext=tables["heads"].attention)
+            return fig
         if shown.show == "predicted":
             fig = figure("Predicted loss change of the mask alone", x="sparsity", y="diagonal Fisher (nats)", yaxis_type="log")
             for method in self.methods:
