@@ -29,6 +29,8 @@ def test_uba() -> None:
     for phi in (0.25, 1.0, 5.0, 20.0):
         values = [s.uba(p, phi, final=0.1) for p in np.linspace(0, 1, 101)]
         assert values[0] == pytest.approx(1) and values[-1] == pytest.approx(0.1) and all(np.diff(values) <= 1e-15)
+        for p in np.linspace(0, 0.99, 12):
+            assert 1 / s.uba(p, phi) - 1 == pytest.approx(phi / 2 * (1 / s.cosine(p) - 1))
 
 
 def test_infinite_corners() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ def evaluated(closure: Callable[[], float] | None) -> float | None:
         return closure()
 
 
-class GroupOptimizer(Optimizer):
+class GroupOptimizer(Optimizer, ABC):
     """`update(group, weights, gradients)` is one step of one parameter group, without gradients being recorded.
 
     weights : the parameters of the group that have a gradient. `group["step"]` counts from 1. An optimizer that needs more than
@@ -35,8 +36,9 @@ class GroupOptimizer(Optimizer):
                 self.update(group, weights, [p.grad for p in weights])
         return loss
 
+    @abstractmethod
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
-        raise NotImplementedError
+        """One step of one group, in place; neither list is empty."""
 
     def kept(self, name: str, weights: list[Tensor], like: list[Tensor] | None = None) -> list[Tensor]:
         """State tensors `name` of the weights, zeros of the shape of `like` (the weights) when new."""

@@ -44,10 +44,10 @@ def rex(p: float, final: float = 0.0) -> float:
 
 
 def uba(p: float, phi: float = 2.0, final: float = 0.0) -> float:
-    """2 (1 + cos pi p) / (2 phi + (2 - phi)(1 + cos pi p)): cosine at phi = 2, held high longer below (Tang et al. 2025).
+    """2 (1 + cos pi p) / (2 phi + (2 - phi)(1 + cos pi p)), so 1 / uba - 1 = phi / 2 (1 / cosine - 1): cosine at phi = 2, held high longer below.
 
-    The form is that of a public implementation and has the properties the abstract states; two others use (1 - p)^phi instead, which
-    `polynomial` gives. The paper's own equation could not be compared.
+    Tang et al. (2025), whose own equation could not be read: the form is a public implementation's (two others use (1 - p)^phi, which
+    `polynomial` gives). Tested here: phi = 2 equals cosine, the relation above, monotone in p and in phi, both ends.
     """
     raised = 1 + math.cos(math.pi * p)
     return final + (1 - final) * (2 * raised / (2 * phi + (2 - phi) * raised) if p < 1 else 0.0)
