@@ -1,13 +1,17 @@
 """Rounding against memory, GPTQ against the plain column loop, reconstruction errors against peers; medians of five, printed as ratios.
 
-Peers are those that can be imported: torch's own fake quantization and compressed-tensors; for GPTQ a reference that updates the dense
-inverse instead of using a Cholesky factor.
+    python -m tests.benchmarks.bench_quantization speed     # rounding against a copy, GPTQ against the plain column loop
+    python -m tests.benchmarks.bench_quantization errors    # against torch, compressed-tensors and the dense inverse, on a random layer
+    python -m tests.benchmarks.bench_quantization peers     # against torchao, HQQ, quanto and AutoRound where importable, on layers of the MiniLM
+    python -m tests.benchmarks.bench_quantization encoder   # GPTQ over all encoder linears of the MiniLM: CPU seconds and error
 
-    python tests/benchmarks/bench_quantization.py
+Libraries outside the environment: `pip install --target FOLDER --no-deps hqq torchao optimum-quanto auto-round termcolor py-cpuinfo ninja`,
+then PYTHONPATH=FOLDER.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import statistics
 import time
@@ -16,9 +20,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import workbench
+from tests.benchmarks.quantization_peers import PEERS
+from workbench.instruments import Progress
 from workbench.quantization.formats import named
 from workbench.quantization.gptq import damped, gptq, inverse_factor
 from workbench.quantization.grid import Grid, fit
+from workbench.quantization.quantize import Quantize
+from workbench.statistics import second_moments
 
 REPEATS = 5
 
@@ -97,8 +106,43 @@ def compare_errors() -> None:
         print(f"  GPTQ int{bits}, over the dense inverse in float64                    {error(found) / error(dense_inverse(weight, gram, 0.01, row)):.4f}")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def compare_peers(examples: int = 32) -> None:
+    """Squared error of each layer's outputs and weights over the library's, on the first and last block of the MiniLM with real inputs."""
+    on = workbench.subject("minilm-docstrings")
+    layers = on.layers("*layer.0.*,*layer.5.*")
+    moments = second_moments(on, layers, "calibration", examples)
+    print(f"{len(layers)} layers, {examples} calibration texts; ours over the library's: outputs (median, worst layer), weights (median, worst layer)")
+    for peer in PEERS:
+        name = f"{peer.package} {peer.version or ''}: {peer.what}"
+        if peer.version is None:
+            print(f"  {name:66} absent")
+            continue
+        outputs, weights = [], []
+        try:
+            for layer in layers:
+                weight, gram = layer.weight.detach().float(), moments[layer.name].gram[0]
+                ours, theirs = (values(weight, gram) - weight for values in (peer.ours, peer.theirs))
+                outputs.append(float((ours @ gram * ours).sum() / (theirs @ gram * theirs).sum()))
+                weights.append(float(ours.square().sum() / theirs.square().sum()))
+        except (ImportError, AttributeError, RuntimeError, TypeError) as problem:
+            print(f"  {name:66} did not run: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}")
+            continue
+        print(f"  {name:66} {statistics.median(outputs):.4f} {max(outputs):.4f}   {statistics.median(weights):.4f} {max(weights):.4f}")
+
+
+def whole_encoder() -> None:
+    """GPTQ int4, a scale for 128 weights, over all encoder linears with 128 calibration texts: statistics, factors and rounding."""
+    on = workbench.subject("minilm-docstrings")
+    for order in (False, True):
+        began = time.process_time()
+        fields = dict(bits=4, group_size=128, rounding="gptq", act_order=order, examples=128, predict_examples=0, test_examples=0)
+        result = Quantize(**fields)._run(on.copy(), Progress())  # type: ignore[arg-type]
+        spent = time.process_time() - began
+        print(f"  GPTQ int4 groups of 128{', act-order' if order else ''}: {spent:.1f} s of CPU, relative output error {result.table['output_error'].mean():.4f} "
+              f"(mean over {len(result.table)} layers)")  # fmt: skip
+
+
+def compare_speed() -> None:
     torch.manual_seed(0)
     big = torch.randn(4096, 4096)
     copy = median_of(big.clone)  # reads it and writes a new tensor, as rounding does; a copy into touched memory is several times faster
@@ -115,7 +159,14 @@ def main() -> None:
         errors = [float((((v - weight) @ gram) * (v - weight)).sum()) for v in (values, plain)]
         speed = median_of(lambda w=weight, u=upper, g=grid: column_loop(w, u, g)) / median_of(lambda w=weight, u=upper, g=grid: gptq(w, u, g))
         print(f"  {out:5} x {width:5} {speed:6.2f} x faster, error {errors[0] / errors[1]:.4f}")
-    compare_errors()
+
+
+def main() -> None:
+    modes = {"speed": compare_speed, "errors": compare_errors, "peers": compare_peers, "encoder": whole_encoder}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=list(modes))
+    torch.set_num_threads(1)
+    modes[parser.parse_args().mode]()
 
 
 if __name__ == "__main__":

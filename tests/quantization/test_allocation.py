@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import workbench
+from workbench.curvature.operators import curvature_operator
 from workbench.curvature.quadratic import measured_change, predicted_change
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Allocate, LayerSensitivity
 from workbench.quantization.allocation import allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.sensitivity import alone, candidates, pairs, traces
+from workbench.quantization.sensitivity import alone, candidates, gauss_newton_alone, pairs, traces
 from workbench.subjects import Subject
 
 
@@ -88,6 +89,18 @@ def test_alone_equals_one_prediction_for_each_layer(bert: Subject) -> None:
             assert found[layer.name][row] == pytest.approx((one.first, one.second), rel=1e-3, abs=1e-9)
 
 
+def test_gauss_newton_alone_equals_the_operator(bert: Subject) -> None:
+    layers = bert.layers("*.0.*")[:3]
+    _, deltas = candidates(bert, layers, [Quantize(bits=b, group_size=16) for b in (2, 4)], 4, Progress())
+    found = gauss_newton_alone(bert, layers, deltas, examples=4, batch_size=2)
+    for layer in layers:
+        with curvature_operator(bert, "ggn", layers=layer.name, examples=4, batch_size=4) as operator:
+            for row, delta in enumerate(deltas[layer.name]):
+                vector = delta.reshape(1, -1)
+                assert found[layer.name][row] == pytest.approx(0.5 * float((operator.matmat(vector) * vector).sum()), rel=1e-3)
+        assert min(found[layer.name]) > 0
+
+
 def test_pairs_add_up_to_the_prediction_of_the_whole_change(bert: Subject) -> None:
     """The diagonal is each layer alone; all pairs of one choice are 1/2 D.H D of that choice."""
     layers = bert.layers("*.layer.0.*")[:4]
@@ -136,7 +149,7 @@ def test_traces_are_unbiased() -> None:
     assert abs(estimate - 0.9 * float(inputs.square().sum(1).mean())) < 4 * error and error < 1.0
 
 
-@pytest.mark.parametrize("sensitivity", ["curvature", "trace", "output", "measured"])
+@pytest.mark.parametrize("sensitivity", ["curvature", "gauss-newton", "trace", "output", "measured"])
 def test_allocate(bert: Subject, sensitivity: str) -> None:
     settings = {"layers": "*.0.*", "budget": 3.0, "widths": [2, 4], "group_size": 16, "examples": 4, "predict_examples": 4, "probes": 2, "draws": 1,
                 "test_examples": 8, "sensitivity": sensitivity}  # fmt: skip

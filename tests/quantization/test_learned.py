@@ -80,6 +80,15 @@ def test_half_quadratic_lowers_its_norm_and_keeps_zeros() -> None:
     assert grid.bytes((24, 32)) == (24 * 32 * 3 + 48 * (16 + 16)) / 8
 
 
+def test_half_quadratic_finds_a_grid_that_is_not_whole_at_zero() -> None:
+    """Weights at s (k - z) with a fractional z, as any range's ends give: the exact zero point leaves them where they are."""
+    weight = 0.125 * (torch.stack([torch.randperm(16) for _ in range(8)]).float() - torch.linspace(3.1, 11.9, 8)[:, None])
+    one = Problem(weight, torch.eye(16), named("uint4"), "channel")
+    values, grid = ROUNDINGS["hqq"](one)
+    assert torch.allclose(values, weight, atol=0.125 * 1e-2) and (grid.round(weight) == values).all()
+    assert not torch.allclose(ROUNDINGS["nearest"](one)[0], weight, atol=0.125 * 1e-2)
+
+
 @pytest.mark.parametrize("method", [*LEARNED, "gptq"])
 def test_masked_weights_stay_zero(method: str) -> None:
     mask = torch.rand(24, 32) < 0.5

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.quantization.allocation import Allocation, allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize, choices
-from workbench.quantization.sensitivity import alone, candidates, measured_alone, pairs, traces
+from workbench.quantization.sensitivity import alone, candidates, gauss_newton_alone, measured_alone, pairs, traces
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Allocate(SubjectInstrument):
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
     budget: float = parameter(3.0, "average width of the codes, over weights", ge=1, le=8, unit="bits", step=0.25)
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
-    sensitivity: Literal["curvature", "trace", "output", "measured"] = parameter(
-        "curvature", "a width's cost: 1/2 d.Hd of its rounding error d; mean Hessian trace x |d|^2 (HAWQ-V2); output error; or the measured loss change")
+    sensitivity: Literal["curvature", "gauss-newton", "trace", "output", "measured"] = parameter(
+        "curvature", "a width's cost: 1/2 d.Hd of its rounding error d; the same with the Gauss-Newton matrix; mean Hessian trace x |d|^2 (HAWQ-V2); output error; measured change")
     interactions: bool = parameter(False, "count what every two layers cost together as well: one Hessian-vector product a layer and width")
     symmetric: bool = parameter(True, "integers symmetric about zero")
     group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
@@ -155,6 +155,9 @@ class Allocate(SubjectInstrument):
             table["trace_error"] = [found[name][1] for name in table["layer"]]
             squares = [float(d.float().square().sum()) for layer in layers for d in deltas[layer.name]]
             table["cost"] = 0.5 * table["trace"].clip(lower=0) / table["weights"] * squares
+        elif self.sensitivity == "gauss-newton":
+            squared = gauss_newton_alone(on, layers, deltas, examples=self.predict_examples, progress=progress)
+            table["cost"] = [cost for layer in layers for cost in squared[layer.name]]
         elif self.sensitivity == "output":
             table["cost"] = table["output_error"]
         elif self.sensitivity == "measured":

@@ -315,7 +315,8 @@ def adaquant(problem: Problem) -> tuple[Tensor, Grid]:
 def half_quadratic(problem: Problem, norm: float = 0.7, beta: float = 10.0, growth: float = 1.01, iterations: int = 20) -> tuple[Tensor, Grid]:
     """Half-quadratic quantization (Badri and Shaji 2023): zero points that minimise a robust norm of the weight error, without data.
 
-    Alternates the proximal step of |.|^p on the error (generalised soft threshold) with the mean that fits the zero point.
+    Alternates the proximal step of |.|^p on the error (generalised soft threshold) with the mean that fits the zero point. It starts
+    from the zero point that spans each group exactly, as the authors' code does, and from the grid's whole one; the better is kept.
     """
     grid = problem.grid()
     assert grid.zero is not None, "half-quadratic quantization moves zero points"
@@ -324,18 +325,22 @@ def half_quadratic(problem: Problem, norm: float = 0.7, beta: float = 10.0, grow
     if problem.granularity == "tensor":
         blocks, kept = blocks.flatten().reshape(1, 1, -1), kept.flatten().reshape(1, 1, -1)
     kept = kept / kept.sum(-1, keepdim=True).clamp_min(1)  # pruned weights have no say in the zero point
-    scale, zero = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
+    scale, whole = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
     element = grid.format.element
-    best, best_error = zero, torch.full_like(zero, torch.inf)
-    for _ in range(iterations):
-        codes = element.round(blocks / scale + zero)
-        gap = blocks - (codes - zero) * scale
-        error = (gap.abs().pow(norm) * kept).sum(-1, keepdim=True)
-        better = error < best_error
-        best, best_error = torch.where(better, zero, best), torch.where(better, error, best_error)
-        size = gap.abs()
-        shrunk = torch.sign(gap) * torch.relu(size - size.clamp_min(1e-12).pow(norm - 1) / beta)
-        zero = ((codes - (blocks - shrunk) / scale) * kept).sum(-1, keepdim=True)
-        beta *= growth
+    low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
+    exact = torch.where(high > low, -low / (high - low) * element.highest, whole)
+    best, best_error = whole, torch.full_like(whole, torch.inf)
+    for start in (exact, whole):
+        zero, strength = start, beta
+        for _ in range(iterations):
+            codes = element.round(blocks / scale + zero)
+            gap = blocks - (codes - zero) * scale
+            error = (gap.abs().pow(norm) * kept).sum(-1, keepdim=True)
+            better = error < best_error
+            best, best_error = torch.where(better, zero, best), torch.where(better, error, best_error)
+            size = gap.abs()
+            shrunk = torch.sign(gap) * torch.relu(size - size.clamp_min(1e-12).pow(norm - 1) / strength)
+            zero = ((codes - (blocks - shrunk) / scale) * kept).sum(-1, keepdim=True)
+            strength *= growth
     found = replace(grid, zero=best.squeeze(-1).to(torch.float16).float())
     return problem.masked(found.round(problem.weight)), found

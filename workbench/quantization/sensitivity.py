@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from workbench.curvature.output_space import OutputCurvature
 from workbench.curvature.quadratic import mean_loss, predicted_change
 from workbench.curvature.weights import differentiable, place_of, with_weights
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
@@ -62,13 +63,50 @@ def alone(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequen
     return {name: [(float(a), float(b)) for a, b in found / items] for name, found in sums.items()}
 
 
+def gauss_newton_alone(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequence[Tensor]], split: str = "calibration", examples: int = 16,
+                       batch_size: int = 8, progress: Progress | None = None) -> dict[str, list[float]]:  # fmt: skip
+    """1/2 d.G d of the mean loss for each layer's candidate changes d taken alone, G the generalised Gauss-Newton matrix J^T S J.
+
+    Never negative, so no layer looks free because the loss happens to curve downwards on these examples; for cross-entropy it is the
+    second-order term of the divergence between the outputs before and after. One J d a layer and candidate: J^T u is kept as a graph
+    that is linear in u, and differentiated by u.
+    """
+    progress = progress or Progress()
+    places = [place_of(layer) for layer in layers]
+    sums = {layer.name: np.zeros(len(deltas[layer.name])) for layer in layers}
+    items, done = 0, 0
+    count = -(-min(examples, subject.size(split)) // batch_size) * len(layers)
+    with differentiable(subject.model, places) as weights, torch.enable_grad():
+        for batch in subject.batches(split, batch_size, examples):
+            weight = subject.task.items(batch)
+            if weight == 0:
+                continue
+            middle = OutputCurvature("ggn", subject.task, subject.task.output(subject.model, batch), batch)
+            u = torch.zeros_like(middle.rows, requires_grad=True)
+            pulled = torch.autograd.grad(middle.rows, weights, u, create_graph=True, allow_unused=True)
+            for layer, value, part in zip(layers, weights, pulled, strict=True):
+                progress.show("sensitivity of each layer", done := done + 1, count)
+                for row, delta in enumerate(deltas[layer.name] if part is not None else []):
+                    change = (delta.mT if layer.transposed else delta).to(value.dtype)
+                    (moved,) = torch.autograd.grad((part * change).sum(), u, retain_graph=True)
+                    sums[layer.name][row] += 0.5 * float((moved * middle(moved)).sum())
+            items += weight
+            del middle, pulled
+            if progress.stopped:
+                break
+    if items == 0:
+        raise BadInput(f"split: the first {examples} examples of {split!r} hold no target; check the label column")
+    return {name: [float(v) for v in found / items] for name, found in sums.items()}
+
+
 def pairs(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequence[Tensor]], split: str = "calibration", examples: int = 16,
           batch_size: int = 8, progress: Progress | None = None) -> np.ndarray:  # fmt: skip
     """I (layers, candidates, layers, candidates), symmetric: 1/2 d_i.H d_j of the mean loss for every two layers' candidate changes.
 
     A choice of one candidate for each layer costs the sum of I over all its pairs, its own terms included: 1/2 D.H D of the whole
-    change D (the exact form of what Schaefer et al. 2023 add to layer-wise Hessians; theirs could not be checked). One Hessian-vector
-    product for each layer and candidate. Every layer needs as many candidates.
+    change D. This is derived here, from the second-order expansion that Deng et al. 2025 (CLADO) also start from; the term by which
+    Schaefer et al. 2023 augment layer-wise Hessians is in their paper's body, which was not available. The tests check that the pairs
+    of a choice add up to the prediction of the whole change. One Hessian-vector product for each layer and candidate. Every layer needs as many candidates.
     """
     progress = progress or Progress()
     places = [place_of(layer) for layer in layers]
