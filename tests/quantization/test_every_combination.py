@@ -1,0 +1,54 @@
+"""Format x granularity x rounding on the six small random architectures: each combination runs, or is refused with a reason."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+import workbench
+from tests.conftest import ARCHITECTURES
+from workbench.instruments import BadInput, Progress
+from workbench.quantization import Quantize
+from workbench.quantization.learned import LEARNED
+from workbench.quantization.quantize import moments_for
+from workbench.quantization.rounding import ROUNDINGS, Factors
+
+FORMATS: list[dict[str, object]] = [
+    {"bits": 2}, {"bits": 4}, {"bits": 8}, {"bits": 3, "symmetric": False}, {"format": "e4m3fn"}, {"format": "e5m2"}, {"format": "e3m2"}, {"format": "e2m3"},
+    {"format": "e2m1"}, {"format": "bf16"}, {"format": "fp16"}, {"format": "nf4"}, {"format": "quantile3"}, {"format": "mxfp4"}, {"format": "mxfp6"},
+    {"format": "mxfp8"}, {"format": "nvfp4"}, {"format": "fixed8.6"}, {"format": "ternary"}, {"format": "binary"},
+]  # fmt: skip
+GRANULARITIES = ("auto", "tensor", "channel", "group")
+#: What is refused, and the word the message must hold; everything else must run.
+REFUSED = {
+    "adaround": lambda f: not f.uniform, "lowrank-adaround": lambda f: not f.uniform, "hqq": lambda f: not f.affine,
+    **{name: (lambda f: f.scale != "real") for name in ("flexround", "signround", "adaquant")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_combination_runs_or_says_why_not(checkpoints: dict[str, Path], architecture: str) -> None:
+    on = workbench.subject(checkpoints[architecture], data="random")
+    layer = on.layers("blocks")[0]
+    moments = moments_for(on, [layer], 4, Progress())[layer.name]
+    factors, ran, refused = Factors(), 0, 0
+    for fields, granularity, rounding in itertools.product(FORMATS, GRANULARITIES, ROUNDINGS):
+        instrument = Quantize(**(fields | {"layers": layer.name, "granularity": granularity, "rounding": rounding, "group_size": 16, "steps": 2, "examples": 4}))
+        format = instrument.format_for(layer.name)
+        reason = "granularity" if format.block and granularity != "auto" else ""
+        reason = "rounding" if REFUSED.get(rounding, lambda f: False)(format) else reason
+        if reason:
+            with pytest.raises(BadInput, match=f"^{reason}: .*{'' if reason == 'granularity' else rounding}"):
+                instrument.check(on)
+            refused += 1
+            continue
+        instrument.check(on)
+        values, grid, _ = instrument.round_layer(layer, moments, torch.Generator().manual_seed(0), factors)
+        assert values.shape == layer.shape and bool(torch.isfinite(values).all()), (fields, granularity, rounding)
+        # What was returned is on the grid that was returned.
+        assert torch.allclose(grid.round(values), values, atol=1e-5 * float(values.abs().max())), (fields, granularity, rounding)
+        ran += 1
+    assert ran + refused == len(FORMATS) * len(GRANULARITIES) * len(ROUNDINGS) and len(ROUNDINGS) == 4 + len(LEARNED)
