@@ -1,6 +1,6 @@
 """The loop against a bare PyTorch loop, custom optimizers against torch's foreach AdamW, and a sweep's cost per trial. Run by hand.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py [sweep] [elementwise] [matrices] [loop]
 
 Rounds alternate in one process, so ratios hold on a busy machine; medians of the rounds are printed.
 """
@@ -8,6 +8,7 @@ Rounds alternate in one process, so ratios hold on a busy machine; medians of th
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,12 +18,16 @@ from torch import nn
 
 import workbench
 from workbench.training import Sweep, fit
-from workbench.training.galore import GaLore
+from workbench.training.galore import GaLore, projection
+from workbench.training.kron import Kron
 from workbench.training.lamb import LAMB, LARS
+from workbench.training.mkor import MKOR
+from workbench.training.muon import Muon
 from workbench.training.objective import reinitialised
 from workbench.training.onebit import OneBitAdam
 from workbench.training.order import take
 from workbench.training.schedules import cosine
+from workbench.training.scion import Scion
 from workbench.training.sophia import Sophia
 
 
@@ -71,35 +76,94 @@ def loop(steps: int = 4, batch_size: int = 4) -> None:
 
 #: Passes over all elements of a step: calls of a foreach function, norms among them.
 PASSES = {"AdamW foreach": 8, "SGD momentum foreach": 3}
-RATIOS = (("LAMB", "AdamW foreach", 11), ("LARS", "SGD momentum foreach", 5), ("GaLore (rank 32, no refresh)", "AdamW foreach", 6),
-          ("Sophia (no Hessian)", "AdamW foreach", 7), ("1-bit Adam (compressed, one worker)", "AdamW foreach", 14))  # fmt: skip
+RATIOS = (("LAMB", "AdamW foreach", 11), ("LARS", "SGD momentum foreach", 5), ("Sophia (no Hessian)", "AdamW foreach", 8),
+          ("1-bit Adam (compressed, one worker)", "AdamW foreach", 12))  # fmt: skip
 
 
-def optimizers(count: int = 12, width: int = 512) -> None:
-    def stepping(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], float]:
-        weights = [nn.Parameter(torch.randn(width, width)) for _ in range(count)]
-        for weight in weights:
-            weight.grad = torch.randn_like(weight)
-        optimizer = make(weights)
-        optimizer.step()
+def stepping(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], count: int, width: int, steps: int = 3,
+             dtype: torch.dtype = torch.float32) -> Callable[[], float]:  # fmt: skip
+    weights = [nn.Parameter(torch.randn(width, width).to(dtype)) for _ in range(count)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer = make(weights)
+    optimizer.step()
 
-        def run() -> float:
-            before = time.process_time()
-            for _ in range(3):
-                optimizer.step()
-            return time.process_time() - before
+    def run() -> float:
+        before = time.process_time()
+        for _ in range(steps):
+            optimizer.step()
+        return (time.process_time() - before) / steps
 
-        return run
+    return run
 
-    found = alternating({
-        "AdamW foreach": stepping(lambda w: torch.optim.AdamW(w, foreach=True)), "LAMB": stepping(lambda w: LAMB(w)),
-        "SGD momentum foreach": stepping(lambda w: torch.optim.SGD(w, lr=0.1, momentum=0.9, foreach=True)), "LARS": stepping(lambda w: LARS(w)),
-        "GaLore (rank 32, no refresh)": stepping(lambda w: GaLore(w, rank=32)), "Sophia (no Hessian)": stepping(lambda w: Sophia(w)),
-        "1-bit Adam (compressed, one worker)": stepping(lambda w: OneBitAdam(w, freeze=1)),
-    }, 7)  # fmt: skip
+
+def elementwise(count: int = 12, width: int = 512) -> None:
+    made: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+        "AdamW foreach": lambda w: torch.optim.AdamW(w, foreach=True), "LAMB": lambda w: LAMB(w),
+        "SGD momentum foreach": lambda w: torch.optim.SGD(w, lr=0.1, momentum=0.9, foreach=True), "LARS": lambda w: LARS(w),
+        "Sophia (no Hessian)": lambda w: Sophia(w), "1-bit Adam (compressed, one worker)": lambda w: OneBitAdam(w, freeze=1),
+    }  # fmt: skip
+    found = alternating({name: stepping(make, count, width) for name, make in made.items()}, 7)
     for name, base, passes in RATIOS:
         ratio = found[name] / found[base]
-        print(f"{name}: {ratio:.2f} x {base}, {ratio * PASSES[base] / passes:.2f} x at equal passes ({passes} to {PASSES[base]}); {found[name] / 3 * 1e3:.1f} ms a step")
+        print(f"{name}: {ratio:.2f} x {base}, {ratio * PASSES[base] / passes:.2f} x at equal passes ({passes} to {PASSES[base]}); {found[name] * 1e3:.1f} ms a step")
+
+
+class Projected(torch.optim.Optimizer):
+    """What torch itself offers for GaLore's step: products with a fixed basis around its own foreach AdamW of the projections."""
+
+    def __init__(self, weights: list[nn.Parameter], rank: int = 32) -> None:
+        super().__init__(weights, {})
+        self.weights, self.bases = weights, [projection(w.grad, rank)[0] for w in weights]  # type: ignore[arg-type]
+        self.reduced = [nn.Parameter(torch.zeros(rank, w.shape[1])) for w in weights]
+        self.inner = torch.optim.AdamW(self.reduced, foreach=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for r, basis, w in zip(self.reduced, self.bases, self.weights, strict=True):
+            r.grad = basis.mT @ w.grad  # type: ignore[operator]
+        self.inner.step()
+        for r, basis, w in zip(self.reduced, self.bases, self.weights, strict=True):
+            w.addmm_(basis, r, alpha=-1e-3)
+
+
+class Preconditioned(torch.optim.SGD):
+    """What torch itself offers for MKOR's step between two updates of its factors: two products a matrix, a norm each, its own foreach SGD."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for w in self.param_groups[0]["params"]:
+            eye = self.state[w].setdefault("factor", torch.eye(len(w)))
+            direction = eye @ w.grad @ eye
+            w.grad.copy_(direction * (w.grad.norm() / direction.norm()))
+        super().step()
+
+
+def mkor(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights)
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight = weight
+    return MKOR(layers, torch.optim.SGD(weights, lr=0.1, momentum=0.9, foreach=True))
+
+
+def matrices() -> None:
+    """Optimizers whose step is matrix products, beside the same products in torch or pytorch_optimizer: name, ours, name, theirs, matrices, width, dtype."""
+    from pytorch_optimizer import SCION
+    from pytorch_optimizer import Kron as TheirKron
+
+    short, whole = torch.bfloat16, torch.float32
+    pairs: list[tuple[str, Callable[..., torch.optim.Optimizer], str, Callable[..., torch.optim.Optimizer], int, int, torch.dtype]] = [
+        ("GaLore (rank 32, no refresh)", lambda w: GaLore(w, rank=32), "torch's foreach AdamW", lambda w: torch.optim.AdamW(w, foreach=True), 12, 512, whole),
+        ("GaLore (rank 32, no refresh)", lambda w: GaLore(w, rank=32), "projections around torch's foreach AdamW", Projected, 12, 512, whole),
+        ("Muon, bfloat16 weights", lambda w: Muon(w), "torch.optim.Muon", lambda w: torch.optim.Muon(w), 4, 256, short),
+        ("Muon, float32 weights", lambda w: Muon(w), "torch.optim.Muon, which iterates in bfloat16", lambda w: torch.optim.Muon(w), 4, 256, whole),
+        ("Scion, bfloat16 weights", lambda w: Scion(w), "pytorch_optimizer.SCION", lambda w: SCION(w, norm_type=2), 4, 256, short),
+        ("Kron", lambda w: Kron(w), "pytorch_optimizer.Kron", lambda w: TheirKron(w, precondition_dtype=None), 1, 48, whole),
+        ("MKOR over SGD, factors kept", mkor, "the same products and torch's foreach SGD", lambda w: Preconditioned(w, lr=0.1, momentum=0.9, foreach=True), 6, 256, whole),
+    ]  # fmt: skip
+    for ours, make, theirs, other, count, width, dtype in pairs:
+        found = alternating({"ours": stepping(make, count, width, dtype=dtype), "theirs": stepping(other, count, width, dtype=dtype)})
+        print(f"{ours}: {found['ours'] / found['theirs']:.2f} x {theirs}; {found['ours'] * 1e3:.1f} ms a step", flush=True)
 
 
 def sweep(trials: int = 40) -> None:
@@ -113,6 +177,6 @@ def sweep(trials: int = 40) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sweep()
-    optimizers()
-    loop()
+    parts = {"sweep": sweep, "elementwise": elementwise, "matrices": matrices, "loop": loop}
+    for part in sys.argv[1:] or parts:
+        parts[part]()

@@ -30,22 +30,22 @@ class GaLore(GroupOptimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, refresh=refresh, alpha=alpha))
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
-        rank, plain = group["rank"], [p.ndim != 2 or min(p.shape) <= group["rank"] for p in weights]
-        reduced = []
-        for p, gradient, whole in zip(weights, gradients, plain, strict=True):
-            if not whole and (group["step"] - 1) % group["refresh"] == 0:
-                self.state[p]["projection"], _ = projection(gradient, rank)
-            reduced.append(gradient if whole else self._down(p, gradient))
+        rank = group["rank"]
+        if (group["step"] - 1) % group["refresh"] == 0:
+            for p, gradient in zip(weights, gradients, strict=True):
+                if p.ndim == 2 and min(p.shape) > rank:
+                    self.state[p]["projection"], _ = projection(gradient, rank)
+        bases = [self.state[p].get("projection") for p in weights]
+        reduced = [g if basis is None else basis.mT @ g if len(basis) == len(g) else g @ basis for g, basis in zip(gradients, bases, strict=True)]
         first, second = self.kept("exp_avg", weights, reduced), self.kept("exp_avg_sq", weights, reduced)
-        updates = adam_direction(first, second, reduced, group["betas"], group["eps"], group["step"])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        updates = [u if whole else group["alpha"] * self._up(p, u) for p, u, whole in zip(weights, updates, plain, strict=True)]
-        torch._foreach_sub_(weights, updates, alpha=group["lr"])
-
-    def _down(self, p: Tensor, gradient: Tensor) -> Tensor:
-        basis = self.state[p]["projection"]
-        return basis.mT @ gradient if p.shape[0] <= p.shape[1] else gradient @ basis
-
-    def _up(self, p: Tensor, update: Tensor) -> Tensor:
-        basis = self.state[p]["projection"]
-        return basis @ update if p.shape[0] <= p.shape[1] else update @ basis.mT
+        updates, scale = adam_direction(first, second, reduced, group["betas"], group["eps"], group["step"])
+        lr = group["lr"] * scale
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        whole = [(p, u) for p, u, basis in zip(weights, updates, bases, strict=True) if basis is None]
+        if whole:
+            torch._foreach_sub_([p for p, _ in whole], [u for _, u in whole], alpha=lr)
+        for p, update, basis in zip(weights, updates, bases, strict=True):
+            if basis is not None:  # the product is added where the weight lies: no matrix of its size is made
+                left, right = (basis, update) if len(basis) == len(p) else (update, basis.mT)
+                p.addmm_(left, right, alpha=-lr * group["alpha"])

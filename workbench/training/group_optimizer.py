@@ -49,15 +49,24 @@ class GroupOptimizer(Optimizer, ABC):
 
 
 def adam_direction(first: list[Tensor], second: list[Tensor], gradients: list[Tensor], betas: tuple[float, float], eps: float, step: int,
-                   bias_correction: bool = True) -> list[Tensor]:  # fmt: skip
-    """Update both moments in place and return m_hat / (sqrt(v_hat) + eps) as new tensors (Kingma & Ba 2015, algorithm 1)."""
+                   bias_correction: bool = True) -> tuple[list[Tensor], float]:  # fmt: skip
+    """Update both moments in place; new tensors and a scale whose product is m_hat / (sqrt(v_hat) + eps) (Kingma & Ba 2015, algorithm 1).
+
+    The scale belongs to the caller's learning rate, which saves a pass over the tensors.
+    """
     beta1, beta2 = betas
     torch._foreach_lerp_(first, gradients, 1 - beta1)
     torch._foreach_mul_(second, beta2)
     torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
     c1, c2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
-    # m / c1 / (sqrt(v / c2) + eps) = m / ((sqrt(v) + eps sqrt(c2)) c1 / sqrt(c2))
-    below = list(torch._foreach_sqrt(second))
-    torch._foreach_add_(below, eps * c2**0.5)
-    torch._foreach_mul_(below, c1 / c2**0.5)
-    return list(torch._foreach_div(first, below))
+    # m / c1 / (sqrt(v / c2) + eps) = m / (sqrt(v) + eps sqrt(c2)) x sqrt(c2) / c1
+    direction = list(torch._foreach_sqrt(second))
+    torch._foreach_add_(direction, eps * c2**0.5)
+    divide_into(direction, first)
+    return direction, c2**0.5 / c1
+
+
+def divide_into(below: list[Tensor], above: list[Tensor]) -> None:
+    """below <- above / below, where it lies: on a CPU two passes over memory at hand cost less than one into new memory."""
+    torch._foreach_reciprocal_(below)
+    torch._foreach_mul_(below, above)

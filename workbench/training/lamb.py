@@ -11,9 +11,9 @@ from torch import Tensor
 from workbench.training.group_optimizer import GroupOptimizer, adam_direction
 
 
-def trust_ratios(weights: list[Tensor], updates: list[Tensor], largest: float) -> list[Tensor]:
-    """phi(|w|) / |u| per tensor with phi(z) = min(z, largest); 1 where either norm is zero. Scalars of the weights' dtype."""
-    above, below = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
+def trust_ratios(weights: list[Tensor], updates: list[Tensor], scale: float, largest: float) -> list[Tensor]:
+    """phi(|w|) / |scale u| per tensor with phi(z) = min(z, largest); 1 where either norm is zero. Scalars of the weights' dtype."""
+    above, below = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates)) * scale
     return list(torch.where((above > 0) & (below > 0), above.clamp(max=largest) / below, torch.ones_like(above)).unbind())
 
 
@@ -32,11 +32,11 @@ class LAMB(GroupOptimizer):
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
         first, second = self.kept("exp_avg", weights), self.kept("exp_avg_sq", weights)
-        updates = adam_direction(first, second, gradients, group["betas"], group["eps"], group["step"], group["bias_correction"])
+        updates, scale = adam_direction(first, second, gradients, group["betas"], group["eps"], group["step"], group["bias_correction"])
         if group["weight_decay"]:
-            torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
-        ratios = trust_ratios(weights, updates, group["largest"])
-        torch._foreach_addcmul_(weights, updates, ratios, value=-group["lr"])
+            torch._foreach_add_(updates, weights, alpha=group["weight_decay"] / scale)
+        ratios = trust_ratios(weights, updates, scale, group["largest"])
+        torch._foreach_addcmul_(weights, updates, ratios, value=-group["lr"] * scale)
         for p, ratio in zip(weights, ratios, strict=True):
             self.state[p]["trust_ratio"] = ratio
 

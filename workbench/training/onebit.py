@@ -79,14 +79,14 @@ class OneBitAdam(GroupOptimizer):
         if t <= self.freeze:
             means = [averaged(torch.stack(part).mean(0)) for part in parts]
             self.bytes_sent += sum(g.numel() * g.element_size() for g in gradients)
-            updates = adam_direction(first, self.kept("exp_avg_sq", weights), means, group["betas"], group["eps"], t)
+            updates, scale = adam_direction(first, self.kept("exp_avg_sq", weights), means, group["betas"], group["eps"], t)
         else:
             for p, m, part in zip(weights, first, parts, strict=True):
                 m.copy_(self._exchange(p, [torch.lerp(m, g, 1 - beta1) for g in part]))
-            updates = list(torch._foreach_mul(first, [self._inverse_root(p, group) for p in weights]))
-            torch._foreach_div_(updates, 1 - beta1**t)
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_sub_(weights, updates, alpha=group["lr"])
+            updates, scale = list(torch._foreach_mul(first, [self._inverse_root(p, group) for p in weights])), 1 / (1 - beta1**t)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(weights, updates, alpha=group["lr"] * scale)
 
     def _inverse_root(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """1 / (sqrt(v_hat) + eps) of the frozen second moment, 0 where that is 0; takes the place of the second moment in the state."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workbench.curvature.attention import twice_differentiable
-from workbench.training.group_optimizer import GroupOptimizer
+from workbench.training.group_optimizer import GroupOptimizer, divide_into
 
 if TYPE_CHECKING:
     from workbench.training.loop import Training
@@ -52,10 +52,11 @@ class Sophia(GroupOptimizer):
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
         first, diagonal = self.kept("exp_avg", weights), self.kept("hessian", weights)
         torch._foreach_lerp_(first, gradients, 1 - group["betas"][0])
-        below = torch._foreach_mul(diagonal, group["gamma"])
-        torch._foreach_clamp_min_(below, group["eps"])
-        updates = torch._foreach_div(first, below)
+        updates = list(torch._foreach_mul(diagonal, group["gamma"]))
+        torch._foreach_clamp_min_(updates, group["eps"])
+        divide_into(updates, first)
         torch._foreach_clamp_min_(updates, -1.0)
         torch._foreach_clamp_max_(updates, 1.0)
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(weights, updates, alpha=group["lr"])
