@@ -3,17 +3,18 @@
     python tests/benchmarks/bench_curvature.py products [--repeats 5] [--examples 4] [--batch-size 2] [--probes 8]
     python tests/benchmarks/bench_curvature.py steps    [--repeats 4] [--probes 2]
     python tests/benchmarks/bench_curvature.py slq      [--repeats 5] [--examples 4] [--batch-size 2] [--probes 8] [--steps 30] [--whole]
-    python tests/benchmarks/bench_curvature.py memory --library workbench | curvlinops | hessian-eigenthings
+    python tests/benchmarks/bench_curvature.py memory --library workbench | curvlinops | hessian-eigenthings [--steps 3]
 
 All libraries that are installed get the same 36 encoder matrices, the same micro-batches, float32 and plain matrix-product
 attention (the peers raise on the fused one). Times are CPU seconds of one thread, taken in turns in one process, and printed as
 medians of ratios: in gradients (one gradient = forward and backward over the same data, with the same attention) and of peer to
 workbench.
 
-`slq` compares whole calls from data to density. The workbench runs its probes in lockstep, all of them every time. The peers run
+`slq` compares whole calls from data to density. The workbench runs all its probes every time. The peers run
 one probe after the other, each at the same cost, so every repeat takes one of theirs times the number of probes, plus what a peer does
 once (curvlinops first searches the spectrum's boundaries); `--whole` also runs curvlinops' whole call once, to check that sum.
-`memory` runs whole calls of three steps in a process of its own: neither library's vectors grow with the steps here.
+`memory` runs a whole call in a process of its own (hessian-eigenthings: one probe, as it runs them one by one). Only its memory grows
+with the steps at this size, as it keeps every Krylov vector: three steps are enough for the others.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import workbench
 from workbench.curvature import curvature_operator
-from workbench.curvature.lanczos import Lockstep, Quadrature, band, keeps_basis
+from workbench.curvature.lanczos import GroupedProbes, Lockstep, Quadrature, band, keeps_basis
 from workbench.curvature.probes import rademacher
 from workbench.curvature.weights import find_places
 
@@ -99,7 +100,7 @@ class Bench:
     def slq(self, probes: int, steps: int) -> Quadrature:
         with self.open() as operator:
             full = keeps_basis(operator.size, probes, steps, 4)
-            run = Lockstep(operator, rademacher(operator, range(probes), 0), steps, full)
+            run = GroupedProbes(operator, lambda numbers: rademacher(operator, numbers, 0), probes, steps, full)
             for _ in run.run():
                 pass
             found = run.quadrature()
@@ -200,7 +201,7 @@ def slq(bench: Bench, repeats: int, probes: int, steps: int, whole: bool) -> Ite
         yield summary(found)
 
 
-def memory(bench: Bench, library: str, probes: int, steps: int = 3) -> None:
+def memory(bench: Bench, library: str, probes: int, steps: int) -> None:
     """Peak resident memory of a whole call, beyond one gradient's."""
     with bench.open() as operator:
         operator.gradient()
@@ -213,7 +214,7 @@ def memory(bench: Bench, library: str, probes: int, steps: int = 3) -> None:
         lanczos_approximate_spectrum(bench.curvlinops(), ncv=steps)
     else:
         bench.eigenthings_slq(1, steps)
-    print(f"{library}: peak {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB above one gradient's")
+    print(f"{library}, {steps} steps: peak {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB above one gradient's")
 
 
 def main() -> None:
@@ -233,7 +234,7 @@ def main() -> None:
     with sdpa_kernel(SDPBackend.MATH):
         bench = Bench(options.examples, options.batch_size)
         if options.what == "memory":
-            memory(bench, options.library, options.probes)
+            memory(bench, options.library, options.probes, options.steps)
             return
         if options.what == "products":
             runs = products(bench, options.repeats, options.probes)

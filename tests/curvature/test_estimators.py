@@ -12,8 +12,9 @@ from sklearn.datasets import load_breast_cancer
 from torch import nn
 
 import workbench
+from tests.curvature.small import mlp
 from workbench.curvature import DenseOperator, curvature_operator, eigenpairs
-from workbench.curvature.lanczos import Lockstep, band, gaussian_sum, outliers
+from workbench.curvature.lanczos import GroupedProbes, Lockstep, band, gaussian_sum, outliers
 from workbench.curvature.probes import rademacher, standard_error
 from workbench.curvature.traces import METHODS, estimate
 from workbench.subjects import Subject
@@ -148,6 +149,23 @@ def test_quadrature_without_reorthogonalisation_keeps_the_density() -> None:
     assert np.abs(exact - found).max() < 1e-3 * exact.max()
     assert short.moment(1) == pytest.approx(full.moment(1), rel=1e-9)
     assert len(outliers(full, operator.size)[0]) >= 4
+
+
+def test_probes_in_groups_give_what_they_give_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large vectors, and every graph kept: one probe after the other. Graphs built for every product: all together."""
+    subject = mlp(examples=24)
+    found = []
+    for limit, room in ((2**40, 2**40), (0, 2**40), (0, 0)):
+        monkeypatch.setattr("workbench.curvature.lanczos.GROUP_MEMORY", limit)
+        monkeypatch.setattr("workbench.curvature.operators.GRAPH_MEMORY", room)
+        with curvature_operator(subject, batch_size=5, dtype="float64") as operator:
+            run = GroupedProbes(operator, lambda numbers, operator=operator: rademacher(operator, numbers, 0), 3, 6, parts=operator.slices)  # type: ignore[misc]
+            assert [len(group) for group in run.groups] == ([1, 1, 1] if (limit, room) == (0, 2**40) else [3])
+            assert len(list(run.run())) == run.steps and run.done == 6
+            assert len(operator._kept) == (5 if room else 0)
+        found.append((np.concatenate([*run.quadrature().nodes, *run.quadrature().weights]), run.forms, run.noise))
+    for nodes, forms, noise in found[1:]:
+        assert np.allclose(nodes, found[0][0]) and np.allclose(forms, found[0][1]) and noise == pytest.approx(found[0][2])
 
 
 def test_resolved_outliers_carry_their_copies(digits: Subject) -> None:

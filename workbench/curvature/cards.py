@@ -87,16 +87,18 @@ PREDICTED = ("minilm-docstrings", "bytelm")
 
 
 def measure_prediction(name: str, progress: Progress) -> dict[str, Any]:
-    """4-bit rounding and 50 % pruning of one layer at a time, on the same few examples for prediction and measurement."""
+    """4-bit rounding and 50 % pruning of every layer, one at a time, on the same few examples for prediction and measurement."""
     import workbench
     from workbench.curvature.prediction_study import QuadraticPrediction
 
     records: dict[str, Any] = {}
+    examples = 8
     for subject in PREDICTED:
         on = workbench.subject(subject)
         for change in ("round", "prune"):
-            result = QuadraticPrediction(layers="blocks", change=change, bits=4, sparsity=0.5, examples=16, batch_size=8).run(on, progress=progress, cache=False)
-            records[f"{subject}, {change}"] = {**result.facts, "examples": 16, "rows": result.table.to_dict("records")}
+            study = QuadraticPrediction(layers="blocks", change=change, bits=4, sparsity=0.5, examples=examples, batch_size=8)
+            result = study.run(on, progress=progress, cache=False)
+            records[f"{subject}, {change}"] = {**result.facts, "examples": examples, "rows": result.table.to_dict("records")}
     holds = all(r["rank_correlation"] > 0.8 for r in records.values())
     note = "; ".join(f"{k}: rank correlation {r['rank_correlation']:.2f}, {r['within_factor_2']:.0%} of layers within a factor of 2, median radius "
                      f"{r['median_radius']:.2g}" for k, r in records.items())  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from workbench.curvature.linears import Sink
 from workbench.curvature.output_space import OutputCurvature
@@ -29,15 +30,20 @@ class Graph(Protocol):
         ...
 
 
+def edges(tensors: Sequence[Tensor | None]) -> dict[int, GradientEdge]:
+    """Where each tensor (by its number) hangs in the graph. Backward passes need no more; kept tensors would take the weights' memory in every graph."""
+    return {i: get_gradient_edge(tensor) for i, tensor in enumerate(tensors) if tensor is not None and tensor.requires_grad}
+
+
 class HessianGraph:
     """loss : the micro-batch's mean loss over `items` items."""
 
     def __init__(self, loss: Tensor, weights: Sequence[Tensor], items: float) -> None:
         self.weights, self.scale = weights, items
-        self.gradients = torch.autograd.grad(loss, list(weights), create_graph=True, allow_unused=True)
+        self.gradients = edges(torch.autograd.grad(loss, list(weights), create_graph=True, allow_unused=True))
 
     def product(self, block: list[int], directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        used = [i for i in block if self.gradients[i] is not None and self.gradients[i].requires_grad]
+        used = [i for i in block if i in self.gradients]
         if not used:  # linear in these weights, or not used at all: zero curvature
             return [None] * len(block)
         try:
@@ -59,10 +65,10 @@ class OuterGraph:
         self.middle, self.weights, self.sink = middle, weights, sink
         # J^T u as a function of u: its derivative in u, against v, is J v (two backward passes instead of a forward-mode one)
         self.cotangent = torch.zeros_like(middle.rows, requires_grad=True)
-        self.pulled = torch.autograd.grad(middle.rows, list(weights), self.cotangent, create_graph=True, allow_unused=True)
+        self.pulled = edges(torch.autograd.grad(middle.rows, list(weights), self.cotangent, create_graph=True, allow_unused=True))
 
     def product(self, block: list[int], directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        used = [i for i in block if self.pulled[i] is not None]
+        used = [i for i in block if i in self.pulled]
         if not used:
             return [None] * len(block)
         self.sink.tangents = True

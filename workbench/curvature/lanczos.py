@@ -1,12 +1,13 @@
-"""Stochastic Lanczos quadrature: the eigenvalue density from a few probes, all of them in lockstep.
+"""Stochastic Lanczos quadrature: the eigenvalue density from a few probes, in lockstep where that saves work.
 
 Each probe's Lanczos process (Lanczos 1950; Golub and Welsch 1969 for the quadrature; Ubaru, Chen and Saad 2017 for the
-density) advances by one step per product, so the k probes share every micro-batch's forward and first backward pass.
+density) advances by one step per product, so probes in lockstep share every micro-batch's forward and first backward pass.
+Where those are kept between products there is nothing to share, and `GroupedProbes` runs large probes in small groups, in less memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from scipy import linalg, stats
 from torch import Tensor
 
-from workbench.curvature.operators import Operator
+from workbench.curvature.operators import CurvatureOperator, Operator
 
 MEMORY = 2 * 1024**3  # bytes of Krylov basis kept for full reorthogonalisation; a constant, so that results do not depend on the machine
+GROUP_MEMORY = 256 * 1024**2  # bytes of vectors up to which probes advance together although nothing is saved by it
 
 
 @dataclass(eq=False)
@@ -95,7 +97,7 @@ class Lockstep:
     def __init__(self, operator: Operator, starts: Tensor, steps: int, reorthogonalise: bool = True, blocks: list[slice] | None = None,
                  parts: Sequence[slice] = ()) -> None:  # fmt: skip
         self.operator, self.parts = operator, parts
-        self.blocks = blocks or [slice(0, operator.size)]
+        self.whole, self.blocks = blocks is None, blocks or [slice(0, operator.size)]
         self.matmat = operator.matmat if blocks is None else operator.block_matmat  # type: ignore[attr-defined]
         self.probes, self.done = len(starts), 0
         self.steps = min(steps, max(s.stop - s.start for s in self.blocks))
@@ -121,6 +123,9 @@ class Lockstep:
         """One more product for every probe whose Krylov space is not exhausted."""
         going = sorted({k for k, _ in self.active})
         q = self.current
+        noisy = self.operator if self.done == 0 and self.whole and isinstance(self.operator, CurvatureOperator) else None
+        if noisy is not None:
+            noisy.batch_squares = None
         if len(going) == self.probes:
             w = self.matmat(q, out=self._spare)
         else:
@@ -129,7 +134,7 @@ class Lockstep:
         if self.done == 0:
             for column, s in enumerate(self.parts):
                 self.forms[:, column] = self.scales**2 * (q[:, s] * w[:, s]).sum(1).double().cpu().numpy()
-            spread = getattr(self.operator, "noise", lambda images: None)(w)
+            spread = None if noisy is None else noisy.noise(w)
             self.noise = None if spread is None else spread * self.operator.size
         for k in going:
             if self.basis is not None:
@@ -178,6 +183,60 @@ class Lockstep:
             rounding = torch.finfo(self.current.dtype).eps * abs(nodes).max()
             found.residuals.append(np.maximum(abs(b[len(a) - 1] * vectors[-1]), rounding))
         return found
+
+
+def probe_groups(operator: Operator, probes: int) -> list[range]:
+    """The numbers of the probes that advance together: all of them, unless their vectors (three a probe) are large and sharing saves nothing."""
+    each = 3 * operator.size * operator.dtype.itemsize
+    if probes * each > GROUP_MEMORY and isinstance(operator, CurvatureOperator) and operator.keeps_all_graphs():
+        together = max(GROUP_MEMORY // each, 1)
+        return [range(k, min(k + together, probes)) for k in range(0, probes, together)]
+    return [range(probes)]
+
+
+class GroupedProbes:
+    """Groups of probes, one `Lockstep` after the other, read as one. A probe does not depend on its group.
+
+    draw : probes of these numbers, (k, size). The other arguments are those of `Lockstep`.
+    """
+
+    def __init__(self, operator: Operator, draw: Callable[[Sequence[int]], Tensor], probes: int, steps: int, reorthogonalise: bool = True,
+                 blocks: list[slice] | None = None, parts: Sequence[slice] = ()) -> None:  # fmt: skip
+        self.groups = probe_groups(operator, probes)
+        self._open: Callable[[range], Lockstep] = lambda group: Lockstep(operator, draw(group), steps, reorthogonalise, blocks, parts)
+        self._runs = [self._open(self.groups[0])]
+        self.steps = len(self.groups) * self._runs[0].steps
+
+    def run(self) -> Iterator[int]:
+        """Advance to the end, yielding the number of steps done after each, over all groups."""
+        done = 0
+        for number, group in enumerate(self.groups):
+            if number:
+                self._runs[-1].release()
+                self._runs.append(self._open(group))
+            for _ in self._runs[-1].run():
+                yield (done := done + 1)
+
+    def release(self) -> None:
+        self._runs[-1].release()
+
+    @property
+    def done(self) -> int:
+        """Steps of the probe that got furthest."""
+        return self._runs[0].done
+
+    @property
+    def forms(self) -> NDArray[np.float64]:
+        """Those of the probes started so far, (probes, parts)."""
+        return np.concatenate([run.forms for run in self._runs if run.done] or [self._runs[0].forms])
+
+    @property
+    def noise(self) -> float | None:
+        found = [(run.noise, run.probes) for run in self._runs if run.noise is not None]
+        return sum(noise * probes for noise, probes in found) / sum(probes for _, probes in found) if found else None
+
+    def quadrature(self, block: int = 0) -> Quadrature:
+        return pooled([run.quadrature(block) for run in self._runs])
 
 
 def orthogonalise(vector: Tensor, basis: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -71,7 +72,8 @@ class CurvatureOperator:
         ends = torch.tensor([w.numel() for w in self.weights]).cumsum(0).tolist()
         self.slices = [slice(end - w.numel(), end) for end, w in zip(ends, self.weights, strict=True)]
         self.size, self.products = ends[-1], 0
-        self.batch_squares: Tensor | None = None  # of the first product: sum over micro-batches of items |H_batch v|^2, a vector
+        # sum over micro-batches of items |H_batch v|^2, a vector: measured by the first product, and by the next one when set to None
+        self.batch_squares: Tensor | None = None
         self.batch_count, self.total_items = 0, 0.0
         self._kept: dict[int, Graph] = {}
         self._sink = Sink()
@@ -195,14 +197,33 @@ class CurvatureOperator:
         if number in self._kept:
             return self._kept[number]
         if self._room is None:
-            with weighed(self.subject.model) as size:
-                made = self._built(batch, draws)
-            self._room = GRAPH_MEMORY // max(size[0], 1)
-            return made  # not kept: what weighs it would be called at every use
+            return self._weighed(batch, draws)
         made = self._built(batch, draws)
         if number < self._room:
             self._kept[number] = made
         return made
+
+    def _weighed(self, batch: Batch, draws: Tensor | None) -> Graph:
+        """A graph that says how many of its kind are kept; not kept itself, as what weighs it would be called at every use."""
+        with weighed(self.subject.model) as size:
+            made = self._built(batch, draws)
+        self._room = GRAPH_MEMORY // max(size[0], 1)
+        return made
+
+    def keeps_all_graphs(self) -> bool:
+        """Whether every micro-batch's graph stays between products: vectors that go through one after the other then cost what they cost together.
+
+        Builds the first graph when none was built yet. In a group of processes, the answer that is right for all of them.
+        """
+        if self._room is None:
+            with torch.enable_grad(), contextlib.suppress(Stopped):  # the next product raises it again
+                for first in itertools.islice(self.batches(), 1):
+                    self._weighed(*first)
+        count = -(-self.examples // (self.batch_size * (dist.get_world_size() if distributed() else 1)))
+        missing = torch.tensor([0 if self._room is None else max(count - self._room, 0)], device=self.device)
+        if distributed():
+            dist.all_reduce(missing)
+        return not int(missing)
 
     def _built(self, batch: Batch, draws: Tensor | None) -> Graph:
         with InPlaceLinears(self.weights, self._sink):
@@ -220,7 +241,7 @@ class CurvatureOperator:
         self._kept.clear()
 
     def noise(self, images: Tensor) -> float | None:
-        """Per-item noise of the first product: V with E |(H_B - H) v|^2 = V / B for a random batch of B items (None with one micro-batch).
+        """Per-item noise of the product that `batch_squares` is from: V with E |(H_B - H) v|^2 = V / B for a random batch of B items (None with one micro-batch).
 
         From the spread of the micro-batches' own products around the mean `images` (k, size), averaged over vectors; for
         probes with unit covariance it is the sum of the variances of all entries of one item's matrix.

@@ -16,21 +16,20 @@ from workbench.curvature.operators import Operator
 
 def rademacher(operator: Operator, numbers: Sequence[int], seed: int) -> Tensor:
     """Probes number `numbers` of a seed's sequence, entries +-1, (k, size); a probe does not depend on how they are grouped."""
-    rows = []
-    for number in numbers:
+    rows = torch.empty(len(numbers), operator.size, dtype=operator.dtype, device=operator.device)
+    for row, number in zip(rows, numbers, strict=True):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        signs = torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)
-        rows.append(signs.to(operator.device, operator.dtype).mul_(2).sub_(1))
-    return torch.stack(rows)
+        row.copy_(torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)).mul_(2).sub_(1)
+    return rows
 
 
 def gaussian(operator: Operator, numbers: Sequence[int], seed: int) -> Tensor:
     """Standard normal probes, (k, size); otherwise as `rademacher`."""
-    rows = []
-    for number in numbers:
+    rows = torch.empty(len(numbers), operator.size, dtype=operator.dtype, device=operator.device)
+    for row, number in zip(rows, numbers, strict=True):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        rows.append(torch.randn(operator.size, generator=generator, dtype=torch.float32).to(operator.device, operator.dtype))
-    return torch.stack(rows)
+        row.copy_(torch.randn(operator.size, generator=generator, dtype=torch.float32))
+    return rows
 
 
 def standard_error(samples: ArrayLike) -> float:

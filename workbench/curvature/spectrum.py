@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, create_model
+from torch import Tensor
 
 from workbench.curvature.batch_theory import bulk_edge, shifted_eigenvalue
-from workbench.curvature.lanczos import Lockstep, Quadrature, band, keeps_basis, outliers, pooled
+from workbench.curvature.lanczos import GroupedProbes, Quadrature, band, keeps_basis, outliers
 from workbench.curvature.operators import CurvatureOperator, Stopped
 from workbench.curvature.probes import rademacher, standard_error
 from workbench.curvature.settings import CurvatureInstrument, draws_previews, preview, quiet
@@ -41,15 +43,19 @@ class Spectrum(CurvatureInstrument):
             full = self.reorthogonalise == "full" or (
                 self.reorthogonalise == "auto" and keeps_basis(operator.size, self.probes, self.steps, operator.dtype.itemsize)
             )
-            whole = Lockstep(operator, rademacher(operator, range(self.probes), self.seed), self.steps, full, parts=operator.slices)
-            blocks: Lockstep | None = None
+
+            def draw(numbers: Sequence[int]) -> Tensor:
+                return rademacher(operator, numbers, self.seed)
+
+            whole = GroupedProbes(operator, draw, self.probes, self.steps, full, parts=operator.slices)
+            blocks: GroupedProbes | None = None
             try:
                 for _ in progress.track(whole.run(), "Lanczos steps", whole.steps):
                     if draws_previews(progress):
                         preview(progress, self._result(operator, whole, None, full))
                 if self.per_layer and not progress.stopped:
                     whole.release()
-                    blocks = Lockstep(operator, rademacher(operator, range(self.probes), self.seed), self.steps, full, operator.slices)
+                    blocks = GroupedProbes(operator, draw, self.probes, self.steps, full, operator.slices)
                     for _ in progress.track(blocks.run(), "Lanczos steps in each layer", blocks.steps):
                         if draws_previews(progress):
                             preview(progress, self._result(operator, whole, blocks, full))
@@ -57,7 +63,7 @@ class Spectrum(CurvatureInstrument):
                 progress.partial = True
             return self._result(operator, whole, blocks, full)
 
-    def _result(self, operator: CurvatureOperator, whole: Lockstep, blocks: Lockstep | None, full: bool) -> Result:
+    def _result(self, operator: CurvatureOperator, whole: GroupedProbes, blocks: GroupedProbes | None, full: bool) -> Result:
         quadrature = whole.quadrature()
         if not quadrature.nodes:
             empty = pd.DataFrame({"eigenvalue": [], "density": [], "low": [], "high": []}, dtype=float)
@@ -103,14 +109,14 @@ def layer_density(name: str, quadrature: Quadrature, fraction: float) -> pd.Data
     return density_table(quadrature, width, 400).assign(layer=name)
 
 
-def layer_table(operator: CurvatureOperator, whole: Lockstep, blocks: Lockstep | None) -> pd.DataFrame:
+def layer_table(operator: CurvatureOperator, whole: GroupedProbes, blocks: GroupedProbes | None) -> pd.DataFrame:
     """Per weight: trace of its own block, from the first product's partial sums, and the ends of its own spectrum when measured."""
     rows = []
     for place, (name, s, forms) in enumerate(zip(operator.names, operator.slices, whole.forms.T, strict=True)):
         row: dict[str, Any] = {"layer": name, "parameters": s.stop - s.start, "trace": float(forms.mean()), "trace_standard_error": standard_error(forms),
                                "mean_eigenvalue": float(forms.mean()) / (s.stop - s.start)}  # fmt: skip
         if blocks is not None and blocks.done:
-            own: Quadrature = pooled([blocks.quadrature(place)])
+            own = blocks.quadrature(place)
             row["bottom_eigenvalue"], row["top_eigenvalue"] = own.extent
         rows.append(row)
     return pd.DataFrame(rows)
