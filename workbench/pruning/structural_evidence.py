@@ -39,21 +39,20 @@ def verdict(subject: str, arms: dict[str, Any], claims: Sequence[dict[str, Any]]
 
 
 def below(arms: Mapping[str, Sequence[float]], better: str, worse: str) -> dict[str, Any]:
-    """The claim that one arm's values are smaller than another's on average, paired by seed."""
+    """The claim that one arm's values are smaller than another's on average, paired by seed; a single run is compared with each of the other's."""
     difference = np.subtract(arms[better], arms[worse])
     return {"claim": f"{better} < {worse}", "difference": summary(difference.tolist()), "holds": bool(difference.mean() < 0),
             "in_every_seed": bool((difference < 0).all())}  # fmt: skip
 
 
 def language_model(name: str, progress: Progress, source: str, arms: Arms, claims: Sequence[tuple[str, str]], windows: int = 64) -> dict[str, Any]:
-    """Prunings of one byte model (arms called random with three seeds), on a part of its test windows."""
+    """Prunings of one byte model on a part of its test windows: three seeds for what is drawn or trained, one run for what is determined."""
     on = with_windows(source, windows, progress)
     losses: dict[str, list[float]] = {}
     for label, fields in arms.items():
-        seeds = SEEDS if label.startswith("random") else (0,)
+        seeds = SEEDS if label.startswith("random") or "recovery" in fields else (0,)
         every: list[dict[str, Any]] = [{"predict_examples": 0, "seed": seed} | fields for seed in seeds]
-        found = [Prune(**each).run(on, progress).facts["loss"] for each in every]
-        losses[label] = found if len(found) > 1 else found * len(SEEDS)
+        losses[label] = [Prune(**each).run(on, progress).facts["loss"] for each in every]
     note = f"loss on {windows} test windows: dense {on.evaluate('test')['loss']:.3f}, " + ", ".join(f"{label} {np.mean(v):.3f}" for label, v in losses.items())
     return verdict(source, {label: {"fields": arms[label], "loss": summary(v)} for label, v in losses.items()}, [below(losses, a, b) for a, b in claims], note)
 
@@ -142,8 +141,7 @@ def heapr(name: str, progress: Progress, examples: int = 32, windows: int = 64) 
                               ("whole experts by usage", {"method": "premoe", "saliency": "usage", "pattern": "experts"})):  # fmt: skip
             wanted: dict[str, Any] = {"pattern": "neurons", "sparsity": share} | fields
             seeds = SEEDS if label == "random" else (0,)
-            found = [Prune(**(shared | wanted | {"seed": seed})).run(on, progress).facts["loss"] for seed in seeds]
-            arms[f"{label} {share:.0%}"] = found if label == "random" else found * len(SEEDS)
+            arms[f"{label} {share:.0%}"] = [Prune(**(shared | wanted | {"seed": seed})).run(on, progress).facts["loss"] for seed in seeds]
     claims = [below(arms, f"heapr {share:.0%}", f"{other} {share:.0%}") for share in (0.25, 0.5) for other in ("magnitude", "random", "whole experts by usage")]
     groups = discover(on.model, ("neurons",))
     scores = UNIT_SALIENCIES["heapr"].score(Calibration(on, on.layers(), gradients=examples, progress=progress), groups)
