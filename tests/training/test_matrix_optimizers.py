@@ -248,3 +248,29 @@ def test_mkor_draws_large_inverses_back() -> None:
     # unseen inputs: 1 / 0.1 = 10 passes the threshold, half-way to the identity is 5.5
     torch.testing.assert_close(optimizer.inverses["0"][1].diagonal(), torch.tensor([1.0, 5.5, 5.5]))
     assert state_bytes(optimizer) == 4 * (4 + 9)
+
+
+def test_mkor_h_leaves_the_inner_optimizer_alone_when_the_loss_stalls() -> None:
+    """Means over two steps fall by a half, a quarter, a hundredth: the last is below a tenth of the largest."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=LR), every=1, stall=0.1, window=2)
+    switched = []
+    for loss in (8.0, 8.0, 4.0, 4.0, 3.0, 3.0, 2.97, 2.97):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(6, 4)), torch.randint(3, (6,))).backward()
+        optimizer.step()
+        optimizer.observe(loss)
+        switched.append(optimizer.switched)
+    assert switched == [False] * 7 + [True]
+    twin = copy.deepcopy(model)
+    again = MKOR(twin, torch.optim.SGD(twin.parameters(), lr=LR), every=1, stall=0.1, window=2)
+    again.load_state_dict(optimizer.state_dict())
+    plain = copy.deepcopy(model)
+    inner = torch.optim.SGD(plain.parameters(), lr=LR)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    for net, stepper in ((model, optimizer), (twin, again), (plain, inner)):
+        stepper.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        stepper.step()
+    assert again.switched and all(torch.equal(a, c) and torch.equal(b, c) for a, b, c in zip(*(m.parameters() for m in (model, twin, plain)), strict=True))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from workbench.training.together import Together
+
+if TYPE_CHECKING:
+    from workbench.training.loop import Training
 
 
 def rank_one_inverse(inverse: Tensor, vector: Tensor, decay: float) -> Tensor:
@@ -24,14 +27,20 @@ class MKOR(Together):
 
     Every `every` steps L^-1 and R^-1 follow averages (decay) of g g^T and a a^T, g the mean gradient of the layer's output and a its
     mean input over the batch. An inverse whose largest entry passes `threshold` is drawn to the identity: (1 - z) inverse + z I with
-    z = `stabiliser`. The authors add MKOR-H, a switch to the inner optimizer when the loss stalls, which is not made here.
+    z = `stabiliser`.
+
+    stall > 0 is MKOR-H: when the mean loss of `window` steps has fallen by less than `stall` times the largest such fall so far (relative
+    to the mean before), the inner optimizer goes on alone. The authors switch by the rate of loss reduction, too; their threshold could
+    not be read, so this rule is ours. `fit` reports losses; another loop calls `observe`.
 
     Layers with a side above `largest` keep that side unpreconditioned; biases, embeddings and norms go to the inner optimizer as they are.
     """
 
     def __init__(self, model: nn.Module, inner: Optimizer, decay: float = 0.9, every: int = 10, stabiliser: float = 0.1, threshold: float = 100.0,
-                 largest: int = 4096) -> None:  # fmt: skip
+                 largest: int = 4096, stall: float = 0.0, window: int = 20) -> None:  # fmt: skip
         super().__init__([inner])
+        self.stall, self.window = stall, window
+        self.watched: dict[str, Any] = {"seen": 0, "sum": 0.0, "count": 0, "mean": None, "fall": 0.0, "switched": 0}
         self.decay, self.every, self.stabiliser, self.threshold, self.largest, self.steps = decay, every, stabiliser, threshold, largest, 0
         self.layers = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m.weight.requires_grad}
         self.inverses: dict[str, list[Tensor | None]] = {name: [self._eye(m.weight, side) for side in (0, 1)] for name, m in self.layers.items()}
@@ -45,7 +54,7 @@ class MKOR(Together):
 
     def _watch(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.steps % self.every or not (module.training and output.requires_grad):
+            if self.switched or self.steps % self.every or not (module.training and output.requires_grad):
                 return
             means = self._means[name]
 
@@ -58,12 +67,38 @@ class MKOR(Together):
 
         return hook
 
+    @property
+    def switched(self) -> bool:
+        """The inner optimizer is on its own."""
+        return bool(self.watched["switched"])
+
+    def prepare(self, run: Training) -> None:
+        """The losses that have arrived since the last step; they may lag behind by the steps whose loss is still on the device."""
+        for row in run.rows[self.watched["seen"] :]:
+            self.observe(row["loss"])
+        self.watched["seen"] = len(run.rows)
+
+    def observe(self, loss: float) -> None:
+        """The loss of one more step."""
+        w = self.watched
+        if self.stall <= 0 or self.switched:
+            return
+        w["sum"], w["count"] = w["sum"] + loss, w["count"] + 1
+        if w["count"] < self.window:
+            return
+        mean, before = w["sum"] / w["count"], w["mean"]
+        if before is not None:
+            fall = (before - mean) / abs(before)
+            w["switched"] = int(fall < self.stall * w["fall"]) * self.steps
+            w["fall"] = max(w["fall"], fall)
+        w["sum"], w["count"], w["mean"] = 0.0, 0, mean
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for name, module in self.layers.items():
+        for name, module in () if self.switched else self.layers.items():
             gradient = module.weight.grad
             if gradient is None:
                 continue
@@ -90,11 +125,11 @@ class MKOR(Together):
         pair[side] = inverse
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"steps": self.steps, "inverses": self.inverses}
+        return super().state_dict() | {"steps": self.steps, "inverses": self.inverses, "watched": dict(self.watched)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.steps = state_dict["steps"]
+        self.steps, self.watched = state_dict["steps"], dict(state_dict["watched"])
         for name, pair in state_dict["inverses"].items():
             self.inverses[name] = [None if value is None else value.to(self.layers[name].weight.device) for value in pair]
 

@@ -141,10 +141,10 @@ def _onebit(model: nn.Module, lr: float, weight_decay: float, **options: Any) ->
 
 
 def _mkor(model: nn.Module, lr: float, weight_decay: float, inner: str = "sgd", decay: float = 0.9, every: int = 10, stabiliser: float = 0.1,
-          threshold: float = 100.0, **options: Any) -> Optimizer:  # fmt: skip
+          threshold: float = 100.0, stall: float = 0.0, window: int = 20, **options: Any) -> Optimizer:  # fmt: skip
     if inner == "mkor":
         raise BadInput("inner: MKOR cannot be its own inner optimizer; use sgd or lamb")
-    return MKOR(model, make_optimizer(inner, lr, weight_decay, **options)(model), decay, every, stabiliser, threshold)
+    return MKOR(model, make_optimizer(inner, lr, weight_decay, **options)(model), decay, every, stabiliser, threshold, stall=stall, window=window)
 
 
 OPTIMIZERS: dict[str, Recipe] = {
@@ -161,7 +161,7 @@ OPTIMIZERS: dict[str, Recipe] = {
     "mars": Recipe(_mars, "Yuan et al. 2024; pytorch_optimizer", 3e-3, ("betas", "gamma")),
     "scion": Recipe(_scion, "Pethick et al. 2025", 1e-2, ("momentum", "radius", "edge_radius")),
     "one-bit-adam": Recipe(_onebit, "Tang et al. 2021", 1e-3, ("betas", "eps", "freeze", "workers", "feedback")),
-    "mkor": Recipe(_mkor, "Mozaffari et al. 2023", 1e-1, ("inner", "decay", "every", "stabiliser", "threshold", "momentum", "nesterov")),
+    "mkor": Recipe(_mkor, "Mozaffari et al. 2023", 1e-1, ("inner", "decay", "every", "stabiliser", "threshold", "stall", "window", "momentum", "nesterov")),
     "galore": Recipe(_galore, "Zhao et al. 2024", 1e-2, ("betas", "eps", "rank", "refresh", "alpha")),
 }
 
