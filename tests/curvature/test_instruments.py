@@ -186,7 +186,7 @@ def test_prediction_of_a_quadratic_loss_holds_at_every_scale() -> None:
         result = curvature.QuadraticPrediction(layers="*", change=change, dtype="float64", bits=3).run(subject, cache=False)
         assert result.table["measured"].to_numpy() == pytest.approx(result.table["predicted"].to_numpy(), rel=1e-9)
         assert result.facts["joint_measured"] == pytest.approx(result.facts["joint_predicted"], rel=1e-9)
-        assert (result.table["radius"] == math.inf).all()
+        assert (result.table["radius"] == math.inf).all() and result.facts["joint_radius"] == math.inf
 
 
 def test_validity_radius_finds_where_a_quartic_leaves_its_parabola() -> None:

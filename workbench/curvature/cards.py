@@ -101,7 +101,7 @@ def measure_prediction(name: str, progress: Progress) -> dict[str, Any]:
             records[f"{subject}, {change}"] = {**result.facts, "examples": examples, "rows": result.table.to_dict("records")}
     holds = all(r["rank_correlation"] > 0.8 for r in records.values())
     note = "; ".join(f"{k}: rank correlation {r['rank_correlation']:.2f}, {r['within_factor_2']:.0%} of layers within a factor of 2, median radius "
-                     f"{r['median_radius']:.2g}" for k, r in records.items())  # fmt: skip
+                     f"{r['median_radius']:.2g}, of all together {r['joint_radius']:.2g}" for k, r in records.items())  # fmt: skip
     return {"holds": holds, "cases": records, "note": note}
 
 

@@ -135,8 +135,13 @@ class QuadraticPrediction(CurvatureInstrument):
             rows.append({"layer": name, "parameters": s.stop - s.start, "change_norm": float(torch.linalg.vector_norm(delta[s])), "first": first,
                          "second": second, "predicted": first + second, "measured": measured, "radius": radius})  # fmt: skip
         first, second = float(torch.dot(gradient.double(), delta.double())), 0.5 * float(torch.dot(both.double(), delta.double()))
-        joint |= {"loss": loss, "joint_predicted": first + second, "joint_first": first,
-                  "joint_measured": moved_loss_and_gradient(operator, delta, gradient=False)[0] - base}  # fmt: skip
+
+        def measure_joint(scale: float) -> float:
+            return moved_loss_and_gradient(operator, delta * scale, gradient=False)[0] - base
+
+        joint |= {"loss": loss, "joint_predicted": first + second, "joint_first": first, "joint_measured": measure_joint(1.0)}
+        if self.radius:
+            joint["joint_radius"] = validity_radius(lambda scale: scale * first + scale**2 * second, measure_joint, noise)
 
 
 class PredictionView(BaseModel):
