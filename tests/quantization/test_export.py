@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import workbench
 from workbench.instruments import BadInput, Progress
@@ -99,5 +100,19 @@ def test_a_truncated_file_is_refused(checkpoints: dict[str, Path], tmp_path: Pat
     folder = to_compressed_tensors(quantized(checkpoints["bert"], bits=4), tmp_path / "out")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-200])
+    with pytest.raises(BadInput):
+        workbench.subject(folder, data="random")
+
+
+@pytest.mark.parametrize("fault", ["shape", "missing"])
+def test_a_file_that_does_not_match_is_refused(checkpoints: dict[str, Path], tmp_path: Path, fault: str) -> None:
+    folder = to_compressed_tensors(quantized(checkpoints["bert"], bits=4), tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("weight_packed"))
+    if fault == "shape":
+        tensors[name] = tensors[name][:-1].contiguous()
+    else:
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput):
         workbench.subject(folder, data="random")

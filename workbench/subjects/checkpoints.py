@@ -95,9 +95,12 @@ def open_model(source: str | Path, *, local: bool, head: str | None = None, labe
                        "give data with its labels, or a checkpoint trained on yours")  # fmt: skip
     try:
         with quiet_transformers():
-            model = cls.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32, **options)
+            model, report = cls.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"subject: {str(source)!r} could not be loaded as {cls.__name__}: {str(error).strip().splitlines()[0]}") from None
+    if note is None and cls is not transformers.AutoModel and report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise BadInput(f"subject: {str(source)!r} lacks {missing[0]} ({len(missing)} missing in all), which {cls.__name__} needs; copy or save it again")
     return model.eval(), note
 
 
