@@ -31,9 +31,9 @@ class WeightCalls(TorchFunctionMode):
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.layers = list(layers)
-        self._cached = parametrize.cached()
 
     def __enter__(self) -> Self:
+        self._cached = parametrize.cached()  # a new one each time: a mode may be entered again
         self._cached.__enter__()
         self._by_storage = {}
         for layer in self.layers:
