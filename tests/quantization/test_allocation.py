@@ -17,7 +17,7 @@ from workbench.instruments import BadInput, Progress
 from workbench.quantization import Allocate, LayerSensitivity
 from workbench.quantization.allocation import allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.sensitivity import alone, candidates, gauss_newton_alone, pairs, traces
+from workbench.quantization.sensitivity import alone, calibrated_on, candidates, gauss_newton_alone, pairs, top_eigenvalues, traces
 from workbench.subjects import Subject
 
 
@@ -149,7 +149,18 @@ def test_traces_are_unbiased() -> None:
     assert abs(estimate - 0.9 * float(inputs.square().sum(1).mean())) < 4 * error and error < 1.0
 
 
-@pytest.mark.parametrize("sensitivity", ["curvature", "gauss-newton", "trace", "output", "measured"])
+def test_top_eigenvalue_is_the_known_one() -> None:
+    """The same Hessian: its top eigenvalue is that of X'X/n over C, whatever share of the data is repeated."""
+    on = workbench.subject("digits-softmax")
+    split = {k: v[:200].repeat(2, *[1] * (v.ndim - 1)) for k, v in on.split("train").items()}
+    layers = on.layers("*")
+    ((mean, deviation),) = top_eigenvalues(calibrated_on(on, split), layers, 2, 400, torch.Generator().manual_seed(0), iterations=30).values()
+    inputs = split["inputs"][:200].double()
+    assert mean == pytest.approx(float(torch.linalg.eigvalsh(inputs.T @ inputs / 200)[-1]) / 10, rel=1e-4)
+    assert deviation < 1e-4 * mean
+
+
+@pytest.mark.parametrize("sensitivity", ["curvature", "gauss-newton", "trace", "eigenvalue", "output", "measured"])
 def test_allocate(bert: Subject, sensitivity: str) -> None:
     settings = {"layers": "*.0.*", "budget": 3.0, "widths": [2, 4], "group_size": 16, "examples": 4, "predict_examples": 4, "probes": 2, "draws": 1,
                 "test_examples": 8, "sensitivity": sensitivity}  # fmt: skip

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.quantization.allocation import Allocation, allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize, choices
-from workbench.quantization.sensitivity import alone, candidates, gauss_newton_alone, measured_alone, pairs, traces
+from workbench.quantization.sensitivity import alone, candidates, gauss_newton_alone, measured_alone, pairs, top_eigenvalues, traces
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Allocate(SubjectInstrument):
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
     budget: float = parameter(3.0, "average width of the codes, over weights", ge=1, le=8, unit="bits", step=0.25)
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
-    sensitivity: Literal["curvature", "gauss-newton", "trace", "output", "measured"] = parameter(
-        "curvature", "a width's cost: 1/2 d.Hd of its rounding error d; the same with the Gauss-Newton matrix; mean Hessian trace x |d|^2 (HAWQ-V2); output error; measured change")
+    sensitivity: Literal["curvature", "gauss-newton", "trace", "eigenvalue", "output", "measured"] = parameter(
+        "curvature", "a width's cost: 1/2 d.Hd of its rounding error d, or with Gauss-Newton's matrix; mean trace or top eigenvalue of H x |d|^2; output error; measured change")
     interactions: bool = parameter(False, "count what every two layers cost together as well: one Hessian-vector product a layer and width")
     symmetric: bool = parameter(True, "integers symmetric about zero")
     group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
@@ -76,7 +76,7 @@ class Allocate(SubjectInstrument):
     rounding: Literal["nearest", "gptq"] = parameter("nearest", "how weights are put on the grid")
     examples: int = parameter(64, "calibration examples of the inputs' second moments", ge=1, unit="examples")
     predict_examples: int = parameter(16, "calibration examples of the sensitivities", ge=1, unit="examples")
-    probes: int = parameter(4, "random probes of the trace", ge=2, le=1000)
+    probes: int = parameter(4, "random probes of the trace; shares of the data for the top eigenvalue", ge=2, le=1000)
     draws: int = parameter(3, "random allocations to compare with (0: compare with none at all)", ge=0, le=50)
     test_examples: int = parameter(1024, "test examples at most", ge=1, unit="examples")
 
@@ -148,13 +148,17 @@ class Allocate(SubjectInstrument):
             joint = pairs(on, layers, deltas, examples=self.predict_examples, progress=progress)
             own = joint[np.arange(len(layers))[:, None], np.arange(len(widths)), np.arange(len(layers))[:, None], np.arange(len(widths))]
             table["cost"] = own.clip(min=0.0).reshape(-1)
-        elif self.sensitivity == "trace":
-            generator = torch.Generator().manual_seed(self.seed)
-            found = traces(on, layers, self.probes, self.predict_examples, generator, progress=progress)
-            table["trace"] = [found[name][0] for name in table["layer"]]
-            table["trace_error"] = [found[name][1] for name in table["layer"]]
+        elif self.sensitivity in ("trace", "eigenvalue"):
+            estimate, generator = traces if self.sensitivity == "trace" else top_eigenvalues, torch.Generator().manual_seed(self.seed)
+            found = estimate(on, layers, self.probes, self.predict_examples, generator, progress=progress)
+            table[self.sensitivity] = [found[name][0] for name in table["layer"]]
+            table[f"{self.sensitivity}_error"] = [found[name][1] for name in table["layer"]]
             squares = [float(d.float().square().sum()) for layer in layers for d in deltas[layer.name]]
-            table["cost"] = 0.5 * table["trace"].clip(lower=0) / table["weights"] * squares
+            if self.sensitivity == "trace":
+                size = table["trace"].clip(lower=0) / table["weights"]
+            else:
+                size = table["eigenvalue"].abs() + table["eigenvalue_error"]
+            table["cost"] = 0.5 * size * squares
         elif self.sensitivity == "gauss-newton":
             squared = gauss_newton_alone(on, layers, deltas, examples=self.predict_examples, progress=progress)
             table["cost"] = [cost for layer in layers for cost in squared[layer.name]]

@@ -11,13 +11,14 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from workbench.curvature.operators import curvature_operator
 from workbench.curvature.output_space import OutputCurvature
 from workbench.curvature.quadratic import mean_loss, predicted_change
 from workbench.curvature.weights import differentiable, place_of, with_weights
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.quantization.quantize import Quantize, choices, layer_row, moments_for
 from workbench.quantization.rounding import Factors
-from workbench.subjects import Layer, Subject
+from workbench.subjects import Layer, Split, Subject
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -162,6 +163,37 @@ def traces(subject: Subject, layers: Sequence[Layer], probes: int, examples: int
         if progress is not None and progress.stopped:
             break
     return {n: (float(np.mean(v)), float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else float("nan")) for n, v in draws.items()}
+
+
+def calibrated_on(on: Subject, split: Split) -> Subject:
+    """The subject with these examples as its calibration split."""
+    return Subject(on.name, on.model, on.task, on.splits | {"calibration": split}, tokenizer=on.tokenizer, data_note=on.data_note, labels=on.labels, origin=on.origin)
+
+
+def top_eigenvalues(subject: Subject, layers: Sequence[Layer], parts: int, examples: int, generator: torch.Generator, iterations: int = 10,
+                    progress: Progress | None = None) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """(mean, standard deviation) over `parts` disjoint shares of the calibration examples of the eigenvalue of largest magnitude of each
+    layer's Hessian block, by power iteration on all blocks side by side (Dong et al. 2019, HAWQ; Shen et al. 2020, Q-BERT, section 3.1).
+
+    A Rayleigh quotient's magnitude never exceeds the eigenvalue's: with few iterations the estimate is low, not high.
+    """
+    examples = min(examples, subject.size("calibration"))
+    parts = min(parts, examples)
+    share = examples // parts
+    names = [layer.name for layer in layers]
+    found = np.zeros((parts, len(layers)))
+    for part in range(parts):
+        some = calibrated_on(subject, {k: v[part * share : (part + 1) * share] for k, v in subject.split("calibration").items()})
+        with curvature_operator(some, "hessian", ",".join(names), examples=share, progress=progress) as hessian:
+            vector = torch.randn(hessian.size, generator=generator).to(hessian.device)
+            for _ in range(iterations):
+                for piece in hessian.slices:
+                    vector[piece] /= vector[piece].norm().clamp_min(1e-30)
+                image = hessian.block_matmat(vector[None])[0]
+                found[part] = [float(vector[piece] @ image[piece]) for piece in hessian.slices]
+                vector = image
+    spread = found.std(0, ddof=1) if parts > 1 else np.full(len(layers), np.nan)
+    return {name: (float(m), float(s)) for name, m, s in zip(names, found.mean(0), spread, strict=True)}
 
 
 class LayerSensitivityResult(Result):
