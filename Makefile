@@ -35,7 +35,7 @@ lab: $(VENV)/.bench ## open JupyterLab on the index notebook
 
 test: $(VENV)/.test ## run the whole test suite (installs Chromium for the browser tests when it can)
 	@command -v chromium >/dev/null 2>&1 || sh tests/browser/install_chromium.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test ## ruff, mypy, notebooks without outputs
 	$(BIN)/ruff check workbench widgets tests
