@@ -16,13 +16,13 @@ from workbench.scaling.hyperparameters import critical_batch
 from workbench.subjects import Layer, Subject
 from workbench.training.adversary import ConcurrentAdversary
 from workbench.training.agvm import AGVM, module_groups
-from workbench.training.batch import NormTest, gradient_groups, log_slope, noise_scale, noise_scale_interval
+from workbench.training.batch import NormTest, flat_gradient, gradient_groups, log_slope, noise_scale, noise_scale_interval
 from workbench.training.comparisons import interval
 from workbench.training.critical import steps_to_target
 from workbench.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
 from workbench.training.loop import Training, fit
 from workbench.training.normalisation import BatchChannelNorm, GhostBatchNorm, WeightStandardization
-from workbench.training.objective import reinitialised
+from workbench.training.objective import language_subject, reinitialised
 from workbench.training.surface import LearningRateBatchSize, best_lr
 
 
@@ -156,6 +156,38 @@ def noise(name: str, progress: Progress) -> Record:
         "note": f"noise scale {typical:.1f} examples along the run, critical batch {found['critical']:.1f} from steps to a loss of {target} "
         f"(hyperbola R2 {found['r_squared']:.3f}); best SGD rate ~ B^{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]",
     }
+
+
+def accumulation(name: str, progress: Progress) -> Record:
+    """Batches of 8 to 128 windows by accumulating micro-batches of 8: steps to a loss at the best rate of each, and what fp16 would lose of the gradients."""
+    on, target, micro = language_subject(24), 3.0, 8
+    rates, rows = (4e-3, 8e-3, 1.6e-2, 3.2e-2), []
+    for times in progress.track((1, 2, 4, 8, 16), "accumulation", 5):
+        batch = times * micro
+        made: dict[str, Any] = {"batch_size": batch, "micro_batch": micro, "evaluate_limit": 32, "progress": quiet(progress)}
+        limit = max(80, 3200 // batch)
+        first = {lr: steps_to_target(reinitialised(on, SEEDS[0]), target, limit, lr=lr, seed=SEEDS[0], **made)[0] for lr in rates}
+        best = min(first, key=lambda lr: first[lr])
+        values = [first[best], *(steps_to_target(reinitialised(on, seed), target, limit, lr=best, seed=seed, **made)[0] for seed in SEEDS[1:])]
+        mean, low, high = interval(values)
+        rows.append({"accumulated": times, "batch_size": batch, "lr": best, "at_end": best in (rates[0], rates[-1]), "steps": mean, "low": low, "high": high, "values": values,
+                     "tokens": mean * batch * on.task.items({k: v[:1] for k, v in on.split("train").items()})})  # fmt: skip
+    critical = critical_batch(np.array([r["batch_size"] for r in rows]), np.array([r["steps"] for r in rows]), resamples=500)
+    slope = log_slope([r["batch_size"] for r in rows], [r["lr"] for r in rows])
+    parameters = list(on.model.parameters())
+    columns = on.split("train")
+    whole = flat_gradient(on, {k: v[:128] for k, v in columns.items()}, parameters)
+    parts = torch.stack([flat_gradient(on, {k: v[i : i + micro] for k, v in columns.items()}, parameters) for i in range(0, 128, micro)]).mean(0)
+    apart = float((whole - parts).abs().max() / whole.abs().max())
+    seen = whole[whole != 0]
+    lost = {f"2^{power}": float(((seen * 2.0**power).half() == 0).double().mean()) for power in (0, 8, 16)}
+    fewer = rows[0]["steps"] / rows[-1]["steps"]
+    return {"subject": "bytelm-24x2", "target": target, "micro_batch": micro, "rows": rows, "critical": critical, "lr_slope": slope, "gradient_difference": apart,
+            "fp16_gradients_lost": lost, "holds": bool(apart < 1e-5 and fewer > 1 and rows[-1]["lr"] >= rows[0]["lr"]),
+            "note": f"steps to {target:g} nats fall {fewer:.1f} times from batch 8 to 128, tokens rise {rows[-1]['tokens'] / rows[0]['tokens']:.1f} times; critical batch "
+            f"{critical['critical']:.0f} windows [{critical['critical_low']:.0f}, {critical['critical_high']:.0f}]; best rate ~ B^{slope['slope']:.2f} [{slope['low']:.2f}, "
+            f"{slope['high']:.2f}]; accumulated gradients equal whole ones to {apart:.0e}; fp16 would flush {100 * lost['2^0']:.2f} % of gradients to zero, "
+            f"{100 * lost['2^16']:.2f} % at a scale of 2^16"}  # fmt: skip
 
 
 def step_law_surface(name: str, progress: Progress) -> Record:

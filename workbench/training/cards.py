@@ -157,6 +157,16 @@ CARDS = [
         "optimizer.lipschitz",
     ),
     _card(
+        "lipschitz-transformer",
+        26,
+        "Lipschitz transformer",
+        "Newhouse et al. 2025",
+        r"x \to (1 - 1/L) x + (1/L) f(x), \; \mathrm{softmax}(QK^T/d) V, \; \prod_l (1 - 1/L + \mathrm{Lip}_l / L)",
+        "no normalisation; Muon with a cap",
+        "at every certified bound a capped Muon reaches a lower loss than AdamW",
+        "optimizer.lipschitz_transformer",
+    ),
+    _card(
         "ghost-batch-norm",
         109,
         "Ghost batch norm and regime adaptation",
@@ -175,6 +185,16 @@ CARDS = [
         "per-example gradients of a sample",
         "fewer updates than a small fixed batch at the same accuracy",
         "batch.adadagrad",
+    ),
+    _card(
+        "large-batch-accumulation",
+        278,
+        "Large batches by accumulation",
+        "Ott, Edunov, Grangier & Auli 2018",
+        r"g = \frac{1}{k} \sum_{i=1}^k g_i, \; B = k b",
+        "memory for one micro-batch",
+        "large accumulated batches with a larger rate reach the loss in fewer steps, and fp16 needs loss scaling",
+        "batch.accumulation",
     ),
     _card(
         "noise-scale",

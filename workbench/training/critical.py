@@ -23,7 +23,7 @@ from workbench.training.sweeps import Trial
 from workbench.training.train_study import OptimizerName
 
 #: Evaluations on the way to a target; the step of passing it is interpolated between two of them.
-EVALUATIONS = 200
+EVALUATIONS = 60
 
 
 def steps_to_target(on: Subject, target: float, steps: int, callbacks: Sequence[Callback] = (), **arguments: Any) -> tuple[float, Training]:
@@ -69,17 +69,17 @@ class CriticalBatch(SubjectInstrument):
 
     summary_line = "critical batch size with intervals, from steps to a loss (hyperbola) and from gradients (noise scale)"
 
-    target: float = parameter(0.5, "validation loss to reach", gt=0, le=100, unit="nats")
-    batch_sizes: tuple[int, ...] = parameter((4, 8, 16, 32, 64, 128), "batch sizes (examples), at least three", min_length=3)
-    lr_low: float = parameter(1e-3, "lowest learning rate", gt=0, le=100, scale="log")
-    lr_high: float = parameter(1.6e-2, "highest learning rate", gt=0, le=100, scale="log")
+    target: float = parameter(0.8, "validation loss to reach", gt=0, le=100, unit="nats")
+    batch_sizes: tuple[int, ...] = parameter((4, 16, 64, 256), "batch sizes (examples), at least three", min_length=3)
+    lr_low: float = parameter(2.5e-4, "lowest learning rate", gt=0, le=100, scale="log")
+    lr_high: float = parameter(4e-3, "highest learning rate", gt=0, le=100, scale="log")
     lr_points: int = parameter(3, "learning rates, evenly spaced in the logarithm", ge=1, le=50)
     seeds: int = parameter(1, "runs per cell, with different weights and data order", ge=1, le=20)
-    examples: int = parameter(8192, "a run that has not reached the loss ends after so many examples", ge=16, le=10**9, scale="log")
-    steps: int = parameter(200, "but not before so many steps", ge=10, le=1_000_000, scale="log")
+    examples: int = parameter(6144, "a run that has not reached the loss ends after so many examples", ge=16, le=10**9, scale="log")
+    steps: int = parameter(150, "but not before so many steps", ge=10, le=1_000_000, scale="log")
     optimizer: OptimizerName = parameter("adamw", "optimizer, at a constant rate")
     start: Start = parameter("random", "start every run from random weights or from the subject's")
-    evaluate_limit: int = parameter(512, "validation examples that the loss is measured on", ge=1)
+    evaluate_limit: int = parameter(256, "validation examples that the loss is measured on", ge=1)
     overhead: float = parameter(0.2, "share of more examples than the reference batch that a large batch may cost", gt=0, le=100)
     reference: int = parameter(0, "reference batch of that share; 0: the smallest thinkable", ge=0)
     noise_groups: int = parameter(16, "independent batches whose gradients are compared", ge=4, le=4096)

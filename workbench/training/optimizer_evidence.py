@@ -16,6 +16,7 @@ from workbench.training.batch import log_slope
 from workbench.training.comparisons import OptimizerComparison, interval
 from workbench.training.critical import steps_to_target
 from workbench.training.evidence import SEEDS, Record, digits_net, quiet, told, tuned
+from workbench.training.lipschitz import LipschitzTransformer, largest_slope
 from workbench.training.loop import Training, fit
 from workbench.training.mkor import rank_one_inverse
 from workbench.training.objective import language_subject, reinitialised
@@ -144,6 +145,39 @@ def lipschitz(name: str, progress: Progress) -> Record:
     }
 
 
+def lipschitz_transformer(name: str, progress: Progress) -> Record:
+    """Loss against certificate of a Lipschitz transformer on bytes: AdamW, AdamW with decay, Muon, Muon with the soft cap at three caps."""
+    given = language_subject(24)
+
+    def fresh(on: Subject, seed: int) -> Subject:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return on.with_model(LipschitzTransformer(given.model.config.vocab_size, 24))  # type: ignore[union-attr]
+
+    on = fresh(given, 0)
+    muon = {"optimizer": "muon", "optimizer_options": {"scale": "none", "adamw_ratio": 0.1}, "weight_decay": 0.0}
+    plans: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+        "AdamW": ({"weight_decay": 0.0}, (4e-3, 8e-3, 1.6e-2)), "AdamW, decay 1": ({"weight_decay": 1.0}, (4e-3, 8e-3, 1.6e-2)), "Muon": (muon, (0.03, 0.1, 0.3))}  # fmt: skip
+    for cap in (1.0, 2.0, 4.0):
+        plans[f"Muon, cap {cap:g}"] = (muon | {"optimizer_options": {**muon["optimizer_options"], "weight_map": "soft-cap", "cap": cap}}, (0.03, 0.1, 0.3))  # type: ignore[dict-item]
+    found: dict[str, Record] = {}
+    for label, (made, rates) in plans.items():
+        found[label] = tuned(on, rates, {"steps": 100, "batch_size": 16, "warmup": 0.1, "evaluate_limit": 128} | made, progress, label, fresh=fresh)
+        ids = given.split("test")["input_ids"][:8]
+        models = [mine.model for _, mine in found[label]["done"]]
+        found[label] |= {"certificate": [m.certificate() for m in models], "largest_slope": [largest_slope(m, ids) for m in models],
+                         "spectral_norms": [[float(torch.linalg.matrix_norm(p.detach(), 2)) for p in m.blocks.parameters()] for m in models]}  # fmt: skip
+    kept = all(slope <= bound for v in found.values() for slope, bound in zip(v["largest_slope"], v["certificate"], strict=True))
+    capped = all(max(map(max, found[f"Muon, cap {cap:g}"]["spectral_norms"])) <= cap * 1.001 for cap in (1.0, 2.0, 4.0))
+    others = [found[k] for k in ("AdamW", "AdamW, decay 1")]
+    # the frontier: whatever AdamW reached, some capped Muon reached at no larger a bound
+    ours = [found[k] for k in found if k.startswith("Muon, cap")]
+    ahead = all(any(o["test"] <= v["test"] and np.mean(o["certificate"]) <= np.mean(v["certificate"]) for o in ours) for v in others)
+    return {"subject": "a Lipschitz transformer of width 24 and two layers on the bytes of bytelm", "plans": told(found), "holds": bool(kept and capped and ahead),
+            "note": "test loss (certificate, largest slope found): "
+            + ", ".join(f"{k} {v['test']:.3f} ({np.mean(v['certificate']):.3g}, {max(v['largest_slope']):.3g})" for k, v in found.items())}  # fmt: skip
+
+
 def one_bit(name: str, progress: Progress) -> Record:
     """Four simulated workers: Adam, 1-bit after a quarter of the steps, without error feedback, and 1-bit from the second step on."""
     on, steps, batch = language_subject(24), 96, 32
@@ -171,6 +205,16 @@ def mkor(name: str, progress: Progress) -> Record:
                   for lr in progress.track([0.0125 * 2**i for i in range(7)], label, 7)}  # fmt: skip
         best = min(counts, key=lambda lr: counts[lr])
         found[label] = {"lr": best, "steps": counts[best], "at_end": best in (min(counts), max(counts)), "steps_by_rate": counts}
+    longer: dict[str, Record] = {}
+    for label, options in (("sgd", {}), ("mkor", {"every": 1, "inner": "sgd"}), ("mkor-h", {"every": 1, "inner": "sgd", "stall": 0.1})):
+        done = []
+        for seed in SEEDS:
+            mine, began = reinitialised(on, seed), time.process_time()
+            run = fit(mine, steps=300, batch_size=64, lr=found[label.removesuffix("-h")]["lr"], optimizer=label.removesuffix("-h"), schedule="constant", warmup=0.0,
+                      clip=None, weight_decay=0.0, optimizer_options={"momentum": 0.0} | options, seed=seed, progress=quiet(progress))  # fmt: skip
+            done.append((mine.evaluate("test")["loss"], time.process_time() - began, getattr(run.optimizer, "watched", {}).get("switched", 0)))
+        mean, low, high = interval([d[0] for d in done])
+        longer[label] = {"test": mean, "low": low, "high": high, "seconds": [d[1] for d in done], "switched_after": [d[2] for d in done]}
     widths = (128, 256, 512, 1024)
     cost: dict[str, list[float]] = {"rank one": [], "inverse": []}
     for width in widths:
@@ -186,9 +230,11 @@ def mkor(name: str, progress: Progress) -> Record:
             cost[label].append(float(np.median(spent)))
     slopes = {label: log_slope(widths, seconds) for label, seconds in cost.items()}
     faster = found["mkor"]["steps"] < found["sgd"]["steps"]
-    return {"subject": "digits-net", "optimizers": found, "widths": widths, "seconds": cost, "cost_slopes": slopes, "holds": bool(faster),
+    return {"subject": "digits-net", "optimizers": found, "after_300_steps": longer, "widths": widths, "seconds": cost, "cost_slopes": slopes, "holds": bool(faster),
             "note": f"steps to 0.35: MKOR {found['mkor']['steps']:.0f} at {found['mkor']['lr']:.3g}, SGD {found['sgd']['steps']:.0f} at {found['sgd']['lr']:.3g}; cost of "
-            f"an inverse ~ d^{slopes['rank one']['slope']:.2f} by rank one, d^{slopes['inverse']['slope']:.2f} anew"}  # fmt: skip
+            f"an inverse ~ d^{slopes['rank one']['slope']:.2f} by rank one, d^{slopes['inverse']['slope']:.2f} anew; test loss after 300 steps "
+            + ", ".join(f"{k} {v['test']:.3f} ({np.mean(v['seconds']):.1f} s of processor time)" for k, v in longer.items())
+            + f", MKOR-H switched after {min(longer['mkor-h']['switched_after'])} to {max(longer['mkor-h']['switched_after'])} steps"}  # fmt: skip
 
 
 def self_tuned(name: str, progress: Progress) -> Record:
