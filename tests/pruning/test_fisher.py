@@ -11,7 +11,7 @@ from workbench.pruning import Prune, fisher
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.exact import best_subset, obs_path, refit
 from workbench.pruning.patterns import NM, make_mask
-from workbench.statistics import StackedGradients, example_gradients, gradient_factors
+from workbench.statistics import GradientFactors, StackedGradients, example_gradients, gradient_factors
 from workbench.subjects import Mask
 
 
@@ -112,6 +112,14 @@ def test_rows_are_padded_when_the_block_does_not_divide_them():
     assert fisher.update(weight, torch.ones(2, 13, dtype=torch.bool), stack, 0.1, 5).allclose(weight)
 
 
+
+
+def test_short_factors_give_the_rows_of_their_float_products_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    inputs, outputs = ([torch.randn(3, 7, n, generator=generator).bfloat16() for _ in range(2)] for n in (20, 12))
+    short = GradientFactors(inputs, outputs).rows(2, 9)
+    whole = GradientFactors([x.float() for x in inputs], [d.float() for d in outputs]).rows(2, 9)
+    assert short.dtype == torch.float32 and torch.allclose(short, whole, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "mixtral"])
