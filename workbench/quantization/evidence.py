@@ -207,9 +207,10 @@ def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]
     Both sides train with AdamW and a linearly decaying rate; each takes the rate with the lower validation loss of its first seed.
     """
     format = {"format": "int", "bits": bits} if method == "lsq" else {"format": method}
+    settings: dict[str, Any] = TRAINED | {"method": method, "bits": bits}
 
     def aware(rate: float, seed: int) -> tuple[float, float]:
-        result = TrainQuantized(**TRAINED, method=method, bits=bits, learning_rate=rate, seed=seed).run(opened("bytelm"), Progress())
+        result = TrainQuantized(**settings, learning_rate=rate, seed=seed).run(opened("bytelm"), Progress())
         return float(result.table["validation_loss"].dropna().iloc[-1]), float(result.facts["loss"])
 
     def late(rate: float, seed: int) -> tuple[float, float]:
@@ -227,7 +228,7 @@ def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]
             losses[label] = [first[best][1]] + [side(best, seed)[1] for seed in progress.track(SEEDS[1:], f"{name}: seeds, {label}")]
         mean, low, high = interval([a - b for a, b in zip(losses["aware"], losses["late"], strict=True)])
         return {"holds": mean < 0, "note": f"bytelm, aware minus rounded at the end {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": losses,
-                "validation_loss": tuning, "settings": TRAINED | {"method": method, "bits": bits},
+                "validation_loss": tuning, "settings": settings,
                 "against": format | {"granularity": "channel", "range": "mse"}, "seeds": list(SEEDS)}  # fmt: skip
 
     return measure
