@@ -17,6 +17,7 @@ from scipy import linalg, stats
 from torch import Tensor
 
 from workbench.curvature.operators import CurvatureOperator, Operator
+from workbench.curvature.probes import skewness_factor
 
 MEMORY = 2 * 1024**3  # bytes of Krylov basis kept for full reorthogonalisation; a constant, so that results do not depend on the machine
 GROUP_MEMORY = 256 * 1024**2  # bytes of vectors up to which probes advance together although nothing is saved by it
@@ -68,13 +69,13 @@ def gaussian_sum(grid: NDArray[np.float64], nodes: NDArray[np.float64], weights:
 
 
 def band(densities: NDArray[np.float64], level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Pointwise mean over probes and its Student-t confidence band at `level`; (mean, low, high). One probe has no band (NaN)."""
+    """Pointwise mean over probes and its Student-t confidence band at `level`, widened for skewed samples; (mean, low, high). One probe: NaN."""
     mean = densities.mean(0)
     count = len(densities)
     if count < 2:
         empty = np.full_like(mean, np.nan)
         return mean, empty, empty
-    half = stats.t.ppf(0.5 + level / 2, count - 1) * densities.std(0, ddof=1) / np.sqrt(count)
+    half = stats.t.ppf(0.5 + level / 2, count - 1) * densities.std(0, ddof=1) / np.sqrt(count) * skewness_factor(densities)
     return mean, np.maximum(mean - half, 0), mean + half
 
 
