@@ -45,6 +45,16 @@ def test_wrong_shapes_are_named() -> None:
         figures.rule(figures.figure("t"), "both", x=1, y=1)
 
 
+def test_a_rule_and_its_label_stand_at_the_same_place() -> None:
+    """Plotly takes the place of a line as the value on every axis, that of a label as the logarithm on a logarithmic one."""
+    fig = figures.figure("t", xaxis_type="log")
+    figures.rule(fig, "fifty", x=50.0)
+    figures.rule(fig, "two", y=2.0)
+    assert [(s.x0, s.y0) for s in fig.layout.shapes] == [(50.0, 0), (0, 2.0)]
+    first, second = fig.layout.annotations
+    assert first.x == pytest.approx(1.69897) and second.y == 2.0 and (first.text, second.text) == ("fifty", "two")
+
+
 def test_lines_differ_in_colour_dash_and_marker_and_bands_belong_to_them() -> None:
     fig = figures.figure("Title", x="sparsity", y="loss (nats)", xaxis_type="log")
     for index, name in enumerate("abcdefghijklm"):

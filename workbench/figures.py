@@ -194,14 +194,20 @@ def points(
 
 
 def rule(fig: go.Figure, text: str, x: float | None = None, y: float | None = None) -> None:
-    """Add a thin dashed reference line across the plot at `x` or at `y`, labelled `text`."""
+    """Add a thin dashed reference line across the plot at `x` or at `y`, in the axis's own units, labelled `text`.
+
+    Set the axis's type first: on a logarithmic axis Plotly takes a line's place as the value and a label's as its logarithm.
+    """
     if (x is None) == (y is None):
         raise ValueError("rule: give exactly one of x and y")
-    style = dict(line=dict(color="rgba(128,128,128,0.9)", width=1.2, dash="dash"), annotation_text=text)
+    style = dict(line=dict(color="rgba(128,128,128,0.9)", width=1.2, dash="dash"))
     if x is not None:
-        fig.add_vline(x=x, annotation_position="top right", **style)
+        fig.add_vline(x=x, **style)
+        fig.add_annotation(text=text, x=np.log10(x) if fig.layout.xaxis.type == "log" else x, y=1, yref="y domain", xanchor="left", yanchor="top", showarrow=False)
     else:
-        fig.add_hline(y=y, annotation_position="top right", **style)
+        assert y is not None
+        fig.add_hline(y=y, **style)
+        fig.add_annotation(text=text, y=np.log10(y) if fig.layout.yaxis.type == "log" else y, x=1, xref="x domain", xanchor="right", yanchor="bottom", showarrow=False)
 
 
 def heat(

@@ -167,7 +167,7 @@ def curves(table: pd.DataFrame, x: str, y: str, title: str, x_title: str, y_titl
         part = part.sort_values(x)
         line(fig, part[x], part[y], str(name))
     if dense is not None:
-        rule(fig, f"dense {dense:.4g}", y=np.log10(dense) if layout.get("yaxis_type") == "log" else dense)
+        rule(fig, f"dense {dense:.4g}", y=dense)
     return fig
 
 

@@ -89,5 +89,5 @@ def curves(board: pd.DataFrame, value: str = "loss") -> go.Figure:
         line(fig, mine["average_bits"], mine["mean"], str(method), band=band)
     if value == "loss":
         dense = float(board["dense_loss"].mean())
-        rule(fig, f"dense {dense:.4g}", y=float(np.log10(dense)))
+        rule(fig, f"dense {dense:.4g}", y=dense)
     return fig
