@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from workbench.quantization import Allocate, LayerSensitivity
 from workbench.quantization.allocation import allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.sensitivity import alone, calibrated_on, candidates, gauss_newton_alone, pairs, top_eigenvalues, traces
+from workbench.statistics import second_moments
 from workbench.subjects import Subject
 
 
@@ -174,6 +176,20 @@ def test_allocate(bert: Subject, sensitivity: str) -> None:
     assert sum(widths[k] * n for k, n in weights.items()) <= sum(chosen[k] * n for k, n in weights.items()) + 1e-9
     for view in ("front", "widths", "strategies"):
         assert result.figure(view=view).data
+
+
+def test_multiplications_count_the_tokens_a_layer_sees(checkpoints: dict[str, Path]) -> None:
+    """Of a mixture of experts each token is seen by its chosen experts alone, of the attention by all of them."""
+    on = workbench.subject(checkpoints["mixtral"], data="random")
+    result = Allocate(layers="*.0.*", budget=3.0, average="multiplications", widths=[2, 4], group_size=16, examples=4, predict_examples=4, draws=0,
+                      test_examples=8, sensitivity="output").run(on, Progress(), cache=False)  # fmt: skip
+    layers = on.layers("*.0.*")
+    tokens = {n: float(m.tokens.sum()) for n, m in second_moments(on, layers, "calibration", 4).items()}
+    work = {layer.name: math.prod(layer.shape[-2:]) * tokens[layer.name] for layer in layers}
+    assert len(set(tokens.values())) > 1
+    assert result.tables is not None
+    widths = result.tables["widths"].query("strategy == 'integer program'").set_index("layer")["width"]
+    assert result.facts["code_bits"] == pytest.approx(sum(widths[n] * w for n, w in work.items()) / sum(work.values())) and result.facts["code_bits"] <= 3
 
 
 @pytest.mark.parametrize("fields", [{"budget": 1.5}, {"widths": [2, 2, 4]}, {"widths": [2, 12], "budget": 3}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.quantization.allocation import Allocation, allocate, front, with_interactions
-from workbench.quantization.quantize import Quantize, choices
+from workbench.quantization.quantize import Quantize, choices, moments_for
 from workbench.quantization.sensitivity import alone, candidates, gauss_newton_alone, measured_alone, pairs, top_eigenvalues, traces
 from workbench.subjects import Layer, Subject
 
@@ -65,7 +66,9 @@ class Allocate(SubjectInstrument):
     changes_model: ClassVar[bool] = True
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
-    budget: float = parameter(3.0, "average width of the codes, over weights", ge=1, le=8, unit="bits", step=0.25)
+    budget: float = parameter(3.0, "average width of the codes", ge=1, le=8, unit="bits", step=0.25)
+    average: Literal["weights", "multiplications"] = parameter(
+        "weights", "what the average is over: weights (size), or multiplications (bit operations at one activation width: a layer counts for the tokens it sees)")
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
     sensitivity: Literal["curvature", "gauss-newton", "trace", "eigenvalue", "output", "measured"] = parameter(
         "curvature", "a width's cost: 1/2 d.Hd of its rounding error d, or with Gauss-Newton's matrix; mean trace or top eigenvalue of H x |d|^2; output error; measured change")
@@ -102,7 +105,7 @@ class Allocate(SubjectInstrument):
         layers = on.layers(self.layers)
         widths = sorted(self.widths)
         cost, errors, joint = self._costs(on, layers, widths, progress)
-        weights = np.array([np.prod(layer.shape) for layer in layers], dtype=float)
+        weights = self._weights(on, layers, progress)
         size = weights[:, None] * np.array(widths)[None]
         budget = self.budget * weights.sum() * (1 + 1e-12)
         best = allocate(cost, size, budget)
@@ -139,6 +142,13 @@ class Allocate(SubjectInstrument):
             if len(part):
                 facts[f"{name}_loss"] = float(part["loss"].mean())
         return self.result(table, facts, tables={"front": frontier, "widths": pd.DataFrame(chosen), "sensitivity": errors}, subject=subject)
+
+    def _weights(self, on: Subject, layers: Sequence[Layer], progress: Progress) -> NDArray[np.float64]:
+        """(layers,) how much a bit of each layer's width takes of the budget."""
+        if self.average == "weights":
+            return np.array([math.prod(layer.shape) for layer in layers], dtype=float)
+        moments = moments_for(on, layers, self.examples, progress)
+        return np.array([math.prod(layer.shape[-2:]) * float(moments[layer.name].tokens.sum()) for layer in layers])
 
     def _costs(self, on: Subject, layers: Sequence[Layer], widths: list[int], progress: Progress) -> tuple[Costs, pd.DataFrame, Costs | None]:
         rows, deltas = candidates(on, layers, [self.quantizer(bits=w) for w in widths], self.examples, progress)
