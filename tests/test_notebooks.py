@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "compress": {"subject": "digits-vit", "sparsities": [0.5, 0.8], "bits": [3, 4], "group_size": 16, "combined": [[0.5, 4]], "probes": 2, "steps": 6,
                  "gradients": 64, "calibration_examples": 64, "curvature_examples": 16},
     "learning-rate-batch-size": {"subject": "digits-softmax", "examples": 256, "lr_points": 3, "batch_sizes": [8, 32], "noise_groups": 6, "noise_size": 8,
-                                 "workers": 1},
+                                 "target_batches": [8, 32, 128], "target_lr_low": 0.01, "target_lr_high": 0.16, "workers": 1},
     "schedules": {"subject": "digits-softmax", "schedules": "cosine,rex", "examples": 256, "lr_points": 1, "seeds": 2, "budgets": [1.0], "workers": 1},
     "optimizers": {"subject": "digits-softmax", "optimizers": "adamw,lion", "examples": 256, "lr_points": 2, "seeds": 2, "workers": 1},
     "quantization": {"subject": "digits-vit", "layers": "*layers.0.*", "bits": [3, 4], "formats": ["int", "nf4"], "group_size": 16, "examples": 16,

@@ -275,8 +275,9 @@ class ComparisonResult(Result):
                      xaxis_type="log" if show == "tuning" else "linear")  # fmt: skip
         if show == "tuning" and len(source):
             fig.update_xaxes(dtick=ticks(source.lr.min(), source.lr.max()))
+        looks = {name: i for i, name in enumerate(dict.fromkeys((self.tables or {})["tuning"].name))}  # a name keeps its look across views
         for name, part in source[np.isfinite(source.value)].groupby("name", sort=False):
-            line(fig, part["lr" if show == "tuning" else "step"], part.value, str(name), mode="lines+markers")
+            line(fig, part["lr" if show == "tuning" else "step"], part.value, str(name), index=looks.get(name), mode="lines+markers")
         return fig
 
 

@@ -192,6 +192,8 @@ class CriticalResult(Result):
         title = f"Steps to a loss of {facts['target']:g}" if show == "steps" else f"Steps and examples to a loss of {facts['target']:g}"
         fig = figure(title, x="batch size (examples)" if show == "steps" else "optimizer steps (time)", y="optimizer steps" if show == "steps" else "examples (compute)",
                      xaxis_type="log", yaxis_type="log")  # fmt: skip
+        for axis in (fig.layout.xaxis, fig.layout.yaxis):
+            axis.update(dtick="D2", exponentformat="none")
         if best.empty:
             return fig
         x, y = ("batch_size", "steps_to_target") if show == "steps" else ("steps_to_target", "examples")
@@ -211,10 +213,10 @@ class CriticalResult(Result):
         return fig
 
     def _noise(self, noise: pd.DataFrame) -> go.Figure:
-        fig = figure("Noise scale on the way to the loss", x="optimizer step", y="examples", yaxis_type="log")
+        fig = figure("Noise scale on the way to the loss", x="optimizer step", y="examples", yaxis_type="log", yaxis_dtick="D2", yaxis_exponentformat="none")
         finite = noise[np.isfinite(noise.noise_scale)] if len(noise) else noise
         if len(finite):
             line(fig, finite.step, finite.noise_scale, "noise scale", band=(finite.low, finite.high) if np.isfinite(finite.high).all() else None, mode="lines+markers")
-        if "critical_batch" in self.facts:
+        if len(finite) and "critical_batch" in self.facts:
             rule(fig, f"critical batch {self.facts['critical_batch']:.3g}", y=self.facts["critical_batch"])
         return fig

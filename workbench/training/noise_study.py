@@ -47,6 +47,8 @@ class GradientNoise(SubjectInstrument):
 class NoiseResult(Result):
     def figure(self, **view: Any) -> go.Figure:
         fig = figure("What a batch size costs, by the noise scale", x="batch size (examples)", y="multiple of the least", xaxis_type="log", yaxis_type="log")
+        for axis in (fig.layout.xaxis, fig.layout.yaxis):
+            axis.update(dtick="D2", exponentformat="none")
         line(fig, self.table.batch_size, self.table.steps_over_least, "optimizer steps", mode="lines")
         line(fig, self.table.batch_size, self.table.examples_over_least, "examples", mode="lines")
         if np.isfinite(self.facts["noise_scale"]):

@@ -81,7 +81,7 @@ class LearningRateRange(SubjectInstrument):
 
 class RangeResult(Result):
     def figure(self, **view: Any) -> go.Figure:
-        fig = figure("Learning-rate range test", x="learning rate", y="loss (nats)", xaxis_type="log")
+        fig = figure("Learning-rate range test", x="learning rate", y="loss (nats)", xaxis_type="log", xaxis_dtick=1)
         if "smooth" not in self.table:
             return fig
         line(fig, self.table.lr, self.table.loss, "training batch", mode="markers")

@@ -236,6 +236,9 @@ class SurfaceResult(Result):
             band = (cells["min"], cells["max"]) if part.groupby("lr").size().max() > 1 else None
             line(fig, cells.lr, cells["mean"], f"batch {batch}", band=band, mode="lines+markers")
         if len(finite):
-            lowest = finite.groupby("batch_size").value.min()  # every batch size shows its minimum
-            fig.update_yaxes(range=[float(lowest.min()) * 0.98, float(min(finite.value.max(), 1.5 * lowest.max())) * 1.02])
+            lowest = finite.groupby("batch_size").value.min()
+            if finite.value.max() > 3 * lowest.min():
+                fig.update_yaxes(type="log", dtick="D2", exponentformat="none")
+            else:  # every batch size shows its minimum
+                fig.update_yaxes(range=[float(lowest.min()) * 0.98, float(min(finite.value.max(), 1.5 * lowest.max())) * 1.02])
         return fig
