@@ -192,8 +192,8 @@ class CriticalResult(Result):
         title = f"Steps to a loss of {facts['target']:g}" if show == "steps" else f"Steps and examples to a loss of {facts['target']:g}"
         fig = figure(title, x="batch size (examples)" if show == "steps" else "optimizer steps (time)", y="optimizer steps" if show == "steps" else "examples (compute)",
                      xaxis_type="log", yaxis_type="log")  # fmt: skip
-        for axis in (fig.layout.xaxis, fig.layout.yaxis):
-            axis.update(dtick="D2", exponentformat="none")
+        for side in (fig.layout.xaxis, fig.layout.yaxis):
+            side.update(dtick="D2", exponentformat="none")
         if best.empty:
             return fig
         x, y = ("batch_size", "steps_to_target") if show == "steps" else ("steps_to_target", "examples")
