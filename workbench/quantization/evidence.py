@@ -31,6 +31,7 @@ from workbench.training.loop import fit as fit_weights
 
 SEEDS = (0, 1, 2)
 CALIBRATION, TEST = 64, 256
+ROUNDED_INPUTS = 64  # test examples where inputs are rounded as well, which takes several times a forward pass
 TRAINED: dict[str, Any] = {"steps": 40, "batch_size": 4, "test_examples": 64}
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
@@ -46,15 +47,15 @@ def drawn(name: str, seed: int) -> Subject:
     return redrawn(opened(name), seed, CALIBRATION)
 
 
-def loss_of(fields: Mapping[str, Any], subject: str, seed: int) -> float:
+def loss_of(fields: Mapping[str, Any], subject: str, seed: int, test_examples: int = TEST) -> float:
     """Test loss after quantizing with one calibration draw; the result cache shares comparators between cards."""
-    common = {"examples": CALIBRATION, "predict_examples": 0, "test_examples": TEST, "bits": 3, "seed": seed}
+    common = {"examples": CALIBRATION, "predict_examples": 0, "test_examples": test_examples, "bits": 3, "seed": seed}
     return float(Quantize(**(common | dict(fields))).run(drawn(subject, seed), Progress()).facts["loss"])
 
 
 @functools.cache
-def dense_loss(subject: str) -> float:
-    return opened(subject).evaluate("test", limit=TEST)["loss"]
+def dense_loss(subject: str, test_examples: int = TEST) -> float:
+    return opened(subject).evaluate("test", limit=test_examples)["loss"]
 
 
 def interval(differences: list[float]) -> tuple[float, float, float]:
@@ -65,7 +66,7 @@ def interval(differences: list[float]) -> tuple[float, float, float]:
 
 
 def against(method: Mapping[str, Any], comparator: Mapping[str, Any],
-            subjects: tuple[str, ...] = ("minilm-docstrings", "bytelm")) -> Callable[[str, Progress], dict[str, Any]]:  # fmt: skip
+            subjects: tuple[str, ...] = ("minilm-docstrings", "bytelm"), test_examples: int = TEST) -> Callable[[str, Progress], dict[str, Any]]:  # fmt: skip
     """A measurement: test loss of one setting minus another's on the same draws; holds when it is lower on every subject."""
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
@@ -74,14 +75,14 @@ def against(method: Mapping[str, Any], comparator: Mapping[str, Any],
             losses: dict[str, list[float]] = {"method": [], "comparator": []}
             for seed in progress.track(SEEDS, f"{name} on {subject}"):
                 for key, fields in (("method", method), ("comparator", comparator)):
-                    losses[key].append(loss_of(fields, subject, seed))
+                    losses[key].append(loss_of(fields, subject, seed, test_examples))
             mean, low, high = interval([a - b for a, b in zip(losses["method"], losses["comparator"], strict=True)])
-            dense = dense_loss(subject)
+            dense = dense_loss(subject, test_examples)
             rows.append({"subject": subject, "dense_loss": dense, **losses, "difference": mean, "low": low, "high": high})
             holds &= mean < 0
             notes.append(f"{subject} {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats")
         return {"holds": bool(holds), "note": "; ".join(notes), "rows": rows, "settings": dict(method), "against": dict(comparator),
-                "test_examples": TEST, "calibration_examples": CALIBRATION, "seeds": list(SEEDS)}  # fmt: skip
+                "test_examples": test_examples, "calibration_examples": CALIBRATION, "seeds": list(SEEDS)}  # fmt: skip
 
     return measure
 
@@ -284,7 +285,7 @@ def above_majority(name: str, progress: Progress) -> dict[str, Any]:
 def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
     """Four-bit weights and activations of the bytelm after a learned rotation of the stream, against the Hadamard rotation it started from."""
     rows, on = [], opened("bytelm")
-    settings = Quantize(bits=4, granularity="channel", activations="token", activation_bits=4, examples=16, predict_examples=0, test_examples=TEST)
+    settings = Quantize(bits=4, granularity="channel", activations="token", activation_bits=4, examples=16, predict_examples=0, test_examples=ROUNDED_INPUTS)
     learning: dict[str, Any] = dict(kind="learned", steps=40, examples=32, activation_bits=4, heads=False)
     for seed in progress.track(SEEDS, name):
         losses = [float(settings.run(Rotate(**fields, seed=seed).run(on, Progress()).subject, Progress()).facts["loss"])
