@@ -155,7 +155,7 @@ def reopen(kind: type[Instrument], source: str, fingerprint: str = "", progress:
     With a `fingerprint`, exactly that state of it (as a panel's Send to report asks) or `BadInput`. `data`, `text_column` and
     `label_column` are those of `workbench.subject`; empty ones are left out.
     """
-    given = {name: value for name, value in data.items() if value}
+    given: dict[str, Any] = {name: value for name, value in data.items() if value}
     if kind.on == "runs":
         if given:
             raise BadInput(f"{next(iter(given))}: the instrument {kind.name()} works on runs, which bring their own; leave it out")
