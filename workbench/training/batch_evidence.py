@@ -161,7 +161,8 @@ def noise(name: str, progress: Progress) -> Record:
 def accumulation(name: str, progress: Progress) -> Record:
     """Batches of 8 to 128 windows by accumulating micro-batches of 8: steps to a loss at the best rate of each, and what fp16 would lose of the gradients."""
     on, target, micro = language_subject(24), 3.0, 8
-    rates, rows = (4e-3, 8e-3, 1.6e-2, 3.2e-2), []
+    rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    rows: list[dict[str, Any]] = []
     for times in progress.track((1, 2, 4, 8, 16), "accumulation", 5):
         batch = times * micro
         made: dict[str, Any] = {"batch_size": batch, "micro_batch": micro, "evaluate_limit": 32, "progress": quiet(progress)}

@@ -38,7 +38,7 @@ def steps_to_target(on: Subject, target: float, steps: int, callbacks: Sequence[
             seen.append((run.step, run.rows[-1]["validation_loss"]))
             run.stop = seen[-1][1] <= target
 
-    given = {"schedule": "constant", "warmup": 0.0, "clip": None, "weight_decay": 0.0} | arguments
+    given: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "clip": None, "weight_decay": 0.0} | arguments
     run = fit(on, steps=steps, evaluate_every=every, callbacks=[look, *callbacks], **given)
     if not seen[-1][1] <= target:
         return math.inf, run
@@ -148,7 +148,7 @@ class CriticalBatch(SubjectInstrument):
         best = fastest(done)
         facts: dict[str, Any] = {"runs": len(done), "reached": int(done.steps_to_target.notna().sum()), "target": self.target}
         if len(best) >= 3:
-            found = critical_batch(best.batch_size, best.steps_to_target, self.overhead, self.reference, self.resamples, self.level, self.seed)
+            found = critical_batch(best.batch_size.to_numpy(), best.steps_to_target.to_numpy(), self.overhead, self.reference, self.resamples, self.level, self.seed)
             facts |= {"critical_batch" + k.removeprefix("critical") if k.startswith("critical") else k: v for k, v in found.items()}
             facts["rates_at_the_end"] = int((~best.inside).sum())
         if noise is not None and len(noise):
@@ -167,11 +167,11 @@ def fastest(done: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     known = "lr" in done
     table = done if known else done.assign(lr=math.nan)
-    mean = table.groupby(["batch_size", "lr"], as_index=False, dropna=False).steps_to_target.agg(lambda steps: steps.mean(skipna=False))
+    mean = table.groupby(["batch_size", "lr"], dropna=False)["steps_to_target"].agg(lambda steps: steps.mean(skipna=False)).reset_index()
     ends = {table.lr.min(), table.lr.max()}
     rows = []
     for batch, part in mean.dropna(subset=["steps_to_target"]).groupby("batch_size"):
-        least = part.loc[part.steps_to_target.idxmin()]
+        least = part.iloc[int(np.argmin(part.steps_to_target.to_numpy()))]
         rows.append((batch, least.lr, least.steps_to_target, batch * least.steps_to_target, not (known and least.lr in ends)))
     return pd.DataFrame(rows, columns=columns)
 

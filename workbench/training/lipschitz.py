@@ -104,7 +104,7 @@ def largest_slope(model: LipschitzTransformer, input_ids: Tensor, ascents: int =
     best = 0.0
     for _ in range(ascents):
         v = (v / v.norm(dim=-1).amax(1)[:, None, None]).requires_grad_()
-        _, image = torch.func.jvp(model.transformed, (x,), (v,))
+        image = torch.func.jvp(model.transformed, (x,), (v,))[1]
         ratios = image.norm(dim=-1).amax(1)
         best = max(best, float(ratios.detach().max()))
         (gradient,) = torch.autograd.grad(ratios.sum(), v)

@@ -152,7 +152,7 @@ def lipschitz_transformer(name: str, progress: Progress) -> Record:
     def fresh(on: Subject, seed: int) -> Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return on.with_model(LipschitzTransformer(given.model.config.vocab_size, 24))  # type: ignore[union-attr]
+            return on.with_model(LipschitzTransformer(int(given.model.config.vocab_size), 24))  # type: ignore[union-attr, arg-type]
 
     on = fresh(given, 0)
     muon = {"optimizer": "muon", "optimizer_options": {"scale": "none", "adamw_ratio": 0.1}, "weight_decay": 0.0}
