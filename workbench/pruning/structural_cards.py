@@ -49,7 +49,7 @@ CARDS: list[Method] = [
     Method("deeper-layers", "pruning", "The unreasonable ineffectiveness of the deeper layers", "Gromov et al. 2024",
            "drop the n blocks from l on with the smallest arccos(cos(x^l, x^l+n)) / pi", "calibration inputs, low-rank healing",
            "the run of smallest angular distance is no worse than random or deepest blocks, and healing closes most of the gap", 354,
-           functools.partial(evidence.on_several, parts={
+           functools.partial(evidence.on_several, closes=("angular", "angular, healed"), parts={
                "digits-vit": {"arms": depth(0.33) | healed(0.33), "claims": [("angular", "random"), ("angular", "deepest"), ("angular, healed", "angular")]},
                "bytelm": {"arms": depth(0.25) | {"angular, healed": depth(0.25)["angular"] | HEAL | {"recovery_steps": 20, "batch_size": 4}}, "source": "bytelm",
                           "claims": [("angular", "random"), ("angular", "deepest"), ("angular, healed", "angular")]}})),

@@ -53,15 +53,27 @@ def language_model(name: str, progress: Progress, source: str, arms: Arms, claim
         seeds = SEEDS if label.startswith("random") or "recovery" in fields else (0,)
         every: list[dict[str, Any]] = [{"predict_examples": 0, "seed": seed} | fields for seed in seeds]
         losses[label] = [Prune(**each).run(on, progress).facts["loss"] for each in every]
-    note = f"loss on {windows} test windows: dense {on.evaluate('test')['loss']:.3f}, " + ", ".join(f"{label} {np.mean(v):.3f}" for label, v in losses.items())
-    return verdict(source, {label: {"fields": arms[label], "loss": summary(v)} for label, v in losses.items()}, [below(losses, a, b) for a, b in claims], note)
+    dense = on.evaluate("test")["loss"]
+    note = f"loss on {windows} test windows: dense {dense:.3f}, " + ", ".join(f"{label} {np.mean(v):.3f}" for label, v in losses.items())
+    found = {label: {"fields": arms[label], "loss": summary(v), "dense_loss": summary([dense])} for label, v in losses.items()}
+    return verdict(source, found, [below(losses, a, b) for a, b in claims], note)
 
 
-def on_several(name: str, progress: Progress, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The same kind of comparison on several subjects; holds when it holds on all."""
+def gap_closed(arms: Arms, pruned: str, healed: str) -> dict[str, Any]:
+    """The claim that training wins back more than half of what a pruning has cost, in mean losses."""
+    cost, left = (arms[label]["loss"]["mean"] - arms[label]["dense_loss"]["mean"] for label in (pruned, healed))
+    return {"claim": f"{healed} closes most of the gap", "share": 1 - left / cost, "holds": bool(left < cost / 2)}
+
+
+def on_several(name: str, progress: Progress, parts: dict[str, dict[str, Any]], closes: tuple[str, str]) -> dict[str, Any]:
+    """The same kind of comparison on several subjects, and the share of the gap to dense that the second arm of `closes` wins back from the first;
+    holds when everything holds on all."""
     found = {label: (language_model if "source" in fields else compared)(name, progress, **fields) for label, fields in parts.items()}
-    return {"subject": ", ".join(found), "parts": found, "holds": all(part["holds"] for part in found.values()),
-            "note": "; ".join(f"{label}: {part['note']}" for label, part in found.items())}  # fmt: skip
+    gaps = {label: gap_closed(part["arms"], *closes) for label, part in found.items()}
+    failed = [f"{gap['claim']} ({label})" for label, gap in gaps.items() if not gap["holds"]]
+    note = "; ".join(f"{label}: {part['note']}, {gaps[label]['share']:.0%} of the gap closed" for label, part in found.items())
+    return {"subject": ", ".join(found), "parts": found, "gaps": gaps, "holds": not failed and all(part["holds"] for part in found.values()),
+            "note": note + (f"; failed: {', '.join(failed)}" if failed else "")}  # fmt: skip
 
 
 def tuned(on: Subject, fields: dict[str, Any], rates: Sequence[float], progress: Progress) -> dict[str, Any]:
