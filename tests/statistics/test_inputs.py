@@ -7,7 +7,7 @@ from torch import nn
 import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.statistics import InputCapture, example_gradients, second_moments
-from workbench.subjects import Mask
+from workbench.subjects import Mask, all_layers
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -49,6 +49,31 @@ def test_padding_does_not_count(checkpoints):
         split["attention_mask"][0] = 1  # keeps the width: nothing is trimmed
     found = second_moments(subject, layers, examples=4, batch_size=4)
     assert found[layers[0].name].tokens == 12 + 3 * 7
+
+
+def test_layers_that_read_one_tensor_are_handed_one_tensor(checkpoints):
+    """Query, key and value of a padded batch: the padding is taken out once, so that their second moment is computed once."""
+    subject = workbench.subject(checkpoints["bert"], data="random", max_length=12)
+    layers = subject.layers("*.0.attention.self.*")
+    batch = next(subject.batches("calibration", 4))
+    rows = []
+    with torch.no_grad(), InputCapture(layers, lambda layer, expert, x: rows.append(x)) as capture:
+        capture.keep = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        capture.keep[:, 9:] = False
+        subject.task.output(subject.model, batch)
+    assert len(rows) == 3 and rows[0] is rows[1] is rows[2] and rows[0].shape == (36, layers[0].shape[1])
+
+
+def test_what_is_written_into_a_tensor_is_seen_by_the_next_layer():
+    first, second = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+    model = nn.ModuleList([first, second])
+    rows, x = [], torch.ones(2, 5, 4)
+    with torch.no_grad(), InputCapture(all_layers(model), lambda layer, expert, x: rows.append(x.clone())) as capture:
+        capture.keep = torch.ones(2, 5, dtype=torch.bool)
+        first(x)
+        x += 1
+        second(x)
+    assert (rows[0] == 1).all() and (rows[1] == 2).all()
 
 
 def test_a_masked_layer_is_still_recognised():

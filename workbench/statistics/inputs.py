@@ -62,6 +62,7 @@ class InputCapture(WeightCalls):
     def __init__(self, layers: Sequence[Layer], handler: Handler) -> None:
         super().__init__(layers)
         self.handler, self.keep = handler, None
+        self._kept: tuple[Any, int, Tensor | None, Tensor] | None = None
 
     keep: Tensor | None
 
@@ -89,12 +90,21 @@ class InputCapture(WeightCalls):
                 return
         else:
             expert = 0
-        rows = inputs.detach()
+        version = -1 if inputs.is_inference() else inputs._version  # it moves when the tensor is written to
+        if self._kept is None or self._kept[0] is not inputs or self._kept[1] != version or self._kept[2] is not self.keep:
+            self._kept = (inputs, version, self.keep, self._rows(inputs.detach()))  # layers that read one tensor are handed one tensor
+        self.handler(layer, expert, self._kept[3])
+
+    def _rows(self, rows: Tensor) -> Tensor:
         if self.keep is not None and rows.ndim >= 3 and tuple(rows.shape[:2]) == tuple(self.keep.shape):
             rows = rows[self.keep]
         elif self.keep is not None and rows.ndim == 2 and len(rows) == self.keep.numel():
             rows = rows[self.keep.reshape(-1)]
-        self.handler(layer, expert, rows.reshape(-1, rows.shape[-1]))
+        return rows.reshape(-1, rows.shape[-1])
+
+    def __exit__(self, *error: Any) -> None:
+        self._kept = None
+        super().__exit__(*error)
 
 
 @dataclass
