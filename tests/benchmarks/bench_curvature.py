@@ -10,9 +10,10 @@ attention (the peers raise on the fused one). Times are CPU seconds of one threa
 medians of ratios: in gradients (one gradient = forward and backward over the same data, with the same attention) and of peer to
 workbench.
 
-`slq` compares whole calls from data to density. The workbench runs all its probes every time. The peers run
-one probe after the other, each at the same cost, so every repeat takes one of theirs times the number of probes, plus what a peer does
-once (curvlinops first searches the spectrum's boundaries); `--whole` also runs curvlinops' whole call once, to check that sum.
+`slq` compares whole calls from data to density. All run probes of this size one after the other (the workbench in pairs), each at the
+same cost, so every repeat takes a call with one probe (a pair) times the number of probes (pairs), plus what a peer does once: curvlinops
+first searches the spectrum's boundaries. What the workbench does once, building the graphs, is thus counted for every pair. `--whole` also
+runs the whole calls of the workbench and curvlinops once, to check those sums.
 `memory` runs a whole call in a process of its own (hessian-eigenthings: one probe, as it runs them one by one). Only its memory grows
 with the steps at this size, as it keeps every Krylov vector: three steps are enough for the others.
 """
@@ -97,9 +98,10 @@ class Bench:
 
         return hessian_eigenthings.spectral_density(self.eigenthings(), num_runs=probes, lanczos_steps=steps, seed=0)
 
-    def slq(self, probes: int, steps: int) -> Quadrature:
+    def slq(self, probes: int, steps: int, of: int | None = None) -> Quadrature:
+        """A whole call with so many probes, made as one with `of` probes is."""
         with self.open() as operator:
-            full = keeps_basis(operator.size, probes, steps, 4)
+            full = keeps_basis(operator.size, of or probes, steps, 4)
             run = GroupedProbes(operator, lambda numbers: rademacher(operator, numbers, 0), probes, steps, full)
             for _ in run.run():
                 pass
@@ -158,6 +160,7 @@ def lanczos_steps(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
     found: dict[str, list[float]] = {}
     theirs, vector = bench.curvlinops(), torch.randn(bench.size, generator=torch.Generator().manual_seed(0))
     theirs @ vector
+    other = bench.eigenthings() if EIGENTHINGS else None
     with bench.open() as operator:
         operator.gradient()
         run = Lockstep(operator, rademacher(operator, range(probes), 0), repeats + 2, False)
@@ -167,6 +170,9 @@ def lanczos_steps(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
             gradient, mine, peer = seconds(operator.gradient), seconds(run.step) / probes, seconds(theirs.__matmul__, vector)
             row = {"workbench, one probe and step: gradients": mine / gradient, "curvlinops Hessian, one product: gradients": peer / gradient,
                    "curvlinops product over workbench step": peer / mine}  # fmt: skip
+            if other is not None:
+                spent = seconds(other.matvec, vector)
+                row |= {"hessian-eigenthings, one product: gradients": spent / gradient, "hessian-eigenthings product over workbench step": spent / mine}
             for key, value in row.items():
                 found.setdefault(key, []).append(value)
             yield summary(found)
@@ -177,28 +183,34 @@ def slq(bench: Bench, repeats: int, probes: int, steps: int, whole: bool) -> Ite
     from curvlinops.papyan2020traces.spectrum import approximate_boundaries, fast_lanczos, lanczos_approximate_spectrum
 
     found: dict[str, list[float]] = {}
-    for number in range(repeats):
+    pair = min(2, probes)
+    for _ in range(repeats):
         with bench.open() as operator:
             gradient = seconds(operator.gradient)
         row: dict[str, float] = {}
-        row["workbench"], mine = timed(bench.slq, probes, steps)
+        row["workbench, two probes"], mine = timed(bench.slq, pair, steps, probes)
+        whole_call = row["workbench, two probes"] * probes / pair
         theirs = bench.curvlinops()
         row["curvlinops, boundaries"], bounds = timed(approximate_boundaries, theirs)
         row["curvlinops, one probe"], (nodes, _) = timed(fast_lanczos, theirs, steps)
-        ratios = {"curvlinops": row["curvlinops, boundaries"] + probes * row["curvlinops, one probe"]}
+        sums = {"curvlinops": row["curvlinops, boundaries"] + probes * row["curvlinops, one probe"],
+                "curvlinops with given boundaries": probes * row["curvlinops, one probe"]}  # fmt: skip
         if EIGENTHINGS:
             row["hessian-eigenthings, one probe"], _ = timed(bench.eigenthings_slq, 1, steps)
-            ratios["hessian-eigenthings"] = probes * row["hessian-eigenthings, one probe"]
-        if whole and number == 0:
-            measured, _ = timed(lanczos_approximate_spectrum, theirs, ncv=steps, num_repeats=probes)
-            print(f"curvlinops' whole call: {measured:.1f} s; from its parts: {ratios['curvlinops']:.1f} s", flush=True)
+            sums["hessian-eigenthings"] = probes * row["hessian-eigenthings, one probe"]
         lines = {f"{name}: gradients": value / gradient for name, value in row.items()}
-        lines |= {f"whole call, {name} over workbench": value / row["workbench"] for name, value in ratios.items()}
+        lines |= {f"whole call, {name} over workbench": value / whole_call for name, value in sums.items()}
         for key, value in lines.items():
             found.setdefault(key, []).append(value)
-        print(f"one gradient {gradient:.3f} s, workbench {row['workbench']:.1f} s; " + "; ".join(f"{k} {v:.2f}" for k, v in lines.items()), flush=True)
+        print(f"one gradient {gradient:.3f} s, workbench {whole_call:.1f} s; " + "; ".join(f"{k} {v:.2f}" for k, v in lines.items()), flush=True)
         print(f"extent: workbench {mine.extent}, curvlinops {float(nodes.min()), float(nodes.max())}, its boundaries {bounds}", flush=True)
         yield summary(found)
+    if whole:
+        print("\n".join(f"| {what} | {middle:.2f} | {low:.2f} | {high:.2f} |" for what, middle, low, high in summary(found)), flush=True)
+        measured, _ = timed(bench.slq, probes, steps)
+        print(f"the workbench's whole call: {measured:.1f} s; from its parts: {whole_call:.1f} s", flush=True)
+        theirs_measured, _ = timed(lanczos_approximate_spectrum, theirs, ncv=steps, num_repeats=probes)
+        print(f"curvlinops' whole call: {theirs_measured:.1f} s, {theirs_measured / measured:.2f} times; from its parts: {sums['curvlinops']:.1f} s", flush=True)
 
 
 def memory(bench: Bench, library: str, probes: int, steps: int) -> None:
