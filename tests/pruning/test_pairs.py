@@ -12,10 +12,13 @@ from tests.conftest import ARCHITECTURES
 from workbench import BadInput
 from workbench.instruments import Progress
 from workbench.pruning import Prune
-from workbench.pruning.patterns import DIMENSIONS
+from workbench.pruning.patterns import DIMENSIONS, parse
 from workbench.pruning.presets import NOT_DIMENSIONAL, PRESETS
+from workbench.pruning.structured import EXPERT_STEP
 from workbench.pruning.structures import discover
 
+# Movement is collected in training.
+TRAINED = {"schedule": "linear", "steps": 2, "recovery": "finetune", "recovery_steps": 4, "batch_size": 2}
 LEAST = {"gradients": 2, "calibration_examples": 2, "predict_examples": 0, "sparsity": 0.5}
 ANYWHERE = {"random", "magnitude", "gradient", "obd", "taylor2", "wanda", "obert", "obert-greedy", "llm-pruner"}
 VALID = {
@@ -24,6 +27,7 @@ VALID = {
     "experts": ANYWHERE | {"heapr", "premoe"},
     "heads": ANYWHERE | {"sparsegpt", "ziplm", "flap", "minitron", "adapt-pruner"},
     "neurons": ANYWHERE | {"sparsegpt", "ziplm", "flap", "minitron", "adapt-pruner", "heapr", "slimmoe"},
+    "heads+neurons": ANYWHERE | {"sparsegpt", "ziplm", "flap", "minitron", "adapt-pruner"},
 }
 ONE_CONSUMER, OUTPUT_BIAS = {"sparsegpt", "ziplm"}, {"flap"}
 
@@ -33,7 +37,7 @@ def valid(pattern: str, architecture: str) -> set[str]:
     if pattern == "experts" and architecture != "mixtral":
         return set()
     methods = VALID[pattern]
-    if pattern == "heads" and architecture == "t5":
+    if "heads" in pattern and architecture == "t5":
         methods = methods - ONE_CONSUMER
     return methods - OUTPUT_BIAS if architecture in ("llama", "t5", "mixtral") else methods
 
@@ -47,30 +51,40 @@ def small(architecture: str, checkpoints):
     return subject
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("pattern", list(VALID))
-def test_every_pair_is_exact_or_says_why_not(pattern, architecture, checkpoints):
-    subject = small(architecture, checkpoints)
+def pruned(subject, pattern, accepted, **fields):
+    """(method, instrument, result) of every method in `accepted`, with finite weights and tied weights still tied; the others say why not."""
     head = subject.model.get_output_embeddings()
     tied = head is not None and head.weight is subject.model.get_input_embeddings().weight
     for method in PRESETS:
-        prune = Prune(method=method, pattern=pattern, **LEAST)
-        if method not in valid(pattern, architecture):
+        prune = Prune(method=method, pattern=pattern, **(LEAST | fields | (TRAINED if method == "movement" else {})))
+        if method not in accepted:
             with pytest.raises(BadInput) as refused:
                 prune.run(subject, Progress(), cache=False)
-            assert re.match(r"(method|pattern|saliency|compensation): ", str(refused.value)), refused.value
+            assert re.match(r"(method|pattern|saliency|compensation|schedule): ", str(refused.value)), refused.value
             continue
         result = prune.run(subject, Progress(), cache=False)
         model = result.subject.model
         assert torch.isfinite(torch.tensor(result.facts["loss"])) and all(bool(torch.isfinite(p).all()) for p in model.parameters())
+        if tied:
+            assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        yield method, prune, result
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("pattern", list(VALID))
+def test_every_pair_is_exact_or_says_why_not(pattern, architecture, checkpoints):
+    subject = small(architecture, checkpoints)
+    for _, prune, result in pruned(subject, pattern, valid(pattern, architecture)):
+        model = result.subject.model
         if pattern in DIMENSIONS:
             assert result.facts["sparsity"] == 0.5 and result.facts["parameters"] == sum(p.numel() for p in model.parameters())
         else:
-            before, after = discover(subject.model, (pattern,)), discover(model, (pattern,))
-            share = 1 - sum(g.units * g.experts for g in after) / sum(g.units * g.experts for g in before)
-            assert share == pytest.approx(0.5, abs=1e-9 if prune.composition()[2] == "layer" else 0.13)
-        if tied:
-            assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+            before, after = (discover(m, parse(pattern).kinds) for m in (subject.model, model))
+            weights, left = (sum(g.units * g.experts * g.weights_per_unit() for g in groups) for groups in (before, after))
+            step = [g.experts * g.weights_per_unit() * (EXPERT_STEP if g.experts > 1 else 1) for g in before]
+            # One threshold over all groups is off by half of the largest unit at most, shares of blocks by half a unit each.
+            allowed = {"layer": 0.0, "global": max(step) / 2, "adaptive": sum(step) / 2}[prune.composition()[2]]
+            assert weights - left == pytest.approx(weights / 2, abs=allowed)
 
 
 def test_every_method_is_accounted_for():

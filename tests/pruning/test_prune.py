@@ -8,42 +8,18 @@ import torch
 from torch import nn
 
 import workbench
-from tests.conftest import ARCHITECTURES
 from workbench import BadInput
 from workbench.instruments import Progress, Result
 from workbench.pruning import Prune
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.patterns import Structures, obeys, parse
 from workbench.pruning.schedules import cubic, sparsities
 from workbench.subjects import Mask
 
 SMALL = {"gradients": 8, "calibration_examples": 8, "predict_examples": 0}
-METHODS = ["random", "magnitude", "wanda", "sparsegpt", "gradient", "obd", "taylor2", "obert", "obert-greedy"]
 
 
 def prune(subject, **fields):
     return Prune(**(SMALL | fields)).run(subject, Progress(), cache=False)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_pattern_has_the_density_that_was_asked_for(architecture, method, checkpoints):
-    subject = workbench.subject(checkpoints[architecture], data="random")
-    tied = subject.model.get_output_embeddings()
-    tied = tied.weight if tied is not None and tied.weight is subject.model.get_input_embeddings().weight else None
-    for text, sparsity in (("unstructured", 0.7), ("2:4", 0.5), ("1:4 outputs", 0.75), ("block 8x8", 0.5)):
-        result = prune(subject, method=method, pattern=text, sparsity=sparsity)
-        made, pattern = result.subject, parse(text)
-        assert not isinstance(pattern, Structures)
-        assert result.facts["sparsity"] == pytest.approx(sparsity, abs=0.02)
-        assert torch.isfinite(torch.tensor(result.facts["loss"]))
-        for layer in made.layers():
-            masks = [c.mask for c in layer.changes if isinstance(c, Mask)]
-            assert len(masks) == 1 and obeys(masks[0], pattern)
-            assert bool((layer.weight[~masks[0]] == 0).all())
-        if tied is not None:
-            assert made.model.get_output_embeddings().weight is made.model.get_input_embeddings().weight
-    assert not any(layer.changes for layer in subject.layers())  # the subject given is untouched
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda", "sparsegpt", "obert", "obd"])
@@ -164,6 +140,7 @@ def test_stop_keeps_what_there_is():
     ({"steps": 3}, "steps"),
     ({"recovery": "finetune"}, "recovery_steps"),
     ({"method": "movement"}, "movement"),
+    ({"method": "movement", "schedule": "cubic", "steps": 4, "recovery": "finetune", "recovery_steps": 6}, "recovery_steps.*at least 7"),
     ({"method": "wanda", "allocation": "global"}, "allocation"),
     ({"pattern": "heads", "compensation": "fisher"}, "fisher"),
     ({"pattern": "heads", "allocation": "erdos-renyi"}, "erdos-renyi"),
