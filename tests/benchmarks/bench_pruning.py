@@ -2,7 +2,7 @@
 
 SparseGPT and Wanda are written here once more as their papers' pseudo-code, one matrix and one column at a time, and run on the same
 MiniLM layers and the same second moments, in turns. Printed: median seconds of both, their ratio, whether the Wanda masks are
-identical and how far the reconstruction errors are apart; the one pass over the calibration data that both need; and oBERT's seconds after the
+identical and how far the reconstruction errors are apart; the pass over the calibration data that each needs; and oBERT's seconds after the
 gradients are collected.
 """
 
@@ -20,6 +20,7 @@ from workbench.pruning import fisher, obs
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.patterns import Tiles, make_mask
 from workbench.pruning.saliencies import SALIENCIES
+from workbench.statistics import second_moments
 
 
 def reference_sparsegpt(weight: torch.Tensor, gram: torch.Tensor, sparsity: float, damp: float = 0.01, block: int = 128) -> torch.Tensor:
@@ -65,9 +66,10 @@ def main() -> None:
     on = workbench.subject(space.subject)
     layers = on.layers()
     calibration = Calibration(on, layers, gradients=space.gradients, progress=Progress())
-    began = time.process_time()
-    calibration.gram(layers[0])
-    print(f"second moments of {calibration.examples} examples' inputs to {len(layers)} layers: {time.process_time() - began:.2f} s CPU", flush=True)
+    for what, gram in (("second moments, for SparseGPT", True), ("norms, for Wanda", False)):
+        began = time.process_time()
+        second_moments(on, layers, examples=calibration.examples, gram=gram)
+        print(f"{what}: {calibration.examples} examples' inputs to {len(layers)} layers in {time.process_time() - began:.2f} s CPU", flush=True)
     cases = [(layer, layer.weight.detach(), calibration.gram(layer)[0], calibration.norm(layer)[0]) for layer in layers]
     times: dict[str, list[float]] = {"sparsegpt": [], "reference sparsegpt": [], "wanda": [], "reference wanda": []}
     for _ in range(space.repeats):

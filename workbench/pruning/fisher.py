@@ -22,7 +22,7 @@ from workbench.pruning.patterns import NM
 from workbench.statistics import GradientFactors, StackedGradients
 
 Gradients = GradientFactors | StackedGradients
-CHUNK = 16 << 20  # floats of gradients formed at once
+CHUNK = 4 << 20  # floats of gradients formed at once: few enough to stay near the processor
 
 
 def block_width(inputs: int, block: int) -> int:
@@ -42,7 +42,9 @@ def chunks(rows: int, inputs: int, examples: int) -> Iterator[tuple[int, int]]:
 def gradient_blocks(gradients: Gradients, start: int, stop: int, width: int) -> Tensor:
     """Gradients of rows start..stop cut into blocks: (blocks, examples, width), zero-padded at the end of a row."""
     g = gradients.rows(start, stop)  # (examples, rows, in)
-    g = F.pad(g, (0, -g.shape[-1] % width)).unflatten(-1, (-1, width))
+    if rest := -g.shape[-1] % width:  # padding by nothing would copy
+        g = F.pad(g, (0, rest))
+    g = g.unflatten(-1, (-1, width))
     return g.flatten(1, 2).transpose(0, 1).contiguous()
 
 

@@ -56,8 +56,8 @@ class GradientFactors:
         """Gradients of the weight's rows start..stop, one per example: (examples, stop - start, in), float32."""
         short = bool(self.inputs) and self.inputs[0].dtype == torch.bfloat16 and multiplies_bfloat16(self.inputs[0].device.type)
         # The device's own bfloat16 product sums in float32 and rounds once, to as many digits as the factors have: five times faster than float32.
-        parts = [(d[..., start:stop].mT @ x).float() if short else d[..., start:stop].float().mT @ x.float() for x, d in zip(self.inputs, self.outputs, strict=True)]
-        found = torch.cat(parts)
+        parts = [d[..., start:stop].mT @ x if short else d[..., start:stop].float().mT @ x.float() for x, d in zip(self.inputs, self.outputs, strict=True)]
+        found = torch.cat(parts).float()
         return found if self.mask is None else found * self.mask[start:stop]
 
     def square_sum(self) -> float:
