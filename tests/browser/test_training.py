@@ -113,5 +113,6 @@ def test_optimizers_are_ranked(lab: Lab, watched: Watched) -> None:
     text = panel.get_by_label("optimizers", exact=True)
     text.fill("adamw,mun")
     text.press("Enter")
+    expect(note).to_have_text("ready")  # the change has arrived
     panel.get_by_role("button", name="Run", exact=True).click()
     expect(note.get_by_role("alert")).to_contain_text("did you mean muon")
