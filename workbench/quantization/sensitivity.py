@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,12 +18,23 @@ from workbench.curvature.weights import differentiable, place_of, with_weights
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.quantization.quantize import Quantize, choices, layer_row, moments_for
 from workbench.quantization.rounding import Factors
-from workbench.subjects import Layer, Split, Subject
+from workbench.subjects import Batch, Layer, Split, Subject
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Change = tuple[str, int]  # (layer, number of its candidate)
+
+
+def with_targets(subject: Subject, split: str, batch_size: int, examples: int) -> Iterator[tuple[Batch, int]]:
+    """Each batch that holds a target, with its number of items; `BadInput` when none does."""
+    none = True
+    for batch in subject.batches(split, batch_size, examples):
+        if weight := subject.task.items(batch):
+            none = False
+            yield batch, weight
+    if none:
+        raise BadInput(f"split: the first {examples} examples of {split!r} hold no target; check the label column")
 
 
 def alone(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequence[Tensor]], split: str = "calibration", examples: int = 16,
@@ -39,10 +50,7 @@ def alone(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequen
     count = -(-min(examples, subject.size(split)) // batch_size) * len(layers)
     done = 0
     with differentiable(subject.model, places) as weights, torch.enable_grad():
-        for batch in subject.batches(split, batch_size, examples):
-            weight = subject.task.items(batch)
-            if weight == 0:
-                continue
+        for batch, weight in with_targets(subject, split, batch_size, examples):
             loss = subject.loss(batch)
             gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
             for layer, value, gradient in zip(layers, weights, gradients, strict=True):
@@ -59,8 +67,6 @@ def alone(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequen
             del loss, gradients
             if progress.stopped:
                 break
-    if items == 0:
-        raise BadInput(f"split: the first {examples} examples of {split!r} hold no target; check the label column")
     return {name: [(float(a), float(b)) for a, b in found / items] for name, found in sums.items()}
 
 
@@ -78,10 +84,7 @@ def gauss_newton_alone(subject: Subject, layers: Sequence[Layer], deltas: Mappin
     items, done = 0, 0
     count = -(-min(examples, subject.size(split)) // batch_size) * len(layers)
     with differentiable(subject.model, places) as weights, torch.enable_grad():
-        for batch in subject.batches(split, batch_size, examples):
-            weight = subject.task.items(batch)
-            if weight == 0:
-                continue
+        for batch, weight in with_targets(subject, split, batch_size, examples):
             middle = OutputCurvature("ggn", subject.task, subject.task.output(subject.model, batch), batch)
             u = torch.zeros_like(middle.rows, requires_grad=True)
             pulled = torch.autograd.grad(middle.rows, weights, u, create_graph=True, allow_unused=True)
@@ -95,8 +98,6 @@ def gauss_newton_alone(subject: Subject, layers: Sequence[Layer], deltas: Mappin
             del middle, pulled
             if progress.stopped:
                 break
-    if items == 0:
-        raise BadInput(f"split: the first {examples} examples of {split!r} hold no target; check the label column")
     return {name: [float(v) for v in found / items] for name, found in sums.items()}
 
 
@@ -116,10 +117,7 @@ def pairs(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequen
     total, items, done = np.zeros((len(layers), count, len(layers), count)), 0, 0
     batches = -(-min(examples, subject.size(split)) // batch_size)
     with differentiable(subject.model, places) as weights, torch.enable_grad():
-        for batch in subject.batches(split, batch_size, examples):
-            weight = subject.task.items(batch)
-            if weight == 0:
-                continue
+        for batch, weight in with_targets(subject, split, batch_size, examples):
             gradients = torch.autograd.grad(subject.loss(batch), weights, create_graph=True, allow_unused=True)
             for i, gradient in enumerate(gradients):
                 progress.show("interactions of layers", done := done + 1, batches * len(layers))
@@ -132,8 +130,6 @@ def pairs(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequen
             items += weight
             if progress.stopped:
                 break
-    if items == 0:
-        raise BadInput(f"split: the first {examples} examples of {split!r} hold no target; check the label column")
     total /= items
     return (total + total.transpose(2, 3, 0, 1)) / 2
 
