@@ -95,7 +95,7 @@ CARDS = [
          "lower loss than rounding to ternary after as many steps", trained("ternary", 2), 197),
     card("continual-qat", "When to switch from full precision to ternary", "Nielsen et al. 2025", r"W + \lambda_t (Q(W) - W)", "training",
          "an interior switch point is best", switch_over, 192),
-    card("interactions", "Inter-layer terms in the allocation", "Schaefer et al. 2023, with exact second-order terms", r"\sum_{ij} \tfrac12 \delta_i^\top H_{ij} \delta_j",
+    card("interactions", "Inter-layer terms in the allocation", "after Schaefer et al. 2023; the terms are derived here", r"\sum_{ij} \tfrac12 \delta_i^\top H_{ij} \delta_j",
          "Hessian-vector products", "at an average of 3 bits lower loss than the additive integer program", interactions, 307),
     card("cbq", "CBQ: blocks learned in a sliding window", "Ding et al. 2025", r"\|h - h_q\|^2 + D_{KL}(\sigma(h)\,\|\,\sigma(h_q))", "calibration inputs, gradients",
          "lower loss than learning block by block at 2 bits",
