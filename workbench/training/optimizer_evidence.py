@@ -156,10 +156,12 @@ def lipschitz_transformer(name: str, progress: Progress) -> Record:
 
     on = fresh(given, 0)
     muon = {"optimizer": "muon", "optimizer_options": {"scale": "none", "adamw_ratio": 0.1}, "weight_decay": 0.0}
+    rates = (1.6e-2, 3.2e-2, 6.4e-2)
     plans: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-        "AdamW": ({"weight_decay": 0.0}, (4e-3, 8e-3, 1.6e-2)), "AdamW, decay 1": ({"weight_decay": 1.0}, (4e-3, 8e-3, 1.6e-2)), "Muon": (muon, (0.03, 0.1, 0.3))}  # fmt: skip
+        "AdamW": ({"weight_decay": 0.0}, rates), "AdamW, decay 1": ({"weight_decay": 1.0}, rates), "Muon": (muon, (0.1, 0.3, 0.9))}  # fmt: skip
     for cap in (1.0, 2.0, 4.0):
-        plans[f"Muon, cap {cap:g}"] = (muon | {"optimizer_options": {**muon["optimizer_options"], "weight_map": "soft-cap", "cap": cap}}, (0.03, 0.1, 0.3))  # type: ignore[dict-item]
+        capped_muon = muon | {"optimizer_options": {**muon["optimizer_options"], "weight_map": "soft-cap", "cap": cap}}  # type: ignore[dict-item]
+        plans[f"Muon, cap {cap:g}"] = (capped_muon, (0.1, 0.2, 0.4))
     found: dict[str, Record] = {}
     for label, (made, rates) in plans.items():
         found[label] = tuned(on, rates, {"steps": 100, "batch_size": 16, "warmup": 0.1, "evaluate_limit": 128} | made, progress, label, fresh=fresh)
@@ -175,7 +177,8 @@ def lipschitz_transformer(name: str, progress: Progress) -> Record:
     ahead = all(any(o["test"] <= v["test"] and np.mean(o["certificate"]) <= np.mean(v["certificate"]) for o in ours) for v in others)
     return {"subject": "a Lipschitz transformer of width 24 and two layers on the bytes of bytelm", "plans": told(found), "holds": bool(kept and capped and ahead),
             "note": "test loss (certificate, largest slope found): "
-            + ", ".join(f"{k} {v['test']:.3f} ({np.mean(v['certificate']):.3g}, {max(v['largest_slope']):.3g})" for k, v in found.items())}  # fmt: skip
+            + ", ".join(f"{k} {v['test']:.3f} ({np.mean(v['certificate']):.3g}, {max(v['largest_slope']):.3g})" for k, v in found.items())
+            + (f"; best rate at the end of its ladder: {', '.join(ends)}" if (ends := [k for k, v in found.items() if v["at_end"]]) else "")}  # fmt: skip
 
 
 def one_bit(name: str, progress: Progress) -> Record:
