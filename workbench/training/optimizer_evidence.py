@@ -156,9 +156,9 @@ def lipschitz_transformer(name: str, progress: Progress) -> Record:
 
     on = fresh(given, 0)
     muon = {"optimizer": "muon", "optimizer_options": {"scale": "none", "adamw_ratio": 0.1}, "weight_decay": 0.0}
-    rates = (1.6e-2, 3.2e-2, 6.4e-2)
+    ladder: tuple[float, ...] = (1.6e-2, 3.2e-2, 6.4e-2)
     plans: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-        "AdamW": ({"weight_decay": 0.0}, rates), "AdamW, decay 1": ({"weight_decay": 1.0}, rates), "Muon": (muon, (0.1, 0.3, 0.9))}  # fmt: skip
+        "AdamW": ({"weight_decay": 0.0}, ladder), "AdamW, decay 1": ({"weight_decay": 1.0}, ladder), "Muon": (muon, (0.1, 0.3, 0.9))}  # fmt: skip
     for cap in (1.0, 2.0, 4.0):
         capped_muon = muon | {"optimizer_options": {**muon["optimizer_options"], "weight_map": "soft-cap", "cap": cap}}  # type: ignore[dict-item]
         plans[f"Muon, cap {cap:g}"] = (capped_muon, (0.1, 0.2, 0.4))
