@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +138,12 @@ def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress:
         place = Path(folder) / "subject"
         on.save(place)
         tasks = (joblib.delayed(one_group)(str(place), on.fingerprint, on.evaluations, group) for group in groups)
-        done = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(tasks)
-        for _ in progress.track(done, "parts of series", len(groups)):
-            pass
+        with warnings.catch_warnings():
+            # a worker that has grown by much is replaced by a new one between two parts: its statistics are measured again, nothing is lost
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+            done = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(tasks)
+            for _ in progress.track(done, "parts of series", len(groups)):
+                pass
 
 
 _opened: dict[str, Subject] = {}  # in a worker: the subject of its last task, with the statistics measured on it
