@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve, set_theme
-from tests.notebook import write
+from tests.browser.lab import PATIENCE, Lab, Watched, open_notebook, run_all, serve_cells, set_theme
 
 ROOT = Path(__file__).parent.parent.parent
 PANEL = """\
@@ -24,12 +23,8 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    root = tmp_path_factory.mktemp("root")
-    shutil.copy(ROOT / "notebooks" / "index.ipynb", root)
-    write(root / "panel.ipynb", PANEL)
-    private = tmp_path_factory.mktemp("private")
-    environment = {"WORKBENCH_CACHE": str(private / "cache"), "JUPYTER_PATH": str(ROOT / "share" / "jupyter")}
-    with serve(root, private, environment) as found:
+    with serve_cells(tmp_path_factory, {"panel": PANEL}, {"JUPYTER_PATH": str(ROOT / "share" / "jupyter")}) as found:
+        shutil.copy(ROOT / "notebooks" / "index.ipynb", found.root)
         yield found
 
 

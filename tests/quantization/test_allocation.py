@@ -18,7 +18,7 @@ from workbench.instruments import BadInput, Progress
 from workbench.quantization import Allocate, LayerSensitivity
 from workbench.quantization.allocation import allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.sensitivity import alone, calibrated_on, candidates, gauss_newton_alone, pairs, top_eigenvalues, traces
+from workbench.quantization.sensitivity import alone, candidates, gauss_newton_alone, pairs, top_eigenvalues, traces
 from workbench.statistics import second_moments
 from workbench.subjects import Subject
 
@@ -156,7 +156,7 @@ def test_top_eigenvalue_is_the_known_one() -> None:
     on = workbench.subject("digits-softmax")
     split = {k: v[:200].repeat(2, *[1] * (v.ndim - 1)) for k, v in on.split("train").items()}
     layers = on.layers("*")
-    ((mean, deviation),) = top_eigenvalues(calibrated_on(on, split), layers, 2, 400, torch.Generator().manual_seed(0), iterations=30).values()
+    ((mean, deviation),) = top_eigenvalues(on.with_split("calibration", split), layers, 2, 400, torch.Generator().manual_seed(0), iterations=30).values()
     inputs = split["inputs"][:200].double()
     assert mean == pytest.approx(float(torch.linalg.eigvalsh(inputs.T @ inputs / 200)[-1]) / 10, rel=1e-4)
     assert deviation < 1e-4 * mean

@@ -221,4 +221,4 @@ def megabatch(on: Subject, index: int, count: int, replay: bool) -> Subject:
     bounds = np.linspace(0, on.size("train"), count + 1).round().astype(int)
     first = 0 if replay else int(bounds[index])
     part = {key: value[first : int(bounds[index + 1])] for key, value in on.split("train").items()}
-    return Subject(on.name, on.model, on.task, on.splits | {"train": part}, tokenizer=on.tokenizer, data_note=on.data_note, labels=on.labels)
+    return on.with_split("train", part)

@@ -11,7 +11,6 @@ import torch
 
 from workbench.instruments import BadInput, Progress, TextProgress
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.sensitivity import calibrated_on
 from workbench.subjects import Subject
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def redrawn(on: Subject, seed: int, examples: int) -> Subject:
     """The subject with a calibration split of `examples` drawn anew from its training split."""
     pick = torch.randperm(on.size("train"), generator=torch.Generator().manual_seed(seed))[:examples]
-    return calibrated_on(on, {k: v[pick] for k, v in on.split("train").items()})
+    return on.with_split("calibration", {k: v[pick] for k, v in on.split("train").items()})
 
 
 def leaderboard(on: Subject, methods: Sequence[str], bits: Sequence[int], seeds: Sequence[int] = (0, 1, 2), progress: Progress | None = None,

@@ -18,7 +18,7 @@ from workbench.curvature.weights import differentiable, place_of, with_weights
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.quantization.quantize import Quantize, choices, layer_row, moments_for
 from workbench.quantization.rounding import Factors
-from workbench.subjects import Batch, Layer, Split, Subject
+from workbench.subjects import Batch, Layer, Subject
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -161,11 +161,6 @@ def traces(subject: Subject, layers: Sequence[Layer], probes: int, examples: int
     return {n: (float(np.mean(v)), float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else float("nan")) for n, v in draws.items()}
 
 
-def calibrated_on(on: Subject, split: Split) -> Subject:
-    """The subject with these examples as its calibration split."""
-    return Subject(on.name, on.model, on.task, on.splits | {"calibration": split}, tokenizer=on.tokenizer, data_note=on.data_note, labels=on.labels, origin=on.origin)
-
-
 def top_eigenvalues(subject: Subject, layers: Sequence[Layer], parts: int, examples: int, generator: torch.Generator, iterations: int = 10,
                     progress: Progress | None = None) -> dict[str, tuple[float, float]]:  # fmt: skip
     """(mean, standard deviation) over `parts` disjoint shares of the calibration examples of the eigenvalue of largest magnitude of each
@@ -179,7 +174,7 @@ def top_eigenvalues(subject: Subject, layers: Sequence[Layer], parts: int, examp
     names = [layer.name for layer in layers]
     found = np.zeros((parts, len(layers)))
     for part in range(parts):
-        some = calibrated_on(subject, {k: v[part * share : (part + 1) * share] for k, v in subject.split("calibration").items()})
+        some = subject.with_split("calibration", {k: v[part * share : (part + 1) * share] for k, v in subject.split("calibration").items()})
         with curvature_operator(some, "hessian", ",".join(names), examples=share, progress=progress) as hessian:
             vector = torch.randn(hessian.size, generator=generator).to(hessian.device)
             for _ in range(iterations):

@@ -115,6 +115,11 @@ class Subject:
         made._memory = self._memory  # keys hold the fingerprint, so sharing is safe
         return made
 
+    def with_split(self, name: str, columns: Split) -> Subject:
+        """The same model with these examples as its split `name`."""
+        return Subject(self.name, self.model, self.task, self.splits | {name: columns}, tokenizer=self.tokenizer, data_note=self.data_note,
+                       labels=self.labels, origin=self.origin)  # fmt: skip
+
     def prepared(self, device: str, copy: bool) -> Subject:
         """What an instrument works on: eval mode, on the device, a private copy when it will change the weights."""
         target = self.resolve_device(device)
