@@ -15,7 +15,9 @@ from workbench.instruments import BadInput, Progress, Result, SubjectInstrument,
 from workbench.quantization.activations import SignInputs
 from workbench.quantization.adapters import Adapter, zero_term
 from workbench.quantization.formats import named
+from workbench.quantization.objective import Objective
 from workbench.quantization.quantize import choices, put
+from workbench.quantization.shifted_sign import ShiftedSign as ShiftedSign  # registers itself
 from workbench.quantization.trainable import ROUNDINGS, Course, TrainedRounding, average_width
 from workbench.subjects import Layer, LowRank, Subject
 from workbench.subjects.changes import Change
@@ -39,7 +41,7 @@ class TrainQuantizedResult(Result):
         return fig
 
     def view_model(self) -> type[BaseModel] | None:
-        return choices("TrainQuantizedView", column=tuple(c for c in ("train_loss", "validation_loss", "average_width") if c in self.table))
+        return choices("TrainQuantizedView", column=tuple(c for c in ("train_loss", "task_loss", "teacher_loss", "validation_loss", "average_width") if c in self.table))
 
 
 class TrainQuantized(SubjectInstrument):
@@ -48,14 +50,17 @@ class TrainQuantized(SubjectInstrument):
     changes_model: ClassVar[bool] = True
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
-    method: Literal["lsq", "ternary", "binary", "bibert", "nipq", "csq", "fliqs", "l4q", "adapters"] = parameter(
-        "lsq", "learned steps; values that follow the mean magnitude; widths by noise or bit planes; formats by policy; LoRA inside the rounding, or beside it")
+    method: Literal["lsq", "ternary", "binary", "bibert", "fbi", "nipq", "csq", "fliqs", "l4q", "adapters"] = parameter(
+        "lsq", "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit planes; formats by policy; LoRA inside the rounding, or beside it")
     bits: int = parameter(3, "width for lsq and l4q", ge=2, le=8, unit="bits")
     budget: float = parameter(3.0, "average width that nipq, csq and fliqs pull towards", ge=2, le=8, unit="bits", step=0.25)
     strength: float = parameter(1.0, "how hard they pull (nats a bit)", ge=0, le=1000, scale="log")
     formats: list[str] = parameter(["int2", "int3", "int4", "int8"], "formats that fliqs chooses from, by name", min_length=2)
     rank: int = parameter(8, "rank of l4q's low-rank term", ge=1, le=1024, scale="log")
     group_size: int = parameter(4096, "weights of a group (4096 and wider rows: one scale a row)", ge=1, le=4096, scale="log", unit="weights")
+    shared: Literal["column", "row"] = parameter("column", "fbi: a scale and an offset for every input feature (column), or for every group of a row")
+    distillation: float = parameter(0.0, "share of the loss that asks for the outputs of the subject before training, in place of the targets", ge=0, le=1, step=0.1)
+    temperature: float = parameter(1.0, "temperature at which those outputs are compared", gt=0, le=100, scale="log")
     steps: int = parameter(200, "optimizer steps", ge=1, le=100000, scale="log")
     batch_size: int = parameter(16, "examples of a step", ge=1, le=4096, scale="log", unit="examples")
     learning_rate: float = parameter(2e-4, "peak learning rate of AdamW (linear decay)", gt=0, le=1, scale="log")
@@ -73,6 +78,7 @@ class TrainQuantized(SubjectInstrument):
         layers = on.layers(self.layers)
         on.split("train")
         on.split("test")
+        Objective.check(self, on)
         if self.ramp and self.method not in ("ternary", "binary"):
             raise BadInput(f"ramp: phasing in is for ternary and binary, not {self.method}; leave it at 0")
         if self.ramp + self.switch_at > 1:
@@ -95,6 +101,7 @@ class TrainQuantized(SubjectInstrument):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         dense = on.evaluated("test", self.test_examples)
+        objective = Objective(self, on)
         if self.from_scratch:
             torch.manual_seed(self.seed)
             device = on.device
@@ -119,7 +126,7 @@ class TrainQuantized(SubjectInstrument):
                 group["lr"] = self.learning_rate * group["rate"] * (1 - step / self.steps)
             pick = torch.randint(on.size("train"), (self.batch_size,), generator=generator)
             batch = {k: v[pick].to(on.device) for k, v in on.split("train").items()}
-            loss = on.loss(batch)
+            loss = objective(on, batch)
             if not bool(torch.isfinite(loss)):
                 raise BadInput(f"learning_rate: the loss was no longer finite at step {step}; {self.learning_rate:g} is too large here")
             extra = type(roundings[0]).extra(roundings, sizes, loss, course) if roundings else None
@@ -127,7 +134,7 @@ class TrainQuantized(SubjectInstrument):
             torch.nn.utils.clip_grad_norm_(on.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rows.append({"step": step, "train_loss": float(loss.detach()), "validation_loss": float("nan"), "quantized": float(step >= switch)})
+            rows.append({"step": step, "train_loss": float(loss.detach()), "validation_loss": float("nan"), "quantized": float(step >= switch)} | objective.parts)
             if roundings and roundings[0].width is not None:
                 rows[-1]["average_width"] = float(average_width(roundings, sizes).detach())
             if (step + 1) % max(1, self.steps // 5) == 0 and "validation" in on.splits:

@@ -85,6 +85,12 @@ class Grid:
         shift = 0.0 if zero is None else zero
         return (self.format.element.lowest - shift) * scale, (self.format.element.highest - shift) * scale
 
+    @property
+    def zeros_are_codes(self) -> bool:
+        """True when the zero points are whole numbers within the format's codes, which is where they are stored; others take 16 bits."""
+        assert self.zero is not None
+        return bool(((self.zero == self.zero.round()) & (self.zero >= 0) & (self.zero < 2**self.format.element.bits)).all())
+
     def bytes(self, shape: tuple[int, ...], kept: int | None = None) -> float:
         """Bytes of the packed weight: codes, scales (16 bits, or 8 for E8M0 and E4M3), zero points, the transform.
 
@@ -95,8 +101,7 @@ class Grid:
             weights *= size
         side = {"real": 16, "e8m0": 8, "e4m3": 8, "none": 0}[self.format.scale] * self.scale.numel() + (32 if self.format.scale == "e4m3" else 0)
         if self.zero is not None:
-            whole = bool((self.zero == self.zero.round()).all())
-            side += self.zero.numel() * (self.format.element.bits if whole else 16)
+            side += self.zero.numel() * (self.format.element.bits if self.zeros_are_codes else 16)
         codes = weights * self.format.element.bits
         if kept is not None:
             codes = min(codes, kept * self.format.element.bits + weights)

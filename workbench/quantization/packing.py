@@ -51,8 +51,7 @@ def packed_layer(layer: Layer) -> dict[str, Tensor]:
     elif grid.format.scale == "real":
         found["scale"] = grid.scale.to(torch.float16)
     if grid.zero is not None:
-        whole_numbers = bool((grid.zero == grid.zero.round()).all())
-        found["zero"] = pack(grid.zero.long(), grid.format.element.bits) if whole_numbers else grid.zero.to(torch.float16)
+        found["zero"] = pack(grid.zero.long(), grid.format.element.bits) if grid.zeros_are_codes else grid.zero.to(torch.float16)
     if grid.transform is not None:
         found |= grid.transform.tensors
     return found
