@@ -129,6 +129,7 @@ def test_fbi_trains_freezes_and_is_stored(shared: str, tmp_path: Path) -> None:
         stored = packed_layer(layer)
         assert torch.equal(unpacked_layer(stored, quantizer_of(layer), layer.shape), layer.weight)
         assert sum(t.numel() * t.element_size() for t in stored.values()) == -(-quantizer_of(layer).grid.bytes(layer.shape) // 1)
+    assert result.facts["bytes"] == sum(-(-quantizer_of(layer).grid.bytes(layer.shape) // 1) for layer in result.subject.layers("*"))
     result.save(tmp_path / "out")
     assert workbench.subject(tmp_path / "out").evaluate("test", limit=512)["loss"] == pytest.approx(result.facts["loss"], abs=1e-5)
 

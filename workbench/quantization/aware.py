@@ -151,6 +151,7 @@ class TrainQuantized(SubjectInstrument):
         tables = {"widths": widths} if len(widths) else {}
         if tables:
             facts["average_width"] = float((widths["bits"] * widths["weights"]).sum() / widths["weights"].sum())
+            facts["bytes"] = math.ceil(widths["bytes"].sum())
         return self.result(pd.DataFrame(rows), facts, tables=tables, subject=on)
 
     def _switch_on(self, on: Subject, layers: Sequence[Layer], optimizer: torch.optim.Optimizer) -> list[TrainedRounding]:
@@ -194,7 +195,8 @@ class TrainQuantized(SubjectInstrument):
                     values, grid = change.final(weight.float())
                     put(layer, values, grid)
                     remove(layer, change)
-                    rows.append({"layer": layer.name, "format": grid.format.name, "bits": grid.format.element.bits, "weights": math.prod(layer.shape)})
+                    rows.append({"layer": layer.name, "format": grid.format.name, "bits": grid.format.element.bits, "weights": math.prod(layer.shape),
+                                 "bytes": grid.bytes(layer.shape)})  # fmt: skip
                     break
         return pd.DataFrame(rows)
 

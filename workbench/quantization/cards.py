@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from workbench.instruments import Method
+from workbench.quantization import taught_cards
 from workbench.quantization.evidence import (
     ROUNDED_INPUTS,
     above_majority,
@@ -124,4 +125,5 @@ CARDS = [
          "lower loss than adapters beside a rounded weight, merged and rounded, at 2 bits", merged, 335),
     card("bibert", "BiBERT's balanced binary weights, with binary inputs", "Qin et al. 2022", r"\alpha\,\mathrm{sign}(W - \bar W)", "training",
          "accuracy above the commonest class with binary weights and inputs", above_majority, 8),
+    *taught_cards.CARDS,
 ]  # fmt: skip

@@ -1,0 +1,63 @@
+"""Measurements that test the claims about training through a rounding beside a teacher: equal steps, rates chosen on validation, three seeds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from workbench.instruments import Progress
+from workbench.quantization.aware import TrainQuantized
+from workbench.quantization.evidence import SEEDS, interval, small_bytelm
+from workbench.subjects import Subject
+from workbench.training.loop import fit as fit_weights
+
+SCRATCH: dict[str, Any] = {"steps": 400, "batch_size": 8, "test_examples": 128}
+RATES = (1e-3, 3e-3, 1e-2)
+
+
+@functools.cache
+def teacher() -> Subject:
+    """The byte language model of 0.1 M parameters, trained in full precision for three times as many steps as its binary students get."""
+    on = small_bytelm().copy()
+    fit_weights(on, steps=3 * SCRATCH["steps"], batch_size=SCRATCH["batch_size"], lr=3e-3, weight_decay=0.0, seed=0)
+    return on
+
+
+def tuned(on: Subject, arms: Mapping[str, Mapping[str, Any]], common: Mapping[str, Any], rates: Sequence[float],
+          name: str, progress: Progress) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Each arm at the learning rate with the lowest validation loss of its first seed: {arm: {rate, validation, one list a fact}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for arm, fields in arms.items():
+
+        def run(rate: float, seed: int, fields: Mapping[str, Any] = fields) -> tuple[float, dict[str, Any]]:
+            result = TrainQuantized(**(dict(common) | dict(fields)), learning_rate=rate, seed=seed).run(on, Progress())
+            return float(result.table["validation_loss"].dropna().iloc[-1]), dict(result.facts)
+
+        first = {rate: run(rate, SEEDS[0]) for rate in progress.track(rates, f"{name}: rates of {arm}")}
+        best = min(first, key=lambda rate: first[rate][0])
+        facts = [first[best][1]] + [run(best, seed)[1] for seed in progress.track(SEEDS[1:], f"{name}: seeds of {arm}")]
+        found[arm] = {"rate": best, "validation": {f"{rate:g}": loss for rate, (loss, _) in first.items()}}
+        found[arm] |= {key: [f[key] for f in facts] for key in ("loss", "accuracy", "bytes") if key in facts[0]}
+    return found
+
+
+def difference(found: Mapping[str, Mapping[str, Any]], one: str, other: str, fact: str = "loss") -> tuple[float, float, float]:
+    """Mean and 95 % interval of one arm minus another, paired by seed."""
+    return interval([a - b for a, b in zip(found[one][fact], found[other][fact], strict=True)])
+
+
+def distilled_binary(name: str, progress: Progress) -> dict[str, Any]:
+    """Binary students from random weights: the teacher's distribution alone against the text alone; beside them the teacher's weights as a start."""
+    on = teacher()
+    arms: dict[str, dict[str, Any]] = {"teacher's distribution": {"distillation": 1.0}, "text": {},
+                                       "teacher's distribution and weights": {"distillation": 1.0, "from_scratch": False}}  # fmt: skip
+    common = SCRATCH | {"method": "fbi", "from_scratch": True}
+    found = tuned(on, arms, common, RATES, name, progress)
+    mean, low, high = difference(found, "teacher's distribution", "text")
+    start = difference(found, "teacher's distribution and weights", "teacher's distribution")
+    dense, weights = on.evaluate("test", limit=SCRATCH["test_examples"])["loss"], sum(layer.original.numel() for layer in on.layers())
+    note = (f"binary bytelm of 0.1 M parameters from random weights, distillation minus text {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats; "
+            f"the teacher's weights as a start {start[0]:+.4f} [{start[1]:+.4f}, {start[2]:+.4f}]; "
+            f"linears {2 * weights / found['text']['bytes'][0]:.1f} times smaller than in 16 bits")  # fmt: skip
+    return {"holds": high < 0, "note": note, "rows": found, "dense_loss": dense, "settings": common, "seeds": list(SEEDS)}
