@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.quantization.activations import SignInputs
 from workbench.quantization.adapters import Adapter, zero_term
+from workbench.quantization.attention import order_of, round_activations
 from workbench.quantization.formats import named
 from workbench.quantization.objective import Objective
 from workbench.quantization.quantize import choices, put
@@ -32,7 +33,7 @@ class TrainQuantizedResult(Result):
     def figure(self, column: str = "train_loss", **more: Any) -> go.Figure:
         from workbench.figures import figure, line, rule
 
-        fig = figure("Quantization-aware training", "step", "bits" if column == "average_width" else "loss (nats)")
+        fig = figure("Quantization-aware training", "step", {"average_width": "bits", "map_distance": "1 - cosine", "information": "-log information"}.get(column, "loss (nats)"))
         found = self.table[self.table[column].notna()]
         line(fig, found["step"].to_numpy(), found[column].to_numpy(), column.replace("_", " "))
         switch = self.facts.get("switch_step", 0)
@@ -41,7 +42,8 @@ class TrainQuantizedResult(Result):
         return fig
 
     def view_model(self) -> type[BaseModel] | None:
-        return choices("TrainQuantizedView", column=tuple(c for c in ("train_loss", "task_loss", "teacher_loss", "validation_loss", "average_width") if c in self.table))
+        known = ("train_loss", "task_loss", "teacher_loss", "map_distance", "information", "validation_loss", "average_width")
+        return choices("TrainQuantizedView", column=tuple(c for c in known if c in self.table))
 
 
 class TrainQuantized(SubjectInstrument):
@@ -61,6 +63,11 @@ class TrainQuantized(SubjectInstrument):
     shared: Literal["column", "row"] = parameter("column", "fbi: a scale and an offset for every input feature (column), or for every group of a row")
     distillation: float = parameter(0.0, "share of the loss that asks for the outputs of the subject before training, in place of the targets", ge=0, le=1, step=0.1)
     temperature: float = parameter(1.0, "temperature at which those outputs are compared", gt=0, le=100, scale="log")
+    entropy: float = parameter(0.0, "weight of the information in queries and keys, which is to grow", ge=0, le=100)
+    attention_match: float = parameter(0.0, "weight of the distance (1 - cosine) between attention maps and those of the subject before training", ge=0, le=100)
+    activation_bits: int = parameter(0, "width of the layers' inputs, a scale for every token (0: left alone)", ge=0, le=8, unit="bits")
+    rounded_attention: bool = parameter(False, "round queries, keys, values and attention maps to activation_bits as well")
+    wide_tokens: float = parameter(0.0, "share of the tokens, those that attend most to the first one, rounded to 8 bits in place of activation_bits", ge=0, lt=1, step=0.05)
     steps: int = parameter(200, "optimizer steps", ge=1, le=100000, scale="log")
     batch_size: int = parameter(16, "examples of a step", ge=1, le=4096, scale="log", unit="examples")
     learning_rate: float = parameter(2e-4, "peak learning rate of AdamW (linear decay)", gt=0, le=1, scale="log")
@@ -96,8 +103,23 @@ class TrainQuantized(SubjectInstrument):
             raise BadInput(f"layers: {quantized[0]} is quantized already; train the dense subject")
         if self.method == "bibert" and (fused := [layer.name for layer in layers if len(layer.shape) == 3]):
             raise BadInput(f"layers: {fused[0]} reads its inputs inside a fused expert kernel; bibert needs plain linears")
+        self._check_activations(on, layers)
         if self.from_scratch and not hasattr(on.model, "config"):
             raise BadInput("from_scratch: only a transformers model can be made anew from its configuration")
+
+    def _check_activations(self, on: Subject, layers: Sequence[Layer]) -> None:
+        if not self.activation_bits:
+            if self.rounded_attention or self.wide_tokens:
+                raise BadInput("activation_bits: rounded_attention and wide_tokens round to it, but it is 0; choose 2 to 8")
+            return
+        if self.activation_bits == 1 or self.method == "bibert":
+            raise BadInput(f"activation_bits: {self.activation_bits} does not go with method {self.method}; it takes 2 to 8, and bibert's inputs are signs already")
+        if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
+            raise BadInput(f"activation_bits: {fused[0]} reads its inputs inside a fused expert kernel; choose layers without experts, or 0")
+        if self.wide_tokens and on.task.name == "seq2seq-lm":
+            raise BadInput("wide_tokens: an encoder's and a decoder's tokens have no common order of importance; use 0")
+        if self.rounded_attention or self.wide_tokens:
+            order_of(on, [])
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         dense = on.evaluated("test", self.test_examples)
@@ -172,6 +194,8 @@ class TrainQuantized(SubjectInstrument):
             if self.method == "bibert":
                 layer.attach(SignInputs())
             terms += [p for c in layer.changes if isinstance(c, LowRank) and self.method in ("l4q", "adapters") for p in c.parameters()]
+        if self.activation_bits:
+            round_activations(on, layers, self.activation_bits, self.wide_tokens, self.rounded_attention)
         own = [p for rounding in made for p in rounding.parameters()]
         for params, rate in ((own, ROUNDINGS[self.method].rate if made else 1.0), (terms, 10.0)):
             for tensor in params:

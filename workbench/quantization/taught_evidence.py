@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from workbench.instruments import Progress
+from workbench.quantization.attention import AttentionCall, watching
 from workbench.quantization.aware import TrainQuantized
 from workbench.quantization.evidence import SEEDS, interval, small_bytelm
+from workbench.quantization.objective import map_distance
 from workbench.subjects import Subject
 from workbench.training.loop import fit as fit_weights
 
 SCRATCH: dict[str, Any] = {"steps": 400, "batch_size": 8, "test_examples": 128}
 RATES = (1e-3, 3e-3, 1e-2)
+FOUR: dict[str, Any] = {"steps": 150, "batch_size": 4, "test_examples": 128, "method": "lsq", "bits": 4, "activation_bits": 4, "rounded_attention": True,
+                        "distillation": 0.5, "temperature": 2.0}  # fmt: skip
 
 
 @functools.cache
@@ -25,20 +31,24 @@ def teacher() -> Subject:
 
 
 def tuned(on: Subject, arms: Mapping[str, Mapping[str, Any]], common: Mapping[str, Any], rates: Sequence[float],
-          name: str, progress: Progress) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Each arm at the learning rate with the lowest validation loss of its first seed: {arm: {rate, validation, one list a fact}}."""
+          name: str, progress: Progress, also: Callable[[Subject], dict[str, float]] | None = None) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Each arm at the learning rate with the lowest validation loss of its first seed: {arm: {rate, validation, one list a fact}}.
+
+    also : further facts of a trained subject.
+    """
     found: dict[str, dict[str, Any]] = {}
     for arm, fields in arms.items():
 
         def run(rate: float, seed: int, fields: Mapping[str, Any] = fields) -> tuple[float, dict[str, Any]]:
-            result = TrainQuantized(**(dict(common) | dict(fields)), learning_rate=rate, seed=seed).run(on, Progress())
-            return float(result.table["validation_loss"].dropna().iloc[-1]), dict(result.facts)
+            result = TrainQuantized(**(dict(common) | dict(fields)), learning_rate=rate, seed=seed).run(on, Progress(), cache=also is None)
+            more = also(result.subject) if also is not None and result.subject is not None else {}
+            return float(result.table["validation_loss"].dropna().iloc[-1]), dict(result.facts) | more
 
         first = {rate: run(rate, SEEDS[0]) for rate in progress.track(rates, f"{name}: rates of {arm}")}
         best = min(first, key=lambda rate: first[rate][0])
         facts = [first[best][1]] + [run(best, seed)[1] for seed in progress.track(SEEDS[1:], f"{name}: seeds of {arm}")]
         found[arm] = {"rate": best, "validation": {f"{rate:g}": loss for rate, (loss, _) in first.items()}}
-        found[arm] |= {key: [f[key] for f in facts] for key in ("loss", "accuracy", "bytes") if key in facts[0]}
+        found[arm] |= {key: [f[key] for f in facts] for key in ("loss", "accuracy", "bytes", "map_distance") if key in facts[0]}
     return found
 
 
@@ -61,3 +71,33 @@ def distilled_binary(name: str, progress: Progress) -> dict[str, Any]:
             f"the teacher's weights as a start {start[0]:+.4f} [{start[1]:+.4f}, {start[2]:+.4f}]; "
             f"linears {2 * weights / found['text']['bytes'][0]:.1f} times smaller than in 16 bits")  # fmt: skip
     return {"holds": high < 0, "note": note, "rows": found, "dense_loss": dense, "settings": common, "seeds": list(SEEDS)}
+
+
+@torch.no_grad()
+def to_teacher(on: Subject) -> dict[str, float]:
+    """How far a student's attention maps on test examples are from the teacher's."""
+    found: list[list[AttentionCall]] = []
+    batch = next(on.batches("test", 32))
+    for subject in (on, teacher()):
+        with watching(subject.model) as seen:
+            subject.task.output(subject.model, batch)
+        found.append([call for call in seen if isinstance(call, AttentionCall)])
+    return {"map_distance": float(map_distance(*found))}
+
+
+def guided_attention(name: str, progress: Progress) -> dict[str, Any]:
+    """Four-bit weights, inputs and attention: distillation with and without the two attention terms; half of the tokens in 8 bits against 6 bits for all."""
+    both = {"entropy": 0.5, "attention_match": 1.0}
+    arms: dict[str, dict[str, Any]] = {"distillation": {}, "entropy": {"entropy": 0.5}, "maps": {"attention_match": 1.0}, "both": both,
+                                       "both, half of the tokens in 8 bits": both | {"wide_tokens": 0.5}, "both, 6 bits": both | {"activation_bits": 6}}  # fmt: skip
+    on = teacher()
+    found = tuned(on, arms, FOUR, RATES[:2], name, progress, to_teacher)
+    loss, maps = difference(found, "both", "distillation"), difference(found, "both", "distillation", "map_distance")
+    alone = {arm: difference(found, arm, "distillation") for arm in ("entropy", "maps")}
+    tokens = difference(found, "both, half of the tokens in 8 bits", "both, 6 bits")
+    note = (f"W4A4 bytelm of 0.1 M parameters, both terms minus distillation alone {loss[0]:+.4f} [{loss[1]:+.4f}, {loss[2]:+.4f}] nats, "
+            f"distance of maps {maps[0]:+.4f} [{maps[1]:+.4f}, {maps[2]:+.4f}]; "
+            + "; ".join(f"{arm} alone {m:+.4f} [{low:+.4f}, {high:+.4f}]" for arm, (m, low, high) in alone.items())
+            + f"; half of the tokens in 8 bits minus 6 bits for all {tokens[0]:+.4f} [{tokens[1]:+.4f}, {tokens[2]:+.4f}]")  # fmt: skip
+    return {"holds": loss[2] < 0 and maps[2] < 0, "note": note, "rows": found, "dense_loss": on.evaluate("test", limit=FOUR["test_examples"])["loss"],
+            "settings": FOUR, "seeds": list(SEEDS)}  # fmt: skip

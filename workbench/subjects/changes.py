@@ -40,6 +40,9 @@ class Change(nn.Module):
     def attached(self, module: nn.Module) -> None:
         """Called when the change is put on a weight of `module`; a change that also acts on activations hooks in here."""
 
+    def restored(self, model: nn.Module) -> None:
+        """Called when a saved change is on a model again; a change that needs more of the model than its module asks for it here."""
+
     def forward(self, weight: Tensor) -> Tensor:
         return self.change(weight.mT).mT if self.transposed else self.change(weight)
 
@@ -156,5 +159,6 @@ def restore_changes(model: nn.Module, records: list[dict[str, Any]], tensors: di
         key = f"{path}.{tensor}.{record['change']}"
         change = REGISTRY[record["change"]](**{name: tensors[f"{key}.{name}"] for name in record["state"]}, **record["config"])
         attach(module, tensor, change, record["transposed"])
+        change.restored(model)
         with torch.no_grad():
             module.parametrizations[tensor].original.copy_(tensors[f"{path}.{tensor}.original"])  # type: ignore[index,union-attr]
