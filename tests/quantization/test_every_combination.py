@@ -25,7 +25,7 @@ GRANULARITIES = ("auto", "tensor", "channel", "group")
 #: What is refused, and the word the message must hold; everything else must run.
 REFUSED = {
     "adaround": lambda f: not f.uniform, "lowrank-adaround": lambda f: not f.uniform, "hqq": lambda f: not f.affine,
-    **{name: (lambda f: f.scale != "real") for name in ("flexround", "signround", "adaquant")},
+    **{name: (lambda f: f.scale != "real") for name in ("flexround", "signround", "adaquant", "scales")},
 }  # fmt: skip
 
 

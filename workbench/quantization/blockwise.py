@@ -17,18 +17,22 @@ from workbench.subjects import Layer
 
 
 def reconstruct(model: nn.Module, blocks: Sequence[str], layers: Sequence[Layer], modules: dict[str, list[LearnedRounding]], calls: Sequence[Sequence[Call]],
-                targets: Sequence[Tensor], steps: int, generator: torch.Generator, progress: Progress, divergence: bool = False) -> None:  # fmt: skip
+                targets: Sequence[Sequence[Tensor]], steps: int, generator: torch.Generator, progress: Progress, divergence: bool = False,
+                angular: bool = False) -> None:  # fmt: skip
     """Minimise the mean squared error of what consecutive blocks put out together over their calls; moves `modules` (by layer name).
 
-    calls : for every batch, each block's call;  targets : the last block's wanted outputs. One random batch a step.
+    calls : for every batch, each block's call;  targets : one or several kinds of the last block's wanted outputs, whose errors are added.
+    One random batch a step.
     divergence : add KL(softmax(target) || softmax(output)) of the hidden states, as CBQ does (Ding et al. 2025)
-    The state with the least error over all calls, looked at eight times, the one at the start included, is left in the modules.
+    angular : add -log cos(output, target) of the hidden states, as PTQ1.61 does (Zhao et al. 2025)
+    The state with the least error over all calls, looked at eight times, the one at the start included, is left in the modules
+    (error to the first kind of target).
     """
     parts = [model.get_submodule(block) for block in blocks]
     with plain_weights(model), torch.enable_grad():
         every = [m for layer in layers for m in modules[layer.name]]
         optimizers = [descend(m, steps) for m in every]
-        size = sum(float(t.square().sum()) for t in targets)
+        size = sum(float(t.square().sum()) for t in targets[0])
 
         def weights(hard: bool, done: float) -> list[dict[str, Tensor]]:
             made: list[dict[str, Tensor]] = [{} for _ in blocks]
@@ -43,7 +47,7 @@ def reconstruct(model: nn.Module, blocks: Sequence[str], layers: Sequence[Layer]
         @torch.no_grad()
         def error() -> float:
             values = weights(True, 1.0)
-            return sum(float((output_of(parts, values, c) - t).square().sum()) for c, t in zip(calls, targets, strict=True)) / size
+            return sum(float((output_of(parts, values, c) - t).square().sum()) for c, t in zip(calls, targets[0], strict=True)) / size
 
         def state() -> list[dict[str, Tensor]]:
             return [{name: value.detach().clone() for name, value in m.state_dict().items()} for m in every]
@@ -51,10 +55,13 @@ def reconstruct(model: nn.Module, blocks: Sequence[str], layers: Sequence[Layer]
         least, best = error(), state()
         for step in progress.track(range(steps), f"learning {' and '.join(blocks)}"):
             pick = int(torch.randint(len(calls), (), generator=generator))
-            output, target = output_of(parts, weights(False, step / steps), calls[pick]), targets[pick]
-            loss = (output - target).square().sum() / target.square().sum()
-            if divergence:
-                loss = loss + functional.kl_div(output.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="sum") / output[..., 0].numel()
+            output, loss = output_of(parts, weights(False, step / steps), calls[pick]), torch.zeros(())
+            for target in (kind[pick] for kind in targets):
+                loss = loss + (output - target).square().sum() / target.square().sum()
+                if divergence:
+                    loss = loss + functional.kl_div(output.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="sum") / output[..., 0].numel()
+                if angular:
+                    loss = loss - functional.cosine_similarity(output, target, dim=-1).mean().clamp_min(1e-3).log()
             penalties = [p for m in every if (p := m.penalty(step / steps)) is not None]
             if penalties:
                 # The layer objective counts errors in squared steps, of order 1/12 a weight; this keeps the same balance.

@@ -21,6 +21,7 @@ from workbench.quantization.evidence import (
     switch_over,
     trained,
 )
+from workbench.quantization.low_bit_evidence import binarised
 
 FAMILY = "quantization"
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
@@ -126,4 +127,8 @@ CARDS = [
     card("bibert", "BiBERT's balanced binary weights, with binary inputs", "Qin et al. 2022", r"\alpha\,\mathrm{sign}(W - \bar W)", "training",
          "accuracy above the commonest class with binary weights and inputs", above_majority, 8),
     *taught_cards.CARDS,
+    card("ptq1.61", "PTQ1.61: salient input features, the rest binary with learned scales", "Zhao et al. 2025",
+         r"r_i c_j(\alpha_i\,\mathrm{sign}(w_{ij} - \mu_i) + \mu_i),\ \min \sum_t \|h_t - h_q\|^2 - \log\cos(h_t, h_q)", "calibration inputs, gradients",
+         "every step lowers the loss (salient columns, learned scales, restored weights), columns beat single weights at equal bits, and the learned scales "
+         "nearest rounding to 2 bits", binarised, 374),
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from workbench.quantization.activations import ActivationQuant
 from workbench.quantization.fake_quant import FakeQuant
 from workbench.quantization.grid import Grid
 from workbench.quantization.packing import quantizer_of
+from workbench.quantization.salient import SplitGrid
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import bake
 
@@ -44,6 +45,8 @@ def check_exportable(layers: Sequence[Layer], target: str, formats: tuple[str, .
             refuse(layer, f"has the format {name} (it takes {', '.join(formats)})", target)
         if len(layer.shape) == 3:
             refuse(layer, "is a stack of experts", target)
+        if isinstance(grid, SplitGrid):
+            refuse(layer, "keeps salient weights on a grid of their own", target)
         if grid.transform is not None:
             refuse(layer, "is rounded in the coordinates of an online transform", target)
         if grid.zero is not None and not bool((grid.zero == grid.zero.round()).all()):

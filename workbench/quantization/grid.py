@@ -135,7 +135,8 @@ def fit(weight: Tensor, format: Format, granularity: str = "auto", group_size: i
     """The grid of a format on a weight (..., out, in).
 
     rule : "minmax" (the largest magnitude is representable), "mse" (the clipping with least squared error, each column weighted by
-    `importance` (in,) when given), "mean" (of magnitudes, for ternary and binary), "auto" (the format's own).
+    `importance` (in,) or (out, in) when given), "mean" (of magnitudes, for ternary and binary), "centred" (binary: m + s sign(w - m) with m the
+    mean and s the mean of |w - m|, the best s for that m; the zero point is -m / s), "auto" (the format's own).
     All-zero groups get scale 1. Scales are positive float32, already rounded to what the format stores.
     """
     work = weight.detach().to(torch.float32)
@@ -154,6 +155,10 @@ def fit(weight: Tensor, format: Format, granularity: str = "auto", group_size: i
     low, high = blocks.amin(-1), blocks.amax(-1)
     if rule == "mean":
         return Grid(format, stored(blocks.abs().mean(-1), format), None, group)
+    if rule == "centred":
+        mean = blocks.mean(-1, keepdim=True)
+        scale = stored((blocks - mean).abs().mean(-1), format)
+        return Grid(format, scale, (-mean.squeeze(-1) / scale).to(torch.float16).float(), group)
     if rule == "rms":
         return Grid(format, stored(blocks.square().mean(-1).sqrt(), format), None, group)
     full = spanning(low, high, format, group)

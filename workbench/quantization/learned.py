@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from workbench.quantization.formats import Integer
 from workbench.quantization.grid import Grid, in_groups, stored
 from workbench.quantization.rounding import Problem, rounding
+from workbench.quantization.salient import SplitGrid
+from workbench.quantization.transforms import Transform, half
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -29,6 +31,7 @@ class LearnedRounding(nn.Module):
     learning_rate: ClassVar[float] = 1e-2
     signed: ClassVar[bool] = False  # signed gradient descent instead of Adam
     exact: ClassVar[bool] = True  # soft() is on the grid already, with a straight-through gradient
+    angular: ClassVar[bool] = False  # a block's objective counts angles, and the dense block on the quantized prefix's inputs as a second target
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -209,6 +212,48 @@ class AdaQuant(LearnedRounding):
         return replace(self.base, scale=self.scale().detach())
 
 
+class Scales(LearnedRounding):
+    """Codes stay nearest; scales of groups, factors of rows and factors of columns are learned: r_i c_j (s (code - zero)).
+
+    PTQ1.61's (Zhao et al. 2025) row scale and two factors, which start at 1; a binary row's mean moves with its row factor alone. Factors
+    are learned as logarithms; those of columns are kept as the grid's transform, in 16 bits each. What is on a wider grid stays as it is.
+    """
+
+    learning_rate: ClassVar[float] = 1e-2
+    angular: ClassVar[bool] = True
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.codes = self.base.round(problem.weight) / self.step + self.zero
+        free = torch.ones_like(self.codes[0])
+        if isinstance(self.base, SplitGrid):
+            free = (~self.base.mask.all(0)).to(free)
+        self.free = free
+        self.log_group = nn.Parameter(torch.zeros_like(self.base.scale))
+        self.log_row = nn.Parameter(torch.zeros_like(self.base.scale[:, :1]))
+        self.log_column = nn.Parameter(torch.zeros_like(free))
+
+    def soft_grid(self) -> Grid:
+        learned = self.base.scale * (self.log_group + self.log_row).exp()
+        zero = self.base.zero
+        if zero is not None and not bool((zero == zero.round()).all()):  # whole zero points are codes and stay
+            moved = zero * (-self.log_group).exp()
+            zero = straight_through(moved.detach().to(torch.float16).to(moved.dtype), moved)
+        return replace(self.base, scale=straight_through(stored(learned.detach(), self.base.format), learned), zero=zero)
+
+    def transform(self) -> Transform:
+        scale = (-self.log_column * self.free).exp()
+        return Transform(scale=straight_through(half(scale.detach()), scale))
+
+    def soft(self, progress: float) -> Tensor:
+        step, zero = self.soft_grid().columns(self.problem.weight.shape[1])
+        return self.transform().weight_back((self.codes if zero is None else self.codes - zero) * step)
+
+    def grid(self) -> Grid:
+        found = self.soft_grid()
+        return replace(found, scale=found.scale.detach(), zero=None if found.zero is None else found.zero.detach(), transform=self.transform().detached())
+
+
 def descend(module: LearnedRounding, steps: int) -> list[torch.optim.Optimizer]:
     """The method's optimizer: signed descent with a linearly decaying rate of 1/steps per step is done by hand (no optimizer)."""
     return [] if module.signed else [torch.optim.Adam(module.parameters(), module.learning_rate)]
@@ -269,8 +314,9 @@ def row_errors(gap: Tensor, gram: Tensor) -> Tensor:
 
 
 def keep_best(best: Tensor, grid: Grid, error: Tensor, values: Tensor, new_grid: Grid, new_error: Tensor) -> tuple[Tensor, Grid, Tensor]:
-    """Row by row the better of two solutions, with its row of scales; as a whole when rows share scales that differ."""
-    if len(grid.scale) == 1 and len(values) > 1 and not torch.equal(grid.scale, new_grid.scale):
+    """Row by row the better of two solutions, with its row of scales; as a whole when rows share scales or column factors that differ."""
+    shared = new_grid.transform is not None or (len(grid.scale) == 1 and not torch.equal(grid.scale, new_grid.scale))
+    if shared and len(values) > 1:
         return (values, new_grid, new_error) if bool(new_error.sum() < error.sum()) else (best, grid, error)
     better = new_error < error
     if not bool(better.any()):
@@ -283,7 +329,8 @@ def keep_best(best: Tensor, grid: Grid, error: Tensor, values: Tensor, new_grid:
     return torch.where(rows, values, best), replace(grid, scale=scale, zero=zero), torch.where(better, new_error, error)
 
 
-LEARNED: dict[str, type[LearnedRounding]] = {"adaround": AdaRound, "lowrank-adaround": LowRankAdaRound, "flexround": FlexRound, "signround": SignRound, "adaquant": AdaQuant}
+LEARNED: dict[str, type[LearnedRounding]] = {"adaround": AdaRound, "lowrank-adaround": LowRankAdaRound, "flexround": FlexRound, "signround": SignRound, "adaquant": AdaQuant,
+                                             "scales": Scales}  # fmt: skip
 
 
 @rounding("adaround")
@@ -309,6 +356,11 @@ def signround(problem: Problem) -> tuple[Tensor, Grid]:
 @rounding("adaquant")
 def adaquant(problem: Problem) -> tuple[Tensor, Grid]:
     return learn(problem, AdaQuant)
+
+
+@rounding("scales")
+def scales(problem: Problem) -> tuple[Tensor, Grid]:
+    return learn(problem, Scales)
 
 
 @rounding("hqq")

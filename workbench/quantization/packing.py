@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from workbench.instruments import BadInput
 from workbench.quantization.fake_quant import FakeQuant
 from workbench.quantization.formats import named
 from workbench.quantization.grid import Grid
+from workbench.quantization.salient import SplitGrid, taken
 from workbench.quantization.transforms import Transform
 from workbench.subjects import Layer
 
@@ -39,9 +41,18 @@ def quantizer_of(layer: Layer) -> FakeQuant:
 
 
 def packed_layer(layer: Layer) -> dict[str, Tensor]:
-    """What has to be stored of a quantized layer: codes, scale, zero (when there is one), the transform's tensors."""
-    grid = quantizer_of(layer).grid
-    found = {"codes": pack(grid.codes(layer.weight.detach()), grid.format.element.bits)}
+    """What has to be stored of a quantized layer: codes, scale, zero (when there is one), the transform's tensors; of salient weights the same
+    once more, and their mask, one bit each (for single weights `SplitGrid.bytes` counts the shorter enumerative code)."""
+    return packed_matrix(layer.weight.detach(), quantizer_of(layer).grid)
+
+
+def packed_matrix(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
+    if isinstance(grid, SplitGrid):
+        moved = weight if grid.transform is None else grid.transform.weight(weight)
+        wide = packed_matrix(taken(moved, grid.mask), grid.wide)
+        found = packed_matrix(taken(moved, ~grid.mask), grid.rest) | {f"wide_{name}": tensor for name, tensor in wide.items()}
+        return found | {"mask": pack(grid.mask, 1)} | ({} if grid.transform is None else grid.transform.tensors)
+    found = {"codes": pack(grid.codes(weight), grid.format.element.bits)}
     if grid.format.scale == "e8m0":
         found["scale"] = (torch.frexp(grid.scale).exponent - 1 + 127).to(torch.uint8)
     elif grid.format.scale == "e4m3":
@@ -59,8 +70,20 @@ def packed_layer(layer: Layer) -> dict[str, Tensor]:
 
 def unpacked_layer(stored: dict[str, Tensor], change: FakeQuant, shape: tuple[int, ...]) -> Tensor:
     """The weight (..., out, in), float32, from `packed_layer`'s tensors and the format's name and geometry in `change`."""
-    format = named(change.format)
-    count = math.prod(shape)
+    transform, grid = Transform.of(stored, change.block, change.orthogonal), change.grid
+    if isinstance(grid, SplitGrid):
+        mask = unpack(stored["mask"], 1, grid.mask.numel()).bool().reshape(grid.mask.shape)
+        inside, own = int(mask[0].sum()), {name[5:]: tensor for name, tensor in stored.items() if name.startswith("wide_")}
+        parts = (unpacked_matrix(stored, grid.rest, (shape[0], shape[1] - inside)), unpacked_matrix(own, grid.wide, (shape[0], inside)))
+        values = replace(grid, mask=mask).joined(*parts)
+    else:
+        values = unpacked_matrix(stored, grid, shape)
+    return values if transform is None else transform.weight_back(values)
+
+
+def unpacked_matrix(stored: dict[str, Tensor], grid: Grid, shape: tuple[int, ...]) -> Tensor:
+    """Values in the transform's coordinates. Of `grid` only the format and the geometry are read, and the scales of a format that has none."""
+    format, count = grid.format, math.prod(shape)
     codes = unpack(stored["codes"], format.element.bits, count).reshape(shape)
     if format.scale == "e8m0":
         scale = torch.ldexp(torch.ones(stored["scale"].shape), stored["scale"].int() - 127)
@@ -69,10 +92,9 @@ def unpacked_layer(stored: dict[str, Tensor], change: FakeQuant, shape: tuple[in
     elif format.scale == "real":
         scale = stored["scale"].float()
     else:
-        scale = change.scale
+        scale = grid.scale
     zero = None
     if "zero" in stored:
         packed = stored["zero"]
         zero = unpack(packed, format.element.bits, scale.numel()).reshape(scale.shape).float() if packed.dtype == torch.uint8 else packed.float()
-    transform = Transform.of(stored, change.block, change.orthogonal)
-    return Grid(format, scale, zero, change.group, transform).decode(codes)
+    return Grid(format, scale, zero, grid.group).decode(codes)

@@ -34,6 +34,7 @@ from workbench.quantization.grid import Grid, group_of
 from workbench.quantization.learned import LEARNED, LearnedRounding
 from workbench.quantization.prefix import block_calls, grouped, paired_moments, target
 from workbench.quantization.rounding import ROUNDINGS, Factors, Problem
+from workbench.quantization.salient import Salient, check_salient
 from workbench.quantization.transforms import Transform, in_coordinates
 from workbench.statistics import InputMoments, second_moments
 from workbench.subjects import Layer, Subject
@@ -103,8 +104,9 @@ class Quantize(SubjectInstrument):
     symmetric: bool = parameter(True, "integers symmetric about zero; otherwise with a zero point")
     granularity: Literal["auto", "tensor", "channel", "group"] = parameter("auto", "what shares a scale; auto: the format's own block, or groups")
     group_size: int = parameter(64, "weights of a group (in one row)", ge=1, le=4096, scale="log", unit="weights")
-    range: Literal["auto", "minmax", "mse", "mean"] = parameter("auto", "how scales are found: largest magnitude, least squared error, mean magnitude")
-    rounding: Literal["nearest", "stochastic", "gptq", "adaround", "lowrank-adaround", "flexround", "signround", "adaquant", "hqq"] = parameter(
+    range: Literal["auto", "minmax", "mse", "mean", "centred"] = parameter(
+        "auto", "how scales are found: largest magnitude, least squared error, mean magnitude, or (binary) with the mean as zero point")
+    rounding: Literal["nearest", "stochastic", "gptq", "adaround", "lowrank-adaround", "flexround", "signround", "adaquant", "scales", "hqq"] = parameter(
         "nearest", "how weights are put on the grid")
     transform: Literal["none", "smooth", "awq", "teq", "hadamard", "resq", "flatquant"] = parameter("none", "equivalent transform in whose coordinates rounding happens (online)")
     alpha: float = parameter(0.5, "SmoothQuant: how far outliers move from activations to weights", ge=0, le=1, step=0.05)
@@ -114,6 +116,9 @@ class Quantize(SubjectInstrument):
     wide_share: float = parameter(0.0, "share of each layer's input features, those with the most energy, rounded apart and to 8 bits", ge=0, le=0.5, step=0.0625)
     kv_bits: int = parameter(0, "width of keys and values as a cache would keep them (0: left alone)", ge=0, le=8, unit="bits")
     layer_bits: dict[str, int] = parameter({}, "width by layer glob, where it differs from bits (integers only)")
+    salient_share: float = parameter(0.0, "share of each row's weights, those that matter most to its output, on a wider grid (0: none)", ge=0, le=0.5, step=0.05)
+    salient_bits: int = parameter(4, "width of the salient weights", ge=2, le=8, unit="bits")
+    salient_pattern: Literal["columns", "weights"] = parameter("columns", "salient input features, or single weights, whose places cost bits")
     damp: float = parameter(0.01, "damping of the inputs' second moment, as a share of its mean diagonal", gt=0, le=1, scale="log")
     act_order: bool = parameter(False, "GPTQ: round the columns with the largest inputs first")
     steps: int = parameter(300, "iterations of learned roundings", ge=1, le=10000, scale="log")
@@ -140,8 +145,11 @@ class Quantize(SubjectInstrument):
             raise BadInput(f"rounding: {self.rounding} chooses floor or ceiling of integers, {format.name} has no equal steps; use format int, or another rounding")
         if self.rounding == "hqq" and not format.affine:
             raise BadInput(f"rounding: hqq moves zero points and {format.name} has none; use format int with symmetric false")
-        if self.rounding in ("flexround", "signround", "adaquant") and format.scale != "real":
+        check_salient(self, layers, format)
+        if self.rounding in ("flexround", "signround", "adaquant", "scales") and format.scale != "real":
             raise BadInput(f"rounding: {self.rounding} learns real scales and {format.name} has none; use an int, ExMy or codebook format")
+        if self.rounding == "scales" and self.transform != "none":
+            raise BadInput("rounding: scales learns column factors, a transform of its own; use transform none")
         if self.objective == "block" and self.transform != "none":
             raise BadInput("objective: 'block' learns in the model's own coordinates; use transform none, or objective layer")
         if self.transform in ("hadamard", "resq", "flatquant") and (masked := [layer.name for layer in layers if mask_of(layer) is not None]):
@@ -164,6 +172,8 @@ class Quantize(SubjectInstrument):
             raise BadInput(f"window: {self.window} blocks with overlap {self.overlap} need objective block and an overlap smaller than the window")
         if self.range == "mean" and format.affine:
             raise BadInput("range: 'mean' needs a format symmetric about zero; use minmax or mse")
+        if self.range == "centred" and format.name != "binary":
+            raise BadInput(f"range: 'centred' makes a row's mean the zero point of binary weights, not of {format.name}; use minmax or mse")
         group_of(format, self.granularity, self.group_size, layers[0].shape[-1])
         for glob, bits in self.layer_bits.items():
             if self.format != "int" or not 2 <= bits <= 8:
@@ -263,8 +273,11 @@ class Quantize(SubjectInstrument):
             blocks, layers = [block for block, _ in inside], [layer for _, mine in inside for layer in mine]
             calls = [block_calls(on, block, self.examples) for block in blocks]
             last = block_calls(dense, blocks[-1], self.examples) if self.sequential else calls[-1]
-            reconstruct(on.model, blocks, layers, modules, list(zip(*calls, strict=True)), [c.output for c in last], self.steps, generator, progress,
-                        divergence=self.window > 1)  # fmt: skip
+            targets = [[c.output for c in last]]
+            if kind.angular and self.sequential:
+                targets.append([c.output for c in calls[-1]])
+            reconstruct(on.model, blocks, layers, modules, list(zip(*calls, strict=True)), targets, self.steps, generator, progress,
+                        divergence=self.window > 1, angular=kind.angular)  # fmt: skip
             for _, mine in groups[done : following.start]:
                 for layer in mine:
                     yield layer, *stacked([m.hard() for m in modules.pop(layer.name)]), None
@@ -279,10 +292,11 @@ class Quantize(SubjectInstrument):
             weight = target(weight, moments.gram[0], cross, self.damp)
         pairs = [(weight, mask)] if weight.ndim == 2 else [(weight[i], None if mask is None else mask[i]) for i in range(len(weight))]
         ranges, rows = (None, None) if seen is None else (seen.ranges.get(layer.name), seen.rows.get(layer.name))
+        salient = Salient(self.salient_share, self.salient_bits, self.salient_pattern) if self.salient_share else None
         largest = [None] * len(pairs) if ranges is None else list(ranges.largest)
         activation = None if rows is None else activation_format(self.activation_format, self.activation_bits)
         return [Problem(matrix if kept is None else matrix * kept, gram, format, self.granularity, self.group_size, self.range, kept, self.damp,
-                        self.act_order, self.steps, generator, factors, most, rows, activation)
+                        self.act_order, self.steps, generator, factors, most, rows, activation, salient)
                 for (matrix, kept), gram, most in zip(pairs, moments.gram, largest, strict=True)]  # fmt: skip
 
     def round_layer(self, layer: Layer, moments: InputMoments, generator: torch.Generator, factors: Factors, cross: Tensor | None = None,
@@ -300,7 +314,7 @@ class Quantize(SubjectInstrument):
         """One matrix: its values in the model's coordinates, and the grid they are on in the transform's."""
         moved, transform = in_coordinates(problem, self.transform, self.alpha)
         values, grid = ROUNDINGS[self.rounding](moved)
-        return values if transform is None else transform.weight_back(values), replace(grid, transform=transform)
+        return (values, grid) if transform is None else (transform.weight_back(values), replace(grid, transform=transform))
 
     def _round_activations(self, on: Subject, layers: Sequence[Layer], grids: dict[str, Grid], moments: dict[str, InputMoments],
                            progress: Progress) -> None:  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 from workbench.quantization.formats import Format
 from workbench.quantization.gptq import column_order, gptq, gptq_with_moving_scales, inverse_factor
 from workbench.quantization.grid import Grid, fit
+from workbench.quantization.salient import Salient
 from workbench.quantization.transforms import Transform
 
 Rounding = Callable[["Problem"], tuple[Tensor, Grid]]
@@ -45,6 +46,7 @@ class Problem:
     weight : (out, in) float32, zeros where pruned;  gram : (in, in) second moment of the inputs the quantized layer will see
     mask : True where a weight is kept, or None;  generator : the source of every random choice
     largest : (in,) largest magnitude of each input in calibration, for transforms that ask for it
+    salient : weights that stay on a wider grid, or None
     rows, activation : (tokens, in) sampled inputs and the format they will be rounded to per token, for transforms that minimise both errors
     """
 
@@ -63,6 +65,7 @@ class Problem:
     largest: Tensor | None = None
     rows: Tensor | None = None
     activation: Format | None = None
+    salient: Salient | None = None
 
     def moved(self, transform: Transform) -> Problem:
         """The same problem in a transform's coordinates."""
@@ -70,6 +73,8 @@ class Problem:
 
     def grid(self) -> Grid:
         """The format's grid on this weight; clipping searches weigh each column's error by its inputs' energy."""
+        if self.salient is not None:
+            return self.salient.grid(self.weight, self.gram, self.format, self.granularity, self.group_size, self.rule)
         return fit(self.weight, self.format, self.granularity, self.group_size, self.rule, self.gram.diagonal() if self.rule == "mse" else None)
 
     def masked(self, values: Tensor) -> Tensor:
