@@ -29,7 +29,7 @@ def calls_of(on: Subject, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
 
 
 def made(query: torch.Tensor, key: torch.Tensor, maps: torch.Tensor, keep: torch.Tensor | None = None) -> AttentionCall:
-    return AttentionCall(torch.nn.Identity(), query, key, maps, keep)
+    return AttentionCall(torch.nn.Identity(), query, key, key, maps, keep)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -45,7 +45,7 @@ def test_watching_changes_nothing_and_sees_every_attention(checkpoints: dict[str
         assert torch.allclose(rows, torch.ones_like(rows), atol=1e-5) and call.maps.shape[:3] == call.query.shape[:3]
     order = order_of(on, on.layers())
     sites = attention_sites(order)
-    assert len(sites) == len(calls) and next(s.name for s in order if isinstance(s, Layer)) == sites[0].name
+    assert len(sites) == len(calls) and next(s.name for s in order if isinstance(s, Layer)) == next(iter(sites))
 
 
 def test_maps_are_the_librarys(checkpoints: dict[str, Path]) -> None:

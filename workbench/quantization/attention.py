@@ -29,12 +29,13 @@ NAME = "workbench_plain"
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention of a forward pass. query (batch, heads, tokens, dim), key (batch, key heads, keys, dim), maps (batch, heads, tokens, keys);
-    keep (batch, tokens) False at padding, None where there is none."""
+    """One attention of a forward pass. query (batch, heads, tokens, dim), key and value (batch, key heads, keys, dim), maps (batch, heads, tokens,
+    keys); keep (batch, tokens) False at padding, None where there is none."""
 
     module: nn.Module
     query: Tensor
     key: Tensor
+    value: Tensor
     maps: Tensor
     keep: Tensor | None
 
@@ -62,7 +63,7 @@ def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
         output = (maps @ value.repeat_interleave(maps.shape[1] // value.shape[1], 1)).transpose(1, 2).contiguous()
     seen = _seen.get()
     if seen is not None:
-        seen.append(AttentionCall(module, query, key, maps, keep))
+        seen.append(AttentionCall(module, query, key, value, maps, keep))
     return output, maps
 
 
@@ -118,8 +119,8 @@ def watching(model: nn.Module) -> Iterator[list[AttentionCall | Layer]]:
 
 
 @torch.no_grad()
-def order_of(on: Subject, layers: Sequence[Layer]) -> list[AttentionCall | Layer]:
-    """One example's way through the model: these layers and the attentions, in the order they are called.
+def order_of(on: Subject, layers: Sequence[Layer], examples: int = 1) -> list[AttentionCall | Layer]:
+    """The way of a few examples through the model: these layers and the attentions, in the order they are called.
 
     `BadInput` when the model computes attention by itself (an own module, or an architecture outside the library's attention interface).
     """
@@ -130,7 +131,7 @@ def order_of(on: Subject, layers: Sequence[Layer]) -> list[AttentionCall | Layer
     with watching(on.model) as found:
         handles = [note(layer) for layer in layers]
         try:
-            on.task.output(on.model, next(on.batches("train", 1)))
+            on.task.output(on.model, next(on.batches("train", examples)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -139,15 +140,15 @@ def order_of(on: Subject, layers: Sequence[Layer]) -> list[AttentionCall | Layer
     return found
 
 
-def attention_sites(order: Sequence[AttentionCall | Layer]) -> list[Layer]:
-    """For every self-attention the first of the layers inside it that is called before it multiplies: where its `AttentionChange` is kept."""
-    sites: list[Layer] = []
+def attention_sites(order: Sequence[AttentionCall | Layer]) -> dict[str, AttentionCall]:
+    """For every attention the name of the first of the layers inside it that is called before it multiplies: where its `AttentionChange` is kept."""
+    sites: dict[str, AttentionCall] = {}
     for position, call in enumerate(order):
         if isinstance(call, AttentionCall):
             inside = {id(m) for m in call.module.modules()}
             before = [step for step in order[:position] if isinstance(step, Layer) and id(step.module) in inside]
-            if before and before[0].name not in {site.name for site in sites}:
-                sites.append(before[0])
+            if before:
+                sites.setdefault(before[0].name, call)
     return sites
 
 
@@ -212,7 +213,9 @@ def round_activations(on: Subject, layers: Sequence[Layer], bits: int, wide_shar
         else:
             quantize_activations(layer, None, narrow, "token")
     if attention:
-        for layer in attention_sites(order):
-            layer.attach(AttentionQuant(format=narrow, wide_format=wide, share=wide_share or 1.0, first=layer.name in early))
+        sites = attention_sites(order)
+        for layer in layers:
+            if layer.name in sites:
+                layer.attach(AttentionQuant(format=narrow, wide_format=wide, share=wide_share or 1.0, first=layer.name in early))
     if order:
         use_plain_attention(on.model)

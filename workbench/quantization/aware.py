@@ -12,12 +12,13 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.quantization.activations import SignInputs
+from workbench.quantization.activations import ActivationQuant, SignInputs
 from workbench.quantization.adapters import Adapter, zero_term
-from workbench.quantization.attention import order_of, round_activations
+from workbench.quantization.attention import AttentionChange, attention_sites, order_of, round_activations
 from workbench.quantization.formats import named
 from workbench.quantization.objective import Objective
 from workbench.quantization.quantize import choices, put
+from workbench.quantization.residual import binarise
 from workbench.quantization.shifted_sign import ShiftedSign as ShiftedSign  # registers itself
 from workbench.quantization.trainable import ROUNDINGS, Course, TrainedRounding, average_width
 from workbench.subjects import Layer, LowRank, Subject
@@ -52,13 +53,13 @@ class TrainQuantized(SubjectInstrument):
     changes_model: ClassVar[bool] = True
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
-    method: Literal["lsq", "ternary", "binary", "bibert", "fbi", "nipq", "csq", "fliqs", "l4q", "adapters"] = parameter(
+    method: Literal["lsq", "ternary", "binary", "bibert", "bipft", "fbi", "nipq", "csq", "fliqs", "l4q", "adapters"] = parameter(
         "lsq", "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit planes; formats by policy; LoRA inside the rounding, or beside it")
     bits: int = parameter(3, "width for lsq and l4q", ge=2, le=8, unit="bits")
     budget: float = parameter(3.0, "average width that nipq, csq and fliqs pull towards", ge=2, le=8, unit="bits", step=0.25)
     strength: float = parameter(1.0, "how hard they pull (nats a bit)", ge=0, le=1000, scale="log")
     formats: list[str] = parameter(["int2", "int3", "int4", "int8"], "formats that fliqs chooses from, by name", min_length=2)
-    rank: int = parameter(8, "rank of l4q's low-rank term", ge=1, le=1024, scale="log")
+    rank: int = parameter(8, "rank of l4q's low-rank term, or of bipft's estimates of what binary attention loses (0: none)", ge=0, le=1024)
     group_size: int = parameter(4096, "weights of a group (4096 and wider rows: one scale a row)", ge=1, le=4096, scale="log", unit="weights")
     shared: Literal["column", "row"] = parameter("column", "fbi: a scale and an offset for every input feature (column), or for every group of a row")
     distillation: float = parameter(0.0, "share of the loss that asks for the outputs of the subject before training, in place of the targets", ge=0, le=1, step=0.1)
@@ -101,8 +102,15 @@ class TrainQuantized(SubjectInstrument):
                 raise BadInput(f"layers: {bare[0]} has no adapter to train; quantize with adapter_rank first")
         elif quantized := [layer.name for layer in layers if any(c.order == 50 for c in layer.changes)]:
             raise BadInput(f"layers: {quantized[0]} is quantized already; train the dense subject")
-        if self.method == "bibert" and (fused := [layer.name for layer in layers if len(layer.shape) == 3]):
-            raise BadInput(f"layers: {fused[0]} reads its inputs inside a fused expert kernel; bibert needs plain linears")
+        if self.method == "l4q" and not self.rank:
+            raise BadInput("rank: 0 leaves l4q nothing to train; it takes 1 and more")
+        if self.method == "bipft":
+            if on.task.name == "seq2seq-lm":
+                raise BadInput("method: bipft estimates queries and keys from one input, and a decoder's cross-attention has two; use bibert")
+            if not attention_sites(order_of(on, layers)):
+                raise BadInput(f"layers: {self.layers!r} holds no query, key or value projection, whose attention bipft makes binary")
+        if self.method in ("bibert", "bipft") and (fused := [layer.name for layer in layers if len(layer.shape) == 3]):
+            raise BadInput(f"layers: {fused[0]} reads its inputs inside a fused expert kernel; {self.method} needs plain linears")
         self._check_activations(on, layers)
         if self.from_scratch and not hasattr(on.model, "config"):
             raise BadInput("from_scratch: only a transformers model can be made anew from its configuration")
@@ -112,8 +120,8 @@ class TrainQuantized(SubjectInstrument):
             if self.rounded_attention or self.wide_tokens:
                 raise BadInput("activation_bits: rounded_attention and wide_tokens round to it, but it is 0; choose 2 to 8")
             return
-        if self.activation_bits == 1 or self.method == "bibert":
-            raise BadInput(f"activation_bits: {self.activation_bits} does not go with method {self.method}; it takes 2 to 8, and bibert's inputs are signs already")
+        if self.activation_bits == 1 or self.method in ("bibert", "bipft"):
+            raise BadInput(f"activation_bits: {self.activation_bits} does not go with method {self.method}; it takes 2 to 8, and inputs of bibert and bipft are signs")
         if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
             raise BadInput(f"activation_bits: {fused[0]} reads its inputs inside a fused expert kernel; choose layers without experts, or 0")
         if self.wide_tokens and on.task.name == "seq2seq-lm":
@@ -194,9 +202,12 @@ class TrainQuantized(SubjectInstrument):
             if self.method == "bibert":
                 layer.attach(SignInputs())
             terms += [p for c in layer.changes if isinstance(c, LowRank) and self.method in ("l4q", "adapters") for p in c.parameters()]
+        if self.method == "bipft":
+            binarise(on, layers, self.rank, generator)
         if self.activation_bits:
             round_activations(on, layers, self.activation_bits, self.wide_tokens, self.rounded_attention)
         own = [p for rounding in made for p in rounding.parameters()]
+        own += [p for layer in layers for c in layer.changes if isinstance(c, (ActivationQuant, AttentionChange)) for p in c.parameters()]
         for params, rate in ((own, ROUNDINGS[self.method].rate if made else 1.0), (terms, 10.0)):
             for tensor in params:
                 tensor.requires_grad_(True)
@@ -220,7 +231,7 @@ class TrainQuantized(SubjectInstrument):
                     put(layer, values, grid)
                     remove(layer, change)
                     rows.append({"layer": layer.name, "format": grid.format.name, "bits": grid.format.element.bits, "weights": math.prod(layer.shape),
-                                 "bytes": grid.bytes(layer.shape)})  # fmt: skip
+                                 "bytes": grid.bytes(layer.shape) + 2 * sum(p.numel() for c in layer.changes for p in c.parameters())})  # fmt: skip
                     break
         return pd.DataFrame(rows)
 

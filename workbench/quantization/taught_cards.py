@@ -15,4 +15,8 @@ CARDS: list[Method] = [
            "training, a teacher, transformers' attention interface",
            "4-bit weights, inputs and attention, equal steps: the two terms give a lower loss and nearer maps than distillation alone", 80,
            evidence.guided_attention),
+    Method("bipft", "quantization", "BiPFT: low-rank estimates of what binary attention loses", "Xing et al. 2024",
+           r"Q_bK_b^\top + Q_bR_k^\top + R_qK_b^\top + R_qR_k^\top,\ A_b(V_b + R_v)", "training, transformers' attention interface",
+           "binary weights, inputs and attention, equal steps from a dense model: estimates of rank 1 give a lower loss than none", 193,
+           evidence.residual_estimates),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from workbench.instruments import Progress
 from workbench.quantization.attention import AttentionCall, watching
 from workbench.quantization.aware import TrainQuantized
-from workbench.quantization.evidence import SEEDS, interval, small_bytelm
+from workbench.quantization.evidence import SEEDS, interval, opened, small_bytelm
 from workbench.quantization.objective import map_distance
 from workbench.subjects import Subject
 from workbench.training.loop import fit as fit_weights
@@ -74,11 +74,11 @@ def distilled_binary(name: str, progress: Progress) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def to_teacher(on: Subject) -> dict[str, float]:
-    """How far a student's attention maps on test examples are from the teacher's."""
+def maps_apart(on: Subject, dense: Subject) -> dict[str, float]:
+    """How far a subject's attention maps on test examples are from those of the dense one."""
     found: list[list[AttentionCall]] = []
     batch = next(on.batches("test", 32))
-    for subject in (on, teacher()):
+    for subject in (on, dense):
         with watching(subject.model) as seen:
             subject.task.output(subject.model, batch)
         found.append([call for call in seen if isinstance(call, AttentionCall)])
@@ -91,7 +91,7 @@ def guided_attention(name: str, progress: Progress) -> dict[str, Any]:
     arms: dict[str, dict[str, Any]] = {"distillation": {}, "entropy": {"entropy": 0.5}, "maps": {"attention_match": 1.0}, "both": both,
                                        "both, half of the tokens in 8 bits": both | {"wide_tokens": 0.5}, "both, 6 bits": both | {"activation_bits": 6}}  # fmt: skip
     on = teacher()
-    found = tuned(on, arms, FOUR, RATES[:2], name, progress, to_teacher)
+    found = tuned(on, arms, FOUR, RATES[:2], name, progress, functools.partial(maps_apart, dense=on))
     loss, maps = difference(found, "both", "distillation"), difference(found, "both", "distillation", "map_distance")
     alone = {arm: difference(found, arm, "distillation") for arm in ("entropy", "maps")}
     tokens = difference(found, "both, half of the tokens in 8 bits", "both, 6 bits")
@@ -101,3 +101,17 @@ def guided_attention(name: str, progress: Progress) -> dict[str, Any]:
             + f"; half of the tokens in 8 bits minus 6 bits for all {tokens[0]:+.4f} [{tokens[1]:+.4f}, {tokens[2]:+.4f}]")  # fmt: skip
     return {"holds": loss[2] < 0 and maps[2] < 0, "note": note, "rows": found, "dense_loss": on.evaluate("test", limit=FOUR["test_examples"])["loss"],
             "settings": FOUR, "seeds": list(SEEDS)}  # fmt: skip
+
+
+def residual_estimates(name: str, progress: Progress) -> dict[str, Any]:
+    """The digits transformer with binary weights, inputs and attention: estimates of rank 0, 1 and 8, and attention left in full precision."""
+    on = opened("digits-vit")
+    arms: dict[str, dict[str, Any]] = {"none": {"rank": 0}, "rank 1": {"rank": 1}, "rank 8": {"rank": 8}, "attention in full precision": {"method": "bibert"}}
+    common: dict[str, Any] = {"method": "bipft", "steps": 300, "batch_size": 64, "test_examples": 512}
+    found = tuned(on, arms, common, RATES, name, progress, functools.partial(maps_apart, dense=on))
+    loss, maps = difference(found, "rank 1", "none"), difference(found, "rank 1", "none", "map_distance")
+    more = difference(found, "rank 8", "rank 1")
+    note = (f"binary digits-vit, rank 1 minus none {loss[0]:+.4f} [{loss[1]:+.4f}, {loss[2]:+.4f}] nats, distance of maps to the dense model's "
+            f"{maps[0]:+.4f} [{maps[1]:+.4f}, {maps[2]:+.4f}]; rank 8 minus rank 1 {more[0]:+.4f} [{more[1]:+.4f}, {more[2]:+.4f}] nats; "
+            f"{found['rank 1']['bytes'][0] - found['none']['bytes'][0]:.0f} more bytes on {found['none']['bytes'][0]}")  # fmt: skip
+    return {"holds": loss[2] < 0, "note": note, "rows": found, "dense_loss": on.evaluate("test", limit=512)["loss"], "settings": common, "seeds": list(SEEDS)}
