@@ -48,7 +48,7 @@ class TrainQuantizedResult(Result):
 
 
 class TrainQuantized(SubjectInstrument):
-    """Train through the rounding: learned steps (LSQ), ternary / binary weights, learned widths or formats, adapters; from the start or after a full-precision part."""
+    """Train through the rounding: learned steps (LSQ), ternary / binary weights and attention, learned widths or formats, adapters; with a teacher, or after a full-precision part."""
 
     changes_model: ClassVar[bool] = True
 
