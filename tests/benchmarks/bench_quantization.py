@@ -12,6 +12,7 @@ then PYTHONPATH=FOLDER.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import statistics
 import time
@@ -23,7 +24,7 @@ from torch import Tensor
 import workbench
 from tests.benchmarks.quantization_peers import PEERS
 from workbench.quantization.formats import named
-from workbench.quantization.gptq import damped, gptq, inverse_factor
+from workbench.quantization.gptq import damped, gptq, linear_feedback
 from workbench.quantization.grid import Grid, fit
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.rounding import Factors
@@ -42,12 +43,15 @@ def median_of(function: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def column_loop(weight: Tensor, upper: Tensor, grid: Grid, block: int = 128) -> Tensor:
-    """GPTQ as its paper's algorithm 1 states it: one column, then a rank-one update of the rest of its block of 128."""
+def column_loop(weight: Tensor, upper: Tensor, grid: Grid, block: int = 128, moving: bool = False) -> Tensor:
+    """GPTQ as its paper's algorithm 1 states it: one column, then a rank-one update of the rest of its block of 128.
+    With `moving` every block is a group whose scale is found once the loop is there, as the authors' script does."""
     work, out = weight.clone(), torch.zeros_like(weight)
     scale, _ = grid.columns(weight.shape[1])
     for start in range(0, weight.shape[1], block):
         end = min(start + block, weight.shape[1])
+        if moving:
+            scale[:, start:end] = fit(work[:, start:end], grid.format, "channel").scale
         errors = torch.zeros(len(weight), end - start)
         for i in range(start, end):
             out[:, i] = grid.format.element.round(work[:, i] / scale[:, i]) * scale[:, i]
@@ -55,6 +59,11 @@ def column_loop(weight: Tensor, upper: Tensor, grid: Grid, block: int = 128) -> 
             work[:, i:end] -= errors[:, i - start, None] * upper[i, i:end]
         work[:, end:] -= errors @ upper[start:end, end:]
     return out
+
+
+def inverse_factor(gram: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor of the damped inverse as the authors' script finds it: two factorisations and an inverse."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp))), upper=True)
 
 
 def dense_inverse(weight: Tensor, gram: Tensor, damp: float, grid: Grid) -> Tensor:
@@ -103,7 +112,7 @@ def compare_errors() -> None:
         if importlib.util.find_spec("compressed_tensors"):
             ours = fit(weight, named("int", bits, False), "group", 64).round(weight)
             print(f"  nearest uint{bits}, groups of 64, over compressed-tensors            {error(ours) / error(by_compressed_tensors(weight, bits, 64)):.4f}")
-        found = gptq(weight, inverse_factor(gram, 0.01), row)
+        found = gptq(weight, linear_feedback(gram, 0.01), row)
         print(f"  GPTQ int{bits}, over the dense inverse in float64                    {error(found) / error(dense_inverse(weight, gram, 0.01, row)):.4f}")
 
 
@@ -132,30 +141,50 @@ def compare_peers(examples: int = 32) -> None:
 
 
 def whole_encoder() -> None:
-    """GPTQ int4, a scale for 128 weights, over all encoder linears with 128 calibration texts: statistics, factors and rounding."""
+    """GPTQ int4, a scale for 128 weights, over all encoder linears with 128 calibration texts, the authors' scheme and ours by turns in one
+    process: CPU seconds (medians), the ratio of each turn, and the errors on one and the same second moment."""
     on = workbench.subject("minilm-docstrings")
     layers = on.layers("blocks")
     on.task.output(on.model, next(on.batches("calibration", 4)))  # opened and loaded
-    print(f"  reference, hooks and column loop: {reference_encoder(on, layers):.1f} s of CPU")
+    weights = {layer.name: layer.weight.detach() for layer in layers}
+    spent: dict[str, list[float]] = {}
+    errors: dict[str, float] = {}
+    schemes = {"authors' scheme": functools.partial(reference_encoder, on, layers), "workbench": functools.partial(our_encoder, on, layers, False),
+               "workbench, act-order": functools.partial(our_encoder, on, layers, True)}  # fmt: skip
+    moments = second_moments(on, layers, "calibration", 128)
+    for _ in range(REPEATS):
+        for name, scheme in schemes.items():
+            hessian_seconds, rounding_seconds, values = scheme()
+            for part, seconds in (("second moments", hessian_seconds), ("rounding", rounding_seconds), ("together", hessian_seconds + rounding_seconds)):
+                spent.setdefault(f"{name}: {part}", []).append(seconds)
+            shares = []
+            for layer in layers:
+                weight, gram = weights[layer.name], moments[layer.name].gram
+                assert gram is not None
+                gap = values[layer.name] - weight
+                shares.append(float((gap @ gram[0] * gap).sum() / (weight @ gram[0] * weight).sum()))
+            errors[name] = statistics.mean(shares)
+    for what, seconds in spent.items():
+        print(f"  {what:40} {statistics.median(seconds):6.2f} s of CPU ({min(seconds):.2f} to {max(seconds):.2f})")
+    for name, error in errors.items():
+        ratios = [a / b for a, b in zip(spent["authors' scheme: together"], spent[f"{name}: together"], strict=True)]
+        print(f"  {name:24} {statistics.median(ratios):5.2f} times as fast as the authors' scheme ({min(ratios):.2f} to {max(ratios):.2f}); "
+              f"relative output error {error:.6f} (mean over {len(layers)} layers)")  # fmt: skip
+
+
+def our_encoder(on: Subject, layers: Sequence[Layer], act_order: bool) -> tuple[float, float, dict[str, Tensor]]:
+    """CPU seconds of the second moments and of the rounding, and the values."""
     began = time.process_time()
     moments = second_moments(on, layers, "calibration", 128)
-    statistics_seconds = time.process_time() - began
-    for order in (False, True):
-        quantizer = Quantize(bits=4, group_size=128, rounding="gptq", act_order=order)
-        factors, errors = Factors(), []
-        began = time.process_time()
-        for layer in layers:
-            values, _, _ = quantizer.round_layer(layer, moments[layer.name], torch.Generator(), factors)
-            errors.append(values - layer.weight.detach())
-        spent = time.process_time() - began
-        relative = [float((gap @ moments[layer.name].gram[0] * gap).sum() / (w @ moments[layer.name].gram[0] * w).sum())
-                    for layer, gap in zip(layers, errors, strict=True) for w in (layer.weight.detach(),)]  # fmt: skip
-        print(f"  GPTQ int4 groups of 128{', act-order' if order else ''}: {statistics_seconds:.1f} s of CPU for the second moments, {spent:.1f} s for the rounding; "
-              f"relative output error {statistics.mean(relative):.4f} (mean over {len(layers)} layers)")  # fmt: skip
+    middle = time.process_time()
+    quantizer, factors = Quantize(bits=4, group_size=128, rounding="gptq", act_order=act_order), Factors()
+    values = {layer.name: quantizer.round_layer(layer, moments[layer.name], torch.Generator(), factors)[0] for layer in layers}
+    return middle - began, time.process_time() - middle, values
 
 
-def reference_encoder(on: Subject, layers: Sequence[Layer]) -> float:
-    """CPU seconds of GPTQ as its authors' script does it: a Hessian for every layer from hooks, padding included, then the column loop."""
+def reference_encoder(on: Subject, layers: Sequence[Layer]) -> tuple[float, float, dict[str, Tensor]]:
+    """The same of GPTQ as its authors' script does it: a Hessian for every layer from hooks, padding included, then the column loop,
+    which finds a group's scale when it gets there."""
     began = time.process_time()
     hessians = {layer.name: torch.zeros(layer.shape[-1], layer.shape[-1]) for layer in layers}
 
@@ -170,12 +199,14 @@ def reference_encoder(on: Subject, layers: Sequence[Layer]) -> float:
     with torch.no_grad():
         for batch in on.batches("calibration", 16, 128):
             on.task.output(on.model, batch)
-        for hook in hooks:
-            hook.remove()
-        for layer in layers:
-            weight = layer.weight.detach()
-            column_loop(weight, inverse_factor(hessians[layer.name], 0.01), fit(weight, named("int4"), "group", 128))
-    return time.process_time() - began
+    for hook in hooks:
+        hook.remove()
+    middle = time.process_time()
+    values = {}
+    for layer in layers:
+        weight = layer.weight.detach()
+        values[layer.name] = column_loop(weight, inverse_factor(hessians[layer.name], 0.01), fit(weight, named("int4"), "group", 128), moving=True)
+    return middle - began, time.process_time() - middle, values
 
 
 def compare_speed() -> None:
@@ -190,10 +221,10 @@ def compare_speed() -> None:
     for out, width in ((384, 384), (1536, 384), (384, 1536)):
         inputs = torch.randn(2 * width, width) @ torch.randn(width, width)
         weight, gram = torch.randn(out, width), inputs.T @ inputs
-        upper, grid = inverse_factor(gram, 0.01), fit(weight, named("int4"), "channel")
-        values, plain = gptq(weight, upper, grid), column_loop(weight, upper, grid)
+        upper, feedback, grid = inverse_factor(gram, 0.01), linear_feedback(gram, 0.01), fit(weight, named("int4"), "channel")
+        values, plain = gptq(weight, feedback, grid), column_loop(weight, upper, grid)
         errors = [float((((v - weight) @ gram) * (v - weight)).sum()) for v in (values, plain)]
-        speed = median_of(lambda w=weight, u=upper, g=grid: column_loop(w, u, g)) / median_of(lambda w=weight, u=upper, g=grid: gptq(w, u, g))
+        speed = median_of(lambda w=weight, u=upper, g=grid: column_loop(w, u, g)) / median_of(lambda w=weight, f=feedback, g=grid: gptq(w, f, g))
         print(f"  {out:5} x {width:5} {speed:6.2f} x faster, error {errors[0] / errors[1]:.4f}")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from workbench.quantization.formats import named
-from workbench.quantization.gptq import damped, gptq, gptq_error, gptq_with_moving_scales, inverse_factor
+from workbench.quantization.gptq import damped, gptq, gptq_error, gptq_with_moving_scales, linear_feedback
 from workbench.quantization.grid import Grid, fit
 
 
@@ -34,11 +34,23 @@ def layer() -> tuple[Tensor, Tensor]:
     return torch.randn(40, 96), inputs.T @ inputs
 
 
+def test_the_feedback_factorises_the_second_moment(layer: tuple[Tensor, Tensor]) -> None:
+    """H = F D F^T, F unit upper triangular; the inverse of F with its rows scaled is the Cholesky factor of the inverse that GPTQ's paper uses."""
+    gram = layer[1].double()
+    feedback, hessian = linear_feedback(gram, 0.01), damped(gram, 0.01)
+    assert (feedback.diagonal() == 1).all() and (feedback.tril(-1) == 0).all()
+    inverse = torch.linalg.inv(feedback)
+    middle = inverse @ hessian @ inverse.T
+    assert torch.allclose(middle, torch.diag(middle.diagonal()), atol=1e-9 * float(middle.diagonal().max()))
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    assert torch.allclose(inverse, upper / upper.diagonal()[:, None], atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["int3", "uint4", "e2m1", "nf4", "mxfp4"])
 def test_equals_the_textbook_loop(layer: tuple[Tensor, Tensor], name: str) -> None:
     weight, gram = layer
     grid = fit(weight, named(name), "auto", 96)
-    mine = gptq(weight, inverse_factor(gram, 0.01), grid)
+    mine = gptq(weight, linear_feedback(gram, 0.01), grid)
     expected = textbook(weight, gram, grid, 0.01)
     agree = (mine - expected).abs() < 1e-4
     assert agree.float().mean() > 0.97  # a tie broken differently in single precision changes what follows in that row
@@ -51,7 +63,7 @@ def test_masked_weights_stay_zero_and_the_rest_compensates(layer: tuple[Tensor, 
     mask = torch.rand(weight.shape) < 0.5
     weight = weight * mask
     grid = fit(weight, named("int3"), "channel")
-    mine = gptq(weight, inverse_factor(gram, 0.01), grid, mask)
+    mine = gptq(weight, linear_feedback(gram, 0.01), grid, mask)
     assert (mine[~mask] == 0).all()
     assert gptq_error(weight, mine, gram) == pytest.approx(gptq_error(weight, textbook(weight, gram, grid, 0.01, mask), gram), rel=0.03)
     assert gptq_error(weight, mine, gram) < gptq_error(weight, grid.round(weight), gram)
@@ -61,7 +73,7 @@ def test_order_changes_the_path_not_the_grid(layer: tuple[Tensor, Tensor]) -> No
     weight, gram = layer
     grid = fit(weight, named("int4"), "group", 32)
     order = torch.argsort(gram.diagonal(), descending=True)
-    mine = gptq(weight, inverse_factor(gram[order][:, order], 0.01), grid, order=order)
+    mine = gptq(weight, linear_feedback(gram[order][:, order], 0.01), grid, order=order)
     assert torch.allclose(grid.round(mine), mine, atol=1e-6)
     assert gptq_error(weight, mine, gram) < gptq_error(weight, grid.round(weight), gram)
 
@@ -69,13 +81,14 @@ def test_order_changes_the_path_not_the_grid(layer: tuple[Tensor, Tensor]) -> No
 def test_uncorrelated_inputs_leave_nothing_to_compensate() -> None:
     weight = torch.randn(8, 64)
     grid = fit(weight, named("int3"), "channel")
-    assert torch.allclose(gptq(weight, inverse_factor(torch.eye(64), 0.01), grid), grid.round(weight), atol=1e-6)
+    assert torch.allclose(gptq(weight, linear_feedback(torch.eye(64), 0.01), grid), grid.round(weight), atol=1e-6)
 
 
 def test_moving_scales_match_a_plain_implementation(layer: tuple[Tensor, Tensor]) -> None:
     weight, gram = layer
-    upper = inverse_factor(gram, 0.01)
-    values, grid = gptq_with_moving_scales(weight, upper, fit(weight, named("int4"), "group", 32), "minmax")
+    feedback = linear_feedback(gram, 0.01)
+    values, grid = gptq_with_moving_scales(weight, feedback, fit(weight, named("int4"), "group", 32), "minmax")
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped(gram, 0.01).double()), upper=True).float()  # the paper's factor
     work, plain, scales = weight.clone(), torch.zeros_like(weight), []
     for i in range(96):
         if i % 32 == 0:
@@ -92,5 +105,5 @@ def test_moving_scales_match_a_plain_implementation(layer: tuple[Tensor, Tensor]
 def test_singular_second_moments(gram: Tensor) -> None:
     weight = torch.randn(4, 32)
     grid = fit(weight, named("int4"))
-    values = gptq(weight, inverse_factor(gram, 0.01), grid)
+    values = gptq(weight, linear_feedback(gram, 0.01), grid)
     assert torch.isfinite(values).all() and torch.allclose(grid.round(values), values, atol=1e-6)

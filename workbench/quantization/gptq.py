@@ -20,15 +20,18 @@ def damped(gram: Tensor, damp: float) -> Tensor:
     return found
 
 
-def inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor U of the damped inverse, inverse = U^T U: row i of U holds how the rounding error of column i
-    is best spread over the columns after it. Damping grows tenfold while the matrix is numerically singular."""
+def linear_feedback(gram: Tensor, damp: float) -> Tensor:
+    """Unit upper triangular F with F D F^T the damped second moment, D diagonal: column i of F holds how the rounding errors of the
+    columns before i are best answered in column i (Chee et al. 2023, QuIP, equation 4 and theorem 6, who show that this is GPTQ).
+
+    F is the inverse of GPTQ's factor, its rows divided by their diagonal, so that one Cholesky factorisation, from the last column to the
+    first, replaces two and an inverse. Damping grows tenfold while the matrix is numerically singular.
+    """
     while True:
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, damp))
+        lower, failed = torch.linalg.cholesky_ex(damped(gram, damp).flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
+            upper = lower.flip(0, 1)
+            return upper.div_(upper.diagonal().clone())
         damp = max(damp * 10, 1e-6)
 
 
@@ -37,58 +40,61 @@ def column_order(gram: Tensor) -> Tensor:
     return torch.argsort(gram.diagonal(), descending=True, stable=True)
 
 
-def gptq(weight: Tensor, upper: Tensor, grid: Grid, mask: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+def gptq(weight: Tensor, feedback: Tensor, grid: Grid, mask: Tensor | None = None, order: Tensor | None = None) -> Tensor:
     """Round a matrix (out, in) to `grid`, each column's error compensated by the columns not yet rounded.
 
-    upper : (in, in) from `inverse_factor` (of the permuted second moment when `order` is given), shared by every layer with these inputs
+    feedback : (in, in) from `linear_feedback` (of the permuted second moment when `order` is given), shared by every layer with these inputs
     mask : weights that must stay zero; what a compensation puts there counts as error and is passed on
     Returns values on the grid, float32.
-
-    The paper updates lazily in blocks; here the blocks are halved recursively, so all but `LEAF` columns' worth of the
-    work is matrix products.
     """
-    # Worked on transposed: a column of the weight is a contiguous row, and the leaf's updates are matrix-vector products.
-    work = weight.float().T if order is None else weight.float().T[order]
-    work = work.contiguous()  # (in, out)
-    if work.data_ptr() == weight.data_ptr():
-        work = work.clone()
-    width, rows = work.shape
-    scale, zero = (None if t is None else t.expand(-1, rows).contiguous() for t in (s if s is None else s.movedim(-1, 0) for s in grid.columns(width)))
-    assert scale is not None
-    if order is not None:
-        scale, zero = scale[order], None if zero is None else zero[order]
-    keep = None if mask is None else (mask.T if order is None else mask.T[order]).to(work.dtype)
-    upper = upper.to(work.dtype)
-    reach = (1 / upper.diagonal()).tolist()
-    errors = torch.empty_like(work)
-    rounded = torch.empty_like(work)
-    round_units = grid.format.element.round
-
-    def solve(start: int, end: int) -> None:
-        if end - start > LEAF:
-            middle = (start + end) // 2
-            solve(start, middle)
-            work[middle:end].addmm_(upper[start:middle, middle:end].T, errors[start:middle], alpha=-1)
-            solve(middle, end)
-            return
-        for i in range(start, end):
-            column = work[i]
-            if i > start:
-                column.addmv_(errors[start:i].T, upper[start:i, i], alpha=-1)
-            units = column / scale[i]
-            if zero is None:
-                value = round_units(units).mul_(scale[i])
-            else:
-                value = round_units(units.add_(zero[i])).sub_(zero[i]).mul_(scale[i])
-            if keep is not None:
-                value.mul_(keep[i])
-            rounded[i] = value
-            torch.sub(column, value, out=errors[i]).mul_(reach[i])
-
-    solve(0, width)
+    columns = in_columns(weight, order)
+    scale, zero = grid.columns(weight.shape[1])
+    rounded = torch.empty_like(columns)
+    solve(columns, columns.clone(), feedback.to(columns.dtype), spread(scale, columns, order), None if zero is None else spread(zero, columns, order),
+          None if mask is None else in_columns(mask, order), grid, rounded, torch.zeros_like(columns))  # fmt: skip
     if order is not None:
         rounded = rounded[torch.argsort(order)]
     return rounded.T.contiguous()
+
+
+def in_columns(weight: Tensor, order: Tensor | None) -> Tensor:
+    """(out, in) -> (in, out), float32: a column of the weight is a contiguous row, and the updates are products with rows."""
+    return (weight.float().T if order is None else weight.float().T[order]).contiguous()
+
+
+def spread(scale: Tensor, columns: Tensor, order: Tensor | None) -> Tensor:
+    """Scales or zero points (out or 1, in) as (in, out)."""
+    return (scale.T if order is None else scale.T[order]).expand_as(columns).contiguous()
+
+
+def solve(weight: Tensor, work: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor | None, keep: Tensor | None, grid: Grid, rounded: Tensor,
+          errors: Tensor) -> None:  # fmt: skip
+    """Fill `rounded` and `errors` = weight - rounded, all (columns, out), the columns in the order in which they are rounded.
+
+    work : the weight with the answers to the columns before these, overwritten;  feedback : (columns, columns);  errors : zeros at first
+    The paper updates lazily in blocks; here the blocks are halved recursively, so all but `LEAF` columns' worth of the
+    work is matrix products.
+    """
+    width = len(work)
+    if width > LEAF:
+        half = width // 2
+        first, last = slice(half), slice(half, width)
+        for part in (first, last):
+            if part is last:
+                work[last].addmm_(feedback[first, last].T, errors[first])
+            solve(weight[part], work[part], feedback[part, part], scale[part], None if zero is None else zero[part],
+                  None if keep is None else keep[part], grid, rounded[part], errors[part])  # fmt: skip
+        return
+    round_units, before = grid.format.element.round, errors.T  # (out, columns): those not yet rounded are zeros
+    for i, (column, step, answers) in enumerate(zip(work.unbind(), scale.unbind(), feedback.unbind(1), strict=True)):
+        if i:
+            column.addmv_(before, answers)
+        units = column.div_(step)
+        units = round_units(units) if zero is None else round_units(units.add_(zero[i])).sub_(zero[i])
+        value = torch.mul(units, step, out=rounded[i])
+        if keep is not None:
+            value.mul_(keep[i])
+        torch.sub(weight[i], value, out=errors[i])
 
 
 def gptq_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
@@ -97,23 +103,24 @@ def gptq_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
     return float(((gap @ gram.double()) * gap).sum())
 
 
-def gptq_with_moving_scales(weight: Tensor, upper: Tensor, grid: Grid, rule: str, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
+def gptq_with_moving_scales(weight: Tensor, feedback: Tensor, grid: Grid, rule: str, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
     """GPTQ whose group scales are found when the group is reached, from the weights as compensated so far (the paper's
     grouped variant); returns the values and the grid they are on. Groups must divide the columns."""
-    work, values, scales, zeros = weight.float().clone(), [], [], []
-    width = work.shape[1]
-    for start in range(0, width, grid.group):
-        end = min(start + grid.group, width)
-        part = fit(work[:, start:end], grid.format, "channel", grid.group, rule)
-        piece = None if mask is None else mask[:, start:end]
-        found = gptq(work[:, start:end], upper[start:end, start:end], part, piece)
-        values.append(found)
-        scales.append(part.scale)
-        zeros.append(part.zero)
-        if end < width:
-            # The errors, in units of the factor's diagonal, follow from the triangular system the group solved.
-            gap = work[:, start:end] - found
-            error = torch.linalg.solve_triangular(upper[start:end, start:end].T, gap.T, upper=False)  # (group, out)
-            work[:, end:] -= error.T @ upper[start:end, end:]
+    columns, feedback = in_columns(weight, None), feedback.float()
+    keep = None if mask is None else in_columns(mask, None)
+    rounded, errors = torch.empty_like(columns), torch.zeros_like(columns)
+    scales, zeros, eye = [], [], torch.eye(grid.group, device=columns.device)
+    for start in range(0, len(columns), grid.group):
+        part = slice(start, start + grid.group)
+        square = feedback[part, part]
+        answers = feedback[:start, part].T @ errors[:start]  # (group, out)
+        # What the weights have become, all that follow being free, is their answers through the inverse of the group's own feedback.
+        moved = columns[part] + torch.linalg.solve_triangular(square.T, eye, upper=False, unitriangular=True) @ answers if start else columns[part]
+        found = fit(moved.T.contiguous(), grid.format, "channel", grid.group, rule)
+        scales.append(found.scale)
+        zeros.append(found.zero)
+        scale, zero = (None if t is None else spread(t, moved, None) for t in (found.scale, found.zero))
+        assert scale is not None
+        solve(columns[part], columns[part] + answers, square, scale, zero, None if keep is None else keep[part], found, rounded[part], errors[part])
     zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None], -1)
-    return torch.cat(values, -1), Grid(grid.format, torch.cat(scales, -1), zero, grid.group)
+    return rounded.T.contiguous(), Grid(grid.format, torch.cat(scales, -1), zero, grid.group)

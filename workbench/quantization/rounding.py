@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workbench.quantization.formats import Format
-from workbench.quantization.gptq import column_order, gptq, gptq_with_moving_scales, inverse_factor
+from workbench.quantization.gptq import column_order, gptq, gptq_with_moving_scales, linear_feedback
 from workbench.quantization.grid import Grid, fit
 from workbench.quantization.salient import Salient
 from workbench.quantization.transforms import Transform
@@ -24,18 +24,18 @@ ROUNDINGS: dict[str, Rounding] = {}
 
 @dataclass
 class Factors:
-    """Cholesky factors of the second moments seen last: layers with the same inputs (query, key, value) share one."""
+    """Linear feedback of the second moments seen last: layers with the same inputs (query, key, value) share one."""
 
     gram: Tensor | None = None
     made: dict[tuple[float, bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def of(self, gram: Tensor, damp: float, act_order: bool) -> tuple[Tensor, Tensor | None]:
-        """(upper factor of the damped inverse, column order or None)."""
+        """(linear feedback, column order or None)."""
         if self.gram is None or self.gram.shape != gram.shape or not torch.equal(self.gram, gram):
             self.gram, self.made = gram, {}
         if (damp, act_order) not in self.made:
             order = column_order(gram) if act_order else None
-            self.made[damp, act_order] = (inverse_factor(gram if order is None else gram[order][:, order], damp), order)
+            self.made[damp, act_order] = (linear_feedback(gram if order is None else gram[order][:, order], damp), order)
         return self.made[damp, act_order]
 
 
@@ -110,10 +110,10 @@ def stochastic(problem: Problem) -> tuple[Tensor, Grid]:
 
 @rounding("gptq")
 def column_wise(problem: Problem) -> tuple[Tensor, Grid]:
-    upper, order = problem.factors.of(problem.gram, problem.damp, problem.act_order)
+    feedback, order = problem.factors.of(problem.gram, problem.damp, problem.act_order)
     grid = problem.grid()
     width = problem.weight.shape[1]
     moving = grid.group < width and width % grid.group == 0 and not problem.format.block and order is None and problem.granularity != "tensor"
     if moving:
-        return gptq_with_moving_scales(problem.weight, upper, grid, problem.rule, problem.mask)
-    return gptq(problem.weight, upper, grid, problem.mask, order), grid
+        return gptq_with_moving_scales(problem.weight, feedback, grid, problem.rule, problem.mask)
+    return gptq(problem.weight, feedback, grid, problem.mask, order), grid

@@ -63,6 +63,7 @@ class InputCapture(WeightCalls):
         super().__init__(layers)
         self.handler, self.keep = handler, None
         self._kept: tuple[Any, int, Tensor | None, Tensor] | None = None
+        self._places: tuple[Tensor, Tensor] | None = None
 
     keep: Tensor | None
 
@@ -96,14 +97,20 @@ class InputCapture(WeightCalls):
         self.handler(layer, expert, self._kept[3])
 
     def _rows(self, rows: Tensor) -> Tensor:
-        if self.keep is not None and rows.ndim >= 3 and tuple(rows.shape[:2]) == tuple(self.keep.shape):
-            rows = rows[self.keep]
-        elif self.keep is not None and rows.ndim == 2 and len(rows) == self.keep.numel():
-            rows = rows[self.keep.reshape(-1)]
+        keep = self.keep
+        if keep is not None and rows.ndim >= 3 and tuple(rows.shape[:2]) == tuple(keep.shape):
+            rows = rows.flatten(0, 1)
+        elif keep is None or rows.ndim != 2 or len(rows) != keep.numel():
+            return rows.reshape(-1, rows.shape[-1])
+        if self._places is None or self._places[0] is not keep:
+            self._places = (keep, keep.reshape(-1).nonzero()[:, 0])  # found once a batch
+        places = self._places[1]
+        if len(places) < len(rows):
+            rows = rows.index_select(0, places)
         return rows.reshape(-1, rows.shape[-1])
 
     def __exit__(self, *error: Any) -> None:
-        self._kept = None
+        self._kept = self._places = None
         super().__exit__(*error)
 
 
@@ -134,25 +141,51 @@ def moments_of(layer: Layer, gram: bool, dtype: torch.dtype = torch.float32) -> 
     return InputMoments(full, zeros[0], zeros[1], torch.zeros(experts, device=device))
 
 
+BLOCK = 192  # columns of one matrix product of a second moment
+
+
+def upper_product(rows: Tensor, out: Tensor) -> None:
+    """rows^T rows (in, in) of rows (tokens, in) into `out`: the blocks on and above the diagonal alone, near half the work of all of them."""
+    for start in range(0, rows.shape[1], BLOCK):
+        torch.mm(rows[:, start : start + BLOCK].T, rows[:, start:], out=out[start : start + BLOCK, start:])
+
+
+def mirror(gram: Tensor) -> None:
+    """Fill the blocks of (..., in, in) below the diagonal from those above it, in place."""
+    for start in range(0, gram.shape[-1], BLOCK):
+        end = start + BLOCK
+        gram[..., end:, start:end] = gram[..., start:end, end:].mT
+
+
 @torch.no_grad()
 def second_moments(subject: Subject, layers: Sequence[Layer], split: str = "calibration", examples: int = 128, batch_size: int = 16,
                    gram: bool = True, progress: Progress | None = None) -> dict[str, InputMoments]:  # fmt: skip
     """One streaming pass over `examples` of a split: name -> input moments; padding positions are left out.
 
-    Layers that read the same tensor (query, key, value) share one accumulation.
+    Examples go through the model shortest first, so that there is little padding to compute. Layers that read the same tensor
+    (query, key, value) share one accumulation, and of a second moment only the blocks on and above the diagonal are computed.
     """
     progress = progress or Progress()
     sums = {layer.name: moments_of(layer, gram) for layer in layers}
+    products: dict[tuple[int, torch.device], Tensor] = {}  # written over by each tensor of that width: what is read twice is read in succession
     last: dict[str, Any] = {}
+
+    def measured(rows: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        if not gram:
+            return None, rows.square().sum(0), rows.sum(0)
+        width = rows.shape[1]
+        product = products.setdefault((width, rows.device), torch.zeros(0))
+        if not len(product):
+            product = products[width, rows.device] = torch.zeros(width, width, device=rows.device)
+        upper_product(rows, product)
+        return product, product.diagonal(), rows.sum(0)
 
     def add(layer: Layer, expert: int, rows: Tensor) -> None:
         mine = sums[layer.name]
         same = last.get("rows")
-        if same is not None and same.shape == rows.shape and same.data_ptr() == rows.data_ptr() and last["source"] is rows.untyped_storage():
-            found = last["sums"]
-        else:
-            found = (rows.T @ rows if gram else None, rows.square().sum(0), rows.sum(0))
-            last.update(rows=rows, sums=found, source=rows.untyped_storage())
+        if same is None or same.shape != rows.shape or same.data_ptr() != rows.data_ptr() or last["source"] is not rows.untyped_storage():
+            last.update(rows=rows, sums=measured(rows.to(mine.square.dtype)), source=rows.untyped_storage())
+        found = last["sums"]
         if gram:
             assert mine.gram is not None
             mine.gram[expert] += found[0]
@@ -162,9 +195,12 @@ def second_moments(subject: Subject, layers: Sequence[Layer], split: str = "cali
 
     total = -(-min(examples, subject.size(split)) // batch_size)
     with InputCapture(layers, add) as capture:
-        for batch in progress.track(subject.batches(split, batch_size, examples), "calibration inputs", total):
+        for batch in progress.track(subject.batches(split, batch_size, examples, by_length=True), "calibration inputs", total):
             mask = batch.get("attention_mask")
             capture.keep = mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
             last.clear()
             subject.task.output(subject.model, batch)
+    for found in sums.values():
+        if found.gram is not None:
+            mirror(found.gram)
     return sums
