@@ -15,6 +15,7 @@ from workbench.instruments import BadInput, Progress, Result, SubjectInstrument,
 from workbench.quantization.activations import ActivationQuant, SignInputs
 from workbench.quantization.adapters import Adapter, zero_term
 from workbench.quantization.attention import AttentionChange, attention_sites, order_of, round_activations
+from workbench.quantization.bit_switching import check_widths
 from workbench.quantization.formats import named
 from workbench.quantization.objective import Objective
 from workbench.quantization.quantize import choices, put
@@ -48,17 +49,20 @@ class TrainQuantizedResult(Result):
 
 
 class TrainQuantized(SubjectInstrument):
-    """Train through the rounding: learned steps (LSQ), ternary / binary weights and attention, learned widths or formats, adapters; with a teacher, or after a full-precision part."""
+    """Train through the rounding: learned steps (LSQ), ternary / binary weights and attention, learned widths or formats, adapters; with a teacher, after a dense part."""
 
     changes_model: ClassVar[bool] = True
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
-    method: Literal["lsq", "ternary", "binary", "bibert", "bipft", "fbi", "nipq", "csq", "fliqs", "l4q", "adapters"] = parameter(
-        "lsq", "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit planes; formats by policy; LoRA inside the rounding, or beside it")
+    method: Literal["lsq", "ternary", "binary", "bibert", "bipft", "fbi", "nipq", "csq", "fliqs", "l4q", "double-rounding", "adapters"] = parameter(
+        "lsq", "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit planes; formats by policy; LoRA inside the rounding; "
+        "several widths of one stored integer; LoRA beside it")  # fmt: skip
     bits: int = parameter(3, "width for lsq and l4q", ge=2, le=8, unit="bits")
     budget: float = parameter(3.0, "average width that nipq, csq and fliqs pull towards", ge=2, le=8, unit="bits", step=0.25)
     strength: float = parameter(1.0, "how hard they pull (nats a bit)", ge=0, le=1000, scale="log")
     formats: list[str] = parameter(["int2", "int3", "int4", "int8"], "formats that fliqs chooses from, by name", min_length=2)
+    widths: list[int] = parameter([8, 6, 4, 2], "widths that double-rounding trains for; the widest is stored", min_length=1, unit="bits")
+    switching: Literal["in turn", "by trace"] = parameter("in turn", "double-rounding: a step's width, one for all layers in turn, or drawn for each by its Hessian trace")
     rank: int = parameter(8, "rank of l4q's low-rank term, or of bipft's estimates of what binary attention loses (0: none)", ge=0, le=1024)
     group_size: int = parameter(4096, "weights of a group (4096 and wider rows: one scale a row)", ge=1, le=4096, scale="log", unit="weights")
     shared: Literal["column", "row"] = parameter("column", "fbi: a scale and an offset for every input feature (column), or for every group of a row")
@@ -93,6 +97,8 @@ class TrainQuantized(SubjectInstrument):
             raise BadInput(f"ramp: {self.ramp:g} after a switch at {self.switch_at:g} ends beyond the last step; the two must add up to at most 1")
         if self.method in ("l4q", "adapters") and (self.switch_at or self.from_scratch):
             raise BadInput(f"method: {self.method} trains low-rank terms of frozen weights from the first step; set switch_at 0 and from_scratch false")
+        if self.method == "double-rounding":
+            check_widths(self)
         if self.method == "fliqs":
             for name in self.formats:
                 if named(name).scale != "real":
@@ -172,7 +178,7 @@ class TrainQuantized(SubjectInstrument):
                 on.model.train()
         on.model.eval()
         if len(rows) <= switch:
-            self._switch_on(on, layers, optimizer)
+            roundings = self._switch_on(on, layers, optimizer)
         widths = self._freeze(layers)
         for tensor, wanted in trained:
             tensor.requires_grad_(wanted)
@@ -182,6 +188,8 @@ class TrainQuantized(SubjectInstrument):
         if tables:
             facts["average_width"] = float((widths["bits"] * widths["weights"]).sum() / widths["weights"].sum())
             facts["bytes"] = math.ceil(widths["bytes"].sum())
+        if roundings:
+            tables |= type(roundings[0]).tables(roundings, layers, on, self, progress)
         return self.result(pd.DataFrame(rows), facts, tables=tables, subject=on)
 
     def _switch_on(self, on: Subject, layers: Sequence[Layer], optimizer: torch.optim.Optimizer) -> list[TrainedRounding]:
@@ -192,11 +200,13 @@ class TrainQuantized(SubjectInstrument):
         made: list[TrainedRounding] = []
         terms: list[nn.Parameter] = []
         generator = torch.Generator().manual_seed(self.seed)
+        surveyed = {} if self.method == "adapters" else ROUNDINGS[self.method].survey(on, layers, self)
         for layer in layers:
             if self.method == "l4q":
                 layer.attach(LowRank(*zero_term(layer.shape, self.rank, generator, layer.original.device)))
             if self.method != "adapters":
                 rounding = ROUNDINGS[self.method].begin(layer.weight.detach().float(), min(self.group_size, layer.shape[-1]), self)
+                rounding.surveyed = surveyed.get(layer.name, {})
                 layer.attach(rounding)
                 made.append(rounding)
             if self.method == "bibert":
