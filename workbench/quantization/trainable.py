@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,11 @@ from workbench.quantization.grid import Grid, fit, in_groups, stored
 from workbench.subjects.changes import Change
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from workbench.instruments import Progress
     from workbench.quantization.aware import TrainQuantized
+    from workbench.subjects import Layer, Subject
 
 
 @dataclass
@@ -37,6 +41,12 @@ class TrainedRounding(Change):
     order = 50
     rate: ClassVar[float] = 1.0
     group: int
+    surveyed: Mapping[str, float] = {}  # what `survey` found of this layer
+
+    @classmethod
+    def survey(cls, on: Subject, layers: Sequence[Layer], settings: TrainQuantized) -> Mapping[str, Mapping[str, float]]:
+        """What a method asks of the subject before quantization is switched on, by layer."""
+        return {}
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> TrainedRounding:
@@ -59,6 +69,12 @@ class TrainedRounding(Change):
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
         """(values, grid) at the end of training; the values are what the last forward pass used, up to what became exact."""
         raise TypeError(f"{type(self).__name__} has no final()")
+
+    @classmethod
+    def tables(cls, roundings: Sequence[TrainedRounding], layers: Sequence[Layer], on: Subject, settings: TrainQuantized, progress: Progress) -> dict[
+            str, pd.DataFrame]:  # fmt: skip
+        """What a method reports besides the loss of the subject it ended on."""
+        return {}
 
 
 def average_width(roundings: Sequence[TrainedRounding], sizes: Sequence[int]) -> Tensor:
