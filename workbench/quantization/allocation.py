@@ -57,6 +57,35 @@ def allocate(cost: ArrayLike, size: ArrayLike, budget: float, equal: Sequence[tu
     return Allocation(choice, float(costs[rows, choice].sum()), float(sizes[rows, choice].sum()), float(bound * scale))
 
 
+def log_variance(sensitivity: ArrayLike, variance: ArrayLike, weights: ArrayLike, average: float) -> NDArray[np.float64]:
+    """Real-valued widths b_l = average + 1/2 log2(s_l v_l / G), with G the geometric mean of s_l v_l over the weights.
+
+    sensitivity : (layers,) loss for a unit of squared error on one weight, as a Hessian block's trace over its size
+    variance : (layers,) of the layer's weights;  weights : (layers,) how many there are;  average : bits a weight over all layers
+    They minimise sum_l n_l s_l v_l 4^-b_l, the loss when rounding noise is a fixed share of the variance and falls fourfold a bit, subject
+    to sum_l n_l b_l = average sum_l n_l (Lagrange; for layers of one size the rule of transform coding, Huang and Schultheiss 1963). No
+    width is kept from being negative. `BadInput` for what is not finite and positive; traces that noise made negative must be raised first.
+    """
+    s, v, n = (np.asarray(a, dtype=float) for a in (sensitivity, variance, weights))
+    for name, found in (("sensitivity", s), ("variance", v), ("weights", n)):
+        if found.ndim != 1 or found.shape != s.shape or not (np.isfinite(found).all() and (found > 0).all()):
+            raise BadInput(f"{name}: one positive finite number a layer is needed, got {found.tolist()}")
+    logs = np.log2(s) + np.log2(v)
+    return average + 0.5 * (logs - np.average(logs, weights=n))
+
+
+def allocate_by_variance(sensitivity: ArrayLike, variance: ArrayLike, weights: ArrayLike, widths: ArrayLike, average: float) -> Allocation:
+    """`log_variance` on the widths that exist: the exact program over the cost n_l s_l v_l 4^-b and the sizes n_l b, within `average` bits a weight.
+
+    Solved anew rather than rounded, because rounding by largest remainder has no rule for widths beyond the ends of the list, nor for layers of
+    different size; with every real width allowed the program's optimum is `log_variance`'s. `BadInput` when the narrowest widths are too wide.
+    """
+    ideal = log_variance(sensitivity, variance, weights, average)
+    n, b = np.asarray(weights, dtype=float), np.asarray(widths, dtype=float)
+    # n s v 4^-b, divided by 4^-average G so that the solver sees numbers of order n: 4^(ideal - b) n
+    return allocate(n[:, None] * 4.0 ** (ideal[:, None] - b), n[:, None] * b, average * n.sum() * (1 + 1e-12))
+
+
 def front(cost: ArrayLike, size: ArrayLike, points: int = 40, equal: Sequence[tuple[int, int]] = ()) -> list[Allocation]:
     """The Pareto front: the optimum at `points` budgets between the smallest and the largest size, without repeats."""
     sizes = np.asarray(size, dtype=float)
