@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
@@ -138,6 +137,8 @@ def rank_correlations(table: pd.DataFrame, tolerance: float = 0.01) -> dict[str,
     matched = table[(table["loss"] - middle).abs() <= tolerance * middle]
     found = {"models": float(len(matched)), "loss": middle}
     for name in ("trace", "top_eigenvalue"):
+        from scipy import stats  # slow to import
+
         answer = stats.spearmanr(matched[name], matched["probe_accuracy"])
         found |= {f"{name}_correlation": float(answer.statistic), f"{name}_p": float(answer.pvalue)}
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import linalg, stats
+from scipy import linalg
 from torch import Tensor
 
 from workbench.curvature.operators import CurvatureOperator, Operator
@@ -75,6 +75,8 @@ def band(densities: NDArray[np.float64], level: float = 0.95) -> tuple[NDArray[n
     if count < 2:
         empty = np.full_like(mean, np.nan)
         return mean, empty, empty
+    from scipy import stats  # slow to import
+
     half = stats.t.ppf(0.5 + level / 2, count - 1) * densities.std(0, ddof=1) / np.sqrt(count) * skewness_factor(densities)
     return mean, np.maximum(mean - half, 0), mean + half
 

@@ -11,7 +11,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from pydantic import BaseModel
-from scipy import stats
 from torch import Tensor
 
 from workbench.curvature.operators import CurvatureOperator, Stopped
@@ -98,6 +97,8 @@ class QuadraticPrediction(CurvatureInstrument):
         table = pd.DataFrame(rows, columns=["layer", "parameters", "change_norm", "first", "second", "predicted", "measured", "radius"])
         facts: dict[str, Any] = {"layers": len(table), **joint}
         if len(table) > 2:
+            from scipy import stats  # slow to import
+
             facts["rank_correlation"] = float(stats.spearmanr(table["predicted"], table["measured"]).statistic)
             facts["within_factor_2"] = float(np.mean((table["measured"] / table["predicted"]).between(0.5, 2)))
             if self.radius:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 from torch import Tensor
 
 from workbench.curvature.operators import Operator
@@ -43,6 +42,8 @@ def standard_error(samples: ArrayLike) -> float:
     count = len(values)
     if count < 2:
         return math.nan
+    from scipy import stats  # slow to import
+
     half = float(values.std(ddof=1)) / math.sqrt(count) * float(stats.t.ppf(stats.norm.cdf(2), count - 1))
     return half / 2 * float(skewness_factor(values))
 

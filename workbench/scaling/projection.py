@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import qmc
 
 from workbench.scaling.laws import CompiledLaw, Law
 from workbench.scaling.objective import Problem
@@ -113,5 +112,7 @@ def sample_starts(law: Law, count: int, seed: int) -> Array:
     high = np.array([p.to_working(p.start[1]) for p in law.free])
     if not len(low):
         return np.zeros((1, 0))
+    from scipy.stats import qmc  # slow to import
+
     points = qmc.Sobol(len(low), seed=seed).random_base2(int(np.ceil(np.log2(max(count, 2)))))[:count]
     return low + points * (high - low)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from workbench.instruments import BadInput
 from workbench.scaling.fitting import Fit
@@ -107,6 +106,8 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, kind: Literal["run
         raise BadInput("bootstrap: no resample could be refitted; add runs or take a smaller law")
     theta = theta[good]
     if kind == "runs" and n > p:
+        from scipy import stats  # slow to import
+
         wider = stats.t.ppf(0.95, n - p) / stats.norm.ppf(0.95)
         if problem.objective.kind == "squares":  # residuals are smaller than errors, by the parameters spent
             wider *= np.sqrt(n / (n - p))
@@ -220,6 +221,8 @@ def profile(fit: Fit, parameter: str, level: float = 0.9, points: int = 41, span
 def _deviance_limit(fit: Fit, level: float) -> float:
     if not 0 < level < 1:
         raise BadInput(f"level: {level} is not accepted, give a share between 0 and 1 (0.9 for 90 % intervals)")
+    from scipy import stats
+
     return float(stats.f.ppf(level, 1, max(fit.problem.rows - fit.problem.size, 1)))
 
 

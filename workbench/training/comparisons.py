@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
-from scipy import stats
 
 from workbench.figures import color, figure, line
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
@@ -36,6 +35,8 @@ def interval(values: Any, level: float = 0.9) -> tuple[float, float, float]:
     mean = float(values.mean())
     if len(values) < 2 or not np.isfinite(values).all():
         return mean, math.nan, math.nan
+    from scipy import stats  # a second of import that workers of a sweep need not pay
+
     reach = float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
     return mean, mean - reach, mean + reach
 
