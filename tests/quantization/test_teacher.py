@@ -106,9 +106,9 @@ def test_the_objective_mixes_and_its_teacher_stands_still() -> None:
     on = workbench.subject("digits-vit").copy()
     batch = next(on.batches("train", 8))
     task = float(on.loss(batch).detach())
-    losses = [float(Objective(SimpleNamespace(distillation=d, temperature=2.0), on)(on, batch).detach()) for d in (0.0, 0.25, 1.0)]  # type: ignore[arg-type]
+    losses = [float(Objective(TrainQuantized(distillation=d, temperature=2.0), on)(on, batch).detach()) for d in (0.0, 0.25, 1.0)]
     assert losses[0] == pytest.approx(task) and losses[1] == pytest.approx(0.75 * task + 0.25 * losses[2], rel=1e-5)
-    objective = Objective(SimpleNamespace(distillation=1.0, temperature=2.0), on)  # type: ignore[arg-type]
+    objective = Objective(TrainQuantized(distillation=1.0, temperature=2.0), on)
     with torch.no_grad():
         for tensor in on.model.parameters():
             tensor.add_(0.05 * torch.randn_like(tensor))
