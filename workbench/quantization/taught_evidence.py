@@ -18,7 +18,7 @@ from workbench.training.loop import fit as fit_weights
 
 SCRATCH: dict[str, Any] = {"steps": 400, "batch_size": 8, "test_examples": 128}
 RATES = (1e-3, 3e-3, 1e-2)
-FOUR: dict[str, Any] = {"steps": 150, "batch_size": 4, "test_examples": 128, "method": "lsq", "bits": 4, "activation_bits": 4, "rounded_attention": True,
+FOUR: dict[str, Any] = {"steps": 100, "batch_size": 4, "test_examples": 64, "method": "lsq", "bits": 4, "activation_bits": 4, "rounded_attention": True,
                         "distillation": 0.5, "temperature": 2.0}  # fmt: skip
 
 
