@@ -59,23 +59,50 @@ def test_notebooks_are_committed_without_outputs(file):
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) <= 1
 
 
-@pytest.mark.parametrize("name", [f.stem for f in NOTEBOOKS if f.stem in SMALL])
-def test_reports_run_headless_and_show_their_figures(name, tmp_path, monkeypatch):
+def figures_of(notebook: Path) -> list[dict[str, Any]]:
+    outputs = [o for c in nbformat.read(notebook, 4).cells if c.cell_type == "code" for o in c.outputs]
+    return [o["data"]["application/vnd.plotly.v1+json"] for o in outputs if "application/vnd.plotly.v1+json" in o.get("data", {})]
+
+
+@pytest.fixture(scope="module")
+def killed_and_run_again(tmp_path_factory: pytest.TempPathFactory) -> reports.ReportPaths:
+    """The compression report from the command line: killed with kernel and all once some of the work is done, then asked for again."""
+    folder = tmp_path_factory.mktemp("killed")
+    environment = os.environ | {"WORKBENCH_CACHE": str(folder / "cache")}
+    out, given = folder / "out", [f"--{key.replace('_', '-')}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in SMALL["compress"].items()]
+    command = [sys.executable, "-m", "workbench.cli", "report", "compress", "--out", str(out), *given]
+    first = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not list(folder.glob("cache/results/*")) and time.monotonic() < until:  # some of the work is done, most is not
+        time.sleep(0.05)
+        assert first.poll() is None
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (out / "compress.html").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return reports.ReportPaths(out / "compress.ipynb", out / "compress.html", again.stderr if again.returncode else None)
+
+
+@pytest.mark.parametrize("name", [f.stem for f in NOTEBOOKS if f.stem in SMALL and f.stem != "compress"])
+def test_reports_run_headless_and_show_their_figures(name, tmp_path):
     given = SMALL[name] | ({"runs": runs_table(tmp_path)} if name == "scaling" else {})
-    done = reports.render(name, given, tmp_path)
-    assert done.error is None
-    outputs = [o for c in nbformat.read(done.notebook, 4).cells if c.cell_type == "code" for o in c.outputs]
-    figures = [o["data"]["application/vnd.plotly.v1+json"] for o in outputs if "application/vnd.plotly.v1+json" in o.get("data", {})]
+    shows_its_figures(reports.render(name, given, tmp_path))
+
+
+def shows_its_figures(done: reports.ReportPaths) -> None:
+    assert done.error is None, done.error
+    figures = figures_of(done.notebook)
     assert figures and all(f["data"] for f in figures)
-    page = done.html.read_text()
-    assert done.html.stat().st_size < 3e6 and "https://cdn" not in page
+    assert done.html.stat().st_size < 3e6 and "https://cdn" not in done.html.read_text()
 
 
-def test_the_compression_report_says_what_it_must(tmp_path):
-    done = reports.render("compress", SMALL["compress"], tmp_path)
-    notebook = nbformat.read(done.notebook, 4)
-    figures = [o["data"]["application/vnd.plotly.v1+json"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs
-               if "application/vnd.plotly.v1+json" in o.get("data", {})]  # fmt: skip
+def test_a_killed_report_leaves_nothing_that_stops_the_next(killed_and_run_again):
+    shows_its_figures(killed_and_run_again)
+    assert killed_and_run_again.html.stat().st_size > 1e5
+
+
+def test_the_compression_report_says_what_it_must(killed_and_run_again):
+    figures = figures_of(killed_and_run_again.notebook)
     titles = json.dumps([f["layout"]["title"] for f in figures])
     for words in ("pruning", "quantization", "Quality against size", "Loss change"):
         assert words in titles
@@ -87,20 +114,3 @@ def test_a_failing_cell_keeps_what_was_done_and_names_the_error(tmp_path):
     done = reports.render("compress", SMALL["compress"] | {"group_size": 0}, tmp_path)
     assert done.error is not None and "group_size" in done.error
     assert done.notebook.exists() and done.html.exists()
-
-
-def test_a_killed_report_leaves_nothing_that_stops_the_next(tmp_path):
-    environment = os.environ | {"WORKBENCH_CACHE": str(tmp_path / "cache")}
-    out, given = tmp_path / "out", [f"--{key.replace('_', '-')}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in SMALL["compress"].items()]
-    command = [sys.executable, "-m", "workbench.cli", "report", "compress", "--out", str(out), *given]
-    first = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not list(tmp_path.glob("cache/results/*")) and time.monotonic() < until:  # some of the work is done, most is not
-        time.sleep(0.05)
-        assert first.poll() is None
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert not (out / "compress.html").exists()
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    assert (out / "compress.html").stat().st_size > 1e5 and (out / "compress.ipynb").exists()
