@@ -28,6 +28,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from workbench.instruments import BadInput
 
 MOST = 2**53  # the largest whole number JavaScript counts with
+BLANKS = " \t\r\n"  # white space to YAML; a no-break space is text
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _yaml(kind: Any, look: dict[str, Any]) -> Control:
     widget = ipywidgets.Text(placeholder=hint, continuous_update=False, **look)
 
     def read() -> Any:
-        line = widget.value.strip()
+        line = widget.value.strip(BLANKS)
         if not line:
             return [] if listing else {} if mapping else None
         if listing and not line.startswith("["):
@@ -250,8 +251,8 @@ def _yaml(kind: Any, look: dict[str, Any]) -> Control:
         if value is None:
             widget.value = ""
             return
-        line = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False).strip()
-        line = line.removesuffix("...").strip()
+        line = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False).strip(BLANKS)
+        line = line.removesuffix("...").strip(BLANKS)
         bare = (listing or mapping) and not line.startswith(("[[", "[{", "{{"))
         widget.value = line[1:-1] if bare else line
 

@@ -50,7 +50,7 @@ VALUES = st.fixed_dictionaries(
         "sparsity": st.floats(0, 1, exclude_max=True), "rate": st.floats(1e-300, 1), "group": st.integers(1, 4096), "bits": st.integers(2, 8),
         "steps": st.integers(1, 2**53), "shift": NUMBER, "flag": st.booleans(), "method": st.sampled_from(["a", "b", 3, True, None]),
         "norm": st.sampled_from(Norm), "maybe": st.sampled_from(["x", "y", None]), "limit": st.none() | st.integers(-(2**53), 2**53), "text": TEXT,
-        "label": st.none() | TEXT | st.sampled_from(["null", "yes", "1", "~", "'", '"', "- a", "{", "[", "a: b", "#", "..."]),
+        "label": st.none() | TEXT | st.sampled_from(["null", "yes", "1", "~", "'", '"', "- a", "{", "[", "a: b", "#", "...", "\xa0"]),
         "grid": st.lists(NUMBER, max_size=4).map(tuple),
         "pair": st.tuples(st.integers(-9, 9), TEXT), "layers": st.lists(TEXT | st.sampled_from(["*.q", "null", "1", "a: b", "#", "yes"]), max_size=4),
         "layer_bits": st.dictionaries(TEXT, st.integers(2, 8), max_size=3), "table": st.lists(st.lists(NUMBER, max_size=3), max_size=3),
