@@ -59,7 +59,7 @@ class Salient:
 
 def taken(table: Tensor, mask: Tensor) -> Tensor:
     """The entries (out, n) of a matrix (out, in) where a mask with n True a row is True, in order."""
-    return table[mask.expand_as(table)].view(len(table), -1)
+    return table[:, mask[0]] if len(mask) == 1 else table[mask].view(len(table), -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +79,9 @@ class SplitGrid(Grid):
     def joined(self, rest: Tensor, wide: Tensor) -> Tensor:
         """(out, in) from what is outside and inside the mask, each (out or 1, n)."""
         rows = max(len(rest), len(wide), len(self.mask))
-        mask = self.mask.expand(rows, -1)
-        whole = torch.empty(mask.shape, dtype=wide.dtype, device=wide.device)
-        whole[mask], whole[~mask] = wide.expand(rows, -1).reshape(-1), rest.expand(rows, -1).reshape(-1)
-        return whole
+        place = self.mask.long().argsort(dim=-1, stable=True).argsort(dim=-1)  # where each column lies when those outside come first
+        both = torch.cat([rest.expand(rows, -1), wide.expand(rows, -1)], -1)
+        return both.index_select(-1, place[0]) if len(place) == 1 else both.gather(-1, place)
 
     def round(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if self.transform is not None:
