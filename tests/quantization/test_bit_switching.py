@@ -77,6 +77,8 @@ def test_one_training_serves_every_width(tmp_path: Path) -> None:
     late = Quantize(layers="*", bits=8, granularity="channel", predict_examples=0).run(on, Progress(), cache=False).subject
     assert late is not None and readings[2] < 0.7 * at_width(late, 2, layers="*").evaluate("test", limit=512)["loss"]
     assert result.facts["bytes"] == sum(layer.weight.numel() + 2 * layer.shape[0] for layer in result.subject.layers("*"))
+    assert result.tables["readings"]["bytes"].iloc[0] == result.facts["bytes"] and result.tables["readings"]["bytes"].is_monotonic_decreasing
+    assert len(result.figure(column="readings").data) == 1 and result.figure().data
     narrow = at_width(result.subject, 4, layers="*")
     for layer in narrow.layers("*"):
         assert quantizer_of(layer).grid.format.name == "int4" and layer.weight.unique(dim=None).numel() <= 15 * layer.shape[0]

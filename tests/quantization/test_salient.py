@@ -121,7 +121,7 @@ def test_packed_saved_and_opened_again(checkpoints: dict[str, Path], fields: dic
 def test_each_step_lowers_the_loss() -> None:
     """Binary, then salient features, then learned scales; of a block, on the quantized prefix, they lower it as well."""
     on = workbench.subject("digits-vit")
-    shared = BINARY | {"predict_examples": 0, "examples": 64, "steps": 60}
+    shared = BINARY | {"predict_examples": 0, "examples": 32, "steps": 30}
     steps: list[dict[str, object]] = [{"salient_share": 0.0}, {}, {"rounding": "scales"}, {"rounding": "scales", "objective": "block", "sequential": True}]
     losses = [Quantize(**(shared | step)).run(on, Progress(), cache=False).facts["loss"] for step in steps]
     assert losses[1] < losses[0] and max(losses[2:]) < 0.5 * losses[1]

@@ -3,6 +3,7 @@
 from workbench.quantization.allocate import Allocate
 from workbench.quantization.anatomy import ErrorAnatomy
 from workbench.quantization.aware import TrainQuantized
+from workbench.quantization.bit_switching import at_width
 from workbench.quantization.export import to_compressed_tensors, to_onnx
 from workbench.quantization.fake_quant import FakeQuant
 from workbench.quantization.formats import Format, named
@@ -12,5 +13,5 @@ from workbench.quantization.rotating import Rotate
 from workbench.quantization.rotation import rotate
 from workbench.quantization.sensitivity import LayerSensitivity
 
-__all__ = ["Allocate", "ErrorAnatomy", "FakeQuant", "Format", "Grid", "LayerSensitivity", "Quantize", "Rotate", "TrainQuantized", "fit", "named", "rotate",
-           "to_compressed_tensors", "to_onnx"]  # fmt: skip
+__all__ = ["Allocate", "ErrorAnatomy", "FakeQuant", "Format", "Grid", "LayerSensitivity", "Quantize", "Rotate", "TrainQuantized", "at_width", "fit", "named",
+           "rotate", "to_compressed_tensors", "to_onnx"]  # fmt: skip

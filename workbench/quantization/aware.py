@@ -35,6 +35,11 @@ class TrainQuantizedResult(Result):
     def figure(self, column: str = "train_loss", **more: Any) -> go.Figure:
         from workbench.figures import figure, line, rule
 
+        if column == "readings":
+            read = (self.tables or {})["readings"]
+            fig = figure("One stored integer, read at several widths", "bits", "test loss (nats)")
+            line(fig, read["bits"].to_numpy(), read["loss"].to_numpy(), "loss", mode="lines+markers")
+            return fig
         fig = figure("Quantization-aware training", "step", {"average_width": "bits", "map_distance": "1 - cosine", "information": "-log information"}.get(column, "loss (nats)"))
         found = self.table[self.table[column].notna()]
         line(fig, found["step"].to_numpy(), found[column].to_numpy(), column.replace("_", " "))
@@ -45,7 +50,7 @@ class TrainQuantizedResult(Result):
 
     def view_model(self) -> type[BaseModel] | None:
         known = ("train_loss", "task_loss", "teacher_loss", "map_distance", "information", "validation_loss", "average_width")
-        return choices("TrainQuantizedView", column=tuple(c for c in known if c in self.table))
+        return choices("TrainQuantizedView", column=tuple(c for c in known if c in self.table) + (("readings",) if "readings" in (self.tables or {}) else ()))
 
 
 class TrainQuantized(SubjectInstrument):

@@ -90,10 +90,13 @@ class DoubleRounding(TrainedRounding):
     @classmethod
     def tables(cls, roundings: Sequence[TrainedRounding], layers: Sequence[Layer], on: Subject, settings: TrainQuantized, progress: Progress) -> dict[
             str, pd.DataFrame]:  # fmt: skip
-        """"readings": test metrics at each width of the one stored tensor; "switching": each layer's trace beside the widths it drew."""
+        """"readings": test metrics at each width of the one stored tensor, and the bytes of that width alone; "switching": each layer's trace
+        beside the mean of the widths it drew."""
         rows = []
         for width in progress.track(sorted(settings.widths, reverse=True), "reading widths"):
-            rows.append({"bits": width} | at_width(on, width, layers=settings.layers).evaluate("test", limit=settings.test_examples))
+            read = at_width(on, width, layers=settings.layers)
+            size = sum(quantizer_of(layer).grid.bytes(layer.shape) for layer in read.layers(settings.layers))
+            rows.append({"bits": width, "bytes": math.ceil(size)} | read.evaluate("test", limit=settings.test_examples))
         found = {"readings": pd.DataFrame(rows)}
         switched = [{"layer": layer.name, "trace": r.surveyed["trace"], "mean_width": sum(r.draws) / max(len(r.draws), 1)}
                     for layer, r in zip(layers, roundings, strict=True) if isinstance(r, DoubleRounding) and r.surveyed]  # fmt: skip
