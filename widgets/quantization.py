@@ -15,14 +15,13 @@ from typing import Any
 
 import ipywidgets
 import numpy as np
-from torch import Tensor
 
 from widgets.jobs import Note, guarded
 from widgets.plot import PlotView
 from workbench.figures import color, figure, line, rule
 from workbench.instruments import BadInput, Progress, Result
 from workbench.quantization.allocate import AllocateResult
-from workbench.quantization.look import Look, look, look_figure
+from workbench.quantization.look import Look, Matrix, look, look_figure, prepared
 from workbench.quantization.quantize import Quantize, moments_for, short_names
 from workbench.subjects import Subject
 
@@ -56,7 +55,7 @@ class FormatPanel(ipywidgets.VBox):
             raise BadInput(f"layers: {layers!r} holds stacks of experts only; the panel draws plain matrices")
         self._layers = {layer.name: layer for layer in chosen}
         self._moments = moments_for(on, chosen, examples, Progress())
-        self._weights: dict[str, Tensor] = {}
+        self._matrices: dict[tuple[str, bool], Matrix] = {}
         self.found: Look | None = None
         self.layer = ipywidgets.Dropdown(options=list(self._layers), description="layer", **wide())
         self.family = ipywidgets.Dropdown(options=FAMILIES, description="format", **wide())
@@ -114,18 +113,22 @@ class FormatPanel(ipywidgets.VBox):
                                (self.group, not self.fixed_block and self.granularity.value == "group")):  # fmt: skip
             control.layout.display = "" if shown else "none"
         name = str(self.layer.value)
-        if name not in self._weights:
-            self._weights[name] = self._layers[name].weight.detach().float()
-        gram = self._moments[name].gram
-        assert gram is not None
         granularity = "auto" if self.fixed_block else str(self.granularity.value)
-        self.found = look(self._weights[name], gram[0], self.format, granularity, int(self.group.value), self.rotate.value)
+        self.found = look(self._matrix(name, bool(self.rotate.value)), self.format, granularity, int(self.group.value))
         rows = [("bits a weight", f"{self.found.bits:.3f}"), ("error of the weights", f"{self.found.weight_error:.3e}"), ("SQNR", f"{self.found.sqnr:.2f} dB"),
                 ("error of the outputs", f"{self.found.output_error:.3e}"), ("largest / rms", f"{self.found.spread:.1f}"),
                 ("kurtosis", f"{self.found.kurtosis:.1f}")]  # fmt: skip
         self.facts.value = '<div class="wb-facts">' + "".join(f"<span><i>{a}</i> {b}</span>" for a, b in rows) + "</div>"
         self.plot.figure = look_figure(self.found, f"{self.format} on {name}")
         self.note.say("ready")
+
+    def _matrix(self, name: str, rotate: bool) -> Matrix:
+        """A layer as it is rounded, kept: a slider then costs only the rounding."""
+        if (name, rotate) not in self._matrices:
+            gram = self._moments[name].gram
+            assert gram is not None
+            self._matrices[name, rotate] = prepared(self._layers[name].weight.detach().float(), gram[0], rotate)
+        return self._matrices[name, rotate]
 
 
 class AllocationPanel(ipywidgets.VBox):

@@ -98,8 +98,7 @@ def figure(title: str, x: str = "", y: str = "", **layout: Any) -> go.Figure:
     `x` and `y` are axis titles *with their unit* ("sparsity", "loss (nats)"); everything else is passed to the Plotly
     layout unchanged (`xaxis_type="log"`, `height=300`, `barmode="group"`, ...).
     """
-    fig = go.Figure(layout=go.Layout(template=TEMPLATE))
-    fig.update_layout(title_text=title, xaxis_title_text=x or None, yaxis_title_text=y or None)
+    fig = go.Figure(layout={"template": TEMPLATE, "title_text": title, "xaxis_title_text": x or None, "yaxis_title_text": y or None})
     fig.update_layout(**layout)
     return fig
 

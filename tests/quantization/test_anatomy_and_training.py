@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import ErrorAnatomy, FakeQuant, TrainQuantized
 from workbench.quantization.trainable import LearnedStep, MeanScaled
+from workbench.subjects import Subject
 
 
 def test_anatomy(checkpoints: dict[str, Path]) -> None:
@@ -28,8 +30,44 @@ def test_anatomy(checkpoints: dict[str, Path]) -> None:
     assert result.facts["sum_of_predicted"] == pytest.approx(result.table["predicted_change"].sum())
     assert result.arrays is not None
     assert np.allclose(result.arrays["histograms"].sum(1), 1.0) and set(result.arrays["grid"]) == set(range(-7, 8))
-    for view in ("noise", "weights and grid", "loss", "outliers"):
-        assert result.figure(view=view).data
+    view_model = result.view_model()
+    assert view_model is not None
+    for view in get_args(view_model.model_fields["view"].annotation):
+        assert result.figure(view=view).data, view
+
+
+def test_noise_is_that_of_the_model_run_twice(checkpoints: dict[str, Path]) -> None:
+    """Inputs and outputs of one layer, taken by hooks from the dense model and from the model with rounded weights and inputs."""
+    on = workbench.subject(checkpoints["bert"], data="random")
+    anatomy = ErrorAnatomy(bits=3, group_size=16, activations="token", activation_bits=4, examples=8, predict_examples=2, test_examples=4)
+    result = anatomy.run(on, Progress(), cache=False)
+    twin = anatomy.quantizer().run(on, Progress(), cache=False).subject
+    name = result.table["layer"][7]
+    seen: dict[str, list[torch.Tensor]] = {"dense": [], "quantized": []}
+    for key, subject in (("dense", on), ("quantized", twin)):
+        layer = next(layer for layer in subject.layers() if layer.name == name)
+        with layer.module.register_forward_hook(lambda module, args, output, key=key: seen[key].append((args[0].detach(), output.detach()))), torch.no_grad():
+            for batch in subject.batches("calibration", 8, 8):
+                subject.task.output(subject.model, batch)
+    (x, exact), (y, total) = seen["dense"][0], seen["quantized"][0]
+    row = result.table.set_index("layer").loc[name]
+    keep = next(iter(on.batches("calibration", 8, 8))).get("attention_mask", torch.ones(x.shape[:2])).bool()
+    assert bool(keep.all())
+
+    def sqnr(signal: torch.Tensor, other: torch.Tensor) -> float:
+        return float(10 * torch.log10(signal.square().sum() / (other - signal).square().sum()))
+
+    bias = next(layer for layer in on.layers() if layer.name == name).bias
+    assert row["activation_sqnr"] == pytest.approx(sqnr(x, y), abs=0.01)
+    assert row["total_sqnr"] == pytest.approx(sqnr(exact - bias.detach(), total - bias.detach()), abs=0.01)
+    assert row["activation_rounding_sqnr"] > row["activation_sqnr"] and "loss" in result.facts
+    measured = loss_of_two(twin) - loss_of_two(on)
+    assert result.facts["measured_change"] == pytest.approx(measured, abs=1e-5)
+
+
+def loss_of_two(on: Subject) -> float:
+    with torch.no_grad():
+        return float(on.loss(next(iter(on.batches("calibration", 2, 2)))))
 
 
 def test_gptq_moves_weights_away_from_nearest(checkpoints: dict[str, Path]) -> None:
