@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import t
 
 import workbench
 from workbench.instruments import BadInput
-from workbench.quantization.leaderboard import METHODS, curves, leaderboard, redrawn, summary
+from workbench.quantization import Quantize
+from workbench.quantization.leaderboard import METHODS, accepted, curves, heat_map, leaderboard, redrawn, summary
 
-SMALL = {"layers": "*layers.0.*", "group_size": 16, "examples": 16, "test_examples": 32, "steps": 5}
+SMALL = {"layers": "*layers.0.*", "group_size": 16, "examples": 16, "test_examples": 32, "steps": 2}
 
 
 def test_every_method_on_two_draws() -> None:
     on = workbench.subject("digits-vit")
-    board = leaderboard(on, list(METHODS), [3], (0, 1), **SMALL)
-    assert len(board) == len(METHODS) * 2 and np.isfinite(board["loss"]).all()
+    again = ["nearest", "gptq", "stochastic"]
+    board = pd.concat([leaderboard(on, list(METHODS), [3], (0,), **SMALL), leaderboard(on, again, [3], (1,), **SMALL)])
+    assert len(board) == len(METHODS) + len(again) and np.isfinite(board["loss"]).all()
     table = summary(board)
     assert list(table["bits"]) == sorted(table["bits"]) and set(table["method"]) == set(METHODS)
     assert all(part["mean"].is_monotonic_increasing for _, part in table.groupby("bits"))
     pair = board[(board["method"] == "gptq") & (board["bits"] == 3)]["loss"].to_numpy()
     half = table[(table["method"] == "gptq") & (table["bits"] == 3)]["half_width"].iloc[0]
     assert half == pytest.approx(t.ppf(0.975, 1) * abs(pair[0] - pair[1]) / 2)
-    names = {trace.name for trace in curves(board).data}
-    assert set(METHODS) <= names and curves(board[board["seed"] == 0], "accuracy").data
+    best = set(table["method"][:8])
+    assert {trace.name for trace in curves(board).data if trace.showlegend} == best | {"nearest"} and curves(board[board["seed"] == 0], "accuracy").data
+    heat = heat_map(board).data[0]
+    shown = {method: text for method, (text,) in zip(heat.y, heat.text, strict=True)}
+    assert list(shown)[::-1] == list(table["method"]) and {method for method, text in shown.items() if "±" in text} == set(again)
+    rise = table.set_index("method")["mean"]["gptq"] - board["dense_loss"].mean()
+    assert shown["gptq"].startswith(f"{rise:+.3f} ± ")
+
+
+def test_every_choice_of_the_instrument_is_on_it() -> None:
+    on = workbench.subject("digits-vit")
+    for field in ("rounding", "transform"):
+        assert set(get_args(Quantize.model_fields[field].annotation)) - {"none"} <= set(METHODS)
+    names, refused = accepted(on, [2, 8], **SMALL)
+    assert set(names) == set(METHODS) and not refused
+    names, refused = accepted(on, [4], format="e2m1", **SMALL)
+    assert "gptq" in names and refused["adaround"].startswith("rounding: adaround chooses floor or ceiling")
 
 
 def test_draws_differ_by_seed_and_not_by_call() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,15 +16,38 @@ from workbench.subjects import Subject
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-#: What a name on the leaderboard sets; everything else is shared.
-METHODS: dict[str, dict[str, Any]] = {
-    "nearest": {}, "stochastic": {"rounding": "stochastic"}, "clipping": {"range": "mse"}, "gptq": {"rounding": "gptq"},
-    "gptq, sequential": {"rounding": "gptq", "sequential": True}, "adaround": {"rounding": "adaround"}, "flexround": {"rounding": "flexround"},
-    "signround": {"rounding": "signround"}, "adaquant": {"rounding": "adaquant"}, "hqq": {"rounding": "hqq", "symmetric": False},
-    "zero point": {"symmetric": False}, "awq": {"transform": "awq"}, "teq": {"transform": "teq"}, "hadamard": {"transform": "hadamard"},
-    "flatquant": {"transform": "flatquant"}, "block by block": {"rounding": "flexround", "objective": "block"},
+#: Compositions with a name of their own. Every other rounding and transform of `Quantize` is on the leaderboard under the name of its choice.
+COMPOSED: dict[str, dict[str, Any]] = {
+    "nearest": {}, "clipping": {"range": "mse"}, "zero point": {"symmetric": False}, "salient columns": {"salient_share": 0.1},
+    "gptq, sequential": {"rounding": "gptq", "sequential": True}, "block by block": {"rounding": "flexround", "objective": "block"},
     "cbq": {"rounding": "lowrank-adaround", "objective": "block", "window": 2}, "loftq": {"adapter_rank": 8},
+    "awq, gptq": {"transform": "awq", "rounding": "gptq"}, "hadamard, gptq": {"transform": "hadamard", "rounding": "gptq"},
 }  # fmt: skip
+#: What a choice needs beside it to be itself.
+NEEDS: dict[str, dict[str, Any]] = {"hqq": {"symmetric": False}}
+
+
+def every_method() -> dict[str, dict[str, Any]]:
+    """Name -> what it sets of `Quantize`; everything else is shared. A rounding or transform that is new there is new here."""
+    single = {choice: {field: choice} | NEEDS.get(choice, {}) for field, plain in (("rounding", "nearest"), ("transform", "none"))
+              for choice in get_args(Quantize.model_fields[field].annotation) if choice != plain}  # fmt: skip
+    return COMPOSED | single
+
+
+METHODS = every_method()
+
+
+def accepted(on: Subject, bits: Sequence[int], **fields: Any) -> tuple[list[str], dict[str, str]]:
+    """(methods that can run at all these widths with these shared settings, name -> why not of the others)."""
+    taken, refused = [], {}
+    for name, own in METHODS.items():
+        try:
+            for width in bits:
+                Quantize(**({"predict_examples": 0} | fields | own), bits=width).check(on)
+            taken.append(name)
+        except BadInput as error:
+            refused[name] = str(error)
+    return taken, refused
 
 
 def redrawn(on: Subject, seed: int, examples: int) -> Subject:
@@ -70,17 +93,20 @@ def summary(board: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
     return grouped.sort_values(["bits", "mean"], ascending=[True, value != "accuracy"])[columns].reset_index(drop=True)
 
 
-def curves(board: pd.DataFrame, value: str = "loss") -> go.Figure:
-    """Mean over seeds against bits (scales counted), one curve a method, with intervals."""
+def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure:
+    """Mean over seeds against bits (scales counted), with intervals: the `most` methods that are best at the smallest width, and nearest rounding."""
     from workbench.figures import figure, line, rule
 
     table = summary(board, value)
+    first = table[table["bits"] == table["bits"].min()]["method"]
+    shown = [m for m in board["method"].unique() if m in set(first[:most]) | {"nearest"}]
     units = {"loss": "test loss (nats)", "accuracy": "test accuracy"}
     axis = "log" if value == "loss" else "linear"
     draws = board["seed"].nunique()
-    fig = figure(f"{value.capitalize()} against width, {draws} calibration draw{'s' if draws > 1 else ''}", "bits a weight, scales included",
+    which = "" if len(shown) == board["method"].nunique() else f", the {len(shown)} best of {board['method'].nunique()} methods"
+    fig = figure(f"{value.capitalize()} against width, {draws} calibration draw{'s' if draws > 1 else ''}{which}", "bits a weight, scales included",
                  units.get(value, value), yaxis_type=axis)  # fmt: skip
-    for method in board["method"].unique():
+    for method in shown:
         mine = table[table["method"] == method].sort_values("average_bits")
         low = mine["mean"] - mine["half_width"]
         low = low.clip(lower=1e-3) if axis == "log" else low
@@ -89,4 +115,22 @@ def curves(board: pd.DataFrame, value: str = "loss") -> go.Figure:
     if value == "loss":
         dense = float(board["dense_loss"].mean())
         rule(fig, f"dense {dense:.4g}", y=dense)
+    return fig
+
+
+def heat_map(board: pd.DataFrame) -> go.Figure:
+    """Every method at every width: loss above the dense model's, the best at the smallest width on top; colour on a logarithmic scale."""
+    from workbench.figures import figure
+
+    table = summary(board)
+    table["rise"] = table["mean"] - float(board["dense_loss"].mean())
+    wide = table.pivot(index="method", columns="bits", values="rise")
+    wide = wide.sort_values(wide.columns[0], ascending=False)
+    half = table.pivot(index="method", columns="bits", values="half_width").loc[wide.index]
+    text = [[f"{v:+.3f}" + ("" if np.isnan(h) else f" ± {h:.3f}") for v, h in zip(row, spread, strict=True)]
+            for row, spread in zip(wide.to_numpy(), half.to_numpy(), strict=True)]  # fmt: skip
+    fig = figure("Test loss above the dense model's (nats)", "bits of the integers", "", height=120 + 24 * len(wide))
+    floor = max(float(np.nanmin(np.abs(wide.to_numpy()))), 1e-3)
+    fig.add_heatmap(z=np.log10(np.maximum(wide.to_numpy(), floor)), x=[str(b) for b in wide.columns], y=list(wide.index), text=text, texttemplate="%{text}",
+                    hovertemplate="%{y}, %{x} bits: %{text}<extra></extra>", showscale=False)  # fmt: skip
     return fig
