@@ -1,34 +1,46 @@
-"""Milliseconds from a key pressed on a view's slider to the new figure painted, in a real JupyterLab in headless Chromium.
+"""Milliseconds from a key pressed on a panel's slider to the new figure painted, in a real JupyterLab in headless Chromium.
 
-    python -m tests.benchmarks.bench_panel_latency
+    python -m tests.benchmarks.bench_panel_latency [spectrum | formats | formats-minilm]
 
-Measured in the page: from the keydown event until the figure is updated, and until it has been on the screen for two frames. The
-way is page, server, kernel, `Result.figure`, kernel, server, page, Plotly. Prints the median of 21 presses and how long the
-kernel's own part (`Result.figure` and packing) takes.
+`spectrum` redraws a result with another view setting; `formats` rounds a layer anew and draws the format's grid over its weights (on
+MiniLM: the first layer of a feed-forward, 1536 x 384). Measured in the page: from the keydown event until the figure is updated, and
+until it has been on the screen for two frames. The way is page, server, kernel, figure, kernel, server, page, Plotly. Prints median
+and 90th percentile of 40 presses and how long the kernel's own part (computing, drawing up the figure, packing it) takes.
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
 from tests.browser.lab import browse, open_notebook, run_all, serve
 from tests.notebook import write
 
-PANEL = """\
+PRESSES = 40
+SPECTRUM = """\
 import time, widgets, workbench
 from workbench.curvature import Spectrum
 panel = widgets.panel(Spectrum, workbench.subject("digits-vit"), probes=2, steps=8, examples=64)
 panel.job.start(); panel.job.wait()
 panel"""
+FORMATS = """\
+import time, widgets.quantization, workbench
+panel = widgets.quantization.FormatPanel(workbench.subject("{subject}"), "{layers}")
+panel"""
+PANELS = {  # cell, the slider's field and the way it can go first, the kernel's own part
+    "spectrum": (SPECTRUM, "batch", "Left", "packed(widgets.PlotView(panel.result.figure(**panel.view)).spec)"),
+    "formats": (FORMATS.format(subject="digits-vit", layers="blocks"), "bits", "Right", "panel.draw(); packed(panel.plot.spec)"),
+    "formats-minilm": (FORMATS.format(subject="minilm-docstrings", layers="*layer.0.intermediate*"), "bits", "Right", "panel.draw(); packed(panel.plot.spec)"),
+}
 KERNEL = """\
 from widgets.plot import packed
 times = []
 for _ in range(21):
     began = time.perf_counter()
-    packed(widgets.PlotView(panel.result.figure(**panel.view)).spec)
+    {part}
     times.append(1e3 * (time.perf_counter() - began))
 print("KERNEL", sorted(times)[10])"""
 WATCH = """() => {
@@ -44,9 +56,15 @@ WATCH = """() => {
 }"""
 
 
-def main() -> None:
+def described(times: list[float]) -> str:
+    return f"median {statistics.median(times):.0f} ms, 90th percentile {statistics.quantiles(times, n=10)[-1]:.0f} ms"
+
+
+def main(name: str = "spectrum") -> None:
+    cell, field, first, part = PANELS[name]
+    back = {"Left": "Right", "Right": "Left"}[first]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as private:
-        write(Path(folder) / "latency.ipynb", PANEL, KERNEL)
+        write(Path(folder) / "latency.ipynb", cell, KERNEL.format(part=part))
         with serve(Path(folder), Path(private)) as lab, browse() as watched:
             page = watched.page
             open_notebook(page, lab, "latency.ipynb")
@@ -54,15 +72,14 @@ def main() -> None:
             page.wait_for_selector(".wb-plot-figure .main-svg")
             inside = float(page.get_by_text("KERNEL ").last.inner_text().split()[1])
             page.evaluate(WATCH)
-            page.locator(".wb-field-batch .noUi-handle").focus()
-            for press in range(24):
-                page.keyboard.press("ArrowLeft" if press % 12 < 6 else "ArrowRight")
+            page.locator(f".wb-field-{field} .noUi-handle").focus()
+            for press in range(3 + PRESSES):
+                page.keyboard.press("Arrow" + (first if press % 6 < 3 else back))
                 page.wait_for_function(f"() => window.delays.length > {press}")
             updated, delays, drawing = page.evaluate("() => [window.updated.slice(3), window.delays.slice(3), window.drawing.slice(3)]")
-    print(f"key to figure updated: median {statistics.median(updated):.0f} ms, worst of {len(updated)} {max(updated):.0f} ms; "
-          f"two frames later: median {statistics.median(delays):.0f} ms, worst {max(delays):.0f} ms; "
-          f"of it in the kernel {inside:.0f} ms, drawing {statistics.median(drawing):.0f} ms; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")  # fmt: skip
+    print(f"{name}: key to figure updated: {described(updated)}; two frames later: {described(delays)}; of it in the kernel {inside:.0f} ms, "
+          f"drawing {statistics.median(drawing):.0f} ms; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,0 +1,70 @@
+"""Every quantization method at 2, 3, 4 and 8 bits over three calibration draws, all with the same examples: the leaderboard as a file.
+
+    python -m tests.benchmarks.leaderboard_quantization minilm-docstrings --steps 20 --examples 32 --test-examples 256
+
+Every run is cached, so a leaderboard that was ended goes on where it stopped (with the same code). Writes
+`data/benchmarks/quantization-leaderboard-SUBJECT.csv`, one row a run, and `.md`, what was set and the means with 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import workbench
+from workbench.instruments import TextProgress
+from workbench.quantization.leaderboard import accepted, leaderboard, summary
+
+FOLDER = Path(__file__).parents[2] / "data" / "benchmarks"
+WIDTHS = (2, 3, 4, 8)
+
+
+def markdown(board: pd.DataFrame) -> str:
+    """Methods by width: mean test loss and the half width of its interval, bold where no other mean is smaller; seconds of a run."""
+    table = summary(board)
+    table["shown"] = [f"{m:.4f}" + ("" if np.isnan(h) else f" ± {h:.4f}") for m, h in zip(table["mean"], table["half_width"], strict=True)]
+    best = table.groupby("bits")["mean"].transform("min") == table["mean"]
+    table.loc[best, "shown"] = "**" + table.loc[best, "shown"] + "**"
+    wide = table.pivot(index="method", columns="bits", values="shown")
+    means = table.pivot(index="method", columns="bits", values="mean")
+    seconds, bits = board.groupby("method")["seconds"].median(), table[table["bits"] == 3].set_index("method")["average_bits"]
+    lines = ["| method | " + " | ".join(f"{b} bits" for b in wide.columns) + " | bits a weight at 3 bits | seconds |", "|---|" + "---|" * (len(wide.columns) + 2)]
+    for method in means.sort_values(3).index:
+        lines.append(f"| {method} | " + " | ".join(wide.loc[method]) + f" | {bits[method]:.2f} | {seconds[method]:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    read = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    read.add_argument("subject")
+    for name, value in (("steps", 20), ("examples", 32), ("test-examples", 256), ("seeds", 3), ("group-size", 64)):
+        read.add_argument(f"--{name}", type=int, default=value)
+    given = read.parse_args()
+    torch.set_num_threads(1)
+    on = workbench.subject(given.subject)
+    shared = {"steps": given.steps, "examples": given.examples, "test_examples": given.test_examples, "group_size": given.group_size}
+    methods, refused = accepted(on, WIDTHS, **shared)
+    began = time.perf_counter()
+    board = leaderboard(on, methods, WIDTHS, range(given.seeds), TextProgress(), **shared)
+    board.insert(0, "subject", given.subject)
+    target = FOLDER / f"quantization-leaderboard-{given.subject}"
+    board.to_csv(target.with_suffix(".csv"), index=False, float_format="%.6g")
+    said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shared.items())
+    left = "".join(f"\nLeft out: {name}: {why}" for name, why in refused.items())
+    target.with_suffix(".md").write_text(
+        f"`python -m tests.benchmarks.leaderboard_quantization {given.subject}`: {len(methods)} methods, {given.seeds} draws of the calibration examples "
+        f"(each seen by every method), integers, {said}; learned roundings and transforms have these few steps, so they are shown below what they can do. "
+        f"One thread of {platform.machine()}, torch {torch.__version__}, {(time.perf_counter() - began) / 60:.0f} minutes.{left}\n\n"
+        f"Test loss in nats, mean ± half a 95 % interval over the draws; dense {board['dense_loss'].mean():.4f}.\n\n{markdown(board)}\n"
+    )  # fmt: skip
+    print(target.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
