@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 PANEL = """\
 import widgets, workbench
 from workbench.curvature import Spectrum
-widgets.panel(Spectrum, workbench.subject("digits-vit"), probes=2, steps=6, examples=64)"""
+widgets.panel(Spectrum, workbench.subject("digits-vit"), probes=2, steps=6, examples=32)"""
 
 expect.set_options(timeout=PATIENCE)
 
@@ -76,7 +76,7 @@ def test_panel_moves_runs_stops_and_explains(lab: Lab, watched: Watched) -> None
     assert not any("at B=" in name for name in page.evaluate(f"() => {traces}"))
     press(page, "batch", "ArrowLeft", 3)
     wait_for_revision_after(page, before)
-    page.wait_for_function(f"() => {traces}.some((name) => name.includes('at B=8'))")
+    page.wait_for_function(f"() => {traces}.some((name) => name.includes('at B=4'))")
 
     # compared with the first run
     before = revision(page)

@@ -16,7 +16,7 @@ from widgets.spectrum import SpectrumPanel
 from workbench import pruning
 subject = workbench.subject("digits-vit")
 pruned = pruning.Prune(method="magnitude", sparsity=0.7).run(subject).subject
-SpectrumPanel(subject, others={"pruned": pruned}, layers="blocks", probes=4, steps=24, examples=64, batch_size=8)"""
+SpectrumPanel(subject, others={"pruned": pruned}, layers="blocks", probes=4, steps=24, examples=16, batch_size=8)"""
 expect.set_options(timeout=PATIENCE)
 
 FIGURES = "[...document.querySelectorAll('.wb-plot')].filter((e) => !e.closest('.wb-layers'))"
