@@ -24,7 +24,7 @@ RATES = (3e-4, 1e-3, 3e-3)
 
 def share_of_single_weights(layers: Sequence[Layer], columns: float = 0.2) -> float:
     """The largest share of weights, chosen one by one, that takes no more bits on these layers than a share of whole input features."""
-    sizes = [layer.shape[-2:] for layer in layers]
+    sizes = [(layer.shape[-2], layer.shape[-1]) for layer in layers]
 
     def average(share: float, pattern: str) -> float:
         return float(np.average([effective_bits(*size, share, pattern=pattern) for size in sizes], weights=[np.prod(size) for size in sizes]))
@@ -37,6 +37,7 @@ def restored(on: Subject, rate: float, seed: int) -> tuple[Subject, float]:
     """(the subject with low-rank terms trained beside its binarised weights and added to them, their validation loss)."""
     start = Quantize(**BINARISED, adapter_rank=8, adapter_steps=0, seed=seed).run(on, Progress()).subject
     tuned = TrainQuantized(**RESTORING, learning_rate=rate, seed=seed).run(start, Progress())
+    assert tuned.subject is not None
     return tuned.subject, float(tuned.table["validation_loss"].dropna().iloc[-1])
 
 
