@@ -21,7 +21,7 @@ from widgets.plot import PlotView
 from workbench.figures import color, figure, line, rule
 from workbench.instruments import BadInput, Progress, Result
 from workbench.quantization.allocate import AllocateResult
-from workbench.quantization.look import Look, Matrix, look, look_figure, prepared
+from workbench.quantization.look import Look, Matrix, look, look_figure, prepared, spread_figure
 from workbench.quantization.quantize import Quantize, moments_for, short_names
 from workbench.subjects import Subject
 
@@ -65,7 +65,7 @@ class FormatPanel(ipywidgets.VBox):
         self.granularity = ipywidgets.Dropdown(options=("group", "channel", "tensor"), description="scale for each", **wide())
         self.group = ipywidgets.SelectionSlider(value=64, options=[2**k for k in range(3, 10)], description="group size", **wide())
         self.rotate = ipywidgets.Checkbox(value=False, description="Hadamard rotation of the inputs", indent=False)
-        self.note, self.facts, self.plot = Note("ready"), ipywidgets.HTML(), PlotView()
+        self.note, self.facts, self.plot, self.spread = Note("ready"), ipywidgets.HTML(), PlotView(), PlotView()
         self.note.layout.flex = "0 0 auto"  # under the controls, not beside them
         controls = (self.layer, self.family, self.bits, self.exponent, self.mantissa, self.granularity, self.group, self.rotate)
         for control in controls:
@@ -76,10 +76,15 @@ class FormatPanel(ipywidgets.VBox):
         words = "The format's values under the real weights of one layer, and the error of rounding to them."
         title = ipywidgets.HTML(f"<h3>Number formats on {html.escape(on.name)}</h3><p>{words}</p>")
         title.add_class("wb-title")
-        super().__init__([title, box, self.note, self.facts, self.plot])
+        for control in (self.layer, self.rotate):
+            control.observe(guarded(self.note, lambda _: self.draw_spread()), "value")
+        views = ipywidgets.Box([self.plot, self.spread])
+        views.add_class("wb-views")
+        super().__init__([title, box, self.note, self.facts, views])
         self.add_class("wb-panel")
         self.add_class("wb-panel-quantization")
         guarded(self.note, self.draw)()
+        guarded(self.note, self.draw_spread)()
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return with_twin(super()._repr_mimebundle_(**options), self.plot, self.facts.value)
@@ -121,6 +126,12 @@ class FormatPanel(ipywidgets.VBox):
         self.facts.value = '<div class="wb-facts">' + "".join(f"<span><i>{a}</i> {b}</span>" for a, b in rows) + "</div>"
         self.plot.figure = look_figure(self.found, f"{self.format} on {name}")
         self.note.say("ready")
+
+    def draw_spread(self) -> None:
+        """How even the layer's inputs and weights are, as they are and, when it is on, after the rotation."""
+        name = str(self.layer.value)
+        shown = {"as they are": self._matrix(name, False)} | ({"rotated": self._matrix(name, True)} if self.rotate.value else {})
+        self.spread.figure = spread_figure(shown)
 
     def _matrix(self, name: str, rotate: bool) -> Matrix:
         """A layer as it is rounded, kept: a slider then costs only the rounding."""

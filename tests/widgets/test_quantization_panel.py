@@ -6,6 +6,7 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import workbench
@@ -53,6 +54,18 @@ def test_the_controls_shown_are_those_that_matter(panel: FormatPanel) -> None:
     assert panel.exponent.layout.display == "" and panel.bits.layout.display == "none"
     panel.family.value = "mxfp4"
     assert panel.granularity.layout.display == "none"
+
+
+def test_a_rotation_evens_the_spread(panel: FormatPanel) -> None:
+    """A feature a hundred times as large as the others is the first of the curve; the rotation shares it out."""
+    layer = panel._layers[panel.layer.value]
+    panel._moments[layer.name].gram[0, 0, 0] *= 1e4
+    panel._matrices.clear()
+    assert [t.name for t in panel.spread.figure.data] == ["inputs, as they are", "weights, as they are"]
+    panel.rotate.value = True
+    plain, _, rotated, _ = panel.spread.figure.data
+    assert rotated.name == "inputs, rotated" and len(rotated.y) == layer.shape[1]
+    assert np.median(plain.y) < 0.1 < np.median(rotated.y)
 
 
 def test_allocation_panel_walks_the_front(checkpoints: dict[str, Path]) -> None:

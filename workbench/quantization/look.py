@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,4 +105,16 @@ def histogram_figure(centres: NDArray[Any], share: NDArray[Any], grid: NDArray[A
     if len(grid):
         fig.add_scatter(x=grid, y=np.zeros(len(grid)), name="values of the format", mode="markers",
                         marker=dict(symbol="line-ns-open", size=14, color=color(1)))  # fmt: skip
+    return fig
+
+
+def spread_figure(matrices: Mapping[str, Matrix]) -> go.Figure:
+    """What a rotation is for: root mean square of each input feature, and largest weight that meets it, both largest first, by label."""
+    from workbench.figures import figure, line
+
+    fig = figure("Spread over the input features", "input features, largest first", "share of the largest", yaxis_type="log")
+    for label, matrix in matrices.items():
+        for what, values in (("inputs", matrix.gram.diagonal().clamp_min(0).sqrt()), ("weights", matrix.weight.abs().amax(0))):
+            ordered = values.sort(descending=True).values
+            line(fig, np.arange(1, len(ordered) + 1), (ordered / ordered[0].clamp_min(1e-30)).clamp_min(1e-6).cpu().numpy(), f"{what}, {label}", mode="lines")
     return fig
