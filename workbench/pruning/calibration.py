@@ -40,6 +40,7 @@ class Calibration:
     gradient_batch: int = 1
 
     def __post_init__(self) -> None:
+        self.passes: dict[str, list[list[Layer]]] = {}
         self.store: dict[Any, Any] = self.subject.memo(("pruning calibration", self.split, self.names, self.gradient_batch), dict)
 
     def remember(self, key: tuple[Any, ...], compute: Any) -> Any:
@@ -61,7 +62,7 @@ class Calibration:
 
     def moments(self, layer: Layer) -> InputMoments:
         """Input second moments of one layer; its neighbours come with it."""
-        groups = self.groups(lambda a: 4 * a.shape[-1] ** 2 * (a.shape[0] if len(a.shape) == 3 else 1))
+        groups = self.groups("moments", lambda a: 4 * a.shape[-1] ** 2 * (a.shape[0] if len(a.shape) == 3 else 1))
 
         def measure(group: Sequence[Layer]) -> dict[str, InputMoments]:
             return second_moments(self.subject, group, self.split, self.examples, progress=self.progress)
@@ -99,8 +100,10 @@ class Calibration:
         """(experts, in) variance of each input feature over the tokens."""
         return (self.norm(layer).square() - self.mean(layer).square()).clamp_min(0)
 
-    def groups(self, bytes_of: Callable[[Layer], int]) -> list[list[Layer]]:
+    def groups(self, what: str, bytes_of: Callable[[Layer], int]) -> list[list[Layer]]:
         """Neighbouring layers that are measured in one pass over the data; plain matrices and stacks of experts apart."""
+        if what in self.passes:
+            return self.passes[what]
         made: list[list[Layer]] = []
         size = 0
         for layer in self.layers:
@@ -110,6 +113,7 @@ class Calibration:
                 size = 0
             made[-1].append(layer)
             size += mine
+        self.passes[what] = made
         return made
 
     def collect(self, layers: Sequence[Layer]) -> dict[str, fisher.Gradients]:
@@ -124,7 +128,7 @@ class Calibration:
 
     def factors(self, layer: Layer) -> fisher.Gradients:
         """The gradients of one layer; neighbours that fit in memory come with it."""
-        groups = self.groups(lambda a: self.gradients * self.gradient_batch * bytes_per_example(self.subject, [a], self.split, torch.bfloat16))
+        groups = self.groups("gradients", lambda a: self.gradients * self.gradient_batch * bytes_per_example(self.subject, [a], self.split, torch.bfloat16))
         return self.grouped("gradients", self.gradients, groups, layer, self.collect)[layer.name]
 
     def absolute_damp(self) -> float:

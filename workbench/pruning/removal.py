@@ -77,7 +77,7 @@ def remove(model: nn.Module, kept: Kept) -> nn.Module:
 
     `BadInput` when a group would be left empty or a stack of experts would get unequal widths.
     """
-    groups = {g.name: g for g in discover(model, sorted({k for k in ("heads", "neurons") if any(g.name in kept for g in safe(model, k))}))}
+    groups = {g.name: g for kind in ("heads", "neurons") for g in safe(model, kind)}
     for name, mask in kept.items():
         counts = mask.sum(-1)
         if name not in groups:

@@ -100,10 +100,11 @@ class Group:
 
 
 def child(module: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(path)
-    except AttributeError:
-        return None
+    """The submodule at a dotted path, or None. Asked of every module for every known form, so without `get_submodule`'s exceptions."""
+    found: nn.Module | None = module
+    for part in path.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
 
 
 def ranges(units: int, width: int, offset: int = 0) -> Tensor:

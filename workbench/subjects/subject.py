@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,9 @@ class Subject:
 
     def copy(self) -> Subject:
         """A subject with its own copy of the weights (data is shared)."""
-        made = self.with_model(copy.deepcopy(self.model))
+        # a module has a dozen empty tables of hooks; deepcopy would spend half of a small model's copy on them
+        empty = {id(table): type(table)() for module in self.model.modules() for table in vars(module).values() if type(table) in (dict, OrderedDict) and not table}
+        made = self.with_model(copy.deepcopy(self.model, empty))
         made.adopt_fingerprint(self.fingerprint)
         return made
 
