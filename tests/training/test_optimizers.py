@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.training.test_loop import net, same, small
@@ -215,26 +214,30 @@ def test_one_bit_adam_does_not_move_what_never_had_a_gradient() -> None:
     assert torch.equal(weight[3:5].detach(), torch.ones(2)) and (weight[:3] != 1).all()
 
 
+def one_of_two(rank: int, store: str, out: str) -> None:
+    """What each process of the next test does: its own gradients, signs exchanged by gloo; the first one leaves its weight."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    gradients = torch.randn(7, 2, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = nn.Parameter(torch.zeros(11, dtype=torch.float64))
+    optimizer = OneBitAdam([weight], lr=0.05, freeze=3)
+    for step in gradients:
+        weight.grad = step[rank].clone()
+        optimizer.step()
+    if rank == 0:
+        torch.save(weight.detach(), out)
+    dist.destroy_process_group()
+
+
 def test_one_bit_adam_over_processes_equals_the_simulation(tmp_path) -> None:
     """Two processes of gloo that exchange packed signs reach the weights of two simulated workers."""
-    code = """
-import sys, torch, torch.distributed as dist
-from torch import nn
-from workbench.training.onebit import OneBitAdam
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-gradients = torch.randn(7, 2, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-weight = nn.Parameter(torch.zeros(11, dtype=torch.float64))
-optimizer = OneBitAdam([weight], lr=0.05, freeze=3)
-for step in gradients:
-    weight.grad = step[rank].clone()
-    optimizer.step()
-torch.save(weight.detach(), sys.argv[3]) if rank == 0 else None
-dist.destroy_process_group()
-"""
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path / "store"), str(tmp_path / "out")], env={**os.environ, "OMP_NUM_THREADS": "1"})
-                 for rank in (0, 1)]  # fmt: skip
-    assert [process.wait(120) for process in processes] == [0, 0]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.test_optimizers"])
+    processes = [context.Process(target=one_of_two, args=(rank, str(tmp_path / "store"), str(tmp_path / "out"))) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
     gradients = torch.randn(7, 2, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(torch.load(tmp_path / "out", weights_only=True), one_bit_reference(gradients, 3, 7), rtol=1e-10, atol=1e-10)
 
