@@ -49,7 +49,7 @@ class FakeQuant(Change):
     @classmethod
     def of(cls, grid: Grid) -> FakeQuant:
         transform = grid.transform or Transform()
-        wide = {} if not isinstance(grid, SplitGrid) else {"mask": grid.mask, "wide_scale": grid.wide.scale, "wide_zero": grid.wide.zero,
+        wide: dict[str, Any] = {} if not isinstance(grid, SplitGrid) else {"mask": grid.mask, "wide_scale": grid.wide.scale, "wide_zero": grid.wide.zero,
                                                            "wide_format": grid.wide.format.name, "wide_group": grid.wide.group}  # fmt: skip
         return cls(grid.scale, grid.zero, **transform.tensors, **wide, format=grid.format.name, group=grid.group, block=transform.block,
                    orthogonal=transform.orthogonal)  # fmt: skip
