@@ -18,7 +18,7 @@ from workbench.instruments import BadInput, Progress
 from workbench.quantization import Allocate, LayerSensitivity
 from workbench.quantization.allocation import allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.sensitivity import alone, candidates, gauss_newton_alone, pairs, top_eigenvalues, traces
+from workbench.quantization.sensitivity import alone, candidates, gauss_newton_scores, top_eigenvalues, traces
 from workbench.statistics import second_moments
 from workbench.subjects import Subject
 
@@ -91,32 +91,36 @@ def test_alone_equals_one_prediction_for_each_layer(bert: Subject) -> None:
             assert found[layer.name][row] == pytest.approx((one.first, one.second), rel=1e-3, abs=1e-9)
 
 
-def test_gauss_newton_alone_equals_the_operator(bert: Subject) -> None:
+def test_gauss_newton_scores_are_the_sampled_fisher_of_the_operator(bert: Subject) -> None:
+    """With the same draws: squares are each change alone, products are pairs, and the pairs of one choice add up to 1/2 D.F D of that choice."""
     layers = bert.layers("*.0.*")[:3]
     _, deltas = candidates(bert, layers, [Quantize(bits=b, group_size=16) for b in (2, 4)], 4, Progress())
-    found = gauss_newton_alone(bert, layers, deltas, examples=4, batch_size=2)
-    for layer in layers:
-        with curvature_operator(bert, "ggn", layers=layer.name, examples=4, batch_size=4) as operator:
-            for row, delta in enumerate(deltas[layer.name]):
-                vector = delta.reshape(1, -1)
-                assert found[layer.name][row] == pytest.approx(0.5 * float((operator.matmat(vector) * vector).sum()), rel=1e-3)
-        assert min(found[layer.name]) > 0
+    scores = gauss_newton_scores(bert, layers, deltas, examples=4, samples=3, seed=5)
+    joint = np.einsum("sia,sjb->iajb", scores, scores)
+    with curvature_operator(bert, "mc-fisher", layers=",".join(layer.name for layer in layers), examples=4, batch_size=4, samples=3, seed=5) as operator:
+
+        def half_quadratic(chosen: dict[str, int]) -> float:
+            vector = torch.cat([(deltas[layer.name][chosen[layer.name]] if layer.name in chosen else torch.zeros(layer.shape)).reshape(-1) for layer in layers])[None]
+            return 0.5 * float((operator.matmat(vector) * vector).sum())
+
+        for i, layer in enumerate(layers):
+            for a in range(2):
+                assert joint[i, a, i, a] == pytest.approx(half_quadratic({layer.name: a}), rel=1e-3)
+        choice = [0, 1, 1]
+        whole = half_quadratic({layer.name: a for layer, a in zip(layers, choice, strict=True)})
+    assert sum(joint[i, a, j, b] for i, a in enumerate(choice) for j, b in enumerate(choice)) == pytest.approx(whole, rel=1e-3)
 
 
-def test_pairs_add_up_to_the_prediction_of_the_whole_change(bert: Subject) -> None:
-    """The diagonal is each layer alone; all pairs of one choice are 1/2 D.H D of that choice."""
-    layers = bert.layers("*.layer.0.*")[:4]
-    quantizers = [Quantize(bits=b, group_size=16, examples=4) for b in (2, 4)]
-    _, deltas = candidates(bert, layers, quantizers, 4, Progress())
-    found = pairs(bert, layers, deltas, examples=4)
-    assert np.allclose(found, found.transpose(2, 3, 0, 1))
-    single = alone(bert, layers, deltas, examples=4)
-    for i, layer in enumerate(layers):
-        assert [found[i, a, i, a] for a in range(2)] == pytest.approx([second for _, second in single[layer.name]], rel=1e-3, abs=1e-9)
-    choice = [0, 1, 1, 0]
-    whole = predicted_change(bert, {layer.name: deltas[layer.name][a] for layer, a in zip(layers, choice, strict=True)}, examples=4)
-    second = sum(b for _, b in whole.by_layer.values())
-    assert sum(found[i, a, j, b] for i, a in enumerate(choice) for j, b in enumerate(choice)) == pytest.approx(second, rel=1e-3)
+def test_gauss_newton_scores_are_unbiased(bert: Subject) -> None:
+    layers = bert.layers("*.0.*")[:2]
+    _, deltas = candidates(bert, layers, [Quantize(bits=2, group_size=16)], 4, Progress())
+    squares = np.square(gauss_newton_scores(bert, layers, deltas, examples=4, samples=200)[:, :, 0])
+    with curvature_operator(bert, "ggn", layers=",".join(layer.name for layer in layers), examples=4, batch_size=4) as operator:
+        for row, piece in enumerate(operator.slices):
+            vector = torch.zeros(1, operator.size)
+            vector[0, piece] = deltas[layers[row].name][0].reshape(-1)
+            exact = 0.5 * float((operator.matmat(vector) * vector).sum())
+            assert abs(squares[:, row].sum() - exact) < 4 * squares[:, row].std(ddof=1) * len(squares) ** 0.5
 
 
 def test_allocation_with_interactions_costs_no_more_than_without(bert: Subject) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.quantization.allocation import Allocation, allocate, front, with_interactions
 from workbench.quantization.quantize import Quantize, choices, moments_for
-from workbench.quantization.sensitivity import alone, candidates, gauss_newton_alone, measured_alone, pairs, top_eigenvalues, traces
+from workbench.quantization.sensitivity import alone, candidates, gauss_newton_scores, measured_alone, top_eigenvalues, traces
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -70,16 +70,17 @@ class Allocate(SubjectInstrument):
     average: Literal["weights", "multiplications"] = parameter(
         "weights", "what the average is over: weights (size), or multiplications (bit operations at one activation width: a layer counts for the tokens it sees)")
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
-    sensitivity: Literal["curvature", "gauss-newton", "trace", "eigenvalue", "output", "measured"] = parameter(
-        "curvature", "a width's cost: 1/2 d.Hd of its rounding error d, or with Gauss-Newton's matrix; mean trace or top eigenvalue of H x |d|^2; output error; measured change")
-    interactions: bool = parameter(False, "count what every two layers cost together as well: one Hessian-vector product a layer and width")
-    symmetric: bool = parameter(True, "integers symmetric about zero")
+    sensitivity: Literal["gauss-newton", "curvature", "trace", "eigenvalue", "output", "measured"] = parameter(
+        "gauss-newton", "a width's cost: 1/2 d.Gd of its rounding error d with Gauss-Newton's matrix, or the Hessian's; mean trace or top eigenvalue of H x |d|^2; "
+        "output error; measured change")
+    interactions: bool = parameter(False, "count what every two layers cost together as well (sensitivity gauss-newton)")
+    symmetric: bool = parameter(False, "integers symmetric about zero, which at 2 bits leaves three of four values")
     group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
     range: Literal["auto", "minmax", "mse"] = parameter("mse", "how scales are found")
-    rounding: Literal["nearest", "gptq"] = parameter("nearest", "how weights are put on the grid")
+    rounding: Literal["nearest", "gptq"] = parameter("gptq", "how weights are put on the grid")
     examples: int = parameter(64, "calibration examples of the inputs' second moments", ge=1, unit="examples")
-    predict_examples: int = parameter(16, "calibration examples of the sensitivities", ge=1, unit="examples")
-    probes: int = parameter(4, "random probes of the trace; shares of the data for the top eigenvalue", ge=2, le=1000)
+    predict_examples: int = parameter(64, "calibration examples of the sensitivities", ge=1, unit="examples")
+    probes: int = parameter(4, "targets drawn for each example (gauss-newton); random probes of the trace; shares of the data for the top eigenvalue", ge=2, le=1000)
     draws: int = parameter(3, "random allocations to compare with (0: compare with none at all)", ge=0, le=50)
     test_examples: int = parameter(1024, "test examples at most", ge=1, unit="examples")
 
@@ -96,8 +97,10 @@ class Allocate(SubjectInstrument):
             raise BadInput(f"budget: {self.budget:g} bits lies outside the widths {self.widths}; ask for something between them")
         if len(set(self.widths)) != len(self.widths):
             raise BadInput(f"widths: {self.widths} repeats a width")
-        if self.interactions and self.sensitivity != "curvature":
-            raise BadInput(f"interactions: pairs of layers are costed by curvature, not by {self.sensitivity}; set sensitivity curvature")
+        if self.interactions and self.sensitivity != "gauss-newton":
+            raise BadInput(f"interactions: pairs of layers are costed by Gauss-Newton's matrix, not by {self.sensitivity}; set sensitivity gauss-newton")
+        if self.sensitivity == "gauss-newton" and on.task.loss_kind == "other":
+            raise BadInput("sensitivity: gauss-newton draws targets from the model's own distribution, which this custom loss does not define; use curvature")
         for width in self.widths:
             self.quantizer(bits=width).check(on)
 
@@ -154,10 +157,13 @@ class Allocate(SubjectInstrument):
         rows, deltas = candidates(on, layers, [self.quantizer(bits=w) for w in widths], self.examples, progress)
         table = pd.DataFrame([row for layer in layers for row in rows[layer.name]])
         joint = None
-        if self.interactions:
-            joint = pairs(on, layers, deltas, examples=self.predict_examples, progress=progress)
-            own = joint[np.arange(len(layers))[:, None], np.arange(len(widths)), np.arange(len(layers))[:, None], np.arange(len(widths))]
-            table["cost"] = own.clip(min=0.0).reshape(-1)
+        if self.sensitivity == "gauss-newton":
+            scores = gauss_newton_scores(on, layers, deltas, examples=self.predict_examples, samples=self.probes, seed=self.seed, progress=progress)
+            squares = np.square(scores).reshape(len(scores), -1)
+            table["cost"] = squares.sum(0)
+            table["cost_error"] = squares.std(0, ddof=1) * len(squares) ** 0.5
+            if self.interactions:
+                joint = np.einsum("sia,sjb->iajb", scores, scores)
         elif self.sensitivity in ("trace", "eigenvalue"):
             estimate, generator = traces if self.sensitivity == "trace" else top_eigenvalues, torch.Generator().manual_seed(self.seed)
             found = estimate(on, layers, self.probes, self.predict_examples, generator, progress=progress)
@@ -169,9 +175,6 @@ class Allocate(SubjectInstrument):
             else:
                 size = table["eigenvalue"].abs() + table["eigenvalue_error"]
             table["cost"] = 0.5 * size * squares
-        elif self.sensitivity == "gauss-newton":
-            squared = gauss_newton_alone(on, layers, deltas, examples=self.predict_examples, progress=progress)
-            table["cost"] = [cost for layer in layers for cost in squared[layer.name]]
         elif self.sensitivity == "output":
             table["cost"] = table["output_error"]
         elif self.sensitivity == "measured":

@@ -87,16 +87,19 @@ def against(method: Mapping[str, Any], comparator: Mapping[str, Any],
     return measure
 
 
-def allocations(sensitivity: Literal["curvature", "trace"]) -> Callable[[str, Progress], dict[str, Any]]:
-    """Average of 3 bits from widths 2, 3, 4 and 8: the allocation against uniform, random and reversed at the same size."""
+ALLOCATED: dict[str, Any] = dict(budget=3.0, widths=[2, 3, 4, 8], examples=64, predict_examples=128, probes=4, draws=2, test_examples=1024)
+
+
+def allocations(sensitivity: Literal["gauss-newton", "trace"]) -> Callable[[str, Progress], dict[str, Any]]:
+    """Average of 3 bits with GPTQ and zero points: the allocation against uniform, random and reversed at the same size."""
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
         rows = []
         for subject in ("bytelm", "minilm-docstrings"):
             for seed in progress.track(SEEDS, f"{name} on {subject}"):
-                instrument = Allocate(budget=3.0, sensitivity=sensitivity, examples=16, predict_examples=8, probes=4, draws=1, test_examples=TEST, seed=seed)
-                facts = instrument.run(drawn(subject, seed), Progress()).facts
-                rows.append({"subject": subject, "seed": seed} | {k: facts[k] for k in ("loss", "uniform_loss", "random_loss", "reversed_loss")})
+                instrument = Allocate(**ALLOCATED, sensitivity=sensitivity, seed=seed)
+                facts = instrument.run(redrawn(opened(subject), seed, ALLOCATED["predict_examples"]), Progress()).facts
+                rows.append({"subject": subject, "seed": seed} | {k: facts[k] for k in ("dense_loss", "loss", "uniform_loss", "random_loss", "reversed_loss")})
         notes, holds = [], True
         for subject in ("bytelm", "minilm-docstrings"):
             mine = [r for r in rows if r["subject"] == subject]
@@ -104,7 +107,7 @@ def allocations(sensitivity: Literal["curvature", "trace"]) -> Callable[[str, Pr
                 mean, low, high = interval([r["loss"] - r[f"{rival}_loss"] for r in mine])
                 holds &= mean < 0
                 notes.append(f"{subject} minus {rival} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-        return {"holds": bool(holds), "note": "; ".join(notes), "rows": rows, "budget": 3.0, "widths": [2, 3, 4, 8]}
+        return {"holds": bool(holds), "note": "; ".join(notes), "rows": rows, "settings": ALLOCATED | {"sensitivity": sensitivity}, "seeds": list(SEEDS)}
 
     return measure
 
@@ -112,9 +115,9 @@ def allocations(sensitivity: Literal["curvature", "trace"]) -> Callable[[str, Pr
 def interactions(name: str, progress: Progress) -> dict[str, Any]:
     """Average of 3 bits on the bytelm: the allocation that knows what pairs of layers cost against the additive one of the same size."""
     rows = []
-    settings: dict[str, Any] = dict(budget=3.0, interactions=True, examples=16, predict_examples=4, draws=0, test_examples=64)
+    settings: dict[str, Any] = ALLOCATED | dict(interactions=True, draws=0)
     for seed in progress.track(SEEDS, name):
-        facts = Allocate(**settings, seed=seed).run(drawn("bytelm", seed), Progress()).facts
+        facts = Allocate(**settings, seed=seed).run(redrawn(opened("bytelm"), seed, ALLOCATED["predict_examples"]), Progress()).facts
         rows.append({"seed": seed, "joint": facts["loss"], "additive": facts["additive_loss"]})
     mean, low, high = interval([r["joint"] - r["additive"] for r in rows])
     return {"holds": mean < 0, "note": f"bytelm at 3 bits on average, minus the additive allocation {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows,

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from workbench.curvature.operators import curvature_operator
-from workbench.curvature.output_space import OutputCurvature
+from workbench.curvature.output_space import OutputCurvature, check_kind, draw_uniform
 from workbench.curvature.quadratic import mean_loss, predicted_change
 from workbench.curvature.weights import differentiable, place_of, with_weights
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
@@ -70,68 +70,39 @@ def alone(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequen
     return {name: [(float(a), float(b)) for a, b in found / items] for name, found in sums.items()}
 
 
-def gauss_newton_alone(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequence[Tensor]], split: str = "calibration", examples: int = 16,
-                       batch_size: int = 8, progress: Progress | None = None) -> dict[str, list[float]]:  # fmt: skip
-    """1/2 d.G d of the mean loss for each layer's candidate changes d taken alone, G the generalised Gauss-Newton matrix J^T S J.
+def gauss_newton_scores(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequence[Tensor]], split: str = "calibration", examples: int = 64,
+                        samples: int = 4, seed: int = 0, progress: Progress | None = None) -> np.ndarray:  # fmt: skip
+    """(examples x samples, layers, candidates): how far each layer's candidate change d moves the log-likelihood of targets that the model draws.
 
-    Never negative, so no layer looks free because the loss happens to curve downwards on these examples; for cross-entropy it is the
-    second-order term of the divergence between the outputs before and after. One J d a layer and candidate: J^T u is kept as a graph
-    that is linear in u, and differentiated by u.
+    A score is s = g.d / sqrt(2 x items x samples), g an example's gradient at targets y ~ p(y | x), so that the sum of s^2 is an unbiased
+    estimate of 1/2 d.G d of the mean loss, G the generalised Gauss-Newton matrix (Martens 2020, section 9: for cross-entropy and squared error it
+    is the Fisher matrix). The sum of products of two changes' scores is likewise 1/2 d_i.G d_j, so one pass serves every layer, every
+    candidate and every pair of them (the expansion that Deng et al. 2025, CLADO, start from; the term by which Schaefer et al. 2023 augment
+    layer-wise Hessians is in their paper's body, which was not available). Never negative: no layer looks free because the loss happens to
+    curve downwards on these examples. Its relative standard error is about sqrt(2 / (examples x samples)). One backward pass a sample;
+    every layer needs as many candidates.
+    `BadInput` for a custom loss, which defines no distribution to draw from.
     """
     progress = progress or Progress()
+    check_kind("mc-fisher", subject.task)
+    generator = torch.Generator().manual_seed(seed)
     places = [place_of(layer) for layer in layers]
-    sums = {layer.name: np.zeros(len(deltas[layer.name])) for layer in layers}
-    items, done = 0, 0
-    count = -(-min(examples, subject.size(split)) // batch_size) * len(layers)
+    changes = [torch.stack([(d.mT if layer.transposed else d).to(layer.original.dtype).flatten() for d in deltas[layer.name]]) for layer in layers]
+    found, items = [], 0
     with differentiable(subject.model, places) as weights, torch.enable_grad():
-        for batch, weight in with_targets(subject, split, batch_size, examples):
-            middle = OutputCurvature("ggn", subject.task, subject.task.output(subject.model, batch), batch)
-            u = torch.zeros_like(middle.rows, requires_grad=True)
-            pulled = torch.autograd.grad(middle.rows, weights, u, create_graph=True, allow_unused=True)
-            for layer, value, part in zip(layers, weights, pulled, strict=True):
-                progress.show("sensitivity of each layer", done := done + 1, count)
-                for row, delta in enumerate(deltas[layer.name] if part is not None else []):
-                    change = (delta.mT if layer.transposed else delta).to(value.dtype)
-                    (moved,) = torch.autograd.grad((part * change).sum(), u, retain_graph=True)
-                    sums[layer.name][row] += 0.5 * float((moved * middle(moved)).sum())
-            items += weight
-            del middle, pulled
-            if progress.stopped:
-                break
-    return {name: [float(v) for v in found / items] for name, found in sums.items()}
-
-
-def pairs(subject: Subject, layers: Sequence[Layer], deltas: Mapping[str, Sequence[Tensor]], split: str = "calibration", examples: int = 16,
-          batch_size: int = 8, progress: Progress | None = None) -> np.ndarray:  # fmt: skip
-    """I (layers, candidates, layers, candidates), symmetric: 1/2 d_i.H d_j of the mean loss for every two layers' candidate changes.
-
-    A choice of one candidate for each layer costs the sum of I over all its pairs, its own terms included: 1/2 D.H D of the whole
-    change D. This is derived here, from the second-order expansion that Deng et al. 2025 (CLADO) also start from; the term by which
-    Schaefer et al. 2023 augment layer-wise Hessians is in their paper's body, which was not available. The tests check that the pairs
-    of a choice add up to the prediction of the whole change. One Hessian-vector product for each layer and candidate. Every layer needs as many candidates.
-    """
-    progress = progress or Progress()
-    places = [place_of(layer) for layer in layers]
-    changes = [[(d.mT if layer.transposed else d).to(layer.original.dtype) for d in deltas[layer.name]] for layer in layers]
-    count = len(changes[0])
-    total, items, done = np.zeros((len(layers), count, len(layers), count)), 0, 0
-    batches = -(-min(examples, subject.size(split)) // batch_size)
-    with differentiable(subject.model, places) as weights, torch.enable_grad():
-        for batch, weight in with_targets(subject, split, batch_size, examples):
-            gradients = torch.autograd.grad(subject.loss(batch), weights, create_graph=True, allow_unused=True)
-            for i, gradient in enumerate(gradients):
-                progress.show("interactions of layers", done := done + 1, batches * len(layers))
-                for a, change in enumerate(changes[i] if gradient is not None else []):
-                    assert gradient is not None
-                    products = torch.autograd.grad((gradient * change).sum(), weights, retain_graph=True, allow_unused=True)
-                    for j, product in enumerate(products):
-                        if product is not None:
-                            total[i, a, j] += weight * np.array([0.5 * float((product * other).sum()) for other in changes[j]])
+        for done, (batch, weight) in enumerate(with_targets(subject, split, 1, examples), 1):
+            progress.show("sensitivity of each layer", done, min(examples, subject.size(split)))
+            output = subject.task.output(subject.model, batch)
+            draws = draw_uniform("mc-fisher", subject.task, batch, subject.task.flat(output, batch)[0].shape[-1], samples, generator)
+            middle = OutputCurvature("mc-fisher", subject.task, output, batch, draws)
+            assert middle.factors is not None
+            for factor in middle.factors:
+                gradients = torch.autograd.grad(middle.rows, weights, factor.reshape(middle.rows.shape), retain_graph=True, allow_unused=True)
+                found.append(torch.stack([c.new_zeros(len(c)) if g is None else c @ g.flatten() for c, g in zip(changes, gradients, strict=True)]).double().cpu())
             items += weight
             if progress.stopped:
                 break
-    total /= items
-    return (total + total.transpose(2, 3, 0, 1)) / 2
+    return torch.stack(found).numpy() / (2 * items * samples) ** 0.5
 
 
 def measured_alone(subject: Subject, layer: Layer, deltas: Sequence[Tensor], before: float, split: str, examples: int, batch_size: int = 8) -> list[float]:
