@@ -9,15 +9,16 @@ import numpy as np
 
 from workbench.instruments import Progress
 from workbench.quantization.aware import TrainQuantized
-from workbench.quantization.evidence import CALIBRATION, SEEDS, TEST, dense_loss, drawn, interval
+from workbench.quantization.evidence import SEEDS, TEST, dense_loss, drawn, interval
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.salient import effective_bits
 from workbench.subjects import Layer, Subject
 
+CALIBRATION = 32
 SHARED: dict[str, Any] = {"granularity": "channel", "examples": CALIBRATION, "predict_examples": 0, "test_examples": TEST}
 BINARISED = SHARED | {"format": "binary", "range": "centred", "salient_share": 0.2}
-LAYER = BINARISED | {"rounding": "scales", "steps": 60}
-BLOCK = LAYER | {"objective": "block", "sequential": True, "steps": 60}
+LAYER = BINARISED | {"rounding": "scales", "steps": 40}
+BLOCK = LAYER | {"objective": "block", "sequential": True, "steps": 40}
 RESTORING: dict[str, Any] = {"method": "adapters", "steps": 40, "batch_size": 4, "test_examples": 64}
 RATES = (3e-4, 1e-3, 3e-3)
 
