@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 import workbench
@@ -233,7 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=list(modes))
     torch.set_num_threads(1)
-    modes[parser.parse_args().mode]()
+    with threadpool_limits(1):  # scipy's BLAS
+        modes[parser.parse_args().mode]()
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate() -> None:
 def test_moving_scales_match_a_plain_implementation(layer: tuple[Tensor, Tensor]) -> None:
     weight, gram = layer
     feedback = linear_feedback(gram, 0.01)
-    values, grid = gptq_with_moving_scales(weight, feedback, fit(weight, named("int4"), "group", 32), "minmax")
+    values, grid = gptq_with_moving_scales(weight, feedback, named("int4"), 32, "minmax")
     upper = torch.linalg.cholesky(torch.linalg.inv(damped(gram, 0.01).double()), upper=True).float()  # the paper's factor
     work, plain, scales = weight.clone(), torch.zeros_like(weight), []
     for i in range(96):

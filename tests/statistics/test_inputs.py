@@ -7,6 +7,7 @@ from torch import nn
 import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.statistics import InputCapture, example_gradients, second_moments
+from workbench.statistics.inputs import add_upper, mirror
 from workbench.subjects import Mask, all_layers
 
 
@@ -39,6 +40,45 @@ def test_every_block_layer_sees_its_inputs_once(architecture, checkpoints):
         else:  # every token goes to two experts
             tokens = subject.splits["calibration"]["input_ids"][:8].numel()
             assert moments.tokens.sum() == 2 * tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_a_product_and_its_mirror_are_the_whole(dtype):
+    """By BLAS (float32) and by blocks of columns (anything else), added to what is there, exactly symmetric."""
+    for width in (5, 128, 300):
+        rows, more = torch.randn(40, width, dtype=dtype), torch.randn(7, width, dtype=dtype)
+        gram = torch.zeros(width, width, dtype=dtype)
+        for part in (rows, more, rows[:0], more.T.contiguous().T):
+            add_upper(gram, part)
+        mirror(gram)
+        assert torch.equal(gram, gram.T) and torch.allclose(gram, rows.T @ rows + 2 * more.T @ more, atol=1e-4)
+
+
+def test_a_pass_ends_with_the_last_layer_unless_it_may_be_met_again():
+    """The head is not reached once a whole pass has shown each layer once; a layer that is called twice is followed to the end."""
+    data = {"inputs": torch.randn(40, 4), "labels": torch.randint(3, (40,))}
+
+    class Twice(nn.Module):
+        def __init__(self, repeat):
+            super().__init__()
+            self.first, self.head, self.repeat, self.heads = nn.Linear(4, 4), nn.Linear(4, 3), repeat, 0
+
+        def forward(self, x):
+            for _ in range(self.repeat):
+                x = torch.tanh(self.first(x))
+            self.heads += 1
+            return self.head(x)
+
+    for repeat in (1, 2):
+        net = Twice(repeat)
+        subject = workbench.subject(net, data=data)
+        net.heads = 0
+        found = second_moments(subject, subject.layers("first"), "train", examples=20, batch_size=5)["first"]
+        assert net.heads == (1 if repeat == 1 else 4) and found.tokens == 20 * repeat
+        rows = [torch.cat([b["inputs"] for b in subject.batches("train", 5, 20)])]
+        for _ in range(1, repeat):
+            rows.append(torch.tanh(net.first(rows[-1])).detach())
+        assert torch.allclose(found.gram[0], sum(x.T @ x for x in rows), atol=1e-4) and torch.allclose(found.total[0], sum(x.sum(0) for x in rows), atol=1e-4)
 
 
 def test_padding_does_not_count(checkpoints):

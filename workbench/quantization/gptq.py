@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.quantization.formats import Format
 from workbench.quantization.grid import Grid, fit
 
 LEAF = 16  # columns handled one by one between two matrix updates
@@ -103,24 +104,24 @@ def gptq_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
     return float(((gap @ gram.double()) * gap).sum())
 
 
-def gptq_with_moving_scales(weight: Tensor, feedback: Tensor, grid: Grid, rule: str, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
+def gptq_with_moving_scales(weight: Tensor, feedback: Tensor, format: Format, group: int, rule: str, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
     """GPTQ whose group scales are found when the group is reached, from the weights as compensated so far (the paper's
-    grouped variant); returns the values and the grid they are on. Groups must divide the columns."""
+    grouped variant); returns the values and the grid they are on. `group` must divide the columns."""
     columns, feedback = in_columns(weight, None), feedback.float()
     keep = None if mask is None else in_columns(mask, None)
     rounded, errors = torch.empty_like(columns), torch.zeros_like(columns)
-    scales, zeros, eye = [], [], torch.eye(grid.group, device=columns.device)
-    for start in range(0, len(columns), grid.group):
-        part = slice(start, start + grid.group)
+    scales, zeros, eye = [], [], torch.eye(group, device=columns.device)
+    for start in range(0, len(columns), group):
+        part = slice(start, start + group)
         square = feedback[part, part]
         answers = feedback[:start, part].T @ errors[:start]  # (group, out)
         # What the weights have become, all that follow being free, is their answers through the inverse of the group's own feedback.
         moved = columns[part] + torch.linalg.solve_triangular(square.T, eye, upper=False, unitriangular=True) @ answers if start else columns[part]
-        found = fit(moved.T.contiguous(), grid.format, "channel", grid.group, rule)
+        found = fit(moved.T.contiguous(), format, "channel", group, rule)
         scales.append(found.scale)
         zeros.append(found.zero)
-        scale, zero = (None if t is None else spread(t, moved, None) for t in (found.scale, found.zero))
+        scale, zero = (None if t is None else t.T.contiguous().expand_as(moved) for t in (found.scale, found.zero))
         assert scale is not None
         solve(columns[part], columns[part] + answers, square, scale, zero, None if keep is None else keep[part], found, rounded[part], errors[part])
     zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None], -1)
-    return rounded.T.contiguous(), Grid(grid.format, torch.cat(scales, -1), zero, grid.group)
+    return rounded.T.contiguous(), Grid(format, torch.cat(scales, -1), zero, group)

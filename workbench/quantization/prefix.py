@@ -18,13 +18,9 @@ from torch import Tensor, nn
 from workbench.instruments import Progress
 from workbench.quantization.gptq import damped
 from workbench.statistics import InputCapture, InputMoments
-from workbench.statistics.inputs import moments_of
+from workbench.statistics.inputs import Reached, moments_of
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import Batch
-
-
-class Reached(Exception):
-    """Raised to leave a forward pass once the block that was waited for has run."""
 
 
 def grouped(subject: Subject, layers: Sequence[Layer]) -> list[tuple[str, list[Layer]]]:

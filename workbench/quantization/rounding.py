@@ -14,7 +14,7 @@ from torch import Tensor
 
 from workbench.quantization.formats import Format
 from workbench.quantization.gptq import column_order, gptq, gptq_with_moving_scales, linear_feedback
-from workbench.quantization.grid import Grid, fit
+from workbench.quantization.grid import Grid, fit, group_of
 from workbench.quantization.salient import Salient
 from workbench.quantization.transforms import Transform
 
@@ -111,9 +111,9 @@ def stochastic(problem: Problem) -> tuple[Tensor, Grid]:
 @rounding("gptq")
 def column_wise(problem: Problem) -> tuple[Tensor, Grid]:
     feedback, order = problem.factors.of(problem.gram, problem.damp, problem.act_order)
-    grid = problem.grid()
     width = problem.weight.shape[1]
-    moving = grid.group < width and width % grid.group == 0 and not problem.format.block and order is None and problem.granularity != "tensor"
-    if moving:
-        return gptq_with_moving_scales(problem.weight, feedback, grid, problem.rule, problem.mask)
+    group = group_of(problem.format, problem.granularity, problem.group_size, width)
+    if group < width and width % group == 0 and not problem.format.block and order is None and problem.granularity != "tensor":
+        return gptq_with_moving_scales(problem.weight, feedback, problem.format, group, problem.rule, problem.mask)
+    grid = problem.grid()
     return gptq(problem.weight, feedback, grid, problem.mask, order), grid

@@ -7,11 +7,14 @@ only the tokens routed to it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
 import torch
+from scipy.linalg.blas import ssyrk
 from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
@@ -141,20 +144,86 @@ def moments_of(layer: Layer, gram: bool, dtype: torch.dtype = torch.float32) -> 
     return InputMoments(full, zeros[0], zeros[1], torch.zeros(experts, device=device))
 
 
-BLOCK = 192  # columns of one matrix product of a second moment
+BLOCK = 128  # columns of one matrix product of a second moment
 
 
-def upper_product(rows: Tensor, out: Tensor) -> None:
-    """rows^T rows (in, in) of rows (tokens, in) into `out`: the blocks on and above the diagonal alone, near half the work of all of them."""
+class Reached(Exception):
+    """Raised to leave a forward pass once what was waited for has run."""
+
+
+def add_upper(gram: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows of rows (tokens, in) to `gram` (in, in), contiguous: the entries on and above the diagonal alone, half the work of all.
+
+    torch has no symmetric product; in memory of the processor it is BLAS's, elsewhere products of blocks of columns.
+    """
+    if gram.device.type == "cpu" and gram.dtype == torch.float32 and len(rows):
+        target = gram.numpy().T  # BLAS counts from the other corner: the lower part of the transpose
+        assert np.shares_memory(ssyrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=target, lower=1, overwrite_c=1), target)
+        return
     for start in range(0, rows.shape[1], BLOCK):
-        torch.mm(rows[:, start : start + BLOCK].T, rows[:, start:], out=out[start : start + BLOCK, start:])
+        gram[start : start + BLOCK, start:].addmm_(rows[:, start : start + BLOCK].T, rows[:, start:])
 
 
 def mirror(gram: Tensor) -> None:
-    """Fill the blocks of (..., in, in) below the diagonal from those above it, in place."""
+    """Fill (..., in, in) below the diagonal from what is above it, in place."""
     for start in range(0, gram.shape[-1], BLOCK):
         end = start + BLOCK
         gram[..., end:, start:end] = gram[..., start:end, end:].mT
+        corner = gram[..., start:end, start:end]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+
+
+class MomentSums:
+    """Adds up the inputs that a capture hands over, into `sums`.
+
+    What several layers read (query, key, value) is multiplied once: `shared` holds the layers whose inputs another one was seen to read
+    too, and the product of theirs is kept until the next. Others' products are added where they belong without being held.
+    A pass may end early, by `Reached`, once every layer has had all its inputs: known when the first pass met each layer exactly once,
+    and the last layer gets as many rows as the first (an expert, or a part of the tokens, would get fewer).
+    """
+
+    def __init__(self, sums: dict[str, InputMoments]) -> None:
+        self.sums, self.shared = sums, set[str]()
+        self.met: list[tuple[str, int]] = []  # layer and rows of every call of this pass
+        self.once: bool | None = None
+        self.last: tuple[str, Tensor, Any, InputMoments | None] | None = None  # layer, its rows, their storage, their own sums when they are shared
+
+    def begin(self) -> None:
+        """Before each pass."""
+        if self.met and self.once is None:
+            self.once = sorted(name for name, _ in self.met) == sorted(self.sums)
+        self.met, self.last = [], None
+
+    def add(self, layer: Layer, expert: int, rows: Tensor) -> None:
+        mine, own = self.sums[layer.name], None
+        if self.last is not None and self.last[2] is rows.untyped_storage() and self.last[1].data_ptr() == rows.data_ptr() and self.last[1].shape == rows.shape:
+            leader, own = self.last[0], self.last[3]
+            self.shared.add(leader)
+        else:
+            leader = layer.name
+        if own is None and leader in self.shared:
+            own = InputMoments(*(None if t is None else torch.zeros_like(t[:1]) for t in (mine.gram, mine.square, mine.total)))  # type: ignore[arg-type]
+            accumulate(own, 0, rows)
+        if own is None:
+            accumulate(mine, expert, rows)
+        else:
+            for total, part in ((mine.gram, own.gram), (mine.square, own.square), (mine.total, own.total)):
+                if total is not None and part is not None:
+                    total[expert] += part[0]
+        mine.tokens[expert] += len(rows)
+        self.last = (leader, rows, rows.untyped_storage(), own)
+        self.met.append((layer.name, len(rows)))
+        if self.once and len(self.met) == len(self.sums) and len(rows) == self.met[0][1]:
+            raise Reached
+
+
+def accumulate(sums: InputMoments, expert: int, rows: Tensor) -> None:
+    rows = rows.to(sums.total.dtype)
+    if sums.gram is None:
+        sums.square[expert] += rows.square().sum(0)
+    else:
+        add_upper(sums.gram[expert], rows)  # its diagonal is the sum of squares
+    sums.total[expert] += rows.sum(0)
 
 
 @torch.no_grad()
@@ -162,45 +231,22 @@ def second_moments(subject: Subject, layers: Sequence[Layer], split: str = "cali
                    gram: bool = True, progress: Progress | None = None) -> dict[str, InputMoments]:  # fmt: skip
     """One streaming pass over `examples` of a split: name -> input moments; padding positions are left out.
 
-    Examples go through the model shortest first, so that there is little padding to compute. Layers that read the same tensor
-    (query, key, value) share one accumulation, and of a second moment only the blocks on and above the diagonal are computed.
+    Examples go through the model shortest first, so that there is little padding to compute, and no further than to the last of the
+    layers. Layers that read the same tensor share one product, of which only the blocks on and above the diagonal are computed.
     """
     progress = progress or Progress()
-    sums = {layer.name: moments_of(layer, gram) for layer in layers}
-    products: dict[tuple[int, torch.device], Tensor] = {}  # written over by each tensor of that width: what is read twice is read in succession
-    last: dict[str, Any] = {}
-
-    def measured(rows: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        if not gram:
-            return None, rows.square().sum(0), rows.sum(0)
-        width = rows.shape[1]
-        product = products.setdefault((width, rows.device), torch.zeros(0))
-        if not len(product):
-            product = products[width, rows.device] = torch.zeros(width, width, device=rows.device)
-        upper_product(rows, product)
-        return product, product.diagonal(), rows.sum(0)
-
-    def add(layer: Layer, expert: int, rows: Tensor) -> None:
-        mine = sums[layer.name]
-        same = last.get("rows")
-        if same is None or same.shape != rows.shape or same.data_ptr() != rows.data_ptr() or last["source"] is not rows.untyped_storage():
-            last.update(rows=rows, sums=measured(rows.to(mine.square.dtype)), source=rows.untyped_storage())
-        found = last["sums"]
-        if gram:
-            assert mine.gram is not None
-            mine.gram[expert] += found[0]
-        mine.square[expert] += found[1]
-        mine.total[expert] += found[2]
-        mine.tokens[expert] += len(rows)
-
+    found = {layer.name: moments_of(layer, gram) for layer in layers}
+    sums = MomentSums(found)
     total = -(-min(examples, subject.size(split)) // batch_size)
-    with InputCapture(layers, add) as capture:
+    with InputCapture(layers, sums.add) as capture:
         for batch in progress.track(subject.batches(split, batch_size, examples, by_length=True), "calibration inputs", total):
             mask = batch.get("attention_mask")
             capture.keep = mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
-            last.clear()
-            subject.task.output(subject.model, batch)
-    for found in sums.values():
-        if found.gram is not None:
-            mirror(found.gram)
-    return sums
+            sums.begin()
+            with contextlib.suppress(Reached):
+                subject.task.output(subject.model, batch)
+    for each in found.values():
+        if each.gram is not None:
+            mirror(each.gram)
+            each.square.copy_(each.gram.diagonal(dim1=-2, dim2=-1))
+    return found
