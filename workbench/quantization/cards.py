@@ -22,6 +22,7 @@ from workbench.quantization.evidence import (
     trained,
 )
 from workbench.quantization.low_bit_evidence import binarised
+from workbench.quantization.product_evidence import rotated_products
 from workbench.quantization.width_evidence import before_or_after, drawn_by_trace, one_for_all, widths_by_variance
 
 FAMILY = "quantization"
@@ -127,6 +128,9 @@ CARDS = [
          "lower loss than adapters beside a rounded weight, merged and rounded, at 2 bits", merged, 335),
     card("bibert", "BiBERT's balanced binary weights, with binary inputs", "Qin et al. 2022", r"\alpha\,\mathrm{sign}(W - \bar W)", "training",
          "accuracy above the commonest class with binary weights and inputs", above_majority, 8),
+    card("halo", "HALO: Hadamard rotations around quantized products of training", "Ashkboos, Nikdan, Tabesh et al. 2025",
+         r"Q(XH)\,Q(WH)^\top,\ K^\top(Q(K E_Y)\,Q(W)),\ Q(E_Y)^\top Q(X)", "training",
+         "int6 operands, equal steps and tuning: both levels of rotation end nearer to the full-precision loss than no rotation", rotated_products, 221),
     *taught_cards.CARDS,
     card("ptq1.61", "PTQ1.61: salient input features, the rest binary with learned scales", "Zhao et al. 2025",
          r"r_i c_j(\alpha_i\,\mathrm{sign}(w_{ij} - \mu_i) + \mu_i),\ \min \sum_t \|h_t - h_q\|^2 - \log\cos(h_t, h_q)", "calibration inputs, gradients",

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -31,7 +31,7 @@ from workbench.training.optimizers import make_optimizer
 from workbench.training.order import take
 from workbench.training.schedules import make_schedule
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int6", "int4", "e4m3fn", "e5m2", "e3m2"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -98,6 +98,7 @@ def fit(
     warmup: float = 0.05,
     clip: float | None = 1.0,
     precision: Precision = "fp32",
+    rotation: int = 0,
     ema: float = 0.0,
     loss: Callable[[Subject, Batch], Tensor] | None = None,
     split: str = "train",
@@ -116,7 +117,8 @@ def fit(
     batch_size : examples per optimizer step; `micro_batch` of them at once when positive (gradient accumulation, exact: every
         item weighs the same). loss : replaces the task's loss, e.g. for distillation; a mean over the batch's items.
     optimizer, schedule : names (see `optimizers.OPTIMIZERS`, `schedules.PROFILES`) or factories. warmup : fraction of the steps.
-    clip : largest gradient norm, None for none. precision : fp16 scales the loss dynamically (Micikevicius et al. 2018).
+    clip : largest gradient norm, None for none. precision : fp16 scales the loss dynamically (Micikevicius et al. 2018); a number format
+        (int8, e4m3fn) rounds the operands of the blocks' matrix products, with Hadamard rotations by level `rotation` (see `products`).
     ema : decay of averaged weights; when positive they are what is evaluated and what the model holds at the end.
     evaluate_every : steps between evaluations, 0 for none but the last; checkpoint_every likewise, into `checkpoint_folder`, from
         which an interrupted run with the same arguments goes on, on one device bit for bit.
@@ -148,7 +150,7 @@ def fit(
     if ema > 0:
         run.averaged = AveragedModel(subject.model, multi_avg_fn=get_ema_multi_avg_fn(ema))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    autocast = torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else contextlib.nullcontext()
+    arithmetic = arithmetic_of(subject, precision, rotation)
     parameters = [p for group in stepper.param_groups for p in group["params"]]
     columns, compute = subject.split(split), loss or (lambda on, batch: on.loss(batch))
     pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # rows whose loss is still on the device
@@ -173,7 +175,7 @@ def fit(
                     continue
                 quiet = accelerator is not None and index + 1 < len(micro)
                 with accelerator.no_sync(model) if quiet else contextlib.nullcontext():  # type: ignore[union-attr]
-                    with autocast:
+                    with arithmetic:
                         part = compute(placed, {k: v.to(device) for k, v in trim(batch).items()}) * (count / total)
                     scaler.scale(part * world).backward()  # distributed gradients are averaged over processes
                 mean += part.detach()
@@ -217,6 +219,19 @@ def fit(
                 target.copy_(source)
     subject.model.eval()
     return run
+
+
+def arithmetic_of(subject: Subject, precision: str, rotation: int) -> contextlib.AbstractContextManager[Any]:
+    """What the forward pass runs in; it may be entered again and again."""
+    if precision not in get_args(Precision):
+        raise BadInput(f"precision: {precision!r} is unknown; accepted: {', '.join(get_args(Precision))}")
+    if precision not in ("fp32", *AUTOCAST):
+        from workbench.training.products import QuantizedProducts
+
+        return QuantizedProducts(subject.layers("blocks"), precision, rotation)
+    if rotation:
+        raise BadInput(f"rotation: {rotation} rotates the operands of quantized products; with precision {precision} there are none, set it to 0")
+    return torch.autocast(subject.device.type, AUTOCAST[precision]) if precision in AUTOCAST else contextlib.nullcontext()
 
 
 def settle(run: Training, pending: list[tuple[dict[str, Any], Tensor, Tensor]], skipping: bool) -> None:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from workbench.figures import figure, line
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.subjects import Subject
-from workbench.training.loop import Training, fit
+from workbench.training.loop import Precision, Training, arithmetic_of, fit
 from workbench.training.objective import Start, reinitialised
 from workbench.training.optimizers import make_optimizer, state_bytes
 from workbench.training.schedules import make_schedule
@@ -36,7 +36,8 @@ class Train(SubjectInstrument):
     phi: float = parameter(2.0, "phi of the UBA schedule; 2 is cosine", gt=0, le=50, scale="log")
     warmup: float = parameter(0.05, "linear warm-up as a fraction of the steps", ge=0, lt=1)
     clip: float = parameter(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e6)
-    precision: Literal["fp32", "bf16", "fp16"] = parameter("fp32", "precision of the forward and backward pass")
+    precision: Precision = parameter("fp32", "precision of the forward and backward pass; a number format rounds the operands of its matrix products")
+    rotation: Literal[0, 1, 2] = parameter(0, "Hadamard rotations of rounded operands (HALO's levels): none, forward, forward and input gradient")
     ema: float = parameter(0.0, "decay of averaged weights; 0 keeps the last weights", ge=0, lt=1)
     start: Start = parameter("weights", "start from the subject's weights or from random ones")
     split: str = parameter("train", "split to train on", min_length=1)
@@ -48,6 +49,7 @@ class Train(SubjectInstrument):
 
     def check(self, on: Subject) -> None:
         on.split(self.split)
+        arithmetic_of(on, self.precision, self.rotation)
         make_optimizer(self.optimizer, self.lr, self.weight_decay)
         make_schedule(self.schedule, self.warmup, **self._schedule_options())
 
@@ -64,8 +66,8 @@ class Train(SubjectInstrument):
 
         run = fit(mine, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch, lr=self.lr, optimizer=self.optimizer,
                   weight_decay=self.weight_decay, schedule=self.schedule, schedule_options=self._schedule_options(), warmup=self.warmup,
-                  clip=self.clip or None, precision=self.precision, ema=self.ema, split=self.split, evaluate_every=self.evaluate_every, seed=self.seed,
-                  callbacks=[draw], progress=progress)  # fmt: skip
+                  clip=self.clip or None, precision=self.precision, rotation=self.rotation, ema=self.ema, split=self.split, evaluate_every=self.evaluate_every,
+                  seed=self.seed, callbacks=[draw], progress=progress)  # fmt: skip
         table = run.history
         facts: dict[str, Any] = {"steps": run.step, "examples": run.position, "items": run.items, "diverged": run.diverged}
         if len(table):
