@@ -295,5 +295,5 @@ def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
                   for fields in (learning, {"kind": "hadamard", "examples": 16})]  # fmt: skip
         rows.append({"seed": seed, "learned": losses[0], "hadamard": losses[1]})
     mean, low, high = interval([r["learned"] - r["hadamard"] for r in rows])
-    return {"holds": mean < 0, "note": f"bytelm W4A4, learned minus Hadamard {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows,
-            "settings": learning, "seeds": list(SEEDS)}  # fmt: skip
+    return {"holds": mean < 0, "note": f"bytelm W4A4, {ROUNDED_INPUTS} test examples, learned minus Hadamard {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats", "rows": rows,
+            "settings": learning, "test_examples": ROUNDED_INPUTS, "seeds": list(SEEDS)}  # fmt: skip
