@@ -21,7 +21,7 @@ ScheduleName = Literal["cosine", "linear", "constant", "rex", "uba", "delayed-li
 
 
 class Train(SubjectInstrument):
-    """Train the subject: any optimizer, schedule and precision of the bench, masks and number formats kept."""
+    """Train the subject: any optimizer, schedule and precision of the bench (products of rounded, rotated operands among them), masks and number formats kept."""
 
     summary_line = "train a subject: loss, learning rate and gradient norm per step, validation and test loss"
     changes_model = True
