@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,6 +195,31 @@ def test_multiplications_count_the_tokens_a_layer_sees(checkpoints: dict[str, Pa
     assert result.tables is not None
     widths = result.tables["widths"].query("strategy == 'integer program'").set_index("layer")["width"]
     assert result.facts["code_bits"] == pytest.approx(sum(widths[n] * w for n, w in work.items()) / sum(work.values())) and result.facts["code_bits"] <= 3
+
+
+def test_latency_budget_is_the_time_of_the_uniform_width(bert: Subject, tmp_path: Path) -> None:
+    """Times where only the intermediate layer gains from few bits: the optimum within the time, found by brute force."""
+    layers = bert.layers("*.0.*")
+    (path := tmp_path / "times.csv").write_text("layer,width,milliseconds\n*,2,1.0\n*,4,1.25\n*intermediate*,2,1\n*intermediate*,4,9\n")
+    settings: dict[str, Any] = dict(layers="*.0.*", budget=3.0, widths=[4, 2], group_size=16, examples=4, predict_examples=4, draws=1, test_examples=8, average="latency")
+    result = Allocate(**settings, times=str(path)).run(bert, Progress(), cache=False)
+    allowed = (1.0 * len(layers) + 1.25 * (len(layers) - 1) + 9) / 2
+    assert (result.table["milliseconds"] <= allowed + 1e-9).all()
+    assert result.tables is not None
+    cost = result.tables["sensitivity"].pivot(index="layer", columns="width", values="cost").loc[[layer.name for layer in layers]].to_numpy()
+    times = np.array([[1.0, 9.0] if "intermediate" in layer.name else [1.0, 1.25] for layer in layers])
+    rows = np.arange(len(layers))
+    best = min(cost[rows, c].sum() for c in map(list, itertools.product(range(2), repeat=len(layers))) if times[rows, c].sum() <= allowed)
+    assert result.table["cost"].iloc[0] == pytest.approx(best)
+    before = Allocate(**settings, times=str(path)).key(bert)
+    for text, message in (("layer,width\n*,2\n", "milliseconds"), ("layer,width,milliseconds\n*,2,1\n*,4,-1\n", "line 3"), ("layer,width,milliseconds\n*,2,1\n", "width 4")):
+        path.write_text(text)
+        with pytest.raises(BadInput, match=message):
+            Allocate(**settings, times=str(path)).run(bert, Progress(), cache=False)
+    assert Allocate(**settings, times=str(path)).key(bert) != before  # another file under the same name is another run
+    for times_of in ("", str(tmp_path / "nowhere.csv")):
+        with pytest.raises(BadInput, match="times"):
+            Allocate(**settings, times=times_of).run(bert, Progress(), cache=False)
 
 
 @pytest.mark.parametrize("fields", [{"budget": 1.5}, {"widths": [2, 2, 4]}, {"widths": [2, 12], "budget": 3}])

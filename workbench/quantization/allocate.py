@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -57,7 +60,7 @@ class AllocateResult(Result):
         if fitting.empty:
             raise BadInput(f"average_bits: {average_bits:g} is below the smallest allocation, {table['average_bits'].min():g}")
         chosen = fitting.iloc[-1]
-        return {name: int(chosen[name]) for name in table.columns if name not in ("average_bits", "cost", "bound")}
+        return {name: int(chosen[name]) for name in table.columns if name not in ("average_bits", "size", "cost", "bound")}
 
 
 class Allocate(SubjectInstrument):
@@ -67,8 +70,10 @@ class Allocate(SubjectInstrument):
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
     budget: float = parameter(3.0, "average width of the codes", ge=1, le=8, unit="bits", step=0.25)
-    average: Literal["weights", "multiplications"] = parameter(
-        "weights", "what the average is over: weights (size), or multiplications (bit operations at one activation width: a layer counts for the tokens it sees)")
+    average: Literal["weights", "multiplications", "latency"] = parameter(
+        "weights", "what the budget limits: bits of the weights (size); bits times multiplications (bit operations at one activation width: a layer counts for the "
+        "tokens it sees); or the layers' measured times, up to that of all layers at the budget's width")
+    times: str = parameter("", "CSV of times on the target device, with columns layer (a glob), width and milliseconds; for average latency")
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
     sensitivity: Literal["gauss-newton", "curvature", "trace", "eigenvalue", "output", "measured"] = parameter(
         "gauss-newton", "a width's cost: 1/2 d.Gd of its rounding error d with Gauss-Newton's matrix, or the Hessian's; mean trace or top eigenvalue of H x |d|^2; "
@@ -97,6 +102,10 @@ class Allocate(SubjectInstrument):
             raise BadInput(f"budget: {self.budget:g} bits lies outside the widths {self.widths}; ask for something between them")
         if len(set(self.widths)) != len(self.widths):
             raise BadInput(f"widths: {self.widths} repeats a width")
+        if (self.average == "latency") != bool(self.times):
+            raise BadInput(f"times: average {self.average} {'needs a CSV of measured times' if not self.times else 'takes none; leave it empty or set average latency'}")
+        if self.times:
+            layer_times(self.times, on.layers(self.layers), self.widths)
         if self.interactions and self.sensitivity != "gauss-newton":
             raise BadInput(f"interactions: pairs of layers are costed by Gauss-Newton's matrix, not by {self.sensitivity}; set sensitivity gauss-newton")
         if self.sensitivity == "gauss-newton" and on.task.loss_kind == "other":
@@ -104,13 +113,19 @@ class Allocate(SubjectInstrument):
         for width in self.widths:
             self.quantizer(bits=width).check(on)
 
+    def key(self, on: Any) -> str:
+        """As for every instrument, with what the file of times holds."""
+        own, file = super().key(on), Path(self.times)
+        return hashlib.sha256(own.encode() + file.read_bytes()).hexdigest()[:24] if self.times and file.is_file() else own
+
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
         widths = sorted(self.widths)
         cost, errors, joint = self._costs(on, layers, widths, progress)
         weights = self._weights(on, layers, progress)
-        size = weights[:, None] * np.array(widths)[None]
-        budget = self.budget * weights.sum() * (1 + 1e-12)
+        counted = weights[:, None] * np.array(widths)[None]
+        size = layer_times(self.times, layers, widths) if self.times else counted
+        budget = float(np.interp(self.budget, widths, size.sum(0))) * (1 + 1e-12)
         best = allocate(cost, size, budget)
         plans = {"integer program": best}
         if joint is not None:  # from the additive optimum, so it costs no more than that
@@ -125,15 +140,17 @@ class Allocate(SubjectInstrument):
             result = self.quantizer(layer_bits=bits)._run(copy, Progress())
             subject = result.subject if name == main else subject
             own = float(cost[rows_of, plan.choice].sum())
-            code_bits = plan.size / weights.sum()
+            code_bits = float(counted[rows_of, plan.choice].sum() / weights.sum())
             facts = result.facts
             rows.append({"strategy": name, "code_bits": code_bits, "average_bits": facts["average_bits"], "cost": own, "loss": facts["loss"],
                          "change": facts["loss"] - dense["loss"]} | {k: v for k, v in facts.items() if k in ("accuracy", "perplexity")})  # fmt: skip
+            if self.times:
+                rows[-1]["milliseconds"] = plan.size
             if joint is not None:
                 rows[-1]["joint_cost"] = float(joint[rows_of[:, None], plan.choice[:, None], rows_of, plan.choice].sum())
             chosen += [{"strategy": name, "layer": layer, "width": width} for layer, width in bits.items()]
         table = pd.DataFrame(rows)
-        frontier = pd.DataFrame([{"average_bits": a.size / weights.sum(), "cost": a.cost, "bound": a.bound}
+        frontier = pd.DataFrame([{"average_bits": float(counted[rows_of, a.choice].sum() / weights.sum()), "size": a.size, "cost": a.cost, "bound": a.bound}
                                  | {layer.name: widths[k] for layer, k in zip(layers, a.choice, strict=True)} for a in front(cost, size)])  # fmt: skip
         first = table.iloc[0]
         facts = {"dense_loss": dense["loss"]} | {k: float(first[k]) for k in ("loss", "average_bits", "code_bits")}
@@ -147,8 +164,8 @@ class Allocate(SubjectInstrument):
         return self.result(table, facts, tables={"front": frontier, "widths": pd.DataFrame(chosen), "sensitivity": errors}, subject=subject)
 
     def _weights(self, on: Subject, layers: Sequence[Layer], progress: Progress) -> NDArray[np.float64]:
-        """(layers,) how much a bit of each layer's width takes of the budget."""
-        if self.average == "weights":
+        """(layers,) how much a bit of each layer's width counts in the average width."""
+        if self.average != "multiplications":
             return np.array([math.prod(layer.shape) for layer in layers], dtype=float)
         moments = moments_for(on, layers, self.examples, progress)
         return np.array([math.prod(layer.shape[-2:]) * float(moments[layer.name].tokens.sum()) for layer in layers])
@@ -201,6 +218,30 @@ class Allocate(SubjectInstrument):
             plan = allocate(changed, size, budget)
             plans[name] = Allocation(plan.choice, float(cost[rows, plan.choice].sum()), plan.size, -np.inf)
         return plans
+
+
+def layer_times(path: str, layers: Sequence[Layer], widths: Sequence[int]) -> Costs:
+    """(layers, widths) milliseconds from a CSV with columns layer (a glob; the last row that matches wins), width and milliseconds.
+
+    `BadInput` when the file cannot be read, lacks a column, holds a time that is not positive, or leaves a layer and width out.
+    """
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"times: {path} cannot be read as CSV ({error})") from None
+    if missing := {"layer", "width", "milliseconds"} - set(table.columns):
+        raise BadInput(f"times: {path} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(table.columns)}")
+    values = pd.to_numeric(table["milliseconds"], errors="coerce").to_numpy(dtype=float)
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise BadInput(f"times: {path} holds milliseconds that are not positive numbers, the first in line {int(np.argmin(np.isfinite(values) & (values > 0))) + 2}")
+    found = np.full((len(layers), len(widths)), np.nan)
+    for glob, width, value in zip(table["layer"].astype(str), table["width"], values, strict=True):
+        for i, layer in enumerate(layers):
+            if width in widths and fnmatchcase(layer.name, glob):
+                found[i, list(widths).index(width)] = value
+    if len(gaps := np.argwhere(np.isnan(found))):
+        raise BadInput(f"times: {path} has no time of {layers[gaps[0][0]].name} at width {widths[gaps[0][1]]}; every layer needs one at each of {list(widths)}")
+    return found
 
 
 def uniform_plan(cost: Costs, size: Costs, budget: float, widths: list[int]) -> Allocation:
