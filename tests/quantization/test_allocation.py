@@ -167,7 +167,7 @@ def test_top_eigenvalue_is_the_known_one() -> None:
     assert deviation < 1e-4 * mean
 
 
-@pytest.mark.parametrize("sensitivity", ["curvature", "gauss-newton", "trace", "eigenvalue", "output", "measured"])
+@pytest.mark.parametrize("sensitivity", ["curvature", "gauss-newton", "trace", "eigenvalue", "variance", "output", "measured"])
 def test_allocate(bert: Subject, sensitivity: str) -> None:
     settings = {"layers": "*.0.*", "budget": 3.0, "widths": [2, 4], "group_size": 16, "examples": 4, "predict_examples": 4, "probes": 2, "draws": 1,
                 "test_examples": 8, "sensitivity": sensitivity}  # fmt: skip

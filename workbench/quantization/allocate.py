@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.quantization.allocation import Allocation, allocate, front, with_interactions
+from workbench.quantization.allocation import Allocation, allocate, front, log_variance, with_interactions
 from workbench.quantization.quantize import Quantize, choices, moments_for
 from workbench.quantization.sensitivity import alone, candidates, gauss_newton_scores, measured_alone, top_eigenvalues, traces
 from workbench.subjects import Layer, Subject
@@ -75,9 +75,9 @@ class Allocate(SubjectInstrument):
         "tokens it sees); or the layers' measured times, up to that of all layers at the budget's width")
     times: str = parameter("", "CSV of times on the target device, with columns layer (a glob), width and milliseconds; for average latency")
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
-    sensitivity: Literal["gauss-newton", "curvature", "trace", "eigenvalue", "output", "measured"] = parameter(
+    sensitivity: Literal["gauss-newton", "curvature", "trace", "eigenvalue", "variance", "output", "measured"] = parameter(
         "gauss-newton", "a width's cost: 1/2 d.Gd of its rounding error d with Gauss-Newton's matrix, or the Hessian's; mean trace or top eigenvalue of H x |d|^2; "
-        "output error; measured change")
+        "mean trace x variance x 4^-width; output error; measured change")
     interactions: bool = parameter(False, "count what every two layers cost together as well (sensitivity gauss-newton)")
     symmetric: bool = parameter(False, "integers symmetric about zero, which at 2 bits leaves three of four values")
     group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
@@ -181,16 +181,22 @@ class Allocate(SubjectInstrument):
             table["cost_error"] = squares.std(0, ddof=1) * len(squares) ** 0.5
             if self.interactions:
                 joint = np.einsum("sia,sjb->iajb", scores, scores)
-        elif self.sensitivity in ("trace", "eigenvalue"):
-            estimate, generator = traces if self.sensitivity == "trace" else top_eigenvalues, torch.Generator().manual_seed(self.seed)
-            found = estimate(on, layers, self.probes, self.predict_examples, generator, progress=progress)
-            table[self.sensitivity] = [found[name][0] for name in table["layer"]]
-            table[f"{self.sensitivity}_error"] = [found[name][1] for name in table["layer"]]
-            squares = [float(d.float().square().sum()) for layer in layers for d in deltas[layer.name]]
-            if self.sensitivity == "trace":
+        elif self.sensitivity in ("trace", "eigenvalue", "variance"):
+            estimate, measure = (top_eigenvalues, "eigenvalue") if self.sensitivity == "eigenvalue" else (traces, "trace")
+            found = estimate(on, layers, self.probes, self.predict_examples, torch.Generator().manual_seed(self.seed), progress=progress)
+            table[measure] = [found[name][0] for name in table["layer"]]
+            table[f"{measure}_error"] = [found[name][1] for name in table["layer"]]
+            squares = np.array([float(d.float().square().sum()) for layer in layers for d in deltas[layer.name]])
+            if measure == "trace":
                 size = table["trace"].clip(lower=0) / table["weights"]
             else:
                 size = table["eigenvalue"].abs() + table["eigenvalue_error"]
+            if self.sensitivity == "variance":
+                table["variance"] = [float(layer.weight.detach().float().var()) for layer in layers for _ in widths]
+                size = size.clip(lower=1e-3 * size.max())  # a trace that noise made zero has no logarithm
+                first = table.iloc[:: len(widths)]
+                table["ideal_width"] = log_variance(size.iloc[:: len(widths)], first["variance"], first["weights"], self.budget).repeat(len(widths))
+                squares = (table["weights"] * table["variance"] * 4.0 ** -table["width"]).to_numpy()
             table["cost"] = 0.5 * size * squares
         elif self.sensitivity == "output":
             table["cost"] = table["output_error"]

@@ -74,18 +74,6 @@ def log_variance(sensitivity: ArrayLike, variance: ArrayLike, weights: ArrayLike
     return average + 0.5 * (logs - np.average(logs, weights=n))
 
 
-def allocate_by_variance(sensitivity: ArrayLike, variance: ArrayLike, weights: ArrayLike, widths: ArrayLike, average: float) -> Allocation:
-    """`log_variance` on the widths that exist: the exact program over the cost n_l s_l v_l 4^-b and the sizes n_l b, within `average` bits a weight.
-
-    Solved anew rather than rounded, because rounding by largest remainder has no rule for widths beyond the ends of the list, nor for layers of
-    different size; with every real width allowed the program's optimum is `log_variance`'s. `BadInput` when the narrowest widths are too wide.
-    """
-    ideal = log_variance(sensitivity, variance, weights, average)
-    n, b = np.asarray(weights, dtype=float), np.asarray(widths, dtype=float)
-    # n s v 4^-b, divided by 4^-average G so that the solver sees numbers of order n: 4^(ideal - b) n
-    return allocate(n[:, None] * 4.0 ** (ideal[:, None] - b), n[:, None] * b, average * n.sum() * (1 + 1e-12))
-
-
 def front(cost: ArrayLike, size: ArrayLike, points: int = 40, equal: Sequence[tuple[int, int]] = ()) -> list[Allocation]:
     """The Pareto front: the optimum at `points` budgets between the smallest and the largest size, without repeats."""
     sizes = np.asarray(size, dtype=float)

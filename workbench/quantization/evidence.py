@@ -90,7 +90,7 @@ def against(method: Mapping[str, Any], comparator: Mapping[str, Any],
 ALLOCATED: dict[str, Any] = dict(budget=3.0, widths=[2, 3, 4, 8], examples=64, predict_examples=128, probes=4, draws=2, test_examples=1024)
 
 
-def allocations(sensitivity: Literal["gauss-newton", "trace"]) -> Callable[[str, Progress], dict[str, Any]]:
+def allocations(sensitivity: Literal["gauss-newton", "trace", "variance"]) -> Callable[[str, Progress], dict[str, Any]]:
     """Average of 3 bits with GPTQ and zero points: the allocation against uniform, random and reversed at the same size."""
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:

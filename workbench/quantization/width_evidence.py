@@ -8,15 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from workbench.instruments import Progress, Result
-from workbench.quantization.allocation import allocate, allocate_by_variance
+from workbench.quantization.allocation import allocate
 from workbench.quantization.aware import TrainQuantized
 from workbench.quantization.bit_switching import at_width
-from workbench.quantization.evidence import CALIBRATION, SEEDS, TEST, drawn, interval, opened
+from workbench.quantization.evidence import CALIBRATION, SEEDS, interval, opened
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.sensitivity import traces
 from workbench.subjects import Subject
 from workbench.training.loop import fit as fit_weights
 
@@ -152,29 +150,3 @@ def before_or_after(name: str, progress: Progress) -> dict[str, Any]:
     note = "digits-vit, trained minus rounded afterwards " + ", ".join(f"{w} bits {m:+.4f} [{a:+.4f}, {b:+.4f}]" for w, (m, a, b) in gaps.items()) + " nats"
     return {"holds": bool(holds), "note": note, "rows": rows, "rates": tuned, "settings": SWITCHED, "seeds": list(SEEDS),
             "not_measured": "latency: this bench rounds values and multiplies in full precision, so all widths take one time"}  # fmt: skip
-
-
-def widths_by_variance(name: str, progress: Progress) -> dict[str, Any]:
-    """The bytelm at 3 bits on average from widths 2, 3, 4 and 8, per-channel clipping of least squared error: widths by the logarithm of trace
-    / size x variance, by the logarithm of the variance alone, and uniform."""
-    rows: list[dict[str, Any]] = []
-    widths = (2, 3, 4, 8)
-    shared: dict[str, Any] = {"bits": 3, "granularity": "channel", "range": "mse", "examples": CALIBRATION, "predict_examples": 0, "test_examples": TEST}
-    for seed in progress.track(SEEDS, name):
-        on = drawn("bytelm", seed)
-        layers = on.layers("blocks")
-        found = traces(on, layers, 4, 16, torch.Generator().manual_seed(seed))
-        sizes = [layer.weight.numel() for layer in layers]
-        variance = [float(layer.weight.detach().var()) for layer in layers]
-        largest = max(found[layer.name][0] / size for layer, size in zip(layers, sizes, strict=True))
-        sensitivity = [max(found[layer.name][0] / size, 1e-3 * largest) for layer, size in zip(layers, sizes, strict=True)]
-        row: dict[str, Any] = {"seed": seed, "uniform": float(Quantize(**shared, seed=seed).run(on, Progress()).facts["loss"])}
-        for label, weights in (("sensitivity and variance", sensitivity), ("variance", [1.0] * len(layers))):
-            choice = allocate_by_variance(weights, variance, sizes, widths, 3.0).choice
-            bits = {layer.name: widths[c] for layer, c in zip(layers, choice, strict=True)}
-            facts = Quantize(**shared, layer_bits=bits, seed=seed).run(on, Progress()).facts
-            row |= {label: float(facts["loss"]), f"{label}, bits": float(facts["average_bits"]), f"{label}, widths": bits}
-        rows.append(row)
-    gaps = {label: interval([row[label] - row["uniform"] for row in rows]) for label in ("sensitivity and variance", "variance")}
-    note = "bytelm, 3 bits on average, minus uniform: " + ", ".join(f"{k} {m:+.4f} [{a:+.4f}, {b:+.4f}]" for k, (m, a, b) in gaps.items()) + " nats"
-    return {"holds": bool(gaps["sensitivity and variance"][0] < 0), "note": note, "rows": rows, "settings": shared, "widths": list(widths), "seeds": list(SEEDS)}
