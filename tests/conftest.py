@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,11 +27,23 @@ def shared() -> Path:
     return folder
 
 
+def new_cache(folder: Path) -> Path:
+    """A cache folder without results, with the trained digits-vit in it: to train it again in each takes fifteen seconds."""
+    import workbench
+    from workbench.instruments import cache_folder
+
+    workbench.subject("digits-vit")
+    for kept in (cache_folder() / "subjects").glob("digits-vit-*"):
+        shutil.copytree(kept, folder / "subjects" / kept.name)
+    return folder
+
+
 @pytest.fixture()
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder for this test alone."""
-    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    """A cache folder for this test alone."""
+    folder = new_cache(tmp_path / "cache")
+    monkeypatch.setenv("WORKBENCH_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.conftest import new_cache
 from workbench import reports
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -68,7 +69,7 @@ def figures_of(notebook: Path) -> list[dict[str, Any]]:
 def killed_and_run_again(tmp_path_factory: pytest.TempPathFactory) -> reports.ReportPaths:
     """The compression report from the command line: killed with kernel and all once some of the work is done, then asked for again."""
     folder = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"WORKBENCH_CACHE": str(folder / "cache")}
+    environment = os.environ | {"WORKBENCH_CACHE": str(new_cache(folder / "cache"))}
     out, given = folder / "out", [f"--{key.replace('_', '-')}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in SMALL["compress"].items()]
     command = [sys.executable, "-m", "workbench.cli", "report", "compress", "--out", str(out), *given]
     first = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

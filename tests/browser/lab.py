@@ -20,6 +20,7 @@ from pathlib import Path
 import playwright.sync_api as playwright
 import pytest
 
+from tests.conftest import new_cache
 from tests.notebook import write
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -88,7 +89,7 @@ def serve_cells(folders: pytest.TempPathFactory, cells: dict[str, str], environm
     root, private = folders.mktemp("root"), folders.mktemp("private")
     for name, code in cells.items():
         write(root / f"{name}.ipynb", code)
-    with serve(root, private, {"WORKBENCH_CACHE": str(private / "cache"), **(environment or {})}) as found:
+    with serve(root, private, {"WORKBENCH_CACHE": str(new_cache(private / "cache")), **(environment or {})}) as found:
         yield found
 
 
