@@ -17,7 +17,7 @@ from tests.browser.lab import PATIENCE, Lab, Watched, open_and_run, photograph, 
 SURFACE = """\
 import widgets, workbench
 from workbench.training import LearningRateBatchSize
-widgets.panel(LearningRateBatchSize(examples=3072, lr_points=4, batch_sizes=[8, 32], seeds=3, workers=1, evaluate_limit=64), "digits-vit")"""
+widgets.panel(LearningRateBatchSize(examples=2048, lr_points=4, batch_sizes=[8, 32], seeds=2, workers=1, evaluate_limit=64), "digits-vit")"""
 SCHEDULES = """\
 from widgets.training import SchedulePanel
 SchedulePanel(steps=400)"""
@@ -58,12 +58,12 @@ def test_a_sweep_seen_live_stopped_and_gone_on_with_from_the_command_line(lab: L
     table = panel.locator(".wb-facts")
     expect(table).to_contain_text("runs")
     stopped = int(re.search(r"runs\D+(\d+)", table.inner_text()).group(1))
-    assert 0 < stopped < 24
+    assert 0 < stopped < 16
 
     # the same settings from the command line find the same sweep and go on
     cache = next(lab.root.parent.rglob("sweeps.sqlite")).parent.parent
-    command = [str(Path(sys.executable).parent / "workbench"), "run", "learning-rate-batch-size", "--subject", "digits-vit", "--examples", "3072", "--lr-points", "4",
-               "--batch-sizes", "[8, 32]", "--seeds", "3", "--workers", "1", "--evaluate-limit", "64", "--out", str(tmp_path / "out")]  # fmt: skip
+    command = [str(Path(sys.executable).parent / "workbench"), "run", "learning-rate-batch-size", "--subject", "digits-vit", "--examples", "2048", "--lr-points", "4",
+               "--batch-sizes", "[8, 32]", "--seeds", "2", "--workers", "1", "--evaluate-limit", "64", "--out", str(tmp_path / "out")]  # fmt: skip
     done = subprocess.run(command, env={**os.environ, "WORKBENCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -72,7 +72,7 @@ def test_a_sweep_seen_live_stopped_and_gone_on_with_from_the_command_line(lab: L
     run.click()
     revision_after(page, before)
     expect(note).to_have_text(re.compile("done after"))
-    expect(table).to_contain_text(re.compile(r"runs\D+24"))
+    expect(table).to_contain_text(re.compile(r"runs\D+16"))
     photograph(page, "surface")
     before = revision_after(page, 0)
     panel.get_by_label("show", exact=True).select_option(label="slices")
