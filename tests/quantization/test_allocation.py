@@ -50,6 +50,16 @@ def test_equals_brute_force() -> None:
         assert allocate(cost, size, budget).cost == pytest.approx(best)
 
 
+def test_the_optimum_is_certified_for_many_layers() -> None:
+    """Costs over six orders of magnitude: what the solver leaves open is nothing beside the optimum."""
+    random = np.random.default_rng(0)
+    widths, weights = np.array([2, 3, 4, 5, 6, 8.0]), random.integers(1, 9, 400) * 36864.0
+    cost = random.lognormal(0, 1.2, 400)[:, None] * weights[:, None] * 4.0**-widths
+    for average in (3.0, 6.3):
+        found = allocate(cost, weights[:, None] * widths, average * weights.sum())
+        assert found.bound == pytest.approx(found.cost, rel=1e-8)
+
+
 def test_the_front_falls_and_fits() -> None:
     random = np.random.default_rng(1)
     cost, size = np.sort(random.random((8, 4)), 1)[:, ::-1], np.tile([2.0, 3.0, 4.0, 8.0], (8, 1))

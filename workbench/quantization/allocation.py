@@ -47,7 +47,7 @@ def allocate(cost: ArrayLike, size: ArrayLike, budget: float, equal: Sequence[tu
         for k in range(choices):
             rows[k, first * choices + k], rows[k, second * choices + k] = 1, -1
         constraints.append(LinearConstraint(rows, 0, 0))
-    scale = np.abs(costs).max() or 1.0  # the solver's tolerances are absolute
+    scale = np.median(np.abs(costs)) or np.abs(costs).max() or 1.0  # the solver's tolerances are absolute: a gap it ignores must be small beside a layer
     found = milp(costs.reshape(-1) / scale, integrality=np.ones(variables), bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 0.0})
     if found.x is None:
         raise BadInput(f"budget: {budget:.6g} cannot be met; the smallest choice of every layer already takes {sizes.min(1).sum():.6g}")
