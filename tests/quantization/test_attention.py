@@ -14,7 +14,7 @@ import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import TrainQuantized
-from workbench.quantization.attention import AttentionCall, AttentionQuant, attention_sites, order_of, watching
+from workbench.quantization.attention import AttentionCall, AttentionQuant, attention_sites, eager_of, order_of, watching
 from workbench.quantization.objective import information, map_distance
 from workbench.quantization.tokens import TokenQuant, important_tokens, remember_importance, rounded_tokens
 from workbench.subjects import Layer, Subject
@@ -46,6 +46,14 @@ def test_watching_changes_nothing_and_sees_every_attention(checkpoints: dict[str
     order = order_of(on, on.layers())
     sites = attention_sites(order)
     assert len(sites) == len(calls) and next(s.name for s in order if isinstance(s, Layer)) == next(iter(sites))
+
+
+def test_the_plain_function_is_that_of_the_class_or_its_parents() -> None:
+    from transformers.models.bert import modeling_bert
+
+    assert eager_of(type("Own", (modeling_bert.BertSelfAttention,), {})) is modeling_bert.eager_attention_forward
+    with pytest.raises(BadInput, match="Identity"):
+        eager_of(torch.nn.Identity)
 
 
 def test_maps_are_the_librarys(checkpoints: dict[str, Path]) -> None:

@@ -46,7 +46,7 @@ _seen: ContextVar[list[AttentionCall | Layer] | None] = ContextVar("seen", defau
 
 def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     """The attention interface of transformers: (output (batch, tokens, heads, dim), maps (batch, heads, tokens, keys))."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    eager = eager_of(type(module))
     change, keep = change_inside(module), kept_tokens(attention_mask)
     if change is not None:
         query, key = change.operands(query, key)
@@ -65,6 +65,15 @@ def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     if seen is not None:
         seen.append(AttentionCall(module, query, key, value, maps, keep))
     return output, maps
+
+
+@functools.cache
+def eager_of(kind: type[nn.Module]) -> Any:
+    """The plain attention function of the file that defines this module's class, or one that it derives from."""
+    for parent in kind.__mro__:
+        if (found := getattr(sys.modules[parent.__module__], "eager_attention_forward", None)) is not None:
+            return found
+    raise BadInput(f"subject: {kind.__name__} has no plain attention function beside it, through which its attention could be seen")
 
 
 def kept_tokens(mask: Tensor | None) -> Tensor | None:
