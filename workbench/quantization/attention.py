@@ -67,7 +67,6 @@ def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     return output, maps
 
 
-@functools.cache
 def eager_of(kind: type[nn.Module]) -> Any:
     """The plain attention function of the file that defines this module's class, or one that it derives from."""
     for parent in kind.__mro__:
