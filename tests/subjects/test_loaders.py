@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import workbench
@@ -52,6 +53,20 @@ def test_plain_module_and_its_errors():
         subject.layers("nothing")
     with pytest.raises(BadInput, match="no parameters"):
         workbench.subject(nn.Tanh(), data={"inputs": x, "labels": y})
+
+
+def test_a_single_output_is_regression(checkpoints, tmp_path):
+    """As in transformers: a classification head with one label predicts a number."""
+    config = transformers.AutoConfig.from_pretrained(checkpoints["bert"], num_labels=1)
+    transformers.AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(tmp_path / "one")
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "one")
+    subject = workbench.subject(tmp_path / "one", data="random")
+    batch = next(subject.batches("test", 4))
+    outputs = subject.task.output(subject.model, batch).detach().reshape(-1)
+    assert float(subject.loss(batch).detach()) == pytest.approx(0.5 * float((outputs - batch["labels"]).square().mean()))
+    (table := tmp_path / "table.csv").write_text("text,stars\n" + "a good one,high\nnot so good,low\n" * 20)
+    with pytest.raises(BadInput, match="label-column: 'stars' must hold numbers"):
+        workbench.subject(tmp_path / "one", data=table, text_column="text", label_column="stars")
 
 
 def test_fingerprint_follows_weights_and_survives_saving(tmp_path, checkpoints):

@@ -143,7 +143,8 @@ def guess_task(config: Any, text_column: str | None, label_column: str | None, i
                          ("ForImageClassification", "image-classification"), ("ForMaskedLM", "masked-lm"), ("ForPreTraining", "masked-lm"),
                          ("ForConditionalGeneration", "seq2seq-lm"), ("ForCausalLM", "causal-lm"), ("LMHeadModel", "causal-lm")):  # fmt: skip
         if name.endswith(ending):
-            return "regression" if task == "sequence-classification" and getattr(config, "problem_type", None) == "regression" else task
+            kind = getattr(config, "problem_type", None) or ("regression" if getattr(config, "num_labels", 2) == 1 else None)  # as transformers decides it
+            return "regression" if task == "sequence-classification" and kind == "regression" else task
     if image_column or (label_column and hasattr(config, "num_channels")):
         return "image-classification"
     if label_column:

@@ -142,7 +142,10 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
             place = dict(known)
         made["labels"] = torch.tensor([place[str(v)] for v in rows[columns.label]])
     elif task == "regression":
-        made["labels"] = torch.tensor(rows[columns.label].to_numpy(dtype="float32"))
+        try:
+            made["labels"] = torch.tensor(rows[columns.label].to_numpy(dtype="float32"))
+        except (TypeError, ValueError):
+            raise BadInput(f"label-column: {columns.label!r} must hold numbers, because the model predicts one; give numbers, or a checkpoint with classes") from None
     elif task == "causal-lm":
         made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
     elif task == "masked-lm":
