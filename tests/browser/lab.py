@@ -58,6 +58,7 @@ def serve(root: Path, private: Path, environment: dict[str, str] | None = None) 
         sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
         "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}", "--expose-app-in-browser",
         "--LabApp.news_url=None",
+        "--KernelManager.shutdown_wait_time=0.2",  # a test's kernel has nothing to save
         # should the tests be killed, the server ends by itself
         "--ServerApp.shutdown_no_activity_timeout=300", "--MappingKernelManager.cull_idle_timeout=240",
     ]  # fmt: skip
