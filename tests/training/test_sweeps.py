@@ -2,49 +2,72 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from workbench.instruments import BadInput, Progress
 from workbench.training.ledger import Ledger, owner_name
 from workbench.training.sweeps import Range, Sweep, Trial
 
-ROOT = Path(__file__).parents[2]
-#: A worker process of its own: joins the sweep named on its command line. Every finished objective leaves a line in the log.
-WORKER = """
-import os, sys, time
-from workbench.training.sweeps import Sweep
-url, name, log, count, pause = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), float(sys.argv[5])
-def objective(params, trial):
-    time.sleep(pause)
-    with open(log, "a") as file:
-        file.write(f"{trial.number} {os.getpid()}\\n")
-    return {"value": (params["x"] - 3) ** 2, "pid": os.getpid()}
-Sweep(name, {"x": list(range(count))}, objective, storage=url).run(workers=int(sys.argv[6]))
-"""
+#: Worker processes are forked from a clean process that has imported everything once.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["workbench.training.sweeps"])
 
 
 def square(params: dict, trial: Trial) -> dict:
     return {"value": (params["x"] - 3) ** 2}
 
 
-def start(tmp_path: Path, url: str, count: int, pause: float = 0.05, workers: int = 1) -> subprocess.Popen:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(script), url, "sweep", str(tmp_path / "log"), str(count), str(pause), str(workers)], env=environment,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+@dataclass(frozen=True)
+class Logged:
+    """An objective that leaves a line in the log when it has finished."""
+
+    log: str
+    pause: float
+
+    def __call__(self, params: dict, trial: Trial) -> dict:
+        time.sleep(self.pause)
+        with open(self.log, "a") as file:
+            file.write(f"{trial.number} {os.getpid()}\n")
+        return square(params, trial) | {"pid": os.getpid()}
+
+
+def work(url: str, log: str, count: int, pause: float, workers: int) -> None:
+    """What a worker process does: it joins the sweep, in a session of its own so that it can be killed with those it starts."""
+    os.setsid()
+    Sweep("sweep", {"x": list(range(count))}, Logged(log, pause), storage=url).run(workers=workers)
+    if workers > 1:
+        get_reusable_executor().shutdown()  # a process of multiprocessing ends without the hooks that do this
+
+
+def start(tmp_path: Path, url: str, count: int, pause: float = 0.05, workers: int = 1) -> BaseProcess:
+    process = CONTEXT.Process(target=work, args=(url, str(tmp_path / "log"), count, pause, workers))
+    process.start()
+    return process
+
+
+def kill(process: BaseProcess) -> None:
+    process.kill()
+    process.join()
+
+
+def ended_well(process: BaseProcess) -> bool:
+    process.join(180)
+    return process.exitcode == 0
 
 
 def lines(tmp_path: Path) -> list[int]:
@@ -79,9 +102,8 @@ def test_two_workers_one_killed_sqlite(tmp_path: Path) -> None:
     url = sqlite(tmp_path)
     first, second = start(tmp_path, url, 24), start(tmp_path, url, 24)
     wait_for(lambda: len(lines(tmp_path)) >= 5)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
-    assert second.wait(120) == 0, second.stderr.read()
+    kill(first)
+    assert ended_well(second)
     check(results(url, 24), 24, tmp_path, killed=1)
 
 
@@ -91,11 +113,11 @@ def test_whole_sweep_killed_and_resumed(tmp_path: Path) -> None:
     driver = start(tmp_path, url, 12, pause=0.2, workers=2)
     wait_for(lambda: len(lines(tmp_path)) >= 3)
     os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
+    driver.join()
     before = len(lines(tmp_path))
     assert before < 12
     again = start(tmp_path, url, 12, pause=0.01)
-    assert again.wait(120) == 0, again.stderr.read()
+    assert ended_well(again)
     check(results(url, 12), 12, tmp_path, killed=2)
 
 
@@ -106,7 +128,7 @@ def test_pool_outlives_a_killed_worker(tmp_path: Path) -> None:
     victim = int((tmp_path / "log").read_text().splitlines()[-1].split()[1])
     assert victim != driver.pid
     os.kill(victim, signal.SIGKILL)
-    assert driver.wait(180) == 0, driver.stderr.read()
+    assert ended_well(driver)
     check(results(url, 16), 16, tmp_path, killed=2)
 
 
@@ -154,12 +176,10 @@ def test_postgres_four_workers_kill_and_restart(postgres, tmp_path: Path) -> Non
     url, restart = postgres
     workers = [start(tmp_path, url, 40, pause=0.15) for _ in range(4)]
     wait_for(lambda: len(lines(tmp_path)) >= 6)
-    os.kill(workers[0].pid, signal.SIGKILL)
-    workers[0].wait()
+    kill(workers[0])
     wait_for(lambda: len(lines(tmp_path)) >= 14)
     restart()
-    for worker in workers[1:]:
-        assert worker.wait(180) == 0, worker.stderr.read()
+    assert all(ended_well(worker) for worker in workers[1:])
     table = results(url, 40)
     check(table, 40, tmp_path, killed=5)  # the killed one, and at most four whose commit the restart cut off
     assert table.pid.nunique() >= 3
