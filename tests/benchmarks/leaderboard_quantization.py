@@ -43,7 +43,7 @@ def markdown(board: pd.DataFrame) -> str:
 def main() -> None:
     read = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     read.add_argument("subject")
-    for name, value in (("steps", 20), ("examples", 32), ("test-examples", 256), ("seeds", 3), ("group-size", 64)):
+    for name, value in (("steps", 20), ("block-steps", 4), ("examples", 32), ("test-examples", 256), ("seeds", 3), ("group-size", 64)):
         read.add_argument(f"--{name}", type=int, default=value)
     given = read.parse_args()
     torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def main() -> None:
     shared = {"steps": given.steps, "examples": given.examples, "test_examples": given.test_examples, "group_size": given.group_size}
     methods, refused = accepted(on, WIDTHS, **shared)
     began = time.perf_counter()
-    board = leaderboard(on, methods, WIDTHS, range(given.seeds), TextProgress(), **shared)
+    board = leaderboard(on, methods, WIDTHS, range(given.seeds), TextProgress(), given.block_steps, **shared)
     board.insert(0, "subject", given.subject)
     target = FOLDER / f"quantization-leaderboard-{given.subject}"
     board.to_csv(target.with_suffix(".csv"), index=False, float_format="%.6g")
@@ -59,7 +59,7 @@ def main() -> None:
     left = "".join(f"\nLeft out: {name}: {why}" for name, why in refused.items())
     target.with_suffix(".md").write_text(
         f"`python -m tests.benchmarks.leaderboard_quantization {given.subject}`: {len(methods)} methods, {given.seeds} draws of the calibration examples "
-        f"(each seen by every method), integers, {said}; learned roundings and transforms have these few steps, so they are shown below what they can do. "
+        f"(each seen by every method), integers, {said}, block steps {given.block_steps}; learned roundings and transforms have these few steps, so they are shown below what they can do. "
         f"One thread of {platform.machine()}, torch {torch.__version__}, {(time.perf_counter() - began) / 60:.0f} minutes.{left}\n\n"
         f"Test loss in nats, mean ± half a 95 % interval over the draws; dense {board['dense_loss'].mean():.4f}.\n\n{markdown(board)}\n"
     )  # fmt: skip

@@ -20,7 +20,7 @@ SMALL = {"layers": "*layers.0.*", "group_size": 16, "examples": 16, "test_exampl
 def test_every_method_on_two_draws() -> None:
     on = workbench.subject("digits-vit")
     again = ["nearest", "gptq", "stochastic"]
-    board = pd.concat([leaderboard(on, list(METHODS), [3], (0,), **SMALL), leaderboard(on, again, [3], (1,), **SMALL)])
+    board = pd.concat([leaderboard(on, list(METHODS), [3], (0,), **SMALL), leaderboard(on, again, [3], (1,), block_steps=1, **SMALL)])
     assert len(board) == len(METHODS) + len(again) and np.isfinite(board["loss"]).all()
     table = summary(board)
     assert list(table["bits"]) == sorted(table["bits"]) and set(table["method"]) == set(METHODS)

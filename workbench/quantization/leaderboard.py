@@ -57,8 +57,10 @@ def redrawn(on: Subject, seed: int, examples: int) -> Subject:
 
 
 def leaderboard(on: Subject, methods: Sequence[str], bits: Sequence[int], seeds: Sequence[int] = (0, 1, 2), progress: Progress | None = None,
-                **fields: Any) -> pd.DataFrame:  # fmt: skip
+                block_steps: int = 0, **fields: Any) -> pd.DataFrame:  # fmt: skip
     """One row for each method, width and seed: test loss, accuracy, bits with scales counted; `fields` go to every `Quantize` alike.
+
+    block_steps : iterations of the methods that learn a block at a time, each of which costs as much as dozens of a layer's (0: `steps`).
 
     A seed draws the calibration examples (all methods see the same) and seeds what is random in a method. `BadInput` for a name that
     is not in METHODS, or a setting that a method refuses, before anything runs.
@@ -70,7 +72,9 @@ def leaderboard(on: Subject, methods: Sequence[str], bits: Sequence[int], seeds:
         raise BadInput("leaderboard: give at least one method, one width and one seed")
     shared: dict[str, Any] = {"predict_examples": 0} | fields
     drawn = {seed: redrawn(on, seed, int(shared.get("examples", 128))) for seed in seeds}
-    plan = [(seed, m, Quantize(**(shared | METHODS[m]), bits=b, seed=seed)) for seed in seeds for m in methods for b in bits]
+    fewer = {"steps": block_steps} if block_steps else {}
+    settings = {m: shared | METHODS[m] | (fewer if METHODS[m].get("objective") == "block" else {}) for m in methods}
+    plan = [(seed, m, Quantize(**settings[m], bits=b, seed=seed)) for seed in seeds for m in methods for b in bits]
     for seed, _, instrument in plan:
         instrument.check(drawn[seed])
     rows = []
