@@ -78,7 +78,8 @@ class QuantizeResult(Result):
         if column == "predicted_change":
             title, unit = "Predicted loss change of each layer alone", "nats"
         else:
-            title = {"sqnr": "Signal to quantization noise of each layer", "bits": "Bits a weight of each layer"}.get(column, f"{column.replace('_', ' ')} of each layer")
+            words = {"sqnr": "Signal to quantization noise", "bits": "Bits a weight"}.get(column, column.replace("_", " ").capitalize())
+            title = f"{words} of each layer"
             unit = {"sqnr": "dB", "bits": "bits"}.get(column, "share of energy")
         title += "" if len(table) else f": no layer's name holds {only!r}"
         fig = figure(title, "layer", unit, yaxis_type="log" if column.endswith("error") else "linear")
