@@ -57,6 +57,7 @@ class FormatPanel(ipywidgets.VBox):
         self._moments = moments_for(on, chosen, examples, Progress())
         self._matrices: dict[tuple[str, bool], Matrix] = {}
         self.found: Look | None = None
+        self._rows: list[tuple[str, str]] = []  # names and values of the numbers shown
         self.layer = ipywidgets.Dropdown(options=list(self._layers), description="layer", **wide())
         self.family = ipywidgets.Dropdown(options=FAMILIES, description="format", **wide())
         self.bits = ipywidgets.IntSlider(value=4, min=2, max=8, description="bits", **wide())
@@ -87,7 +88,8 @@ class FormatPanel(ipywidgets.VBox):
         guarded(self.note, self.draw_spread)()
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
-        return with_twin(super()._repr_mimebundle_(**options), self.plot, self.facts.value)
+        shown = "".join(f"<tr><th scope='row'>{name}</th><td>{value}</td></tr>" for name, value in self._rows)
+        return with_twin(super()._repr_mimebundle_(**options), self.plot, f"<table>{shown}</table>")
 
     @property
     def format(self) -> str:
@@ -120,10 +122,10 @@ class FormatPanel(ipywidgets.VBox):
         name = str(self.layer.value)
         granularity = "auto" if self.fixed_block else str(self.granularity.value)
         self.found = look(self._matrix(name, bool(self.rotate.value)), self.format, granularity, int(self.group.value))
-        rows = [("bits a weight", f"{self.found.bits:.3f}"), ("error of the weights", f"{self.found.weight_error:.3e}"), ("SQNR", f"{self.found.sqnr:.2f} dB"),
-                ("error of the outputs", f"{self.found.output_error:.3e}"), ("largest / rms", f"{self.found.spread:.1f}"),
-                ("kurtosis", f"{self.found.kurtosis:.1f}")]  # fmt: skip
-        self.facts.value = '<div class="wb-facts">' + "".join(f"<span><i>{a}</i> {b}</span>" for a, b in rows) + "</div>"
+        self._rows = [("bits a weight", f"{self.found.bits:.3f}"), ("error of the weights", f"{self.found.weight_error:.3e}"), ("SQNR", f"{self.found.sqnr:.2f} dB"),
+                      ("error of the outputs", f"{self.found.output_error:.3e}"), ("largest / rms", f"{self.found.spread:.1f}"),
+                      ("kurtosis", f"{self.found.kurtosis:.1f}")]  # fmt: skip
+        self.facts.value = '<div class="wb-facts">' + "".join(f"<span><i>{a}</i> {b}</span>" for a, b in self._rows) + "</div>"
         self.plot.figure = look_figure(self.found, f"{self.format} on {name}")
         self.note.say("ready")
 

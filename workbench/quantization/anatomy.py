@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 BINS = 201
+SILENT = 200.0  # decibel; no noise at all
 
 
 #: What a line or a bar of the figures shows, in words.
@@ -51,7 +52,7 @@ class ErrorAnatomyResult(Result):
 
     def figure(self, view: str = "noise", layer: str = "", **more: Any) -> go.Figure:
         """view : one of VIEWS, or "weights and grid" of one `layer` (default: the first)."""
-        from workbench.figures import figure, line
+        from workbench.figures import color, figure, line
 
         table = self.table
         names = table["layer"].to_numpy()
@@ -60,8 +61,13 @@ class ErrorAnatomyResult(Result):
         title, unit, columns = VIEWS[view]
         fig = figure(title, "layer", unit, yaxis_type="log" if view == "kurtosis" else "linear")
         for column in columns:
-            if column in table:
-                line(fig, names, table[column].to_numpy(), WORDS[column], mode="lines+markers")
+            if column not in table:
+                continue
+            values = table[column].to_numpy(dtype=float)
+            if len(columns) == 1:
+                fig.add_bar(x=names, y=values, name=WORDS[column], marker_color=color(0))
+            else:  # where there is no noise at all there is nothing to draw
+                line(fig, names, np.where(values < SILENT, values, np.nan) if view == "noise" else values, WORDS[column], mode="lines+markers")
         if view == "loss" and "predicted_change" in self.facts:
             facts = self.facts
             fig.update_layout(title_text=f"{title}; all together: predicted {facts['predicted_change']:.3g}, measured {facts['measured_change']:.3g} nats")
@@ -145,7 +151,7 @@ class ErrorAnatomy(Quantize):
 
 
 def decibel(signal: Tensor | float, noise: Tensor | float) -> float:
-    """10 log10(signal / noise), at most 200 (no noise at all)."""
+    """10 log10(signal / noise), at most SILENT."""
     return 10 * math.log10(max(float(signal), 1e-30) / max(float(noise), 1e-20 * max(float(signal), 1e-10)))
 
 

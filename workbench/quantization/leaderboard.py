@@ -113,7 +113,7 @@ def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure
     for method in shown:
         mine = table[table["method"] == method].sort_values("average_bits")
         low = mine["mean"] - mine["half_width"]
-        low = low.clip(lower=1e-3) if axis == "log" else low
+        low = low.clip(lower=table["mean"].min() / 2) if axis == "log" else low  # an interval that reaches zero has no end on this axis
         band = (low, mine["mean"] + mine["half_width"]) if mine["half_width"].notna().all() else None
         line(fig, mine["average_bits"], mine["mean"], str(method), band=band)
     if value == "loss":
@@ -133,8 +133,8 @@ def heat_map(board: pd.DataFrame) -> go.Figure:
     half = table.pivot(index="method", columns="bits", values="half_width").loc[wide.index]
     text = [[f"{v:+.3f}" + ("" if np.isnan(h) else f" ± {h:.3f}") for v, h in zip(row, spread, strict=True)]
             for row, spread in zip(wide.to_numpy(), half.to_numpy(), strict=True)]  # fmt: skip
-    fig = figure("Test loss above the dense model's (nats)", "bits of the integers", "", height=120 + 24 * len(wide))
+    fig = figure("Test loss above the dense model's (nats)", "bits of the integers", "", height=120 + 24 * len(wide), xaxis_type="category")
     floor = max(float(np.nanmin(np.abs(wide.to_numpy()))), 1e-3)
     fig.add_heatmap(z=np.log10(np.maximum(wide.to_numpy(), floor)), x=[str(b) for b in wide.columns], y=list(wide.index), text=text, texttemplate="%{text}",
-                    hovertemplate="%{y}, %{x} bits: %{text}<extra></extra>", showscale=False)  # fmt: skip
+                    colorscale="Cividis", hovertemplate="%{y}, %{x} bits: %{text}<extra></extra>", showscale=False)  # fmt: skip
     return fig
