@@ -87,15 +87,16 @@ def solve(weight: Tensor, work: Tensor, feedback: Tensor, scale: Tensor, zero: T
                   None if keep is None else keep[part], grid, rounded[part], errors[part])  # fmt: skip
         return
     round_units, before = grid.format.element.round, errors.T  # (out, columns): those not yet rounded are zeros
-    for i, (column, step, answers) in enumerate(zip(work.unbind(), scale.unbind(), feedback.unbind(1), strict=True)):
+    rows = zip(weight.unbind(), work.unbind(), scale.unbind(), feedback.unbind(1), rounded.unbind(), errors.unbind(), strict=True)
+    for i, (dense, column, step, answers, value, error) in enumerate(rows):
         if i:
             column.addmv_(before, answers)
         units = column.div_(step)
         units = round_units(units) if zero is None else round_units(units.add_(zero[i])).sub_(zero[i])
-        value = torch.mul(units, step, out=rounded[i])
+        torch.mul(units, step, out=value)
         if keep is not None:
             value.mul_(keep[i])
-        torch.sub(weight[i], value, out=errors[i])
+        torch.sub(dense, value, out=error)
 
 
 def gptq_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
