@@ -3,13 +3,15 @@
     python -m tests.benchmarks.leaderboard_quantization minilm-docstrings --steps 20 --examples 32 --test-examples 256
 
 Every run is cached, so a leaderboard that was ended goes on where it stopped (with the same code). Writes
-`data/benchmarks/quantization-leaderboard-SUBJECT.csv`, one row a run, and `.md`, what was set and the means with 95 % intervals.
+`data/benchmarks/quantization-leaderboard-SUBJECT.csv`, one row a run, and `.md`, what was set and the means with 95 % intervals. `--minutes`
+ends it early with what is finished, all methods with the first draw before any with the second.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
+import threading
 import time
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def markdown(board: pd.DataFrame) -> str:
     table["shown"] = [f"{m:.4f}" + ("" if np.isnan(h) else f" ± {h:.4f}") for m, h in zip(table["mean"], table["half_width"], strict=True)]
     best = table.groupby("bits")["mean"].transform("min") == table["mean"]
     table.loc[best, "shown"] = "**" + table.loc[best, "shown"] + "**"
-    wide = table.pivot(index="method", columns="bits", values="shown")
+    wide = table.pivot(index="method", columns="bits", values="shown").fillna("")
     means = table.pivot(index="method", columns="bits", values="mean")
     seconds, bits = board.groupby("method")["seconds"].median(), table[table["bits"] == 3].set_index("method")["average_bits"]
     lines = ["| method | " + " | ".join(f"{b} bits" for b in wide.columns) + " | bits a weight at 3 bits | seconds |", "|---|" + "---|" * (len(wide.columns) + 2)]
@@ -43,22 +45,27 @@ def markdown(board: pd.DataFrame) -> str:
 def main() -> None:
     read = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     read.add_argument("subject")
-    for name, value in (("steps", 20), ("block-steps", 4), ("examples", 32), ("test-examples", 256), ("seeds", 3), ("group-size", 64)):
+    for name, value in (("steps", 20), ("block-steps", 4), ("examples", 32), ("test-examples", 256), ("seeds", 3), ("group-size", 64), ("minutes", 0)):
         read.add_argument(f"--{name}", type=int, default=value)
     given = read.parse_args()
     torch.set_num_threads(1)
     on = workbench.subject(given.subject)
     shared = {"steps": given.steps, "examples": given.examples, "test_examples": given.test_examples, "group_size": given.group_size}
     methods, refused = accepted(on, WIDTHS, **shared)
-    began = time.perf_counter()
-    board = leaderboard(on, methods, WIDTHS, range(given.seeds), TextProgress(), given.block_steps, **shared)
+    began, progress = time.perf_counter(), TextProgress()
+    if given.minutes:
+        timer = threading.Timer(60 * given.minutes, progress.stop.set)
+        timer.daemon = True
+        timer.start()
+    board = leaderboard(on, methods, WIDTHS, range(given.seeds), progress, given.block_steps, **shared)
     board.insert(0, "subject", given.subject)
     target = FOLDER / f"quantization-leaderboard-{given.subject}"
     board.to_csv(target.with_suffix(".csv"), index=False, float_format="%.6g")
     said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shared.items())
     left = "".join(f"\nLeft out: {name}: {why}" for name, why in refused.items())
     target.with_suffix(".md").write_text(
-        f"`python -m tests.benchmarks.leaderboard_quantization {given.subject}`: {len(methods)} methods, {given.seeds} draws of the calibration examples "
+        f"`python -m tests.benchmarks.leaderboard_quantization {given.subject}`: {board['method'].nunique()} methods, {board['seed'].nunique()} draws of the "
+        f"calibration examples {'' if len(board) == len(methods) * len(WIDTHS) * given.seeds else f'(stopped after {len(board)} runs) '}"
         f"(each seen by every method), integers, {said}, block steps {given.block_steps}; learned roundings and transforms have these few steps, so they are shown below what they can do. "
         f"One thread of {platform.machine()}, torch {torch.__version__}, {(time.perf_counter() - began) / 60:.0f} minutes.{left}\n\n"
         f"Test loss in nats, mean ± half a 95 % interval over the draws; dense {board['dense_loss'].mean():.4f}.\n\n{markdown(board)}\n"

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import t
 
 import workbench
-from workbench.instruments import BadInput
+from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
 from workbench.quantization.leaderboard import METHODS, accepted, curves, heat_map, leaderboard, redrawn, summary
 
@@ -57,3 +57,13 @@ def test_draws_differ_by_seed_and_not_by_call() -> None:
 def test_bad_requests_are_refused(methods: list[str], bits: list[int], text: str) -> None:
     with pytest.raises(BadInput, match=text):
         leaderboard(workbench.subject("digits-vit"), methods, bits)
+
+
+def test_a_stopped_one_keeps_what_is_finished() -> None:
+    class Once(Progress):
+        def show(self, label: str, done: int, total: int | None) -> None:
+            if done == 2:
+                self.stop.set()
+
+    board = leaderboard(workbench.subject("digits-vit"), ["nearest", "gptq"], [3, 4], (0,), Once(), **SMALL)
+    assert board[["method", "bits"]].to_numpy().tolist() == [["nearest", 3], ["nearest", 4]]

@@ -11,6 +11,7 @@ import torch
 
 from workbench.instruments import BadInput, Progress, TextProgress
 from workbench.quantization.quantize import Quantize
+from workbench.studies import quiet
 from workbench.subjects import Subject
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def leaderboard(on: Subject, methods: Sequence[str], bits: Sequence[int], seeds:
     block_steps : iterations of the methods that learn a block at a time, each of which costs as much as dozens of a layer's (0: `steps`).
 
     A seed draws the calibration examples (all methods see the same) and seeds what is random in a method. `BadInput` for a name that
-    is not in METHODS, or a setting that a method refuses, before anything runs.
+    is not in METHODS, or a setting that a method refuses, before anything runs. A leaderboard that is stopped returns the finished rows.
     """
     progress = progress or TextProgress()
     if unknown := [m for m in methods if m not in METHODS]:
@@ -79,7 +80,9 @@ def leaderboard(on: Subject, methods: Sequence[str], bits: Sequence[int], seeds:
         instrument.check(drawn[seed])
     rows = []
     for seed, method, instrument in progress.track(plan, "leaderboard"):
-        result = instrument.run(drawn[seed], progress=Progress())
+        result = instrument.run(drawn[seed], progress=quiet(progress))
+        if result.partial:
+            break
         wanted = ("loss", "accuracy", "perplexity", "dense_loss", "average_bits", "output_error")
         rows.append({"method": method, "bits": instrument.bits, "seed": seed} | {k: v for k, v in result.facts.items() if k in wanted}
                     | {"seconds": (result.provenance or {}).get("seconds")})  # fmt: skip
