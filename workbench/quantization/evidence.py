@@ -87,27 +87,28 @@ def against(method: Mapping[str, Any], comparator: Mapping[str, Any],
     return measure
 
 
-ALLOCATED: dict[str, Any] = dict(budget=3.0, widths=[2, 3, 4, 8], examples=64, predict_examples=128, probes=4, draws=2, test_examples=1024)
+ALLOCATED: dict[str, Any] = dict(budget=3.0, widths=[2, 3, 4, 8], group_size=4096, examples=64, predict_examples=128, probes=4, draws=1, test_examples=1024)
 
 
-def allocations(sensitivity: Literal["gauss-newton", "trace", "variance"]) -> Callable[[str, Progress], dict[str, Any]]:
-    """Average of 3 bits with GPTQ and zero points: the allocation against uniform, random and reversed at the same size."""
+def allocations(sensitivity: Literal["gauss-newton", "trace", "variance"], subjects: tuple[str, ...] = ("bytelm", "minilm-docstrings"),
+                seeds: tuple[int, ...] = SEEDS) -> Callable[[str, Progress], dict[str, Any]]:  # fmt: skip
+    """Average of 3 bits, GPTQ with a zero point and a scale a row: the allocation against uniform, random and reversed at the same size."""
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
         rows = []
-        for subject in ("bytelm", "minilm-docstrings"):
-            for seed in progress.track(SEEDS, f"{name} on {subject}"):
+        for subject in subjects:
+            for seed in progress.track(seeds, f"{name} on {subject}"):
                 instrument = Allocate(**ALLOCATED, sensitivity=sensitivity, seed=seed)
                 facts = instrument.run(redrawn(opened(subject), seed, ALLOCATED["predict_examples"]), Progress()).facts
                 rows.append({"subject": subject, "seed": seed} | {k: facts[k] for k in ("dense_loss", "loss", "uniform_loss", "random_loss", "reversed_loss")})
         notes, holds = [], True
-        for subject in ("bytelm", "minilm-docstrings"):
+        for subject in subjects:
             mine = [r for r in rows if r["subject"] == subject]
             for rival in ("uniform", "random", "reversed"):
                 mean, low, high = interval([r["loss"] - r[f"{rival}_loss"] for r in mine])
                 holds &= mean < 0
                 notes.append(f"{subject} minus {rival} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-        return {"holds": bool(holds), "note": "; ".join(notes), "rows": rows, "settings": ALLOCATED | {"sensitivity": sensitivity}, "seeds": list(SEEDS)}
+        return {"holds": bool(holds), "note": "; ".join(notes), "rows": rows, "settings": ALLOCATED | {"sensitivity": sensitivity}, "seeds": list(seeds)}
 
     return measure
 
