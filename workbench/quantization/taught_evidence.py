@@ -91,7 +91,7 @@ def guided_attention(name: str, progress: Progress) -> dict[str, Any]:
     arms: dict[str, dict[str, Any]] = {"distillation": {}, "entropy": {"entropy": 0.5}, "maps": {"attention_match": 1.0}, "both": both,
                                        "both, half of the tokens in 8 bits": both | {"wide_tokens": 0.5}, "both, 6 bits": both | {"activation_bits": 6}}  # fmt: skip
     on = teacher()
-    found = tuned(on, arms, FOUR, RATES[:2], name, progress, functools.partial(maps_apart, dense=on))
+    found = tuned(on, arms, FOUR, (3e-4, 1e-3), name, progress, functools.partial(maps_apart, dense=on))
     loss, maps = difference(found, "both", "distillation"), difference(found, "both", "distillation", "map_distance")
     alone = {arm: difference(found, arm, "distillation") for arm in ("entropy", "maps")}
     tokens = difference(found, "both, half of the tokens in 8 bits", "both, 6 bits")
