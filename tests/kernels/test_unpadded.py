@@ -10,6 +10,7 @@ import torch
 from tests.conftest import tiny
 from workbench.instruments import BadInput
 from workbench.kernels.unpadded import is_unpadded, repad, unpad
+from workbench.quantization.attention import use_plain_attention
 
 
 def batch(left: bool = False) -> dict[str, torch.Tensor]:
@@ -106,3 +107,6 @@ def test_what_cannot_be_unpadded_is_refused_in_words() -> None:
         unpad(tiny("t5"))
     with pytest.raises(BadInput, match="output_attentions"):
         unpad(tiny("bert"))(**batch(), output_attentions=True)
+    use_plain_attention(changed := tiny("bert"))
+    with pytest.raises(BadInput, match="not the library's own"):
+        unpad(changed)

@@ -37,6 +37,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 #: Trunks whose attention goes through the transformers attention interface with nothing but q, k, v, scaling and dropout.
 TRUNKS = ("BertModel", "RobertaModel", "LlamaModel", "MistralModel", "Qwen2Model")
 _ATTENTION = "workbench_packed"
+_REPLACED = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # all of these compute the same function
 
 
 def _packed_attention(
@@ -147,11 +148,14 @@ def unpad(model: Model) -> Model:
 
     Outputs equal the padded model's at every valid token to rounding (fp32: 1e-5) and are zero at the padding.
     Training works (dropout draws different random numbers than the padded model). Prefill fills the key-value cache in
-    the padded layout; decoding steps run as before. Raises `BadInput` for other architectures and for attention matrices.
+    the padded layout; decoding steps run as before. Raises `BadInput` for other architectures,
+    for an attention of one's own (quantized operands, say) and for attention matrices.
     """
     trunk: Any = trunk_of(model)
     if "_padded_forward" in trunk.__dict__:
         return model
+    if (attention := trunk.config._attn_implementation) not in _REPLACED:
+        raise BadInput(f"attention {attention!r} is not the library's own and would be left out; unpad a model whose attention is one of {_REPLACED[1:]}")
     _register()
     padded = trunk.forward
     signature = inspect.signature(type(trunk).forward)
