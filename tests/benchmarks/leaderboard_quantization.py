@@ -68,7 +68,7 @@ def main() -> None:
         f"calibration examples {'' if len(board) == len(methods) * len(WIDTHS) * given.seeds else f'(stopped after {len(board)} runs) '}"
         f"(each seen by every method), integers, {said}, block steps {given.block_steps}; learned roundings and transforms have these few steps, so they are shown below what they can do. "
         f"One thread of {platform.machine()}, torch {torch.__version__}, {(time.perf_counter() - began) / 60:.0f} minutes.{left}\n\n"
-        f"Test loss in nats, mean ± half a 95 % interval over the draws; dense {board['dense_loss'].mean():.4f}.\n\n{markdown(board)}\n"
+        f"Test loss in nats, mean ± half a 95 % interval over the draws (none: one draw); dense {board['dense_loss'].mean():.4f}.\n\n{markdown(board)}\n"
     )  # fmt: skip
     print(target.with_suffix(".md").read_text())
 
