@@ -3,6 +3,7 @@
     python -m tests.benchmarks.bench_quantization speed     # rounding against a copy, GPTQ against the plain column loop
     python -m tests.benchmarks.bench_quantization errors    # against torch, compressed-tensors and the dense inverse, on a random layer
     python -m tests.benchmarks.bench_quantization peers     # against torchao, HQQ, quanto and AutoRound where importable, on layers of the MiniLM
+    python -m tests.benchmarks.bench_quantization allocation  # seconds of the integer program, and its certificate
     python -m tests.benchmarks.bench_quantization encoder   # GPTQ over all encoder linears of the MiniLM: CPU seconds and error
 
 Libraries outside the environment: `pip install --target FOLDER --no-deps hqq torchao optimum-quanto auto-round termcolor py-cpuinfo ninja`,
@@ -18,12 +19,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 import workbench
 from tests.benchmarks.quantization_peers import PEERS
+from workbench.quantization.allocation import allocate
 from workbench.quantization.formats import named
 from workbench.quantization.gptq import damped, gptq, linear_feedback
 from workbench.quantization.grid import Grid, fit
@@ -229,8 +232,23 @@ def compare_speed() -> None:
         print(f"  {out:5} x {width:5} {speed:6.2f} x faster, error {errors[0] / errors[1]:.4f}")
 
 
+def allocation() -> None:
+    """CPU seconds of the integer program at 30 budgets, six widths a layer, and the gap that the solver leaves to its proven bound."""
+    random, widths = np.random.default_rng(0), np.array([2, 3, 4, 5, 6, 8.0])
+    for layers in (28, 36, 224):
+        weights = random.integers(1, 9, layers) * 36864.0
+        cost, size = random.lognormal(0, 1.2, layers)[:, None] * weights[:, None] * 4.0**-widths, weights[:, None] * widths
+        times, gaps = [], []
+        for average in np.linspace(2.1, 7.9, 30):
+            began = time.process_time()
+            found = allocate(cost, size, average * weights.sum())
+            times.append(time.process_time() - began)
+            gaps.append((found.cost - found.bound) / found.cost)
+        print(f"  {layers:4} layers: median {np.median(times):.3f} s, slowest {max(times):.3f} s, largest gap {max(gaps):.0e}")
+
+
 def main() -> None:
-    modes = {"speed": compare_speed, "errors": compare_errors, "peers": compare_peers, "encoder": whole_encoder}
+    modes = {"allocation": allocation, "speed": compare_speed, "errors": compare_errors, "peers": compare_peers, "encoder": whole_encoder}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=list(modes))
     torch.set_num_threads(1)
