@@ -16,6 +16,7 @@ from workbench.quantization.activations import ActivationQuant, SignInputs
 from workbench.quantization.adapters import Adapter, zero_term
 from workbench.quantization.attention import AttentionChange, attention_sites, order_of, round_activations
 from workbench.quantization.bit_switching import check_widths
+from workbench.quantization.fixed_point import LearnedPoint as LearnedPoint  # registers itself
 from workbench.quantization.formats import named
 from workbench.quantization.objective import Objective
 from workbench.quantization.quantize import choices, put
@@ -59,10 +60,11 @@ class TrainQuantized(SubjectInstrument):
     changes_model: ClassVar[bool] = True
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
-    method: Literal["lsq", "ternary", "binary", "bibert", "bipft", "fbi", "nipq", "csq", "fliqs", "l4q", "double-rounding", "adapters"] = parameter(
+    method: Literal["lsq", "ternary", "binary", "bibert", "bipft", "fbi", "nipq", "csq", "fliqs", "l4q", "double-rounding", "fixed", "adapters"] = parameter(
         "lsq", "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit planes; formats by policy; LoRA inside the rounding; "
-        "several widths of one stored integer; LoRA beside it")  # fmt: skip
-    bits: int = parameter(3, "width for lsq and l4q", ge=2, le=8, unit="bits")
+        "several widths of one stored integer; fixed point with a learned binary point; LoRA beside it")  # fmt: skip
+    bits: int = parameter(3, "width for lsq, l4q and fixed", ge=2, le=8, unit="bits")
+    nonzero_bits: int = parameter(0, "fixed: signed powers of two that a weight may consist of (0: any)", ge=0, le=7)
     budget: float = parameter(3.0, "average width that nipq, csq and fliqs pull towards", ge=2, le=8, unit="bits", step=0.25)
     strength: float = parameter(1.0, "how hard they pull (nats a bit)", ge=0, le=1000, scale="log")
     formats: list[str] = parameter(["int2", "int3", "int4", "int8"], "formats that fliqs chooses from, by name", min_length=2)
@@ -104,6 +106,8 @@ class TrainQuantized(SubjectInstrument):
             raise BadInput(f"method: {self.method} trains low-rank terms of frozen weights from the first step; set switch_at 0 and from_scratch false")
         if self.method == "double-rounding":
             check_widths(self)
+        if self.nonzero_bits and self.method != "fixed":
+            raise BadInput(f"nonzero_bits: {self.nonzero_bits} is for fixed, not {self.method}; leave it at 0")
         if self.method == "fliqs":
             for name in self.formats:
                 if named(name).scale != "real":

@@ -23,6 +23,7 @@ from workbench.quantization.evidence import (
 )
 from workbench.quantization.low_bit_evidence import binarised
 from workbench.quantization.product_evidence import rotated_products
+from workbench.quantization.study_evidence import binary_points, half_precision, what_matters
 from workbench.quantization.width_evidence import before_or_after, drawn_by_trace, one_for_all
 
 FAMILY = "quantization"
@@ -151,4 +152,12 @@ CARDS = [
     card("log-variance", "Widths by the logarithm of variance", "after Hasan 2024; Huang and Schultheiss 1963 (transform coding)",
          r"b_l = \bar b + \tfrac12 \log_2 (s_l \sigma_l^2 / G)", "Hessian-vector products", "at an average of 3 bits lower loss than uniform, random and reversed allocations",
          allocations("variance", ("bytelm",)), 358),
+    card("q-bert", "Q-BERT: widths by the top eigenvalue", "Shen et al. 2020", r"\Omega_l = |\bar\lambda_l| + \sigma(\lambda_l)", "Hessian-vector products",
+         "at an average of 3 bits lower loss than uniform, random and reversed allocations", allocations("eigenvalue", ("bytelm",)), 24),
+    card("bfloat16", "Training in bfloat16", "Kalamkar et al. 2019", r"u + \mathtt{7FFF}_{16} + (u \gg 16 \wedge 1)", "training",
+         "differs from float32 by less than seeds differ", half_precision, 198),
+    card("gradient-ptq", "What matters to learned roundings", "Yvinec et al. 2023", r"\min_\theta \|W X - Q_\theta(W) X\|^2", "calibration inputs, gradients",
+         "what is learned moves the loss more than the size or the draw of the calibration set", what_matters, 301),
+    card("qfx", "QFX: trained binary points", "Dai et al. 2024", r"\mathrm{clip}(\mathrm{round}(w 2^f), -2^{b-1}, 2^{b-1}-1)\,2^{-f}", "training",
+         "at 4 bits lower loss than one binary point for all tensors after as many dense steps", binary_points, 373),
 ]  # fmt: skip

@@ -90,7 +90,7 @@ def against(method: Mapping[str, Any], comparator: Mapping[str, Any],
 ALLOCATED: dict[str, Any] = dict(budget=3.0, widths=[2, 3, 4, 8], group_size=4096, examples=64, predict_examples=128, probes=4, draws=1, test_examples=1024)
 
 
-def allocations(sensitivity: Literal["gauss-newton", "trace", "variance"], subjects: tuple[str, ...] = ("bytelm", "minilm-docstrings"),
+def allocations(sensitivity: Literal["gauss-newton", "trace", "eigenvalue", "variance"], subjects: tuple[str, ...] = ("bytelm", "minilm-docstrings"),
                 seeds: tuple[int, ...] = SEEDS) -> Callable[[str, Progress], dict[str, Any]]:  # fmt: skip
     """Average of 3 bits, GPTQ with a zero point and a scale a row: the allocation against uniform, random and reversed at the same size."""
 
