@@ -62,11 +62,11 @@ def test_vit_is_deterministic_and_cached(tmp_path, monkeypatch):
 
 def test_vit_learns(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
-    parts = digits.vit(epochs=15, progress=Progress())  # half of the subject's, which reach 0.96
+    parts = digits.vit(progress=Progress())
     test = parts.splits["test"]
     with torch.no_grad():
         accuracy = (parts.model(pixel_values=test["pixel_values"]).logits.argmax(1) == test["labels"]).float().mean()
-    assert accuracy > 0.9
+    assert accuracy > 0.93
 
 
 def test_stopped_training_keeps_nothing(tmp_path, monkeypatch):
