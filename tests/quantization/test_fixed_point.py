@@ -43,7 +43,7 @@ def test_the_point_starts_at_the_least_error_and_its_gradient_is_that_of_a_step(
     torch.manual_seed(1)
     weight = torch.randn(8, 8)
     rounding = LearnedPoint.begin(weight, 8, TrainQuantized(method="fixed", bits=4))
-    errors = [float((LearnedPoint.rounded(weight, 2.0**-f, 4, 0) - weight).square().sum()) for f in range(8)]
+    errors = [float((LearnedPoint.rounded(weight, f, 4, 0) - weight).square().sum()) for f in range(8)]
     assert rounding.fraction == min(range(8), key=lambda f: errors[f])
     upstream = torch.randn(8, 8)
     (rounding.change(weight) * upstream).sum().backward()

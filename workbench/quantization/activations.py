@@ -14,6 +14,7 @@ from workbench.quantization.formats import Format, named
 from workbench.quantization.grid import spanning
 from workbench.quantization.transforms import Transform
 from workbench.statistics import InputCapture
+from workbench.statistics.inputs import kept_positions
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Change
 
@@ -71,8 +72,7 @@ def input_ranges(subject: Subject, layers: Sequence[Layer], split: str = "calibr
     count = -(-min(examples, subject.size(split)) // batch_size)
     with InputCapture(layers, add) as capture:
         for batch in progress.track(subject.batches(split, batch_size, examples), "activation ranges", count):
-            mask = batch.get("attention_mask")
-            capture.keep = mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
+            capture.keep = kept_positions(batch)
             subject.task.output(subject.model, batch)
     return found
 
@@ -158,6 +158,11 @@ def rounded_inputs(work: Tensor, format: Format, low: Tensor | None, high: Tenso
     return (units - shift) * grid.scale
 
 
+def signs(x: Tensor) -> Tensor:
+    """1 where x >= 0, else -1: one of two codes for every number, zeros included."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
 class SignInputs(ActivationQuant):
     """Inputs as signs, +1 or -1, with the gradient of clip(x, -1, 1) (Qin et al. 2022, BiBERT)."""
 
@@ -166,7 +171,7 @@ class SignInputs(ActivationQuant):
 
     def round(self, x: Tensor) -> Tensor:
         clipped = x.clamp(-1, 1)
-        return clipped + (torch.where(x >= 0, 1.0, -1.0).to(x.dtype) - clipped).detach()
+        return clipped + (signs(x) - clipped).detach()
 
     def config(self) -> dict[str, Any]:
         return {}

@@ -186,7 +186,6 @@ class Allocate(SubjectInstrument):
             found = estimate(on, layers, self.probes, self.predict_examples, torch.Generator().manual_seed(self.seed), progress=progress)
             table[measure] = [found[name][0] for name in table["layer"]]
             table[f"{measure}_error"] = [found[name][1] for name in table["layer"]]
-            squares = np.array([float(d.float().square().sum()) for layer in layers for d in deltas[layer.name]])
             if measure == "trace":
                 size = table["trace"].clip(lower=0) / table["weights"]
             else:
@@ -196,8 +195,10 @@ class Allocate(SubjectInstrument):
                 size = size.clip(lower=1e-3 * size.max())  # a trace that noise made zero has no logarithm
                 first = table.iloc[:: len(widths)]
                 table["ideal_width"] = log_variance(size.iloc[:: len(widths)], first["variance"], first["weights"], self.budget).repeat(len(widths))
-                squares = (table["weights"] * table["variance"] * 4.0 ** -table["width"]).to_numpy()
-            table["cost"] = 0.5 * size * squares
+                noise = table["weights"] * table["variance"] * 4.0 ** -table["width"]
+            else:
+                noise = pd.Series([float(d.float().square().sum()) for layer in layers for d in deltas[layer.name]])
+            table["cost"] = 0.5 * size * noise
         elif self.sensitivity == "output":
             table["cost"] = table["output_error"]
         elif self.sensitivity == "measured":
@@ -238,8 +239,9 @@ def layer_times(path: str, layers: Sequence[Layer], widths: Sequence[int]) -> Co
     if missing := {"layer", "width", "milliseconds"} - set(table.columns):
         raise BadInput(f"times: {path} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(table.columns)}")
     values = pd.to_numeric(table["milliseconds"], errors="coerce").to_numpy(dtype=float)
-    if not (np.isfinite(values) & (values > 0)).all():
-        raise BadInput(f"times: {path} holds milliseconds that are not positive numbers, the first in line {int(np.argmin(np.isfinite(values) & (values > 0))) + 2}")
+    good = np.isfinite(values) & (values > 0)
+    if not good.all():
+        raise BadInput(f"times: {path} holds milliseconds that are not positive numbers, the first in line {int(np.argmin(good)) + 2}")
     found = np.full((len(layers), len(widths)), np.nan)
     for glob, width, value in zip(table["layer"].astype(str), table["width"], values, strict=True):
         for i, layer in enumerate(layers):

@@ -40,24 +40,23 @@ class LearnedPoint(TrainedRounding):
 
     rate = 30.0
 
-    def __init__(self, place: Tensor, *, bits: int, terms: int, group: int) -> None:
+    def __init__(self, place: Tensor, *, bits: int, terms: int) -> None:
         super().__init__()
         self.place = nn.Parameter(place)  # () real-valued f
-        self.bits, self.terms, self.group = bits, terms, group
+        self.bits, self.terms = bits, terms
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> LearnedPoint:
         def error(fraction: int) -> float:
-            return float((cls.rounded(weight, 2.0**-fraction, settings.bits, settings.nonzero_bits) - weight).square().sum())
+            return float((cls.rounded(weight, fraction, settings.bits, settings.nonzero_bits) - weight).square().sum())
 
         best = min(range(MOST + 1), key=error)
-        return cls(torch.tensor(float(best), device=weight.device), bits=settings.bits, terms=settings.nonzero_bits, group=group)
+        return cls(torch.tensor(float(best), device=weight.device), bits=settings.bits, terms=settings.nonzero_bits)
 
     @staticmethod
-    def rounded(weight: Tensor, step: float, bits: int, terms: int) -> Tensor:
-        highest = 2.0 ** (bits - 1) - 1
-        whole = (weight / step).round().clamp(-highest - 1, highest)
-        return (few_powers(whole, terms, highest) if terms else whole) * step
+    def rounded(weight: Tensor, fraction: int, bits: int, terms: int) -> Tensor:
+        values = named(f"fixed{bits}.{fraction}").element.round(weight)
+        return few_powers(values * 2.0**fraction, terms, 2.0 ** (bits - 1) - 1) * 2.0**-fraction if terms else values
 
     @property
     def fraction(self) -> int:
@@ -66,18 +65,18 @@ class LearnedPoint(TrainedRounding):
     def change(self, weight: Tensor) -> Tensor:
         place = self.place + (self.fraction - self.place).detach()
         step = torch.exp2(-place)
-        highest = 2.0 ** (self.bits - 1) - 1
-        units = (weight / step).clamp(-highest - 1, highest)
-        values = self.rounded(weight.detach().float(), 2.0**-self.fraction, self.bits, self.terms).to(weight.dtype)
+        half = 2.0 ** (self.bits - 1)
+        units = (weight / step).clamp(-half, half - 1)
+        values = self.rounded(weight.detach().float(), self.fraction, self.bits, self.terms).to(weight.dtype)
         moving = (units + (values / step.detach() - units).detach()) * step
         return moving + (values - moving).detach()
 
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
         grid = fit(weight, named(f"fixed{self.bits}.{self.fraction}"), "tensor")
-        return self.rounded(weight, 2.0**-self.fraction, self.bits, self.terms), grid
+        return self.rounded(weight, self.fraction, self.bits, self.terms), grid
 
     def config(self) -> dict[str, Any]:
-        return {"bits": self.bits, "terms": self.terms, "group": self.group}
+        return {"bits": self.bits, "terms": self.terms}
 
 
 ROUNDINGS["fixed"] = LearnedPoint

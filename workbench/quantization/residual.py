@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.quantization.activations import SignInputs
+from workbench.quantization.activations import SignInputs, signs
 from workbench.quantization.attention import AttentionCall, AttentionChange, attention_sites, order_of, use_plain_attention
-from workbench.quantization.trainable import ROUNDINGS, CentredSign
+from workbench.quantization.trainable import ROUNDINGS, CentredSign, slowed
 from workbench.subjects import Layer, Subject
 
 SMALLEST = 1e-5  # of a learned scale
@@ -18,24 +18,16 @@ SMALLEST = 1e-5  # of a learned scale
 
 def scaled_signs(x: Tensor, scale: Tensor) -> Tensor:
     """s sign(x), straight through where |x| <= s; d/ds is sign(x), divided by the root of their number (Liu et al. 2022, BiT, elastic binarisation)."""
-    s = slowed(scale, x.numel())
-    sign = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    s = slowed(scale.clamp_min(SMALLEST), x.numel() ** -0.5)
     clipped = torch.minimum(torch.maximum(x, -s.detach()), s.detach())
-    return s * sign + (clipped - clipped.detach())
+    return s * signs(x) + (clipped - clipped.detach())
 
 
 def scaled_steps(x: Tensor, scale: Tensor) -> Tensor:
-    """s where x > s / 2, else 0, for x >= 0 (an attention map); straight through where x <= s, d/ds as for a learned step of one bit."""
-    s = slowed(scale, x.numel())
+    """s where x > s / 2, else 0, for x >= 0 (an attention map); straight through where x <= s, d/ds as for a learned step of one bit (Esser et al. 2020)."""
+    s = slowed(scale.clamp_min(SMALLEST), x.numel() ** -0.5)
     units = (x / s).clamp(max=1.0)
     return (units + (units.detach().round() - units.detach())) * s
-
-
-def slowed(scale: Tensor, count: int) -> Tensor:
-    """The scale, positive, with its gradient divided by the root of how many numbers share it (Esser et al. 2020)."""
-    scale = scale.clamp_min(SMALLEST)
-    slow = scale * count**-0.5
-    return slow + (scale - slow).detach()
 
 
 class ElasticSigns(SignInputs):

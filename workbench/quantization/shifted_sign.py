@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from workbench.quantization.activations import signs
 from workbench.quantization.formats import named
 from workbench.quantization.grid import Grid, in_groups, stored
 from workbench.quantization.trainable import ROUNDINGS, TrainedRounding, spread
@@ -58,11 +59,6 @@ class ShiftedSign(TrainedRounding):
 
     def config(self) -> dict[str, Any]:
         return {"group": self.group}
-
-
-def signs(x: Tensor) -> Tensor:
-    """1 where x >= 0, else -1: one of two codes for every weight, zeros included."""
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 
 ROUNDINGS["fbi"] = ShiftedSign

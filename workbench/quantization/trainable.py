@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from workbench.quantization.activations import signs
 from workbench.quantization.formats import named
 from workbench.quantization.grid import Grid, fit, in_groups, stored
 from workbench.subjects.changes import Change
@@ -83,6 +84,12 @@ def average_width(roundings: Sequence[TrainedRounding], sizes: Sequence[int]) ->
     return (widths * shares).sum() / shares.sum()
 
 
+def slowed(value: Tensor, factor: float) -> Tensor:
+    """The same value, its gradient times `factor`."""
+    slow = value * factor
+    return slow + (value - slow).detach()
+
+
 def spread(scale: Tensor, group: int, width: int) -> Tensor:
     return scale.repeat_interleave(group, -1)[..., :width]
 
@@ -109,9 +116,7 @@ class LearnedStep(TrainedRounding):
     def change(self, weight: Tensor) -> Tensor:
         element = named(self.format).element
         factor = (self.group * max(element.highest, 1.0)) ** -0.5
-        step = self.step.abs().clamp_min(1e-8)
-        step = step * factor + (step - step * factor).detach()
-        step = spread(step, self.group, weight.shape[-1])
+        step = spread(slowed(self.step.abs().clamp_min(1e-8), factor), self.group, weight.shape[-1])
         units = (weight / step).clamp(element.lowest, element.highest)
         return (units + (element.round(units.detach()) - units).detach()) * step
 
@@ -181,8 +186,7 @@ class CentredSign(TrainedRounding):
         return clipped + (self.signs(weight) * self.grid_of(weight).scale.to(weight.dtype) - clipped).detach()
 
     def signs(self, weight: Tensor) -> Tensor:
-        centred = weight - weight.mean(-1, keepdim=True)
-        return torch.where(centred >= 0, 1.0, -1.0)
+        return signs(weight - weight.mean(-1, keepdim=True))
 
     def grid_of(self, weight: Tensor) -> Grid:
         format = named("binary")

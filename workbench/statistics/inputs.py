@@ -8,7 +8,7 @@ only the tokens routed to it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -173,6 +173,12 @@ def mirror(gram: Tensor) -> None:
         corner.copy_(corner.triu() + corner.triu(1).mT)
 
 
+def kept_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(examples, positions) True where a batch holds no padding, for an encoder or a decoder alone; None where that is not one mask for all layers."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
+
+
 class MomentSums:
     """Adds up the inputs that a capture hands over, into `sums`.
 
@@ -240,8 +246,7 @@ def second_moments(subject: Subject, layers: Sequence[Layer], split: str = "cali
     total = -(-min(examples, subject.size(split)) // batch_size)
     with InputCapture(layers, sums.add) as capture:
         for batch in progress.track(subject.batches(split, batch_size, examples, by_length=True), "calibration inputs", total):
-            mask = batch.get("attention_mask")
-            capture.keep = mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
+            capture.keep = kept_positions(batch)
             sums.begin()
             with contextlib.suppress(Reached):
                 subject.task.output(subject.model, batch)
