@@ -38,6 +38,7 @@ test: $(VENV)/.test ## run the whole test suite (installs Chromium for the brows
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test ## ruff, mypy, notebooks without outputs
+	$(BIN)/ruff format --check workbench widgets tests
 	$(BIN)/ruff check workbench widgets tests
 	$(BIN)/mypy
 	$(BIN)/nbstripout --verify notebooks/*.ipynb

@@ -23,7 +23,9 @@ def shared() -> Path:
     """The folder of published run tables that lies beside the checkout."""
     folder = ROOT.parent / "shared"
     if not (folder / "data").is_dir():
-        pytest.skip("no ../shared/data beside the checkout: published run tables are not shipped with the project")
+        pytest.skip(
+            "no ../shared/data beside the checkout: published run tables are not shipped with the project"
+        )
     return folder
 
 
@@ -57,21 +59,73 @@ def tiny(architecture: str) -> torch.nn.Module:
 
     torch.manual_seed(0)
     if architecture == "bert":
-        return t.BertForSequenceClassification(t.BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=64, max_position_embeddings=64, num_labels=3))  # fmt: skip
+        return t.BertForSequenceClassification(
+            t.BertConfig(
+                vocab_size=99,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                max_position_embeddings=64,
+                num_labels=3,
+            )
+        )
     if architecture == "gpt2":
-        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0))
+        return t.GPT2LMHeadModel(
+            t.GPT2Config(
+                vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+            )
+        )
     if architecture == "llama":
-        return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64))  # fmt: skip
+        return t.LlamaForCausalLM(
+            t.LlamaConfig(
+                vocab_size=99,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+            )
+        )
     if architecture == "t5":
-        return t.T5ForConditionalGeneration(t.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0))
+        return t.T5ForConditionalGeneration(
+            t.T5Config(
+                vocab_size=99,
+                d_model=32,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                decoder_start_token_id=0,
+            )
+        )
     if architecture == "vit":
-        return t.ViTForImageClassification(t.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16,
-            patch_size=8, num_labels=3))  # fmt: skip
+        return t.ViTForImageClassification(
+            t.ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                image_size=16,
+                patch_size=8,
+                num_labels=3,
+            )
+        )
     if architecture == "mixtral":
-        return t.MixtralForCausalLM(t.MixtralConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64))  # fmt: skip
+        return t.MixtralForCausalLM(
+            t.MixtralConfig(
+                vocab_size=99,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                max_position_embeddings=64,
+            )
+        )
     raise KeyError(architecture)
 
 

@@ -36,10 +36,30 @@ def test_prune_and_quantize_run_on_every_architecture(architecture, checkpoints,
     pruned = workbench.subject(out)
     for layer in pruned.layers():
         assert float((layer.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
-    assert main(["run", "quantize", "--subject", str(out), "--bits", "4", "--rounding", "gptq", "--group-size", "16", "--out", str(tmp_path / "both")]) == 0
+    assert (
+        main(
+            [
+                "run",
+                "quantize",
+                "--subject",
+                str(out),
+                "--bits",
+                "4",
+                "--rounding",
+                "gptq",
+                "--group-size",
+                "16",
+                "--out",
+                str(tmp_path / "both"),
+            ]
+        )
+        == 0
+    )
     both = workbench.subject(tmp_path / "both")
     for before, after in zip(pruned.layers(), both.layers(), strict=True):
-        assert torch.equal(before.weight == 0, (after.weight == 0) & (before.weight == 0)), "a pruned weight came back"
+        assert torch.equal(before.weight == 0, (after.weight == 0) & (before.weight == 0)), (
+            "a pruned weight came back"
+        )
     assert "loss" in capsys.readouterr().out
 
 
@@ -53,17 +73,37 @@ def test_a_plain_module_is_pruned_from_the_command_line(module_file, cache, caps
     [
         (["run", "prune", "--subject", "no-such-model"], ["subject", "no-such-model", "known", "built-in"]),
         (["run", "prun", "--subject", "digits-vit"], ["instrument", "did you mean prune"]),
-        (["run", "prune", "--subject", "digits-vit", "--sparsty", "0.5"], ["sparsty", "did you mean --sparsity"]),
+        (
+            ["run", "prune", "--subject", "digits-vit", "--sparsty", "0.5"],
+            ["sparsty", "did you mean --sparsity"],
+        ),
         (["run", "prune", "--subject", "digits-vit", "--sparsity", "1.2"], ["sparsity", "1.2"]),
         (["run", "quantize", "--subject", "digits-vit", "--bits", "0"], ["bits", "0"]),
-        (["run", "prune", "--subject", "FOLDER", "--data", "random", "--layers", "*nothing*"], ["layers", "*nothing*"]),
-        (["run", "prune", "--subject", "FOLDER", "--data", "TABLE", "--text-column", "text", "--label-column", "label"], ["label-column", "text, other"]),
+        (
+            ["run", "prune", "--subject", "FOLDER", "--data", "random", "--layers", "*nothing*"],
+            ["layers", "*nothing*"],
+        ),
+        (
+            [
+                "run",
+                "prune",
+                "--subject",
+                "FOLDER",
+                "--data",
+                "TABLE",
+                "--text-column",
+                "text",
+                "--label-column",
+                "label",
+            ],
+            ["label-column", "text, other"],
+        ),
         (["run", "prune", "--subject", "CUT", "--data", "random"], ["model.safetensors", "not a complete"]),
         (["run", "prune", "--subject", "PICKLE", "--data", "random"], ["pickle", "pytorch_model.bin"]),
         (["run"], ["instrument", "missing"]),
         (["paint"], ["command", "paint"]),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_request_is_one_line_and_exit_code_2(arguments, words, checkpoints, tmp_path, cache, capsys):
     pd.DataFrame({"text": ["a"] * 20, "other": [1] * 20}).to_csv(tmp_path / "t.csv", index=False)
     for name in ("cut", "pickle"):
@@ -73,7 +113,12 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(arguments, words, checkpoin
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
     (tmp_path / "pickle" / "model.safetensors").rename(tmp_path / "pickle" / "pytorch_model.bin")
-    places = {"FOLDER": checkpoints["bert"], "CUT": tmp_path / "cut", "PICKLE": tmp_path / "pickle", "TABLE": tmp_path / "t.csv"}
+    places = {
+        "FOLDER": checkpoints["bert"],
+        "CUT": tmp_path / "cut",
+        "PICKLE": tmp_path / "pickle",
+        "TABLE": tmp_path / "t.csv",
+    }
     assert main([str(places.get(a, a)) for a in arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
@@ -96,7 +141,9 @@ def test_list_names_instruments_subjects_and_methods(capsys):
 
 
 def test_the_command_is_installed():
-    done = subprocess.run([sys.executable, "-m", "workbench.cli", "list", "subjects"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "workbench.cli", "list", "subjects"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "bytelm" in done.stdout
 
 

@@ -14,7 +14,10 @@ from workbench import figures
 
 
 @settings(max_examples=100, deadline=None)
-@given(hnp.arrays(np.float64, st.integers(0, 500), elements=st.floats(-1e6, 1e6) | st.just(np.nan)), st.integers(4, 60))
+@given(
+    hnp.arrays(np.float64, st.integers(0, 500), elements=st.floats(-1e6, 1e6) | st.just(np.nan)),
+    st.integers(4, 60),
+)
 def test_thinning_keeps_ends_extremes_and_order(y: np.ndarray, points: int) -> None:
     x = np.arange(len(y))
     thin_x, thin_y = figures.thin(x, y, points)
@@ -52,7 +55,11 @@ def test_a_rule_and_its_label_stand_at_the_same_place() -> None:
     figures.rule(fig, "two", y=2.0)
     assert [(s.x0, s.y0) for s in fig.layout.shapes] == [(50.0, 0), (0, 2.0)]
     first, second = fig.layout.annotations
-    assert first.x == pytest.approx(1.69897) and second.y == 2.0 and (first.text, second.text) == ("fifty", "two")
+    assert (
+        first.x == pytest.approx(1.69897)
+        and second.y == 2.0
+        and (first.text, second.text) == ("fifty", "two")
+    )
 
 
 def test_lines_differ_in_colour_dash_and_marker_and_bands_belong_to_them() -> None:
@@ -61,10 +68,23 @@ def test_lines_differ_in_colour_dash_and_marker_and_bands_belong_to_them() -> No
         figures.line(fig, [1, 2, 3], [index, 1, 2], name, band=([0, 0, 0], [3, 3, 3]) if index == 0 else None)
     curves = [t for t in fig.data if t.showlegend]
     assert [t.name for t in curves] == list("abcdefghijklm")
-    assert len({(t.line.color, t.line.dash) for t in curves}) == 13 == len({(t.line.color, t.marker.symbol) for t in curves})
+    assert (
+        len({(t.line.color, t.line.dash) for t in curves})
+        == 13
+        == len({(t.line.color, t.marker.symbol) for t in curves})
+    )
     band = fig.data[0]
-    assert band.fill == "toself" and band.legendgroup == "a" and list(band.y) == [0, 0, 0, 3, 3, 3] and list(band.x) == [1, 2, 3, 3, 2, 1]
-    assert fig.layout.title.text == "Title" and fig.layout.yaxis.title.text == "loss (nats)" and fig.layout.xaxis.type == "log"
+    assert (
+        band.fill == "toself"
+        and band.legendgroup == "a"
+        and list(band.y) == [0, 0, 0, 3, 3, 3]
+        and list(band.x) == [1, 2, 3, 3, 2, 1]
+    )
+    assert (
+        fig.layout.title.text == "Title"
+        and fig.layout.yaxis.title.text == "loss (nats)"
+        and fig.layout.xaxis.type == "log"
+    )
 
 
 def test_long_curves_are_sent_thin_and_the_template_is_slim() -> None:
@@ -75,8 +95,18 @@ def test_long_curves_are_sent_thin_and_the_template_is_slim() -> None:
 
 
 def test_the_default_figure_of_a_table() -> None:
-    bars = figures.table_figure(pd.DataFrame({"layer": ["a", "b"], "error": [1.0, 2.0], "kept": [True, False]}), "T")
-    assert [t.type for t in bars.data] == ["bar"] and list(bars.data[0].x) == ["a", "b"] and list(bars.data[0].y) == [1.0, 2.0]
+    bars = figures.table_figure(
+        pd.DataFrame({"layer": ["a", "b"], "error": [1.0, 2.0], "kept": [True, False]}), "T"
+    )
+    assert (
+        [t.type for t in bars.data] == ["bar"]
+        and list(bars.data[0].x) == ["a", "b"]
+        and list(bars.data[0].y) == [1.0, 2.0]
+    )
     curve = figures.table_figure(pd.DataFrame({"step": [1, 2], "loss": [3.0, 2.0]}), "T")
-    assert [t.type for t in curve.data] == ["scatter"] and curve.layout.xaxis.title.text == "step" and curve.layout.yaxis.title.text == "loss"
+    assert (
+        [t.type for t in curve.data] == ["scatter"]
+        and curve.layout.xaxis.title.text == "step"
+        and curve.layout.yaxis.title.text == "loss"
+    )
     assert len(figures.table_figure(pd.DataFrame({"word": ["x"]}), "T").data) == 0

@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 import workbench
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, catalog, find, parameter, replacing
+from workbench.instruments import (
+    BadInput,
+    Progress,
+    Result,
+    SubjectInstrument,
+    catalog,
+    find,
+    parameter,
+    replacing,
+)
 
 
 class Norms(SubjectInstrument):
@@ -26,7 +35,11 @@ class Norms(SubjectInstrument):
         rows = []
         for layer in progress.track(on.layers(self.layers), "layers"):
             rows.append({"layer": layer.name, "norm": float(layer.weight.detach().norm(self.power))})
-        return self.result(pd.DataFrame(rows), {"largest": max(r["norm"] for r in rows)}, arrays={"norms": np.array([r["norm"] for r in rows])})
+        return self.result(
+            pd.DataFrame(rows),
+            {"largest": max(r["norm"] for r in rows)},
+            arrays={"norms": np.array([r["norm"] for r in rows])},
+        )
 
 
 class Halve(SubjectInstrument):
@@ -55,9 +68,13 @@ def test_fields_are_the_only_declaration():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"power": 0.5}, "power: 0.5 is not accepted, it should be greater than or equal to 1"), ({"pwoer": 2}, "pwoer: unknown field; did you mean power"),
-     ({"device": "gpu"}, "device: 'gpu'"), ({"seed": -1}, "seed: -1")],
-)  # fmt: skip
+    [
+        ({"power": 0.5}, "power: 0.5 is not accepted, it should be greater than or equal to 1"),
+        ({"pwoer": 2}, "pwoer: unknown field; did you mean power"),
+        ({"device": "gpu"}, "device: 'gpu'"),
+        ({"seed": -1}, "seed: -1"),
+    ],
+)
 def test_bad_fields_are_named_in_one_line(fields, message):
     with pytest.raises(BadInput) as error:
         Norms(**fields)
@@ -67,7 +84,11 @@ def test_bad_fields_are_named_in_one_line(fields, message):
 def test_a_layer_glob_is_checked_before_the_run(net):
     with pytest.raises(BadInput, match="matches no layer"):
         Norms(layers="nothing*").run(net)
-    with pytest.raises(BadInput, match="no CUDA device") if not torch.cuda.is_available() else pytest.raises(ZeroDivisionError):
+    with (
+        pytest.raises(BadInput, match="no CUDA device")
+        if not torch.cuda.is_available()
+        else pytest.raises(ZeroDivisionError)
+    ):
         Norms(device="cuda").run(net) if not torch.cuda.is_available() else 1 / 0
 
 
@@ -80,8 +101,15 @@ def test_results_are_stored_found_again_and_loaded(net, cache, tmp_path):
     assert Norms().run(net).facts["largest"] == -1.0  # answered from the store
     assert Norms(power=3).run(net).facts["largest"] > 0
     saved = Result.load(first.save(tmp_path / "out"))
-    assert saved.instrument == first.instrument and saved.table.equals(first.table) and saved.facts == first.facts
-    assert np.array_equal(saved.arrays["norms"], first.arrays["norms"]) and saved.provenance["fingerprint"] == net.fingerprint
+    assert (
+        saved.instrument == first.instrument
+        and saved.table.equals(first.table)
+        and saved.facts == first.facts
+    )
+    assert (
+        np.array_equal(saved.arrays["norms"], first.arrays["norms"])
+        and saved.provenance["fingerprint"] == net.fingerprint
+    )
     with pytest.raises(BadInput, match="no saved result"):
         Result.load(tmp_path)
 
@@ -106,7 +134,9 @@ def test_changing_a_model_leaves_the_original_alone_and_chains_from_the_store(ne
     assert torch.equal(stored.subject.model[0].weight, before / 4)
     again = Halve().run(net)
     assert Halve().run(again.subject).subject.fingerprint == stored.subject.fingerprint
-    assert again.subject._model is None and again.subject.fingerprint == once.subject.fingerprint  # nothing computed yet
+    assert (
+        again.subject._model is None and again.subject.fingerprint == once.subject.fingerprint
+    )  # nothing computed yet
     assert torch.equal(Halve().run(again.subject).subject.model[0].weight, before / 4)
     assert [s["instrument"] for s in again.subject.history] == ["halve"]
 

@@ -26,25 +26,82 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 def runs_table(folder: Path) -> str:
     """Runs on a known law with 1 % noise, with other column names."""
     noise = np.random.default_rng(0)
-    rows = [{"N": n, "D": n * r, "val": (1.7 + 400 * n**-0.34 + 410 * (n * r) ** -0.28) * noise.normal(1, 0.01)} for n in (1e7, 3e7, 1e8, 3e8, 1e9) for r in (5, 10, 20, 40, 80)]
+    rows = [
+        {"N": n, "D": n * r, "val": (1.7 + 400 * n**-0.34 + 410 * (n * r) ** -0.28) * noise.normal(1, 0.01)}
+        for n in (1e7, 3e7, 1e8, 3e8, 1e9)
+        for r in (5, 10, 20, 40, 80)
+    ]
     pd.DataFrame(rows).to_csv(folder / "runs.csv", index=False)
     return str(folder / "runs.csv")
 
 
 SMALL: dict[str, Any] = {
-    "compress": {"subject": "digits-vit", "sparsities": [0.5, 0.8], "bits": [3, 4], "group_size": 16, "combined": [[0.5, 4]], "probes": 2, "steps": 6,
-                 "gradients": 64, "calibration_examples": 64, "curvature_examples": 16},
-    "learning-rate-batch-size": {"subject": "digits-softmax", "examples": 256, "lr_points": 3, "batch_sizes": [8, 32], "noise_groups": 6, "noise_size": 8,
-                                 "target_batches": [8, 32, 128], "target_lr_low": 0.01, "target_lr_high": 0.16, "workers": 1},
-    "schedules": {"subject": "digits-softmax", "schedules": "cosine,rex", "examples": 256, "lr_points": 1, "seeds": 2, "budgets": [1.0], "workers": 1},
-    "optimizers": {"subject": "digits-softmax", "optimizers": "adamw,lion", "examples": 256, "lr_points": 2, "seeds": 2, "workers": 1},
-    "quantization": {"subject": "digits-vit", "layers": "*layers.0.*", "bits": [3, 4], "formats": ["int", "nf4"], "group_size": 16, "examples": 16,
-                     "curvature_examples": 4, "test_examples": 32},
-    "sparsity": {"layers": "*layers.0.*", "maps": "magnitude,wanda", "methods": ["magnitude", "wanda"], "sparsities": [0.5, 0.8], "seeds": [0, 1],
-                 "recovery_steps": 2, "calibration_examples": 16, "gradients": 16, "training_methods": ["static", "dsl"], "training_steps": 12},
+    "compress": {
+        "subject": "digits-vit",
+        "sparsities": [0.5, 0.8],
+        "bits": [3, 4],
+        "group_size": 16,
+        "combined": [[0.5, 4]],
+        "probes": 2,
+        "steps": 6,
+        "gradients": 64,
+        "calibration_examples": 64,
+        "curvature_examples": 16,
+    },
+    "learning-rate-batch-size": {
+        "subject": "digits-softmax",
+        "examples": 256,
+        "lr_points": 3,
+        "batch_sizes": [8, 32],
+        "noise_groups": 6,
+        "noise_size": 8,
+        "target_batches": [8, 32, 128],
+        "target_lr_low": 0.01,
+        "target_lr_high": 0.16,
+        "workers": 1,
+    },
+    "schedules": {
+        "subject": "digits-softmax",
+        "schedules": "cosine,rex",
+        "examples": 256,
+        "lr_points": 1,
+        "seeds": 2,
+        "budgets": [1.0],
+        "workers": 1,
+    },
+    "optimizers": {
+        "subject": "digits-softmax",
+        "optimizers": "adamw,lion",
+        "examples": 256,
+        "lr_points": 2,
+        "seeds": 2,
+        "workers": 1,
+    },
+    "quantization": {
+        "subject": "digits-vit",
+        "layers": "*layers.0.*",
+        "bits": [3, 4],
+        "formats": ["int", "nf4"],
+        "group_size": 16,
+        "examples": 16,
+        "curvature_examples": 4,
+        "test_examples": 32,
+    },
+    "sparsity": {
+        "layers": "*layers.0.*",
+        "maps": "magnitude,wanda",
+        "methods": ["magnitude", "wanda"],
+        "sparsities": [0.5, 0.8],
+        "seeds": [0, 1],
+        "recovery_steps": 2,
+        "calibration_examples": 16,
+        "gradients": 16,
+        "training_methods": ["static", "dsl"],
+        "training_steps": 12,
+    },
     "scaling": {"columns": "params=N,tokens=D,loss=val", "resamples": 20, "against": ["kaplan"]},
     "spectrum": {"layers": "*layers.0.*", "probes": 2, "steps": 4, "examples": 8},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
@@ -62,7 +119,11 @@ def test_notebooks_are_committed_without_outputs(file):
 
 def figures_of(notebook: Path) -> list[dict[str, Any]]:
     outputs = [o for c in nbformat.read(notebook, 4).cells if c.cell_type == "code" for o in c.outputs]
-    return [o["data"]["application/vnd.plotly.v1+json"] for o in outputs if "application/vnd.plotly.v1+json" in o.get("data", {})]
+    return [
+        o["data"]["application/vnd.plotly.v1+json"]
+        for o in outputs
+        if "application/vnd.plotly.v1+json" in o.get("data", {})
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +131,30 @@ def killed_and_run_again(tmp_path_factory: pytest.TempPathFactory) -> reports.Re
     """The compression report from the command line: killed with kernel and all once some of the work is done, then asked for again."""
     folder = tmp_path_factory.mktemp("killed")
     environment = os.environ | {"WORKBENCH_CACHE": str(new_cache(folder / "cache"))}
-    out, given = folder / "out", [f"--{key.replace('_', '-')}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in SMALL["compress"].items()]
+    out, given = (
+        folder / "out",
+        [
+            f"--{key.replace('_', '-')}={json.dumps(value) if not isinstance(value, str) else value}"
+            for key, value in SMALL["compress"].items()
+        ],
+    )
     command = [sys.executable, "-m", "workbench.cli", "report", "compress", "--out", str(out), *given]
-    first = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + 120
-    while not list(folder.glob("cache/results/*")) and time.monotonic() < until:  # some of the work is done, most is not
+    while (
+        not list(folder.glob("cache/results/*")) and time.monotonic() < until
+    ):  # some of the work is done, most is not
         time.sleep(0.05)
         assert first.poll() is None
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert not (out / "compress.html").exists()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    return reports.ReportPaths(out / "compress.ipynb", out / "compress.html", again.stderr if again.returncode else None)
+    return reports.ReportPaths(
+        out / "compress.ipynb", out / "compress.html", again.stderr if again.returncode else None
+    )
 
 
 @pytest.mark.parametrize("name", [f.stem for f in NOTEBOOKS if f.stem in SMALL and f.stem != "compress"])

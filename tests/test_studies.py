@@ -17,10 +17,15 @@ def options(**more):
 
 
 def test_a_sweep_in_processes_equals_one_by_one_and_is_free_again(vit):
-    runs = {"magnitude": [pruning.Prune(method="magnitude", sparsity=s, **options()) for s in (0.3, 0.6)],
-            "wanda": [pruning.Prune(method="wanda", sparsity=s, **options()) for s in (0.3, 0.6)]}  # fmt: skip
+    runs = {
+        "magnitude": [pruning.Prune(method="magnitude", sparsity=s, **options()) for s in (0.3, 0.6)],
+        "wanda": [pruning.Prune(method="wanda", sparsity=s, **options()) for s in (0.3, 0.6)],
+    }
     table = studies.sweep(vit, runs, jobs=2)
-    assert list(table["series"]) == ["magnitude", "magnitude", "wanda", "wanda"] and list(table["sparsity"]) == [0.3, 0.6] * 2
+    assert (
+        list(table["series"]) == ["magnitude", "magnitude", "wanda", "wanda"]
+        and list(table["sparsity"]) == [0.3, 0.6] * 2
+    )
     assert all(chain.stored(vit) for group in runs.values() for chain in group)
     alone = runs["wanda"][1].run(vit, cache=False)
     assert alone.facts["loss"] == pytest.approx(table["loss"].iloc[3], abs=1e-6)
@@ -28,7 +33,9 @@ def test_a_sweep_in_processes_equals_one_by_one_and_is_free_again(vit):
 
 def test_chains_that_begin_alike_compute_the_beginning_once(vit):
     prune = pruning.Prune(method="magnitude", sparsity=0.5, **options())
-    chains = [(prune, quantization.Quantize(bits=b, group_size=16, predict_examples=4, examples=8)) for b in (3, 8)]
+    chains = [
+        (prune, quantization.Quantize(bits=b, group_size=16, predict_examples=4, examples=8)) for b in (3, 8)
+    ]
     assert not studies.stored(vit, chains[0])
     table = studies.sweep(vit, {"both": chains}, jobs=1)
     assert list(table["sparsity"]) == [0.5, 0.5] and list(table["bits"]) == [3, 8]
@@ -38,11 +45,15 @@ def test_chains_that_begin_alike_compute_the_beginning_once(vit):
 
 
 def test_chains_go_where_their_beginning_is_computed(vit):
-    first, second, third = [(pruning.Prune(method="magnitude", sparsity=s, **options()),) for s in (0.3, 0.5, 0.7)]
+    first, second, third = [
+        (pruning.Prune(method="magnitude", sparsity=s, **options()),) for s in (0.3, 0.5, 0.7)
+    ]
     longer = (*second, quantization.Quantize(bits=4, group_size=16, predict_examples=4, examples=8))
     found = studies.families(vit, {"short": [first, second, third], "both": [longer], "none": []})
     assert found == [[[first], [second, longer], [third]]]
-    assert studies.dealt(found[0], 2) == [[first, second, longer], [third]] and studies.dealt(found[0], 1) == [[first, second, longer, third]]
+    assert studies.dealt(found[0], 2) == [[first, second, longer], [third]] and studies.dealt(
+        found[0], 1
+    ) == [[first, second, longer, third]]
     assert studies.families(vit, {"both": [longer], "short": [second]}) == [[[second, longer]]]
     last: dict = {}
     pruned = studies.run_chain(vit, second, workbench.instruments.Progress(), last)
@@ -51,8 +62,12 @@ def test_chains_go_where_their_beginning_is_computed(vit):
 
 def test_findings_name_the_ordering_that_failed(vit):
     card = studies.card(vit)
-    rows = [{"series": "oBERT", "sparsity": 0.5, "loss": 2.0}, {"series": "Wanda", "sparsity": 0.5, "loss": 1.0},
-            {"series": "GPTQ", "bits": 3, "loss": 1.0}, {"series": "round to nearest", "bits": 3, "loss": 2.0}]  # fmt: skip
+    rows = [
+        {"series": "oBERT", "sparsity": 0.5, "loss": 2.0},
+        {"series": "Wanda", "sparsity": 0.5, "loss": 1.0},
+        {"series": "GPTQ", "bits": 3, "loss": 1.0},
+        {"series": "round to nearest", "bits": 3, "loss": 2.0},
+    ]
     found = studies.findings(pd.DataFrame(rows), card)
     assert found.loc["oBERT <= Wanda", "held"] == "NO" and found.loc["GPTQ < nearest", "held"] == "yes"
 

@@ -19,9 +19,16 @@ class Bench(ipywidgets.VBox):
     def __init__(self, subject: str = "digits-vit", instrument: str | None = None) -> None:
         names = list(catalog())
         style = {"description_width": "initial"}
-        self.subject = ipywidgets.Combobox(description="subject", value=subject, options=list(BUILTINS), style=style,
-                                           tooltip="a built-in subject, a checkpoint folder, or a Hugging Face id")  # fmt: skip
-        self.instrument = ipywidgets.Dropdown(description="instrument", options=names, value=instrument or names[0], style=style)
+        self.subject = ipywidgets.Combobox(
+            description="subject",
+            value=subject,
+            options=list(BUILTINS),
+            style=style,
+            tooltip="a built-in subject, a checkpoint folder, or a Hugging Face id",
+        )
+        self.instrument = ipywidgets.Dropdown(
+            description="instrument", options=names, value=instrument or names[0], style=style
+        )
         self.opener = ipywidgets.Button(description="Open", button_style="primary")
         self.note = Note()
         self.about = ipywidgets.HTML()
@@ -29,7 +36,10 @@ class Bench(ipywidgets.VBox):
         self.opener.on_click(guarded(self.note, lambda _: self.show()))
         self.instrument.observe(guarded(self.note, lambda _: self._describe()), "value")
         self._describe()
-        row = ipywidgets.HBox([self.subject, self.instrument, self.opener, self.note], layout=ipywidgets.Layout(flex_flow="row wrap"))
+        row = ipywidgets.HBox(
+            [self.subject, self.instrument, self.opener, self.note],
+            layout=ipywidgets.Layout(flex_flow="row wrap"),
+        )
         super().__init__([row, self.about, self.place])
         self.add_class("wb-panel")
         self.add_class("wb-bench")
@@ -41,7 +51,9 @@ class Bench(ipywidgets.VBox):
     def show(self) -> None:
         """Open the chosen instrument's panel, in place of the one before."""
         if not self.subject.value.strip():
-            raise BadInput(f"subject: is empty; choose one of {', '.join(BUILTINS)}, or give a folder or a hub id")
+            raise BadInput(
+                f"subject: is empty; choose one of {', '.join(BUILTINS)}, or give a folder or a hub id"
+            )
         self.note.say("")
         self.place.children = [Panel(find(self.instrument.value), self.subject.value.strip())]
 

@@ -38,10 +38,14 @@ def palette(kind: str) -> bytes:
     if kind == "mask":
         return bytes((0, 0, 0, 0)) + bytes(MASK_COLOR) * 255
     colors = sample_colorscale("Cividis", np.linspace(0, 1, 255), colortype="tuple")
-    return bytes((0, 0, 0, 0)) + b"".join(bytes((*(round(255 * channel) for channel in color), 255)) for color in colors)
+    return bytes((0, 0, 0, 0)) + b"".join(
+        bytes((*(round(255 * channel) for channel in color), 255)) for color in colors
+    )
 
 
-def encoded(matrix: ArrayLike, low: float | None = None, high: float | None = None) -> tuple[NDArray[np.uint8], float, float]:
+def encoded(
+    matrix: ArrayLike, low: float | None = None, high: float | None = None
+) -> tuple[NDArray[np.uint8], float, float]:
     """A matrix (rows, columns) as one byte a cell, and the values that bytes 1 and 255 stand for.
 
     Values that are not finite become 0, values outside [low, high] its ends. `low` and `high` default to the smallest and the
@@ -49,7 +53,9 @@ def encoded(matrix: ArrayLike, low: float | None = None, high: float | None = No
     """
     cells = np.asarray(matrix)
     if cells.ndim != 2 or cells.size == 0:
-        raise BadInput(f"matrix: expected rows and columns, got shape {cells.shape}; reshape it, or pick one layer's weight")
+        raise BadInput(
+            f"matrix: expected rows and columns, got shape {cells.shape}; reshape it, or pick one layer's weight"
+        )
     if cells.dtype == np.bool_:
         return cells.astype(np.uint8), 0.0, 1.0
     values = cells.astype(np.float32)
@@ -75,7 +81,9 @@ def class_codes(matrix: ArrayLike, count: int) -> NDArray[np.uint8]:
     """A matrix of class numbers 0 to `count` as bytes."""
     cells = np.asarray(matrix)
     if cells.ndim != 2 or cells.size == 0 or cells.min() < 0 or cells.max() > min(count, 255):
-        raise BadInput(f"matrix: expected rows and columns of class numbers 0 to {min(count, 255)}, got shape {cells.shape}")
+        raise BadInput(
+            f"matrix: expected rows and columns of class numbers 0 to {min(count, 255)}, got shape {cells.shape}"
+        )
     return cells.astype(np.uint8)
 
 
@@ -114,18 +122,41 @@ class Bitmap(anywidget.AnyWidget):
         super().__init__(label=label, unit=unit, height=height, **self._state(matrix, low, high, classes))
 
     @staticmethod
-    def _state(matrix: ArrayLike, low: float | None, high: float | None, classes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def _state(
+        matrix: ArrayLike, low: float | None, high: float | None, classes: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         if classes:
-            codes, low, high, kind, colors = class_codes(matrix, len(classes)), 0.0, float(len(classes)), "classes", class_palette(list(classes.values()))
+            codes, low, high, kind, colors = (
+                class_codes(matrix, len(classes)),
+                0.0,
+                float(len(classes)),
+                "classes",
+                class_palette(list(classes.values())),
+            )
         else:
             codes, low, high = encoded(matrix, low, high)
             kind = "mask" if np.asarray(matrix).dtype == np.bool_ else "magnitude"
             colors = palette(kind)
-        return {"cells": codes.tobytes(), "rows": codes.shape[0], "columns": codes.shape[1], "kind": kind, "palette": colors, "low": low, "high": high,
-                "names": list(classes or ())}  # fmt: skip
+        return {
+            "cells": codes.tobytes(),
+            "rows": codes.shape[0],
+            "columns": codes.shape[1],
+            "kind": kind,
+            "palette": colors,
+            "low": low,
+            "high": high,
+            "names": list(classes or ()),
+        }
 
-    def show(self, matrix: ArrayLike, label: str | None = None, *, low: float | None = None, high: float | None = None,
-             classes: Mapping[str, str] | None = None) -> None:  # fmt: skip
+    def show(
+        self,
+        matrix: ArrayLike,
+        label: str | None = None,
+        *,
+        low: float | None = None,
+        high: float | None = None,
+        classes: Mapping[str, str] | None = None,
+    ) -> None:
         """Show another matrix."""
         with self.hold_sync():
             for name, value in self._state(matrix, low, high, classes).items():
@@ -156,5 +187,8 @@ class Bitmap(anywidget.AnyWidget):
         if bundle is None:
             return None
         data, metadata = bundle
-        twin = {"image/png": base64.b64encode(self.png()).decode("ascii"), "text/plain": self.label or "matrix"}
+        twin = {
+            "image/png": base64.b64encode(self.png()).decode("ascii"),
+            "text/plain": self.label or "matrix",
+        }
         return {**data, **twin}, metadata

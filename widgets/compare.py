@@ -55,7 +55,9 @@ def differences(current: Result, other: Result, name: str) -> str:
             words = f"{fact}, measured" if fact in here else fact
             rows.append((words, format_fact(value), format_fact(before), f"{value - before:+.4g}"))
     cells = "".join(
-        f"<tr><th scope='row'>{html.escape(field.replace('_', ' '))}</th>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in values) + "</tr>"
+        f"<tr><th scope='row'>{html.escape(field.replace('_', ' '))}</th>"
+        + "".join(f"<td>{html.escape(str(v))}</td>" for v in values)
+        + "</tr>"
         for field, *values in rows
     )
     if not rows:
@@ -69,7 +71,10 @@ def differences(current: Result, other: Result, name: str) -> str:
 def facts_html(result: Result) -> str:
     """The facts of a result as a list that wraps: each name with its value."""
     shown = [(name, value) for name, value in result.facts.items() if not isinstance(value, (dict, list))]
-    items = "".join(f"<span><i>{html.escape(n.replace('_', ' '))}</i> {html.escape(format_fact(v))}</span>" for n, v in shown)
+    items = "".join(
+        f"<span><i>{html.escape(n.replace('_', ' '))}</i> {html.escape(format_fact(v))}</span>"
+        for n, v in shown
+    )
     note = '<p class="wb-partial">Stopped early: this result is partial.</p>' if result.partial else ""
     return f'{note}<div class="wb-facts" role="status">{items}</div>'
 

@@ -81,7 +81,10 @@ class Controls(ipywidgets.Box):
 
 def help_html(fields: Mapping[str, FieldInfo]) -> str:
     """What every field means, folded: a tooltip alone reaches neither keyboard nor touch."""
-    rows = "".join(f"<code>{html.escape(name)}</code><span>{html.escape(info.description or '')}</span>" for name, info in fields.items())
+    rows = "".join(
+        f"<code>{html.escape(name)}</code><span>{html.escape(info.description or '')}</span>"
+        for name, info in fields.items()
+    )
     return f'<details class="wb-help"><summary>What the settings mean</summary><div>{rows}</div></details>'
 
 
@@ -105,9 +108,21 @@ def control(name: str, info: FieldInfo, live: bool = False) -> Control:
         made = _plain(ipywidgets.Checkbox(**look))
     elif kind in (int, float) and low is not None and high is not None:
         step = extra.get("step")
-        made = _slider(kind, low, high, step if isinstance(step, (int, float)) else None, extra.get("scale") == "log", look, live)
+        made = _slider(
+            kind,
+            low,
+            high,
+            step if isinstance(step, (int, float)) else None,
+            extra.get("scale") == "log",
+            look,
+            live,
+        )
     elif kind is int:
-        made = _plain(ipywidgets.BoundedIntText(min=-MOST if low is None else int(low), max=MOST if high is None else int(high), **look))
+        made = _plain(
+            ipywidgets.BoundedIntText(
+                min=-MOST if low is None else int(low), max=MOST if high is None else int(high), **look
+            )
+        )
     elif kind is float:
         made = _plain(ipywidgets.FloatText(**look))
     elif kind is str:
@@ -127,8 +142,12 @@ def bounds(info: FieldInfo) -> tuple[float | None, float | None]:
     """The smallest and largest accepted value; an excluded end (gt, lt) is returned as the end itself."""
     low = high = None
     for rule in info.metadata:
-        low = next((float(v) for v in (getattr(rule, "ge", None), getattr(rule, "gt", None)) if v is not None), low)
-        high = next((float(v) for v in (getattr(rule, "le", None), getattr(rule, "lt", None)) if v is not None), high)
+        low = next(
+            (float(v) for v in (getattr(rule, "ge", None), getattr(rule, "gt", None)) if v is not None), low
+        )
+        high = next(
+            (float(v) for v in (getattr(rule, "le", None), getattr(rule, "lt", None)) if v is not None), high
+        )
     return low, high
 
 
@@ -161,19 +180,25 @@ def _plain(widget: ipywidgets.ValueWidget) -> Control:
 
 def _choice(options: list[tuple[str, Any]], look: dict[str, Any]) -> Control:
     # By position: a list of values cannot tell 1 from True, nor None from nothing chosen.
-    widget = ipywidgets.Dropdown(options=[(label, index) for index, (label, _) in enumerate(options)], value=0, **look)
+    widget = ipywidgets.Dropdown(
+        options=[(label, index) for index, (label, _) in enumerate(options)], value=0, **look
+    )
     values = [value for _, value in options]
 
     def write(value: Any) -> None:
         found = [i for i, v in enumerate(values) if v == value and type(v) is type(value)]
         if not found:
-            raise BadInput(f"{look['description']}: {value!r} is not accepted, it should be one of {', '.join(label for label, _ in options)}")
+            raise BadInput(
+                f"{look['description']}: {value!r} is not accepted, it should be one of {', '.join(label for label, _ in options)}"
+            )
         widget.value = found[0]
 
     return Control(widget, lambda: values[widget.value], write)
 
 
-def _slider(kind: Any, low: float, high: float, step: float | None, log: bool, look: dict[str, Any], live: bool) -> Control:
+def _slider(
+    kind: Any, low: float, high: float, step: float | None, log: bool, look: dict[str, Any], live: bool
+) -> Control:
     shown: dict[str, Any] = {"continuous_update": live, "readout": True, **look}
     widget: Any
     base = 10
@@ -181,13 +206,22 @@ def _slider(kind: Any, low: float, high: float, step: float | None, log: bool, l
         base = 2 if kind is int and high > 1 and math.log2(high).is_integer() else 10
         lowest = low if low > 0 else min(1e-8, high * 1e-3)  # zero itself has no logarithm
         widget = ipywidgets.FloatLogSlider(
-            base=base, min=math.log(lowest, base), max=math.log(high, base), step=1 if base == 2 else 0.05, value=high,
-            readout_format=".0f" if kind is int else ".3", **shown,
-        )  # fmt: skip
+            base=base,
+            min=math.log(lowest, base),
+            max=math.log(high, base),
+            step=1 if base == 2 else 0.05,
+            value=high,
+            readout_format=".0f" if kind is int else ".3",
+            **shown,
+        )
     elif kind is int:
-        widget = ipywidgets.IntSlider(min=int(low), max=int(high), step=int(step or 1), value=int(low), **shown)
+        widget = ipywidgets.IntSlider(
+            min=int(low), max=int(high), step=int(step or 1), value=int(low), **shown
+        )
     else:
-        widget = ipywidgets.FloatSlider(min=low, max=high, step=step or (high - low) / 100, value=low, readout_format=".4", **shown)
+        widget = ipywidgets.FloatSlider(
+            min=low, max=high, step=step or (high - low) / 100, value=low, readout_format=".4", **shown
+        )
 
     def write(value: float) -> None:
         with widget.hold_sync():
@@ -229,7 +263,15 @@ def _yaml(kind: Any, look: dict[str, Any]) -> Control:
     listing = get_origin(kind) in (list, tuple, set) or kind in (list, tuple)
     text = str in get_args(kind) and get_origin(kind) in (Union, types.UnionType)
     mapping = kind is dict or get_origin(kind) is dict
-    hint = "none" if type(None) in get_args(kind) else "one, two, ..." if listing else "name: value, ..." if mapping else ""
+    hint = (
+        "none"
+        if type(None) in get_args(kind)
+        else "one, two, ..."
+        if listing
+        else "name: value, ..."
+        if mapping
+        else ""
+    )
     widget = ipywidgets.Text(placeholder=hint, continuous_update=False, **look)
 
     def read() -> Any:
@@ -251,7 +293,9 @@ def _yaml(kind: Any, look: dict[str, Any]) -> Control:
         if value is None:
             widget.value = ""
             return
-        line = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False).strip(BLANKS)
+        line = yaml.safe_dump(
+            value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
+        ).strip(BLANKS)
         line = line.removesuffix("...").strip(BLANKS)
         bare = (listing or mapping) and not line.startswith(("[[", "[{", "{{"))
         widget.value = line[1:-1] if bare else line

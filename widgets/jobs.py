@@ -64,7 +64,9 @@ def guarded(note: Note, function: Callable[..., Any]) -> Callable[..., Any]:
 class WidgetProgress(Progress):
     """The workbench's progress protocol drawn on an ipywidgets bar, at most ten times a second."""
 
-    def __init__(self, bar: ipywidgets.IntProgress, note: Note, preview: Callable[[Result], None] | None = None) -> None:
+    def __init__(
+        self, bar: ipywidgets.IntProgress, note: Note, preview: Callable[[Result], None] | None = None
+    ) -> None:
         super().__init__()
         self._bar, self._note, self._preview = bar, note, preview
         self._shown = self._previewed = 0.0
@@ -106,9 +108,15 @@ class Job(ipywidgets.HBox):
         self._lock = threading.Lock()  # between the work's last act and a request that arrives meanwhile
         self._going = False
         self._waiting: Callable[[], None] | None = None
-        self.run = ipywidgets.Button(description="Run", button_style="primary", tooltip="Run with these settings")
-        self.halt = ipywidgets.Button(description="Stop", disabled=True, tooltip="Stop and keep what is there")
-        self.bar = ipywidgets.IntProgress(value=0, max=1, layout=ipywidgets.Layout(width="12rem", display="none"))
+        self.run = ipywidgets.Button(
+            description="Run", button_style="primary", tooltip="Run with these settings"
+        )
+        self.halt = ipywidgets.Button(
+            description="Stop", disabled=True, tooltip="Stop and keep what is there"
+        )
+        self.bar = ipywidgets.IntProgress(
+            value=0, max=1, layout=ipywidgets.Layout(width="12rem", display="none")
+        )
         self.note = Note("ready")
         self.run.on_click(guarded(self.note, lambda _: self.start()))
         self.halt.on_click(guarded(self.note, lambda _: self.stop()))

@@ -67,7 +67,9 @@ class Panel(ipywidgets.VBox):
         self._wanted_view = dict(view or {})
         self._quiet = False
 
-        self.controls = Controls(self.kind, start.model_dump(mode="json") if start else None, changed=self._settings_changed)
+        self.controls = Controls(
+            self.kind, start.model_dump(mode="json") if start else None, changed=self._settings_changed
+        )
         self.job = Job(self._work, self._finished, self._preview)
         self.summary = ipywidgets.HTML()
         self.view_controls: Controls | None = None
@@ -80,10 +82,17 @@ class Panel(ipywidgets.VBox):
         self.job.add_class("wb-section")
         super().__init__(
             [
-                ipywidgets.HTML(self._title()), self.controls, ipywidgets.HTML(help_html(self.controls.fields)), self.job, self.view_box,
-                plots, self.summary, self.comparison, self.report_row,
+                ipywidgets.HTML(self._title()),
+                self.controls,
+                ipywidgets.HTML(help_html(self.controls.fields)),
+                self.job,
+                self.view_box,
+                plots,
+                self.summary,
+                self.comparison,
+                self.report_row,
             ]
-        )  # fmt: skip
+        )
         self.children[0].add_class("wb-title")
         self.add_class("wb-panel")
         self.add_class(f"wb-panel-{self.kind.name()}")
@@ -108,7 +117,11 @@ class Panel(ipywidgets.VBox):
     @property
     def parameters(self) -> dict[str, Any]:
         """The exact settings as parameters of the report notebook."""
-        found: dict[str, Any] = {"instrument": self.kind.name(), "subject": self.on, "settings": self.instrument.model_dump(mode="json")}
+        found: dict[str, Any] = {
+            "instrument": self.kind.name(),
+            "subject": self.on,
+            "settings": self.instrument.model_dump(mode="json"),
+        }
         if not isinstance(self.on, str):
             found |= {"subject": source_of(self.on), "fingerprint": self.on.fingerprint}
         if self.view:
@@ -123,13 +136,17 @@ class Panel(ipywidgets.VBox):
         else:
             file = Path(source)
             if not file.is_file():
-                raise BadInput(f"parameters: {str(source)!r} is not a file; give one that Send to report wrote, or a mapping")
+                raise BadInput(
+                    f"parameters: {str(source)!r} is not a file; give one that Send to report wrote, or a mapping"
+                )
             try:
                 given = yaml.safe_load(file.read_text(encoding="utf-8"))
             except yaml.YAMLError:
                 raise BadInput(f"parameters: {str(source)!r} is neither YAML nor JSON") from None
         if not isinstance(given, dict) or "instrument" not in given or "subject" not in given:
-            raise BadInput(f"parameters: expected a mapping with instrument and subject (keys: {', '.join(KNOWN)})")
+            raise BadInput(
+                f"parameters: expected a mapping with instrument and subject (keys: {', '.join(KNOWN)})"
+            )
         unknown = [key for key in given if key not in KNOWN]
         if unknown:
             raise BadInput(f"{unknown[0]}: unknown parameter of a panel (parameters: {', '.join(KNOWN)})")
@@ -190,7 +207,10 @@ class Panel(ipywidgets.VBox):
         model = result.view_model()
         if model is None:
             return {}
-        chosen = {**self._wanted_view, **(self.view_controls.values if self.view_controls is not None else {})}
+        chosen = {
+            **self._wanted_view,
+            **(self.view_controls.values if self.view_controls is not None else {}),
+        }
         settings: dict[str, Any] = {}
         for name, value in chosen.items():
             if name in model.model_fields:
@@ -226,9 +246,16 @@ class Panel(ipywidgets.VBox):
     # ---- comparison ------------------------------------------------------------------------------------------------
     def _make_comparison(self) -> None:
         style = {"description_width": "initial"}
-        self.compare = ipywidgets.Dropdown(description="Compare with", options=[("nothing", 0)], value=0, style=style)
-        self.how = ipywidgets.Dropdown(description="drawn", options=["over it", "side by side"], value="over it", style=style,
-                                       layout=ipywidgets.Layout(width="12rem"))  # fmt: skip
+        self.compare = ipywidgets.Dropdown(
+            description="Compare with", options=[("nothing", 0)], value=0, style=style
+        )
+        self.how = ipywidgets.Dropdown(
+            description="drawn",
+            options=["over it", "side by side"],
+            value="over it",
+            style=style,
+            layout=ipywidgets.Layout(width="12rem"),
+        )
         self.table = ipywidgets.HTML()
         row = ipywidgets.HBox([self.compare, self.how], layout=ipywidgets.Layout(flex_flow="row wrap"))
         self.comparison = ipywidgets.VBox([row, self.table], layout=ipywidgets.Layout(display="none"))
@@ -243,14 +270,22 @@ class Panel(ipywidgets.VBox):
         self.comparison.layout.display = "" if earlier else "none"
         chosen = self.compare.value
         self._quiet = True
-        self.compare.options = [("nothing", 0), *((self._label(number, result), number) for number, result in earlier.items())]
+        self.compare.options = [
+            ("nothing", 0),
+            *((self._label(number, result), number) for number, result in earlier.items()),
+        ]
         self.compare.value = chosen if chosen in earlier else 0
         self._quiet = False
 
     def _label(self, number: int, result: Result) -> str:
         """run 2 (sparsity 0.7): the settings that set it apart from the run shown."""
-        then, now = result.instrument.model_dump(mode="json"), self.results[-1].instrument.model_dump(mode="json")
-        apart = [f"{name.replace('_', ' ')} {value}" for name, value in then.items() if value != now.get(name)]
+        then, now = (
+            result.instrument.model_dump(mode="json"),
+            self.results[-1].instrument.model_dump(mode="json"),
+        )
+        apart = [
+            f"{name.replace('_', ' ')} {value}" for name, value in then.items() if value != now.get(name)
+        ]
         return f"run {number} ({', '.join(apart[:3]) or 'same settings'})"
 
     def _compared(self) -> tuple[str, Result] | None:
@@ -260,13 +295,18 @@ class Panel(ipywidgets.VBox):
     # ---- report ----------------------------------------------------------------------------------------------------
     def _make_report_row(self) -> None:
         self.sender = ipywidgets.Button(
-            description="Send to report", icon="file-text-o", layout=ipywidgets.Layout(width="auto"),
+            description="Send to report",
+            icon="file-text-o",
+            layout=ipywidgets.Layout(width="auto"),
             tooltip="Write these settings as report parameters and make the report in the background",
-        )  # fmt: skip
+        )
         self.report_note = Note()
         self.report: Report | None = None
         self.sender.on_click(guarded(self.report_note, lambda _: self.send_to_report()))
-        self.report_row = ipywidgets.HBox([self.sender, self.report_note], layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"))
+        self.report_row = ipywidgets.HBox(
+            [self.sender, self.report_note],
+            layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"),
+        )
         self.report_row.add_class("wb-section")
 
     def send_to_report(self) -> Report:
@@ -280,7 +320,9 @@ class Panel(ipywidgets.VBox):
             self.report_note.value = f'<span role="status">report: {report.link()} &nbsp; {settings}</span>'
         elif report.error:
             text = f'<span role="alert" class="wb-error">report failed: {html.escape(report.error)}</span> {settings}'
-            self.report_note.value = text + (f" &nbsp; partial: {report.link()}" if report.html.exists() else "")
+            self.report_note.value = text + (
+                f" &nbsp; partial: {report.link()}" if report.html.exists() else ""
+            )
         else:
             self.report_note.value = f'<span role="status">{html.escape(report.state)}</span>'
 
@@ -292,7 +334,11 @@ class Panel(ipywidgets.VBox):
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Any]]:
         """The live view, and beside it what other viewers, reports and the exporter show: figure, summary and table."""
         twin = {"text/plain": f"panel of {self.kind.name()} on {self._name}", **self.plot.static_twin()}
-        twin["text/html"] = self.result._repr_html_() if self.result is not None else self._title() + _settings_html(self.controls.values)
+        twin["text/html"] = (
+            self.result._repr_html_()
+            if self.result is not None
+            else self._title() + _settings_html(self.controls.values)
+        )
         if os.environ.get("WORKBENCH_HEADLESS"):
             return twin
         bundle = super()._repr_mimebundle_(**options)
@@ -301,5 +347,8 @@ class Panel(ipywidgets.VBox):
 
 
 def _settings_html(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th scope='row'>{html.escape(k)}</th><td>{html.escape(json.dumps(v))}</td></tr>" for k, v in values.items())
+    rows = "".join(
+        f"<tr><th scope='row'>{html.escape(k)}</th><td>{html.escape(json.dumps(v))}</td></tr>"
+        for k, v in values.items()
+    )
     return f"<table><tbody>{rows}</tbody></table>"

@@ -43,7 +43,9 @@ class PlotlyLibrary(anywidget.AnyWidget):
 
     @classmethod
     def shared(cls) -> PlotlyLibrary:
-        if cls._shared is None or cls._shared.comm is None:  # closed with every other widget by Widget.close_all
+        if (
+            cls._shared is None or cls._shared.comm is None
+        ):  # closed with every other widget by Widget.close_all
             cls._shared = cls(code=_gzipped_plotly())
         return cls._shared
 
@@ -75,7 +77,10 @@ def _spec(figure: go.Figure | None) -> dict[str, Any]:
     if figure is None:
         return {"data": [], "layout": {}}
     # Not Figure.to_dict, which turns arrays into base64 text.
-    return {"data": [trace.to_plotly_json() for trace in figure.data], "layout": figure.layout.to_plotly_json()}
+    return {
+        "data": [trace.to_plotly_json() for trace in figure.data],
+        "layout": figure.layout.to_plotly_json(),
+    }
 
 
 class PlotView(anywidget.AnyWidget):

@@ -25,7 +25,18 @@ from workbench.quantization.look import Look, Matrix, look, look_figure, prepare
 from workbench.quantization.quantize import Quantize, moments_for, short_names
 from workbench.subjects import Subject
 
-FAMILIES = ("integer", "integer with zero point", "minifloat", "nf4", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "ternary", "binary")
+FAMILIES = (
+    "integer",
+    "integer with zero point",
+    "minifloat",
+    "nf4",
+    "mxfp4",
+    "mxfp6",
+    "mxfp8",
+    "nvfp4",
+    "ternary",
+    "binary",
+)
 
 
 def wide() -> dict[str, Any]:
@@ -63,12 +74,32 @@ class FormatPanel(ipywidgets.VBox):
         self.bits = ipywidgets.IntSlider(value=4, min=2, max=8, description="bits", **wide())
         self.exponent = ipywidgets.IntSlider(value=2, min=1, max=5, description="exponent bits", **wide())
         self.mantissa = ipywidgets.IntSlider(value=1, min=0, max=5, description="mantissa bits", **wide())
-        self.granularity = ipywidgets.Dropdown(options=("group", "channel", "tensor"), description="scale for each", **wide())
-        self.group = ipywidgets.SelectionSlider(value=64, options=[2**k for k in range(3, 10)], description="group size", **wide())
-        self.rotate = ipywidgets.Checkbox(value=False, description="Hadamard rotation of the inputs", indent=False)
-        self.note, self.facts, self.plot, self.spread = Note("ready"), ipywidgets.HTML(), PlotView(), PlotView()
+        self.granularity = ipywidgets.Dropdown(
+            options=("group", "channel", "tensor"), description="scale for each", **wide()
+        )
+        self.group = ipywidgets.SelectionSlider(
+            value=64, options=[2**k for k in range(3, 10)], description="group size", **wide()
+        )
+        self.rotate = ipywidgets.Checkbox(
+            value=False, description="Hadamard rotation of the inputs", indent=False
+        )
+        self.note, self.facts, self.plot, self.spread = (
+            Note("ready"),
+            ipywidgets.HTML(),
+            PlotView(),
+            PlotView(),
+        )
         self.note.layout.flex = "0 0 auto"  # under the controls, not beside them
-        controls = (self.layer, self.family, self.bits, self.exponent, self.mantissa, self.granularity, self.group, self.rotate)
+        controls = (
+            self.layer,
+            self.family,
+            self.bits,
+            self.exponent,
+            self.mantissa,
+            self.granularity,
+            self.group,
+            self.rotate,
+        )
         for control in controls:
             control.observe(guarded(self.note, lambda _: self.draw()), "value")
             control.add_class("wb-field-" + str(control.description).split()[0])
@@ -108,7 +139,11 @@ class FormatPanel(ipywidgets.VBox):
     @property
     def instrument(self) -> Quantize:
         """The settings shown, for every layer of the panel's glob."""
-        shared: dict[str, Any] = {"layers": self.glob, "granularity": "auto" if self.fixed_block else self.granularity.value, "group_size": int(self.group.value)}
+        shared: dict[str, Any] = {
+            "layers": self.glob,
+            "granularity": "auto" if self.fixed_block else self.granularity.value,
+            "group_size": int(self.group.value),
+        }
         if self.format.startswith(("int", "uint")):
             return Quantize(bits=self.bits.value, symmetric=self.format.startswith("int"), **shared)
         return Quantize(format=self.format, transform="hadamard" if self.rotate.value else "none", **shared)
@@ -116,23 +151,41 @@ class FormatPanel(ipywidgets.VBox):
     def draw(self) -> None:
         """Round the layer's weights with the settings shown and draw them."""
         integer, real = self.format.startswith(("int", "uint")), self.family.value == "minifloat"
-        for control, shown in ((self.bits, integer), (self.exponent, real), (self.mantissa, real), (self.granularity, not self.fixed_block),
-                               (self.group, not self.fixed_block and self.granularity.value == "group")):  # fmt: skip
+        for control, shown in (
+            (self.bits, integer),
+            (self.exponent, real),
+            (self.mantissa, real),
+            (self.granularity, not self.fixed_block),
+            (self.group, not self.fixed_block and self.granularity.value == "group"),
+        ):
             control.layout.display = "" if shown else "none"
         name = str(self.layer.value)
         granularity = "auto" if self.fixed_block else str(self.granularity.value)
-        self.found = look(self._matrix(name, bool(self.rotate.value)), self.format, granularity, int(self.group.value))
-        self._rows = [("bits a weight", f"{self.found.bits:.3f}"), ("error of the weights", f"{self.found.weight_error:.3e}"), ("SQNR", f"{self.found.sqnr:.2f} dB"),
-                      ("error of the outputs", f"{self.found.output_error:.3e}"), ("largest / rms", f"{self.found.spread:.1f}"),
-                      ("kurtosis", f"{self.found.kurtosis:.1f}")]  # fmt: skip
-        self.facts.value = '<div class="wb-facts">' + "".join(f"<span><i>{a}</i> {b}</span>" for a, b in self._rows) + "</div>"
+        self.found = look(
+            self._matrix(name, bool(self.rotate.value)), self.format, granularity, int(self.group.value)
+        )
+        self._rows = [
+            ("bits a weight", f"{self.found.bits:.3f}"),
+            ("error of the weights", f"{self.found.weight_error:.3e}"),
+            ("SQNR", f"{self.found.sqnr:.2f} dB"),
+            ("error of the outputs", f"{self.found.output_error:.3e}"),
+            ("largest / rms", f"{self.found.spread:.1f}"),
+            ("kurtosis", f"{self.found.kurtosis:.1f}"),
+        ]
+        self.facts.value = (
+            '<div class="wb-facts">'
+            + "".join(f"<span><i>{a}</i> {b}</span>" for a, b in self._rows)
+            + "</div>"
+        )
         self.plot.figure = look_figure(self.found, f"{self.format} on {name}")
         self.note.say("ready")
 
     def draw_spread(self) -> None:
         """How even the layer's inputs and weights are, as they are and, when it is on, after the rotation."""
         name = str(self.layer.value)
-        shown = {"as they are": self._matrix(name, False)} | ({"rotated": self._matrix(name, True)} if self.rotate.value else {})
+        shown = {"as they are": self._matrix(name, False)} | (
+            {"rotated": self._matrix(name, True)} if self.rotate.value else {}
+        )
         self.spread.figure = spread_figure(shown)
 
     def _matrix(self, name: str, rotate: bool) -> Matrix:
@@ -140,7 +193,9 @@ class FormatPanel(ipywidgets.VBox):
         if (name, rotate) not in self._matrices:
             gram = self._moments[name].gram
             assert gram is not None
-            self._matrices[name, rotate] = prepared(self._layers[name].weight.detach().float(), gram[0], rotate)
+            self._matrices[name, rotate] = prepared(
+                self._layers[name].weight.detach().float(), gram[0], rotate
+            )
         return self._matrices[name, rotate]
 
 
@@ -152,18 +207,29 @@ class AllocationPanel(ipywidgets.VBox):
 
     def __init__(self, result: Result) -> None:
         if not isinstance(result, AllocateResult) or result.tables is None:
-            raise BadInput(f"result: the allocation panel shows a result of allocate, not of {result.instrument.name()}")
+            raise BadInput(
+                f"result: the allocation panel shows a result of allocate, not of {result.instrument.name()}"
+            )
         self.result = result
         front = result.tables["front"]
         self._averages = front["average_bits"].to_numpy()
         low, high = float(self._averages.min()), float(self._averages.max())
         start = float(result.facts["code_bits"])
-        self.average = ipywidgets.FloatSlider(value=start, min=low, max=high, step=0.05, description="average bits", **wide())
+        self.average = ipywidgets.FloatSlider(
+            value=start, min=low, max=high, step=0.05, description="average bits", **wide()
+        )
         self.average.add_class("wb-field-average")
-        self.note, self.facts, self.plot, self.front = Note("ready"), ipywidgets.HTML(), PlotView(), PlotView()
+        self.note, self.facts, self.plot, self.front = (
+            Note("ready"),
+            ipywidgets.HTML(),
+            PlotView(),
+            PlotView(),
+        )
         self.note.layout.flex = "0 0 auto"
-        title = ipywidgets.HTML(f"<h3>Widths of the layers of {html.escape(str((result.provenance or {}).get('on', 'the subject')))}</h3>"
-                                "<p>The best allocation of each average width, by the integer program.</p>")  # fmt: skip
+        title = ipywidgets.HTML(
+            f"<h3>Widths of the layers of {html.escape(str((result.provenance or {}).get('on', 'the subject')))}</h3>"
+            "<p>The best allocation of each average width, by the integer program.</p>"
+        )
         title.add_class("wb-title")
         self.average.observe(guarded(self.note, lambda _: self.draw()), "value")
         views = ipywidgets.Box([self.plot, self.front])
@@ -188,7 +254,12 @@ class AllocationPanel(ipywidgets.VBox):
         fig.add_bar(x=list(widths), y=list(widths.values()), name="bits", marker_color=color(0))
         short_names(fig, list(widths))
         self.plot.figure = fig
-        curve = figure("Predicted cost of the best allocation", "average bits", "predicted loss change (nats)", yaxis_type="log")
+        curve = figure(
+            "Predicted cost of the best allocation",
+            "average bits",
+            "predicted loss change (nats)",
+            yaxis_type="log",
+        )
         line(curve, self._averages, front["cost"].to_numpy(), "optimum of the integer program")
         rule(curve, "here", x=float(point["average_bits"]))
         self.front.figure = curve

@@ -39,25 +39,64 @@ class ScalingPanel(ipywidgets.VBox):
         self.dropped: set[int] = set()
         compute = compute_of(self.runs.table)
         low, high = float(np.log10(compute.min())), float(np.log10(compute.max()))
-        fits = [name for name, known in LAWS.items() if all(c in self.runs.table for c in (*known.columns, known.target))]
+        fits = [
+            name
+            for name, known in LAWS.items()
+            if all(c in self.runs.table for c in (*known.columns, known.target))
+        ]
         if law not in fits and law in LAWS:
             missing = [c for c in (*LAWS[law].columns, LAWS[law].target) if c not in self.runs.table]
-            raise BadInput(f"law {law}: needs column {', '.join(missing)}; the runs have {', '.join(map(str, self.runs.table))}")
+            raise BadInput(
+                f"law {law}: needs column {', '.join(missing)}; the runs have {', '.join(map(str, self.runs.table))}"
+            )
 
-        wide = {"style": {"description_width": "8rem"}, "layout": ipywidgets.Layout(width="auto", min_width="0")}
-        self.law = ipywidgets.Combobox(value=law, options=fits, ensure_option=False, description="law or formula", continuous_update=False, **wide)
+        wide = {
+            "style": {"description_width": "8rem"},
+            "layout": ipywidgets.Layout(width="auto", min_width="0"),
+        }
+        self.law = ipywidgets.Combobox(
+            value=law,
+            options=fits,
+            ensure_option=False,
+            description="law or formula",
+            continuous_update=False,
+            **wide,
+        )
         self.objective = ipywidgets.Dropdown(options=["huber", "squares"], description="objective", **wide)
         self.view = ipywidgets.Dropdown(options=VIEWS, description="view", **wide)
         step = max((high - low) / 60, 1e-3)
-        self.cutoff = ipywidgets.FloatLogSlider(min=low, max=high + step, step=step, value=10 ** (high + step), description="fit up to (FLOPs)",
-                                                readout_format=".2e", continuous_update=False, **wide)
-        self.budget = ipywidgets.FloatLogSlider(min=low, max=high + 5, step=0.05, value=10 ** (high + 1), description="budget (FLOPs)",
-                                                readout_format=".2e", **wide)
-        self.lowest = ipywidgets.Checkbox(value=False, description="lowest loss per size and tokens", indent=False)
+        self.cutoff = ipywidgets.FloatLogSlider(
+            min=low,
+            max=high + step,
+            step=step,
+            value=10 ** (high + step),
+            description="fit up to (FLOPs)",
+            readout_format=".2e",
+            continuous_update=False,
+            **wide,
+        )
+        self.budget = ipywidgets.FloatLogSlider(
+            min=low,
+            max=high + 5,
+            step=0.05,
+            value=10 ** (high + 1),
+            description="budget (FLOPs)",
+            readout_format=".2e",
+            **wide,
+        )
+        self.lowest = ipywidgets.Checkbox(
+            value=False, description="lowest loss per size and tokens", indent=False
+        )
         self.restore = ipywidgets.Button(description="Bring back dropped runs", disabled=True)
         self.note, self.facts, self.plan = Note("ready"), ipywidgets.HTML(), ipywidgets.HTML()
         self.plot = PlotView()
-        for name, control in (("law", self.law), ("objective", self.objective), ("view", self.view), ("cutoff", self.cutoff), ("budget", self.budget)):
+        for name, control in (
+            ("law", self.law),
+            ("objective", self.objective),
+            ("view", self.view),
+            ("cutoff", self.cutoff),
+            ("budget", self.budget),
+        ):
             control.add_class(f"wb-field-{name}")
         self.facts.add_class("wb-scaling-facts")
         self.plan.add_class("wb-scaling-plan")
@@ -69,10 +108,14 @@ class ScalingPanel(ipywidgets.VBox):
         self.budget.observe(guarded(self.note, lambda _: self.spend()), "value")
         self.plot.observe(guarded(self.note, self._clicked), "clicked")
         self.restore.on_click(guarded(self.note, lambda _: self._restore()))
-        controls = ipywidgets.Box([self.law, self.objective, self.view, self.cutoff, self.budget, self.lowest, self.restore])
+        controls = ipywidgets.Box(
+            [self.law, self.objective, self.view, self.cutoff, self.budget, self.lowest, self.restore]
+        )
         controls.add_class("wb-controls")
-        title = ipywidgets.HTML(f"<h3>Scaling law of {html.escape(self.runs.name)}</h3>"
-                                f"<p>{len(self.runs)} runs; click a run to leave it out, again to bring it back</p>")
+        title = ipywidgets.HTML(
+            f"<h3>Scaling law of {html.escape(self.runs.name)}</h3>"
+            f"<p>{len(self.runs)} runs; click a run to leave it out, again to bring it back</p>"
+        )
         title.add_class("wb-title")
         super().__init__([title, controls, self.note, self.facts, self.plan, self.plot])
         self.add_class("wb-panel")
@@ -83,8 +126,17 @@ class ScalingPanel(ipywidgets.VBox):
     def instrument(self) -> ScalingFit:
         """The settings shown, as the instrument that a report runs; `BadInput` when they make no fit."""
         whole = self.cutoff.value >= compute_of(self.runs.table).max()
-        return ScalingFit(law=self.law.value, objective=self.objective.value, fit_below=None if whole else self.cutoff.value,
-                          exclude=tuple(sorted(self.dropped)), lowest_per_cell=self.lowest.value, starts=STARTS, resamples=RESAMPLES, checks=False, against=())
+        return ScalingFit(
+            law=self.law.value,
+            objective=self.objective.value,
+            fit_below=None if whole else self.cutoff.value,
+            exclude=tuple(sorted(self.dropped)),
+            lowest_per_cell=self.lowest.value,
+            starts=STARTS,
+            resamples=RESAMPLES,
+            checks=False,
+            against=(),
+        )
 
     def refit(self) -> None:
         """Fit again with the settings shown and draw."""
@@ -92,13 +144,22 @@ class ScalingPanel(ipywidgets.VBox):
         self.result = self.instrument.run(self.runs, progress=Progress(), cache=False)
         self.restore.disabled = not self.dropped
         facts = self.result.facts
-        rows = [(row["parameter"], f"{row['estimate']:.4g}", f"{row['low']:.4g} to {row['high']:.4g}") for row in self.result.table.to_dict("records")]
+        rows = [
+            (row["parameter"], f"{row['estimate']:.4g}", f"{row['low']:.4g} to {row['high']:.4g}")
+            for row in self.result.table.to_dict("records")
+        ]
         rows += [("relative error (rms)", f"{100 * facts['rmse']:.2f} %", "")]
         if "held_out_error" in facts:
             reach = f"{facts['held_out_runs']} runs, up to {facts['held_out_multiple']:.3g} x the compute"
             rows.append(("held-out error", f"{100 * facts['held_out_error']:.2f} %", reach))
-        self.facts.value = '<dl class="wb-facts">' + "".join(
-            f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)} <small>{html.escape(c)}</small></dd></div>" for a, b, c in rows) + "</dl>"
+        self.facts.value = (
+            '<dl class="wb-facts">'
+            + "".join(
+                f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)} <small>{html.escape(c)}</small></dd></div>"
+                for a, b, c in rows
+            )
+            + "</dl>"
+        )
         dropped = f"; {len(self.dropped)} dropped" if self.dropped else ""
         self.note.say(f"{facts['runs']} runs fitted{dropped}: {facts['certificate']}")
         self.draw()
@@ -115,15 +176,26 @@ class ScalingPanel(ipywidgets.VBox):
             return
         chosen = law(self.law.value)
         if not {"params", "tokens"} <= set(chosen.columns):
-            self.plan.value = "<p>this law does not know model size and tokens, so it cannot divide a budget</p>"
+            self.plan.value = (
+                "<p>this law does not know model size and tokens, so it cannot divide a budget</p>"
+            )
             return
         assert self.result.arrays is not None
         draws = Draws(chosen, np.vstack([self.result.arrays["theta"][None], self.result.arrays["draws"]]))
-        other = {c: float(np.median(self.runs.table[c])) for c in chosen.columns if c not in ("params", "tokens")}
+        other = {
+            c: float(np.median(self.runs.table[c])) for c in chosen.columns if c not in ("params", "tokens")
+        }
         plan = compute_optimal(draws, self.budget.value, fixed=other)
         shown = {r["quantity"]: r for r in plan.table.to_dict("records")}
-        parts = [f"{label} <b>{short(shown[q]['estimate'])}</b> ({short(shown[q]['low'])} to {short(shown[q]['high'])})"
-                 for q, label in (("params", "N*"), ("tokens", "D*"), ("tokens_per_param", "D*/N*"), ("loss", "loss"))]
+        parts = [
+            f"{label} <b>{short(shown[q]['estimate'])}</b> ({short(shown[q]['low'])} to {short(shown[q]['high'])})"
+            for q, label in (
+                ("params", "N*"),
+                ("tokens", "D*"),
+                ("tokens_per_param", "D*/N*"),
+                ("loss", "loss"),
+            )
+        ]
         note = f"; {html.escape(plan.note)}" if plan.note else ""
         self.plan.value = f"<p>{self.budget.value:.2e} FLOPs: {', '.join(parts)}{note}</p>"
 

@@ -60,9 +60,13 @@ class Report:
 
     def _run(self) -> None:
         process = subprocess.Popen(
-            [sys.executable, "-m", "workbench.cli", *self.command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, encoding="utf-8",
-        )  # fmt: skip
+            [sys.executable, "-m", "workbench.cli", *self.command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
         assert process.stderr is not None
         last = ""
         for line in process.stderr:
@@ -102,7 +106,11 @@ def server_address(file: Path) -> str | None:
     try:
         from jupyter_server.serverapp import list_running_servers
 
-        servers = [info for info in list_running_servers() if info["pid"] in (os.getppid(), int(os.environ.get("JPY_PARENT_PID", 0)))]
+        servers = [
+            info
+            for info in list_running_servers()
+            if info["pid"] in (os.getppid(), int(os.environ.get("JPY_PARENT_PID", 0)))
+        ]
     except (ImportError, ValueError, OSError):
         return None
     for info in servers:

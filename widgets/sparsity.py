@@ -23,7 +23,12 @@ from workbench.instruments import BadInput, Progress, Result
 from workbench.pruning.landscape import SaliencyMap, SaliencyMapResult
 from workbench.subjects import Subject, subject
 
-VIEWS = (("density of each layer", "density"), ("density of each head", "heads"), ("predicted loss", "predicted"), ("overlap of methods", "overlap"))
+VIEWS = (
+    ("density of each layer", "density"),
+    ("density of each head", "heads"),
+    ("predicted loss", "predicted"),
+    ("overlap of methods", "overlap"),
+)
 
 
 class SparsityPanel(ipywidgets.VBox):
@@ -38,13 +43,18 @@ class SparsityPanel(ipywidgets.VBox):
         self.measured: list[dict[str, Any]] = []
         self._fields = fields
         names = [layer.name for layer in self.on.layers(fields.get("layers", "blocks"))]
-        wide: dict[str, Any] = {"style": {"description_width": "7rem"}, "layout": ipywidgets.Layout(width="auto", min_width="0")}
+        wide: dict[str, Any] = {
+            "style": {"description_width": "7rem"},
+            "layout": ipywidgets.Layout(width="auto", min_width="0"),
+        }
         self.methods = ipywidgets.Text(value=methods, description="methods", continuous_update=False, **wide)
         self.method = ipywidgets.Dropdown(options=[], description="mask of", **wide)
         self.overlay = ipywidgets.Dropdown(options=[("nothing", "")], description="overlay", **wide)
         self.layer = ipywidgets.Dropdown(options=names, description="layer", **wide)
         self.view = ipywidgets.Dropdown(options=VIEWS, description="view", **wide)
-        self.sparsity = ipywidgets.FloatSlider(value=0.7, min=0.0, max=0.99, step=0.01, description="sparsity", readout_format=".0%", **wide)
+        self.sparsity = ipywidgets.FloatSlider(
+            value=0.7, min=0.0, max=0.99, step=0.01, description="sparsity", readout_format=".0%", **wide
+        )
         for name in ("methods", "method", "overlay", "layer", "view", "sparsity"):
             getattr(self, name).add_class(f"wb-field-{name}")
         self.note, self.facts = Note(), ipywidgets.HTML()
@@ -60,11 +70,17 @@ class SparsityPanel(ipywidgets.VBox):
         for control in (self.sparsity, self.layer, self.method, self.overlay):
             control.observe(guarded(self.note, lambda _: self.threshold()), "value")
         self.view.observe(guarded(self.note, lambda _: self.draw()), "value")
-        controls = ipywidgets.Box([self.methods, self.sparsity, self.method, self.overlay, self.layer, self.view])
+        controls = ipywidgets.Box(
+            [self.methods, self.sparsity, self.method, self.overlay, self.layer, self.view]
+        )
         controls.add_class("wb-controls")
-        title = ipywidgets.HTML(f"<h3>Sparsity of {html.escape(self.on.name)}</h3><p>{len(names)} layers; move the slider to re-threshold</p>")
+        title = ipywidgets.HTML(
+            f"<h3>Sparsity of {html.escape(self.on.name)}</h3><p>{len(names)} layers; move the slider to re-threshold</p>"
+        )
         title.add_class("wb-title")
-        super().__init__([title, controls, self.job, self.measure, self.note, self.facts, self.bitmap, self.plot])
+        super().__init__(
+            [title, controls, self.job, self.measure, self.note, self.facts, self.bitmap, self.plot]
+        )
         self.add_class("wb-panel")
         self.add_class("wb-panel-sparsity")
 
@@ -92,7 +108,12 @@ class SparsityPanel(ipywidgets.VBox):
         split = "validation" if "validation" in self.on.splits else "test"
         found = self.result.measure(self.on, method, sparsity, split, 256, progress)
         dense = self.on.evaluate(split, limit=256, progress=progress)
-        return {"method": method, "sparsity": sparsity, "predicted": self.result.predicted(method, sparsity), "measured": found["loss"] - dense["loss"]} | found
+        return {
+            "method": method,
+            "sparsity": sparsity,
+            "predicted": self.result.predicted(method, sparsity),
+            "measured": found["loss"] - dense["loss"],
+        } | found
 
     def _measured(self, value: Any) -> None:
         self.measured.append(value)
@@ -103,20 +124,44 @@ class SparsityPanel(ipywidgets.VBox):
         result = self.result
         if result is None or not self.method.value:
             return
-        method, other, layer, sparsity = self.method.value, self.overlay.value, self.layer.value, self.sparsity.value
+        method, other, layer, sparsity = (
+            self.method.value,
+            self.overlay.value,
+            self.layer.value,
+            self.sparsity.value,
+        )
         mask = result.mask(method, layer, sparsity)
         mask = mask.reshape(-1, mask.shape[-1])
         if other and other != method:
             second = result.mask(other, layer, sparsity).reshape(mask.shape)
             agreement = float((mask & second).sum() / max((mask | second).sum(), 1))
             label = f"{layer}: kept by {method} and {other} at {sparsity:.0%}, Jaccard {agreement:.2f}"
-            one, two = (color(result.methods.index(name)) for name in (method, other))  # the colours the figure below gives them
-            self.bitmap.show(mask + 2 * second, label, classes={f"only {method}": one, f"only {other}": two, "both": BOTH_COLOR})
+            one, two = (
+                color(result.methods.index(name)) for name in (method, other)
+            )  # the colours the figure below gives them
+            self.bitmap.show(
+                mask + 2 * second,
+                label,
+                classes={f"only {method}": one, f"only {other}": two, "both": BOTH_COLOR},
+            )
         else:
             self.bitmap.show(mask, f"{layer}: kept by {method} at {sparsity:.0%}")
-        rows = [("kept in this layer", f"{mask.mean():.1%}"), ("diagonal Fisher's loss change", f"{result.predicted(method, sparsity):+.4g}")]
-        rows += [(f"measured: {m['method']} at {m['sparsity']:.0%}", f"{m['measured']:+.4g} (diagonal Fisher {m['predicted']:+.4g})") for m in self.measured[-3:]]
-        self.facts.value = '<dl class="wb-facts">' + "".join(f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)}</dd></div>" for a, b in rows) + "</dl>"
+        rows = [
+            ("kept in this layer", f"{mask.mean():.1%}"),
+            ("diagonal Fisher's loss change", f"{result.predicted(method, sparsity):+.4g}"),
+        ]
+        rows += [
+            (
+                f"measured: {m['method']} at {m['sparsity']:.0%}",
+                f"{m['measured']:+.4g} (diagonal Fisher {m['predicted']:+.4g})",
+            )
+            for m in self.measured[-3:]
+        ]
+        self.facts.value = (
+            '<dl class="wb-facts">'
+            + "".join(f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)}</dd></div>" for a, b in rows)
+            + "</dl>"
+        )
         self.draw()
 
     def draw(self) -> None:

@@ -45,16 +45,28 @@ class SpectrumPanel(Panel):
         self._map: Result | None = None  # the last result over more than one layer, which the heat map shows
         self.layers_plot = PlotView(alt="mean eigenvalue of every layer; click one for its spectrum")
         self.layers_plot.add_class("wb-layers")
-        self.whole = ipywidgets.Button(description="All layers", disabled=True, tooltip="Back to the spectrum of all layers of the heat map together")
+        self.whole = ipywidgets.Button(
+            description="All layers",
+            disabled=True,
+            tooltip="Back to the spectrum of all layers of the heat map together",
+        )
         style = {"description_width": "initial"}
-        self.other = ipywidgets.Dropdown(description="Lay over", options=["nothing", *self.others], value="nothing", style=style)
+        self.other = ipywidgets.Dropdown(
+            description="Lay over", options=["nothing", *self.others], value="nothing", style=style
+        )
         self.other.add_class("wb-field-other")
         self.layer_note = ipywidgets.HTML()
         super().__init__(Spectrum, on, **options)
         self.whole.on_click(guarded(self.job.note, lambda _: self.measure_all()))
-        self.other.observe(guarded(self.job.note, lambda _: None if self._quiet else self.lay_over(self.other.value)), "value")
+        self.other.observe(
+            guarded(self.job.note, lambda _: None if self._quiet else self.lay_over(self.other.value)),
+            "value",
+        )
         self.layers_plot.observe(guarded(self.job.note, self._clicked), "clicked")
-        row = ipywidgets.HBox([self.whole, self.other, self.layer_note], layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"))
+        row = ipywidgets.HBox(
+            [self.whole, self.other, self.layer_note],
+            layout=ipywidgets.Layout(flex_flow="row wrap", align_items="center"),
+        )
         row.add_class("wb-section")
         row.layout.display = "none" if os.environ.get("WORKBENCH_HEADLESS") else ""
         place = list(self.children).index(self.comparison)
@@ -140,7 +152,9 @@ class SpectrumPanel(Panel):
         if layers is not None and len(layers) > 1:
             self._map = result
             drawn = layers_figure(layers)
-            self.layers_plot.figure = drawn.update_layout(title_text="Curvature by layer: click a cell for its own spectrum")
+            self.layers_plot.figure = drawn.update_layout(
+                title_text="Curvature by layer: click a cell for its own spectrum"
+            )
         self.whole.disabled = result is self._map
         super()._finished(result)
 

@@ -26,21 +26,50 @@ DRAWN = (*PROFILES, "one-cycle")
 class SchedulePanel(ipywidgets.VBox):
     """Schedules drawn from the schedulers themselves. `.table` holds what is drawn: name, step, lr."""
 
-    def __init__(self, on: Any = None, names: tuple[str, ...] = ("cosine", "linear", "rex", "uba", "wsd"), steps: int = 1000) -> None:
-        wide = {"style": {"description_width": "8rem"}, "layout": ipywidgets.Layout(width="auto", min_width="0")}
-        self.names = ipywidgets.SelectMultiple(value=names, options=DRAWN, rows=8, description="schedules", **wide)
-        self.steps = ipywidgets.FloatLogSlider(value=steps, min=1.3, max=5, step=0.05, description="budget (steps)", readout_format=".0f", continuous_update=False, **wide)
-        self.lr = ipywidgets.FloatLogSlider(value=1e-3, min=-5, max=0, step=0.05, description="peak rate", readout_format=".2e", **wide)
-        self.warmup = ipywidgets.FloatSlider(value=0.05, min=0.0, max=0.5, step=0.01, description="warm-up", **wide)
+    def __init__(
+        self,
+        on: Any = None,
+        names: tuple[str, ...] = ("cosine", "linear", "rex", "uba", "wsd"),
+        steps: int = 1000,
+    ) -> None:
+        wide = {
+            "style": {"description_width": "8rem"},
+            "layout": ipywidgets.Layout(width="auto", min_width="0"),
+        }
+        self.names = ipywidgets.SelectMultiple(
+            value=names, options=DRAWN, rows=8, description="schedules", **wide
+        )
+        self.steps = ipywidgets.FloatLogSlider(
+            value=steps,
+            min=1.3,
+            max=5,
+            step=0.05,
+            description="budget (steps)",
+            readout_format=".0f",
+            continuous_update=False,
+            **wide,
+        )
+        self.lr = ipywidgets.FloatLogSlider(
+            value=1e-3, min=-5, max=0, step=0.05, description="peak rate", readout_format=".2e", **wide
+        )
+        self.warmup = ipywidgets.FloatSlider(
+            value=0.05, min=0.0, max=0.5, step=0.01, description="warm-up", **wide
+        )
         self.sampling = ipywidgets.IntSlider(value=1, min=1, max=500, description="sampled every", **wide)
-        self.phi = ipywidgets.FloatLogSlider(value=0.5, min=-1, max=1.5, step=0.05, description="UBA phi", readout_format=".2f", **wide)
+        self.phi = ipywidgets.FloatLogSlider(
+            value=0.5, min=-1, max=1.5, step=0.05, description="UBA phi", readout_format=".2f", **wide
+        )
         self.note, self.areas, self.plot = Note("ready"), ipywidgets.HTML(), PlotView()
         self.note.layout.flex = "0 0 auto"  # below each other, not beside
         self.areas.add_class("wb-table")
-        title = ipywidgets.HTML("<h3>learning-rate schedules</h3><p>Choose several (Ctrl or Shift); the area is the mean rate over the peak.</p>")
+        title = ipywidgets.HTML(
+            "<h3>learning-rate schedules</h3><p>Choose several (Ctrl or Shift); the area is the mean rate over the peak.</p>"
+        )
         title.add_class("wb-title")
         controls = [self.names, self.steps, self.lr, self.warmup, self.sampling, self.phi]
-        for name, control in zip(("schedules", "steps", "lr", "warmup", "sampling", "phi"), controls, strict=True):
+        for name, control in zip(
+            ("schedules", "steps", "lr", "warmup", "sampling", "phi"), controls, strict=True
+        ):
             control.add_class(f"wb-field-{name}")
             control.observe(guarded(self.note, lambda _: self.draw()), "value")
         box = ipywidgets.Box(controls)
@@ -60,7 +89,9 @@ class SchedulePanel(ipywidgets.VBox):
         if not self.names.value:
             raise BadInput(f"schedules: choose at least one of {', '.join(DRAWN)}")
         steps = round(self.steps.value)
-        self.table = schedule_table(self.names.value, steps, self.lr.value, self.warmup.value, self.sampling.value, self.phi.value)
+        self.table = schedule_table(
+            self.names.value, steps, self.lr.value, self.warmup.value, self.sampling.value, self.phi.value
+        )
         self.plot.figure = schedule_figure(self.table)
         shown = schedule_areas(self.table).rename(columns=lambda name: name.replace("_", " "))
         self.areas.value = shown.to_html(index=False, border=0, float_format=lambda v: f"{v:.3g}")

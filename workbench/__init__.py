@@ -10,4 +10,14 @@ except PackageNotFoundError:  # a source tree that was never installed
 from workbench.instruments import BadInput, Instrument, Method, Progress, Result, catalog, methods
 from workbench.subjects import Subject, subject
 
-__all__ = ["BadInput", "Instrument", "Method", "Progress", "Result", "Subject", "catalog", "methods", "subject"]
+__all__ = [
+    "BadInput",
+    "Instrument",
+    "Method",
+    "Progress",
+    "Result",
+    "Subject",
+    "catalog",
+    "methods",
+    "subject",
+]

@@ -39,7 +39,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"list": list_command, "run": run_command, "report": report_command, "evidence": evidence_command, "kernels": kernels_command}
+    commands = {
+        "list": list_command,
+        "run": run_command,
+        "report": report_command,
+        "evidence": evidence_command,
+        "kernels": kernels_command,
+    }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(usage())
@@ -51,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments[0] not in commands:
             close = difflib.get_close_matches(arguments[0], commands, 1)
-            raise BadInput(f"command: {arguments[0]!r} is unknown; {'did you mean ' + close[0] + '? ' if close else ''}known: {', '.join(commands)}")
+            raise BadInput(
+                f"command: {arguments[0]!r} is unknown; {'did you mean ' + close[0] + '? ' if close else ''}known: {', '.join(commands)}"
+            )
         return commands[arguments[0]](arguments[1:])
     except BadInput as error:
         print(f"workbench: {error}", file=sys.stderr)
@@ -89,7 +97,11 @@ def list_command(arguments: list[str]) -> int:
         print("methods")
         for name, card in methods().items():
             measured = card.evidence()
-            state = "no evidence yet" if measured is None else ("holds here" if measured.get("holds") else "does not hold here")
+            state = (
+                "no evidence yet"
+                if measured is None
+                else ("holds here" if measured.get("holds") else "does not hold here")
+            )
             print(f"  {name:24} {card.family:14} {state:20} {card.title} ({card.source})")
     return 0
 
@@ -109,9 +121,17 @@ def field_arguments(parser: argparse.ArgumentParser, cls: type[Instrument]) -> N
         notes += [str(m) for m in info.metadata if hasattr(m, "__slots__") and "Meta" not in type(m).__name__]
         if extra.get("unit"):
             notes.append(f"in {extra['unit']}")
-        notes.append("required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}")
+        notes.append(
+            "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
+        )
         text = "; ".join(notes).replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=f"field:{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=f"field:{name}",
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=text,
+        )
 
 
 def value_of(text: str, annotation: Any) -> Any:
@@ -156,13 +176,17 @@ def subject_options(space: argparse.Namespace) -> dict[str, Any]:
             try:
                 found[number] = int(found[number])
             except ValueError:
-                raise BadInput(f"{number.replace('_', '-')}: {found[number]!r} is not a whole number") from None
+                raise BadInput(
+                    f"{number.replace('_', '-')}: {found[number]!r} is not a whole number"
+                ) from None
     return found
 
 
 def run_command(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
-        raise BadInput(f"instrument: is missing; workbench run INSTRUMENT --subject SUBJECT; known: {', '.join(catalog())}")
+        raise BadInput(
+            f"instrument: is missing; workbench run INSTRUMENT --subject SUBJECT; known: {', '.join(catalog())}"
+        )
     cls = find(arguments[0])
     parser = Parser(prog=f"workbench run {cls.name()}", description=first_line(cls), allow_abbrev=False)
     field_arguments(parser, cls)
@@ -172,10 +196,14 @@ def run_command(arguments: list[str]) -> int:
         parser.add_argument("--runs", help="a table of finished runs (CSV, Parquet, JSONL, ...)")
         parser.add_argument("--columns", help="own column names, as 'params=N,tokens=D,loss=val_loss'")
     parser.add_argument("--out", help="save the result in this folder")
-    parser.add_argument("--no-cache", action="store_true", help="run again even when this exact run is stored")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="run again even when this exact run is stored"
+    )
     space = parse(parser, arguments[1:])
     given = {k.split(":", 1)[1]: v for k, v in vars(space).items() if k.startswith("field:")}
-    instrument = cls(**{name: value_of(text, cls.model_fields[name].annotation) for name, text in given.items()})
+    instrument = cls(
+        **{name: value_of(text, cls.model_fields[name].annotation) for name, text in given.items()}
+    )
     if space.out and Path(space.out).exists() and not Path(space.out).is_dir():
         raise BadInput(f"out: {space.out!r} is a file; give a folder")
     on: Any
@@ -219,9 +247,17 @@ def report_command(arguments: list[str]) -> int:
     parser = Parser(prog=f"workbench report {arguments[0]}", allow_abbrev=False)
     for name, info in known.items():
         text = f"{info.help}; default {info.default!r}".replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=f"field:{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=f"field:{name}",
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=text,
+        )
     parser.add_argument("--out", default="reports", help="folder for the executed notebook and the HTML file")
-    parser.add_argument("--parameters", help="a YAML or JSON file of parameters, as a panel's Send to report writes it")
+    parser.add_argument(
+        "--parameters", help="a YAML or JSON file of parameters, as a panel's Send to report writes it"
+    )
     space = parse(parser, arguments[1:])
     given: dict[str, Any] = {}
     if space.parameters:
@@ -236,7 +272,10 @@ def report_command(arguments: list[str]) -> int:
             name = key.split(":", 1)[1]
             given[name] = text if isinstance(known[name].default, str) else value_of(text, object)
     for name in ("subject", "data", "runs"):  # the notebook runs in its own folder
-        if isinstance(given.get(name), str) and Path(given[name].split(".py:")[0] + (".py" if ".py:" in given[name] else "")).exists():
+        if (
+            isinstance(given.get(name), str)
+            and Path(given[name].split(".py:")[0] + (".py" if ".py:" in given[name] else "")).exists()
+        ):
             given[name] = os.path.abspath(given[name])
     done = reports.render(arguments[0], given, Path(space.out))
     for path in (done.notebook, done.html):
@@ -271,11 +310,18 @@ def evidence_command(arguments: list[str]) -> int:
             continue
         began = time.perf_counter()
         record = card.measure(name, TextProgress())
-        record |= {"method": name, "claim": card.claim, "seconds": round(time.perf_counter() - began, 1), "code": code_version(),
-                   "versions": versions()}  # fmt: skip
+        record |= {
+            "method": name,
+            "claim": card.claim,
+            "seconds": round(time.perf_counter() - began, 1),
+            "code": code_version(),
+            "versions": versions(),
+        }
         with replacing(data_folder() / "evidence" / card.family / f"{name}.json") as draft:
             draft.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
-        print(f"{name}: {'holds' if record.get('holds') else 'does not hold'} here; {record.get('note', '')} ({record['seconds']} s)")
+        print(
+            f"{name}: {'holds' if record.get('holds') else 'does not hold'} here; {record.get('note', '')} ({record['seconds']} s)"
+        )
     return 0
 
 
@@ -294,7 +340,9 @@ def versions() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
-    return {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers", "numpy", "scipy")}
+    return {"python": platform.python_version()} | {
+        p: version(p) for p in ("torch", "transformers", "numpy", "scipy")
+    }
 
 
 def kernels_command(arguments: list[str]) -> int:

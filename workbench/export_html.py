@@ -275,7 +275,11 @@ def _header(notebook: NotebookNode, title: str, headings: list[tuple[str, str]])
     run = notebook.metadata.get("papermill", {})
     parameters = dict(run.get("parameters", {}))
     facts = []
-    facts += [(name.capitalize(), str(parameters[name])) for name in ("instrument", "subject", "runs") if parameters.get(name)]
+    facts += [
+        (name.capitalize(), str(parameters[name]))
+        for name in ("instrument", "subject", "runs")
+        if parameters.get(name)
+    ]
     if run.get("start_time"):
         when = str(run["start_time"])[:16].replace("T", " ") + " UTC"
         seconds = run.get("duration")
@@ -305,7 +309,12 @@ def _header(notebook: NotebookNode, title: str, headings: list[tuple[str, str]])
 
 
 def _errors(notebook: NotebookNode) -> Iterator[NotebookNode]:
-    return (output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "error")
+    return (
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    )
 
 
 def _markdown_inline(text: str) -> str:

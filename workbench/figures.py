@@ -70,7 +70,15 @@ def _template() -> go.layout.Template:
         height=400,
         hovermode="closest",
         # At the bottom of the container, where room is made for as many rows as it takes; above the plot it would run into the title.
-        legend=dict(orientation="h", x=0, xanchor="left", y=0, yref="container", yanchor="bottom", bgcolor="rgba(0,0,0,0)"),
+        legend=dict(
+            orientation="h",
+            x=0,
+            xanchor="left",
+            y=0,
+            yref="container",
+            yanchor="bottom",
+            bgcolor="rgba(0,0,0,0)",
+        ),
         xaxis=_AXIS,
         yaxis=_AXIS,
         modebar=dict(bgcolor="rgba(0,0,0,0)"),
@@ -98,7 +106,14 @@ def figure(title: str, x: str = "", y: str = "", **layout: Any) -> go.Figure:
     `x` and `y` are axis titles *with their unit* ("sparsity", "loss (nats)"); everything else is passed to the Plotly
     layout unchanged (`xaxis_type="log"`, `height=300`, `barmode="group"`, ...).
     """
-    fig = go.Figure(layout={"template": TEMPLATE, "title_text": title, "xaxis_title_text": x or None, "yaxis_title_text": y or None})
+    fig = go.Figure(
+        layout={
+            "template": TEMPLATE,
+            "title_text": title,
+            "xaxis_title_text": x or None,
+            "yaxis_title_text": y or None,
+        }
+    )
     fig.update_layout(**layout)
     return fig
 
@@ -162,19 +177,31 @@ def line(
         lows, highs = (np.asarray(side, dtype=float) for side in band)
         (x_low, low), (x_high, high) = thin(xs, lows), thin(xs, highs)
         fig.add_scatter(
-            x=np.concatenate([x_low, x_high[::-1]]), y=np.concatenate([low, high[::-1]]), fill="toself", mode="lines",
-            line=dict(width=0), fillcolor=color(index, 0.18), hoverinfo="skip", showlegend=False, legendgroup=name,
-        )  # fmt: skip
+            x=np.concatenate([x_low, x_high[::-1]]),
+            y=np.concatenate([low, high[::-1]]),
+            fill="toself",
+            mode="lines",
+            line=dict(width=0),
+            fillcolor=color(index, 0.18),
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=name,
+        )
     lap = index // len(COLORS)  # colours come again with another dash and marker
     if mode is None:
         mode = "lines+markers" if len(xs) <= 40 else "lines"
     xs, ys = thin(xs, ys)
     fig.add_scatter(
-        x=xs, y=ys, name=name, mode=mode, legendgroup=name, showlegend=True,
+        x=xs,
+        y=ys,
+        name=name,
+        mode=mode,
+        legendgroup=name,
+        showlegend=True,
         line=dict(color=color(index), dash=DASHES[(index + lap) % len(DASHES)], width=2),
         marker=dict(symbol=MARKERS[(index + 2 * lap) % len(MARKERS)], size=7, color=color(index)),
         **trace,
-    )  # fmt: skip
+    )
 
 
 def points(
@@ -202,11 +229,27 @@ def rule(fig: go.Figure, text: str, x: float | None = None, y: float | None = No
     style = dict(line=dict(color="rgba(128,128,128,0.9)", width=1.2, dash="dash"))
     if x is not None:
         fig.add_vline(x=x, **style)
-        fig.add_annotation(text=text, x=np.log10(x) if fig.layout.xaxis.type == "log" else x, y=1, yref="y domain", xanchor="left", yanchor="top", showarrow=False)
+        fig.add_annotation(
+            text=text,
+            x=np.log10(x) if fig.layout.xaxis.type == "log" else x,
+            y=1,
+            yref="y domain",
+            xanchor="left",
+            yanchor="top",
+            showarrow=False,
+        )
     else:
         assert y is not None
         fig.add_hline(y=y, **style)
-        fig.add_annotation(text=text, y=np.log10(y) if fig.layout.yaxis.type == "log" else y, x=1, xref="x domain", xanchor="right", yanchor="bottom", showarrow=False)
+        fig.add_annotation(
+            text=text,
+            y=np.log10(y) if fig.layout.yaxis.type == "log" else y,
+            x=1,
+            xref="x domain",
+            xanchor="right",
+            yanchor="bottom",
+            showarrow=False,
+        )
 
 
 def heat(
@@ -222,9 +265,13 @@ def heat(
     For tables and small grids. Weight matrices (10^5 cells and more) belong on `widgets.Bitmap`.
     """
     fig.add_heatmap(
-        z=np.asarray(z), x=None if x is None else list(x), y=None if y is None else list(y),
-        colorscale="Cividis", colorbar=dict(title=dict(text=unit, side="right"), outlinewidth=0, thickness=14), **trace,
-    )  # fmt: skip
+        z=np.asarray(z),
+        x=None if x is None else list(x),
+        y=None if y is None else list(y),
+        colorscale="Cividis",
+        colorbar=dict(title=dict(text=unit, side="right"), outlinewidth=0, thickness=14),
+        **trace,
+    )
     fig.update_yaxes(autorange="reversed")
 
 
@@ -234,7 +281,11 @@ def table_figure(table: pd.DataFrame, title: str) -> go.Figure:
     A table whose first column is text (layer names, methods) becomes grouped bars over it. Instruments that know what
     their numbers mean override `Result.figure` instead.
     """
-    numeric = [str(name) for name in table.columns if is_numeric_dtype(table[name]) and not is_bool_dtype(table[name])]
+    numeric = [
+        str(name)
+        for name in table.columns
+        if is_numeric_dtype(table[name]) and not is_bool_dtype(table[name])
+    ]
     first = str(table.columns[0]) if len(table.columns) else ""
     if not numeric:
         return figure(title)

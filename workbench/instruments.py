@@ -36,7 +36,16 @@ if TYPE_CHECKING:
 
     from workbench.subjects import Subject
 
-NOT_COMPUTING = ("reports.py", "export_html.py", "cli.py", "figures.py", "studies.py", "overview.py", "cards.py", "registry.py")
+NOT_COMPUTING = (
+    "reports.py",
+    "export_html.py",
+    "cli.py",
+    "figures.py",
+    "studies.py",
+    "overview.py",
+    "cards.py",
+    "registry.py",
+)
 FAMILIES = ("curvature", "pruning", "quantization", "latency", "training", "scaling")
 
 
@@ -109,7 +118,9 @@ class Instrument(BaseModel):
         progress = progress or TextProgress()
         key = self.key(on)
         slot = cache_folder() / "results" / key
-        if cache and self.cached and (slot / "result.json").exists():  # checked when it was stored; checking may compute a derived model
+        if (
+            cache and self.cached and (slot / "result.json").exists()
+        ):  # checked when it was stored; checking may compute a derived model
             result = Result.load(slot, open_subject=False)
             if self.changes_model:
                 result.subject = on.derived(self, key, lambda: self.run(on, cache=False).subject)
@@ -127,7 +138,11 @@ class Instrument(BaseModel):
     def _measure(self, on: Any, progress: Progress, key: str) -> Result:
         import torch
 
-        prepared = on.prepared(getattr(self, "device", "auto"), copy=self.changes_model) if hasattr(on, "prepared") else on
+        prepared = (
+            on.prepared(getattr(self, "device", "auto"), copy=self.changes_model)
+            if hasattr(on, "prepared")
+            else on
+        )
         torch.manual_seed(self.seed)
         np.random.seed(self.seed)
         began = time.perf_counter()
@@ -145,7 +160,10 @@ class Instrument(BaseModel):
     def key(self, on: Any) -> str:
         """Hash of fields, subject fingerprint and code version: the name of this run."""
         device = on.resolve_device(getattr(self, "device", "auto")) if hasattr(on, "resolve_device") else ""
-        text = json.dumps([self.name(), self.model_dump(mode="json"), on.fingerprint, str(device), code_version()], sort_keys=True)
+        text = json.dumps(
+            [self.name(), self.model_dump(mode="json"), on.fingerprint, str(device), code_version()],
+            sort_keys=True,
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def with_fields(self, **fields: Any) -> Instrument:
@@ -156,7 +174,11 @@ class Instrument(BaseModel):
 class SubjectInstrument(Instrument):
     """An instrument that computes on a model, so it also has a device."""
 
-    device: str = parameter("auto", "where to compute: auto (the best present), cpu, cuda or cuda:N", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = parameter(
+        "auto",
+        "where to compute: auto (the best present), cpu, cuda or cuda:N",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    )
 
 
 def describe(error: ValidationError, cls: type[BaseModel]) -> str:
@@ -253,7 +275,11 @@ class Result:
 
     def summary(self) -> str:
         """One line: the facts a reader wants first."""
-        shown = ", ".join(f"{k.replace('_', ' ')} {format_fact(v)}" for k, v in self.facts.items() if not isinstance(v, (dict, list)))
+        shown = ", ".join(
+            f"{k.replace('_', ' ')} {format_fact(v)}"
+            for k, v in self.facts.items()
+            if not isinstance(v, (dict, list))
+        )
         note = " (partial: stopped early)" if self.partial else ""
         return f"{self.instrument.name()}{note}: {shown}"
 
@@ -261,7 +287,9 @@ class Result:
         return self.summary()
 
     def _repr_html_(self) -> str:
-        rows = self.table.head(60).to_html(index=False, border=0, float_format=lambda v: f"{v:.5g}", escape=True)
+        rows = self.table.head(60).to_html(
+            index=False, border=0, float_format=lambda v: f"{v:.5g}", escape=True
+        )
         more = f"<p>{len(self.table) - 60} more rows</p>" if len(self.table) > 60 else ""
         return f"<p>{html.escape(self.summary())}</p>{rows}{more}"
 
@@ -278,7 +306,9 @@ class Result:
             for name, table in (self.tables or {}).items():
                 table.to_parquet(draft / f"table.{name}.parquet")
             if self.arrays:
-                save_file({k: np.ascontiguousarray(v) for k, v in self.arrays.items()}, draft / "arrays.safetensors")
+                save_file(
+                    {k: np.ascontiguousarray(v) for k, v in self.arrays.items()}, draft / "arrays.safetensors"
+                )
             content = {
                 "instrument": self.instrument.name(),
                 "fields": self.instrument.model_dump(mode="json"),
@@ -297,7 +327,9 @@ class Result:
 
         folder = Path(folder)
         if not (folder / "result.json").is_file():
-            raise BadInput(f"folder: {str(folder)!r} holds no saved result (no result.json); give a folder written by Result.save")
+            raise BadInput(
+                f"folder: {str(folder)!r} holds no saved result (no result.json); give a folder written by Result.save"
+            )
         content = json.loads((folder / "result.json").read_text())
         instrument = find(content["instrument"])(**content["fields"])
         arrays = load_file(folder / "arrays.safetensors") if (folder / "arrays.safetensors").exists() else {}

@@ -35,7 +35,9 @@ class Latency(SubjectInstrument):
 
     batch_size: int = parameter(16, "examples in the timed batch", ge=1, unit="examples")
     repeats: int = parameter(11, "timed runs; the median and the quartiles are reported", ge=3)
-    formats: bool = parameter(True, "also time every layer alone: dense, CSR, BSR and, on CUDA, 2:4 semi-structured")
+    formats: bool = parameter(
+        True, "also time every layer alone: dense, CSR, BSR and, on CUDA, 2:4 semi-structured"
+    )
     layers: str = parameter("blocks", "layers timed alone: blocks or globs")
     split: str = parameter("test", "split the batch comes from")
 
@@ -83,13 +85,29 @@ class LatencyResult(Result):
     def figure(self, **view: Any) -> go.Figure:
         from workbench.figures import color, figure
 
-        fig = figure(f"Milliseconds of each layer, batch {self.facts['batch']}", x="layer", y="milliseconds (median)", barmode="group")
+        fig = figure(
+            f"Milliseconds of each layer, batch {self.facts['batch']}",
+            x="layer",
+            y="milliseconds (median)",
+            barmode="group",
+        )
         for index, name in enumerate(c for c in self.table.columns if c.endswith("_ms")):
-            fig.add_bar(x=self.table["layer"], y=self.table[name], name=name.removesuffix("_ms"), marker_color=color(index))
+            fig.add_bar(
+                x=self.table["layer"],
+                y=self.table[name],
+                name=name.removesuffix("_ms"),
+                marker_color=color(index),
+            )
         return fig
 
 
-def timed(run: Callable[[], Any], repeats: int, device: torch.device, progress: Progress | None = None, label: str = "timing") -> list[float]:
+def timed(
+    run: Callable[[], Any],
+    repeats: int,
+    device: torch.device,
+    progress: Progress | None = None,
+    label: str = "timing",
+) -> list[float]:
     """Seconds of each of `repeats` runs after two that are not counted; on CUDA the device is waited for."""
     progress = progress or Progress()
 
@@ -200,7 +218,9 @@ def saved_bytes(layers: list[Layer]) -> int:
     return max(saved, 0)
 
 
-def layer_rows(subject: Subject, layers: list[Layer], batch: dict[str, Tensor], repeats: int, progress: Progress) -> list[dict[str, Any]]:
+def layer_rows(
+    subject: Subject, layers: list[Layer], batch: dict[str, Tensor], repeats: int, progress: Progress
+) -> list[dict[str, Any]]:
     """Each layer's shape, density and, with repeats > 0, its milliseconds alone in every format the device multiplies."""
     rows = tokens_of(subject, layers, batch)
     found = []
@@ -208,10 +228,18 @@ def layer_rows(subject: Subject, layers: list[Layer], batch: dict[str, Tensor], 
         weight = layer.weight.detach()
         matrix = weight[0] if weight.ndim == 3 else weight
         tokens = max(rows.get((layer.name, 0), 0), 1)
-        row: dict[str, Any] = {"layer": layer.name, "out": matrix.shape[0], "in": matrix.shape[1], "rows": tokens,
-                               "sparsity": float((weight == 0).float().mean())}  # fmt: skip
+        row: dict[str, Any] = {
+            "layer": layer.name,
+            "out": matrix.shape[0],
+            "in": matrix.shape[1],
+            "rows": tokens,
+            "sparsity": float((weight == 0).float().mean()),
+        }
         if repeats:
-            row |= {f"{name}_ms": 1000 * seconds for name, seconds in format_times(matrix, tokens, repeats).items()}
+            row |= {
+                f"{name}_ms": 1000 * seconds
+                for name, seconds in format_times(matrix, tokens, repeats).items()
+            }
         found.append(row)
     return found
 

@@ -20,10 +20,18 @@ def studies() -> HTML:
     for file in sorted(reports.notebooks_folder().glob("*.ipynb")):
         if file.stem == "index":
             continue
-        first = next((cell.source for cell in nbformat.read(file, 4).cells if cell.cell_type == "markdown"), "")
+        first = next(
+            (cell.source for cell in nbformat.read(file, 4).cells if cell.cell_type == "markdown"), ""
+        )
         title, _, rest = first.lstrip("# ").partition("\n")
         about = " ".join(rest.strip().split("\n\n")[0].split()).replace("*", "").replace("`", "")
-        rows.append((f'<a href="{html.escape(file.name)}">{html.escape(file.stem)}</a>', html.escape(title), html.escape(about)))
+        rows.append(
+            (
+                f'<a href="{html.escape(file.name)}">{html.escape(file.stem)}</a>',
+                html.escape(title),
+                html.escape(about),
+            )
+        )
     return _table(["notebook", "title", "about"], rows)
 
 
@@ -33,15 +41,22 @@ def instruments() -> HTML:
     for name, kind in catalog().items():
         about = " ".join((kind.__doc__ or "").strip().split("\n\n")[0].split())
         package = ".".join(kind.__module__.split(".")[:2])
-        rows.append((f"<code>{name}</code>", f"<code>{package}.{kind.__name__}</code>", html.escape(about), kind.on))
+        rows.append(
+            (f"<code>{name}</code>", f"<code>{package}.{kind.__name__}</code>", html.escape(about), kind.on)
+        )
     return _table(["instrument", "class", "about", "works on"], rows)
 
 
 def settings(instrument: Instrument, on: Any) -> pd.DataFrame:
     """The instrument's fields with their values and meaning, after the subject they are used on."""
-    rows = [{"setting": "instrument", "value": instrument.name(), "meaning": ""}, {"setting": instrument.on, "value": repr(on), "meaning": ""}]
+    rows = [
+        {"setting": "instrument", "value": instrument.name(), "meaning": ""},
+        {"setting": instrument.on, "value": repr(on), "meaning": ""},
+    ]
     for name, info in type(instrument).parameters().items():
-        rows.append({"setting": name, "value": str(getattr(instrument, name)), "meaning": info.description or ""})
+        rows.append(
+            {"setting": name, "value": str(getattr(instrument, name)), "meaning": info.description or ""}
+        )
     return pd.DataFrame(rows).set_index("setting")
 
 
@@ -52,7 +67,10 @@ def provenance(result: Result) -> pd.DataFrame:
         if isinstance(value, dict):
             flat |= {f"{key}: {name}": item for name, item in value.items()}
         elif isinstance(value, list):
-            flat[key] = ", then ".join(step["instrument"] if isinstance(step, dict) else str(step) for step in value) or "none"
+            flat[key] = (
+                ", then ".join(step["instrument"] if isinstance(step, dict) else str(step) for step in value)
+                or "none"
+            )
         else:
             flat[key] = value
     return pd.DataFrame({"value": [str(v) for v in flat.values()]}, index=pd.Index(list(flat), name="what"))
@@ -60,5 +78,8 @@ def provenance(result: Result) -> pd.DataFrame:
 
 def _table(columns: list[str], rows: Sequence[tuple[str, ...]]) -> HTML:
     head = "".join(f'<th scope="col" style="text-align: left">{name}</th>' for name in columns)
-    body = "".join("<tr>" + "".join(f'<td style="text-align: left">{cell}</td>' for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f'<td style="text-align: left">{cell}</td>' for cell in row) + "</tr>"
+        for row in rows
+    )
     return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")

@@ -65,7 +65,9 @@ class Parameter:
             return TypeAdapter(self.annotation).validate_python(value, strict=True)
         except ValidationError as error:
             wanted = error.errors()[0]["msg"].removeprefix("Input should be ")
-            raise BadInput(f"{self.name}: {value!r} is not accepted, it should be {wanted} (default {self.default!r})") from None
+            raise BadInput(
+                f"{self.name}: {value!r} is not accepted, it should be {wanted} (default {self.default!r})"
+            ) from None
 
 
 def notebooks_folder() -> Path:
@@ -79,7 +81,11 @@ def notebooks_folder() -> Path:
 
 def available() -> list[str]:
     """Names `render` accepts: the project's notebooks that have a cell of parameters."""
-    return [file.stem for file in sorted(notebooks_folder().glob("*.ipynb")) if _parameters_cell(nbformat.read(file, 4)) is not None]
+    return [
+        file.stem
+        for file in sorted(notebooks_folder().glob("*.ipynb"))
+        if _parameters_cell(nbformat.read(file, 4)) is not None
+    ]
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
@@ -87,13 +93,17 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     given = Path(name_or_path)
     if given.suffix == ".ipynb":
         if not given.is_file():
-            raise BadInput(f"report: {str(given)!r} is not a file; give a notebook or one of {', '.join(available())}")
+            raise BadInput(
+                f"report: {str(given)!r} is not a file; give a notebook or one of {', '.join(available())}"
+            )
         return given
     file = notebooks_folder() / f"{name_or_path}.ipynb"
     if given.name != str(name_or_path) or not file.is_file():
         close = difflib.get_close_matches(str(name_or_path), available(), 1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise BadInput(f"report: {str(name_or_path)!r} is unknown; {hint}known: {', '.join(available())}, or a path to an .ipynb file")
+        raise BadInput(
+            f"report: {str(name_or_path)!r} is unknown; {hint}known: {', '.join(available())}, or a path to an .ipynb file"
+        )
     return file
 
 
@@ -102,11 +112,15 @@ def parameters_of(name_or_path: str | os.PathLike[str]) -> dict[str, Parameter]:
     path = find(name_or_path)
     cell = _parameters_cell(nbformat.read(path, 4))
     if cell is None:
-        raise BadInput(f"report: {path.name} takes no parameters (it has no cell tagged 'parameters'), so it is not a report")
+        raise BadInput(
+            f"report: {path.name} takes no parameters (it has no cell tagged 'parameters'), so it is not a report"
+        )
     try:
         return {p.name: p for p in _declarations(cell.source)}
     except (SyntaxError, ValueError) as error:
-        raise BadInput(f"report: the cell of parameters of {path.name} is not a list of `name: type = value  # help`: {error}") from None
+        raise BadInput(
+            f"report: the cell of parameters of {path.name} is not a list of `name: type = value  # help`: {error}"
+        ) from None
 
 
 def _parameters_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
@@ -122,8 +136,12 @@ def _declarations(source: str) -> Iterator[Parameter]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             name, value = node.target.id, ast.literal_eval(node.value)
-            annotation = eval(compile(ast.Expression(node.annotation), "<parameters>", "eval"), {"__builtins__": {}}, TYPES)
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            annotation = eval(
+                compile(ast.Expression(node.annotation), "<parameters>", "eval"), {"__builtins__": {}}, TYPES
+            )
+        elif (
+            isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+        ):
             name, value = node.targets[0].id, ast.literal_eval(node.value)
             annotation = Any if value is None else type(value)
         else:
@@ -138,18 +156,24 @@ def check(name_or_path: str | os.PathLike[str], parameters: Mapping[str, Any]) -
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise BadInput(f"{name}: unknown parameter of {Path(name_or_path).stem}{hint} (parameters: {', '.join(known)})")
+            raise BadInput(
+                f"{name}: unknown parameter of {Path(name_or_path).stem}{hint} (parameters: {', '.join(known)})"
+            )
     return {name: known[name].accept(value) for name, value in parameters.items()}
 
 
 def write_parameters(file: Path, parameters: Mapping[str, Any]) -> Path:
     """Write parameters as YAML that papermill, `workbench report --parameters` and `widgets.panel` read back identically."""
     with replacing(Path(file)) as draft:
-        draft.write_text(yaml.safe_dump(dict(parameters), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        draft.write_text(
+            yaml.safe_dump(dict(parameters), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
     return Path(file)
 
 
-def reopen(kind: type[Instrument], source: str, fingerprint: str = "", progress: Progress | None = None, **data: str) -> Any:
+def reopen(
+    kind: type[Instrument], source: str, fingerprint: str = "", progress: Progress | None = None, **data: str
+) -> Any:
     """What an instrument of this kind works on: a subject, or the runs in a file.
 
     With a `fingerprint`, exactly that state of it (as a panel's Send to report asks) or `BadInput`. `data`, `text_column` and
@@ -158,7 +182,9 @@ def reopen(kind: type[Instrument], source: str, fingerprint: str = "", progress:
     given: dict[str, Any] = {name: value for name, value in data.items() if value}
     if kind.on == "runs":
         if given:
-            raise BadInput(f"{next(iter(given))}: the instrument {kind.name()} works on runs, which bring their own; leave it out")
+            raise BadInput(
+                f"{next(iter(given))}: the instrument {kind.name()} works on runs, which bring their own; leave it out"
+            )
 
         from workbench.scaling.runs import Runs
 
@@ -170,7 +196,9 @@ def reopen(kind: type[Instrument], source: str, fingerprint: str = "", progress:
         if fingerprint and Path(source).is_dir() and Path(source).name == fingerprint:
             on.adopt_fingerprint(fingerprint)  # the folder is named after the state that was saved in it
     if fingerprint and on.fingerprint != fingerprint:
-        raise BadInput(f"subject: {source!r} has changed since these settings were written (fingerprint {on.fingerprint}, not {fingerprint})")
+        raise BadInput(
+            f"subject: {source!r} has changed since these settings were written (fingerprint {on.fingerprint}, not {fingerprint})"
+        )
     return on
 
 
@@ -193,7 +221,9 @@ def render(
     """
     source = find(name_or_path)
     # Defaults too: the report states every setting, and keeps its meaning when a default changes.
-    values = {name: declared.default for name, declared in parameters_of(source).items()} | check(source, parameters or {})
+    values = {name: declared.default for name, declared in parameters_of(source).items()} | check(
+        source, parameters or {}
+    )
     out = Path(out)
     html = out if out.suffix == ".html" else out / f"{source.stem}.html"
     if html.parent.exists() and not html.parent.is_dir():
@@ -209,7 +239,11 @@ def render(
 
 
 def _execute(
-    source: Path, values: dict[str, Any], target: Path, show: Callable[[str, int, int], None], timeout: float | None
+    source: Path,
+    values: dict[str, Any],
+    target: Path,
+    show: Callable[[str, int, int], None],
+    timeout: float | None,
 ) -> tuple[nbformat.NotebookNode, str | None]:
     import papermill
     import papermill.log
@@ -217,14 +251,26 @@ def _execute(
     from papermill.exceptions import PapermillExecutionError
 
     error = None
-    papermill.log.logger.setLevel("ERROR")  # it calls parameters of a type it cannot read unknown; `check` knows better
+    papermill.log.logger.setLevel(
+        "ERROR"
+    )  # it calls parameters of a type it cannot read unknown; `check` knows better
     with tempfile.TemporaryDirectory(prefix="workbench-") as private, replacing(target) as draft:
         watch = _Watch(Path(private) / "progress", show)
         try:
             papermill.execute_notebook(
-                str(source), str(draft), parameters=values, kernel_name="python3", language="python", kernel_manager_class=_kernel_manager(Path(private)),
-                engine_name=_engine(), watch=watch, store_widget_state=False, progress_bar=False, start_timeout=120, execution_timeout=timeout,
-            )  # fmt: skip
+                str(source),
+                str(draft),
+                parameters=values,
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=_kernel_manager(Path(private)),
+                engine_name=_engine(),
+                watch=watch,
+                store_widget_state=False,
+                progress_bar=False,
+                start_timeout=120,
+                execution_timeout=timeout,
+            )
         except PapermillExecutionError as failure:
             text = f"{failure.ename}: {failure.evalue}".strip().rstrip(":")
             error = f"{source.stem} stopped in {watch.what!r}: {' '.join(text.split())}"
@@ -248,9 +294,13 @@ def _tidy(notebook: nbformat.NotebookNode, source: Path, target: Path, error: st
     """Drop papermill's banners and private paths; say in the metadata what stopped the run."""
     from workbench.export_html import PAPERMILL_MARKER
 
-    notebook.cells = [cell for cell in notebook.cells if PAPERMILL_MARKER not in cell.metadata.get("tags", [])]
+    notebook.cells = [
+        cell for cell in notebook.cells if PAPERMILL_MARKER not in cell.metadata.get("tags", [])
+    ]
     notebook.metadata.pop("widgets", None)
-    notebook.metadata.setdefault("papermill", {}).update(input_path=source.name, output_path=target.name, stopped=error)
+    notebook.metadata.setdefault("papermill", {}).update(
+        input_path=source.name, output_path=target.name, stopped=error
+    )
 
 
 def _kernel_manager(private: Path) -> type:
@@ -272,8 +322,12 @@ def _kernel_manager(private: Path) -> type:
 
         @property
         def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python 3",
-                              language="python", name="python3")  # fmt: skip
+            return KernelSpec(
+                argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                display_name="Python 3",
+                language="python",
+                name="python3",
+            )
 
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]  # the base is declared synchronous
             await super().start_kernel(**{**options, "env": environment})

@@ -21,8 +21,13 @@ from workbench.subjects import Subject, subject
 Chain = tuple[Instrument, ...]  # run one after the other, each on the subject the one before returned
 
 
-def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progress: Progress | None = None, jobs: int = 0,
-          beside: Sequence[Instrument] = ()) -> pd.DataFrame:  # fmt: skip
+def sweep(
+    on: Subject,
+    runs: Mapping[str, Sequence[Instrument | Chain]],
+    progress: Progress | None = None,
+    jobs: int = 0,
+    beside: Sequence[Instrument] = (),
+) -> pd.DataFrame:
     """Run every instrument (or chain of them) on one subject; one row a run: `series` (its key), the last instrument's fields, its facts,
     and `size`, the bytes of the compressed layers (values, scales, and what says where they are).
 
@@ -34,7 +39,9 @@ def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progres
     progress = progress or TextProgress()
     if not runs or not all(runs.values()):
         raise BadInput("runs: every series needs at least one instrument")
-    chains = {name: [item if isinstance(item, tuple) else (item,) for item in group] for name, group in runs.items()}
+    chains = {
+        name: [item if isinstance(item, tuple) else (item,) for item in group] for name, group in runs.items()
+    }
     for group in chains.values():
         for chain in group:
             for instrument in chain:
@@ -42,7 +49,9 @@ def sweep(on: Subject, runs: Mapping[str, Sequence[Instrument | Chain]], progres
     for instrument in beside:
         instrument.check(on)
     wanted = {"": [(instrument,) for instrument in beside]} | chains
-    missing = families(on, {name: [chain for chain in group if not stored(on, chain)] for name, group in wanted.items()})
+    missing = families(
+        on, {name: [chain for chain in group if not stored(on, chain)] for name, group in wanted.items()}
+    )
     workers = min(jobs or len(os.sched_getaffinity(0)), sum(map(len, missing)))
     if workers > 1 and on.device.type == "cpu":
         in_processes(on, [part for group in missing for part in dealt(group, workers)], workers, progress)
@@ -67,7 +76,9 @@ def run_chain(on: Subject, chain: Chain, progress: Progress, last: dict[str, Sub
         if key not in last:
             changed = instrument.run(on, progress=progress).subject
             if changed is None:
-                raise BadInput(f"runs: {instrument.name()} changes no model, so nothing can follow it in a chain")
+                raise BadInput(
+                    f"runs: {instrument.name()} changes no model, so nothing can follow it in a chain"
+                )
             last.clear()
             last[key] = changed
         on = last[key]
@@ -99,10 +110,18 @@ def row(series: str, result: Result) -> dict[str, Any]:
     assert result.provenance is not None
     before = [step["fields"] for step in result.provenance["history"] if "sparsity" in step["fields"]]
     fields = {"sparsity": before[-1]["sparsity"]} if before else {}
-    sizes = [facts[c] for c in ("packed_bytes", "bytes") if c in facts]  # packed, where the format has a packing
+    sizes = [
+        facts[c] for c in ("packed_bytes", "bytes") if c in facts
+    ]  # packed, where the format has a packing
     fields |= {"size": sizes[0]} if sizes else {}
-    return {"series": series, "instrument": result.instrument.name(), **facts, **fields, **result.instrument.model_dump(mode="json"),
-            "seconds": result.provenance["seconds"]}  # fmt: skip
+    return {
+        "series": series,
+        "instrument": result.instrument.name(),
+        **facts,
+        **fields,
+        **result.instrument.model_dump(mode="json"),
+        "seconds": result.provenance["seconds"],
+    }
 
 
 def families(on: Subject, chains: Mapping[str, Sequence[Chain]]) -> list[list[list[Chain]]]:
@@ -127,7 +146,11 @@ def dealt(group: list[list[Chain]], workers: int) -> list[list[Chain]]:
     """A series in as many consecutive parts as there are workers, families kept together: neighbours share statistics and beginnings."""
     ends = np.cumsum([0, *map(len, group)])
     parts = np.searchsorted(np.linspace(0, ends[-1], workers + 1)[1:-1], (ends[:-1] + ends[1:]) / 2)
-    return [part for k in range(workers) if (part := [chain for family, p in zip(group, parts, strict=True) if p == k for chain in family])]
+    return [
+        part
+        for k in range(workers)
+        if (part := [chain for family, p in zip(group, parts, strict=True) if p == k for chain in family])
+    ]
 
 
 def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress: Progress) -> None:
@@ -137,7 +160,9 @@ def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress:
     with tempfile.TemporaryDirectory(prefix="workbench-sweep-") as folder:
         place = Path(folder) / "subject"
         on.save(place)
-        tasks = (joblib.delayed(one_group)(str(place), on.fingerprint, on.evaluations, group) for group in groups)
+        tasks = (
+            joblib.delayed(one_group)(str(place), on.fingerprint, on.evaluations, group) for group in groups
+        )
         with warnings.catch_warnings():
             # a worker that has grown by much is replaced by a new one between two parts: its statistics are measured again, nothing is lost
             warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
@@ -146,10 +171,14 @@ def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress:
                 pass
 
 
-_opened: dict[str, Subject] = {}  # in a worker: the subject of its last task, with the statistics measured on it
+_opened: dict[
+    str, Subject
+] = {}  # in a worker: the subject of its last task, with the statistics measured on it
 
 
-def one_group(folder: str, fingerprint: str, evaluations: dict[tuple[str, int], dict[str, float]], group: list[Chain]) -> int:
+def one_group(
+    folder: str, fingerprint: str, evaluations: dict[tuple[str, int], dict[str, float]], group: list[Chain]
+) -> int:
     """In a worker: run one series on the saved subject under the caller's fingerprint, with what the caller measured on it."""
     import torch
 
@@ -164,7 +193,16 @@ def one_group(folder: str, fingerprint: str, evaluations: dict[tuple[str, int], 
     return len(group)
 
 
-def curves(table: pd.DataFrame, x: str, y: str, title: str, x_title: str, y_title: str, dense: float | None = None, **layout: Any) -> go.Figure:
+def curves(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    title: str,
+    x_title: str,
+    y_title: str,
+    dense: float | None = None,
+    **layout: Any,
+) -> go.Figure:
     """One line a series, `y` against `x`; `dense` draws the uncompressed model's value as a reference."""
     fig = figure(title, x_title, y_title, **layout)
     for name, part in table.groupby("series", sort=False):
@@ -175,7 +213,9 @@ def curves(table: pd.DataFrame, x: str, y: str, title: str, x_title: str, y_titl
     return fig
 
 
-def predicted_beside_measured(table: pd.DataFrame, title: str, predicted: str = "predicted_change", measured: str = "measured_change") -> go.Figure:
+def predicted_beside_measured(
+    table: pd.DataFrame, title: str, predicted: str = "predicted_change", measured: str = "measured_change"
+) -> go.Figure:
     """Second-order prediction against measured loss change, both axes logarithmic, with the line where they agree.
 
     Points where either is not positive cannot be drawn on logarithmic axes; their number is in the title.
@@ -183,7 +223,14 @@ def predicted_beside_measured(table: pd.DataFrame, title: str, predicted: str = 
     good = table[(table[predicted] > 0) & (table[measured] > 0)]
     left_out = len(table) - len(good)
     note = f" ({left_out} of {len(table)} not positive, not drawn)" if left_out else ""
-    fig = figure(title + note, "predicted loss change (nats)", "measured loss change (nats)", xaxis_type="log", yaxis_type="log", height=480)
+    fig = figure(
+        title + note,
+        "predicted loss change (nats)",
+        "measured loss change (nats)",
+        xaxis_type="log",
+        yaxis_type="log",
+        height=480,
+    )
     for name, part in good.groupby("series", sort=False):
         points(fig, part[predicted], part[measured], str(name))
     if len(good):
@@ -194,12 +241,18 @@ def predicted_beside_measured(table: pd.DataFrame, title: str, predicted: str = 
 
 def frontier(table: pd.DataFrame, dense: Card, title: str) -> go.Figure:
     """Quality against the compressed layers' bytes for every run, with the runs that no smaller run beats joined."""
-    fig = figure(title, "size of the compressed layers (MB)", f"test {dense.score}", xaxis_type="log", height=480)
+    fig = figure(
+        title, "size of the compressed layers (MB)", f"test {dense.score}", xaxis_type="log", height=480
+    )
     size, value = table["size"] / 1e6, table[dense.score] * (1 if dense.higher_is_better else -1)
     for name, part in table.groupby("series", sort=False):
         points(fig, part["size"] / 1e6, part[dense.score], str(name))
     order = size.argsort()
-    best = [i for i in order if value[i] > max((value[j] for j in order if size[j] <= size[i] and j != i), default=-np.inf)]
+    best = [
+        i
+        for i in order
+        if value[i] > max((value[j] for j in order if size[j] <= size[i] and j != i), default=-np.inf)
+    ]
     line(fig, size[best], table[dense.score][best], "best for its size", index=6, mode="lines")
     points(fig, [dense.bytes / 1e6], [dense.value], "dense", index=5)
     return fig
@@ -207,10 +260,27 @@ def frontier(table: pd.DataFrame, dense: Card, title: str) -> go.Figure:
 
 def overview(table: pd.DataFrame) -> pd.DataFrame:
     """The columns a reader compares, rounded."""
-    wanted = ["series", "sparsity", "bits", "size", "loss", "accuracy", "perplexity", "predicted_change", "measured_change", "seconds"]
+    wanted = [
+        "series",
+        "sparsity",
+        "bits",
+        "size",
+        "loss",
+        "accuracy",
+        "perplexity",
+        "predicted_change",
+        "measured_change",
+        "seconds",
+    ]
     shown = table[[c for c in wanted if c in table]].copy()
     shown["size"] = (shown["size"] / 1e6).round(2)
-    shown = shown.rename(columns={"size": "size (MB)", "predicted_change": "predicted change", "measured_change": "measured change"}).round(4)
+    shown = shown.rename(
+        columns={
+            "size": "size (MB)",
+            "predicted_change": "predicted change",
+            "measured_change": "measured change",
+        }
+    ).round(4)
     shown = shown.set_index("series").rename_axis(None)
     for column in ("sparsity", "bits"):
         if column in shown:
@@ -226,7 +296,14 @@ def findings(table: pd.DataFrame, dense: Card) -> pd.DataFrame:
         values = [table[(table["series"] == s) & (table[column] == at)]["loss"] for s in (better, worse)]
         if all(len(v) for v in values):
             first, second = (float(v.iloc[0]) for v in values)
-            rows.append({"expected": claim, "at": f"{column} {at:g}", "held": "yes" if first <= second else "NO", "losses": f"{first:.4f} and {second:.4f}"})
+            rows.append(
+                {
+                    "expected": claim,
+                    "at": f"{column} {at:g}",
+                    "held": "yes" if first <= second else "NO",
+                    "losses": f"{first:.4f} and {second:.4f}",
+                }
+            )
 
     for at in sorted(table["sparsity"].dropna().unique()) if "sparsity" in table else []:
         ordering("oBERT <= Wanda", "oBERT", "Wanda", "sparsity", at)
@@ -236,8 +313,14 @@ def findings(table: pd.DataFrame, dense: Card) -> pd.DataFrame:
     if {"predicted_change", "measured_change"} <= set(table):
         pairs = table[["predicted_change", "measured_change"]].dropna()
         rho = rank_correlation(pairs["predicted_change"].tolist(), pairs["measured_change"].tolist())
-        rows.append({"expected": "prediction ranks the runs", "at": f"{len(pairs)} runs", "held": "yes" if rho >= 0.8 else "NO",
-                     "losses": f"rank correlation {rho:.2f}"})  # fmt: skip
+        rows.append(
+            {
+                "expected": "prediction ranks the runs",
+                "at": f"{len(pairs)} runs",
+                "held": "yes" if rho >= 0.8 else "NO",
+                "losses": f"rank correlation {rho:.2f}",
+            }
+        )
     return pd.DataFrame(rows).set_index("expected").rename_axis(None)
 
 
@@ -253,13 +336,22 @@ class Card:
     higher_is_better: bool
 
     def _repr_html_(self) -> str:
-        return pd.DataFrame({"": self.facts.keys(), "value": [format_fact(v) for v in self.facts.values()]}).to_html(index=False, border=0, escape=True)
+        return pd.DataFrame(
+            {"": self.facts.keys(), "value": [format_fact(v) for v in self.facts.values()]}
+        ).to_html(index=False, border=0, escape=True)
 
 
 def card(on: Subject, layers: str = "blocks", progress: Progress | None = None) -> Card:
     """Evaluate the subject on its test split and describe it."""
     facts = on.card(progress)
-    score = next((m for m in ("accuracy", "perplexity") if f"test {m}" in facts and not (m == "accuracy" and "test perplexity" in facts)), "loss")
+    score = next(
+        (
+            m
+            for m in ("accuracy", "perplexity")
+            if f"test {m}" in facts and not (m == "accuracy" and "test perplexity" in facts)
+        ),
+        "loss",
+    )
     size = 4 * sum(layer.original.numel() for layer in on.layers(layers))
     return Card(facts, facts["test loss"], score, facts[f"test {score}"], size, score == "accuracy")
 

@@ -75,34 +75,52 @@ class Bench:
             p.requires_grad_(id(p) in chosen)
         self.logits = Logits(self.subject.model)
         self.parameters = {n: p for n, p in self.logits.named_parameters() if p.requires_grad}
-        self.pairs = [(b["input_ids"], b["labels"]) for b in self.subject.batches("calibration", batch_size, examples)]
+        self.pairs = [
+            (b["input_ids"], b["labels"]) for b in self.subject.batches("calibration", batch_size, examples)
+        ]
         self.size = sum(p.numel() for p in self.parameters.values())
 
     def open(self, kind: str = "hessian") -> Any:
-        return curvature_operator(self.subject, kind, LAYERS, examples=self.examples, batch_size=self.batch_size)
+        return curvature_operator(
+            self.subject, kind, LAYERS, examples=self.examples, batch_size=self.batch_size
+        )
 
     def curvlinops(self, kind: str = "hessian") -> Any:
         import curvlinops
 
         peer = curvlinops.HessianLinearOperator if kind == "hessian" else curvlinops.GGNLinearOperator
-        return peer(self.logits, nn.CrossEntropyLoss(), list(self.parameters.values()), self.pairs, check_deterministic=False)
+        return peer(
+            self.logits,
+            nn.CrossEntropyLoss(),
+            list(self.parameters.values()),
+            self.pairs,
+            check_deterministic=False,
+        )
 
     def eigenthings(self) -> Any:
         import hessian_eigenthings
 
-        return hessian_eigenthings.HessianOperator(self.logits, self.pairs, hessian_eigenthings.supervised_loss(nn.CrossEntropyLoss()),
-                                                   param_filter=lambda name, parameter: name in self.parameters)  # fmt: skip
+        return hessian_eigenthings.HessianOperator(
+            self.logits,
+            self.pairs,
+            hessian_eigenthings.supervised_loss(nn.CrossEntropyLoss()),
+            param_filter=lambda name, parameter: name in self.parameters,
+        )
 
     def eigenthings_slq(self, probes: int, steps: int) -> Any:
         import hessian_eigenthings
 
-        return hessian_eigenthings.spectral_density(self.eigenthings(), num_runs=probes, lanczos_steps=steps, seed=0)
+        return hessian_eigenthings.spectral_density(
+            self.eigenthings(), num_runs=probes, lanczos_steps=steps, seed=0
+        )
 
     def slq(self, probes: int, steps: int, of: int | None = None) -> Quadrature:
         """A whole call with so many probes, made as one with `of` probes is."""
         with self.open() as operator:
             full = keeps_basis(operator.size, of or probes, steps, 4)
-            run = GroupedProbes(operator, lambda numbers: rademacher(operator, numbers, 0), probes, steps, full)
+            run = GroupedProbes(
+                operator, lambda numbers: rademacher(operator, numbers, 0), probes, steps, full
+            )
             for _ in run.run():
                 pass
             found = run.quadrature()
@@ -137,21 +155,34 @@ def products(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
         row: dict[str, float] = {}
         with bench.open() as operator:
             gradient = seconds(operator.gradient)
-            row[f"Hessian, {probes} vectors, first product: gradients a vector"] = seconds(operator.matmat, vectors) / probes
+            row[f"Hessian, {probes} vectors, first product: gradients a vector"] = (
+                seconds(operator.matmat, vectors) / probes
+            )
             operator.matmat(vectors[:1])  # from here on the graphs are kept
-            row[f"Hessian, {probes} vectors, further products: gradients a vector"] = seconds(operator.matmat, vectors) / probes
+            row[f"Hessian, {probes} vectors, further products: gradients a vector"] = (
+                seconds(operator.matmat, vectors) / probes
+            )
             row["Hessian, 1 vector, further products: gradients"] = seconds(operator.matmat, vectors[:1])
             gradient = (gradient + seconds(operator.gradient)) / 2
         with bench.open("ggn") as operator:
-            row[f"GGN, {probes} vectors, first product: gradients a vector"] = seconds(operator.matmat, vectors) / probes
+            row[f"GGN, {probes} vectors, first product: gradients a vector"] = (
+                seconds(operator.matmat, vectors) / probes
+            )
             operator.matmat(vectors[:1])
-            row[f"GGN, {probes} vectors, further products: gradients a vector"] = seconds(operator.matmat, vectors) / probes
+            row[f"GGN, {probes} vectors, further products: gradients a vector"] = (
+                seconds(operator.matmat, vectors) / probes
+            )
         their_hessian, their_ggn = bench.curvlinops(), bench.curvlinops("ggn")
         row["curvlinops Hessian, 1 vector: gradients"] = seconds(their_hessian.__matmul__, columns[:, 0])
-        row["curvlinops GGN, 4 columns: gradients a vector"] = seconds(their_ggn.__matmul__, columns[:, :4]) / 4
+        row["curvlinops GGN, 4 columns: gradients a vector"] = (
+            seconds(their_ggn.__matmul__, columns[:, :4]) / 4
+        )
         for key, value in row.items():
             found.setdefault(key, []).append(value / gradient)
-        print(f"one gradient {gradient:.3f} s; " + "; ".join(f"{k} {v[-1]:.2f}" for k, v in found.items()), flush=True)
+        print(
+            f"one gradient {gradient:.3f} s; " + "; ".join(f"{k} {v[-1]:.2f}" for k, v in found.items()),
+            flush=True,
+        )
         yield summary(found)
 
 
@@ -167,12 +198,22 @@ def lanczos_steps(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
         run.step()
         run.step()
         for _ in range(repeats):
-            gradient, mine, peer = seconds(operator.gradient), seconds(run.step) / probes, seconds(theirs.__matmul__, vector)
-            row = {"workbench, one probe and step: gradients": mine / gradient, "curvlinops Hessian, one product: gradients": peer / gradient,
-                   "curvlinops product over workbench step": peer / mine}  # fmt: skip
+            gradient, mine, peer = (
+                seconds(operator.gradient),
+                seconds(run.step) / probes,
+                seconds(theirs.__matmul__, vector),
+            )
+            row = {
+                "workbench, one probe and step: gradients": mine / gradient,
+                "curvlinops Hessian, one product: gradients": peer / gradient,
+                "curvlinops product over workbench step": peer / mine,
+            }
             if other is not None:
                 spent = seconds(other.matvec, vector)
-                row |= {"hessian-eigenthings, one product: gradients": spent / gradient, "hessian-eigenthings product over workbench step": spent / mine}
+                row |= {
+                    "hessian-eigenthings, one product: gradients": spent / gradient,
+                    "hessian-eigenthings product over workbench step": spent / mine,
+                }
             for key, value in row.items():
                 found.setdefault(key, []).append(value)
             yield summary(found)
@@ -180,7 +221,11 @@ def lanczos_steps(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
 
 def slq(bench: Bench, repeats: int, probes: int, steps: int, whole: bool) -> Iterator[Rows]:
     """Whole calls, as `products`."""
-    from curvlinops.papyan2020traces.spectrum import approximate_boundaries, fast_lanczos, lanczos_approximate_spectrum
+    from curvlinops.papyan2020traces.spectrum import (
+        approximate_boundaries,
+        fast_lanczos,
+        lanczos_approximate_spectrum,
+    )
 
     found: dict[str, list[float]] = {}
     pair = min(2, probes)
@@ -193,8 +238,10 @@ def slq(bench: Bench, repeats: int, probes: int, steps: int, whole: bool) -> Ite
         theirs = bench.curvlinops()
         row["curvlinops, boundaries"], bounds = timed(approximate_boundaries, theirs)
         row["curvlinops, one probe"], (nodes, _) = timed(fast_lanczos, theirs, steps)
-        sums = {"curvlinops": row["curvlinops, boundaries"] + probes * row["curvlinops, one probe"],
-                "curvlinops with given boundaries": probes * row["curvlinops, one probe"]}  # fmt: skip
+        sums = {
+            "curvlinops": row["curvlinops, boundaries"] + probes * row["curvlinops, one probe"],
+            "curvlinops with given boundaries": probes * row["curvlinops, one probe"],
+        }
         if EIGENTHINGS:
             row["hessian-eigenthings, one probe"], _ = timed(bench.eigenthings_slq, 1, steps)
             sums["hessian-eigenthings"] = probes * row["hessian-eigenthings, one probe"]
@@ -202,15 +249,31 @@ def slq(bench: Bench, repeats: int, probes: int, steps: int, whole: bool) -> Ite
         lines |= {f"whole call, {name} over workbench": value / whole_call for name, value in sums.items()}
         for key, value in lines.items():
             found.setdefault(key, []).append(value)
-        print(f"one gradient {gradient:.3f} s, workbench {whole_call:.1f} s; " + "; ".join(f"{k} {v:.2f}" for k, v in lines.items()), flush=True)
-        print(f"extent: workbench {mine.extent}, curvlinops {float(nodes.min()), float(nodes.max())}, its boundaries {bounds}", flush=True)
+        print(
+            f"one gradient {gradient:.3f} s, workbench {whole_call:.1f} s; "
+            + "; ".join(f"{k} {v:.2f}" for k, v in lines.items()),
+            flush=True,
+        )
+        print(
+            f"extent: workbench {mine.extent}, curvlinops {float(nodes.min()), float(nodes.max())}, its boundaries {bounds}",
+            flush=True,
+        )
         yield summary(found)
     if whole:
-        print("\n".join(f"| {what} | {middle:.2f} | {low:.2f} | {high:.2f} |" for what, middle, low, high in summary(found)), flush=True)
+        print(
+            "\n".join(
+                f"| {what} | {middle:.2f} | {low:.2f} | {high:.2f} |"
+                for what, middle, low, high in summary(found)
+            ),
+            flush=True,
+        )
         measured, _ = timed(bench.slq, probes, steps)
         print(f"the workbench's whole call: {measured:.1f} s; from its parts: {whole_call:.1f} s", flush=True)
         theirs_measured, _ = timed(lanczos_approximate_spectrum, theirs, ncv=steps, num_repeats=probes)
-        print(f"curvlinops' whole call: {theirs_measured:.1f} s, {theirs_measured / measured:.2f} times; from its parts: {sums['curvlinops']:.1f} s", flush=True)
+        print(
+            f"curvlinops' whole call: {theirs_measured:.1f} s, {theirs_measured / measured:.2f} times; from its parts: {sums['curvlinops']:.1f} s",
+            flush=True,
+        )
 
 
 def memory(bench: Bench, library: str, probes: int, steps: int) -> None:
@@ -226,11 +289,15 @@ def memory(bench: Bench, library: str, probes: int, steps: int) -> None:
         lanczos_approximate_spectrum(bench.curvlinops(), ncv=steps)
     else:
         bench.eigenthings_slq(1, steps)
-    print(f"{library}, {steps} steps: peak {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB above one gradient's")
+    print(
+        f"{library}, {steps} steps: peak {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB above one gradient's"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("products", "steps", "slq", "memory"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--examples", type=int, default=4)
@@ -238,7 +305,9 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=8)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--whole", action="store_true")
-    parser.add_argument("--library", choices=("workbench", "curvlinops", "hessian-eigenthings"), default="workbench")
+    parser.add_argument(
+        "--library", choices=("workbench", "curvlinops", "hessian-eigenthings"), default="workbench"
+    )
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps: at least 2; curvlinops divides by steps - 1")
@@ -259,11 +328,18 @@ def main() -> None:
         for found in runs:
             rows = found
             loads.append(os.getloadavg()[0])
-    print("\n".join([
-        f"MiniLM encoder, {options.examples} examples in micro-batches of {options.batch_size}, {options.probes} probes, {options.steps} steps, {options.repeats} "
-        f"repeats, torch {torch.__version__}, one thread of {os.cpu_count()} {platform.machine()} cores, CPU seconds; load {min(loads):.0f} to {max(loads):.0f}.",
-        "", "| what | median | lowest | highest |", "|---|---|---|---|",
-        *(f"| {what} | {middle:.2f} | {low:.2f} | {high:.2f} |" for what, middle, low, high in rows)]))  # fmt: skip
+    print(
+        "\n".join(
+            [
+                f"MiniLM encoder, {options.examples} examples in micro-batches of {options.batch_size}, {options.probes} probes, {options.steps} steps, {options.repeats} "
+                f"repeats, torch {torch.__version__}, one thread of {os.cpu_count()} {platform.machine()} cores, CPU seconds; load {min(loads):.0f} to {max(loads):.0f}.",
+                "",
+                "| what | median | lowest | highest |",
+                "|---|---|---|---|",
+                *(f"| {what} | {middle:.2f} | {low:.2f} | {high:.2f} |" for what, middle, low, high in rows),
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":

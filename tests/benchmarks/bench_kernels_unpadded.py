@@ -22,7 +22,16 @@ import torch
 def docstrings(limit: int) -> list[str]:
     """Docstrings of the public members of torch, numpy and the standard library: short, long, code and prose."""
     found: dict[str, None] = {}
-    for module in (torch, torch.nn, torch.nn.functional, statistics, inspect, pkgutil, sys.modules["pathlib"], torch.optim):
+    for module in (
+        torch,
+        torch.nn,
+        torch.nn.functional,
+        statistics,
+        inspect,
+        pkgutil,
+        sys.modules["pathlib"],
+        torch.optim,
+    ):
         for name, member in vars(module).items():
             text = inspect.getdoc(member) if callable(member) and not name.startswith("_") else None
             if text:
@@ -35,7 +44,9 @@ def compare(padded: torch.nn.Module, batches: list[dict[str, torch.Tensor]], out
     from workbench.kernels.unpadded import unpad
 
     packed = unpad(copy.deepcopy(padded))
-    ideal = sum(b["attention_mask"].numel() for b in batches) / sum(int(b["attention_mask"].sum()) for b in batches)
+    ideal = sum(b["attention_mask"].numel() for b in batches) / sum(
+        int(b["attention_mask"].sum()) for b in batches
+    )
     ratios, worst = [], 0.0
     with torch.no_grad():
         for repeat in range(6):
@@ -48,7 +59,12 @@ def compare(padded: torch.nn.Module, batches: list[dict[str, torch.Tensor]], out
                 ratios.append(seconds[0] / seconds[1])
         for a, b, batch in zip(*results, batches, strict=True):
             difference = (a - b).abs()
-            worst = max(worst, float((difference[batch["attention_mask"].bool()] if difference.ndim == 3 else difference).max()))
+            worst = max(
+                worst,
+                float(
+                    (difference[batch["attention_mask"].bool()] if difference.ndim == 3 else difference).max()
+                ),
+            )
     ratio = statistics.median(ratios)
     return f"x {ratio:.2f} (ideal x {ideal:.2f}, {100 * ratio / ideal:.0f} % of it), largest difference {worst:.1e}"
 
@@ -73,7 +89,12 @@ def main() -> None:
     texts = docstrings(128)
     for longest in (64, 128, 256):
         batches = [
-            dict(tokenizer(texts[i : i + 32], padding=True, truncation=True, max_length=longest, return_tensors="pt")) for i in range(0, len(texts), 32)
+            dict(
+                tokenizer(
+                    texts[i : i + 32], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+                )
+            )
+            for i in range(0, len(texts), 32)
         ]
         print(f"encoder, max length {longest}:", compare(encoder, batches, "last_hidden_state"), flush=True)
 

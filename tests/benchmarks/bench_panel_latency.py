@@ -31,9 +31,24 @@ import time, widgets.quantization, workbench
 panel = widgets.quantization.FormatPanel(workbench.subject("{subject}"), "{layers}")
 panel"""
 PANELS = {  # cell, the slider's field and the way it can go first, the kernel's own part
-    "spectrum": (SPECTRUM, "batch", "Left", "packed(widgets.PlotView(panel.result.figure(**panel.view)).spec)"),
-    "formats": (FORMATS.format(subject="digits-vit", layers="blocks"), "bits", "Right", "panel.draw(); packed(panel.plot.spec)"),
-    "formats-minilm": (FORMATS.format(subject="minilm-docstrings", layers="*layer.0.intermediate*"), "bits", "Right", "panel.draw(); packed(panel.plot.spec)"),
+    "spectrum": (
+        SPECTRUM,
+        "batch",
+        "Left",
+        "packed(widgets.PlotView(panel.result.figure(**panel.view)).spec)",
+    ),
+    "formats": (
+        FORMATS.format(subject="digits-vit", layers="blocks"),
+        "bits",
+        "Right",
+        "panel.draw(); packed(panel.plot.spec)",
+    ),
+    "formats-minilm": (
+        FORMATS.format(subject="minilm-docstrings", layers="*layer.0.intermediate*"),
+        "bits",
+        "Right",
+        "panel.draw(); packed(panel.plot.spec)",
+    ),
 }
 KERNEL = """\
 from widgets.plot import packed
@@ -70,15 +85,21 @@ def main(name: str = "spectrum") -> None:
             open_notebook(page, lab, "latency.ipynb")
             run_all(page)
             page.wait_for_selector(".wb-plot-figure .main-svg")
-            inside = float(page.locator(".jp-OutputArea-output", has_text="kernel-part-ms ").last.inner_text().split()[1])
+            inside = float(
+                page.locator(".jp-OutputArea-output", has_text="kernel-part-ms ").last.inner_text().split()[1]
+            )
             page.evaluate(WATCH)
             page.locator(f".wb-field-{field} .noUi-handle").focus()
             for press in range(3 + PRESSES):
                 page.keyboard.press("Arrow" + (first if press % 6 < 3 else back))
                 page.wait_for_function(f"() => window.delays.length > {press}")
-            updated, delays, drawing = page.evaluate("() => [window.updated.slice(3), window.delays.slice(3), window.drawing.slice(3)]")
-    print(f"{name}: key to figure updated: {described(updated)}; two frames later: {described(delays)}; of it in the kernel {inside:.0f} ms, "
-          f"drawing {statistics.median(drawing):.0f} ms; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")  # fmt: skip
+            updated, delays, drawing = page.evaluate(
+                "() => [window.updated.slice(3), window.delays.slice(3), window.drawing.slice(3)]"
+            )
+    print(
+        f"{name}: key to figure updated: {described(updated)}; two frames later: {described(delays)}; of it in the kernel {inside:.0f} ms, "
+        f"drawing {statistics.median(drawing):.0f} ms; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    )
 
 
 if __name__ == "__main__":

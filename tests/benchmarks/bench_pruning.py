@@ -23,7 +23,9 @@ from workbench.pruning.saliencies import SALIENCIES
 from workbench.statistics import second_moments
 
 
-def reference_sparsegpt(weight: torch.Tensor, gram: torch.Tensor, sparsity: float, damp: float = 0.01, block: int = 128) -> torch.Tensor:
+def reference_sparsegpt(
+    weight: torch.Tensor, gram: torch.Tensor, sparsity: float, damp: float = 0.01, block: int = 128
+) -> torch.Tensor:
     """Frantar and Alistarh 2023, algorithm 1, with its per-column inner loop."""
     w = weight.clone()
     hessian = gram.clone()
@@ -69,9 +71,20 @@ def main() -> None:
     for what, gram in (("second moments, for SparseGPT", True), ("norms, for Wanda", False)):
         began = time.process_time()
         second_moments(on, layers, examples=calibration.examples, gram=gram)
-        print(f"{what}: {calibration.examples} examples' inputs to {len(layers)} layers in {time.process_time() - began:.2f} s CPU", flush=True)
-    cases = [(layer, layer.weight.detach(), calibration.gram(layer)[0], calibration.norm(layer)[0]) for layer in layers]
-    times: dict[str, list[float]] = {"sparsegpt": [], "reference sparsegpt": [], "wanda": [], "reference wanda": []}
+        print(
+            f"{what}: {calibration.examples} examples' inputs to {len(layers)} layers in {time.process_time() - began:.2f} s CPU",
+            flush=True,
+        )
+    cases = [
+        (layer, layer.weight.detach(), calibration.gram(layer)[0], calibration.norm(layer)[0])
+        for layer in layers
+    ]
+    times: dict[str, list[float]] = {
+        "sparsegpt": [],
+        "reference sparsegpt": [],
+        "wanda": [],
+        "reference wanda": [],
+    }
     for _ in range(space.repeats):
         for name in times:
             began = time.process_time()
@@ -81,19 +94,33 @@ def main() -> None:
                 elif name == "reference sparsegpt":
                     reference_sparsegpt(weight, gram, 0.5)
                 elif name == "wanda":
-                    make_mask(SALIENCIES["wanda"].score(layer, calibration, Tiles(1, 1)), Tiles(1, 1), 0.5, "row")
+                    make_mask(
+                        SALIENCIES["wanda"].score(layer, calibration, Tiles(1, 1)), Tiles(1, 1), 0.5, "row"
+                    )
                 else:
                     reference_wanda(weight, norm, 0.5)
             times[name].append(time.process_time() - began)
     middle = {name: statistics.median(values) for name, values in times.items()}
     for name in ("sparsegpt", "wanda"):
-        print(f"{name}: {middle[name]:.2f} s CPU for {len(layers)} layers, reference {middle[f'reference {name}']:.2f} s, ratio {middle[f'reference {name}'] / middle[name]:.2f}")
+        print(
+            f"{name}: {middle[name]:.2f} s CPU for {len(layers)} layers, reference {middle[f'reference {name}']:.2f} s, ratio {middle[f'reference {name}'] / middle[name]:.2f}"
+        )
     gaps, masks = [], True
     for layer, weight, gram, norm in cases:
         ours, theirs = obs.sweep(weight, gram, 0.01, sparsity=0.5)[0], reference_sparsegpt(weight, gram, 0.5)
-        gaps.append(abs(obs.output_error(ours - weight, weight, gram) - obs.output_error(theirs - weight, weight, gram)))
-        masks &= torch.equal(make_mask(SALIENCIES["wanda"].score(layer, calibration, Tiles(1, 1)), Tiles(1, 1), 0.5, "row"), reference_wanda(weight, norm, 0.5))
-    print(f"Wanda masks identical: {masks}; largest gap of SparseGPT's relative output error: {max(gaps):.2e}")
+        gaps.append(
+            abs(
+                obs.output_error(ours - weight, weight, gram)
+                - obs.output_error(theirs - weight, weight, gram)
+            )
+        )
+        masks &= torch.equal(
+            make_mask(SALIENCIES["wanda"].score(layer, calibration, Tiles(1, 1)), Tiles(1, 1), 0.5, "row"),
+            reference_wanda(weight, norm, 0.5),
+        )
+    print(
+        f"Wanda masks identical: {masks}; largest gap of SparseGPT's relative output error: {max(gaps):.2e}"
+    )
     for layer in layers:  # collected before the clock starts
         calibration.factors(layer)
     damp = calibration.absolute_damp()
@@ -102,7 +129,9 @@ def main() -> None:
         rho = fisher.saliency(weight, calibration.factors(layer), damp, 50)
         fisher.update(weight, make_mask(rho, Tiles(1, 1), 0.7), calibration.factors(layer), damp, 50)
     count = sum(weight.numel() for _, weight, _, _ in cases)
-    print(f"oBERT over {count / 1e6:.1f} M weights after the gradients: {time.perf_counter() - began:.1f} s wall, {time.process_time() - cpu:.1f} s CPU")
+    print(
+        f"oBERT over {count / 1e6:.1f} M weights after the gradients: {time.perf_counter() - began:.1f} s wall, {time.process_time() - cpu:.1f} s CPU"
+    )
 
 
 if __name__ == "__main__":

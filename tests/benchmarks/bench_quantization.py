@@ -67,12 +67,18 @@ def column_loop(weight: Tensor, upper: Tensor, grid: Grid, block: int = 128, mov
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     """Upper Cholesky factor of the damped inverse as the authors' script finds it: two factorisations and an inverse."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp))), upper=True)
+    return torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp))), upper=True
+    )
 
 
 def dense_inverse(weight: Tensor, gram: Tensor, damp: float, grid: Grid) -> Tensor:
     """Optimal brain quantization in column order: after each column its row and column are eliminated from the explicit inverse, in float64."""
-    work, inverse, out = weight.double(), torch.linalg.inv(damped(gram, damp).double()), torch.zeros_like(weight, dtype=torch.float64)
+    work, inverse, out = (
+        weight.double(),
+        torch.linalg.inv(damped(gram, damp).double()),
+        torch.zeros_like(weight, dtype=torch.float64),
+    )
     scale = grid.columns(weight.shape[1])[0].double()
     for i in range(weight.shape[1]):
         out[:, i] = grid.format.element.round(work[:, i] / scale[:, i]) * scale[:, i]
@@ -85,7 +91,14 @@ def dense_inverse(weight: Tensor, gram: Tensor, damp: float, grid: Grid) -> Tens
 def by_torch(weight: Tensor, grid: Grid) -> Tensor:
     """One scale a row, symmetric integers, by torch's own kernel."""
     scale, element = grid.scale[:, 0], grid.format.element
-    return torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros(len(scale), dtype=torch.int32), 0, int(element.lowest), int(element.highest))
+    return torch.fake_quantize_per_channel_affine(
+        weight,
+        scale,
+        torch.zeros(len(scale), dtype=torch.int32),
+        0,
+        int(element.lowest),
+        int(element.highest),
+    )
 
 
 def by_compressed_tensors(weight: Tensor, bits: int, group: int) -> Tensor:
@@ -94,7 +107,9 @@ def by_compressed_tensors(weight: Tensor, bits: int, group: int) -> Tensor:
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    settings = QuantizationArgs(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=group)
+    settings = QuantizationArgs(
+        num_bits=bits, type="int", symmetric=False, strategy="group", group_size=group
+    )
     blocks = weight.unflatten(1, (-1, group))
     scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), settings)
     return fake_quantize(weight, scale, zero, settings)
@@ -112,12 +127,18 @@ def compare_errors() -> None:
     print("error of the outputs, ours over the peer's, one layer, inputs and bits")
     for bits in (3, 4, 8):
         row = fit(weight, named("int", bits), "channel")
-        print(f"  nearest int{bits}, a scale a row, over torch.fake_quantize          {error(row.round(weight)) / error(by_torch(weight, row)):.4f}")
+        print(
+            f"  nearest int{bits}, a scale a row, over torch.fake_quantize          {error(row.round(weight)) / error(by_torch(weight, row)):.4f}"
+        )
         if importlib.util.find_spec("compressed_tensors"):
             ours = fit(weight, named("int", bits, False), "group", 64).round(weight)
-            print(f"  nearest uint{bits}, groups of 64, over compressed-tensors            {error(ours) / error(by_compressed_tensors(weight, bits, 64)):.4f}")
+            print(
+                f"  nearest uint{bits}, groups of 64, over compressed-tensors            {error(ours) / error(by_compressed_tensors(weight, bits, 64)):.4f}"
+            )
         found = gptq(weight, linear_feedback(gram, 0.01), row)
-        print(f"  GPTQ int{bits}, over the dense inverse in float64                    {error(found) / error(dense_inverse(weight, gram, 0.01, row)):.4f}")
+        print(
+            f"  GPTQ int{bits}, over the dense inverse in float64                    {error(found) / error(dense_inverse(weight, gram, 0.01, row)):.4f}"
+        )
 
 
 def compare_peers(examples: int = 32) -> None:
@@ -125,7 +146,9 @@ def compare_peers(examples: int = 32) -> None:
     on = workbench.subject("minilm-docstrings")
     layers = on.layers("*layer.0.*")
     moments = second_moments(on, layers, "calibration", examples)
-    print(f"{len(layers)} layers, {examples} calibration texts; ours over the library's: outputs (median, worst layer), weights (median, worst layer)")
+    print(
+        f"{len(layers)} layers, {examples} calibration texts; ours over the library's: outputs (median, worst layer), weights (median, worst layer)"
+    )
     for peer in PEERS:
         name = f"{peer.package} {peer.version or ''}: {peer.what}"
         if peer.version is None:
@@ -141,7 +164,9 @@ def compare_peers(examples: int = 32) -> None:
         except (ImportError, AttributeError, RuntimeError, TypeError) as problem:
             print(f"  {name:66} did not run: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}")
             continue
-        print(f"  {name:66} {statistics.median(outputs):.4f} {max(outputs):.4f}   {statistics.median(weights):.4f} {max(weights):.4f}")
+        print(
+            f"  {name:66} {statistics.median(outputs):.4f} {max(outputs):.4f}   {statistics.median(weights):.4f} {max(weights):.4f}"
+        )
 
 
 def whole_encoder() -> None:
@@ -153,13 +178,20 @@ def whole_encoder() -> None:
     weights = {layer.name: layer.weight.detach() for layer in layers}
     spent: dict[str, list[float]] = {}
     errors: dict[str, float] = {}
-    schemes = {"authors' scheme": functools.partial(reference_encoder, on, layers), "workbench": functools.partial(our_encoder, on, layers, False),
-               "workbench, act-order": functools.partial(our_encoder, on, layers, True)}  # fmt: skip
+    schemes = {
+        "authors' scheme": functools.partial(reference_encoder, on, layers),
+        "workbench": functools.partial(our_encoder, on, layers, False),
+        "workbench, act-order": functools.partial(our_encoder, on, layers, True),
+    }
     moments = second_moments(on, layers, "calibration", 128)
     for _ in range(REPEATS):
         for name, scheme in schemes.items():
             hessian_seconds, rounding_seconds, values = scheme()
-            for part, seconds in (("second moments", hessian_seconds), ("rounding", rounding_seconds), ("together", hessian_seconds + rounding_seconds)):
+            for part, seconds in (
+                ("second moments", hessian_seconds),
+                ("rounding", rounding_seconds),
+                ("together", hessian_seconds + rounding_seconds),
+            ):
                 spent.setdefault(f"{name}: {part}", []).append(seconds)
             shares = []
             for layer in layers:
@@ -169,20 +201,31 @@ def whole_encoder() -> None:
                 shares.append(float((gap @ gram[0] * gap).sum() / (weight @ gram[0] * weight).sum()))
             errors[name] = statistics.mean(shares)
     for what, seconds in spent.items():
-        print(f"  {what:40} {statistics.median(seconds):6.2f} s of CPU ({min(seconds):.2f} to {max(seconds):.2f})")
+        print(
+            f"  {what:40} {statistics.median(seconds):6.2f} s of CPU ({min(seconds):.2f} to {max(seconds):.2f})"
+        )
     for name, error in errors.items():
-        ratios = [a / b for a, b in zip(spent["authors' scheme: together"], spent[f"{name}: together"], strict=True)]
-        print(f"  {name:24} {statistics.median(ratios):5.2f} times as fast as the authors' scheme ({min(ratios):.2f} to {max(ratios):.2f}); "
-              f"relative output error {error:.6f} (mean over {len(layers)} layers)")  # fmt: skip
+        ratios = [
+            a / b for a, b in zip(spent["authors' scheme: together"], spent[f"{name}: together"], strict=True)
+        ]
+        print(
+            f"  {name:24} {statistics.median(ratios):5.2f} times as fast as the authors' scheme ({min(ratios):.2f} to {max(ratios):.2f}); "
+            f"relative output error {error:.6f} (mean over {len(layers)} layers)"
+        )
 
 
-def our_encoder(on: Subject, layers: Sequence[Layer], act_order: bool) -> tuple[float, float, dict[str, Tensor]]:
+def our_encoder(
+    on: Subject, layers: Sequence[Layer], act_order: bool
+) -> tuple[float, float, dict[str, Tensor]]:
     """CPU seconds of the second moments and of the rounding, and the values."""
     began = time.process_time()
     moments = second_moments(on, layers, "calibration", 128)
     middle = time.process_time()
     quantizer, factors = Quantize(bits=4, group_size=128, rounding="gptq", act_order=act_order), Factors()
-    values = {layer.name: quantizer.round_layer(layer, moments[layer.name], torch.Generator(), factors)[0] for layer in layers}
+    values = {
+        layer.name: quantizer.round_layer(layer, moments[layer.name], torch.Generator(), factors)[0]
+        for layer in layers
+    }
     return middle - began, time.process_time() - middle, values
 
 
@@ -209,14 +252,21 @@ def reference_encoder(on: Subject, layers: Sequence[Layer]) -> tuple[float, floa
     values = {}
     for layer in layers:
         weight = layer.weight.detach()
-        values[layer.name] = column_loop(weight, inverse_factor(hessians[layer.name], 0.01), fit(weight, named("int4"), "group", 128), moving=True)
+        values[layer.name] = column_loop(
+            weight,
+            inverse_factor(hessians[layer.name], 0.01),
+            fit(weight, named("int4"), "group", 128),
+            moving=True,
+        )
     return middle - began, time.process_time() - middle, values
 
 
 def compare_speed() -> None:
     torch.manual_seed(0)
     big = torch.randn(4096, 4096)
-    copy = median_of(big.clone)  # reads it and writes a new tensor, as rounding does; a copy into touched memory is several times faster
+    copy = median_of(
+        big.clone
+    )  # reads it and writes a new tensor, as rounding does; a copy into touched memory is several times faster
     print("nearest rounding of 16.8 M weights in groups of 64, in times of cloning the tensor")
     for name in ("int4", "int8", "uint4", "e4m3fn", "e2m1", "nf4", "mxfp4"):
         grid = fit(big, named(name), "auto", 64)
@@ -225,10 +275,16 @@ def compare_speed() -> None:
     for out, width in ((384, 384), (1536, 384), (384, 1536)):
         inputs = torch.randn(2 * width, width) @ torch.randn(width, width)
         weight, gram = torch.randn(out, width), inputs.T @ inputs
-        upper, feedback, grid = inverse_factor(gram, 0.01), linear_feedback(gram, 0.01), fit(weight, named("int4"), "channel")
+        upper, feedback, grid = (
+            inverse_factor(gram, 0.01),
+            linear_feedback(gram, 0.01),
+            fit(weight, named("int4"), "channel"),
+        )
         values, plain = gptq(weight, feedback, grid), column_loop(weight, upper, grid)
         errors = [float((((v - weight) @ gram) * (v - weight)).sum()) for v in (values, plain)]
-        speed = median_of(lambda w=weight, u=upper, g=grid: column_loop(w, u, g)) / median_of(lambda w=weight, f=feedback, g=grid: gptq(w, f, g))
+        speed = median_of(lambda w=weight, u=upper, g=grid: column_loop(w, u, g)) / median_of(
+            lambda w=weight, f=feedback, g=grid: gptq(w, f, g)
+        )
         print(f"  {out:5} x {width:5} {speed:6.2f} x faster, error {errors[0] / errors[1]:.4f}")
 
 
@@ -237,19 +293,32 @@ def allocation() -> None:
     random, widths = np.random.default_rng(0), np.array([2, 3, 4, 5, 6, 8.0])
     for layers in (28, 36, 224):
         weights = random.integers(1, 9, layers) * 36864.0
-        cost, size = random.lognormal(0, 1.2, layers)[:, None] * weights[:, None] * 4.0**-widths, weights[:, None] * widths
+        cost, size = (
+            random.lognormal(0, 1.2, layers)[:, None] * weights[:, None] * 4.0**-widths,
+            weights[:, None] * widths,
+        )
         times, gaps = [], []
         for average in np.linspace(2.1, 7.9, 30):
             began = time.process_time()
             found = allocate(cost, size, average * weights.sum())
             times.append(time.process_time() - began)
             gaps.append((found.cost - found.bound) / found.cost)
-        print(f"  {layers:4} layers: median {np.median(times):.3f} s, slowest {max(times):.3f} s, largest gap {max(gaps):.0e}")
+        print(
+            f"  {layers:4} layers: median {np.median(times):.3f} s, slowest {max(times):.3f} s, largest gap {max(gaps):.0e}"
+        )
 
 
 def main() -> None:
-    modes = {"allocation": allocation, "speed": compare_speed, "errors": compare_errors, "peers": compare_peers, "encoder": whole_encoder}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = {
+        "allocation": allocation,
+        "speed": compare_speed,
+        "errors": compare_errors,
+        "peers": compare_peers,
+        "encoder": whole_encoder,
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("mode", choices=list(modes))
     torch.set_num_threads(1)
     with threadpool_limits(1):  # scipy's BLAS

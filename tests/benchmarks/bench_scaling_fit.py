@@ -29,7 +29,9 @@ A_B, E, EXPONENT = np.arange(0, 26, 5.0), np.array([-1, -0.5, 0, 0.5, 1]), np.ar
 DELTA = 1e-3
 
 
-def huber_and_gradient(p: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_l: np.ndarray) -> tuple[float, np.ndarray]:
+def huber_and_gradient(
+    p: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_l: np.ndarray
+) -> tuple[float, np.ndarray]:
     terms = np.stack([p[0] - p[3] * log_n, p[1] - p[4] * log_d, np.full_like(log_n, p[2])])
     top = terms.max(0)
     weights = np.exp(terms - top)
@@ -62,30 +64,46 @@ def main() -> None:
         table = table[table.loss < np.sort(table.loss)[-5]]
         grid = {"A": np.exp(A_B), "B": np.exp(A_B), "E": np.exp(E), "alpha": EXPONENT, "beta": EXPONENT}
         ours, found = timed(lambda: fit(law("chinchilla"), table, starts=grid))
-        print(f"4,500 starts: {ours:.2f} s, objective {found.objective_value:.13f}, {100 * found.certificate.reached:.0f} % of starts at the minimum")
+        print(
+            f"4,500 starts: {ours:.2f} s, objective {found.objective_value:.13f}, {100 * found.certificate.reached:.0f} % of starts at the minimum"
+        )
         starts = np.array(list(itertools.product(A_B, A_B, E, EXPONENT, EXPONENT)))[::100]
         logs = [np.log(table[c].to_numpy()) for c in ("params", "tokens", "loss")]
         began = time.process_time()
         options = {"ftol": 1e-15, "gtol": 1e-12, "maxiter": 15000}
-        ends = [optimize.minimize(huber_and_gradient, s, args=tuple(logs), jac=True, method="L-BFGS-B", options=options).fun for s in starts]
+        ends = [
+            optimize.minimize(
+                huber_and_gradient, s, args=tuple(logs), jac=True, method="L-BFGS-B", options=options
+            ).fun
+            for s in starts
+        ]
         theirs = (time.process_time() - began) * 4500 / len(starts)
-        print(f"scipy L-BFGS-B, {len(starts)} starts scaled to 4,500: {theirs:.0f} s, best {min(ends):.13f}; ratio {theirs / ours:.0f}")
+        print(
+            f"scipy L-BFGS-B, {len(starts)} starts scaled to 4,500: {theirs:.0f} s, best {min(ends):.13f}; ratio {theirs / ours:.0f}"
+        )
         seconds, drawn = timed(lambda: bootstrap(found, 1000))
         print(f"1,000 bootstrap refits: {seconds:.2f} s, {drawn.dropped} not settled")
     else:
         print("no published run table beside the checkout: timings skipped")
     if arguments.coverage:
         n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 7), np.logspace(9, 11, 7)))
-        cases = {"chinchilla": (dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), {"params": n, "tokens": d}),
-                 "kaplan": (dict(Nc=8.8e13, Dc=5.4e13, alpha_n=0.076, alpha_d=0.095), {"params": n, "tokens": d}),
-                 "over-training": (dict(E=1.7, a=114, b=190, eta=0.2425), {"params": n, "tokens": d}),
-                 "power-data": (dict(E=1.8, B=2000, beta=0.37), {"tokens": np.logspace(8.5, 11.5, 30)})}
+        cases = {
+            "chinchilla": (dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), {"params": n, "tokens": d}),
+            "kaplan": (dict(Nc=8.8e13, Dc=5.4e13, alpha_n=0.076, alpha_d=0.095), {"params": n, "tokens": d}),
+            "over-training": (dict(E=1.7, a=114, b=190, eta=0.2425), {"params": n, "tokens": d}),
+            "power-data": (dict(E=1.8, B=2000, beta=0.37), {"tokens": np.logspace(8.5, 11.5, 30)}),
+        }
         for objective, tails in itertools.product((Objective(), Objective("squares")), (np.inf, 4.0)):
             for name, (truth, columns) in cases.items():
-                got = coverage(law(name), truth, columns, 0.01, arguments.coverage, 150, objective=objective, tails=tails)
+                got = coverage(
+                    law(name), truth, columns, 0.01, arguments.coverage, 150, objective=objective, tails=tails
+                )
                 shown = ", ".join(f"{r.parameter} {r.covered:.2f}" for r in got.itertuples())
                 noise = "Gaussian" if np.isinf(tails) else "Student-t(4)"
-                print(f"90 % intervals, {objective.kind}, {noise} noise, {name}: mean {got.covered.mean():.3f} ({shown})", flush=True)
+                print(
+                    f"90 % intervals, {objective.kind}, {noise} noise, {name}: mean {got.covered.mean():.3f} ({shown})",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

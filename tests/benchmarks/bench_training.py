@@ -71,17 +71,28 @@ def loop(steps: int = 4, batch_size: int = 4) -> None:
         return time.process_time() - before
 
     found = alternating({"bare": bare, "fit": ours})
-    print(f"loop: {found['fit'] / found['bare']:.3f} x a bare loop on bytelm ({found['bare'] / steps * 1e3:.0f} ms of processor time a step)")
+    print(
+        f"loop: {found['fit'] / found['bare']:.3f} x a bare loop on bytelm ({found['bare'] / steps * 1e3:.0f} ms of processor time a step)"
+    )
 
 
 #: Passes over all elements of a step: calls of a foreach function, norms among them.
 PASSES = {"AdamW foreach": 8, "SGD momentum foreach": 3}
-RATIOS = (("LAMB", "AdamW foreach", 11), ("LARS", "SGD momentum foreach", 5), ("Sophia (no Hessian)", "AdamW foreach", 8),
-          ("1-bit Adam (compressed, one worker)", "AdamW foreach", 12))  # fmt: skip
+RATIOS = (
+    ("LAMB", "AdamW foreach", 11),
+    ("LARS", "SGD momentum foreach", 5),
+    ("Sophia (no Hessian)", "AdamW foreach", 8),
+    ("1-bit Adam (compressed, one worker)", "AdamW foreach", 12),
+)
 
 
-def stepping(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], count: int, width: int, steps: int = 3,
-             dtype: torch.dtype = torch.float32) -> Callable[[], float]:  # fmt: skip
+def stepping(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    count: int,
+    width: int,
+    steps: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], float]:
     weights = [nn.Parameter(torch.randn(width, width).to(dtype)) for _ in range(count)]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
@@ -99,14 +110,19 @@ def stepping(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], count:
 
 def elementwise(count: int = 12, width: int = 512) -> None:
     made: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-        "AdamW foreach": lambda w: torch.optim.AdamW(w, foreach=True), "LAMB": lambda w: LAMB(w),
-        "SGD momentum foreach": lambda w: torch.optim.SGD(w, lr=0.1, momentum=0.9, foreach=True), "LARS": lambda w: LARS(w),
-        "Sophia (no Hessian)": lambda w: Sophia(w), "1-bit Adam (compressed, one worker)": lambda w: OneBitAdam(w, freeze=1),
-    }  # fmt: skip
+        "AdamW foreach": lambda w: torch.optim.AdamW(w, foreach=True),
+        "LAMB": lambda w: LAMB(w),
+        "SGD momentum foreach": lambda w: torch.optim.SGD(w, lr=0.1, momentum=0.9, foreach=True),
+        "LARS": lambda w: LARS(w),
+        "Sophia (no Hessian)": lambda w: Sophia(w),
+        "1-bit Adam (compressed, one worker)": lambda w: OneBitAdam(w, freeze=1),
+    }
     found = alternating({name: stepping(make, count, width) for name, make in made.items()}, 7)
     for name, base, passes in RATIOS:
         ratio = found[name] / found[base]
-        print(f"{name}: {ratio:.2f} x {base}, {ratio * PASSES[base] / passes:.2f} x at equal passes ({passes} to {PASSES[base]}); {found[name] * 1e3:.1f} ms a step")
+        print(
+            f"{name}: {ratio:.2f} x {base}, {ratio * PASSES[base] / passes:.2f} x at equal passes ({passes} to {PASSES[base]}); {found[name] * 1e3:.1f} ms a step"
+        )
 
 
 class Projected(torch.optim.Optimizer):
@@ -152,27 +168,108 @@ def matrices() -> None:
     from pytorch_optimizer import Kron as TheirKron
 
     short, whole = torch.bfloat16, torch.float32
-    pairs: list[tuple[str, Callable[..., torch.optim.Optimizer], str, Callable[..., torch.optim.Optimizer], int, int, torch.dtype]] = [
-        ("GaLore (rank 32, no refresh)", lambda w: GaLore(w, rank=32), "torch's foreach AdamW", lambda w: torch.optim.AdamW(w, foreach=True), 12, 512, whole),
-        ("GaLore (rank 32, no refresh)", lambda w: GaLore(w, rank=32), "projections around torch's foreach AdamW", Projected, 12, 512, whole),
-        ("Muon, bfloat16 weights", lambda w: Muon(w), "torch.optim.Muon", lambda w: torch.optim.Muon(w), 4, 256, short),
-        ("Muon, float32 weights", lambda w: Muon(w), "torch.optim.Muon, which iterates in bfloat16", lambda w: torch.optim.Muon(w), 4, 256, whole),
-        ("Scion, bfloat16 weights", lambda w: Scion(w), "pytorch_optimizer.SCION", lambda w: SCION(w, norm_type=2), 4, 256, short),
-        ("Kron", lambda w: Kron(w), "pytorch_optimizer.Kron", lambda w: TheirKron(w, precondition_dtype=None), 1, 48, whole),
-        ("MKOR over SGD, factors kept", mkor, "the same products and torch's foreach SGD", lambda w: Preconditioned(w, lr=0.1, momentum=0.9, foreach=True), 6, 256, whole),
-    ]  # fmt: skip
+    pairs: list[
+        tuple[
+            str,
+            Callable[..., torch.optim.Optimizer],
+            str,
+            Callable[..., torch.optim.Optimizer],
+            int,
+            int,
+            torch.dtype,
+        ]
+    ] = [
+        (
+            "GaLore (rank 32, no refresh)",
+            lambda w: GaLore(w, rank=32),
+            "torch's foreach AdamW",
+            lambda w: torch.optim.AdamW(w, foreach=True),
+            12,
+            512,
+            whole,
+        ),
+        (
+            "GaLore (rank 32, no refresh)",
+            lambda w: GaLore(w, rank=32),
+            "projections around torch's foreach AdamW",
+            Projected,
+            12,
+            512,
+            whole,
+        ),
+        (
+            "Muon, bfloat16 weights",
+            lambda w: Muon(w),
+            "torch.optim.Muon",
+            lambda w: torch.optim.Muon(w),
+            4,
+            256,
+            short,
+        ),
+        (
+            "Muon, float32 weights",
+            lambda w: Muon(w),
+            "torch.optim.Muon, which iterates in bfloat16",
+            lambda w: torch.optim.Muon(w),
+            4,
+            256,
+            whole,
+        ),
+        (
+            "Scion, bfloat16 weights",
+            lambda w: Scion(w),
+            "pytorch_optimizer.SCION",
+            lambda w: SCION(w, norm_type=2),
+            4,
+            256,
+            short,
+        ),
+        (
+            "Kron",
+            lambda w: Kron(w),
+            "pytorch_optimizer.Kron",
+            lambda w: TheirKron(w, precondition_dtype=None),
+            1,
+            48,
+            whole,
+        ),
+        (
+            "MKOR over SGD, factors kept",
+            mkor,
+            "the same products and torch's foreach SGD",
+            lambda w: Preconditioned(w, lr=0.1, momentum=0.9, foreach=True),
+            6,
+            256,
+            whole,
+        ),
+    ]
     for ours, make, theirs, other, count, width, dtype in pairs:
-        found = alternating({"ours": stepping(make, count, width, dtype=dtype), "theirs": stepping(other, count, width, dtype=dtype)})
-        print(f"{ours}: {found['ours'] / found['theirs']:.2f} x {theirs}; {found['ours'] * 1e3:.1f} ms a step", flush=True)
+        found = alternating(
+            {
+                "ours": stepping(make, count, width, dtype=dtype),
+                "theirs": stepping(other, count, width, dtype=dtype),
+            }
+        )
+        print(
+            f"{ours}: {found['ours'] / found['theirs']:.2f} x {theirs}; {found['ours'] * 1e3:.1f} ms a step",
+            flush=True,
+        )
 
 
 def sweep(trials: int = 40) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        made = Sweep("bench", {"x": list(range(trials))}, lambda params, trial: {"value": 0.0}, storage=f"sqlite:///{folder}/s.sqlite")
+        made = Sweep(
+            "bench",
+            {"x": list(range(trials))},
+            lambda params, trial: {"value": 0.0},
+            storage=f"sqlite:///{folder}/s.sqlite",
+        )
         made.open().close()
         before, cpu = time.perf_counter(), time.process_time()
         made.run(workers=1)
-        print(f"sweep: {(time.process_time() - cpu) / trials * 1e3:.1f} ms of processor time, {(time.perf_counter() - before) / trials * 1e3:.1f} ms in all, a trial")
+        print(
+            f"sweep: {(time.process_time() - cpu) / trials * 1e3:.1f} ms of processor time, {(time.perf_counter() - before) / trials * 1e3:.1f} ms in all, a trial"
+        )
 
 
 if __name__ == "__main__":

@@ -30,27 +30,55 @@ WIDTHS = (2, 3, 4, 8)
 def markdown(board: pd.DataFrame) -> str:
     """Methods by width: mean test loss and the half width of its interval, bold where no other mean is smaller; seconds of a run."""
     table = summary(board)
-    table["shown"] = [f"{m:.4f}" + ("" if np.isnan(h) else f" ± {h:.4f}") for m, h in zip(table["mean"], table["half_width"], strict=True)]
+    table["shown"] = [
+        f"{m:.4f}" + ("" if np.isnan(h) else f" ± {h:.4f}")
+        for m, h in zip(table["mean"], table["half_width"], strict=True)
+    ]
     best = table.groupby("bits")["mean"].transform("min") == table["mean"]
     table.loc[best, "shown"] = "**" + table.loc[best, "shown"] + "**"
     wide = table.pivot(index="method", columns="bits", values="shown").fillna("")
     means = table.pivot(index="method", columns="bits", values="mean")
-    seconds, bits = board.groupby("method")["seconds"].median(), table[table["bits"] == 3].set_index("method")["average_bits"]
-    lines = ["| method | " + " | ".join(f"{b} bits" for b in wide.columns) + " | bits a weight at 3 bits | seconds |", "|---|" + "---|" * (len(wide.columns) + 2)]
+    seconds, bits = (
+        board.groupby("method")["seconds"].median(),
+        table[table["bits"] == 3].set_index("method")["average_bits"],
+    )
+    lines = [
+        "| method | "
+        + " | ".join(f"{b} bits" for b in wide.columns)
+        + " | bits a weight at 3 bits | seconds |",
+        "|---|" + "---|" * (len(wide.columns) + 2),
+    ]
     for method in means.sort_values(3).index:
-        lines.append(f"| {method} | " + " | ".join(wide.loc[method]) + f" | {bits[method]:.2f} | {seconds[method]:.1f} |")
+        lines.append(
+            f"| {method} | "
+            + " | ".join(wide.loc[method])
+            + f" | {bits[method]:.2f} | {seconds[method]:.1f} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     read = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     read.add_argument("subject")
-    for name, value in (("steps", 20), ("block-steps", 4), ("examples", 32), ("test-examples", 256), ("seeds", 3), ("group-size", 64), ("minutes", 0)):
+    for name, value in (
+        ("steps", 20),
+        ("block-steps", 4),
+        ("examples", 32),
+        ("test-examples", 256),
+        ("seeds", 3),
+        ("group-size", 64),
+        ("minutes", 0),
+    ):
         read.add_argument(f"--{name}", type=int, default=value)
     given = read.parse_args()
     torch.set_num_threads(1)
     on = workbench.subject(given.subject)
-    shared = {"steps": given.steps, "examples": given.examples, "test_examples": given.test_examples, "group_size": given.group_size}
+    shared = {
+        "steps": given.steps,
+        "examples": given.examples,
+        "test_examples": given.test_examples,
+        "group_size": given.group_size,
+    }
     methods, refused = accepted(on, WIDTHS, **shared)
     began, progress = time.perf_counter(), TextProgress()
     if given.minutes:
@@ -69,7 +97,7 @@ def main() -> None:
         f"(each seen by every method), integers, {said}, block steps {given.block_steps}; learned roundings and transforms have these few steps, so they are shown below what they can do. "
         f"One thread of {platform.machine()}, torch {torch.__version__}, {(time.perf_counter() - began) / 60:.0f} minutes.{left}\n\n"
         f"Test loss in nats, mean ± half a 95 % interval over the draws (none: one draw); dense {board['dense_loss'].mean():.4f}.\n\n{markdown(board)}\n"
-    )  # fmt: skip
+    )
     print(target.with_suffix(".md").read_text())
 
 

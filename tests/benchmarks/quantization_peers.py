@@ -40,7 +40,9 @@ class Peer:
             return None
 
 
-def rounded(method: str, bits: int, group: int, symmetric: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+def rounded(
+    method: str, bits: int, group: int, symmetric: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
     def values(weight: Tensor, gram: Tensor) -> Tensor:
         problem = Problem(weight, gram, named("int", bits, symmetric), "group", group, steps=STEPS)
         return ROUNDINGS[method](problem)[0]
@@ -61,7 +63,9 @@ def torchao_nearest(bits: int, group: int, symmetric: bool) -> Callable[[Tensor,
         low, high = (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
         kind = found.MappingType.SYMMETRIC if symmetric else found.MappingType.ASYMMETRIC
         block, dtype = (1, group), torch.int8 if symmetric else torch.uint8
-        scale, zero = found.choose_qparams_affine(weight, kind, block, dtype, low, high, scale_dtype=torch.float16)
+        scale, zero = found.choose_qparams_affine(
+            weight, kind, block, dtype, low, high, scale_dtype=torch.float16
+        )
         scale = scale.float()
         codes = found.quantize_affine(weight, block, scale, zero, dtype, low, high)
         return found.dequantize_affine(codes, block, scale, zero, dtype, low, high)
@@ -72,7 +76,9 @@ def torchao_nearest(bits: int, group: int, symmetric: bool) -> Callable[[Tensor,
 def torchao_hqq(bits: int, group: int) -> Callable[[Tensor, Tensor], Tensor]:
     def values(weight: Tensor, gram: Tensor) -> Tensor:
         found: Any = importlib.import_module("torchao.quantization.quant_primitives")
-        codes, scale, zero, _ = found._choose_qparams_and_quantize_affine_hqq(weight, bits, group, device="cpu", raw_output=True)
+        codes, scale, zero, _ = found._choose_qparams_and_quantize_affine_hqq(
+            weight, bits, group, device="cpu", raw_output=True
+        )
         steps, shift = (t.float().repeat_interleave(group, 1) for t in (scale, zero))
         return (codes.float() - shift) * steps
 
@@ -115,12 +121,16 @@ def auto_round(bits: int, group: int) -> Callable[[Tensor, Tensor], Tensor]:
 
     def values(weight: Tensor, gram: Tensor) -> Tensor:
         rounding: Any = importlib.import_module("auto_round.data_type.int").quant_tensor_asym
-        optimizer_class: Any = importlib.import_module("auto_round.algorithms.quantization.sign_round.sign_sgd").SignSGD
+        optimizer_class: Any = importlib.import_module(
+            "auto_round.algorithms.quantization.sign_round.sign_sgd"
+        ).SignSGD
         groups = weight.numel() // group
         offset = torch.zeros(groups, group, requires_grad=True)
         low, high = (torch.ones(groups, requires_grad=True) for _ in range(2))
         optimizer = optimizer_class([offset, low, high], lr=1 / STEPS, weight_decay=0)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=STEPS)
+        schedule = torch.optim.lr_scheduler.LinearLR(
+            optimizer, start_factor=1.0, end_factor=0.0, total_iters=STEPS
+        )
         best, least = weight, float("inf")
         for _ in range(STEPS):
             with torch.no_grad():
@@ -142,13 +152,48 @@ def auto_round(bits: int, group: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 PEERS = [
-    Peer("torchao", "nearest, symmetric int4, groups of 64", torchao_nearest(4, 64, True), rounded("nearest", 4, 64, True)),
-    *(Peer("torchao", f"nearest, uint{b} with zero point, groups of 64", torchao_nearest(b, 64, False), rounded("nearest", b, 64)) for b in (3, 4)),
+    Peer(
+        "torchao",
+        "nearest, symmetric int4, groups of 64",
+        torchao_nearest(4, 64, True),
+        rounded("nearest", 4, 64, True),
+    ),
+    *(
+        Peer(
+            "torchao",
+            f"nearest, uint{b} with zero point, groups of 64",
+            torchao_nearest(b, 64, False),
+            rounded("nearest", b, 64),
+        )
+        for b in (3, 4)
+    ),
     Peer("torchao", "NF4, blocks of 64", torchao_nf4, in_format("nf4")),
     Peer("torchao", "MXFP4", torchao_mxfp4, in_format("mxfp4")),
-    *(Peer("torchao", f"half-quadratic, {b} bits, groups of 64", torchao_hqq(b, 64), rounded("hqq", b, 64)) for b in (3, 4)),
-    *(Peer("hqq", f"half-quadratic, {b} bits, groups of 64", hqq(b, 64), rounded("hqq", b, 64)) for b in (2, 3, 4)),
-    *(Peer("optimum-quanto", f"half-quadratic, {b} bits, groups of 64", quanto(b, 64, True), rounded("hqq", b, 64)) for b in (2, 4)),
+    *(
+        Peer("torchao", f"half-quadratic, {b} bits, groups of 64", torchao_hqq(b, 64), rounded("hqq", b, 64))
+        for b in (3, 4)
+    ),
+    *(
+        Peer("hqq", f"half-quadratic, {b} bits, groups of 64", hqq(b, 64), rounded("hqq", b, 64))
+        for b in (2, 3, 4)
+    ),
+    *(
+        Peer(
+            "optimum-quanto",
+            f"half-quadratic, {b} bits, groups of 64",
+            quanto(b, 64, True),
+            rounded("hqq", b, 64),
+        )
+        for b in (2, 4)
+    ),
     Peer("optimum-quanto", "nearest, qint4, groups of 64", quanto(4, 64, False), rounded("nearest", 4, 64)),
-    *(Peer("auto-round", f"SignRound, {b} bits, groups of 64, {STEPS} steps", auto_round(b, 64), rounded("signround", b, 64)) for b in (2, 3, 4)),
+    *(
+        Peer(
+            "auto-round",
+            f"SignRound, {b} bits, groups of 64, {STEPS} steps",
+            auto_round(b, 64),
+            rounded("signround", b, 64),
+        )
+        for b in (2, 3, 4)
+    ),
 ]

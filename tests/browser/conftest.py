@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra 'test'): no browser tests")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed (extra 'test'): no browser tests"
+)
 
 from tests.browser.lab import CHROMIUM, Watched, browse  # noqa: E402
 
@@ -18,7 +20,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here in Path(item.path).parents:
             item.add_marker(pytest.mark.browser)
             if CHROMIUM is None:
-                item.add_marker(pytest.mark.skip(reason="no Chromium on this machine: run tests/browser/install_chromium.sh as root"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="no Chromium on this machine: run tests/browser/install_chromium.sh as root"
+                    )
+                )
 
 
 @pytest.fixture()

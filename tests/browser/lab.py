@@ -23,9 +23,18 @@ import pytest
 from tests.conftest import new_cache
 from tests.notebook import write
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PATIENCE = 90_000  # milliseconds; a loaded machine is slow, not broken
 
 
@@ -45,26 +54,47 @@ def serve(root: Path, private: Path, environment: dict[str, str] | None = None) 
     token = secrets.token_hex(16)
     settings = private / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps({"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True}))
+    (settings / "notification.jupyterlab-settings").write_text(
+        json.dumps({"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True})
+    )
     # the project's own override follows the system's light or dark; while it does, JupyterLab takes the first change of theme as the wish to stop following
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"adaptive-theme": False}))
     env = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "JUPYTER_CONFIG_DIR": str(private / "config"), "JUPYTER_RUNTIME_DIR": str(private / "runtime"), "JUPYTER_DATA_DIR": str(private / "data"),
-        "IPYTHONDIR": str(private / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(private / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(private / "workspaces"), **(environment or {}),
-    }  # fmt: skip
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "JUPYTER_CONFIG_DIR": str(private / "config"),
+        "JUPYTER_RUNTIME_DIR": str(private / "runtime"),
+        "JUPYTER_DATA_DIR": str(private / "data"),
+        "IPYTHONDIR": str(private / "ipython"),
+        "JUPYTERLAB_SETTINGS_DIR": str(private / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(private / "workspaces"),
+        **(environment or {}),
+    }
     command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
-        "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}", "--expose-app-in-browser",
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={root}",
+        "--expose-app-in-browser",
         "--LabApp.news_url=None",
         "--KernelManager.shutdown_wait_time=0.2",  # a test's kernel has nothing to save
         # should the tests be killed, the server ends by itself
-        "--ServerApp.shutdown_no_activity_timeout=300", "--MappingKernelManager.cull_idle_timeout=240",
-    ]  # fmt: skip
+        "--ServerApp.shutdown_no_activity_timeout=300",
+        "--MappingKernelManager.cull_idle_timeout=240",
+    ]
     log = private / "server.log"
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, env=env, stdout=sink, stderr=sink, start_new_session=True, cwd=root)
+        process = subprocess.Popen(
+            command, env=env, stdout=sink, stderr=sink, start_new_session=True, cwd=root
+        )
     try:
         until = time.monotonic() + PATIENCE / 1000
         while True:
@@ -85,12 +115,16 @@ def serve(root: Path, private: Path, environment: dict[str, str] | None = None) 
 
 
 @contextlib.contextmanager
-def serve_cells(folders: pytest.TempPathFactory, cells: dict[str, str], environment: dict[str, str] | None = None) -> Iterator[Lab]:
+def serve_cells(
+    folders: pytest.TempPathFactory, cells: dict[str, str], environment: dict[str, str] | None = None
+) -> Iterator[Lab]:
     """JupyterLab over a new folder with one notebook of one cell a name, and a cache of its own."""
     root, private = folders.mktemp("root"), folders.mktemp("private")
     for name, code in cells.items():
         write(root / f"{name}.ipynb", code)
-    with serve(root, private, {"WORKBENCH_CACHE": str(new_cache(private / "cache")), **(environment or {})}) as found:
+    with serve(
+        root, private, {"WORKBENCH_CACHE": str(new_cache(private / "cache")), **(environment or {})}
+    ) as found:
         yield found
 
 
@@ -114,9 +148,19 @@ def browse(width: int = 1280, height: int = 900, **context: object) -> Iterator[
         page.set_default_timeout(PATIENCE)
         watched = Watched(page)
         inside = ("http://127.0.0.1", "data:", "blob:", "file:", "about:")
-        page.on("request", lambda request: None if request.url.startswith(inside) else watched.outside.append(request.url[:200]))
-        page.on("requestfailed", lambda request: watched.refused.update({request.url[:200]: str(request.failure)}))
-        page.on("console", lambda message: watched.errors.append(message.text[:300]) if message.type == "error" else None)
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith(inside) else watched.outside.append(request.url[:200])
+            ),
+        )
+        page.on(
+            "requestfailed", lambda request: watched.refused.update({request.url[:200]: str(request.failure)})
+        )
+        page.on(
+            "console",
+            lambda message: watched.errors.append(message.text[:300]) if message.type == "error" else None,
+        )
         page.on("pageerror", lambda error: watched.errors.append((error.stack or str(error))[:600]))
         try:
             yield watched
@@ -128,7 +172,9 @@ def open_notebook(page: playwright.Page, lab: Lab, name: str) -> None:
     """Open a notebook and wait for its kernel."""
     page.goto(f"{lab.url}/lab/tree/{name}?token={lab.token}&reset")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
-    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+    page.wait_for_function(
+        "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+    )
 
 
 def run_all(page: playwright.Page) -> None:
@@ -163,5 +209,7 @@ def set_theme(page: playwright.Page, theme: str) -> None:
     """
     page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
     page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
-    page.wait_for_function("(light) => document.body.dataset.jpThemeLight === light", arg="false" if "Dark" in theme else "true")
+    page.wait_for_function(
+        "(light) => document.body.dataset.jpThemeLight === light", arg="false" if "Dark" in theme else "true"
+    )
     page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")

@@ -23,7 +23,9 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with serve_cells(tmp_path_factory, {"panel": PANEL}, {"JUPYTER_PATH": str(ROOT / "share" / "jupyter")}) as found:
+    with serve_cells(
+        tmp_path_factory, {"panel": PANEL}, {"JUPYTER_PATH": str(ROOT / "share" / "jupyter")}
+    ) as found:
         shutil.copy(ROOT / "notebooks" / "index.ipynb", found.root)
         yield found
 
@@ -43,7 +45,9 @@ def press(page: Page, field: str, key: str, times: int) -> None:
 
 
 def curve(page: Page) -> list[float]:
-    return page.evaluate("() => [...(document.querySelector('.wb-plot-figure')._fullData.find((t) => t.name)?.y ?? [])].slice(0, 50)")
+    return page.evaluate(
+        "() => [...(document.querySelector('.wb-plot-figure')._fullData.find((t) => t.name)?.y ?? [])].slice(0, 50)"
+    )
 
 
 def test_panel_moves_runs_stops_and_explains(lab: Lab, watched: Watched) -> None:
@@ -52,7 +56,10 @@ def test_panel_moves_runs_stops_and_explains(lab: Lab, watched: Watched) -> None
     run_all(page)
     panel = page.locator(".wb-panel")
     note = panel.locator(".wb-job .wb-note")
-    run, stop = panel.get_by_role("button", name="Run", exact=True), panel.get_by_role("button", name="Stop", exact=True)
+    run, stop = (
+        panel.get_by_role("button", name="Run", exact=True),
+        panel.get_by_role("button", name="Stop", exact=True),
+    )
     expect(panel.get_by_role("heading", name="spectrum on digits-vit")).to_be_visible()
     expect(page.locator(".wb-plot").first).to_be_hidden()  # no empty axes before there is a result
 
@@ -102,7 +109,12 @@ def test_panel_moves_runs_stops_and_explains(lab: Lab, watched: Watched) -> None
     text.press("Enter")
     run.click()
     expect(note.get_by_role("alert")).to_contain_text("no.such.layer")
-    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output pre:has-text('Traceback')").count() == 0
+    assert (
+        page.locator(
+            ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output pre:has-text('Traceback')"
+        ).count()
+        == 0
+    )
 
 
 def test_panel_follows_theme_and_width_and_names_its_controls(lab: Lab, watched: Watched) -> None:
@@ -118,7 +130,9 @@ def test_panel_follows_theme_and_width_and_names_its_controls(lab: Lab, watched:
     set_theme(page, "JupyterLab Light")
     page.set_viewport_size({"width": 640, "height": 900})
     page.wait_for_function("() => document.querySelector('.wb-plot-figure')._fullLayout.width < 620")
-    assert page.evaluate("() => { const p = document.querySelector('.wb-panel'); return p.scrollWidth <= p.clientWidth + 1 }")
+    assert page.evaluate(
+        "() => { const p = document.querySelector('.wb-panel'); return p.scrollWidth <= p.clientWidth + 1 }"
+    )
     # every control has a name a screen reader finds
     unnamed = page.evaluate("""() => [...document.querySelectorAll('.wb-panel input, .wb-panel select, .wb-panel button')]
         .filter((e) => e.offsetParent && !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim() || e.title)).length""")
@@ -131,7 +145,9 @@ def test_index_lists_everything_and_opens_a_panel(lab: Lab, watched: Watched) ->
     run_all(page)
     expect(page.get_by_role("link", name="compress", exact=True)).to_be_visible()
     for name in ("spectrum", "prune", "quantize", "latency"):
-        expect(page.locator(".jp-RenderedHTMLCommon code", has_text=re.compile(f"^{name}$")).first).to_be_attached()
+        expect(
+            page.locator(".jp-RenderedHTMLCommon code", has_text=re.compile(f"^{name}$")).first
+        ).to_be_attached()
     bench = page.locator(".wb-bench")
     bench.get_by_label("instrument", exact=True).select_option(label="quantize")
     bench.get_by_role("button", name="Open").click()

@@ -39,7 +39,9 @@ expect.set_options(timeout=PATIENCE)
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     on = workbench.subject("digits-vit")
-    small = Allocate(layers="*layers.0.*", widths=[2, 3, 4, 8], examples=16, predict_examples=8, draws=0, test_examples=32)
+    small = Allocate(
+        layers="*layers.0.*", widths=[2, 3, 4, 8], examples=16, predict_examples=8, draws=0, test_examples=32
+    )
     with serve_cells(tmp_path_factory, {name: OPEN + cell for name, cell in CELLS.items()}) as found:
         small.run(on, Progress(), cache=False).save(found.root / "allocated", with_subject=False)
         yield found
@@ -50,8 +52,9 @@ def opened(lab: Lab, watched: Watched, name: str) -> Page:
     return watched.page
 
 
-def test_the_grid_and_the_error_follow_the_slider_and_the_page_says_how_fast(lab: Lab, watched: Watched,
-                                                                              record_property: Callable[[str, object], None]) -> None:  # fmt: skip
+def test_the_grid_and_the_error_follow_the_slider_and_the_page_says_how_fast(
+    lab: Lab, watched: Watched, record_property: Callable[[str, object], None]
+) -> None:
     page = opened(lab, watched, "formats")
     panel = page.locator(".wb-panel-quantization")
     facts, title = panel.locator(".wb-facts"), page.locator(".wb-plot [role=img], .wb-plot-figure").first
@@ -62,10 +65,14 @@ def test_the_grid_and_the_error_follow_the_slider_and_the_page_says_how_fast(lab
     handle = page.locator(".wb-field-bits .noUi-handle")
     handle.focus()
     errors = []
-    for key, bits in [("ArrowRight", b) for b in (5, 6, 7, 8)] + [("ArrowLeft", b) for b in (7, 6, 5, 4, 3, 2)]:
+    for key, bits in [("ArrowRight", b) for b in (5, 6, 7, 8)] + [
+        ("ArrowLeft", b) for b in (7, 6, 5, 4, 3, 2)
+    ]:
         handle.press(key)
         expect(title).to_have_attribute("aria-label", re.compile(f"^int{bits} on "))
-        page.wait_for_function(f"() => {TRACES}.find((t) => t.name === 'values of the format').x.length === {2**bits - 1}")
+        page.wait_for_function(
+            f"() => {TRACES}.find((t) => t.name === 'values of the format').x.length === {2**bits - 1}"
+        )
         errors.append((bits, facts.inner_text()))
     waited = page.evaluate("() => window.waited")
     assert len(waited) == 10 and all(w > 0 for w in waited)
@@ -117,18 +124,24 @@ def test_bars_are_sorted_filtered_and_laid_over_another_run(lab: Lab, watched: W
     page.wait_for_function(f"() => {TRACES}[0].type === 'bar'")
     plain = page.evaluate(heights)
     panel.get_by_label("sort", exact=True).select_option(label="largest first")
-    page.wait_for_function(f"() => {{ const y = ({heights})(); return y.every((v, i) => !i || v <= y[i - 1]) }}")
+    page.wait_for_function(
+        f"() => {{ const y = ({heights})(); return y.every((v, i) => !i || v <= y[i - 1]) }}"
+    )
     assert sorted(page.evaluate(heights)) == sorted(plain)
     only = panel.get_by_label("only", exact=True)
     only.fill("fc1")
     only.press("Enter")
-    page.wait_for_function(f"() => [...{TRACES}[0].x].every((name) => name.includes('fc1')) && {TRACES}[0].x.length < {len(plain)}")
+    page.wait_for_function(
+        f"() => [...{TRACES}[0].x].every((name) => name.includes('fc1')) && {TRACES}[0].x.length < {len(plain)}"
+    )
     only.fill("")
     only.press("Enter")
     page.wait_for_function(f"() => {TRACES}[0].x.length === {len(plain)}")
     panel.get_by_label("rounding", exact=True).select_option(label="gptq")
     run.click()
-    page.wait_for_function(f"() => {{ const y = ({heights})(); return y.length === {len(plain)} && Math.max(...y) < {max(plain)} }}")
+    page.wait_for_function(
+        f"() => {{ const y = ({heights})(); return y.length === {len(plain)} && Math.max(...y) < {max(plain)} }}"
+    )
     expect(note).to_have_text(re.compile("done after"))
     panel.get_by_label("Compare with").select_option(index=1)
     page.wait_for_function(f"() => {TRACES}.length === 2")

@@ -21,9 +21,16 @@ def write_report(path: Path) -> Path:
     line(curve, np.linspace(0, 1, 50), np.linspace(0, 1, 50) ** 2, "oBERT")
     grid = figure("Errors")
     heat(grid, np.arange(12.0).reshape(3, 4), unit="nats")
-    outputs = [[V4.new_output("display_data", data={PLOTLY_MIME: json.loads(pio.to_json(fig))})] for fig in (curve, grid)]
-    book = V4.new_notebook(cells=[V4.new_markdown_cell("# Report\n\n## One\n\n$\\frac{1}{2}$\n\n## Two\n\n## Three"),
-                                  *(V4.new_code_cell("code_here = 1", outputs=out) for out in outputs)])  # fmt: skip
+    outputs = [
+        [V4.new_output("display_data", data={PLOTLY_MIME: json.loads(pio.to_json(fig))})]
+        for fig in (curve, grid)
+    ]
+    book = V4.new_notebook(
+        cells=[
+            V4.new_markdown_cell("# Report\n\n## One\n\n$\\frac{1}{2}$\n\n## Two\n\n## Three"),
+            *(V4.new_code_cell("code_here = 1", outputs=out) for out in outputs),
+        ]
+    )
     path.write_text(page(book), encoding="utf-8")
     return path
 
@@ -34,7 +41,9 @@ def test_figures_show_zoom_and_follow_the_theme_offline(tmp_path: Path) -> None:
         page = watched.page
         page.goto(file.as_uri())
         page.wait_for_function("() => document.documentElement.dataset.figures === 'drawn'")
-        assert page.evaluate("() => [...document.querySelectorAll('.figure')].map((f) => f._fullData.length)") == [1, 1]
+        assert page.evaluate(
+            "() => [...document.querySelectorAll('.figure')].map((f) => f._fullData.length)"
+        ) == [1, 1]
         assert page.locator(".figure .main-svg").count() >= 2
         assert page.evaluate("() => document.querySelector('mfrac').getBoundingClientRect().height") > 5
         ink = page.evaluate("() => document.querySelector('.figure')._fullLayout.font.color")
@@ -47,7 +56,9 @@ def test_figures_show_zoom_and_follow_the_theme_offline(tmp_path: Path) -> None:
         page.mouse.down()
         page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 40, steps=6)
         page.mouse.up()
-        page.wait_for_function("() => { const r = document.querySelector('.figure')._fullLayout.xaxis.range; return r[0] > 0.2 && r[1] < 0.7 }")
+        page.wait_for_function(
+            "() => { const r = document.querySelector('.figure')._fullLayout.xaxis.range; return r[0] > 0.2 && r[1] < 0.7 }"
+        )
         assert before[0] <= 0 and before[1] >= 1
         page.emulate_media(color_scheme="dark")
         page.wait_for_function(f"() => document.querySelector('.figure')._fullLayout.font.color !== '{ink}'")
@@ -67,5 +78,7 @@ def test_foreign_script_does_not_run_even_unsanitised(tmp_path: Path) -> None:
         watched.page.wait_for_function("() => document.documentElement.dataset.figures === 'drawn'")
         assert watched.page.evaluate("() => window.ran") is None
         # the browser announces the request it is about to stop
-        assert watched.refused == {"https://example.org/x.png": "csp"} and set(watched.outside) == set(watched.refused)
+        assert watched.refused == {"https://example.org/x.png": "csp"} and set(watched.outside) == set(
+            watched.refused
+        )
         assert any("Content Security Policy" in error for error in watched.errors)

@@ -22,16 +22,28 @@ expect.set_options(timeout=PATIENCE)
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 6), np.logspace(9, 11, 6)))
-    loss = law("chinchilla").predict(dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), {"params": n, "tokens": d})
+    loss = law("chinchilla").predict(
+        dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), {"params": n, "tokens": d}
+    )
     with serve_cells(tmp_path_factory, {"scaling": CODE}) as found:
-        pd.DataFrame({"size": n, "tokens": d, "loss": loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(36))}).to_csv(found.root / "runs.csv", index=False)
+        pd.DataFrame(
+            {
+                "size": n,
+                "tokens": d,
+                "loss": loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(36)),
+            }
+        ).to_csv(found.root / "runs.csv", index=False)
         yield found
 
 
 def test_cutoff_click_and_budget(lab: Lab, watched: Watched) -> None:
     page = watched.page
     open_and_run(page, lab, "scaling", height=1400)
-    note, plan, facts = page.locator(".wb-note"), page.locator(".wb-scaling-plan"), page.locator(".wb-scaling-facts")
+    note, plan, facts = (
+        page.locator(".wb-note"),
+        page.locator(".wb-scaling-plan"),
+        page.locator(".wb-scaling-facts"),
+    )
     expect(note).to_contain_text("36 runs fitted: converged")
     expect(plan).to_contain_text("N*")
     page.wait_for_function("() => +document.querySelector('.wb-plot')?.dataset.revision > 0")

@@ -57,7 +57,9 @@ def press(page: Page, handle: Locator, status: Locator, keys: list[tuple[str, st
         expect(status).to_contain_text(expected)
 
 
-def test_the_slider_moves_the_threshold_and_the_page_says_how_fast(computed: Page, record_property: Callable[[str, object], None]) -> None:
+def test_the_slider_moves_the_threshold_and_the_page_says_how_fast(
+    computed: Page, record_property: Callable[[str, object], None]
+) -> None:
     page = computed
     handle, status = page.locator(".wb-field-sparsity .noUi-handle"), page.locator(".wb-bitmap-status")
     before, facts = shown(page), page.locator(".wb-sparsity-facts").inner_text()
@@ -82,7 +84,12 @@ def test_the_bitmap_zooms_by_wheel_and_by_keys(computed: Page) -> None:
     for _ in range(3):
         page.mouse.wheel(0, -100)
     expect(bitmap).to_have_attribute("data-zoom", re.compile(r"^1\.953"))
-    assert page.evaluate("() => document.querySelector('.jp-WindowedPanel-outer, .jp-NotebookPanel-notebook').scrollTop") == 0  # the notebook stayed
+    assert (
+        page.evaluate(
+            "() => document.querySelector('.jp-WindowedPanel-outer, .jp-NotebookPanel-notebook').scrollTop"
+        )
+        == 0
+    )  # the notebook stayed
     canvas.focus()
     page.keyboard.press("0")
     expect(bitmap).to_have_attribute("data-zoom", "1.000")

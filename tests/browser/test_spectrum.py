@@ -82,7 +82,9 @@ def test_run_refine_click_overlay_and_batch(lab: Lab, watched: Watched) -> None:
     page.locator(".wb-field-batch .noUi-handle").focus()
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
-    page.wait_for_function(f"() => {TRACES}.some((name) => /^noise edge at B=/.test(name)) && {TRACES}.some((name) => /^predicted top at B=/.test(name))")
+    page.wait_for_function(
+        f"() => {TRACES}.some((name) => /^noise edge at B=/.test(name)) && {TRACES}.some((name) => /^predicted top at B=/.test(name))"
+    )
     photograph(page, "spectrum-batch")
 
 

@@ -31,7 +31,9 @@ expect.set_options(timeout=PATIENCE)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with serve_cells(tmp_path_factory, {"surface": SURFACE, "schedules": SCHEDULES, "optimizers": OPTIMIZERS}) as found:
+    with serve_cells(
+        tmp_path_factory, {"surface": SURFACE, "schedules": SCHEDULES, "optimizers": OPTIMIZERS}
+    ) as found:
         yield found
 
 
@@ -40,12 +42,17 @@ def revision_after(page: Page, before: int) -> int:
     return int(page.evaluate("() => document.querySelector('.wb-plot').dataset.revision"))
 
 
-def test_a_sweep_seen_live_stopped_and_gone_on_with_from_the_command_line(lab: Lab, watched: Watched, tmp_path: Path) -> None:
+def test_a_sweep_seen_live_stopped_and_gone_on_with_from_the_command_line(
+    lab: Lab, watched: Watched, tmp_path: Path
+) -> None:
     page = watched.page
     open_and_run(page, lab, "surface")
     panel = page.locator(".wb-panel")
     note = panel.locator(".wb-job .wb-note")
-    run, stop = panel.get_by_role("button", name="Run", exact=True), panel.get_by_role("button", name="Stop", exact=True)
+    run, stop = (
+        panel.get_by_role("button", name="Run", exact=True),
+        panel.get_by_role("button", name="Stop", exact=True),
+    )
     run.click()
     # live: cells appear while the sweep runs, and the note says how far it is
     first = revision_after(page, 0)
@@ -62,9 +69,34 @@ def test_a_sweep_seen_live_stopped_and_gone_on_with_from_the_command_line(lab: L
 
     # the same settings from the command line find the same sweep and go on
     cache = next(lab.root.parent.rglob("sweeps.sqlite")).parent.parent
-    command = [str(Path(sys.executable).parent / "workbench"), "run", "learning-rate-batch-size", "--subject", "digits-vit", "--examples", "2048", "--lr-points", "4",
-               "--batch-sizes", "[8, 32]", "--seeds", "2", "--workers", "1", "--evaluate-limit", "64", "--out", str(tmp_path / "out")]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "WORKBENCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    command = [
+        str(Path(sys.executable).parent / "workbench"),
+        "run",
+        "learning-rate-batch-size",
+        "--subject",
+        "digits-vit",
+        "--examples",
+        "2048",
+        "--lr-points",
+        "4",
+        "--batch-sizes",
+        "[8, 32]",
+        "--seeds",
+        "2",
+        "--workers",
+        "1",
+        "--evaluate-limit",
+        "64",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "WORKBENCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
     # and the panel shows the whole of it without another run

@@ -47,8 +47,12 @@ def wire(value: Any) -> Any:
     return [wire(item) for item in value] if isinstance(value, list) else value
 
 
-def mount(watched: Watched, view: str, state: dict[str, Any], library: bytes = b"", theme: str = "true") -> None:
-    watched.page.set_content(f"<body data-jp-theme-light='{theme}' style='width:900px;margin:0'><style>{(SOURCES / 'workbench.css').read_text()}</style></body>")
+def mount(
+    watched: Watched, view: str, state: dict[str, Any], library: bytes = b"", theme: str = "true"
+) -> None:
+    watched.page.set_content(
+        f"<body data-jp-theme-light='{theme}' style='width:900px;margin:0'><style>{(SOURCES / 'workbench.css').read_text()}</style></body>"
+    )
     watched.page.evaluate(MOUNT, [wire(state), (SOURCES / view).read_text(), wire(library)])
 
 
@@ -65,7 +69,10 @@ def test_bitmap_draws_cells_zooms_moves_and_reads_out(watched: Watched) -> None:
     page = watched.page
 
     def pixel(x: float, y: float) -> list[int]:
-        return page.evaluate("([x, y]) => { const c = el.querySelector('canvas'); return [...c.getContext('2d').getImageData(x * c.width, y * c.height, 1, 1).data] }", [x, y])
+        return page.evaluate(
+            "([x, y]) => { const c = el.querySelector('canvas'); return [...c.getContext('2d').getImageData(x * c.width, y * c.height, 1, 1).data] }",
+            [x, y],
+        )
 
     assert page.evaluate("() => el.querySelector('canvas').clientWidth") == 898
     # 40 x 30 cells in 898 x 300 pixels: the picture is 400 wide
@@ -136,7 +143,13 @@ def test_bitmap_of_millions_of_cells(watched: Watched, rows: int) -> None:
 
 
 def plot_state(view: PlotView) -> dict[str, Any]:
-    return {"spec": packed(view.spec), "revision": view.revision, "alt": view.alt, "library": "IPY_MODEL_x", "library_version": "test"}
+    return {
+        "spec": packed(view.spec),
+        "revision": view.revision,
+        "alt": view.alt,
+        "library": "IPY_MODEL_x",
+        "library_version": "test",
+    }
 
 
 def test_plot_draws_binary_arrays_follows_the_theme_and_keeps_the_last_state(watched: Watched) -> None:
@@ -151,8 +164,12 @@ def test_plot_draws_binary_arrays_follows_the_theme_and_keeps_the_last_state(wat
     assert page.evaluate(f"() => [...{full}[0].y]") == [0, 1, 4, 9, 16]
     assert page.evaluate(f"() => {full}[1].z.map((row) => [...row])") == [[0, 1, 2], [3, 4, 5]]
     assert page.locator("[role=img]").get_attribute("aria-label") == "Five squares"
-    page.evaluate("() => { document.body.style.setProperty('--jp-ui-font-color1', 'rgb(250, 250, 250)'); document.body.dataset.jpThemeLight = 'false' }")
-    page.wait_for_function("() => el.querySelector('.wb-plot-figure')._fullLayout.font.color === 'rgb(250, 250, 250)'")
+    page.evaluate(
+        "() => { document.body.style.setProperty('--jp-ui-font-color1', 'rgb(250, 250, 250)'); document.body.dataset.jpThemeLight = 'false' }"
+    )
+    page.wait_for_function(
+        "() => el.querySelector('.wb-plot-figure')._fullLayout.font.color === 'rgb(250, 250, 250)'"
+    )
     # a burst of states, all but the last outdated before they can be drawn
     updates = []
     for revision in range(1, 21):

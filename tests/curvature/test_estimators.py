@@ -38,7 +38,9 @@ def digits_matrix(digits: Subject) -> torch.Tensor:
 
 def test_the_operator_is_the_published_hessian(digits: Subject, digits_matrix: torch.Tensor) -> None:
     for kind in ("hessian", "ggn"):
-        with curvature_operator(digits, kind, split="all", examples=1797, batch_size=600, dtype="float64") as operator:
+        with curvature_operator(
+            digits, kind, split="all", examples=1797, batch_size=600, dtype="float64"
+        ) as operator:
             found = operator.matmat(torch.eye(operator.size, dtype=torch.float64))
         assert torch.allclose(found, digits_matrix, atol=1e-12)
     values = torch.linalg.eigvalsh(digits_matrix)
@@ -53,7 +55,9 @@ def test_repeated_eigenvalues_are_found_with_their_multiplicity(digits: Subject,
         found = eigenpairs(operator, 18, block=block, tolerance=1e-9)
     assert found.values[:9].tolist() == pytest.approx([TOP] * 9, abs=1e-9)
     assert found.values[9:].tolist() == pytest.approx([NEXT] * 9, abs=1e-7)
-    assert found.complete and found.note == "multiplicities are resolved" and float(found.residuals.max()) < 1e-8
+    assert (
+        found.complete and found.note == "multiplicities are resolved" and float(found.residuals.max()) < 1e-8
+    )
     assert [count for _, count in found.multiplicities()] == [9, 9]
     gram = found.vectors @ found.vectors.T
     assert torch.allclose(gram, torch.eye(18, dtype=torch.float64), atol=1e-8)
@@ -93,7 +97,9 @@ def known(values: torch.Tensor, seed: int = 0) -> DenseOperator:
 
 
 def test_both_ends_of_an_indefinite_matrix_after_restarts() -> None:
-    values = torch.cat([torch.linspace(-1, 1, 290), torch.tensor([9.0, 7.5, 7.4, 5.0, 3.0, -2.0, -4.0, -4.1, -6.0, -8.0])])
+    values = torch.cat(
+        [torch.linspace(-1, 1, 290), torch.tensor([9.0, 7.5, 7.4, 5.0, 3.0, -2.0, -4.0, -4.1, -6.0, -8.0])]
+    )
     operator = known(values)
     top = eigenpairs(operator, 4, tolerance=1e-9, block=1, basis=14)
     bottom = eigenpairs(operator, 4, "bottom", tolerance=1e-9, block=2, basis=14)
@@ -104,7 +110,10 @@ def test_both_ends_of_an_indefinite_matrix_after_restarts() -> None:
 
 
 def test_few_products_say_so() -> None:
-    assert "converged within the allowed products" in eigenpairs(known(torch.linspace(0, 1, 300)), 5, tolerance=1e-12, max_products=12).note
+    assert (
+        "converged within the allowed products"
+        in eigenpairs(known(torch.linspace(0, 1, 300)), 5, tolerance=1e-12, max_products=12).note
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -159,13 +168,25 @@ def test_probes_in_groups_give_what_they_give_together(monkeypatch: pytest.Monke
         monkeypatch.setattr("workbench.curvature.lanczos.GROUP_MEMORY", limit)
         monkeypatch.setattr("workbench.curvature.operators.GRAPH_MEMORY", room)
         with curvature_operator(subject, batch_size=5, dtype="float64") as operator:
-            run = GroupedProbes(operator, lambda numbers, operator=operator: rademacher(operator, numbers, 0), 3, 6, parts=operator.slices)  # type: ignore[misc]
+            run = GroupedProbes(
+                operator,
+                lambda numbers, operator=operator: rademacher(operator, numbers, 0),
+                3,
+                6,
+                parts=operator.slices,
+            )  # type: ignore[misc]
             assert [len(group) for group in run.groups] == ([1, 1, 1] if (limit, room) == (0, 2**40) else [3])
             assert len(list(run.run())) == run.steps and run.done == 6
             assert len(operator._kept) == (5 if room else 0)
-        found.append((np.concatenate([*run.quadrature().nodes, *run.quadrature().weights]), run.forms, run.noise))
+        found.append(
+            (np.concatenate([*run.quadrature().nodes, *run.quadrature().weights]), run.forms, run.noise)
+        )
     for nodes, forms, noise in found[1:]:
-        assert np.allclose(nodes, found[0][0]) and np.allclose(forms, found[0][1]) and noise == pytest.approx(found[0][2])
+        assert (
+            np.allclose(nodes, found[0][0])
+            and np.allclose(forms, found[0][1])
+            and noise == pytest.approx(found[0][2])
+        )
 
 
 def test_resolved_outliers_carry_their_copies(digits: Subject) -> None:
@@ -193,7 +214,9 @@ def test_density_moments_match_trace_and_norm_within_their_errors(digits_matrix:
     density, _, _ = band(quadrature.densities(grid, 0.01))
     assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-3)
     assert np.trapezoid(density * grid, grid) == pytest.approx(quadrature.moment(1).mean(), rel=1e-3)
-    assert np.trapezoid(density * grid**2, grid) == pytest.approx(quadrature.moment(2).mean() + 0.01**2, rel=1e-3)
+    assert np.trapezoid(density * grid**2, grid) == pytest.approx(
+        quadrature.moment(2).mean() + 0.01**2, rel=1e-3
+    )
 
 
 def test_the_band_covers_the_exact_density_at_its_nominal_rate(digits_matrix: torch.Tensor) -> None:
@@ -213,16 +236,26 @@ def test_the_band_covers_the_exact_density_at_its_nominal_rate(digits_matrix: to
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_traces_are_within_two_standard_errors_as_often_as_they_say(digits_matrix: torch.Tensor, method: str) -> None:
+def test_traces_are_within_two_standard_errors_as_often_as_they_say(
+    digits_matrix: torch.Tensor, method: str
+) -> None:
     operator = DenseOperator(digits_matrix)
-    hits = [abs((found := estimate(operator, method, 48, seed)).value - TRACE) <= 2 * found.error for seed in range(100)]
+    hits = [
+        abs((found := estimate(operator, method, 48, seed)).value - TRACE) <= 2 * found.error
+        for seed in range(100)
+    ]
     assert sum(hits) >= 95
 
 
 def test_sketching_beats_plain_probes_where_few_eigenvalues_carry_the_trace() -> None:
     values = 1 / torch.arange(1, 301, dtype=torch.float64) ** 2
     operator = known(values)
-    errors = {m: math.sqrt(np.mean([(estimate(operator, m, 48, s).value - float(values.sum())) ** 2 for s in range(20)])) for m in METHODS}
+    errors = {
+        m: math.sqrt(
+            np.mean([(estimate(operator, m, 48, s).value - float(values.sum())) ** 2 for s in range(20)])
+        )
+        for m in METHODS
+    }
     assert errors["hutch++"] < errors["hutchinson"] / 5 and errors["xtrace"] < errors["hutch++"]
 
 

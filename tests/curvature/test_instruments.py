@@ -22,7 +22,9 @@ from workbench.subjects import Mask, Subject
 SMALL: dict[str, Instrument] = {
     "spectrum": curvature.Spectrum(probes=2, steps=6, examples=4, batch_size=2),
     "trace": curvature.Trace(products=4, examples=4, batch_size=4),
-    "top-eigenvalues": curvature.TopEigenvalues(count=1, examples=4, batch_size=4, tolerance=0.05, verify=False),
+    "top-eigenvalues": curvature.TopEigenvalues(
+        count=1, examples=4, batch_size=4, tolerance=0.05, verify=False
+    ),
     "sharpness": curvature.Sharpness(examples=4, batch_size=2, tolerance=0.05),
 }
 
@@ -35,7 +37,9 @@ def test_every_instrument_runs_on_every_stock_class(architecture: str) -> None:
     for name, instrument in SMALL.items():
         result = instrument.run(subject, cache=False)
         assert not result.partial and len(result.table) and len(result.figure().data), name
-        assert all(math.isfinite(v) for v in result.facts.values() if isinstance(v, float) and v != math.inf), (name, result.facts)
+        assert all(
+            math.isfinite(v) for v in result.facts.values() if isinstance(v, float) and v != math.inf
+        ), (name, result.facts)
         assert result.summary()
         tops.append(result.facts.get("top_eigenvalue"))
     assert tops[2] == pytest.approx(tops[3], rel=0.1)
@@ -44,23 +48,75 @@ def test_every_instrument_runs_on_every_stock_class(architecture: str) -> None:
     assert subject.fingerprint == before
 
 
-def test_the_command_line_runs_them_on_a_checkpoint(checkpoints: dict[str, Path], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_runs_them_on_a_checkpoint(
+    checkpoints: dict[str, Path], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    arguments = ["run", "spectrum", "--subject", str(checkpoints["gpt2"]), "--data", "random", "--probes", "2", "--steps", "5", "--examples", "2",
-                 "--layers", "blocks", "--out", str(out)]  # fmt: skip
+    arguments = [
+        "run",
+        "spectrum",
+        "--subject",
+        str(checkpoints["gpt2"]),
+        "--data",
+        "random",
+        "--probes",
+        "2",
+        "--steps",
+        "5",
+        "--examples",
+        "2",
+        "--layers",
+        "blocks",
+        "--out",
+        str(out),
+    ]
     assert main(arguments) == 0
     saved = Result.load(out)
     assert saved.facts["parameters"] == 2 * 12 * 32 * 32  # attention 4, MLP 8 times width squared, two blocks
     assert saved.facts["mass"] == pytest.approx(1, abs=1e-3) and len(saved.figure().data) >= 2
-    assert main([*arguments[:2], "--subject", str(checkpoints["gpt2"]), "--data", "random", "--layers", "nothing*"]) == 2
+    assert (
+        main(
+            [
+                *arguments[:2],
+                "--subject",
+                str(checkpoints["gpt2"]),
+                "--data",
+                "random",
+                "--layers",
+                "nothing*",
+            ]
+        )
+        == 2
+    )
     assert "nothing*" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_command_line_runs_all_four_on_every_stock_class(architecture: str, checkpoints: dict[str, Path], cache: Path, tmp_path: Path) -> None:
+def test_the_command_line_runs_all_four_on_every_stock_class(
+    architecture: str, checkpoints: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
     for name, instrument in SMALL.items():
-        options = [part for field, value in instrument.model_dump(exclude_unset=True).items() for part in (f"--{field.replace('_', '-')}", str(value))]
-        assert main(["run", name, "--subject", str(checkpoints[architecture]), "--data", "random", *options, "--out", str(tmp_path / name)]) == 0
+        options = [
+            part
+            for field, value in instrument.model_dump(exclude_unset=True).items()
+            for part in (f"--{field.replace('_', '-')}", str(value))
+        ]
+        assert (
+            main(
+                [
+                    "run",
+                    name,
+                    "--subject",
+                    str(checkpoints[architecture]),
+                    "--data",
+                    "random",
+                    *options,
+                    "--out",
+                    str(tmp_path / name),
+                ]
+            )
+            == 0
+        )
         saved = Result.load(tmp_path / name)
         assert not saved.partial and len(saved.table) and len(saved.figure().data), name
 
@@ -81,7 +137,10 @@ def test_digits_spectrum_meets_the_published_hessian(cache: Path) -> None:
 
 def test_spectrum_does_not_depend_on_micro_batches_and_shows_batch_noise() -> None:
     subject = mlp(examples=24)
-    results = [curvature.Spectrum(probes=3, steps=20, batch_size=b, dtype="float64").run(subject, cache=False) for b in (5, 24)]
+    results = [
+        curvature.Spectrum(probes=3, steps=20, batch_size=b, dtype="float64").run(subject, cache=False)
+        for b in (5, 24)
+    ]
     assert np.allclose(results[0].table.to_numpy(), results[1].table.to_numpy(), rtol=1e-6, atol=1e-9)
     assert results[0].facts["item_noise"] > 0 and math.isnan(results[1].facts["item_noise"])
     view = results[0].view_model()
@@ -95,7 +154,9 @@ def test_per_layer_spectra_are_those_of_the_blocks() -> None:
     result = curvature.Spectrum(probes=2, steps=60, per_layer=True, dtype="float64").run(subject, cache=False)
     rows = result.tables["layers"].set_index("layer")
     for name in ("0.weight", "3.weight"):
-        exact = curvature.TopEigenvalues(layers=name, count=1, dtype="float64", tolerance=1e-8).run(subject, cache=False)
+        exact = curvature.TopEigenvalues(layers=name, count=1, dtype="float64", tolerance=1e-8).run(
+            subject, cache=False
+        )
         assert rows.loc[name, "top_eigenvalue"] == pytest.approx(exact.facts["top_eigenvalue"], rel=1e-6)
         fig = result.figure(layer=name)
         assert name in fig.layout.title.text
@@ -106,8 +167,12 @@ def test_pruned_weights_have_curvature_too() -> None:
     dense = curvature.Trace(layers="*", products=64, dtype="float64").run(subject, cache=False).facts["trace"]
     layer = subject.layers("*")[0]
     layer.attach(Mask(torch.rand(layer.shape) > 0.5))
-    pruned = curvature.Trace(layers="*", products=64, dtype="float64").run(subject, cache=False).facts["trace"]
-    assert pruned == pytest.approx(dense, rel=1e-12)  # a linear model's Gauss-Newton matrix does not depend on its weights
+    pruned = (
+        curvature.Trace(layers="*", products=64, dtype="float64").run(subject, cache=False).facts["trace"]
+    )
+    assert pruned == pytest.approx(
+        dense, rel=1e-12
+    )  # a linear model's Gauss-Newton matrix does not depend on its weights
 
 
 class StopAfter(Progress):
@@ -173,7 +238,9 @@ def test_bad_fields_are_one_clear_line(fields: dict[str, Any], word: str) -> Non
 
 def test_limits_from_curvature_agree_with_bisection(cache: Path) -> None:
     """On an exactly known Hessian 2/lambda is the stability limit of gradient descent; the preconditioned one that of Adam."""
-    result = curvature.Sharpness(split="all", examples=1797, batch_size=600, bisect=True, dtype="float64").run(workbench.subject("digits-softmax"))
+    result = curvature.Sharpness(
+        split="all", examples=1797, batch_size=600, bisect=True, dtype="float64"
+    ).run(workbench.subject("digits-softmax"))
     assert result.facts["sgd_limit"] == pytest.approx(2 / 1.0455299687, rel=1e-3)
     assert result.facts["sgd_limit_measured"] == pytest.approx(result.facts["sgd_limit"], rel=0.03)
     assert result.facts["adam_limit_measured"] == pytest.approx(result.facts["adam_limit"], rel=0.05)
@@ -183,8 +250,12 @@ def test_limits_from_curvature_agree_with_bisection(cache: Path) -> None:
 def test_prediction_of_a_quadratic_loss_holds_at_every_scale() -> None:
     subject: Subject = mlp(loss="squared_error", widths=(6, 3))
     for change in ("round", "prune"):
-        result = curvature.QuadraticPrediction(layers="*", change=change, dtype="float64", bits=3).run(subject, cache=False)
-        assert result.table["measured"].to_numpy() == pytest.approx(result.table["predicted"].to_numpy(), rel=1e-9)
+        result = curvature.QuadraticPrediction(layers="*", change=change, dtype="float64", bits=3).run(
+            subject, cache=False
+        )
+        assert result.table["measured"].to_numpy() == pytest.approx(
+            result.table["predicted"].to_numpy(), rel=1e-9
+        )
         assert result.facts["joint_measured"] == pytest.approx(result.facts["joint_predicted"], rel=1e-9)
         assert (result.table["radius"] == math.inf).all() and result.facts["joint_radius"] == math.inf
 
@@ -206,5 +277,7 @@ def test_results_survive_saving(tmp_path: Path) -> None:
         result = instrument.run(mlp(), cache=False)
         result.save(tmp_path / name)
         back = Result.load(tmp_path / name)
-        assert json.dumps(back.facts, default=str) == json.dumps(json.loads(json.dumps(result.facts, default=float)), default=str)
+        assert json.dumps(back.facts, default=str) == json.dumps(
+            json.loads(json.dumps(result.facts, default=float)), default=str
+        )
         assert len(back.figure().data) == len(result.figure().data)

@@ -35,7 +35,9 @@ def dense_hessian(subject: Subject) -> torch.Tensor:
     return torch.autograd.functional.hessian(loss, torch.cat([v.reshape(-1) for v in values]))
 
 
-def dense(subject: Subject, kind: str, batch_size: int = 7, block: bool = False, **options: object) -> torch.Tensor:
+def dense(
+    subject: Subject, kind: str, batch_size: int = 7, block: bool = False, **options: object
+) -> torch.Tensor:
     with curvature_operator(subject, kind, batch_size=batch_size, dtype="float64", **options) as operator:  # type: ignore[arg-type]
         eye = torch.eye(operator.size, dtype=torch.float64)
         return operator.block_matmat(eye) if block else operator.matmat(eye)
@@ -60,7 +62,12 @@ def test_gauss_newton_and_fishers_equal_brute_force_sums(loss: str | None) -> No
     for i in range(11):
         one = {k: v[i : i + 1] for k, v in batch.items()}
         z = subject.model(one["inputs"])[0]
-        jacobian = torch.stack([torch.cat([g.reshape(-1) for g in torch.autograd.grad(c, parameters, retain_graph=True)]) for c in z])
+        jacobian = torch.stack(
+            [
+                torch.cat([g.reshape(-1) for g in torch.autograd.grad(c, parameters, retain_graph=True)])
+                for c in z
+            ]
+        )
         p = z.softmax(-1).detach()
         middle = torch.diag(p) - torch.outer(p, p) if loss is None else torch.eye(3, dtype=torch.float64)
         ggn += jacobian.T @ middle @ jacobian / 11
@@ -70,7 +77,9 @@ def test_gauss_newton_and_fishers_equal_brute_force_sums(loss: str | None) -> No
         assert torch.allclose(dense(subject, "ggn", batch_size), ggn, atol=1e-12)
         assert torch.allclose(dense(subject, "empirical-fisher", batch_size), fisher, atol=1e-12)
     sampled = [dense(subject, "mc-fisher", b, samples=3) for b in (1, 4, 20)]
-    assert torch.allclose(sampled[0], sampled[1], atol=1e-12) and torch.allclose(sampled[0], sampled[2], atol=1e-12)
+    assert torch.allclose(sampled[0], sampled[1], atol=1e-12) and torch.allclose(
+        sampled[0], sampled[2], atol=1e-12
+    )
     mean = dense(subject, "mc-fisher", 20, samples=4000)
     assert torch.linalg.norm(mean - ggn) < 0.05 * torch.linalg.norm(ggn)
 
@@ -103,14 +112,29 @@ def test_a_layer_glob_is_a_principal_submatrix() -> None:
     subject = mlp()
     whole = dense(subject, "hessian")
     with curvature_operator(subject, dtype="float64") as operator:
-        part = torch.cat([torch.arange(s.start, s.stop) for n, s in zip(operator.names, operator.slices, strict=True) if n in ("0.weight", "3.weight")])
+        part = torch.cat(
+            [
+                torch.arange(s.start, s.stop)
+                for n, s in zip(operator.names, operator.slices, strict=True)
+                if n in ("0.weight", "3.weight")
+            ]
+        )
     assert torch.allclose(dense(subject, "hessian", layers="0,3"), whole[part][:, part], atol=1e-12)
-    assert torch.allclose(dense(subject, "hessian", layers="*.bias").diagonal().sum(), sum_of_biases(subject, whole), atol=1e-12)
+    assert torch.allclose(
+        dense(subject, "hessian", layers="*.bias").diagonal().sum(), sum_of_biases(subject, whole), atol=1e-12
+    )
 
 
 def sum_of_biases(subject: Subject, whole: torch.Tensor) -> torch.Tensor:
     with curvature_operator(subject, dtype="float64") as operator:
-        return sum((whole.diagonal()[s].sum() for n, s in zip(operator.names, operator.slices, strict=True) if n.endswith("bias")), torch.tensor(0.0))
+        return sum(
+            (
+                whole.diagonal()[s].sum()
+                for n, s in zip(operator.names, operator.slices, strict=True)
+                if n.endswith("bias")
+            ),
+            torch.tensor(0.0),
+        )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -139,9 +163,13 @@ def test_layers_with_affine_norm_match_a_peer_where_it_is_right() -> None:
     """curvlinops agrees to 1e-5 in float32 without the affine LayerNorm weight, whose product it gets wrong on this torch."""
     curvlinops = pytest.importorskip("curvlinops", reason="the peer library is a development oracle only")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Tanh(), nn.Linear(8, 3))
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Tanh(), nn.Linear(8, 3)
+    )
     data = {"inputs": torch.randn(20, 6), "labels": torch.randint(3, (20,))}
-    subject = workbench.subject(model, data=dict.fromkeys(("train", "calibration", "validation", "test"), data))
+    subject = workbench.subject(
+        model, data=dict.fromkeys(("train", "calibration", "validation", "test"), data)
+    )
     parameters = dict(model.named_parameters())
     pairs = [(data["inputs"][:10], data["labels"][:10]), (data["inputs"][10:], data["labels"][10:])]
     vectors = torch.randn(3, sum(p.numel() for p in parameters.values()))
@@ -157,7 +185,9 @@ def test_tied_weights_count_once_and_unused_ones_are_zero() -> None:
     with curvature_operator(subject, examples=2) as operator:
         names = operator.names
         assert "transformer.wte.weight" in names and "lm_head.weight" not in names
-        assert operator.size == sum(p.numel() for p in {id(p): p for p in subject.model.parameters()}.values())
+        assert operator.size == sum(
+            p.numel() for p in {id(p): p for p in subject.model.parameters()}.values()
+        )
 
     class Extra(nn.Module):
         def __init__(self) -> None:
@@ -168,11 +198,15 @@ def test_tied_weights_count_once_and_unused_ones_are_zero() -> None:
             return self.used(x)
 
     data = {"inputs": torch.randn(8, 4), "labels": torch.randint(3, (8,))}
-    extra = workbench.subject(Extra(), data=dict.fromkeys(("train", "calibration", "validation", "test"), data))
+    extra = workbench.subject(
+        Extra(), data=dict.fromkeys(("train", "calibration", "validation", "test"), data)
+    )
     for kind in ("hessian", "ggn", "empirical-fisher"):
         with curvature_operator(extra, kind) as operator:
             product = operator.matvec(torch.ones(operator.size))
-            unused = [s for n, s in zip(operator.names, operator.slices, strict=True) if n.startswith("unused")]
+            unused = [
+                s for n, s in zip(operator.names, operator.slices, strict=True) if n.startswith("unused")
+            ]
         assert all(torch.count_nonzero(product[s]) == 0 for s in unused) and torch.count_nonzero(product)
 
 
@@ -192,7 +226,10 @@ def test_the_model_is_as_before_afterwards() -> None:
         raise KeyboardInterrupt
     assert subject.model.training and type(layer.module) is cls and subject.fingerprint == before
     assert flags == [p.requires_grad for p in subject.model.parameters()]
-    assert switches == (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())
+    assert switches == (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+    )
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "empirical-fisher"])
@@ -204,7 +241,9 @@ def test_graphs_kept_between_products_change_nothing(kind: str) -> None:
         fresh, blocks = operator.matmat(v), operator.block_matmat(v)
         assert len(operator._kept) == 3
         moved_loss_and_gradient(operator, v[0] * 1e-2)
-        assert operator.matmat(v, out=buffer) is buffer and torch.allclose(buffer, fresh, rtol=1e-4, atol=1e-6 * float(fresh.abs().max()))
+        assert operator.matmat(v, out=buffer) is buffer and torch.allclose(
+            buffer, fresh, rtol=1e-4, atol=1e-6 * float(fresh.abs().max())
+        )
         assert torch.equal(operator.matmat(v), buffer) and torch.equal(operator.block_matmat(v), blocks)
         operator.forget()
         assert torch.equal(operator.matmat(v), buffer)
@@ -217,7 +256,9 @@ def test_the_weight_of_a_graph_is_what_it_saves() -> None:
     model = nn.Linear(5, 3).double()
     with weighed(model) as size:
         y = model(torch.ones(7, 5, dtype=torch.float64)).exp()
-    assert size == [7 * 5 * 8 + 7 * 3 * 8] and y.requires_grad  # the layer's inputs and the exponentials; not its weight
+    assert (
+        size == [7 * 5 * 8 + 7 * 3 * 8] and y.requires_grad
+    )  # the layer's inputs and the exponentials; not its weight
 
 
 def test_padding_only_batches_and_uneven_items_are_weighted_exactly() -> None:
@@ -229,7 +270,9 @@ def test_padding_only_batches_and_uneven_items_are_weighted_exactly() -> None:
         with curvature_operator(subject, batch_size=batch_size, dtype="float64") as operator:
             v = torch.linspace(-1, 1, operator.size, dtype=torch.float64) if v is None else v
             products.append(operator.matvec(v))
-    assert torch.allclose(products[0], products[1], rtol=1e-9, atol=1e-12) and torch.allclose(products[0], products[2], rtol=1e-9, atol=1e-12)
+    assert torch.allclose(products[0], products[1], rtol=1e-9, atol=1e-12) and torch.allclose(
+        products[0], products[2], rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,11 +343,16 @@ save_file(found, f"{folder}/rank{rank}.safetensors")
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    processes = [subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path)], cwd=ROOT) for rank in (0, 1)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path)], cwd=ROOT)
+        for rank in (0, 1)
+    ]
     alone = {}
     for kind in ("hessian", "ggn", "mc-fisher"):
         with curvature_operator(stock("bert"), kind, examples=6, batch_size=2) as operator:
-            alone[kind] = operator.matmat(torch.randn(2, operator.size, generator=torch.Generator().manual_seed(0)))
+            alone[kind] = operator.matmat(
+                torch.randn(2, operator.size, generator=torch.Generator().manual_seed(0))
+            )
             alone[kind + "-noise"] = torch.tensor(operator.noise(alone[kind]))
     assert [p.wait(300) for p in processes] == [0, 0]
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))

@@ -14,7 +14,11 @@ from workbench.subjects import LowRank, Mask, Subject
 
 def random_deltas(subject: Subject, scale: float, glob: str = "*") -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(1)
-    return {layer.name: scale * torch.randn(layer.shape, generator=draw, dtype=torch.float64).to(layer.original.dtype) for layer in subject.layers(glob)}
+    return {
+        layer.name: scale
+        * torch.randn(layer.shape, generator=draw, dtype=torch.float64).to(layer.original.dtype)
+        for layer in subject.layers(glob)
+    }
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -82,7 +86,11 @@ def test_stop_keeps_what_was_seen() -> None:
 
 @pytest.mark.parametrize(
     ("deltas", "word"),
-    [({}, "empty"), ({"nothing": torch.zeros(1, 1)}, "'nothing' is no layer"), ({"0": torch.zeros(1, 1)}, "shape")],
+    [
+        ({}, "empty"),
+        ({"nothing": torch.zeros(1, 1)}, "'nothing' is no layer"),
+        ({"0": torch.zeros(1, 1)}, "shape"),
+    ],
 )
 def test_bad_deltas_are_named(deltas: dict[str, torch.Tensor], word: str) -> None:
     with pytest.raises(BadInput, match=word):

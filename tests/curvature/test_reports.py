@@ -17,7 +17,9 @@ from workbench.instruments import BadInput, find
 
 def run_cells(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """The notebook's variables after its code cells ran with these parameters, and under `shown` what they display."""
-    names: dict[str, Any] = {key: declared.default for key, declared in reports.parameters_of(name).items()} | reports.check(name, parameters)
+    names: dict[str, Any] = {
+        key: declared.default for key, declared in reports.parameters_of(name).items()
+    } | reports.check(name, parameters)
     for cell in nbformat.read(reports.find(name), 4).cells:
         if cell.cell_type != "code" or "parameters" in cell.metadata.get("tags", []):
             continue
@@ -25,18 +27,33 @@ def run_cells(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
         shown = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, name, "exec"), names)
         if isinstance(shown, ast.Expr):
-            names["shown"] = [*names.get("shown", []), eval(compile(ast.Expression(shown.value), name, "eval"), names)]
+            names["shown"] = [
+                *names.get("shown", []),
+                eval(compile(ast.Expression(shown.value), name, "eval"), names),
+            ]
     return names
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_report_runs_all_four_on_every_stock_class(architecture: str, checkpoints: dict[str, Path], cache: Path) -> None:
+def test_the_report_runs_all_four_on_every_stock_class(
+    architecture: str, checkpoints: dict[str, Path], cache: Path
+) -> None:
     for name, instrument in SMALL.items():
         settings = instrument.model_dump(mode="json", exclude_unset=True)
-        done = run_cells("instrument", {"instrument": name, "subject": str(checkpoints[architecture]), "data": "random", "settings": settings})
+        done = run_cells(
+            "instrument",
+            {
+                "instrument": name,
+                "subject": str(checkpoints[architecture]),
+                "data": "random",
+                "settings": settings,
+            },
+        )
         result, (stated, figure, shown, provenance) = done["result"], done["shown"]
         assert not result.partial and len(figure.data) and shown is result, name
-        assert stated.loc["instrument", "value"] == name and all(stated.loc[field, "value"] == str(value) for field, value in settings.items())
+        assert stated.loc["instrument", "value"] == name and all(
+            stated.loc[field, "value"] == str(value) for field, value in settings.items()
+        )
         assert result.provenance["fingerprint"] in set(provenance["value"])
 
 

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.curvature.weight_spectrum import marchenko_pastur_density, marchenko_pastur_median, noise_fit, power_law, weight_row
+from workbench.curvature.weight_spectrum import (
+    marchenko_pastur_density,
+    marchenko_pastur_median,
+    noise_fit,
+    power_law,
+    weight_row,
+)
 
 
 @pytest.mark.parametrize("q", [0.1, 0.25, 0.5, 1.0])
@@ -34,7 +40,11 @@ def test_noise_with_planted_spikes(shape: tuple[int, int]) -> None:
 def test_singular_values_and_ranks_of_known_matrices() -> None:
     row, values = weight_row(torch.diag(torch.tensor([4.0, 2.0, 2.0, 0.0])))
     assert values * 4 == pytest.approx([16, 4, 4, 0])
-    assert row["stable_rank"] == pytest.approx(24 / 16) and row["rank"] == 3 and row["frobenius"] == pytest.approx(24**0.5)
+    assert (
+        row["stable_rank"] == pytest.approx(24 / 16)
+        and row["rank"] == 3
+        and row["frobenius"] == pytest.approx(24**0.5)
+    )
     row, _ = weight_row(torch.eye(16))
     assert row["effective_rank"] == pytest.approx(16) and row["stable_rank"] == pytest.approx(16)
     row, _ = weight_row(torch.zeros(12, 9))

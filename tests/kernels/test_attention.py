@@ -22,7 +22,13 @@ CASES = [  # lengths, heads, key heads, dim, left, right, ALiBi
 
 @pytest.mark.parametrize(("lengths", "heads", "key_heads", "dim", "left", "right", "alibi"), CASES)
 def test_forward_and_backward_equal_the_definition(
-    lengths: tuple[int, ...], heads: int, key_heads: int, dim: int, left: int | None, right: int | None, alibi: bool
+    lengths: tuple[int, ...],
+    heads: int,
+    key_heads: int,
+    dim: int,
+    left: int | None,
+    right: int | None,
+    alibi: bool,
 ) -> None:
     packing = pack_lengths(lengths)
     q = torch.randn(packing.tokens, heads, dim, requires_grad=True)
@@ -42,7 +48,9 @@ def test_forward_and_backward_equal_the_definition(
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close_to_the_definition_on_the_same_rounded_inputs(kind: torch.dtype) -> None:
     packing = pack_lengths([33, 4])
-    qkv = torch.randn(packing.tokens, 3, 2, 16).to(kind)  # a fused projection: q, k, v are strided views of it
+    qkv = torch.randn(packing.tokens, 3, 2, 16).to(
+        kind
+    )  # a fused projection: q, k, v are strided views of it
     q, k, v = qkv.unbind(1)
     expected = attention_reference(q.float(), k.float(), v.float(), packing, right=0)
     out = varlen_attention(q, k, v, packing, right=0, backend="triton")
@@ -51,13 +59,20 @@ def test_half_precision_is_close_to_the_definition_on_the_same_rounded_inputs(ki
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=3), st.sampled_from([None, 0, 3]), st.sampled_from([None, 0]), st.sampled_from([8, 20]))
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    st.sampled_from([None, 0, 3]),
+    st.sampled_from([None, 0]),
+    st.sampled_from([8, 20]),
+)
 def test_any_lengths_and_windows(lengths: list[int], left: int | None, right: int | None, dim: int) -> None:
     packing = pack_lengths(lengths)
     q, k, v = torch.randn(3, packing.tokens, 2, dim).unbind(0)
     expected = attention_reference(q, k, v, packing, left, right)
     for backend in ("torch", "triton"):
-        torch.testing.assert_close(varlen_attention(q, k, v, packing, left, right, backend=backend), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            varlen_attention(q, k, v, packing, left, right, backend=backend), expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_large_scores_do_not_overflow_and_nan_stays_in_its_sequence() -> None:
@@ -103,9 +118,16 @@ def test_rotation_inside_attention_equals_rotation_before_it() -> None:
     q, k, v = torch.randn(3, 8, 2, 16).unbind(0)
     tables = rotary_tables(8, 16)
     positions = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4])
-    before = attention_reference(rotary(q, *tables, positions), rotary(k, *tables, positions), v, packing, right=0)
+    before = attention_reference(
+        rotary(q, *tables, positions), rotary(k, *tables, positions), v, packing, right=0
+    )
     for backend in ("torch", "triton"):
-        torch.testing.assert_close(varlen_attention(q, k, v, packing, right=0, rotation=tables, backend=backend), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            varlen_attention(q, k, v, packing, right=0, rotation=tables, backend=backend),
+            before,
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 def test_wrong_shapes_are_refused_in_words() -> None:

@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter in which kernels compile instead of being interpreted."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")} | environment
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_kernels_are_interpreted_in_this_process() -> None:
@@ -138,9 +140,14 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no CUDA device" in capsys.readouterr().out
 
 
-def test_a_kernel_measured_slower_is_not_chosen_at_that_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_measured_slower_is_not_chosen_at_that_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(backend, "DATA", tmp_path)
-    rows = [{"operation": "norm", "size": 1000, "triton_ms": 2.0, "torch_ms": 1.0}, {"operation": "norm", "size": 10**8, "triton_ms": 1.0, "torch_ms": 2.0}]
+    rows = [
+        {"operation": "norm", "size": 1000, "triton_ms": 2.0, "torch_ms": 1.0},
+        {"operation": "norm", "size": 10**8, "triton_ms": 1.0, "torch_ms": 2.0},
+    ]
     backend.measurement_file("Some GPU").write_text(json.dumps({"rows": rows}))
     assert backend.measured_slower("norm", 2000, "Some GPU")
     assert not backend.measured_slower("norm", 10**7, "Some GPU")
@@ -155,7 +162,9 @@ def test_every_case_has_a_roofline_and_a_known_unit() -> None:
         table = roofline.roofline_table(cases, device)
         assert (table["predicted ms"] > 0).all()
     case = next(case for case in cases if case.operation == "scaled_matmul")
-    assert roofline.predicted_ms(case, roofline.DEVICES["A100-SXM4-80GB"]) == pytest.approx(2 * 4096**3 / 624e12 * 1e3)
+    assert roofline.predicted_ms(case, roofline.DEVICES["A100-SXM4-80GB"]) == pytest.approx(
+        2 * 4096**3 / 624e12 * 1e3
+    )
 
 
 @pytest.mark.parametrize("module", registry.MODULES)

@@ -47,7 +47,9 @@ def attend(x: torch.Tensor, backend: str) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, backend: str) -> torch.Tensor:
-    return rotary(x.unflatten(1, (4, 32)), *rotary_tables(16, 32), torch.arange(x.shape[0]) % 16, backend).flatten(1)
+    return rotary(
+        x.unflatten(1, (4, 32)), *rotary_tables(16, 32), torch.arange(x.shape[0]) % 16, backend
+    ).flatten(1)
 
 
 def kron(x: torch.Tensor, backend: str) -> torch.Tensor:
@@ -71,7 +73,10 @@ OPERATIONS: dict[str, Operation] = {
     "attention": attend,
     "block_sparse": sparse,
     "semi_structured": two_of_four,
-    **{f"low_bit_{f}": lambda x, b, f=f: low_bit_linear(x, pack_weight(weight(), f, 32), backend=b) for f in FORMATS},  # type: ignore[misc]
+    **{
+        f"low_bit_{f}": lambda x, b, f=f: low_bit_linear(x, pack_weight(weight(), f, 32), backend=b)
+        for f in FORMATS
+    },  # type: ignore[misc]
     "integer": lambda x, b: quantize_integer(x, ONE, -8, 7, backend=b),
     "minifloat": lambda x, b: quantize_minifloat(x, ONE, 4, 3, "nan", backend=b),
     "codebook": lambda x, b: quantize_codebook(x, ONE, NF4, backend=b),

@@ -17,6 +17,8 @@ MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if ">>>" in path.read
 def test_examples(module: str) -> None:
     loaded = importlib.import_module(f"workbench.kernels.{module}")
     # A module that shares its name with its function would be hidden by it, were it not imported by path.
-    result = doctest.testmod(loaded, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    result = doctest.testmod(
+        loaded, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
     assert result.attempted > 0
     assert result.failed == 0

@@ -25,7 +25,9 @@ def test_matrix_products_equal_the_fft(n: int, order: int) -> None:
     x = torch.randn(2, n, dtype=torch.complex128)
     sizes = factors(n, order)
     assert math.prod(sizes) == n and len(sizes) == order
-    torch.testing.assert_close(monarch_transform(x, sizes), torch.fft.fft(x)[:, monarch_order(sizes)], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(
+        monarch_transform(x, sizes), torch.fft.fft(x)[:, monarch_order(sizes)], atol=1e-9, rtol=1e-9
+    )
 
 
 def test_reference_equals_the_definition() -> None:
@@ -41,7 +43,9 @@ def test_kernel_equals_the_fft_with_gradients(length: int) -> None:
     grad = torch.randn(2, 2, length)
     expected, got = (fft_convolution(u, k, backend) for backend in ("torch", "triton"))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    for a, b in zip(torch.autograd.grad(got, (u, k), grad), torch.autograd.grad(expected, (u, k), grad), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, (u, k), grad), torch.autograd.grad(expected, (u, k), grad), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
@@ -66,7 +70,9 @@ def test_dropping_high_frequencies_of_a_smooth_filter_changes_little() -> None:
     time = torch.arange(512) / 512
     k = torch.exp(-8 * time)[None] * torch.cos(20 * time)[None]
     whole = filter_spectrum(k, (32, 32))
-    errors = [float((filter_spectrum(k, (32, 32), kept) - whole).norm() / whole.norm()) for kept in (1.0, 0.5, 0.25)]
+    errors = [
+        float((filter_spectrum(k, (32, 32), kept) - whole).norm() / whole.norm()) for kept in (1.0, 0.5, 0.25)
+    ]
     assert errors[0] == 0 and errors[0] < errors[1] < errors[2] < 0.2
 
 

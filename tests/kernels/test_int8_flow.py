@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.instruments import BadInput
-from workbench.kernels.int8_flow import add_int8, decode_blocks, gelu_int8, gelu_int8_backward, layer_norm_int8, layer_norm_int8_backward
+from workbench.kernels.int8_flow import (
+    add_int8,
+    decode_blocks,
+    gelu_int8,
+    gelu_int8_backward,
+    layer_norm_int8,
+    layer_norm_int8_backward,
+)
 from workbench.kernels.scaled_matmul import quantize_blocks
 
 
@@ -39,11 +46,17 @@ def test_gelu_backward_is_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("shift", [0.0, 1000.0])  # a mean far above the spread would cancel in a one-pass variance
+@pytest.mark.parametrize(
+    "shift", [0.0, 1000.0]
+)  # a mean far above the spread would cancel in a one-pass variance
 def test_layer_norm_and_its_gradients(backend: str, shift: float) -> None:
     x, g = quantize_blocks(torch.randn(64, 96) + shift), quantize_blocks(torch.randn(64, 96))
     w, b = torch.rand(96) + 0.5, torch.randn(96)
-    value, weight, bias = decode_blocks(*x).requires_grad_(), w.clone().requires_grad_(), b.clone().requires_grad_()
+    value, weight, bias = (
+        decode_blocks(*x).requires_grad_(),
+        w.clone().requires_grad_(),
+        b.clone().requires_grad_(),
+    )
     exact = F.layer_norm(value, (96,), weight, bias)
     exact.backward(decode_blocks(*g))
     y, mean, inverse = layer_norm_int8(*x, w, b, backend=backend)
@@ -63,7 +76,9 @@ def test_strided_codes_zeros_and_the_backends_agree() -> None:
     zero = torch.zeros(32, 32, dtype=torch.int8), torch.zeros(1, 1)
     for backend in ("torch", "triton"):
         assert not gelu_int8(*zero, backend=backend)[0].any()
-        assert torch.isfinite(layer_norm_int8(*zero, torch.ones(32), torch.zeros(32), backend=backend)[0][1]).all()
+        assert torch.isfinite(
+            layer_norm_int8(*zero, torch.ones(32), torch.zeros(32), backend=backend)[0][1]
+        ).all()
 
 
 def test_blocks_keep_an_outlier_channel_to_itself() -> None:

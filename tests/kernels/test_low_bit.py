@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from workbench.instruments import BadInput
 from workbench.kernels.low_bit_linear import FORMATS, _launch, low_bit_linear, pack_weight
-from workbench.kernels.scaled_matmul import blocked_linear_int8, quantize_blocks, quantize_rows, scaled_matmul, scaled_matmul_reference
+from workbench.kernels.scaled_matmul import (
+    blocked_linear_int8,
+    quantize_blocks,
+    quantize_rows,
+    scaled_matmul,
+    scaled_matmul_reference,
+)
 
 #: Largest relative error of one weight against the largest of its group, by format.
 STEP = {"int4": 0.5 / 7, "int8": 0.5 / 127, "nf4": 0.16, "e4m3": 1 / 16, "e2m1": 1 / 3}
@@ -18,7 +24,9 @@ STEP = {"int4": 0.5 / 7, "int8": 0.5 / 127, "nf4": 0.16, "e4m3": 1 / 16, "e2m1":
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("out", "width", "group"), [(5, 128, 32), (70, 64, 16)])
-def test_decoding_is_within_half_a_step_and_the_kernel_equals_the_decoded_product(format: str, out: int, width: int, group: int) -> None:
+def test_decoding_is_within_half_a_step_and_the_kernel_equals_the_decoded_product(
+    format: str, out: int, width: int, group: int
+) -> None:
     w = torch.randn(out, width)
     w[0, :group] = 0
     weight = pack_weight(w, format, group)
@@ -29,7 +37,9 @@ def test_decoding_is_within_half_a_step_and_the_kernel_equals_the_decoded_produc
     x, bias = torch.randn(3, width), torch.randn(out)
     expected = F.gelu(x @ weight.dense().t() + bias)
     for backend in ("torch", "triton"):
-        torch.testing.assert_close(low_bit_linear(x, weight, bias, "gelu", backend), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            low_bit_linear(x, weight, bias, "gelu", backend), expected, atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("format", ["int4", "int8"])
@@ -38,7 +48,9 @@ def test_zero_points_fit_a_one_sided_range(format: str) -> None:
     symmetric, shifted = (pack_weight(w, format, 32, zero_point=z) for z in (False, True))
     assert (shifted.dense() - w).abs().max() <= (symmetric.dense() - w).abs().max() * 1.2
     x = torch.randn(20, 64)
-    torch.testing.assert_close(low_bit_linear(x, shifted, backend="triton"), x @ shifted.dense().t(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        low_bit_linear(x, shifted, backend="triton"), x @ shifted.dense().t(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_every_fp8_code_decodes_as_the_hardware_type() -> None:
@@ -53,11 +65,21 @@ def test_every_fp8_code_decodes_as_the_hardware_type() -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.integers(0, 20), st.integers(1, 70), st.integers(1, 5), st.sampled_from(FORMATS), st.sampled_from([1, 2, 4]))
-def test_any_shape_and_any_split_of_the_sum(tokens: int, out: int, groups: int, format: str, splits: int) -> None:
+@given(
+    st.integers(0, 20),
+    st.integers(1, 70),
+    st.integers(1, 5),
+    st.sampled_from(FORMATS),
+    st.sampled_from([1, 2, 4]),
+)
+def test_any_shape_and_any_split_of_the_sum(
+    tokens: int, out: int, groups: int, format: str, splits: int
+) -> None:
     weight = pack_weight(torch.randn(out, 32 * groups), format, 32)
     x = torch.randn(tokens, 32 * groups)
-    torch.testing.assert_close(_launch(x, weight, None, False, splits), x @ weight.dense().t(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        _launch(x, weight, None, False, splits), x @ weight.dense().t(), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -81,19 +103,25 @@ def test_half_precision_activations_from_a_strided_view(kind: torch.dtype) -> No
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 5, 40), (20, 70, 128), (0, 4, 32)])
-def test_scaled_product_equals_the_product_of_the_decoded_matrices(kind: torch.dtype, rows: int, columns: int, width: int) -> None:
+def test_scaled_product_equals_the_product_of_the_decoded_matrices(
+    kind: torch.dtype, rows: int, columns: int, width: int
+) -> None:
     x, w = quantize_rows(torch.randn(rows, width), kind), quantize_rows(torch.randn(columns, width), kind)
     bias = torch.randn(columns)
     expected = scaled_matmul_reference(*x, *w, bias, "gelu")
     for backend in ("torch", "triton"):
-        torch.testing.assert_close(scaled_matmul(*x, *w, bias, "gelu", backend=backend), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            scaled_matmul(*x, *w, bias, "gelu", backend=backend), expected, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_blocked_int8_keeps_an_outlier_channel_from_spoiling_the_others() -> None:
     x, w = torch.randn(64, 128), torch.randn(96, 128)
     x[:, 3] *= 100
     blocked = scaled_matmul(*quantize_blocks(x), *quantize_blocks(w), backend="triton")
-    torch.testing.assert_close(blocked, scaled_matmul_reference(*quantize_blocks(x), *quantize_blocks(w)), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        blocked, scaled_matmul_reference(*quantize_blocks(x), *quantize_blocks(w)), atol=1e-3, rtol=1e-4
+    )
     codes, scale = quantize_blocks(x)
     by_block = codes * scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
     codes, scale = quantize_rows(x)
@@ -105,12 +133,17 @@ def test_blocked_int8_keeps_an_outlier_channel_from_spoiling_the_others() -> Non
 @pytest.mark.parametrize("rows", [32, 96])
 def test_int8_in_int8_out_equals_the_wide_product_quantized_after(rows: int) -> None:
     x, w, bias = torch.randn(rows, 64), torch.randn(96, 64), torch.randn(96)
-    results = [blocked_linear_int8(*quantize_blocks(x), *quantize_blocks(w), bias, "gelu", backend) for backend in ("torch", "triton")]
+    results = [
+        blocked_linear_int8(*quantize_blocks(x), *quantize_blocks(w), bias, "gelu", backend)
+        for backend in ("torch", "triton")
+    ]
     (codes, scales), (kernel_codes, kernel_scales) = results
     assert kernel_codes.dtype == torch.int8 and kernel_scales.shape == (rows // 32, 3)
     torch.testing.assert_close(kernel_scales, scales, atol=1e-6, rtol=1e-4)
     difference = (kernel_codes.int() - codes.int()).abs()
-    assert difference.max() <= 1 and difference.float().mean() < 0.01  # sums in another order: a tie may round the other way
+    assert (
+        difference.max() <= 1 and difference.float().mean() < 0.01
+    )  # sums in another order: a tie may round the other way
     exact = torch.nn.functional.gelu(x @ w.t() + bias)
     decoded = kernel_codes * kernel_scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
     assert (decoded - exact).norm() < 0.02 * exact.norm()

@@ -14,10 +14,18 @@ from workbench.kernels.roofline import DEVICES, measured_table, resource_table
 
 
 def test_the_notebook_runs_headless(tmp_path: Path) -> None:
-    done = reports.render("kernels", {"device": "A100-SXM4-80GB", "spreads": [0.0, 1.0], "batch": 4, "length": 16, "repeats": 1}, tmp_path)
+    done = reports.render(
+        "kernels",
+        {"device": "A100-SXM4-80GB", "spreads": [0.0, 1.0], "batch": 4, "length": 16, "repeats": 1},
+        tmp_path,
+    )
     assert done.error is None
     outputs = [o for c in nbformat.read(done.notebook, 4).cells if c.cell_type == "code" for o in c.outputs]
-    figures = [o["data"]["application/vnd.plotly.v1+json"] for o in outputs if "application/vnd.plotly.v1+json" in o.get("data", {})]
+    figures = [
+        o["data"]["application/vnd.plotly.v1+json"]
+        for o in outputs
+        if "application/vnd.plotly.v1+json" in o.get("data", {})
+    ]
     titles = json.dumps([f["layout"]["title"] for f in figures])
     assert "Predicted roofline" in titles and "measured on this CPU" in titles
 

@@ -9,15 +9,34 @@ import torch
 from pytorch_optimizer import Lion
 
 from workbench.instruments import BadInput
-from workbench.kernels.optimizer_step import OPTIMIZERS, STATES, load_moment, new_state, optimizer_step, store_moment
+from workbench.kernels.optimizer_step import (
+    OPTIMIZERS,
+    STATES,
+    load_moment,
+    new_state,
+    optimizer_step,
+    store_moment,
+)
 
 
-def run(optimizer: str, backend: str, states: str, kind: torch.dtype, n: int, steps: int = 3, **options: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def run(
+    optimizer: str, backend: str, states: str, kind: torch.dtype, n: int, steps: int = 3, **options: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     torch.manual_seed(n)
     p = torch.randn(n).to(kind)
     state = new_state(p, optimizer, states)
     for step in range(1, steps + 1):
-        optimizer_step(p, torch.randn(n).to(kind), state, optimizer, 0.01, step, weight_decay=0.1, backend=backend, **options)  # type: ignore[arg-type]
+        optimizer_step(
+            p,
+            torch.randn(n).to(kind),
+            state,
+            optimizer,
+            0.01,
+            step,
+            weight_decay=0.1,
+            backend=backend,
+            **options,
+        )  # type: ignore[arg-type]
     return p, [load_moment(state, i) for i in range(len(state.moments))]
 
 
@@ -25,9 +44,15 @@ def run(optimizer: str, backend: str, states: str, kind: torch.dtype, n: int, st
 @pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize(("kind", "n"), [(torch.float32, 1500), (torch.bfloat16, 129), (torch.float32, 1)])
 def test_kernel_equals_reference(optimizer: str, states: str, kind: torch.dtype, n: int) -> None:
-    (a, a_moments), (b, b_moments) = (run(optimizer, backend, states, kind, n) for backend in ("torch", "triton"))
+    (a, a_moments), (b, b_moments) = (
+        run(optimizer, backend, states, kind, n) for backend in ("torch", "triton")
+    )
     # exp2 and log2 differ by an ulp between libraries, so an fp8 code on a boundary may go the other way.
-    close = {"atol": 2e-3, "rtol": 2e-2} if states == "fp8" or kind == torch.bfloat16 else {"atol": 1e-6, "rtol": 1e-5}
+    close = (
+        {"atol": 2e-3, "rtol": 2e-2}
+        if states == "fp8" or kind == torch.bfloat16
+        else {"atol": 1e-6, "rtol": 1e-5}
+    )
     torch.testing.assert_close(a, b, **close)
     for x, y in zip(a_moments, b_moments, strict=True):
         torch.testing.assert_close(x, y, **(close if states != "fp8" else {"atol": 5e-3, "rtol": 0.13}))
@@ -38,11 +63,17 @@ def test_fp32_steps_equal_an_independent_implementation(optimizer: str) -> None:
     p = torch.nn.Parameter(torch.randn(700))
     mine = p.detach().clone()
     options = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1}
-    other = torch.optim.AdamW([p], **options) if optimizer == "adamw" else Lion([p], weight_decouple=True, **options)
+    other = (
+        torch.optim.AdamW([p], **options)
+        if optimizer == "adamw"
+        else Lion([p], weight_decouple=True, **options)
+    )
     state = new_state(mine, optimizer)
     for step in range(1, 4):
         p.grad = torch.randn(700)
-        optimizer_step(mine, p.grad, state, optimizer, 0.01, step, (0.9, 0.99), weight_decay=0.1, backend="triton")
+        optimizer_step(
+            mine, p.grad, state, optimizer, 0.01, step, (0.9, 0.99), weight_decay=0.1, backend="triton"
+        )
         other.step()
         torch.testing.assert_close(mine, p.detach(), atol=1e-6, rtol=1e-5)
 
@@ -106,7 +137,9 @@ def test_extreme_gradients_and_empty_tensors(backend: str) -> None:
     p = torch.ones(4)
     state = new_state(p, "adamw")
     optimizer_step(p, torch.tensor([0.0, 1e-40, 1e18, float("nan")]), state, "adamw", 0.1, 1, backend=backend)
-    torch.testing.assert_close(p, torch.tensor([1.0, 1.0, 0.9, float("nan")]), equal_nan=True, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        p, torch.tensor([1.0, 1.0, 0.9, float("nan")]), equal_nan=True, atol=1e-5, rtol=0
+    )
     empty = torch.zeros(0)
     optimizer_step(empty, empty, new_state(empty, "lamb"), "lamb", 0.1, 1, backend=backend)
 

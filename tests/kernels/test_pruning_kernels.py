@@ -15,14 +15,20 @@ BACKENDS = ["torch", "triton"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("samples", "weights", "block"), [(7, 23, 5), (40, 100, 50), (3, 20, 20), (33, 1, 1)])
-def test_accumulated_fisher_and_its_inverse_equal_linear_algebra(backend: str, samples: int, weights: int, block: int) -> None:
+@pytest.mark.parametrize(
+    ("samples", "weights", "block"), [(7, 23, 5), (40, 100, 50), (3, 20, 20), (33, 1, 1)]
+)
+def test_accumulated_fisher_and_its_inverse_equal_linear_algebra(
+    backend: str, samples: int, weights: int, block: int
+) -> None:
     g = torch.randn(weights, samples).t()  # not contiguous
     padded = torch.nn.functional.pad(g.double(), (0, -weights % block)).view(samples, -1, block)
     exact = torch.einsum("kbi,kbj->bij", padded, padded) / samples
     torch.testing.assert_close(block_fisher(g, block, backend=backend).double(), exact, atol=1e-5, rtol=1e-4)
     inverse = block_fisher_inverse(g, block, damping=0.05, backend=backend).double()
-    torch.testing.assert_close(inverse, torch.linalg.inv(exact + 0.05 * torch.eye(block)), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        inverse, torch.linalg.inv(exact + 0.05 * torch.eye(block)), atol=2e-3, rtol=1e-3
+    )
     torch.testing.assert_close(inverse, inverse.transpose(1, 2), atol=1e-4, rtol=1e-4)
 
 
@@ -41,7 +47,9 @@ def test_gradients_in_parts_give_the_same_as_at_once(backend: str) -> None:
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_half_precision_gradients_are_accumulated_in_fp32(kind: torch.dtype) -> None:
     g = torch.randn(70, 16).to(kind)
-    torch.testing.assert_close(block_fisher(g, 16, backend="triton"), block_fisher(g.float(), 16), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        block_fisher(g, 16, backend="triton"), block_fisher(g.float(), 16), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_no_gradients_leave_the_damping() -> None:
@@ -57,7 +65,11 @@ def test_a_bad_gradient_spoils_its_own_block_only() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=40), st.data(), st.sampled_from(BACKENDS))
+@given(
+    st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=40),
+    st.data(),
+    st.sampled_from(BACKENDS),
+)
 def test_kth_largest_equals_sorting(values: list[float], data: st.DataObject, backend: str) -> None:
     k = data.draw(st.integers(1, len(values)))
     cut = data.draw(st.integers(0, len(values)))

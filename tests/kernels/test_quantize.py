@@ -42,7 +42,13 @@ def test_kernel_equals_reference_bit_for_bit(kind: str, seed: int | None, dtype:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 4), st.integers(1, 70), st.integers(1, 5), st.sampled_from(KINDS), st.sampled_from([None, 1]))
+@given(
+    st.integers(0, 4),
+    st.integers(1, 70),
+    st.integers(1, 5),
+    st.sampled_from(KINDS),
+    st.sampled_from([None, 1]),
+)
 def test_any_shape(rows: int, columns: int, groups: int, kind: str, seed: int | None) -> None:
     groups = -(-columns // -(-columns // groups))
     x, scale = 3 * torch.randn(rows, columns), torch.rand(1, groups) + 0.1
@@ -52,15 +58,25 @@ def test_any_shape(rows: int, columns: int, groups: int, kind: str, seed: int | 
 
 @pytest.mark.parametrize(
     ("name", "exponent", "mantissa", "reserved"),
-    [("float8_e4m3fn", 4, 3, "nan"), ("float8_e5m2", 5, 2, "ieee"), ("float4_e2m1fn", 2, 1, "none"), ("float6_e3m2fn", 3, 2, "none"), ("float6_e2m3fn", 2, 3, "none")],
+    [
+        ("float8_e4m3fn", 4, 3, "nan"),
+        ("float8_e5m2", 5, 2, "ieee"),
+        ("float4_e2m1fn", 2, 1, "none"),
+        ("float6_e3m2fn", 3, 2, "none"),
+        ("float6_e2m3fn", 2, 3, "none"),
+    ],
 )
-def test_minifloats_round_as_an_independent_implementation(name: str, exponent: int, mantissa: int, reserved: str) -> None:
+def test_minifloats_round_as_an_independent_implementation(
+    name: str, exponent: int, mantissa: int, reserved: str
+) -> None:
     kind = getattr(ml_dtypes, name)
     top = float(ml_dtypes.finfo(kind).max)
     x = torch.cat([torch.linspace(-top, top, 999), torch.randn(500), 1e-3 * torch.randn(300)])[None]
     expected = torch.from_numpy(x.numpy().astype(kind).astype(np.float32))
     for backend in ("torch", "triton"):
-        assert torch.equal(quantize_minifloat(x, torch.ones(1, 1), exponent, mantissa, reserved, backend=backend), expected)
+        assert torch.equal(
+            quantize_minifloat(x, torch.ones(1, 1), exponent, mantissa, reserved, backend=backend), expected
+        )
     over = quantize_minifloat(torch.tensor([[2 * top]]), torch.ones(1, 1), exponent, mantissa, reserved)
     assert over.item() == top
 
@@ -91,9 +107,24 @@ def test_gradient_passes_inside_and_stops_where_clipped(kind: str, backend: str)
 
 
 def test_nf4_is_the_published_codebook() -> None:
-    published = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-                 -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-                 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
+    published = [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
     assert pytest.approx(published, abs=2e-6) == list(NF4)
 
 
@@ -103,7 +134,10 @@ def test_random_bits_are_spread_and_a_function_of_the_element() -> None:
     ones = ((bits[:, None] >> torch.arange(32)) & 1).double().mean(0)
     assert ((ones - 0.5).abs() < 5 * 0.5 / 4096**0.5).all()
     draws = [uniform(seed, 4096).double() for seed in range(4)]
-    assert all(abs(float(torch.corrcoef(torch.stack(pair))[0, 1])) < 5 / 4096**0.5 for pair in itertools.combinations(draws, 2))
+    assert all(
+        abs(float(torch.corrcoef(torch.stack(pair))[0, 1])) < 5 / 4096**0.5
+        for pair in itertools.combinations(draws, 2)
+    )
     assert abs(float(torch.corrcoef(torch.stack([draws[0][1:], draws[0][:-1]]))[0, 1])) < 5 / 4096**0.5
 
 
@@ -116,7 +150,9 @@ def test_hadamard_equals_the_dense_matrix_and_its_own_inverse(n: int) -> None:
         y = hadamard(x, n, backend)
         torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(hadamard(y, n, backend), x, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], hadamard(grad, n), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, x, grad)[0], hadamard(grad, n), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("grid", [Grid(0, -8.0, 7.0), Grid(1, 0.0, 6.0, 2, 1)])
@@ -124,10 +160,15 @@ def test_hadamard_equals_the_dense_matrix_and_its_own_inverse(n: int) -> None:
 def test_transform_fused_with_quantization_equals_the_two_steps(grid: Grid, dtype: torch.dtype) -> None:
     x = torch.randn(5, 64).to(dtype)
     x[2] = 0
-    for a, b in zip(*(hadamard_quantize(x, 32, grid, backend) for backend in ("torch", "triton")), strict=True):
+    for a, b in zip(
+        *(hadamard_quantize(x, 32, grid, backend) for backend in ("torch", "triton")), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
     left, right = torch.randn(4, 4), torch.randn(16, 16)
-    for a, b in zip(*(kronecker_quantize(x.float(), left, right, grid, backend) for backend in ("torch", "triton")), strict=True):
+    for a, b in zip(
+        *(kronecker_quantize(x.float(), left, right, grid, backend) for backend in ("torch", "triton")),
+        strict=True,
+    ):
         # The two matrix products may be summed in another order: a value on a rounding boundary may go the other way.
         assert ((a - b).abs() > 1e-4 * b.abs().max()).float().mean() < 0.02
 

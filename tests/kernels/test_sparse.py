@@ -14,9 +14,13 @@ from workbench.kernels.semi_structured import compress_2_4, double_prune, mask_2
 
 @pytest.mark.parametrize(("block", "rows", "columns"), [(16, 3, 4), (48, 2, 1), (64, 2, 2), (128, 1, 2)])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_block_sparse_product_and_gradients_equal_the_dense_masked_ones(block: int, rows: int, columns: int, backend: str) -> None:
+def test_block_sparse_product_and_gradients_equal_the_dense_masked_ones(
+    block: int, rows: int, columns: int, backend: str
+) -> None:
     keep = torch.rand(rows, columns) < 0.5
-    dense = torch.randn(rows * block, columns * block) * keep.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    dense = torch.randn(rows * block, columns * block) * keep.repeat_interleave(block, 0).repeat_interleave(
+        block, 1
+    )
     weight = block_sparse(dense, block, keep)
     assert weight.blocks == int(keep.sum())
     x = torch.randn(2, 9, columns * block, requires_grad=True)
@@ -39,12 +43,19 @@ def test_any_number_of_tokens_and_any_pattern(tokens: int, rows: int, columns: i
     keep = torch.rand(rows, columns) < density
     weight = block_sparse(torch.randn(16 * rows, 16 * columns), 16, keep)
     x = torch.randn(tokens, 16 * columns)
-    torch.testing.assert_close(block_sparse_linear(x, weight.values, weight, backend="triton"), x @ weight.dense().t(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        block_sparse_linear(x, weight.values, weight, backend="triton"),
+        x @ weight.dense().t(),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_half_precision_strided_input(kind: torch.dtype) -> None:
-    weight = block_sparse(torch.randn(32, 48).to(kind), 16, torch.tensor([[True, False, True], [False, True, True]]))
+    weight = block_sparse(
+        torch.randn(32, 48).to(kind), 16, torch.tensor([[True, False, True], [False, True, True]])
+    )
     x = torch.randn(48, 5).to(kind).t()
     y = block_sparse_linear(x, weight.values, weight, backend="triton")
     torch.testing.assert_close(y.float(), x.float() @ weight.dense().float().t(), atol=0.1, rtol=2e-2)
@@ -65,7 +76,9 @@ def test_infinities_reach_only_the_outputs_they_are_multiplied_into() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(("tokens", "width", "out"), [(1, 4, 3), (3, 132, 70), (20, 64, 64), (0, 8, 8)])
-def test_2_4_product_and_gradients_equal_the_dense_masked_ones(tokens: int, width: int, out: int, backend: str) -> None:
+def test_2_4_product_and_gradients_equal_the_dense_masked_ones(
+    tokens: int, width: int, out: int, backend: str
+) -> None:
     weight = compress_2_4(torch.randn(out, width))
     x = torch.randn(tokens, width, requires_grad=True)
     values = weight.values.clone().requires_grad_()

@@ -18,15 +18,23 @@ BACKENDS = ["torch", "triton"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("smoothing", "reduction", "chunk"), [(0.0, "mean", 4), (0.1, "sum", 64), (0.1, "mean", None)])
-def test_loss_and_gradients_equal_the_unchunked_ones(backend: str, smoothing: float, reduction: str, chunk: int | None) -> None:
+@pytest.mark.parametrize(
+    ("smoothing", "reduction", "chunk"), [(0.0, "mean", 4), (0.1, "sum", 64), (0.1, "mean", None)]
+)
+def test_loss_and_gradients_equal_the_unchunked_ones(
+    backend: str, smoothing: float, reduction: str, chunk: int | None
+) -> None:
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((11, 8), (53, 8), (53,)))
     y = torch.randint(0, 53, (11,))
     y[3] = -100
     expected = F.cross_entropy(x @ w.t() + b, y, label_smoothing=smoothing, reduction=reduction)
-    loss = linear_cross_entropy(x, w, y, b, label_smoothing=smoothing, reduction=reduction, chunk=chunk, backend=backend)
+    loss = linear_cross_entropy(
+        x, w, y, b, label_smoothing=smoothing, reduction=reduction, chunk=chunk, backend=backend
+    )
     torch.testing.assert_close(loss, expected)
-    for a, e in zip(torch.autograd.grad(3 * loss, (x, w, b)), torch.autograd.grad(3 * expected, (x, w, b)), strict=True):
+    for a, e in zip(
+        torch.autograd.grad(3 * loss, (x, w, b)), torch.autograd.grad(3 * expected, (x, w, b)), strict=True
+    ):
         torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-4)
 
 
@@ -36,7 +44,12 @@ def test_loss_of_any_shape(tokens: int, vocabulary: int, chunk: int, backend: st
     x, w = 5 * torch.randn(tokens, 4), torch.randn(vocabulary, 4)
     y = torch.randint(0, vocabulary, (tokens,))
     loss = linear_cross_entropy(x, w, y, chunk=chunk, reduction="sum", backend=backend)
-    torch.testing.assert_close(loss, F.cross_entropy(x @ w.t(), y, reduction="sum") if tokens else torch.zeros(()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        loss,
+        F.cross_entropy(x @ w.t(), y, reduction="sum") if tokens else torch.zeros(()),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -87,7 +100,9 @@ def test_norms_equal_pytorch_with_gradients(backend: str, width: int, rms: bool,
         expected = F.layer_norm(h, (width,), w, b)
         got = layer_norm(x, w, b, r if residual else None, backend=backend)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    for a, e in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+    for a, e in zip(
+        torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
         torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4)
 
 
@@ -100,7 +115,9 @@ def test_activations_equal_pytorch_with_gradients(backend: str) -> None:
         (F.silu(a) * b, swiglu(a, b, backend=backend), (a, b)),
     ):
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
-        for x, e in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        for x, e in zip(
+            torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+        ):
             torch.testing.assert_close(x, e, atol=1e-5, rtol=1e-5)
 
 
@@ -142,7 +159,12 @@ def test_int8_copies_hardly_change_gradients_and_2_bit_copies_do_not_bias_them()
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_half_precision(backend: str, kind: torch.dtype) -> None:
     x, w = torch.randn(4, 300).to(kind), torch.randn(300).to(kind)
-    torch.testing.assert_close(rms_norm(x, w, backend=backend).float(), F.rms_norm(x.float(), (300,), w.float(), 1e-6), atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        rms_norm(x, w, backend=backend).float(),
+        F.rms_norm(x.float(), (300,), w.float(), 1e-6),
+        atol=2e-2,
+        rtol=1e-2,
+    )
     torch.testing.assert_close(gelu(x, backend=backend).float(), F.gelu(x.float()), atol=1e-2, rtol=1e-2)
 
 
@@ -152,7 +174,10 @@ def test_extreme_values_stay_in_their_row_or_group() -> None:
     x[2] = 1e-30
     y = layer_norm(x, torch.ones(512), backend="triton")
     assert y[0].isfinite().all() and y[1].isnan().any() and not y[2].any()
-    assert gelu(torch.tensor([float("inf"), -1e30, float("nan")]), backend="triton")[:2].tolist() == [float("inf"), 0.0]
+    assert gelu(torch.tensor([float("inf"), -1e30, float("nan")]), backend="triton")[:2].tolist() == [
+        float("inf"),
+        0.0,
+    ]
     kept = compress(x, 8).decompress()
     assert kept[0].isfinite().all() and kept[1, 256:].isfinite().all()
 

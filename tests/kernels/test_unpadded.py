@@ -57,7 +57,9 @@ def test_the_real_minilm_gives_equal_hidden_states_on_real_text() -> None:
     with torch.no_grad():
         expected, got = model(**inputs), unpad(copy.deepcopy(model))(**inputs)
     valid = inputs["attention_mask"].bool()
-    torch.testing.assert_close(got.last_hidden_state[valid], expected.last_hidden_state[valid], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        got.last_hidden_state[valid], expected.last_hidden_state[valid], atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(got.pooler_output, expected.pooler_output, atol=1e-5, rtol=1e-5)
 
 

@@ -22,7 +22,9 @@ def masked_pair() -> Pair:
         torch.manual_seed(0)
         inputs, hidden, classes = widths
         net = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, classes))
-        subject = workbench.subject(net, data={"inputs": torch.randn(40, inputs), "labels": torch.randint(classes, (40,))})
+        subject = workbench.subject(
+            net, data={"inputs": torch.randn(40, inputs), "labels": torch.randint(classes, (40,))}
+        )
         layers = subject.layers("*")
         for layer in layers:
             layer.attach(Mask(mask(layer)))

@@ -14,13 +14,27 @@ from workbench import BadInput
 from workbench.instruments import Progress
 from workbench.latency import count_flops
 from workbench.pruning import Prune, dimensions, removal
-from workbench.pruning.dimensions import align_heads, channel_axes, extent, left_after, principal, projections, shrink, smallest_units
+from workbench.pruning.dimensions import (
+    align_heads,
+    channel_axes,
+    extent,
+    left_after,
+    principal,
+    projections,
+    shrink,
+    smallest_units,
+)
 from workbench.pruning.norms import channel_norms, restrict
 from workbench.pruning.structures import discover
 from workbench.subjects import blocks
 from workbench.subjects.subject import plain_experts
 
-CUTS = [(a, kind) for a in ARCHITECTURES for kind in ("channels", "layers", "experts") if kind != "experts" or a == "mixtral"]
+CUTS = [
+    (a, kind)
+    for a in ARCHITECTURES
+    for kind in ("channels", "layers", "experts")
+    if kind != "experts" or a == "mixtral"
+]
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -64,7 +78,9 @@ def test_a_saved_smaller_model_opens_to_the_same_outputs(checkpoints, tmp_path_f
         assert torch.allclose(again.task.output(again.model, batch), got, rtol=1e-6, atol=1e-6)
         assert torch.allclose(again.task.output(plain, batch), got, rtol=1e-6, atol=1e-6)
     built = type(small.model)(small.model.config)
-    assert {n: p.shape for n, p in built.named_parameters()} == {n: p.shape for n, p in small.model.named_parameters()}
+    assert {n: p.shape for n, p in built.named_parameters()} == {
+        n: p.shape for n, p in small.model.named_parameters()
+    }
     assert small.parameter_count() == sum(p.numel() for p in built.parameters()) <= subject.parameter_count()
     tied = small.model.get_output_embeddings() if architecture in ("gpt2", "t5") else None
     assert tied is None or tied.weight is small.model.get_input_embeddings().weight
@@ -74,7 +90,9 @@ def test_a_saved_smaller_model_opens_to_the_same_outputs(checkpoints, tmp_path_f
 def test_removed_channels_equal_masked_channels_with_restricted_norms(architecture, checkpoints):
     subject = workbench.subject(checkpoints[architecture], data="random")
     model = trained(subject.model)
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in next(subject.batches("test", 3)).items()}
+    batch = {
+        k: v.double() if v.is_floating_point() else v for k, v in next(subject.batches("test", 3)).items()
+    }
     kept = torch.randperm(32).argsort() < 20
     residual, inner = channel_axes(model)
     assert bool(inner) == (architecture in ("bert", "gpt2"))
@@ -95,7 +113,9 @@ def test_removed_channels_equal_masked_channels_with_restricted_norms(architectu
         with restrict(masked, lambda: kept.double()):
             want = subject.task.output(masked, batch)
         got = subject.task.output(shrink(model, "channels", kept), batch)
-    close = 1e-9 if architecture in ("bert", "gpt2", "vit") else 1e-6  # transformers' RMSNorm computes in float32
+    close = (
+        1e-9 if architecture in ("bert", "gpt2", "vit") else 1e-6
+    )  # transformers' RMSNorm computes in float32
     assert torch.allclose(got, want, rtol=close, atol=close * float(want.abs().max()))
 
 
@@ -109,7 +129,10 @@ def test_turning_heads_to_their_principal_axes_changes_nothing(architecture, che
         align_heads(model)
         assert torch.allclose(subject.task.output(model, batch), want, rtol=1e-9, atol=1e-9)
     query, key, _, _ = projections(discover(model, ("heads",))[0])
-    rows = [member.layer.weight[index[0]].norm(dim=1) * member.layer.bias[index[0]].abs().add(1) for member, index in (query, key)]
+    rows = [
+        member.layer.weight[index[0]].norm(dim=1) * member.layer.bias[index[0]].abs().add(1)
+        for member, index in (query, key)
+    ]
     assert all(len(r) == 8 for r in rows)
 
 
@@ -120,22 +143,30 @@ def test_principal_axes_are_the_best_of_their_number():
     assert torch.allclose(new_a.T @ new_b, product)
     values = torch.linalg.svdvals(product)
     for d in range(1, 6):  # Eckart and Young: the error of the best rank-d matrix
-        assert float((new_a[:d].T @ new_b[:d] - product).norm()) == pytest.approx(float(values[d:].norm()), rel=1e-9)
+        assert float((new_a[:d].T @ new_b[:d] - product).norm()) == pytest.approx(
+            float(values[d:].norm()), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_without_a_block_is_the_model_whose_list_lacks_it(architecture, checkpoints):
     subject = workbench.subject(checkpoints[architecture], data="random")
     model = trained(subject.model)
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in next(subject.batches("test", 3)).items()}
+    batch = {
+        k: v.double() if v.is_floating_point() else v for k, v in next(subject.batches("test", 3)).items()
+    }
     for gone in range(len(blocks(model))):
         kept = torch.ones(len(blocks(model)), dtype=torch.bool)
         kept[gone] = False
         small, want = shrink(model, "layers", kept), copy.deepcopy(model)
         path, number = blocks(model)[gone][0].rsplit(".", 1)
         owner = want.get_submodule(path)
-        if architecture == "t5" and number == "0":  # the table of relative positions moves to the block that is now the first
-            owner[1].layer[0].SelfAttention.relative_attention_bias = owner[0].layer[0].SelfAttention.relative_attention_bias
+        if (
+            architecture == "t5" and number == "0"
+        ):  # the table of relative positions moves to the block that is now the first
+            owner[1].layer[0].SelfAttention.relative_attention_bias = (
+                owner[0].layer[0].SelfAttention.relative_attention_bias
+            )
             owner[1].layer[0].SelfAttention.has_relative_attention_bias = True
         del owner[int(number)]
         with torch.no_grad():
@@ -156,7 +187,9 @@ def test_a_router_with_fewer_experts_chooses_the_best_of_those_left(checkpoints)
         for token in range(7):
             for weight, expert in zip(weights[token], index[token], strict=True):
                 gate, up = (x[0, token] @ block.experts.gate_up_proj[expert].T).chunk(2)
-                want[token] += weight * (torch.nn.functional.silu(gate) * up) @ block.experts.down_proj[expert].T
+                want[token] += (
+                    weight * (torch.nn.functional.silu(gate) * up) @ block.experts.down_proj[expert].T
+                )
         assert torch.allclose(reduced(x)[0], want, atol=1e-6)  # the router works in float32
     assert small.config.num_local_experts == 3 and small.config.num_experts_per_tok == 2
     assert shrink(model, "experts", torch.tensor([[True] + [False] * 3] * 2)).config.num_experts_per_tok == 1
@@ -172,10 +205,15 @@ def test_sizes_and_flops_are_those_of_the_smaller_configuration(checkpoints):
         matrices = hidden * (32 + 16 + 16 + 32) + 3 * hidden * 64
         parameters = 2 * 99 * hidden + layers * (matrices + 2 * hidden) + hidden
         rows = 2 * length
-        attention = 2 * 2 * 4 * 8 * length * length * 2  # scores and their products with values, all positions
+        attention = (
+            2 * 2 * 4 * 8 * length * length * 2
+        )  # scores and their products with values, all positions
         return parameters, layers * (2 * rows * matrices + attention) + 2 * rows * hidden * 99
 
-    for kind, kept, size in (("channels", torch.arange(32) < 24, (24, 2)), ("layers", torch.tensor([False, True]), (32, 1))):
+    for kind, kept, size in (
+        ("channels", torch.arange(32) < 24, (24, 2)),
+        ("layers", torch.tensor([False, True]), (32, 1)),
+    ):
         result = subject.with_model(shrink(subject.model, kind, kept))
         parameters, flops = counted(*size)
         assert result.parameter_count() == parameters
@@ -189,22 +227,25 @@ def test_counts_and_choices():
     assert len(channel_norms(tiny("bert"), 32)) == 5 and len(channel_norms(tiny("llama"), 32)) == 5
 
 
-@pytest.mark.parametrize(("architecture", "fields", "words"), [
-    ("bert", {"pattern": "experts"}, "no stack of experts"),
-    ("bert", {"pattern": "channels", "sparsity": 0.01}, "steps of 4 is none"),
-    ("bert", {"pattern": "channels", "layers": "*.query"}, "layers"),
-    ("bert", {"pattern": "channels", "remove": False}, "remove"),
-    ("bert", {"pattern": "channels", "method": "sparsegpt"}, "no form"),
-    ("bert", {"pattern": "channels", "allocation": "global"}, "allocation"),
-    ("bert", {"pattern": "channels", "compensation": "least-squares"}, "compensation"),
-    ("bert", {"pattern": "channels", "saliency": "tcess"}, "does not score channels"),
-    ("bert", {"pattern": "channels", "method": "pat"}, "recovery finetune"),
-    ("bert", {"pattern": "unstructured", "method": "minitron"}, "heads, neurons, channels"),
-    ("bert", {"pattern": "unstructured", "saliency": "activation"}, "single weights"),
-    ("bert", {"pattern": "heads", "method": "heapr"}, "neurons, experts"),
-    ("bert", {"pattern": "unstructured", "allocation": "adaptive"}, "adaptive"),
-    ("mixtral", {"pattern": "layers", "method": "premoe"}, "experts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "fields", "words"),
+    [
+        ("bert", {"pattern": "experts"}, "no stack of experts"),
+        ("bert", {"pattern": "channels", "sparsity": 0.01}, "steps of 4 is none"),
+        ("bert", {"pattern": "channels", "layers": "*.query"}, "layers"),
+        ("bert", {"pattern": "channels", "remove": False}, "remove"),
+        ("bert", {"pattern": "channels", "method": "sparsegpt"}, "no form"),
+        ("bert", {"pattern": "channels", "allocation": "global"}, "allocation"),
+        ("bert", {"pattern": "channels", "compensation": "least-squares"}, "compensation"),
+        ("bert", {"pattern": "channels", "saliency": "tcess"}, "does not score channels"),
+        ("bert", {"pattern": "channels", "method": "pat"}, "recovery finetune"),
+        ("bert", {"pattern": "unstructured", "method": "minitron"}, "heads, neurons, channels"),
+        ("bert", {"pattern": "unstructured", "saliency": "activation"}, "single weights"),
+        ("bert", {"pattern": "heads", "method": "heapr"}, "neurons, experts"),
+        ("bert", {"pattern": "unstructured", "allocation": "adaptive"}, "adaptive"),
+        ("mixtral", {"pattern": "layers", "method": "premoe"}, "experts"),
+    ],
+)
 def test_requests_that_make_no_sense_say_why(architecture, fields, words, checkpoints):
     subject = workbench.subject(checkpoints[architecture], data="random")
     with pytest.raises(BadInput, match=words):

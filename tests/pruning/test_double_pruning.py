@@ -13,7 +13,9 @@ from workbench.subjects import Mask
 
 def test_extra_zeros_are_the_formula_and_what_random_masks_show():
     assert extra_zero_share(2, 4) == 0.09375
-    assert extra_zero_share(1, 2) == pytest.approx(0.125)  # two of four pairs of a column pair lie in one row: 1/4 x 1/2
+    assert extra_zero_share(1, 2) == pytest.approx(
+        0.125
+    )  # two of four pairs of a column pair lie in one row: 1/4 x 1/2
     torch.manual_seed(0)
     for keep, of in ((2, 4), (1, 4), (2, 8)):
         weight = torch.randn(2048, 512)
@@ -58,4 +60,6 @@ def test_adapters_beside_the_sparse_weight_go_back_in_full():
     with mode:
         y = subject.model(x)
     y.sum().backward()
-    assert torch.allclose(x.grad, torch.ones(3, 8) @ (sparse * second_mask(sparse, 2, 4) + up @ down), atol=1e-5)
+    assert torch.allclose(
+        x.grad, torch.ones(3, 8) @ (sparse * second_mask(sparse, 2, 4) + up @ down), atol=1e-5
+    )

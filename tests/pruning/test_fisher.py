@@ -60,7 +60,11 @@ def test_update_is_the_dense_minimiser_on_a_layer_of_64_weights():
         hessian = dense_fisher(gradients[:, r], damp)
         want, loss = refit(weight[r], hessian, mask[r])
         assert torch.allclose(got[r], want, atol=1e-9)
-        one_by_one = -torch.linalg.inv(hessian)[:, ~mask[r]] @ torch.linalg.inv(torch.linalg.inv(hessian)[~mask[r]][:, ~mask[r]]) @ weight[r][~mask[r]]
+        one_by_one = (
+            -torch.linalg.inv(hessian)[:, ~mask[r]]
+            @ torch.linalg.inv(torch.linalg.inv(hessian)[~mask[r]][:, ~mask[r]])
+            @ weight[r][~mask[r]]
+        )
         assert torch.allclose(got[r] - weight[r], one_by_one, atol=1e-9)  # eq. 4 of the paper
         delta = weight[r] * mask[r] - weight[r]
         assert loss <= float(delta @ hessian @ delta) / 2
@@ -112,11 +116,11 @@ def test_rows_are_padded_when_the_block_does_not_divide_them():
     assert fisher.update(weight, torch.ones(2, 13, dtype=torch.bool), stack, 0.1, 5).allclose(weight)
 
 
-
-
 def test_short_factors_give_the_rows_of_their_float_products_rounded_once():
     generator = torch.Generator().manual_seed(0)
-    inputs, outputs = ([torch.randn(3, 7, n, generator=generator).bfloat16() for _ in range(2)] for n in (20, 12))
+    inputs, outputs = (
+        [torch.randn(3, 7, n, generator=generator).bfloat16() for _ in range(2)] for n in (20, 12)
+    )
     short = GradientFactors(inputs, outputs).rows(2, 9)
     whole = GradientFactors([x.float() for x in inputs], [d.float() for d in outputs]).rows(2, 9)
     assert short.dtype == torch.float32 and torch.allclose(short, whole, rtol=2**-8, atol=1e-5)
@@ -126,11 +130,17 @@ def test_short_factors_give_the_rows_of_their_float_products_rounded_once():
 def test_gradients_of_small_batches_are_means_of_examples(architecture, checkpoints):
     subject = workbench.subject(checkpoints[architecture], data="random")
     layers = subject.layers()
-    single, means = (Calibration(subject, layers, gradients=count, gradient_batch=size) for count, size in ((6, 1), (3, 2)))
+    single, means = (
+        Calibration(subject, layers, gradients=count, gradient_batch=size) for count, size in ((6, 1), (3, 2))
+    )
     for layer in layers:
         whole, rows = single.factors(layer), means.factors(layer)
         expected = whole.rows(0, 8).unflatten(0, (3, 2)).mean(1)
-        assert rows.examples == 3 and torch.allclose(rows.rows(0, 8), expected, atol=0.02 * float(expected.abs().max()))
+        assert rows.examples == 3 and torch.allclose(
+            rows.rows(0, 8), expected, atol=0.02 * float(expected.abs().max())
+        )
     assert means.absolute_damp() < single.absolute_damp()  # means vary less
-    result = Prune(gradients=3, gradient_batch=2, calibration_examples=4, predict_examples=0).run(subject, Progress(), cache=False)
+    result = Prune(gradients=3, gradient_batch=2, calibration_examples=4, predict_examples=0).run(
+        subject, Progress(), cache=False
+    )
     assert result.facts["sparsity"] == pytest.approx(0.5, abs=1e-3)

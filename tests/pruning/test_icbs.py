@@ -21,7 +21,14 @@ def problem(n, m, seed):
 def test_twelve_weights_reach_the_brute_force_optimum(seed):
     q, linear = problem(12, 30, seed)
     start = torch.tensor([1.0] * 6 + [0.0] * 6, dtype=torch.float64)
-    best = min(float(icbs.objective(q, linear, torch.zeros(12, dtype=torch.float64).index_fill(0, torch.tensor(c), 1.0))) for c in combinations(range(12), 6))
+    best = min(
+        float(
+            icbs.objective(
+                q, linear, torch.zeros(12, dtype=torch.float64).index_fill(0, torch.tensor(c), 1.0)
+            )
+        )
+        for c in combinations(range(12), 6)
+    )
     descent = icbs.swap_descent(q, linear, start)
     assert float(icbs.objective(q, linear, descent)) <= float(icbs.objective(q, linear, start))
     found = icbs.solve_block(q, linear, start, 8, torch.Generator().manual_seed(0))
@@ -48,7 +55,13 @@ def test_refinement_never_raises_the_predicted_loss_and_keeps_the_count():
 
 def test_icbs_starts_from_wanda_and_lowers_the_loss():
     vit = workbench.subject("digits-vit")
-    fields = {"sparsity": 0.4, "predict_examples": 0, "gradients": 64, "damp": 1.0, "test_split": "validation"}
+    fields = {
+        "sparsity": 0.4,
+        "predict_examples": 0,
+        "gradients": 64,
+        "damp": 1.0,
+        "test_split": "validation",
+    }
     wanda = Prune(method="wanda", **fields).run(vit, Progress(), cache=False).facts
     refined = Prune(method="icbs", **fields).run(vit, Progress(), cache=False).facts
     assert refined["sparsity"] == wanda["sparsity"] and refined["loss"] < wanda["loss"]

@@ -31,7 +31,9 @@ def test_unit_activations_are_the_aggregate_of_what_units_hand_on(checkpoints):
     found = unit_activations(on, groups, examples=5)
     block = on.model.bert.encoder.layer[1]
     seen: dict[str, list[torch.Tensor]] = {"heads": [], "neurons": []}
-    block.attention.output.dense.register_forward_pre_hook(lambda m, x: seen["heads"].append(x[0].unflatten(-1, (4, 8)).norm(dim=-1).mean((0, 1))))
+    block.attention.output.dense.register_forward_pre_hook(
+        lambda m, x: seen["heads"].append(x[0].unflatten(-1, (4, 8)).norm(dim=-1).mean((0, 1)))
+    )
     block.output.dense.register_forward_pre_hook(lambda m, x: seen["neurons"].append(x[0].abs().mean((0, 1))))
     with torch.no_grad():
         for batch in on.batches("calibration", 1, 5):
@@ -49,7 +51,9 @@ def test_channel_activations_add_up_the_norms(checkpoints):
     with torch.no_grad():
         for batch in on.batches("calibration", 1, 3):
             on.task.output(on.model, batch)
-    assert torch.allclose(found, torch.stack(outputs).reshape(3, len(norms), 32).square().mean(0).sqrt().sum(0), atol=1e-5)
+    assert torch.allclose(
+        found, torch.stack(outputs).reshape(3, len(norms), 32).square().mean(0).sqrt().sum(0), atol=1e-5
+    )
 
 
 def test_distances_are_those_of_the_hidden_states(checkpoints):
@@ -57,22 +61,33 @@ def test_distances_are_those_of_the_hidden_states(checkpoints):
     (stack,) = measure_stacks(on, examples=6, batch_size=4)
     batch = next(on.batches("calibration", 6, 6))
     with torch.no_grad():
-        states = on.model(**{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True).hidden_states
+        states = on.model(
+            **{k: v for k, v in batch.items() if k != "labels"}, output_hidden_states=True
+        ).hidden_states
     real = batch["attention_mask"].bool()
     last = real.sum(1) - 1
     a, b = (s[torch.arange(6), last] for s in states[:2])
-    assert float(stack.angular[0, 1]) == pytest.approx(float((F.cosine_similarity(a, b).arccos() / torch.pi).mean()), abs=1e-5)
-    assert float(stack.influence[0]) == pytest.approx(float(1 - F.cosine_similarity(states[0], states[1], dim=-1)[real].mean()), abs=1e-5)
+    assert float(stack.angular[0, 1]) == pytest.approx(
+        float((F.cosine_similarity(a, b).arccos() / torch.pi).mean()), abs=1e-5
+    )
+    assert float(stack.influence[0]) == pytest.approx(
+        float(1 - F.cosine_similarity(states[0], states[1], dim=-1)[real].mean()), abs=1e-5
+    )
     assert float(stack.angular.diagonal().max()) < 1e-3 and torch.allclose(stack.angular, stack.angular.T)
     table = table_of([stack])
-    assert len(table) == 3 and table.query("`first` == 0 and blocks == 2").distance.iloc[0] == pytest.approx(float(stack.angular[0, 2]))
+    assert len(table) == 3 and table.query("`first` == 0 and blocks == 2").distance.iloc[0] == pytest.approx(
+        float(stack.angular[0, 2])
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=2), st.integers(0, 8), st.integers(0, 9))
 def test_runs_and_weakest_blocks_are_the_best_there_are(sizes, remove, seed):
     generator = torch.Generator().manual_seed(seed)
-    found = [Stack(f"s{i}", torch.rand(n + 1, n + 1, generator=generator), torch.rand(n, generator=generator)) for i, n in enumerate(sizes)]
+    found = [
+        Stack(f"s{i}", torch.rand(n + 1, n + 1, generator=generator), torch.rand(n, generator=generator))
+        for i, n in enumerate(sizes)
+    ]
     most = sum(sizes) - len(sizes)
     if remove > most:
         for attempt in (lambda: runs(found, remove), lambda: weakest([s.influence for s in found], remove)):
@@ -83,11 +98,15 @@ def test_runs_and_weakest_blocks_are_the_best_there_are(sizes, remove, seed):
     every = [w for w in itertools.product(*ways) if sum(n for _, n in w) == remove]
 
     def cost(way) -> float:
-        return sum(float(s.angular[first, first + n]) if n else 0.0 for s, (first, n) in zip(found, way, strict=True))
+        return sum(
+            float(s.angular[first, first + n]) if n else 0.0 for s, (first, n) in zip(found, way, strict=True)
+        )
 
     kept = runs(found, remove)
     gone = [(~k).nonzero().flatten().tolist() for k in kept]
-    assert sum(len(g) for g in gone) == remove and all(g == list(range(g[0], g[0] + len(g))) for g in gone if g)
+    assert sum(len(g) for g in gone) == remove and all(
+        g == list(range(g[0], g[0] + len(g))) for g in gone if g
+    )
     mine = tuple((g[0], len(g)) if g else (0, 0) for g in gone)
     assert cost(mine) == pytest.approx(min(cost(w) for w in every))
     kept = weakest([s.influence for s in found], remove)
@@ -113,14 +132,18 @@ def test_routing_is_the_mean_over_real_tokens(checkpoints):
     assert torch.allclose(found.usage.sum(1), torch.full((2,), 2.0))
     batch = next(on.batches("calibration", 6, 6))
     with torch.no_grad():
-        logits = on.model(**{k: v for k, v in batch.items() if k != "labels"}, output_router_logits=True).router_logits
+        logits = on.model(
+            **{k: v for k, v in batch.items() if k != "labels"}, output_router_logits=True
+        ).router_logits
     real = batch["attention_mask"].reshape(-1).bool()
     for mine, layer in zip(found.tcess, logits, strict=True):
         assert torch.allclose(mine, selection(layer[real], 2).mean(0), atol=1e-5)
 
 
 def test_the_nearest_pattern_is_found_and_survives_the_disk(tmp_path):
-    patterns = ExpertPatterns({"code": torch.tensor([[1.0, 0.0, 0.5]]), "prose": torch.tensor([[0.0, 1.0, 0.5]])})
+    patterns = ExpertPatterns(
+        {"code": torch.tensor([[1.0, 0.0, 0.5]]), "prose": torch.tensor([[0.0, 1.0, 0.5]])}
+    )
     again = ExpertPatterns.load(patterns.save(tmp_path / "patterns.safetensors"))
     for p in (patterns, again):
         assert p.nearest(torch.tensor([[0.8, 0.3, 0.0]])) == "code"
@@ -137,7 +160,11 @@ def test_output_gradients_of_experts_give_the_weights_gradients(checkpoints):
     layer = next(x for x in on.layers() if x.name.endswith("1.mlp.experts.down_proj"))
     xs, gs = {}, {}
     batch = next(on.batches("calibration", 3))
-    with torch.enable_grad(), InputCapture([layer], lambda a, e, rows: xs.__setitem__(e, rows)), OutputGradients([layer], lambda a, e, g: gs.__setitem__(e, g)):
+    with (
+        torch.enable_grad(),
+        InputCapture([layer], lambda a, e, rows: xs.__setitem__(e, rows)),
+        OutputGradients([layer], lambda a, e, g: gs.__setitem__(e, g)),
+    ):
         loss = on.loss(batch)
     (gradient,) = torch.autograd.grad(loss, [layer.original])
     assert set(xs) == set(gs)
@@ -151,13 +178,24 @@ def test_atomic_scores_are_half_the_fisher_quadratic_of_each_neuron(checkpoints)
     found = atomic_scores(on, groups, examples=6, batch_size=3)[groups[1].name][0]
     dense = on.model.bert.encoder.layer[1].output.dense
     kept: dict[str, torch.Tensor] = {}
-    dense.register_forward_hook(lambda m, x, y: (kept.__setitem__("h", x[0].detach()), kept.__setitem__("y", y), y.retain_grad())[2])
+    dense.register_forward_hook(
+        lambda m, x, y: (kept.__setitem__("h", x[0].detach()), kept.__setitem__("y", y), y.retain_grad())[2]
+    )
     gram, squares, tokens = torch.zeros(32, 32), torch.zeros(64), 0
     for batch in on.batches("calibration", 3, 6):
         (on.loss(batch) * 3).backward()
         g, h = kept["y"].grad.reshape(-1, 32), kept["h"].reshape(-1, 64)
         gram, squares, tokens = gram + g.T @ g, squares + h.square().sum(0), tokens + len(h)
-    want = torch.stack([squares[k] / tokens * (dense.weight[:, k] @ (gram / tokens) @ dense.weight[:, k]) / 2 for k in range(64)]) * tokens / 6
+    want = (
+        torch.stack(
+            [
+                squares[k] / tokens * (dense.weight[:, k] @ (gram / tokens) @ dense.weight[:, k]) / 2
+                for k in range(64)
+            ]
+        )
+        * tokens
+        / 6
+    )
     assert torch.allclose(found, want, rtol=1e-4)
 
 
@@ -210,20 +248,45 @@ def test_the_merged_smaller_model_is_the_masked_model_that_was_trained():
 @pytest.mark.parametrize("method", ["minitron", "pat"])
 def test_recovery_of_a_narrower_model_lowers_the_loss(method):
     on = workbench.subject("digits-vit")
-    fields = {"method": method, "pattern": "channels", "sparsity": 0.25, "predict_examples": 0, "test_split": "validation"}
+    fields = {
+        "method": method,
+        "pattern": "channels",
+        "sparsity": 0.25,
+        "predict_examples": 0,
+        "test_split": "validation",
+    }
     before = Prune(**(fields | {"method": "minitron"})).run(on, Progress(), cache=False)
     after = Prune(**fields, recovery="finetune", recovery_steps=40, lr=2e-3).run(on, Progress(), cache=False)
-    assert after.facts["loss"] < 0.8 * before.facts["loss"] and after.facts["parameters"] == before.facts["parameters"]
+    assert (
+        after.facts["loss"] < 0.8 * before.facts["loss"]
+        and after.facts["parameters"] == before.facts["parameters"]
+    )
     assert len(after.tables["recovery"]) == 40
 
 
 def test_a_gradual_cut_passes_through_its_sparsities_and_names_what_went():
     on = workbench.subject("digits-vit")
-    result = Prune(method="minitron", pattern="channels", sparsity=0.5, schedule="linear", steps=2, recovery="distil", recovery_steps=10,
-                   predict_examples=16).run(on, Progress(), cache=False)  # fmt: skip
-    assert result.tables["schedule"].sparsity.tolist() == [0.25, 0.5] and result.tables["schedule"].trained.tolist() == [3, 6]
-    assert result.facts["units_left"] == 24 and len(result.tables["units"]) == 24 and len(result.tables["recovery"]) == 10
+    result = Prune(
+        method="minitron",
+        pattern="channels",
+        sparsity=0.5,
+        schedule="linear",
+        steps=2,
+        recovery="distil",
+        recovery_steps=10,
+        predict_examples=16,
+    ).run(on, Progress(), cache=False)
+    assert result.tables["schedule"].sparsity.tolist() == [0.25, 0.5] and result.tables[
+        "schedule"
+    ].trained.tolist() == [3, 6]
+    assert (
+        result.facts["units_left"] == 24
+        and len(result.tables["units"]) == 24
+        and len(result.tables["recovery"]) == 10
+    )
     assert (result.table.sparsity == 0.5).all() and "measured_change" in result.facts
-    depth = Prune(method="deeper-layers", pattern="layers", sparsity=0.34, predict_examples=0).run(on, Progress(), cache=False)
+    depth = Prune(method="deeper-layers", pattern="layers", sparsity=0.34, predict_examples=0).run(
+        on, Progress(), cache=False
+    )
     assert depth.table.sparsity.isin([0.0, 1.0]).all() and depth.facts["units_left"] == 2
     assert len(depth.figure(show="distances").data) == 1

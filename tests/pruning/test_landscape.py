@@ -22,8 +22,18 @@ def found():
 def test_a_threshold_on_the_ranks_is_the_methods_own_mask(found):
     vit, result = found
     for method in result.methods:
-        pruned = Prune(method=method, sparsity=0.5, compensation="none", gradients=16, calibration_examples=16, predict_examples=0).run(vit, Progress(), cache=False)
-        same = [np.mean(result.mask(method, layer.name, 0.5) == (layer.weight != 0).numpy()) for layer in pruned.subject.layers()]
+        pruned = Prune(
+            method=method,
+            sparsity=0.5,
+            compensation="none",
+            gradients=16,
+            calibration_examples=16,
+            predict_examples=0,
+        ).run(vit, Progress(), cache=False)
+        same = [
+            np.mean(result.mask(method, layer.name, 0.5) == (layer.weight != 0).numpy())
+            for layer in pruned.subject.layers()
+        ]
         assert min(same) > 0.97 and np.mean(same) > 0.99
 
 
@@ -51,7 +61,9 @@ def test_overlap_and_predictions_are_what_counting_gives(found):
 def test_a_heads_density_is_that_of_its_rows_and_columns(found):
     vit, result = found
     (group, *_), heads = discover(vit.model, ("heads",)), result.tables["heads"]
-    assert list(heads.label[: group.units]) == [f"0.{h}" for h in range(group.units)] and set(heads["attention"]) == {g.name for g in discover(vit.model, ("heads",))}
+    assert list(heads.label[: group.units]) == [f"0.{h}" for h in range(group.units)] and set(
+        heads["attention"]
+    ) == {g.name for g in discover(vit.model, ("heads",))}
     shares = result.head_densities("obd", 0.75)  # a threshold on the border of a bin is exact
     for head in range(group.units):
         kept = total = 0
@@ -73,6 +85,8 @@ def test_leaderboard_has_every_run_and_exact_intervals():
     table = summary(board).set_index("method")
     values = board[board.method == "magnitude"].loss.to_numpy()
     assert table.loc["magnitude", "mean"] == pytest.approx(values.mean())
-    assert table.loc["magnitude", "half_width"] == pytest.approx(12.706205 * abs(values[0] - values[1]) / 2, rel=1e-5)  # t quantile, one degree of freedom
+    assert table.loc["magnitude", "half_width"] == pytest.approx(
+        12.706205 * abs(values[0] - values[1]) / 2, rel=1e-5
+    )  # t quantile, one degree of freedom
     assert list(table.index) == ["magnitude", "random"]
     assert len(curves(board, "accuracy").data) >= 2

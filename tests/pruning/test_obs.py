@@ -52,7 +52,12 @@ def test_least_squares_is_exact_and_no_compensation_beats_it():
     hessian = obs.damped(gram, 1e-9)
     for r in range(len(weight)):
         kept = mask[r]
-        assert torch.allclose(exact[r, kept], torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight[r]), rtol=1e-4, atol=1e-6)
+        assert torch.allclose(
+            exact[r, kept],
+            torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight[r]),
+            rtol=1e-4,
+            atol=1e-6,
+        )
     swept = obs.sweep(weight, gram, 1e-9, mask=mask)[0]
     assert error(weight, exact, gram) <= min(error(weight, swept, gram), error(weight, weight * mask, gram))
 
@@ -122,5 +127,9 @@ def test_the_inverse_factor_is_upper_triangular_and_gives_the_inverse():
         gram = x.T @ x / len(x)
         upper = obs.inverse_factor(gram, 0.01)
         assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
-        assert torch.allclose(upper.T @ upper @ obs.damped(gram, 0.01), torch.eye(n, dtype=torch.float64), atol=1e-9)
-        assert torch.allclose(obs.triangular_inverse(upper, 4) @ upper, torch.eye(n, dtype=torch.float64), atol=1e-9)
+        assert torch.allclose(
+            upper.T @ upper @ obs.damped(gram, 0.01), torch.eye(n, dtype=torch.float64), atol=1e-9
+        )
+        assert torch.allclose(
+            obs.triangular_inverse(upper, 4) @ upper, torch.eye(n, dtype=torch.float64), atol=1e-9
+        )

@@ -20,7 +20,17 @@ from workbench.pruning.structures import discover
 # Movement is collected in training.
 TRAINED = {"schedule": "linear", "steps": 2, "recovery": "finetune", "recovery_steps": 4, "batch_size": 2}
 LEAST = {"gradients": 2, "calibration_examples": 2, "predict_examples": 0, "sparsity": 0.5}
-ANYWHERE = {"random", "magnitude", "gradient", "obd", "taylor2", "wanda", "obert", "obert-greedy", "llm-pruner"}
+ANYWHERE = {
+    "random",
+    "magnitude",
+    "gradient",
+    "obd",
+    "taylor2",
+    "wanda",
+    "obert",
+    "obert-greedy",
+    "llm-pruner",
+}
 VALID = {
     "channels": ANYWHERE | {"minitron"},
     "layers": ANYWHERE | {"minitron", "deeper-layers"},
@@ -56,15 +66,21 @@ def pruned(subject, pattern, accepted, **fields):
     head = subject.model.get_output_embeddings()
     tied = head is not None and head.weight is subject.model.get_input_embeddings().weight
     for method in PRESETS:
-        prune = Prune(method=method, pattern=pattern, **(LEAST | fields | (TRAINED if method == "movement" else {})))
+        prune = Prune(
+            method=method, pattern=pattern, **(LEAST | fields | (TRAINED if method == "movement" else {}))
+        )
         if method not in accepted:
             with pytest.raises(BadInput) as refused:
                 prune.run(subject, Progress(), cache=False)
-            assert re.match(r"(method|pattern|saliency|compensation|schedule): ", str(refused.value)), refused.value
+            assert re.match(r"(method|pattern|saliency|compensation|schedule): ", str(refused.value)), (
+                refused.value
+            )
             continue
         result = prune.run(subject, Progress(), cache=False)
         model = result.subject.model
-        assert torch.isfinite(torch.tensor(result.facts["loss"])) and all(bool(torch.isfinite(p).all()) for p in model.parameters())
+        assert torch.isfinite(torch.tensor(result.facts["loss"])) and all(
+            bool(torch.isfinite(p).all()) for p in model.parameters()
+        )
         if tied:
             assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         yield method, prune, result
@@ -77,17 +93,27 @@ def test_every_pair_is_exact_or_says_why_not(pattern, architecture, checkpoints)
     for _, prune, result in pruned(subject, pattern, valid(pattern, architecture)):
         model = result.subject.model
         if pattern in DIMENSIONS:
-            assert result.facts["sparsity"] == 0.5 and result.facts["parameters"] == sum(p.numel() for p in model.parameters())
+            assert result.facts["sparsity"] == 0.5 and result.facts["parameters"] == sum(
+                p.numel() for p in model.parameters()
+            )
         else:
             before, after = (discover(m, parse(pattern).kinds) for m in (subject.model, model))
-            weights, left = (sum(g.units * g.experts * g.weights_per_unit() for g in groups) for groups in (before, after))
+            weights, left = (
+                sum(g.units * g.experts * g.weights_per_unit() for g in groups) for groups in (before, after)
+            )
             step = [g.experts * g.weights_per_unit() * (EXPERT_STEP if g.experts > 1 else 1) for g in before]
             # One threshold over all groups is off by half of the largest unit at most, shares of blocks by half a unit each.
-            allowed = {"layer": 0.0, "global": max(step) / 2, "adaptive": sum(step) / 2}[prune.composition()[2]]
+            allowed = {"layer": 0.0, "global": max(step) / 2, "adaptive": sum(step) / 2}[
+                prune.composition()[2]
+            ]
             assert weights - left == pytest.approx(weights / 2, abs=allowed)
 
 
 def test_every_method_is_accounted_for():
     named = set().union(*VALID.values())
-    assert set(PRESETS) - named == {"movement", "icbs", "pat"}  # collected in training; single weights; trained channels
+    assert set(PRESETS) - named == {
+        "movement",
+        "icbs",
+        "pat",
+    }  # collected in training; single weights; trained channels
     assert set(NOT_DIMENSIONAL).isdisjoint(VALID["channels"] | VALID["layers"] | VALID["experts"])

@@ -6,15 +6,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench import BadInput
-from workbench.pruning.patterns import NM, Tiles, expand, make_mask, obeys, parse, reduce, sizes, smallest, yield_to
+from workbench.pruning.patterns import (
+    NM,
+    Tiles,
+    expand,
+    make_mask,
+    obeys,
+    parse,
+    reduce,
+    sizes,
+    smallest,
+    yield_to,
+)
 
-PATTERNS = st.sampled_from(["unstructured", "2:4", "1:4", "3:5 outputs", "4:8", "block 4x4", "block 3x5", "block 16x1", "row", "column"])
-SHAPES = st.tuples(st.integers(1, 23), st.integers(1, 23)) | st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+PATTERNS = st.sampled_from(
+    [
+        "unstructured",
+        "2:4",
+        "1:4",
+        "3:5 outputs",
+        "4:8",
+        "block 4x4",
+        "block 3x5",
+        "block 16x1",
+        "row",
+        "column",
+    ]
+)
+SHAPES = st.tuples(st.integers(1, 23), st.integers(1, 23)) | st.tuples(
+    st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)
+)
 
 
 @settings(max_examples=80, deadline=None)
 @given(PATTERNS, SHAPES, st.floats(0, 0.99), st.integers(0, 5), st.booleans())
-def test_masks_obey_their_pattern_for_any_shape_and_pruning_twice_changes_nothing(text, shape, sparsity, seed, ties):
+def test_masks_obey_their_pattern_for_any_shape_and_pruning_twice_changes_nothing(
+    text, shape, sparsity, seed, ties
+):
     pattern = parse(text)
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     scores = (scores * 3).round() if ties else scores
@@ -63,4 +91,8 @@ def test_patterns_that_do_not_exist_are_refused(text):
 
 
 def test_parse():
-    assert parse("2:4 outputs") == NM(2, 4, -2) and parse("block 16x4") == Tiles(16, 4) and parse("row") == Tiles(1, 0)
+    assert (
+        parse("2:4 outputs") == NM(2, 4, -2)
+        and parse("block 16x4") == Tiles(16, 4)
+        and parse("row") == Tiles(1, 0)
+    )

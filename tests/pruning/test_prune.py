@@ -29,7 +29,10 @@ def test_pruning_twice_at_the_same_sparsity_changes_nothing(method, text, checkp
     once = prune(subject, method=method, pattern=text).subject
     twice = prune(once, method=method, pattern=text).subject
     for a, b in zip(once.layers(), twice.layers(), strict=True):
-        if method in ("obert", "obd"):  # a global threshold is set again on changed scores: nothing comes back, the total stays
+        if method in (
+            "obert",
+            "obd",
+        ):  # a global threshold is set again on changed scores: nothing comes back, the total stays
             assert not bool(((a.weight == 0) & (b.weight != 0)).any())
         else:
             assert torch.equal(a.weight == 0, b.weight == 0)
@@ -41,7 +44,9 @@ def test_compensation_beats_the_same_mask_without_it():
     vit = workbench.subject("digits-vit")
     for method, other in (("obert", "none"), ("sparsegpt", "none")):
         with_update = prune(vit, method=method, sparsity=0.8, gradients=256, calibration_examples=256)
-        without = prune(vit, method=method, sparsity=0.8, compensation=other, gradients=256, calibration_examples=256)
+        without = prune(
+            vit, method=method, sparsity=0.8, compensation=other, gradients=256, calibration_examples=256
+        )
         assert with_update.facts["loss"] < without.facts["loss"]
     least = prune(vit, method="wanda", sparsity=0.7, compensation="least-squares", calibration_examples=256)
     none = prune(vit, method="wanda", sparsity=0.7, calibration_examples=256)
@@ -88,8 +93,19 @@ def test_recovery_lowers_the_loss_and_keeps_every_zero(recovery):
 def test_gradual_schedules_train_between_and_movement_uses_it():
     vit = workbench.subject("digits-vit")
     for method in ("magnitude", "movement"):
-        result = prune(vit, method=method, sparsity=0.7, schedule="cubic", steps=3, recovery="finetune", recovery_steps=20, lr=1e-3)
-        assert result.tables["schedule"].sparsity.tolist() == pytest.approx(sparsities("cubic", 0.7, 3), abs=2e-3)
+        result = prune(
+            vit,
+            method=method,
+            sparsity=0.7,
+            schedule="cubic",
+            steps=3,
+            recovery="finetune",
+            recovery_steps=20,
+            lr=1e-3,
+        )
+        assert result.tables["schedule"].sparsity.tolist() == pytest.approx(
+            sparsities("cubic", 0.7, 3), abs=2e-3
+        )
         assert result.facts["sparsity"] == pytest.approx(0.7, abs=2e-3)
 
 
@@ -100,13 +116,24 @@ def test_the_recovery_is_drawn_while_it_runs():
         def preview(self, result):
             Watching.seen.append(len(result.figure().data[0].y))
 
-    result = Prune(**SMALL, method="magnitude", recovery="finetune", recovery_steps=4).run(workbench.subject("digits-vit"), Watching(), cache=False)
+    result = Prune(**SMALL, method="magnitude", recovery="finetune", recovery_steps=4).run(
+        workbench.subject("digits-vit"), Watching(), cache=False
+    )
     assert Watching.seen == [1, 2, 3, 4] and len(result.figure(show="recovery").data[0].y) == 4
 
 
-@pytest.mark.parametrize(("method", "compensation"), [("sparsegpt", "preset"), ("wanda", "bias"), ("obert", "preset")])
-def test_statistics_that_do_not_fit_are_measured_group_by_group_to_the_same_end(method, compensation, monkeypatch):
-    fields = {"method": method, "compensation": compensation, "sparsity": 0.6, "layers": "*layers.0.*,*layers.1.*"}
+@pytest.mark.parametrize(
+    ("method", "compensation"), [("sparsegpt", "preset"), ("wanda", "bias"), ("obert", "preset")]
+)
+def test_statistics_that_do_not_fit_are_measured_group_by_group_to_the_same_end(
+    method, compensation, monkeypatch
+):
+    fields = {
+        "method": method,
+        "compensation": compensation,
+        "sparsity": 0.6,
+        "layers": "*layers.0.*,*layers.1.*",
+    }
     whole = prune(workbench.subject("digits-vit"), **fields)
     held = []
     for limit in (4 * 96 * 96, 1):  # one layer of the widest, and less than any
@@ -114,10 +141,14 @@ def test_statistics_that_do_not_fit_are_measured_group_by_group_to_the_same_end(
         again = prune(workbench.subject("digits-vit"), **fields)
         held += [key for key in again.subject._memory if key[2] == "pruning calibration"]
         for stores in (v for k, v in again.subject._memory.items() if k[2] == "pruning calibration"):
-            assert sum(k[0] == "moments" for k in stores) <= 1 and sum(k[0] == "gradients" for k in stores) <= 1
+            assert (
+                sum(k[0] == "moments" for k in stores) <= 1 and sum(k[0] == "gradients" for k in stores) <= 1
+            )
         for a, b in zip(whole.subject.layers(), again.subject.layers(), strict=True):
             assert torch.allclose(a.weight, b.weight, atol=1e-5)
-        assert again.table.relative_output_error.tolist() == pytest.approx(whole.table.relative_output_error.tolist(), rel=1e-3)
+        assert again.table.relative_output_error.tolist() == pytest.approx(
+            whole.table.relative_output_error.tolist(), rel=1e-3
+        )
         monkeypatch.undo()
     assert held
 
@@ -128,25 +159,39 @@ def test_stop_keeps_what_there_is():
             if label.startswith("saliency") and done == 1:
                 self.stop.set()
 
-    result = Prune(**SMALL, method="magnitude").run(workbench.subject("digits-vit"), StopsAtOnce(), cache=False)
+    result = Prune(**SMALL, method="magnitude").run(
+        workbench.subject("digits-vit"), StopsAtOnce(), cache=False
+    )
     assert result.partial and result.facts["sparsity"] == 0
 
 
-@pytest.mark.parametrize(("fields", "words"), [
-    ({"sparsity": 1.2}, "less than 1"),
-    ({"pattern": "2:4", "sparsity": 0.7}, "contradicts"),
-    ({"pattern": "stripes"}, "pattern"),
-    ({"layers": "nothing*"}, "layers"),
-    ({"steps": 3}, "steps"),
-    ({"recovery": "finetune"}, "recovery_steps"),
-    ({"method": "movement"}, "movement"),
-    ({"method": "movement", "schedule": "cubic", "steps": 4, "recovery": "finetune", "recovery_steps": 6}, "recovery_steps.*at least 7"),
-    ({"method": "wanda", "allocation": "global"}, "allocation"),
-    ({"pattern": "heads", "compensation": "fisher"}, "fisher"),
-    ({"pattern": "heads", "allocation": "erdos-renyi"}, "erdos-renyi"),
-    ({"calibration_split": "nowhere"}, "split"),
-    ({"method": "llm-prune"}, "llm-pruner"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sparsity": 1.2}, "less than 1"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "contradicts"),
+        ({"pattern": "stripes"}, "pattern"),
+        ({"layers": "nothing*"}, "layers"),
+        ({"steps": 3}, "steps"),
+        ({"recovery": "finetune"}, "recovery_steps"),
+        ({"method": "movement"}, "movement"),
+        (
+            {
+                "method": "movement",
+                "schedule": "cubic",
+                "steps": 4,
+                "recovery": "finetune",
+                "recovery_steps": 6,
+            },
+            "recovery_steps.*at least 7",
+        ),
+        ({"method": "wanda", "allocation": "global"}, "allocation"),
+        ({"pattern": "heads", "compensation": "fisher"}, "fisher"),
+        ({"pattern": "heads", "allocation": "erdos-renyi"}, "erdos-renyi"),
+        ({"calibration_split": "nowhere"}, "split"),
+        ({"method": "llm-prune"}, "llm-pruner"),
+    ],
+)
 def test_requests_that_make_no_sense_say_why_before_computing(fields, words):
     with pytest.raises(BadInput, match=words):
         Prune(**fields).run(workbench.subject("digits-vit"), Progress(), cache=False)

@@ -19,23 +19,33 @@ def test_an_exchange_keeps_the_budget_and_is_the_brute_force_choice(masked_pair)
     subject, layers = masked_pair((6, 8, 3), sparse)
     before = [mask_in_force(layer).clone() for layer in layers]
     weights = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
-    gradients = {k: v.abs() for k, v in dense_gradients(subject, layers, next(subject.batches("train", 40))).items()}
+    gradients = {
+        k: v.abs() for k, v in dense_gradients(subject, layers, next(subject.batches("train", 40))).items()
+    }
     optimizer = torch.optim.AdamW(subject.model.parameters(), 0.01)
     subject.loss(next(subject.batches("train", 40))).backward()
     optimizer.step()
     weights = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
     count = exchange(layers, gradients, 0.3, optimizer)
-    old, new = torch.cat([m.flatten() for m in before]), torch.cat([mask_in_force(layer).flatten() for layer in layers])
+    old, new = (
+        torch.cat([m.flatten() for m in before]),
+        torch.cat([mask_in_force(layer).flatten() for layer in layers]),
+    )
     assert count == round(0.3 * int(old.sum())) and int(new.sum()) == int(old.sum())
     kept = old.nonzero().flatten()
     smallest = set(kept[weights[kept].argsort()[:count]].tolist())
     grown = torch.cat([gradients[layer.name].flatten() for layer in layers])
     free = (~old).nonzero().flatten()
     largest = set(free[grown[free].argsort(descending=True)[:count]].tolist())
-    assert set((old & ~new).nonzero().flatten().tolist()) == smallest and set((new & ~old).nonzero().flatten().tolist()) == largest
+    assert (
+        set((old & ~new).nonzero().flatten().tolist()) == smallest
+        and set((new & ~old).nonzero().flatten().tolist()) == largest
+    )
     for layer, was in zip(layers, before, strict=True):
         moved = mask_in_force(layer) != was
-        assert bool((layer.original[moved] == 0).all()) and bool((optimizer.state[layer.original]["exp_avg"][moved] == 0).all())
+        assert bool((layer.original[moved] == 0).all()) and bool(
+            (optimizer.state[layer.original]["exp_avg"][moved] == 0).all()
+        )
 
 
 def test_dense_gradients_are_those_of_a_plain_weight(masked_pair):
@@ -44,11 +54,17 @@ def test_dense_gradients_are_those_of_a_plain_weight(masked_pair):
     found = dense_gradients(subject, layers, batch)
     plain = workbench.subjects.bake(subject.copy().model)
     subject.task.loss(plain, batch).backward()
-    assert torch.allclose(found[layers[0].name], plain[0].weight.grad, atol=1e-6) and torch.allclose(found[layers[1].name], plain[2].weight.grad, atol=1e-6)
+    assert torch.allclose(found[layers[0].name], plain[0].weight.grad, atol=1e-6) and torch.allclose(
+        found[layers[1].name], plain[2].weight.grad, atol=1e-6
+    )
 
 
 def test_schedules():
-    assert exchanged_share(0.4, 0, 100) == 0.4 and exchanged_share(0.4, 50, 100) == pytest.approx(0.2) and exchanged_share(0.4, 100, 100) == 0
+    assert (
+        exchanged_share(0.4, 0, 100) == 0.4
+        and exchanged_share(0.4, 50, 100) == pytest.approx(0.2)
+        and exchanged_share(0.4, 100, 100) == 0
+    )
     densities = [1 - s for s in geometric(1 - 0.8**4.5, 8)]
     assert densities == pytest.approx([0.8 ** (1 + 3.5 * k / 7) for k in range(8)])
     assert math.log(densities[0]) / math.log(0.8) == pytest.approx(1.0)

@@ -17,7 +17,9 @@ from workbench.subjects import LowRank, Mask
 
 def one_layer(out=6, width=8, seed=0):
     torch.manual_seed(seed)
-    subject = workbench.subject(nn.Linear(width, out), data={"inputs": torch.randn(20, width), "labels": torch.randint(out, (20,))})
+    subject = workbench.subject(
+        nn.Linear(width, out), data={"inputs": torch.randn(20, width), "labels": torch.randint(out, (20,))}
+    )
     (layer,) = subject.layers("*")
     return subject, layer, torch.randn(out, width)
 
@@ -40,11 +42,18 @@ def test_a_neurons_row_and_column_share_one_gate():
     row, column = Gates(score, 1, 0, 0.1), Gates(score, 0, 1, 0.1, turned=True)
     first, second = torch.randn(3, 5, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     one, two = row.change(first), column.change(second)
-    assert one[1].abs().sum() == 0 and two[:, 1].abs().sum() == 0 and (one[[0, 2]] != 0).all() and (two[:, [0, 2]] != 0).all()
+    assert (
+        one[1].abs().sum() == 0
+        and two[:, 1].abs().sum() == 0
+        and (one[[0, 2]] != 0).all()
+        and (two[:, [0, 2]] != 0).all()
+    )
     up, down = torch.randn(3, 5), torch.randn(4, 3)
     ((one * up).sum() + (two * down).sum()).backward()
     assert torch.allclose(score.grad[:, 0], (up * first).sum(1) + (down * second).sum(0), atol=1e-6)
-    assert (row.expected((3, 5)) + column.expected((4, 3))).item() == pytest.approx((score.sigmoid() * 9).sum().item())
+    assert (row.expected((3, 5)) + column.expected((4, 3))).item() == pytest.approx(
+        (score.sigmoid() * 9).sum().item()
+    )
 
 
 def test_an_adaptive_mask_lets_the_gradient_through_and_pulls_what_it_prunes():
@@ -54,7 +63,9 @@ def test_an_adaptive_mask_lets_the_gradient_through_and_pulls_what_it_prunes():
     change.decay = 0.3
     (layer.weight * upstream).sum().backward()
     w, mask = layer.original.detach(), mask_in_force(layer)
-    assert obeys(mask, parse("2:4")) and torch.equal(mask, torch.stack([r >= r.sort(-1).values[..., 2:3] for r in w.abs().reshape(6, 2, 4)]).reshape(6, 8))
+    assert obeys(mask, parse("2:4")) and torch.equal(
+        mask, torch.stack([r >= r.sort(-1).values[..., 2:3] for r in w.abs().reshape(6, 2, 4)]).reshape(6, 8)
+    )
     assert torch.allclose(layer.original.grad, upstream + 0.3 * w * ~mask)
     change.norm.copy_(torch.tensor([9.0, 9, 0, 0, 9, 9, 0, 0]))  # Wanda's scores: two inputs that never fire
     assert torch.equal(mask_in_force(layer)[0], torch.tensor([True, True, False, False] * 2))
@@ -70,8 +81,12 @@ def test_structured_scores_get_the_gradients_of_their_formula():
     scores, grown = w.abs() + parts[0] @ parts[1] + parts[2] + parts[3], upstream * w
     mask = scores > scores.flatten().sort().values[23]
     assert torch.equal(mask_in_force(layer), mask) and torch.equal(layer.original.grad, upstream * mask)
-    assert torch.allclose(change.left.grad, grown @ parts[1].T, atol=1e-5) and torch.allclose(change.right.grad, parts[0].T @ grown, atol=1e-5)
-    assert torch.allclose(change.row.grad, grown.sum(1, keepdim=True), atol=1e-5) and torch.allclose(change.column.grad, grown.sum(0, keepdim=True), atol=1e-5)
+    assert torch.allclose(change.left.grad, grown @ parts[1].T, atol=1e-5) and torch.allclose(
+        change.right.grad, parts[0].T @ grown, atol=1e-5
+    )
+    assert torch.allclose(change.row.grad, grown.sum(1, keepdim=True), atol=1e-5) and torch.allclose(
+        change.column.grad, grown.sum(0, keepdim=True), atol=1e-5
+    )
 
 
 def test_freezing_keeps_the_mask_in_force_and_the_changes_beneath():
@@ -80,7 +95,11 @@ def test_freezing_keeps_the_mask_in_force_and_the_changes_beneath():
     layer.attach(AdaptiveMask(torch.ones(8), "unstructured", 0.25))
     before, original = layer.weight.detach().clone(), layer.original
     freeze(layer)
-    assert [type(c) for c in layer.changes] == [LowRank, Mask] and torch.equal(layer.weight, before) and layer.original is original
+    assert (
+        [type(c) for c in layer.changes] == [LowRank, Mask]
+        and torch.equal(layer.weight, before)
+        and layer.original is original
+    )
     assert subject.model.weight is not None
 
 
@@ -91,7 +110,9 @@ def test_taking_the_last_change_off_leaves_copies_alone():
     parameter = layer.original
     layer.detach(layer.changes[0])
     assert layer.changes == [] and subject.model.weight is parameter and type(subject.model) is nn.Linear
-    assert twin.weight.shape == (6, 8) and twin(torch.ones(8)).shape == (6,)  # the copy is still parametrized, and works
+    assert twin.weight.shape == (6, 8) and twin(torch.ones(8)).shape == (
+        6,
+    )  # the copy is still parametrized, and works
 
 
 def test_hybrid_gates_leave_heads_and_neurons_that_can_be_removed_without_a_change():

@@ -38,7 +38,9 @@ def test_the_search_is_as_good_as_trying_everything(speedup):
     counts = choose(scored, table, speedup)
     assert expected_seconds(scored, counts, table) <= table.dense / speedup + 1e-6
     spent = sum(float(s.cost[c] / s.cost[-1]) for s, c in zip(scored, counts, strict=True))
-    tighter = table.dense * (1 - 1 / speedup) * (1 + 4 / BUCKETS)  # savings are rounded down to a bucket, once a group
+    tighter = (
+        table.dense * (1 - 1 / speedup) * (1 + 4 / BUCKETS)
+    )  # savings are rounded down to a bucket, once a group
     best = np.inf
     for levels_ in product(*(table.removed[s.group.kind] for s in scored)):
         if table.dense - expected_seconds(scored, levels_, table) >= tighter:
@@ -53,10 +55,26 @@ def test_a_speedup_out_of_reach_says_what_is_the_most():
 
 
 def test_prune_to_a_speedup_removes_units_and_reports_it(tmp_path):
-    config = transformers.ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=4096, image_size=32, patch_size=8, num_labels=3)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "wide")  # its neurons take nearly all the time, however busy the machine
+    config = transformers.ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=4096,
+        image_size=32,
+        patch_size=8,
+        num_labels=3,
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(
+        tmp_path / "wide"
+    )  # its neurons take nearly all the time, however busy the machine
     subject = workbench.subject(tmp_path / "wide", data="random")
-    fields = {"method": "magnitude", "pattern": "neurons", "allocation": "latency", "speedup": 1.5, "predict_examples": 0}
+    fields = {
+        "method": "magnitude",
+        "pattern": "neurons",
+        "allocation": "latency",
+        "speedup": 1.5,
+        "predict_examples": 0,
+    }
     result = Prune(**fields).run(subject, Progress(), cache=False)
     assert result.facts["expected_speedup"] > 1 and result.facts["speedup"] > 0
     assert result.subject.parameter_count() < subject.parameter_count()

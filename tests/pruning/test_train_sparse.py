@@ -19,12 +19,22 @@ from workbench.pruning.sparse_methods import METHODS
 from workbench.pruning.trainable import frozen_half, modules_by_category, set_trainable
 from workbench.subjects import LowRank, Mask
 
-NEEDS = {"app": {"stages": 3}, "dsee": {"stages": 2}, "slope": {"pattern": "2:4", "lazy": 0.5}, "ast": {"pattern": "2:4"}, "dsl": {"period": 2},
-         "block-movement": {"pattern": "hybrid 8x8"}}  # fmt: skip
+NEEDS = {
+    "app": {"stages": 3},
+    "dsee": {"stages": 2},
+    "slope": {"pattern": "2:4", "lazy": 0.5},
+    "ast": {"pattern": "2:4"},
+    "dsl": {"period": 2},
+    "block-movement": {"pattern": "hybrid 8x8"},
+}
 
 
 def train(subject, method, **fields):
-    given = {"steps": 12, "gradients": 8, "calibration_examples": 8, "sparsity": 0.5} | NEEDS.get(method, {}) | fields
+    given = (
+        {"steps": 12, "gradients": 8, "calibration_examples": 8, "sparsity": 0.5}
+        | NEEDS.get(method, {})
+        | fields
+    )
     return TrainSparse(method=method, **given).run(subject, Progress(), cache=False)
 
 
@@ -37,13 +47,19 @@ def vit():
 def test_every_method_trains_and_leaves_what_it_says(method, vit):
     result = train(vit, method)
     made = result.subject
-    assert not result.facts["diverged"] and torch.isfinite(torch.tensor(result.facts["loss"])) and len(result.table) == 12
+    assert (
+        not result.facts["diverged"]
+        and torch.isfinite(torch.tensor(result.facts["loss"]))
+        and len(result.table) == 12
+    )
     for layer in made.layers():
         masks = [c for c in layer.changes if c.order == 90]
         assert all(type(c) is Mask for c in masks) and all(type(c) is not LowRank for c in layer.changes)
         if masks and METHODS[method].masks not in ("none", "gates"):
             assert obeys(mask_in_force(layer), parse(NEEDS.get(method, {}).get("pattern", "unstructured")))
-            if not any(c.order > 90 for c in layer.changes):  # merged adapters and trained weights keep every zero
+            if not any(
+                c.order > 90 for c in layer.changes
+            ):  # merged adapters and trained weights keep every zero
                 assert bool((layer.weight[~masks[0].mask] == 0).all())
     if METHODS[method].masks not in ("none", "gates"):
         assert result.facts["sparsity"] == pytest.approx(0.5, abs=2e-3)
@@ -73,7 +89,10 @@ def test_half_of_each_kind_of_matrix_rests_bit_for_bit(vit):
     for index, (_, block) in enumerate(vit.blocks()):
         for kind, modules in modules_by_category(block).items():
             rest = sum(all(id(p) in resting for p in m.parameters()) for m in modules)
-            assert rest == (len(modules) + index % 2) // 2 and len(modules) == {"attention": 4, "feed-forward": 2, "norms": 2}[kind]
+            assert (
+                rest == (len(modules) + index % 2) // 2
+                and len(modules) == {"attention": 4, "feed-forward": 2, "norms": 2}[kind]
+            )
     made = train(vit, "hft", seed=7).subject
     for name, p in made.model.named_parameters():
         if name.startswith("vit.layers"):
@@ -86,15 +105,25 @@ def test_only_the_named_blocks_and_the_head_learn(vit):
     copy = vit.copy()
     set_trainable(copy, "blocks", (1,))
     learning = {name for name, p in copy.model.named_parameters() if p.requires_grad}
-    assert learning == {name for name, _ in copy.model.named_parameters() if name.startswith(("vit.layers.1.", "classifier", "vit.layernorm"))}
-    assert {id(p) for p in set_trainable(copy, "head")} == {id(p) for n, p in copy.model.named_parameters() if n.startswith(("classifier", "vit.layernorm."))}
+    assert learning == {
+        name
+        for name, _ in copy.model.named_parameters()
+        if name.startswith(("vit.layers.1.", "classifier", "vit.layernorm"))
+    }
+    assert {id(p) for p in set_trainable(copy, "head")} == {
+        id(p) for n, p in copy.model.named_parameters() if n.startswith(("classifier", "vit.layernorm."))
+    }
     result = train(vit, "dense", trainable="blocks", blocks="1")
     for a, b in zip(vit.layers(), result.subject.layers(), strict=True):
         assert torch.equal(a.weight, b.weight) == (".layers.1." not in a.name)
 
 
 def test_lifted_masks_start_at_the_masked_weights_and_then_learn(vit):
-    pruned = Prune(method="random", sparsity=0.5, predict_examples=0, calibration_examples=8).run(vit, Progress(), cache=False).subject
+    pruned = (
+        Prune(method="random", sparsity=0.5, predict_examples=0, calibration_examples=8)
+        .run(vit, Progress(), cache=False)
+        .subject
+    )
     zero = {layer.name: layer.weight.detach() == 0 for layer in pruned.layers()}
     kept = train(pruned, "dense", masks="kept").subject
     assert all(bool((layer.weight[zero[layer.name]] == 0).all()) for layer in kept.layers())
@@ -102,8 +131,13 @@ def test_lifted_masks_start_at_the_masked_weights_and_then_learn(vit):
     assert not any(layer.changes for layer in lifted.subject.layers()) and lifted.facts["sparsity"] == 0
     assert all(bool((layer.weight[zero[layer.name]] != 0).any()) for layer in lifted.subject.layers())
     still = train(pruned, "dense", masks="lifted", steps=1, lr=1e-12)
-    assert all(torch.allclose(a.weight, b.weight, atol=1e-9) for a, b in zip(still.subject.layers(), pruned.layers(), strict=True))
-    assert all(bool((layer.weight[zero[layer.name]] == 0).all()) for layer in pruned.layers())  # the subject given keeps its masks
+    assert all(
+        torch.allclose(a.weight, b.weight, atol=1e-9)
+        for a, b in zip(still.subject.layers(), pruned.layers(), strict=True)
+    )
+    assert all(
+        bool((layer.weight[zero[layer.name]] == 0).all()) for layer in pruned.layers()
+    )  # the subject given keeps its masks
 
 
 def test_block_means_are_the_best_constants_and_add_up():
@@ -111,7 +145,11 @@ def test_block_means_are_the_best_constants_and_add_up():
     weight, mask = torch.randn(3, 10), torch.rand(3, 10) < 0.5
     sums = block_means(weight, mask, 4)
     lost = torch.where(mask, 0.0, weight)
-    assert sums.shape == (3, 3) and torch.allclose(sums[:, 2], lost[:, 8:].mean(-1)) and torch.allclose(sums[:, 0], lost[:, :4].mean(-1))
+    assert (
+        sums.shape == (3, 3)
+        and torch.allclose(sums[:, 2], lost[:, 8:].mean(-1))
+        and torch.allclose(sums[:, 0], lost[:, :4].mean(-1))
+    )
     x = torch.randn(5, 10)
     added = SideBlocks(sums, 4).change(torch.where(mask, weight, 0.0)) - torch.where(mask, weight, 0.0)
     blocks = torch.stack([x[:, :4].sum(1), x[:, 4:8].sum(1), x[:, 8:].sum(1)], 1)
@@ -131,10 +169,17 @@ def test_a_planted_low_rank_plus_sparse_matrix_is_found_again():
 def test_free_entries_move_only_their_places(vit):
     made = train(vit, "dsee", entries=5, lr=1e-2).subject
     for before, layer in zip(vit.layers(), made.layers(), strict=True):
-        mask, entries, low = (next(c for c in layer.changes if isinstance(c, kind)) for kind in (Mask, SideEntries, SideLowRank))
-        expected = torch.where(mask.mask, before.weight, 0.0) + low.up @ low.down  # the weight underneath is frozen
+        mask, entries, low = (
+            next(c for c in layer.changes if isinstance(c, kind)) for kind in (Mask, SideEntries, SideLowRank)
+        )
+        expected = (
+            torch.where(mask.mask, before.weight, 0.0) + low.up @ low.down
+        )  # the weight underneath is frozen
         difference = (layer.weight - expected).flatten()
-        assert torch.allclose(difference[entries.places], entries.values, atol=1e-5) and len(entries.places.unique()) == 5
+        assert (
+            torch.allclose(difference[entries.places], entries.values, atol=1e-5)
+            and len(entries.places.unique()) == 5
+        )
         difference[entries.places] = 0
         assert float(difference.detach().abs().max()) < 1e-5
 
@@ -142,36 +187,48 @@ def test_free_entries_move_only_their_places(vit):
 def test_megabatches_part_the_data_and_replay_gathers_it(vit):
     size = vit.size("train")
     parts = [megabatch(vit, k, 4, False).split("train")["labels"] for k in range(4)]
-    assert torch.equal(torch.cat(parts), vit.split("train")["labels"]) and max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert (
+        torch.equal(torch.cat(parts), vit.split("train")["labels"])
+        and max(map(len, parts)) - min(map(len, parts)) <= 1
+    )
     assert len(megabatch(vit, 3, 4, True).split("train")["labels"]) == size
     result = train(vit, "app", start="random")
-    assert result.tables["stages"].sparsity.tolist() == pytest.approx([0.2, 1 - 0.8 ** (1 + (3.1062837 - 1) / 2), 0.5], abs=2e-3)
-    assert result.facts["cumulative_error"] == pytest.approx(float((1 - result.tables["stages"].accuracy).sum()))
+    assert result.tables["stages"].sparsity.tolist() == pytest.approx(
+        [0.2, 1 - 0.8 ** (1 + (3.1062837 - 1) / 2), 0.5], abs=2e-3
+    )
+    assert result.facts["cumulative_error"] == pytest.approx(
+        float((1 - result.tables["stages"].accuracy).sum())
+    )
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "t5", "llama"])
 @pytest.mark.parametrize("method", ["slope", "ast", "pst"])
 def test_other_architectures(architecture, method, checkpoints):
     result = train(workbench.subject(checkpoints[architecture], data="random"), method, steps=3)
-    assert result.facts["sparsity"] == pytest.approx(0.5, abs=2e-3) and torch.isfinite(torch.tensor(result.facts["loss"]))
+    assert result.facts["sparsity"] == pytest.approx(0.5, abs=2e-3) and torch.isfinite(
+        torch.tensor(result.facts["loss"])
+    )
 
 
-@pytest.mark.parametrize(("fields", "words"), [
-    ({"masks": "kept"}, "needs a subject with masks"),
-    ({"pattern": "heads"}, "hybrid"),
-    ({"method": "slope", "pattern": "unstructured"}, "double-pruned"),
-    ({"method": "dsl", "pattern": "block 4x4"}, "regrow"),
-    ({"method": "app"}, "stages"),
-    ({"schedule": "cubic"}, "cubic"),
-    ({"pattern": "2:4", "sparsity": 0.7}, "contradicts"),
-    ({"trainable": "blocks"}, "blocks"),
-    ({"trainable": "blocks", "blocks": "9"}, "0 to 2"),
-    ({"saliency": "loud"}, "saliency"),
-    ({"masks": "gates", "pattern": "2:4"}, "gates"),
-    ({"stages": 400}, "stages"),
-    ({"method": "ast", "pattern": "2:4", "saliency": "obd"}, "adaptive"),
-    ({"saliency": "wanda", "allocation": "global"}, "do not compare"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"masks": "kept"}, "needs a subject with masks"),
+        ({"pattern": "heads"}, "hybrid"),
+        ({"method": "slope", "pattern": "unstructured"}, "double-pruned"),
+        ({"method": "dsl", "pattern": "block 4x4"}, "regrow"),
+        ({"method": "app"}, "stages"),
+        ({"schedule": "cubic"}, "cubic"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "contradicts"),
+        ({"trainable": "blocks"}, "blocks"),
+        ({"trainable": "blocks", "blocks": "9"}, "0 to 2"),
+        ({"saliency": "loud"}, "saliency"),
+        ({"masks": "gates", "pattern": "2:4"}, "gates"),
+        ({"stages": 400}, "stages"),
+        ({"method": "ast", "pattern": "2:4", "saliency": "obd"}, "adaptive"),
+        ({"saliency": "wanda", "allocation": "global"}, "do not compare"),
+    ],
+)
 def test_requests_that_make_no_sense_say_why_before_computing(fields, words, vit):
     with pytest.raises(BadInput, match=words):
         TrainSparse(**fields).run(vit, Progress(), cache=False)

@@ -10,14 +10,37 @@ from workbench.pruning.patterns import NM, obeys, parse, sizes
 from workbench.pruning.presets import PRESETS
 from workbench.subjects import Mask
 
-PATTERNS = {"unstructured": 0.7, "2:4": 0.5, "1:4 outputs": 0.75, "block 8x8": 0.5, "row": 0.25, "column": 0.25}
-ANYWHERE = {"random", "magnitude", "gradient", "obd", "taylor2", "wanda", "sparsegpt", "obert", "obert-greedy", "llm-pruner", "ziplm"}
+PATTERNS = {
+    "unstructured": 0.7,
+    "2:4": 0.5,
+    "1:4 outputs": 0.75,
+    "block 8x8": 0.5,
+    "row": 0.25,
+    "column": 0.25,
+}
+ANYWHERE = {
+    "random",
+    "magnitude",
+    "gradient",
+    "obd",
+    "taylor2",
+    "wanda",
+    "sparsegpt",
+    "obert",
+    "obert-greedy",
+    "llm-pruner",
+    "ziplm",
+}
 
 
 def valid(pattern: str, architecture: str) -> set[str]:
     """FLAP gives what is lost to the biases, iCBS exchanges single weights, and an N:M pattern leaves movement no schedule."""
-    return (ANYWHERE | ({"flap"} if architecture in ("bert", "gpt2", "vit") else set()) | ({"icbs"} if pattern == "unstructured" else set())
-            | (set() if ":" in pattern else {"movement"}))  # fmt: skip
+    return (
+        ANYWHERE
+        | ({"flap"} if architecture in ("bert", "gpt2", "vit") else set())
+        | ({"icbs"} if pattern == "unstructured" else set())
+        | (set() if ":" in pattern else {"movement"})
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -31,7 +54,9 @@ def test_every_pair_has_its_count_of_zeros_or_says_why_not(text, architecture, c
             (mask,) = (c.mask for c in layer.changes if isinstance(c, Mask))
             assert obeys(mask, pattern) and bool((layer.weight[~mask] == 0).all())
             largest = 1.0 if isinstance(pattern, NM) else float(sizes(pattern, layer.shape).max())
-            off = (~mask).flatten(-2).sum(-1).double() - sparsity * layer.shape[-1] * layer.shape[-2]  # of the matrix, or of each expert's
+            off = (~mask).flatten(-2).sum(-1).double() - sparsity * layer.shape[-1] * layer.shape[
+                -2
+            ]  # of the matrix, or of each expert's
             missing, widest = missing + float(off.sum()), max(widest, largest)
             if isinstance(pattern, NM):
                 assert layer.shape[pattern.along] % pattern.of == 0 and not bool(off.any())
@@ -40,7 +65,11 @@ def test_every_pair_has_its_count_of_zeros_or_says_why_not(text, architecture, c
             elif PRESETS[method].refine:  # exchanges go across rows and experts
                 assert float(off.sum().abs()) <= mask[..., 0].numel() / 2
             else:  # by rows of tiles a rounding for each of them, where there is more than one
-                groups = -(-layer.shape[-2] // pattern.rows) if allocation == "row" and text not in ("row", "column") else 1
+                groups = (
+                    -(-layer.shape[-2] // pattern.rows)
+                    if allocation == "row" and text not in ("row", "column")
+                    else 1
+                )
                 assert bool((off.abs() <= groups * largest / 2 + 1e-6).all())
         if allocation == "global":
             assert abs(missing) <= widest / 2 + 1e-6

@@ -18,7 +18,9 @@ from workbench.subjects import Subject
 
 def test_anatomy(checkpoints: dict[str, Path]) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
-    result = ErrorAnatomy(bits=4, group_size=16, examples=8, predict_examples=4).run(on, Progress(), cache=False)
+    result = ErrorAnatomy(bits=4, group_size=16, examples=8, predict_examples=4).run(
+        on, Progress(), cache=False
+    )
     table = result.table.set_index("layer")
     first = table.index[0]
     assert table.loc[first, "inherited_sqnr"] == 200.0  # nothing comes before the first layer
@@ -29,7 +31,9 @@ def test_anatomy(checkpoints: dict[str, Path]) -> None:
     assert table["weight_sqnr"].between(10, 35).all()
     assert result.facts["sum_of_predicted"] == pytest.approx(result.table["predicted_change"].sum())
     assert result.arrays is not None
-    assert np.allclose(result.arrays["histograms"].sum(1), 1.0) and set(result.arrays["grid"]) == set(range(-7, 8))
+    assert np.allclose(result.arrays["histograms"].sum(1), 1.0) and set(result.arrays["grid"]) == set(
+        range(-7, 8)
+    )
     view_model = result.view_model()
     assert view_model is not None
     for view in get_args(view_model.model_fields["view"].annotation):
@@ -39,14 +43,27 @@ def test_anatomy(checkpoints: dict[str, Path]) -> None:
 def test_noise_is_that_of_the_model_run_twice(checkpoints: dict[str, Path]) -> None:
     """Inputs and outputs of one layer, taken by hooks from the dense model and from the model with rounded weights and inputs."""
     on = workbench.subject(checkpoints["bert"], data="random")
-    anatomy = ErrorAnatomy(bits=3, group_size=16, activations="token", activation_bits=4, examples=8, predict_examples=2, test_examples=4)
+    anatomy = ErrorAnatomy(
+        bits=3,
+        group_size=16,
+        activations="token",
+        activation_bits=4,
+        examples=8,
+        predict_examples=2,
+        test_examples=4,
+    )
     result = anatomy.run(on, Progress(), cache=False)
     twin = anatomy.quantizer().run(on, Progress(), cache=False).subject
     name = result.table["layer"][7]
     seen: dict[str, list[torch.Tensor]] = {"dense": [], "quantized": []}
     for key, subject in (("dense", on), ("quantized", twin)):
         layer = next(layer for layer in subject.layers() if layer.name == name)
-        with layer.module.register_forward_hook(lambda module, args, output, key=key: seen[key].append((args[0].detach(), output.detach()))), torch.no_grad():
+        with (
+            layer.module.register_forward_hook(
+                lambda module, args, output, key=key: seen[key].append((args[0].detach(), output.detach()))
+            ),
+            torch.no_grad(),
+        ):
             for batch in subject.batches("calibration", 8, 8):
                 subject.task.output(subject.model, batch)
     (x, exact), (y, total) = seen["dense"][0], seen["quantized"][0]
@@ -72,8 +89,12 @@ def loss_of_two(on: Subject) -> float:
 
 def test_gptq_moves_weights_away_from_nearest(checkpoints: dict[str, Path]) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
-    found = ErrorAnatomy(bits=3, rounding="gptq", granularity="channel", examples=8, predict_examples=0).run(on, Progress(), cache=False)
-    nearest = ErrorAnatomy(bits=3, granularity="channel", examples=8, predict_examples=0).run(on, Progress(), cache=False)
+    found = ErrorAnatomy(bits=3, rounding="gptq", granularity="channel", examples=8, predict_examples=0).run(
+        on, Progress(), cache=False
+    )
+    nearest = ErrorAnatomy(bits=3, granularity="channel", examples=8, predict_examples=0).run(
+        on, Progress(), cache=False
+    )
     assert found.table["not_nearest"].between(0.05, 0.8).all()
     assert found.table["output_sqnr"].mean() > nearest.table["output_sqnr"].mean()
 
@@ -84,7 +105,9 @@ def test_learned_step_gradient_is_the_papers() -> None:
     change = LearnedStep(torch.tensor([[step]]), format="int3", group=4)
     change.change(weight).sum().backward()
     units = weight[0] / step
-    expected = sum(float(torch.sign(u)) * 3 if abs(u) > 3 else float(u.round() - u) for u in units) / (4 * 3) ** 0.5
+    expected = (
+        sum(float(torch.sign(u)) * 3 if abs(u) > 3 else float(u.round() - u) for u in units) / (4 * 3) ** 0.5
+    )
     assert change.step.grad is not None and float(change.step.grad) == pytest.approx(expected, rel=1e-5)
 
 
@@ -94,13 +117,24 @@ def test_ternary_follows_the_mean_magnitude() -> None:
     gamma = weight.abs().mean(1, keepdim=True)
     assert torch.allclose(change.change(weight), gamma * (weight / gamma).clamp(-1, 1).round(), atol=2e-3)
     change.blend.fill_(0.25)
-    assert torch.allclose(change.change(weight), 0.75 * weight + 0.25 * gamma * (weight / gamma).clamp(-1, 1).round(), atol=2e-3)
+    assert torch.allclose(
+        change.change(weight), 0.75 * weight + 0.25 * gamma * (weight / gamma).clamp(-1, 1).round(), atol=2e-3
+    )
 
 
-@pytest.mark.parametrize("fields", [{"method": "lsq", "bits": 2}, {"method": "ternary", "switch_at": 0.5, "ramp": 0.25}, {"method": "binary"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "lsq", "bits": 2},
+        {"method": "ternary", "switch_at": 0.5, "ramp": 0.25},
+        {"method": "binary"},
+    ],
+)
 def test_training_through_the_rounding(fields: dict[str, object], tmp_path: Path) -> None:
     on = workbench.subject("digits-vit")
-    result = TrainQuantized(**({"steps": 40, "batch_size": 64, "learning_rate": 1e-3, "layers": "*"} | fields)).run(on, Progress(), cache=False)
+    result = TrainQuantized(
+        **({"steps": 40, "batch_size": 64, "learning_rate": 1e-3, "layers": "*"} | fields)
+    ).run(on, Progress(), cache=False)
     assert result.subject is not None
     for layer in result.subject.layers("*"):
         assert [type(c) for c in layer.changes] == [FakeQuant]
@@ -108,7 +142,9 @@ def test_training_through_the_rounding(fields: dict[str, object], tmp_path: Path
         assert max(len(torch.unique(row)) for row in layer.weight) <= levels
     assert result.facts["accuracy"] > 0.5
     result.save(tmp_path / "out")
-    assert workbench.subject(tmp_path / "out").evaluate("test", limit=512)["loss"] == pytest.approx(result.facts["loss"], abs=1e-5)
+    assert workbench.subject(tmp_path / "out").evaluate("test", limit=512)["loss"] == pytest.approx(
+        result.facts["loss"], abs=1e-5
+    )
     assert result.figure().data
 
 
@@ -116,12 +152,22 @@ def test_training_beats_rounding_afterwards() -> None:
     on = workbench.subject("digits-vit")
     from workbench.quantization import Quantize
 
-    plain = Quantize(layers="*", bits=2, granularity="channel", predict_examples=0, test_examples=512).run(on, Progress(), cache=False)
-    trained = TrainQuantized(layers="*", bits=2, steps=60, batch_size=64, learning_rate=1e-3).run(on, Progress(), cache=False)
+    plain = Quantize(layers="*", bits=2, granularity="channel", predict_examples=0, test_examples=512).run(
+        on, Progress(), cache=False
+    )
+    trained = TrainQuantized(layers="*", bits=2, steps=60, batch_size=64, learning_rate=1e-3).run(
+        on, Progress(), cache=False
+    )
     assert trained.facts["loss"] < 0.7 * plain.facts["loss"]
 
 
-@pytest.mark.parametrize(("fields", "text"), [({"method": "lsq", "ramp": 0.2}, "ramp"), ({"method": "ternary", "ramp": 0.6, "switch_at": 0.6}, "ramp")])
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"method": "lsq", "ramp": 0.2}, "ramp"),
+        ({"method": "ternary", "ramp": 0.6, "switch_at": 0.6}, "ramp"),
+    ],
+)
 def test_training_refuses(fields: dict[str, object], text: str) -> None:
     with pytest.raises(BadInput, match=text):
         TrainQuantized(**fields).run(workbench.subject("digits-vit"), Progress(), cache=False)

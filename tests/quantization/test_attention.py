@@ -14,12 +14,26 @@ import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import TrainQuantized
-from workbench.quantization.attention import AttentionCall, AttentionQuant, attention_sites, eager_of, order_of, watching
+from workbench.quantization.attention import (
+    AttentionCall,
+    AttentionQuant,
+    attention_sites,
+    eager_of,
+    order_of,
+    watching,
+)
 from workbench.quantization.objective import information, map_distance
 from workbench.quantization.tokens import TokenQuant, important_tokens, remember_importance, rounded_tokens
 from workbench.subjects import Layer, Subject
 
-SHORT: dict[str, Any] = {"method": "lsq", "bits": 4, "steps": 10, "batch_size": 32, "learning_rate": 5e-3, "test_examples": 32}
+SHORT: dict[str, Any] = {
+    "method": "lsq",
+    "bits": 4,
+    "steps": 10,
+    "batch_size": 32,
+    "learning_rate": 5e-3,
+    "test_examples": 32,
+}
 
 
 def calls_of(on: Subject, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[AttentionCall]]:
@@ -28,12 +42,16 @@ def calls_of(on: Subject, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     return output, [c for c in seen if isinstance(c, AttentionCall)]
 
 
-def made(query: torch.Tensor, key: torch.Tensor, maps: torch.Tensor, keep: torch.Tensor | None = None) -> AttentionCall:
+def made(
+    query: torch.Tensor, key: torch.Tensor, maps: torch.Tensor, keep: torch.Tensor | None = None
+) -> AttentionCall:
     return AttentionCall(torch.nn.Identity(), query, key, key, maps, keep)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_watching_changes_nothing_and_sees_every_attention(checkpoints: dict[str, Path], architecture: str) -> None:
+def test_watching_changes_nothing_and_sees_every_attention(
+    checkpoints: dict[str, Path], architecture: str
+) -> None:
     on = workbench.subject(checkpoints[architecture], data="random")
     batch = next(on.batches("train", 3))
     own, before = on.task.output(on.model, batch), on.model.config._attn_implementation
@@ -42,16 +60,23 @@ def test_watching_changes_nothing_and_sees_every_attention(checkpoints: dict[str
     assert len(calls) == (6 if architecture == "t5" else 2)
     for call in calls:
         rows = call.maps.sum(-1)
-        assert torch.allclose(rows, torch.ones_like(rows), atol=1e-5) and call.maps.shape[:3] == call.query.shape[:3]
+        assert (
+            torch.allclose(rows, torch.ones_like(rows), atol=1e-5)
+            and call.maps.shape[:3] == call.query.shape[:3]
+        )
     order = order_of(on, on.layers())
     sites = attention_sites(order)
-    assert len(sites) == len(calls) and next(s.name for s in order if isinstance(s, Layer)) == next(iter(sites))
+    assert len(sites) == len(calls) and next(s.name for s in order if isinstance(s, Layer)) == next(
+        iter(sites)
+    )
 
 
 def test_the_plain_function_is_that_of_the_class_or_its_parents() -> None:
     from transformers.models.bert import modeling_bert
 
-    assert eager_of(type("Own", (modeling_bert.BertSelfAttention,), {})) is modeling_bert.eager_attention_forward
+    assert (
+        eager_of(type("Own", (modeling_bert.BertSelfAttention,), {})) is modeling_bert.eager_attention_forward
+    )
     with pytest.raises(BadInput, match="Identity"):
         eager_of(torch.nn.Identity)
 
@@ -78,14 +103,19 @@ def test_information_is_the_formula_and_its_gradient_that_of_the_sum() -> None:
     assert torch.allclose(ours, papers, rtol=1e-4, atol=1e-8)
     step = torch.zeros_like(query)
     step[0, 1, 2, 3] = 1e-2
-    slope = (information([made(query.detach() + step, key, maps)]) - information([made(query.detach() - step, key, maps)])) / 2e-2
+    slope = (
+        information([made(query.detach() + step, key, maps)])
+        - information([made(query.detach() - step, key, maps)])
+    ) / 2e-2
     assert float(slope) == pytest.approx(float(ours[0, 1, 2, 3]), rel=2e-2, abs=1e-5)
     assert information([made(3 * query, 3 * key, maps)]) < found
     keep = torch.ones(2, 5, dtype=torch.bool)
     keep[1, 3:] = False
     changed = query.detach().clone()
     changed[1, :, 3:] = 100.0
-    assert torch.equal(information([made(query.detach(), key, maps, keep)]), information([made(changed, key, maps, keep)]))
+    assert torch.equal(
+        information([made(query.detach(), key, maps, keep)]), information([made(changed, key, maps, keep)])
+    )
 
 
 def test_the_map_distance() -> None:
@@ -98,7 +128,9 @@ def test_the_map_distance() -> None:
     q = torch.empty(1, 1, 2, 2)
     assert float(map_distance([made(q, q, first)], [made(q, q, second)])) == pytest.approx(0.5)
     keep = torch.tensor([[True, False]])
-    assert float(map_distance([made(q, q, first, keep)], [made(q, q, second)])) == pytest.approx(0.0, abs=1e-6)  # the row that differs is padding
+    assert float(map_distance([made(q, q, first, keep)], [made(q, q, second)])) == pytest.approx(
+        0.0, abs=1e-6
+    )  # the row that differs is padding
 
 
 def test_importance_is_attention_to_the_first_token(checkpoints: dict[str, Path]) -> None:
@@ -119,7 +151,11 @@ def test_importance_is_attention_to_the_first_token(checkpoints: dict[str, Path]
     keep[:, length // 2 :] = False
     remember_importance(call.query, call.key, keep)
     real = important_tokens(3, length, 0.5)
-    assert real is not None and not bool(real[:, length // 2 :].any()) and torch.equal(real.sum(1), torch.full((3,), length // 2 - length // 2 // 2))
+    assert (
+        real is not None
+        and not bool(real[:, length // 2 :].any())
+        and torch.equal(real.sum(1), torch.full((3,), length // 2 - length // 2 // 2))
+    )
 
 
 def test_tokens_get_their_width() -> None:
@@ -127,18 +163,33 @@ def test_tokens_get_their_width() -> None:
     wide = torch.tensor([[True, False, True, False], [False, False, False, True]])
     found = rounded_tokens(x, "uint4", "uint8", wide)
     fine, coarse = rounded_tokens(x, "uint4", "uint8", None), rounded_tokens(x, "uint8", "uint4", None)
-    assert torch.equal(found[0, :, 0], fine[0, :, 0]) and torch.equal(found[0, :, 1], coarse[0, :, 1]) and torch.equal(found[1, :, 3], fine[1, :, 3])
+    assert (
+        torch.equal(found[0, :, 0], fine[0, :, 0])
+        and torch.equal(found[0, :, 1], coarse[0, :, 1])
+        and torch.equal(found[1, :, 3], fine[1, :, 3])
+    )
     assert all(len(torch.unique(row)) <= 16 for row in found[0, :, 1].detach())
-    step = (x.detach().amax(-1, keepdim=True).clamp(min=0) - x.detach().amin(-1, keepdim=True).clamp(max=0)) / 255
+    step = (
+        x.detach().amax(-1, keepdim=True).clamp(min=0) - x.detach().amin(-1, keepdim=True).clamp(max=0)
+    ) / 255
     assert ((fine - x).detach().abs() <= 0.6 * step).all()
     found.sum().backward()
-    inside = (x > x.amin(-1, keepdim=True) + 17 * step) & (x < x.amax(-1, keepdim=True) - 17 * step)  # the zero point moves the ends by half a step
+    inside = (x > x.amin(-1, keepdim=True) + 17 * step) & (
+        x < x.amax(-1, keepdim=True) - 17 * step
+    )  # the zero point moves the ends by half a step
     assert x.grad is not None and (x.grad[inside] == 1).all()
 
 
 def test_rounded_attention_is_trained_copied_and_saved(tmp_path: Path) -> None:
     on = workbench.subject("digits-vit")
-    fields = SHORT | {"activation_bits": 4, "rounded_attention": True, "wide_tokens": 0.5, "entropy": 0.5, "attention_match": 1.0, "distillation": 0.5}
+    fields = SHORT | {
+        "activation_bits": 4,
+        "rounded_attention": True,
+        "wide_tokens": 0.5,
+        "entropy": 0.5,
+        "attention_match": 1.0,
+        "distillation": 0.5,
+    }
     result = TrainQuantized(**fields, from_scratch=True).run(on, Progress(), cache=False)
     assert result.subject is not None
     for name in ("map_distance", "information", "teacher_loss"):
@@ -146,19 +197,30 @@ def test_rounded_attention_is_trained_copied_and_saved(tmp_path: Path) -> None:
         assert result.figure(column=name).data
     changes = [c for layer in result.subject.layers() for c in layer.changes]
     early = [c.before_attention for c in changes if isinstance(c, TokenQuant)]
-    assert early == [True] * 3 + [False] * (len(early) - 3) and [c.first for c in changes if isinstance(c, AttentionQuant)] == [True, False, False]
+    assert early == [True] * 3 + [False] * (len(early) - 3) and [
+        c.first for c in changes if isinstance(c, AttentionQuant)
+    ] == [True, False, False]
     batch = next(on.batches("test", 16))
     _, calls = calls_of(result.subject, batch)
     output = result.subject.task.output(result.subject.model, batch)
-    assert torch.equal(copy.deepcopy(result.subject.model)(**on.task.inputs(batch)).logits, output) and len(torch.unique(calls[0].query[0, 0, 1])) <= 16
+    assert (
+        torch.equal(copy.deepcopy(result.subject.model)(**on.task.inputs(batch)).logits, output)
+        and len(torch.unique(calls[0].query[0, 0, 1])) <= 16
+    )
     result.save(tmp_path / "out")
     again = workbench.subject(tmp_path / "out")
     assert again.evaluate("test", limit=32)["loss"] == pytest.approx(result.facts["loss"], abs=1e-5)
     assert on.model.config._attn_implementation == "sdpa"  # the subject that was given is as it was
 
 
-@pytest.mark.parametrize(("fields", "text"), [({"wide_tokens": 0.5}, "activation_bits"), ({"activation_bits": 1}, "activation_bits"),
-                                              ({"activation_bits": 4, "method": "bibert"}, "activation_bits")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"wide_tokens": 0.5}, "activation_bits"),
+        ({"activation_bits": 1}, "activation_bits"),
+        ({"activation_bits": 4, "method": "bibert"}, "activation_bits"),
+    ],
+)
 def test_refusals(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(BadInput, match=text):
         TrainQuantized(**fields).run(workbench.subject("digits-vit"), Progress(), cache=False)
@@ -168,11 +230,19 @@ def test_what_has_no_attention_or_no_single_order_is_refused(checkpoints: dict[s
     from workbench.subjects.tasks import ModuleTask
 
     data = {"inputs": torch.randn(4, 3), "labels": torch.tensor([0, 1, 0, 1])}
-    on = Subject("plain", torch.nn.Sequential(torch.nn.Linear(3, 2)), ModuleTask(), {"train": data, "test": data})
-    for fields in ({"entropy": 1.0}, {"attention_match": 1.0}, {"activation_bits": 4, "rounded_attention": True}):
+    on = Subject(
+        "plain", torch.nn.Sequential(torch.nn.Linear(3, 2)), ModuleTask(), {"train": data, "test": data}
+    )
+    for fields in (
+        {"entropy": 1.0},
+        {"attention_match": 1.0},
+        {"activation_bits": 4, "rounded_attention": True},
+    ):
         with pytest.raises(BadInput, match="attention"):
             TrainQuantized(layers="*", **fields).run(on, Progress(), cache=False)
     with pytest.raises(BadInput, match="wide_tokens"):
-        TrainQuantized(activation_bits=4, wide_tokens=0.5).check(workbench.subject(checkpoints["t5"], data="random"))
+        TrainQuantized(activation_bits=4, wide_tokens=0.5).check(
+            workbench.subject(checkpoints["t5"], data="random")
+        )
     with pytest.raises(BadInput, match="fused"):
         TrainQuantized(activation_bits=4).check(workbench.subject(checkpoints["mixtral"], data="random"))

@@ -17,16 +17,35 @@ from workbench.quantization.quantize import moments_for
 from workbench.quantization.rounding import ROUNDINGS, Factors
 
 FORMATS: list[dict[str, object]] = [
-    {"bits": 2}, {"bits": 4}, {"bits": 8}, {"bits": 3, "symmetric": False}, {"format": "e4m3fn"}, {"format": "e5m2"}, {"format": "e3m2"}, {"format": "e2m3"},
-    {"format": "e2m1"}, {"format": "bf16"}, {"format": "fp16"}, {"format": "nf4"}, {"format": "quantile3"}, {"format": "mxfp4"}, {"format": "mxfp6"},
-    {"format": "mxfp8"}, {"format": "nvfp4"}, {"format": "fixed8.6"}, {"format": "ternary"}, {"format": "binary"},
-]  # fmt: skip
+    {"bits": 2},
+    {"bits": 4},
+    {"bits": 8},
+    {"bits": 3, "symmetric": False},
+    {"format": "e4m3fn"},
+    {"format": "e5m2"},
+    {"format": "e3m2"},
+    {"format": "e2m3"},
+    {"format": "e2m1"},
+    {"format": "bf16"},
+    {"format": "fp16"},
+    {"format": "nf4"},
+    {"format": "quantile3"},
+    {"format": "mxfp4"},
+    {"format": "mxfp6"},
+    {"format": "mxfp8"},
+    {"format": "nvfp4"},
+    {"format": "fixed8.6"},
+    {"format": "ternary"},
+    {"format": "binary"},
+]
 GRANULARITIES = ("auto", "tensor", "channel", "group")
 #: What is refused, and the word the message must hold; everything else must run.
 REFUSED = {
-    "adaround": lambda f: not f.uniform, "lowrank-adaround": lambda f: not f.uniform, "hqq": lambda f: not f.affine,
+    "adaround": lambda f: not f.uniform,
+    "lowrank-adaround": lambda f: not f.uniform,
+    "hqq": lambda f: not f.affine,
     **{name: (lambda f: f.scale != "real") for name in ("flexround", "signround", "adaquant", "scales")},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -36,7 +55,19 @@ def test_every_combination_runs_or_says_why_not(checkpoints: dict[str, Path], ar
     moments = moments_for(on, [layer], 4, Progress())[layer.name]
     factors, ran, refused = Factors(), 0, 0
     for fields, granularity, rounding in itertools.product(FORMATS, GRANULARITIES, ROUNDINGS):
-        instrument = Quantize(**(fields | {"layers": layer.name, "granularity": granularity, "rounding": rounding, "group_size": 16, "steps": 2, "examples": 4}))
+        instrument = Quantize(
+            **(
+                fields
+                | {
+                    "layers": layer.name,
+                    "granularity": granularity,
+                    "rounding": rounding,
+                    "group_size": 16,
+                    "steps": 2,
+                    "examples": 4,
+                }
+            )
+        )
         format = instrument.format_for(layer.name)
         reason = "granularity" if format.block and granularity != "auto" else ""
         reason = "rounding" if REFUSED.get(rounding, lambda f: False)(format) else reason
@@ -47,8 +78,18 @@ def test_every_combination_runs_or_says_why_not(checkpoints: dict[str, Path], ar
             continue
         instrument.check(on)
         values, grid, _ = instrument.round_layer(layer, moments, torch.Generator().manual_seed(0), factors)
-        assert values.shape == layer.shape and bool(torch.isfinite(values).all()), (fields, granularity, rounding)
+        assert values.shape == layer.shape and bool(torch.isfinite(values).all()), (
+            fields,
+            granularity,
+            rounding,
+        )
         # What was returned is on the grid that was returned.
-        assert torch.allclose(grid.round(values), values, atol=1e-5 * float(values.abs().max())), (fields, granularity, rounding)
+        assert torch.allclose(grid.round(values), values, atol=1e-5 * float(values.abs().max())), (
+            fields,
+            granularity,
+            rounding,
+        )
         ran += 1
-    assert ran + refused == len(FORMATS) * len(GRANULARITIES) * len(ROUNDINGS) and len(ROUNDINGS) == 4 + len(LEARNED)
+    assert ran + refused == len(FORMATS) * len(GRANULARITIES) * len(ROUNDINGS) and len(ROUNDINGS) == 4 + len(
+        LEARNED
+    )

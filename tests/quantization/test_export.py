@@ -19,7 +19,11 @@ SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 0, "group_size":
 
 
 def quantized(folder: Path, **fields: object) -> Subject:
-    made = Quantize(**(SMALL | fields)).run(workbench.subject(folder, data="random"), Progress(), cache=False).subject
+    made = (
+        Quantize(**(SMALL | fields))
+        .run(workbench.subject(folder, data="random"), Progress(), cache=False)
+        .subject
+    )
     assert made is not None
     return made
 
@@ -33,26 +37,54 @@ def test_pack_and_unpack(bits: int) -> None:
         unpack(packed[:-1], bits, 37)
 
 
-@pytest.mark.parametrize("fields", [
-    {"bits": 3}, {"bits": 4, "symmetric": False}, {"format": "nf4"}, {"format": "mxfp4"}, {"format": "nvfp4"}, {"format": "e4m3fn", "granularity": "channel"},
-    {"format": "ternary"}, {"bits": 4, "rounding": "hqq", "symmetric": False}, {"bits": 4, "transform": "awq"}, {"bits": 4, "transform": "hadamard"},
-    {"format": "bf16"}, {"format": "fixed8.6"}, {"bits": 8, "granularity": "tensor", "symmetric": False},
-])  # fmt: skip
-def test_packed_layers_hold_the_weight_in_the_bytes_they_claim(checkpoints: dict[str, Path], fields: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 3},
+        {"bits": 4, "symmetric": False},
+        {"format": "nf4"},
+        {"format": "mxfp4"},
+        {"format": "nvfp4"},
+        {"format": "e4m3fn", "granularity": "channel"},
+        {"format": "ternary"},
+        {"bits": 4, "rounding": "hqq", "symmetric": False},
+        {"bits": 4, "transform": "awq"},
+        {"bits": 4, "transform": "hadamard"},
+        {"format": "bf16"},
+        {"format": "fixed8.6"},
+        {"bits": 8, "granularity": "tensor", "symmetric": False},
+    ],
+)
+def test_packed_layers_hold_the_weight_in_the_bytes_they_claim(
+    checkpoints: dict[str, Path], fields: dict[str, object]
+) -> None:
     on = quantized(checkpoints["bert"], layers="*.0.*", **fields)
     for layer in on.layers("*.0.*"):
         change, stored = quantizer_of(layer), packed_layer(layer)
         assert torch.allclose(unpacked_layer(stored, change, layer.shape), layer.weight, atol=1e-6)
         # signs and the transform's scales are kept as floats for speed; their claimed bytes are what a file needs
         size = sum(t.numel() * t.element_size() for k, t in stored.items() if k not in ("smooth", "signs"))
-        claimed = change.grid.bytes(layer.shape) - (0 if change.grid.transform is None else change.grid.transform.bytes)
+        claimed = change.grid.bytes(layer.shape) - (
+            0 if change.grid.transform is None else change.grid.transform.bytes
+        )
         assert abs(size - claimed) < 2
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama", "vit"])
-@pytest.mark.parametrize("fields", [{"bits": 4}, {"bits": 3, "rounding": "gptq"}, {"bits": 4, "symmetric": False}, {"bits": 8, "granularity": "channel"},
-                                    {"bits": 8, "granularity": "tensor"}, {"format": "e4m3fn", "granularity": "channel"}])  # fmt: skip
-def test_compressed_tensors_round_trip(checkpoints: dict[str, Path], tmp_path: Path, architecture: str, fields: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 4},
+        {"bits": 3, "rounding": "gptq"},
+        {"bits": 4, "symmetric": False},
+        {"bits": 8, "granularity": "channel"},
+        {"bits": 8, "granularity": "tensor"},
+        {"format": "e4m3fn", "granularity": "channel"},
+    ],
+)
+def test_compressed_tensors_round_trip(
+    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, fields: dict[str, object]
+) -> None:
     on = quantized(checkpoints[architecture], **fields)
     folder = to_compressed_tensors(on, tmp_path / "out")
     again = type(on.model).from_pretrained(folder)  # type: ignore[attr-defined]
@@ -63,28 +95,54 @@ def test_compressed_tensors_round_trip(checkpoints: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
-@pytest.mark.parametrize("fields", [{"bits": 8, "granularity": "channel"}, {"bits": 4, "symmetric": False}, {"bits": 8, "granularity": "tensor"}])
-def test_onnx_round_trip(checkpoints: dict[str, Path], tmp_path: Path, architecture: str, fields: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 8, "granularity": "channel"},
+        {"bits": 4, "symmetric": False},
+        {"bits": 8, "granularity": "tensor"},
+    ],
+)
+def test_onnx_round_trip(
+    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, fields: dict[str, object]
+) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime (extra export) is not installed")
     on = quantized(checkpoints[architecture], **fields)
     file = to_onnx(on, tmp_path / "model.onnx")
     options = runtime.SessionOptions()
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32 products, so that logits can be compared
+    options.add_session_config_entry(
+        "session.qdq_matmulnbits_accuracy_level", "1"
+    )  # float32 products, so that logits can be compared
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     batch = next(on.batches("calibration", 3))
     length = session.get_inputs()[0].shape[1]
     inputs = on.task.inputs(batch)
-    feeds = {i.name: torch.nn.functional.pad(inputs[i.name], (0, length - inputs[i.name].shape[1])).numpy() for i in session.get_inputs()}
+    feeds = {
+        i.name: torch.nn.functional.pad(inputs[i.name], (0, length - inputs[i.name].shape[1])).numpy()
+        for i in session.get_inputs()
+    }
     with torch.no_grad():
-        expected = on.task.output(on.model, {k: torch.from_numpy(v) for k, v in feeds.items()} | {"labels": batch["labels"]})
+        expected = on.task.output(
+            on.model, {k: torch.from_numpy(v) for k, v in feeds.items()} | {"labels": batch["labels"]}
+        )
     assert torch.allclose(torch.from_numpy(session.run(None, feeds)[0]), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("architecture", "fields", "reason"), [
-    ("bert", {"format": "nf4"}, "nf4"), ("bert", {"transform": "awq"}, "transform"), ("bert", {"rounding": "hqq", "symmetric": False}, "no integers"),
-    ("gpt2", {}, "Conv1D"), ("mixtral", {}, "experts"), ("bert", {"activations": "token"}, "activations"), ("bert", {"format": "e4m3fn"}, "group scales"),
-])  # fmt: skip
-def test_what_cannot_be_expressed_is_refused_by_name(checkpoints: dict[str, Path], tmp_path: Path, architecture: str, fields: dict[str, object], reason: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "fields", "reason"),
+    [
+        ("bert", {"format": "nf4"}, "nf4"),
+        ("bert", {"transform": "awq"}, "transform"),
+        ("bert", {"rounding": "hqq", "symmetric": False}, "no integers"),
+        ("gpt2", {}, "Conv1D"),
+        ("mixtral", {}, "experts"),
+        ("bert", {"activations": "token"}, "activations"),
+        ("bert", {"format": "e4m3fn"}, "group scales"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(
+    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, fields: dict[str, object], reason: str
+) -> None:
     on = quantized(checkpoints[architecture], **fields)
     with pytest.raises(BadInput, match=f"compressed-tensors.*{reason}"):
         to_compressed_tensors(on, tmp_path / "out")
@@ -105,7 +163,9 @@ def test_a_truncated_file_is_refused(checkpoints: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("fault", ["shape", "missing"])
-def test_a_file_that_does_not_match_is_refused(checkpoints: dict[str, Path], tmp_path: Path, fault: str) -> None:
+def test_a_file_that_does_not_match_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, fault: str
+) -> None:
     folder = to_compressed_tensors(quantized(checkpoints["bert"], bits=4), tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")
     name = next(key for key in tensors if key.endswith("weight_packed"))

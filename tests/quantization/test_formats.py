@@ -12,21 +12,34 @@ from workbench.quantization.formats import NAMED, Codebook, lloyd_max, named, no
 from workbench.quantization.grid import fit
 
 ORACLES = {
-    "e4m3fn": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e2m1": ml_dtypes.float4_e2m1fn, "e2m3": ml_dtypes.float6_e2m3fn,
-    "e3m2": ml_dtypes.float6_e3m2fn, "bf16": ml_dtypes.bfloat16, "fp16": np.float16, "e3m4ieee": ml_dtypes.float8_e3m4,
-}  # fmt: skip
+    "e4m3fn": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+    "e2m1": ml_dtypes.float4_e2m1fn,
+    "e2m3": ml_dtypes.float6_e2m3fn,
+    "e3m2": ml_dtypes.float6_e3m2fn,
+    "bf16": ml_dtypes.bfloat16,
+    "fp16": np.float16,
+    "e3m4ieee": ml_dtypes.float8_e3m4,
+}
 
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_every_code_and_cast_agree_with_the_oracle(name: str) -> None:
     element = named(name).element
     codes = torch.arange(2**element.bits)
-    expected = codes.numpy().astype(np.uint16 if element.bits == 16 else np.uint8).view(ORACLES[name]).astype(np.float32)
+    expected = (
+        codes.numpy()
+        .astype(np.uint16 if element.bits == 16 else np.uint8)
+        .view(ORACLES[name])
+        .astype(np.float32)
+    )
     values = element.decode(codes)
     assert np.array_equal(values.numpy(), expected, equal_nan=True)
     numbers = ~torch.isnan(values)
     assert torch.equal(element.encode(values)[numbers], codes[numbers])
-    x = torch.cat([torch.randn(100_000) * torch.exp(6 * torch.randn(100_000)), values[torch.isfinite(values)]])
+    x = torch.cat(
+        [torch.randn(100_000) * torch.exp(6 * torch.randn(100_000)), values[torch.isfinite(values)]]
+    )
     with np.errstate(over="ignore"):
         cast = x.numpy().astype(ORACLES[name]).astype(np.float32)
     assert np.array_equal(element.round(x, saturate=False).numpy(), cast, equal_nan=True)
@@ -46,18 +59,56 @@ def test_torch_casts_agree() -> None:
 
 def test_bounds_and_counts() -> None:
     e4m3, e5m2 = named("e4m3fn").element, named("e5m2").element
-    assert (e4m3.highest, e5m2.highest, named("e2m3").element.highest, named("e3m2").element.highest) == (448, 57344, 7.5, 28)
+    assert (e4m3.highest, e5m2.highest, named("e2m3").element.highest, named("e3m2").element.highest) == (
+        448,
+        57344,
+        7.5,
+        28,
+    )
     assert int((e4m3.values() > 0).sum()) == 126 and int((e5m2.values() > 0).sum()) == 123
-    assert e4m3.values()[e4m3.values() > 0].min() == 2**-9 and e5m2.values()[e5m2.values() > 0].min() == 2**-16
-    assert named("e2m1").element.values().tolist() == [-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    assert (
+        e4m3.values()[e4m3.values() > 0].min() == 2**-9 and e5m2.values()[e5m2.values() > 0].min() == 2**-16
+    )
+    assert named("e2m1").element.values().tolist() == [
+        -6,
+        -4,
+        -3,
+        -2,
+        -1.5,
+        -1,
+        -0.5,
+        0,
+        0.5,
+        1,
+        1.5,
+        2,
+        3,
+        4,
+        6,
+    ]
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     assert named("e2m1").element.round(ties).tolist() == [0, 1, 1, 2, 2, 4, 4]
 
 
 def test_normal_float_equals_the_published_codebook() -> None:
-    published = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-                 -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-                 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
+    published = [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
     assert np.abs(np.array(normal_float(4)) - published).max() < 2e-7
 
 
@@ -72,9 +123,14 @@ def test_optimal_quantizers_of_a_gaussian() -> None:
         assert error == pytest.approx(expected, rel=3e-4)
 
 
-@pytest.mark.parametrize(("name", "errors"), {
-    "nf4": (0.007626, 0.008462, 0.009161, 0.009760), "int4": (0.009422, 0.011616, 0.013814, 0.016013), "int8": (2.87e-5, 3.53e-5, 4.20e-5, 4.86e-5),
-}.items())  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "errors"),
+    {
+        "nf4": (0.007626, 0.008462, 0.009161, 0.009760),
+        "int4": (0.009422, 0.011616, 0.013814, 0.016013),
+        "int8": (2.87e-5, 3.53e-5, 4.20e-5, 4.86e-5),
+    }.items(),
+)
 def test_block_errors_of_a_gaussian(name: str, errors: tuple[float, ...]) -> None:
     x = torch.randn(1, 1 << 20)
     for block, expected in zip((32, 64, 128, 256), errors, strict=True):
@@ -94,7 +150,10 @@ def test_best_uniform_steps_are_found_by_the_clipping_search() -> None:
     x = torch.randn(1, 1 << 18)
     for bits in (3, 4, 5):
         levels = 2 ** (bits - 1) - 1
-        best = min(float(((x / s).round().clamp(-levels, levels) * s - x).square().mean()) for s in np.linspace(0.05, 1.5, 600))
+        best = min(
+            float(((x / s).round().clamp(-levels, levels) * s - x).square().mean())
+            for s in np.linspace(0.05, 1.5, 600)
+        )
         found = float((fit(x, named("int", bits), "tensor", rule="mse").round(x) - x).square().mean())
         assert best <= found * (1 + 1e-6) and found <= 1.01 * best
 
@@ -107,7 +166,9 @@ def test_stochastic_rounding_is_unbiased(name: str) -> None:
     draws = element.round(points.repeat(4000, 1), generator).double()
     assert torch.isin(draws, element.values()).all()
     error = draws.std(0) / 4000**0.5
-    assert ((draws.mean(0) - points).abs() <= 4.5 * error + 1e-6 * element.highest).all()  # 37 points: 4.5 keeps the chance of a false alarm below 1e-3
+    assert (
+        (draws.mean(0) - points).abs() <= 4.5 * error + 1e-6 * element.highest
+    ).all()  # 37 points: 4.5 keeps the chance of a false alarm below 1e-3
 
 
 @pytest.mark.parametrize("name", [*NAMED, "int4", "uint3", "e3m0", "fixed8.4", "nf3", "quantile3"])
@@ -137,7 +198,9 @@ def test_codebook_of_many_values_uses_the_same_rule() -> None:
     assert torch.allclose((wide.round(x) - x).abs(), distance.min(1).values, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["nf4", "nf3", "nf8", "ternary", "binary", "quantile2", "quantile4", "quantile6"])
+@pytest.mark.parametrize(
+    "name", ["nf4", "nf3", "nf8", "ternary", "binary", "quantile2", "quantile4", "quantile6"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_codebooks_round_as_a_search_does(name: str, dtype: torch.dtype) -> None:
     """Random numbers, every value, every midpoint and its neighbours, far beyond the range, infinities: to the nearest, ties down."""
@@ -145,6 +208,15 @@ def test_codebooks_round_as_a_search_does(name: str, dtype: torch.dtype) -> None
     table = torch.tensor(element.table, dtype=dtype)
     middles = (table[1:] + table[:-1]) / 2
     ends = torch.tensor([-1e30, 1e30, -torch.inf, torch.inf], dtype=dtype)
-    x = torch.cat([torch.randn(20000, dtype=dtype), table, middles, torch.nextafter(middles, ends[1]), torch.nextafter(middles, ends[0]), ends])
+    x = torch.cat(
+        [
+            torch.randn(20000, dtype=dtype),
+            table,
+            middles,
+            torch.nextafter(middles, ends[1]),
+            torch.nextafter(middles, ends[0]),
+            ends,
+        ]
+    )
     assert torch.equal(element.round(x), table[torch.bucketize(x, middles)])
     assert element.round(torch.tensor([torch.nan], dtype=dtype)) == table[0]

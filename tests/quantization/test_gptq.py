@@ -53,7 +53,9 @@ def test_equals_the_textbook_loop(layer: tuple[Tensor, Tensor], name: str) -> No
     mine = gptq(weight, linear_feedback(gram, 0.01), grid)
     expected = textbook(weight, gram, grid, 0.01)
     agree = (mine - expected).abs() < 1e-4
-    assert agree.float().mean() > 0.97  # a tie broken differently in single precision changes what follows in that row
+    assert (
+        agree.float().mean() > 0.97
+    )  # a tie broken differently in single precision changes what follows in that row
     assert gptq_error(weight, mine, gram) == pytest.approx(gptq_error(weight, expected, gram), rel=0.02)
     assert gptq_error(weight, mine, gram) < 0.6 * gptq_error(weight, grid.round(weight), gram)
 
@@ -65,7 +67,9 @@ def test_masked_weights_stay_zero_and_the_rest_compensates(layer: tuple[Tensor, 
     grid = fit(weight, named("int3"), "channel")
     mine = gptq(weight, linear_feedback(gram, 0.01), grid, mask)
     assert (mine[~mask] == 0).all()
-    assert gptq_error(weight, mine, gram) == pytest.approx(gptq_error(weight, textbook(weight, gram, grid, 0.01, mask), gram), rel=0.03)
+    assert gptq_error(weight, mine, gram) == pytest.approx(
+        gptq_error(weight, textbook(weight, gram, grid, 0.01, mask), gram), rel=0.03
+    )
     assert gptq_error(weight, mine, gram) < gptq_error(weight, grid.round(weight), gram)
 
 
@@ -81,14 +85,18 @@ def test_order_changes_the_path_not_the_grid(layer: tuple[Tensor, Tensor]) -> No
 def test_uncorrelated_inputs_leave_nothing_to_compensate() -> None:
     weight = torch.randn(8, 64)
     grid = fit(weight, named("int3"), "channel")
-    assert torch.allclose(gptq(weight, linear_feedback(torch.eye(64), 0.01), grid), grid.round(weight), atol=1e-6)
+    assert torch.allclose(
+        gptq(weight, linear_feedback(torch.eye(64), 0.01), grid), grid.round(weight), atol=1e-6
+    )
 
 
 def test_moving_scales_match_a_plain_implementation(layer: tuple[Tensor, Tensor]) -> None:
     weight, gram = layer
     feedback = linear_feedback(gram, 0.01)
     values, grid = gptq_with_moving_scales(weight, feedback, named("int4"), 32, "minmax")
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped(gram, 0.01).double()), upper=True).float()  # the paper's factor
+    upper = torch.linalg.cholesky(
+        torch.linalg.inv(damped(gram, 0.01).double()), upper=True
+    ).float()  # the paper's factor
     work, plain, scales = weight.clone(), torch.zeros_like(weight), []
     for i in range(96):
         if i % 32 == 0:

@@ -11,7 +11,15 @@ from scipy.stats import t
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
-from workbench.quantization.leaderboard import METHODS, accepted, curves, heat_map, leaderboard, redrawn, summary
+from workbench.quantization.leaderboard import (
+    METHODS,
+    accepted,
+    curves,
+    heat_map,
+    leaderboard,
+    redrawn,
+    summary,
+)
 
 SMALL = {"layers": "*layers.0.*", "group_size": 16, "examples": 16, "test_examples": 32, "steps": 2}
 
@@ -27,12 +35,16 @@ def test_every_method_on_two_draws() -> None:
     half = table[(table["method"] == "gptq") & (table["bits"] == 3)]["half_width"].iloc[0]
     assert half == pytest.approx(t.ppf(0.975, 1) * abs(pair[0] - pair[1]) / 2)
     best = set(table["method"][:8])
-    assert {trace.name for trace in curves(board).data if trace.showlegend} == best | {"nearest"} and curves(board[board["seed"] == 0], "accuracy").data
+    assert {trace.name for trace in curves(board).data if trace.showlegend} == best | {"nearest"} and curves(
+        board[board["seed"] == 0], "accuracy"
+    ).data
     again = ["nearest", "gptq", "stochastic"]  # the others as if they had one draw
     board = board[(board["seed"] == 0) | board["method"].isin(again)]
     table, heat = summary(board), heat_map(board).data[0]
     shown = {method: text for method, (text,) in zip(heat.y, heat.text, strict=True)}
-    assert list(shown)[::-1] == list(table["method"]) and {method for method, text in shown.items() if "±" in text} == set(again)
+    assert list(shown)[::-1] == list(table["method"]) and {
+        method for method, text in shown.items() if "±" in text
+    } == set(again)
     rise = table.set_index("method")["mean"]["gptq"] - board["dense_loss"].mean()
     assert shown["gptq"].startswith(f"{rise:+.3f} ± ")
 
@@ -53,7 +65,10 @@ def test_draws_differ_by_seed_and_not_by_call() -> None:
     assert first.fingerprint == again.fingerprint != other.fingerprint and first.size("calibration") == 8
 
 
-@pytest.mark.parametrize(("methods", "bits", "text"), [(["gtpq"], [3], "gtpq"), ([], [3], "at least one"), (["gptq"], [], "at least one")])
+@pytest.mark.parametrize(
+    ("methods", "bits", "text"),
+    [(["gtpq"], [3], "gtpq"), ([], [3], "at least one"), (["gptq"], [], "at least one")],
+)
 def test_bad_requests_are_refused(methods: list[str], bits: list[int], text: str) -> None:
     with pytest.raises(BadInput, match=text):
         leaderboard(workbench.subject("digits-vit"), methods, bits)

@@ -21,9 +21,13 @@ from workbench.quantization.rounding import ROUNDINGS, Problem
 SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 20}
 
 
-def problem(rows: int = 24, width: int = 32, name: str = "int3", granularity: str = "group", **more: object) -> Problem:
+def problem(
+    rows: int = 24, width: int = 32, name: str = "int3", granularity: str = "group", **more: object
+) -> Problem:
     inputs = torch.randn(300, width) @ (torch.eye(width) + 0.4 * torch.randn(width, width))
-    return Problem(torch.randn(rows, width), inputs.T @ inputs, named(name), granularity, 16, steps=150, **more)  # type: ignore[arg-type]
+    return Problem(
+        torch.randn(rows, width), inputs.T @ inputs, named(name), granularity, 16, steps=150, **more
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", LEARNED)
@@ -82,7 +86,9 @@ def test_half_quadratic_lowers_its_norm_and_keeps_zeros() -> None:
 
 def test_half_quadratic_finds_a_grid_that_is_not_whole_at_zero() -> None:
     """Weights at s (k - z) with a fractional z, as any range's ends give: the exact zero point leaves them where they are."""
-    weight = 0.125 * (torch.stack([torch.randperm(16) for _ in range(8)]).float() - torch.linspace(3.1, 11.9, 8)[:, None])
+    weight = 0.125 * (
+        torch.stack([torch.randperm(16) for _ in range(8)]).float() - torch.linspace(3.1, 11.9, 8)[:, None]
+    )
     one = Problem(weight, torch.eye(16), named("uint4"), "channel")
     values, grid = ROUNDINGS["hqq"](one)
     assert torch.allclose(values, weight, atol=0.125 * 1e-2) and (grid.round(weight) == values).all()
@@ -108,21 +114,35 @@ def test_the_asymmetric_target_minimises_the_error_to_the_dense_output() -> None
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("fields", [{"rounding": "gptq", "sequential": True}, {"rounding": "signround", "objective": "block"},
-                                    {"rounding": "flexround", "objective": "block", "sequential": True, "window": 2}])  # fmt: skip
-def test_block_by_block_on_every_architecture(checkpoints: dict[str, Path], architecture: str, fields: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rounding": "gptq", "sequential": True},
+        {"rounding": "signround", "objective": "block"},
+        {"rounding": "flexround", "objective": "block", "sequential": True, "window": 2},
+    ],
+)
+def test_block_by_block_on_every_architecture(
+    checkpoints: dict[str, Path], architecture: str, fields: dict[str, object]
+) -> None:
     on = workbench.subject(checkpoints[architecture], data="random")
     result = Quantize(**(SMALL | fields | {"bits": 3, "steps": 8})).run(on, Progress(), cache=False)
     assert len(result.table) == len(on.layers())
     assert result.subject is not None
     for layer in result.subject.layers():
         assert torch.isfinite(layer.weight).all()
-        assert torch.allclose(layer.changes[-1].change(layer.original.mT if layer.transposed else layer.original), layer.weight, atol=1e-6)
+        assert torch.allclose(
+            layer.changes[-1].change(layer.original.mT if layer.transposed else layer.original),
+            layer.weight,
+            atol=1e-6,
+        )
 
 
 def test_windows_cover_every_block() -> None:
     assert [list(w) for w in windows(4, 2, 1)] == [[0, 1], [1, 2], [2, 3]]
-    assert [list(w) for w in windows(5, 2, 0)] == [[0, 1], [2, 3], [3, 4]] and [list(w) for w in windows(3, 1, 0)] == [[0], [1], [2]]
+    assert [list(w) for w in windows(5, 2, 0)] == [[0, 1], [2, 3], [3, 4]] and [
+        list(w) for w in windows(3, 1, 0)
+    ] == [[0], [1], [2]]
     assert [list(w) for w in windows(2, 4, 1)] == [[0, 1]]
 
 
@@ -137,15 +157,30 @@ def test_blocks_in_a_window_are_chained_exactly(checkpoints: dict[str, Path], ar
     assert torch.allclose(found, calls[1][0].output, atol=1e-5)
 
 
-def test_a_window_lowers_the_error_behind_it_and_low_rank_rounding_has_few_parameters(checkpoints: dict[str, Path]) -> None:
+def test_a_window_lowers_the_error_behind_it_and_low_rank_rounding_has_few_parameters(
+    checkpoints: dict[str, Path],
+) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
-    outputs, shared = {}, SMALL | {"bits": 2, "granularity": "channel", "steps": 120, "objective": "block", "rounding": "flexround"}
-    for name, fields in {"dense": None, "nearest": {"rounding": "nearest", "objective": "layer"}, "one": {}, "two": {"window": 2},
-                         "two, low rank": {"window": 2, "rounding": "lowrank-adaround"}}.items():  # fmt: skip
-        made = on if fields is None else Quantize(**(shared | fields)).run(on, Progress(), cache=False).subject
+    outputs, shared = (
+        {},
+        SMALL
+        | {"bits": 2, "granularity": "channel", "steps": 120, "objective": "block", "rounding": "flexround"},
+    )
+    for name, fields in {
+        "dense": None,
+        "nearest": {"rounding": "nearest", "objective": "layer"},
+        "one": {},
+        "two": {"window": 2},
+        "two, low rank": {"window": 2, "rounding": "lowrank-adaround"},
+    }.items():
+        made = (
+            on if fields is None else Quantize(**(shared | fields)).run(on, Progress(), cache=False).subject
+        )
         assert made is not None
         with torch.no_grad():
-            outputs[name] = made.model(**made.task.inputs(next(iter(made.batches("calibration", 8)))), output_hidden_states=True).hidden_states[-1]
+            outputs[name] = made.model(
+                **made.task.inputs(next(iter(made.batches("calibration", 8)))), output_hidden_states=True
+            ).hidden_states[-1]
     errors = {k: float((v - outputs["dense"]).square().mean()) for k, v in outputs.items()}
     assert errors["two"] < errors["one"] < errors["nearest"] and errors["two, low rank"] < errors["nearest"]
     module = LEARNED["lowrank-adaround"](problem())
@@ -166,24 +201,42 @@ def test_the_first_block_sees_the_dense_inputs(checkpoints: dict[str, Path]) -> 
 def test_block_objective_lowers_the_block_error(checkpoints: dict[str, Path]) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
     hidden = {}
-    for name, fields in {"dense": None, "nearest": {"rounding": "nearest"}, "flexround": {"rounding": "flexround", "objective": "block", "steps": 80}}.items():
+    for name, fields in {
+        "dense": None,
+        "nearest": {"rounding": "nearest"},
+        "flexround": {"rounding": "flexround", "objective": "block", "steps": 80},
+    }.items():
         subject = on
         if fields is not None:
-            made = Quantize(**(SMALL | {"bits": 3, "granularity": "channel", "layers": "*.layer.0.*"} | fields)).run(on, Progress(), cache=False).subject
+            made = (
+                Quantize(**(SMALL | {"bits": 3, "granularity": "channel", "layers": "*.layer.0.*"} | fields))
+                .run(on, Progress(), cache=False)
+                .subject
+            )
             assert made is not None
             subject = made
         batch = next(iter(subject.batches("calibration", 8)))
         with torch.no_grad():
-            hidden[name] = subject.model(**subject.task.inputs(batch), output_hidden_states=True).hidden_states[1]
+            hidden[name] = subject.model(
+                **subject.task.inputs(batch), output_hidden_states=True
+            ).hidden_states[1]
     errors = {k: float((v - hidden["dense"]).square().mean()) for k, v in hidden.items()}
     assert errors["flexround"] < 0.8 * errors["nearest"]
 
 
-@pytest.mark.parametrize(("fields", "text"), [
-    ({"rounding": "adaround", "format": "nf4"}, "adaround"), ({"rounding": "hqq"}, "hqq"), ({"rounding": "flexround", "format": "mxfp4"}, "flexround"),
-    ({"rounding": "gptq", "objective": "block"}, "objective"), ({"rounding": "adaround", "window": 2}, "window"),
-])  # fmt: skip
-def test_combinations_that_mean_nothing_are_refused(checkpoints: dict[str, Path], fields: dict[str, object], text: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"rounding": "adaround", "format": "nf4"}, "adaround"),
+        ({"rounding": "hqq"}, "hqq"),
+        ({"rounding": "flexround", "format": "mxfp4"}, "flexround"),
+        ({"rounding": "gptq", "objective": "block"}, "objective"),
+        ({"rounding": "adaround", "window": 2}, "window"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused(
+    checkpoints: dict[str, Path], fields: dict[str, object], text: str
+) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
     with pytest.raises(BadInput, match=text):
         Quantize(**(SMALL | fields)).run(on, Progress(), cache=False)

@@ -9,7 +9,12 @@ import torch
 
 import workbench
 from workbench.instruments import BadInput, Progress
-from workbench.quantization.learned_rotation import cayley_step, learned_rotation, principal, principal_rotation
+from workbench.quantization.learned_rotation import (
+    cayley_step,
+    learned_rotation,
+    principal,
+    principal_rotation,
+)
 from workbench.quantization.rotating import Rotate
 from workbench.quantization.rotation import random_rotation, rotate
 from workbench.subjects import Subject
@@ -58,14 +63,18 @@ def test_rotations_of_heads_keep_the_logits(checkpoints: dict[str, Path], archit
     assert (logits(made) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
     plain = rotate(on, "orthogonal", 1)
     name = "v_proj" if architecture == "llama" else "c_attn"
-    first, second = (next(layer.weight for layer in s.layers() if layer.name.endswith(name)) for s in (made, plain))
+    first, second = (
+        next(layer.weight for layer in s.layers() if layer.name.endswith(name)) for s in (made, plain)
+    )
     assert not torch.allclose(first, second, atol=1e-3)
     with pytest.raises(BadInput, match="heads"):
         rotate(on, heads=[torch.eye(4)] * 2)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_learned_rotation_keeps_the_logits_and_lowers_the_loss_it_minimises(checkpoints: dict[str, Path], architecture: str) -> None:
+def test_a_learned_rotation_keeps_the_logits_and_lowers_the_loss_it_minimises(
+    checkpoints: dict[str, Path], architecture: str
+) -> None:
     on = with_outliers(checkpoints, architecture)
     made, losses = learned_rotation(on, steps=10, examples=8, batch_size=8, activation_bits=3, rate=0.5)
     expected = logits(on)
@@ -93,7 +102,9 @@ def test_a_principal_rotation_keeps_the_logits(checkpoints: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "learned", "principal"])
-def test_the_instrument_measures_the_spread_before_and_after(checkpoints: dict[str, Path], kind: str, tmp_path: Path) -> None:
+def test_the_instrument_measures_the_spread_before_and_after(
+    checkpoints: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
     on = with_outliers(checkpoints, "llama")
     result = Rotate(kind=kind, steps=3, examples=8).run(on, Progress(), cache=False)
     assert result.facts["largest_change_of_logits"] < 1e-5 * max(1.0, float(logits(on).abs().max()))

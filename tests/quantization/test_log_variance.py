@@ -28,7 +28,9 @@ def best(widths: tuple[int, ...] | np.ndarray) -> Allocation:
 def test_the_closed_form_satisfies_lagranges_conditions() -> None:
     bits = log_variance(S, V, N, 3.0)
     assert np.average(bits, weights=N) == pytest.approx(3.0)
-    slopes = -np.log(4) * S * V * 4.0**-bits  # of the loss per weight and bit: the multiplier, one for all layers
+    slopes = (
+        -np.log(4) * S * V * 4.0**-bits
+    )  # of the loss per weight and bit: the multiplier, one for all layers
     assert slopes == pytest.approx(np.full(6, slopes[0]))
 
 
@@ -41,8 +43,12 @@ def test_the_closed_form_is_the_numerical_optimum() -> None:
 
 def test_equal_layers_get_the_classical_rule_and_doubling_a_deviation_a_bit() -> None:
     sizes = np.full(6, 50.0)
-    assert log_variance(S, V, sizes, 4.0) == pytest.approx(4 + 0.5 * np.log2(S * V / np.prod(S * V) ** (1 / 6)))
-    assert log_variance(np.ones(2), [4.0, 1.0], [1.0, 1.0], 3.0) == pytest.approx([3.5, 2.5])  # a deviation twice as large: one bit more
+    assert log_variance(S, V, sizes, 4.0) == pytest.approx(
+        4 + 0.5 * np.log2(S * V / np.prod(S * V) ** (1 / 6))
+    )
+    assert log_variance(np.ones(2), [4.0, 1.0], [1.0, 1.0], 3.0) == pytest.approx(
+        [3.5, 2.5]
+    )  # a deviation twice as large: one bit more
 
 
 def test_the_program_is_the_best_of_all_choices_and_approaches_the_closed_form() -> None:
@@ -51,7 +57,9 @@ def test_the_program_is_the_best_of_all_choices_and_approaches_the_closed_form()
     choices = [np.array(c) for c in itertools.product(range(4), repeat=6)]
     bits = np.array(widths)
     inside = [c for c in choices if (N * bits[c]).sum() <= 3.0 * N.sum() + 1e-9]
-    assert loss(bits[found.choice].astype(float)) == pytest.approx(min(loss(bits[c].astype(float)) for c in inside))
+    assert loss(bits[found.choice].astype(float)) == pytest.approx(
+        min(loss(bits[c].astype(float)) for c in inside)
+    )
     assert found.size <= 3.0 * N.sum() * (1 + 1e-9) and found.bound == pytest.approx(found.cost)
     fine = np.arange(-2, 9, 0.125)
     near = best(fine)

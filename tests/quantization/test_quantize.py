@@ -45,7 +45,10 @@ def test_every_architecture(checkpoints: dict[str, Path], architecture: str, rou
     assert result.facts["average_bits"] == pytest.approx(4 + 16 / 16)
 
 
-@pytest.mark.parametrize("format", ["int", "e4m3fn", "e2m1", "nf4", "mxfp4", "nvfp4", "ternary", "binary", "bf16", "fixed8.6", "quantile3"])
+@pytest.mark.parametrize(
+    "format",
+    ["int", "e4m3fn", "e2m1", "nf4", "mxfp4", "nvfp4", "ternary", "binary", "bf16", "fixed8.6", "quantile3"],
+)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "gptq"])
 def test_every_format_with_every_rounding(bert: Subject, format: str, rounding: str) -> None:
     result = run(bert, format=format, rounding=rounding, predict_examples=0, layers="*.0.attention.self.*")
@@ -100,11 +103,19 @@ def test_straight_through_gradient() -> None:
     assert weight.grad is not None and weight.grad.tolist() == [[1.0, 0.0, 3.0, 0.0]]
 
 
-@pytest.mark.parametrize(("fields", "text"), [
-    ({"bits": 0}, "bits"), ({"format": "int0"}, "format"), ({"layers": "nothing*"}, "layers"), ({"rounding": "bankers"}, "rounding"),
-    ({"format": "mxfp4", "granularity": "channel"}, "granularity"), ({"layer_bits": {"*": 12}}, "layer_bits"), ({"layer_bits": {"zzz": 3}}, "layers"),
-    ({"format": "int", "symmetric": False, "range": "mean"}, "range"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"bits": 0}, "bits"),
+        ({"format": "int0"}, "format"),
+        ({"layers": "nothing*"}, "layers"),
+        ({"rounding": "bankers"}, "rounding"),
+        ({"format": "mxfp4", "granularity": "channel"}, "granularity"),
+        ({"layer_bits": {"*": 12}}, "layer_bits"),
+        ({"layer_bits": {"zzz": 3}}, "layers"),
+        ({"format": "int", "symmetric": False, "range": "mean"}, "range"),
+    ],
+)
 def test_refusals_name_the_field(bert: Subject, fields: dict[str, object], text: str) -> None:
     with pytest.raises(BadInput, match=text):
         run(bert, **fields)

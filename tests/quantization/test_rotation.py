@@ -15,7 +15,11 @@ from workbench.quantization.rotation import random_rotation, rotate
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bytelm"])
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
 def test_logits_are_kept(checkpoints: dict[str, Path], architecture: str, kind: str) -> None:
-    on = workbench.subject("bytelm") if architecture == "bytelm" else workbench.subject(checkpoints[architecture], data="random")
+    on = (
+        workbench.subject("bytelm")
+        if architecture == "bytelm"
+        else workbench.subject(checkpoints[architecture], data="random")
+    )
     with torch.no_grad():
         for parameter in (p for n, p in on.model.named_parameters() if p.ndim == 1):
             parameter.add_(0.1 * torch.randn(parameter.shape))  # scales and biases that matter

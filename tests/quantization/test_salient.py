@@ -20,9 +20,17 @@ BINARY = {"format": "binary", "range": "centred", "granularity": "channel", "sal
 SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 12}
 
 
-def problem(rows: int = 24, width: int = 40, name: str = "binary", rule: str = "centred", **more: object) -> Problem:
-    inputs = torch.randn(300, width) @ (torch.eye(width) + 0.4 * torch.randn(width, width)) * torch.linspace(0.2, 3, width)
-    return Problem(torch.randn(rows, width) + 0.1, inputs.T @ inputs, named(name), "channel", 16, rule, steps=80, **more)  # type: ignore[arg-type]
+def problem(
+    rows: int = 24, width: int = 40, name: str = "binary", rule: str = "centred", **more: object
+) -> Problem:
+    inputs = (
+        torch.randn(300, width)
+        @ (torch.eye(width) + 0.4 * torch.randn(width, width))
+        * torch.linspace(0.2, 3, width)
+    )
+    return Problem(
+        torch.randn(rows, width) + 0.1, inputs.T @ inputs, named(name), "channel", 16, rule, steps=80, **more
+    )  # type: ignore[arg-type]
 
 
 def test_centred_binarisation_is_the_best_scale_about_the_mean() -> None:
@@ -34,16 +42,22 @@ def test_centred_binarisation_is_the_best_scale_about_the_mean() -> None:
     assert torch.allclose(grid.round(weight), mean + spread * torch.sign(weight - mean), atol=2e-3)
     found = (grid.round(weight) - weight).square().sum(1)
     for factor in torch.linspace(0.5, 1.5, 41):
-        assert (found <= (mean + factor * spread * torch.sign(weight - mean) - weight).square().sum(1) + 1e-3).all()
+        assert (
+            found <= (mean + factor * spread * torch.sign(weight - mean) - weight).square().sum(1) + 1e-3
+        ).all()
 
 
 def test_the_mask_is_of_the_features_with_the_most_energy_or_of_single_weights() -> None:
     one = problem(rows=3, width=10)
     columns = Salient(0.2).mask(one.weight, one.gram)
-    assert columns.shape == (1, 10) and columns[0].nonzero().flatten().tolist() == sorted(one.gram.diagonal().topk(2).indices.tolist())
+    assert columns.shape == (1, 10) and columns[0].nonzero().flatten().tolist() == sorted(
+        one.gram.diagonal().topk(2).indices.tolist()
+    )
     single = Salient(0.2, pattern="weights").mask(one.weight, one.gram)
     score = one.weight.square() * one.gram.diagonal()
-    assert (single.sum(1) == 2).all() and (score[single].view(3, 2).amin(1) >= score[~single].view(3, 8).amax(1)).all()
+    assert (single.sum(1) == 2).all() and (
+        score[single].view(3, 2).amin(1) >= score[~single].view(3, 8).amax(1)
+    ).all()
     assert Salient(0.0).count(10) == 1 and Salient(1.0).count(10) == 9
 
 
@@ -53,7 +67,11 @@ def test_a_split_grid_is_its_two_parts(pattern: str, name: str) -> None:
     one = problem(name=name, rule="auto", salient=Salient(0.2, 4, pattern))
     one.granularity = "auto"
     values, grid = ROUNDINGS["nearest"](one)
-    assert isinstance(grid, SplitGrid) and torch.allclose(grid.round(values), values, atol=1e-5) and torch.allclose(grid.decode(grid.codes(values)), values, atol=1e-5)
+    assert (
+        isinstance(grid, SplitGrid)
+        and torch.allclose(grid.round(values), values, atol=1e-5)
+        and torch.allclose(grid.decode(grid.codes(values)), values, atol=1e-5)
+    )
     mask = grid.mask.expand_as(values)
     inside = one.weight[mask].view(24, 8)
     assert torch.equal(values[mask].view(24, 8), fit(inside, named("uint4"), "group", 16).round(inside))
@@ -67,8 +85,12 @@ def test_bits_are_counted_with_the_mask_and_the_scales() -> None:
     for pattern, column_factors in (("columns", False), ("columns", True), ("weights", False)):
         one = problem(salient=Salient(0.2, 4, pattern))
         _, grid = ROUNDINGS["scales" if column_factors else "nearest"](one)
-        assert grid.bytes((24, 40)) * 8 / 960 == pytest.approx(effective_bits(24, 40, 0.2, pattern=pattern, column_factors=column_factors))
-    assert effective_bits(4096, 4096, 0.2) == pytest.approx(0.8 + 0.2 * 4 + 1 / 4096 + 52 / 4096, abs=1e-3)  # the paper's 1.61
+        assert grid.bytes((24, 40)) * 8 / 960 == pytest.approx(
+            effective_bits(24, 40, 0.2, pattern=pattern, column_factors=column_factors)
+        )
+    assert effective_bits(4096, 4096, 0.2) == pytest.approx(
+        0.8 + 0.2 * 4 + 1 / 4096 + 52 / 4096, abs=1e-3
+    )  # the paper's 1.61
     assert index_bits(10, 3) == math.ceil(math.log2(math.comb(10, 3)))
     share = 0.07
     entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
@@ -97,22 +119,40 @@ def test_learned_scales_keep_codes_and_salient_values(pattern: str) -> None:
     start, before = ROUNDINGS["nearest"](one)
     values, grid = ROUNDINGS["scales"](one)
     assert isinstance(grid, SplitGrid) and torch.allclose(grid.round(values), values, atol=1e-4)
-    assert torch.equal(grid.codes(values), before.codes(start)) and one.error(values) < 0.95 * one.error(start)
+    assert torch.equal(grid.codes(values), before.codes(start)) and one.error(values) < 0.95 * one.error(
+        start
+    )
     if pattern == "columns":
         assert torch.equal(values[:, grid.mask[0]], start[:, grid.mask[0]])
 
 
-@pytest.mark.parametrize("fields", [{}, {"rounding": "scales"}, {"rounding": "scales", "objective": "block", "sequential": True}, {"format": "int", "range": "auto", "bits": 2},
-                                    {"granularity": "group"}])  # fmt: skip
-def test_packed_saved_and_opened_again(checkpoints: dict[str, Path], fields: dict[str, object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rounding": "scales"},
+        {"rounding": "scales", "objective": "block", "sequential": True},
+        {"format": "int", "range": "auto", "bits": 2},
+        {"granularity": "group"},
+    ],
+)
+def test_packed_saved_and_opened_again(
+    checkpoints: dict[str, Path], fields: dict[str, object], tmp_path: Path
+) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
     result = Quantize(**(SMALL | BINARY | fields)).run(on, Progress(), cache=False)
     assert result.subject is not None
     for layer in result.subject.layers():
         change, stored = quantizer_of(layer), packed_layer(layer)
-        assert isinstance(change.grid, SplitGrid) and torch.allclose(unpacked_layer(stored, change, layer.shape), layer.weight, atol=1e-5)
-        claimed = change.grid.bytes(layer.shape) - (0 if change.grid.transform is None else change.grid.transform.bytes)
-        assert abs(sum(t.numel() * t.element_size() for k, t in stored.items() if k != "smooth") - claimed) < 4
+        assert isinstance(change.grid, SplitGrid) and torch.allclose(
+            unpacked_layer(stored, change, layer.shape), layer.weight, atol=1e-5
+        )
+        claimed = change.grid.bytes(layer.shape) - (
+            0 if change.grid.transform is None else change.grid.transform.bytes
+        )
+        assert (
+            abs(sum(t.numel() * t.element_size() for k, t in stored.items() if k != "smooth") - claimed) < 4
+        )
     result.save(tmp_path / "out")
     again = workbench.subject(tmp_path / "out")
     assert again.evaluate("test")["loss"] == pytest.approx(result.subject.evaluate("test")["loss"], abs=1e-5)
@@ -122,18 +162,34 @@ def test_each_step_lowers_the_loss() -> None:
     """Binary, then salient features, then learned scales; of a block, on the quantized prefix, they lower it as well."""
     on = workbench.subject("digits-vit")
     shared = BINARY | {"predict_examples": 0, "examples": 32, "steps": 30}
-    steps: list[dict[str, object]] = [{"salient_share": 0.0}, {}, {"rounding": "scales"}, {"rounding": "scales", "objective": "block", "sequential": True}]
+    steps: list[dict[str, object]] = [
+        {"salient_share": 0.0},
+        {},
+        {"rounding": "scales"},
+        {"rounding": "scales", "objective": "block", "sequential": True},
+    ]
     losses = [Quantize(**(shared | step)).run(on, Progress(), cache=False).facts["loss"] for step in steps]
     assert losses[1] < losses[0] and max(losses[2:]) < 0.5 * losses[1]
 
 
-@pytest.mark.parametrize(("fields", "text"), [
-    ({"rounding": "gptq"}, "salient_share"), ({"rounding": "flexround"}, "salient_share"), ({"format": "bf16", "range": "auto"}, "salient_share"),
-    ({"format": "int"}, "centred"), ({"rounding": "scales", "transform": "awq"}, "scales"), ({"rounding": "scales", "format": "mxfp4", "granularity": "auto", "range": "auto"}, "scales"),
-])  # fmt: skip
-def test_what_means_nothing_is_refused(checkpoints: dict[str, Path], fields: dict[str, object], text: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"rounding": "gptq"}, "salient_share"),
+        ({"rounding": "flexround"}, "salient_share"),
+        ({"format": "bf16", "range": "auto"}, "salient_share"),
+        ({"format": "int"}, "centred"),
+        ({"rounding": "scales", "transform": "awq"}, "scales"),
+        ({"rounding": "scales", "format": "mxfp4", "granularity": "auto", "range": "auto"}, "scales"),
+    ],
+)
+def test_what_means_nothing_is_refused(
+    checkpoints: dict[str, Path], fields: dict[str, object], text: str
+) -> None:
     with pytest.raises(BadInput, match=text):
-        Quantize(**(SMALL | BINARY | fields)).run(workbench.subject(checkpoints["bert"], data="random"), Progress(), cache=False)
+        Quantize(**(SMALL | BINARY | fields)).run(
+            workbench.subject(checkpoints["bert"], data="random"), Progress(), cache=False
+        )
 
 
 def test_experts_and_exports_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -143,7 +199,11 @@ def test_experts_and_exports_are_refused(checkpoints: dict[str, Path], tmp_path:
     with pytest.raises(BadInput, match="experts"):
         Quantize(**(SMALL | BINARY)).run(experts, Progress(), cache=False)
     bert = workbench.subject(checkpoints["bert"], data="random")
-    wide = Quantize(**(SMALL | {"bits": 4, "salient_share": 0.1, "salient_bits": 8, "layers": "*.0.*"})).run(bert, Progress(), cache=False).subject
+    wide = (
+        Quantize(**(SMALL | {"bits": 4, "salient_share": 0.1, "salient_bits": 8, "layers": "*.0.*"}))
+        .run(bert, Progress(), cache=False)
+        .subject
+    )
     assert wide is not None
     with pytest.raises(BadInput, match="salient"):
         to_compressed_tensors(wide, tmp_path / "out")

@@ -18,7 +18,13 @@ from workbench.quantization.packing import packed_layer, quantizer_of, unpacked_
 from workbench.quantization.shifted_sign import ShiftedSign
 from workbench.subjects import Subject
 
-SHORT: dict[str, Any] = {"layers": "*", "steps": 20, "batch_size": 32, "learning_rate": 2e-3, "test_examples": 64}
+SHORT: dict[str, Any] = {
+    "layers": "*",
+    "steps": 20,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "test_examples": 64,
+}
 
 
 def shifted(weight: torch.Tensor, shared: str, group: int) -> ShiftedSign:
@@ -38,14 +44,24 @@ def test_shifted_signs_are_the_formula(shared: str, group: int, axis: int) -> No
     towards = torch.randn(6, 12)
     (values * towards).sum().backward()
     assert weight.grad is not None and torch.allclose(weight.grad, alpha * towards, rtol=1e-5)
-    assert rounding.alpha.grad is not None and torch.allclose(rounding.alpha.grad, (towards * sign).sum(axis, keepdim=True), atol=1e-5)
-    assert rounding.beta.grad is not None and torch.allclose(rounding.beta.grad, towards.sum(axis, keepdim=True), atol=1e-5)
+    assert rounding.alpha.grad is not None and torch.allclose(
+        rounding.alpha.grad, (towards * sign).sum(axis, keepdim=True), atol=1e-5
+    )
+    assert rounding.beta.grad is not None and torch.allclose(
+        rounding.beta.grad, towards.sum(axis, keepdim=True), atol=1e-5
+    )
     with torch.no_grad():
         rounding.alpha[..., 0] *= -1  # a scale that training took through zero
     final, grid = rounding.final(weight.detach())
-    assert torch.equal(final, rounding.change(weight.detach())) and torch.equal(grid.decode(grid.codes(final)), final) and (grid.scale > 0).all()
+    assert (
+        torch.equal(final, rounding.change(weight.detach()))
+        and torch.equal(grid.decode(grid.codes(final)), final)
+        and (grid.scale > 0).all()
+    )
     side = grid.scale.numel()
-    assert grid.bytes((6, 12)) == (72 + 32 * side) / 8  # one bit a weight, 16 bits for each scale and each offset
+    assert (
+        grid.bytes((6, 12)) == (72 + 32 * side) / 8
+    )  # one bit a weight, 16 bits for each scale and each offset
 
 
 def test_whole_offsets_outside_the_codes_are_stored_in_full() -> None:
@@ -59,7 +75,9 @@ def test_whole_offsets_outside_the_codes_are_stored_in_full() -> None:
     layer = Layer("layer", module)
     layer.attach(FakeQuant.of(grid))
     stored = packed_layer(layer)
-    assert stored["zero"].dtype == torch.float16 and torch.equal(unpacked_layer(stored, quantizer_of(layer), (4, 8)), layer.weight)
+    assert stored["zero"].dtype == torch.float16 and torch.equal(
+        unpacked_layer(stored, quantizer_of(layer), (4, 8)), layer.weight
+    )
     assert sum(t.numel() * t.element_size() for t in stored.values()) == grid.bytes((4, 8))
 
 
@@ -83,7 +101,9 @@ def test_the_teachers_loss(temperature: float) -> None:
     assert float(found.detach()) == pytest.approx(float(entropy), rel=1e-5)
     assert float(torch.autograd.grad(found, same)[0].abs().max()) < 1e-6
     found = teacher_loss(on, output, target, batch, temperature)
-    assert float(found.detach()) == pytest.approx(float(entropy + F.kl_div(q.log(), p, reduction="batchmean") * temperature**2), rel=1e-5)
+    assert float(found.detach()) == pytest.approx(
+        float(entropy + F.kl_div(q.log(), p, reduction="batchmean") * temperature**2), rel=1e-5
+    )
     assert torch.allclose(torch.autograd.grad(found, output)[0], temperature * (q - p) / 3, atol=1e-6)
 
 
@@ -92,22 +112,37 @@ def test_a_language_models_teacher_sees_the_same_positions(checkpoints: dict[str
     batch = next(on.batches("train", 4))
     output = on.task.output(on.model, batch).detach()
     rows, _ = on.task.flat(output, batch)
-    assert float(teacher_loss(on, output, output, batch)) == pytest.approx(float(-(rows.softmax(-1) * rows.log_softmax(-1)).sum(-1).mean()), rel=1e-5)
+    assert float(teacher_loss(on, output, output, batch)) == pytest.approx(
+        float(-(rows.softmax(-1) * rows.log_softmax(-1)).sum(-1).mean()), rel=1e-5
+    )
 
 
 def test_regression_asks_for_the_teachers_output() -> None:
     from workbench.subjects.tasks import ModuleRegression
 
-    on = Subject("line", torch.nn.Linear(2, 1), ModuleRegression(), {"train": {"inputs": torch.ones(2, 2), "labels": torch.ones(2, 1)}})
-    assert float(teacher_loss(on, torch.zeros(2, 1), torch.full((2, 1), 3.0), {"labels": torch.ones(2, 1)})) == 4.5
+    on = Subject(
+        "line",
+        torch.nn.Linear(2, 1),
+        ModuleRegression(),
+        {"train": {"inputs": torch.ones(2, 2), "labels": torch.ones(2, 1)}},
+    )
+    assert (
+        float(teacher_loss(on, torch.zeros(2, 1), torch.full((2, 1), 3.0), {"labels": torch.ones(2, 1)}))
+        == 4.5
+    )
 
 
 def test_the_objective_mixes_and_its_teacher_stands_still() -> None:
     on = workbench.subject("digits-vit").copy()
     batch = next(on.batches("train", 8))
     task = float(on.loss(batch).detach())
-    losses = [float(Objective(TrainQuantized(distillation=d, temperature=2.0), on)(on, batch).detach()) for d in (0.0, 0.25, 1.0)]
-    assert losses[0] == pytest.approx(task) and losses[1] == pytest.approx(0.75 * task + 0.25 * losses[2], rel=1e-5)
+    losses = [
+        float(Objective(TrainQuantized(distillation=d, temperature=2.0), on)(on, batch).detach())
+        for d in (0.0, 0.25, 1.0)
+    ]
+    assert losses[0] == pytest.approx(task) and losses[1] == pytest.approx(
+        0.75 * task + 0.25 * losses[2], rel=1e-5
+    )
     objective = Objective(TrainQuantized(distillation=1.0, temperature=2.0), on)
     with torch.no_grad():
         for tensor in on.model.parameters():
@@ -125,20 +160,35 @@ def test_fbi_trains_freezes_and_is_stored(shared: str, tmp_path: Path) -> None:
     assert result.table["teacher_loss"].iloc[-5:].mean() < result.table["teacher_loss"].iloc[:5].mean()
     for layer in result.subject.layers("*"):
         assert [type(c) for c in layer.changes] == [FakeQuant]
-        assert max(len(torch.unique(line)) for line in (layer.weight.mT if shared == "column" else layer.weight)) <= 2
+        assert (
+            max(len(torch.unique(line)) for line in (layer.weight.mT if shared == "column" else layer.weight))
+            <= 2
+        )
         stored = packed_layer(layer)
         assert torch.equal(unpacked_layer(stored, quantizer_of(layer), layer.shape), layer.weight)
-        assert sum(t.numel() * t.element_size() for t in stored.values()) == -(-quantizer_of(layer).grid.bytes(layer.shape) // 1)
-    assert result.facts["bytes"] == sum(-(-quantizer_of(layer).grid.bytes(layer.shape) // 1) for layer in result.subject.layers("*"))
+        assert sum(t.numel() * t.element_size() for t in stored.values()) == -(
+            -quantizer_of(layer).grid.bytes(layer.shape) // 1
+        )
+    assert result.facts["bytes"] == sum(
+        -(-quantizer_of(layer).grid.bytes(layer.shape) // 1) for layer in result.subject.layers("*")
+    )
     result.save(tmp_path / "out")
-    assert workbench.subject(tmp_path / "out").evaluate("test", limit=64)["loss"] == pytest.approx(result.facts["loss"], abs=1e-5)
+    assert workbench.subject(tmp_path / "out").evaluate("test", limit=64)["loss"] == pytest.approx(
+        result.facts["loss"], abs=1e-5
+    )
 
 
 def test_any_method_takes_a_teacher() -> None:
     on = workbench.subject("digits-vit")
     plain = TrainQuantized(**SHORT, method="lsq", bits=2).run(on, Progress(), cache=False)
-    result = TrainQuantized(**SHORT, method="lsq", bits=2, distillation=0.5, temperature=2.0).run(on, Progress(), cache=False)
-    assert "teacher_loss" not in plain.table and not result.table["task_loss"].equals(plain.table["train_loss"]) and result.facts["accuracy"] > 0.5
+    result = TrainQuantized(**SHORT, method="lsq", bits=2, distillation=0.5, temperature=2.0).run(
+        on, Progress(), cache=False
+    )
+    assert (
+        "teacher_loss" not in plain.table
+        and not result.table["task_loss"].equals(plain.table["train_loss"])
+        and result.facts["accuracy"] > 0.5
+    )
     assert result.figure(column="teacher_loss").data
 
 
@@ -146,7 +196,11 @@ def test_a_custom_loss_has_no_place_for_a_teacher() -> None:
     from workbench.subjects.tasks import CustomLoss
 
     data = {"inputs": torch.randn(4, 3), "labels": torch.randn(4, 2)}
-    on = Subject("own", torch.nn.Sequential(torch.nn.Linear(3, 2)), CustomLoss(function=lambda out, b: (out - b["labels"]).square().mean()),
-                 {"train": data, "test": data})  # fmt: skip
+    on = Subject(
+        "own",
+        torch.nn.Sequential(torch.nn.Linear(3, 2)),
+        CustomLoss(function=lambda out, b: (out - b["labels"]).square().mean()),
+        {"train": data, "test": data},
+    )
     with pytest.raises(BadInput, match="distillation"):
         TrainQuantized(layers="*", distillation=0.5).run(on, Progress(), cache=False)

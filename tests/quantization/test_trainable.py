@@ -23,7 +23,9 @@ SHORT = {"layers": "*", "steps": 40, "batch_size": 64, "learning_rate": 1e-3}
 
 
 def course(**settings: object) -> Course:
-    return Course(SimpleNamespace(**({"budget": 3.0, "strength": 1.0} | settings)), torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    return Course(
+        SimpleNamespace(**({"budget": 3.0, "strength": 1.0} | settings)), torch.Generator().manual_seed(0)
+    )  # type: ignore[arg-type]
 
 
 def test_pseudo_noise_has_the_variance_of_rounding() -> None:
@@ -35,7 +37,9 @@ def test_pseudo_noise_has_the_variance_of_rounding() -> None:
     found = (noise.change(weight).detach() - weight) / step
     count = found.numel()
     assert abs(float(found.mean())) < 5 * (1 / 12 / count) ** 0.5
-    assert float(found.var()) == pytest.approx(1 / 12, abs=5 * (1 / 180 / count) ** 0.5)  # var of (n^2) is 1/180
+    assert float(found.var()) == pytest.approx(
+        1 / 12, abs=5 * (1 / 180 / count) ** 0.5
+    )  # var of (n^2) is 1/180
     assert torch.allclose(step, weight.abs().amax(1, keepdim=True) / (2 ** (noise.width.detach() - 1) - 1))
     with torch.no_grad():
         noise.log_bound.sub_(1.0)
@@ -47,7 +51,11 @@ def test_pseudo_noise_rounds_outside_training_and_its_width_has_a_gradient() -> 
     noise = PseudoNoise.begin(weight, 16, SimpleNamespace(budget=3.0))  # type: ignore[arg-type]
     noise.eval()
     values, grid = noise.final(weight)
-    assert torch.equal(noise.change(weight), values) and grid.format.name == "int4" and torch.allclose(grid.round(values), values)
+    assert (
+        torch.equal(noise.change(weight), values)
+        and grid.format.name == "int4"
+        and torch.allclose(grid.round(values), values)
+    )
     noise.train()
     noise.prepare(course())
     first = noise.change(weight)
@@ -69,7 +77,9 @@ def test_bit_planes_start_at_the_weights_and_end_on_integers() -> None:
     planes.prepare(at_end)
     assert float(planes.width.detach()) == pytest.approx(5.0)
     values, grid = planes.final(weight)
-    assert grid.format.name == "int5" and torch.allclose(planes.change(weight), values, rtol=1e-3, atol=1e-4)  # scales are stored in 16 bits
+    assert grid.format.name == "int5" and torch.allclose(
+        planes.change(weight), values, rtol=1e-3, atol=1e-4
+    )  # scales are stored in 16 bits
     assert torch.allclose(grid.round(values), values, atol=1e-6)
     gates = torch.sigmoid(planes.sharpness * torch.cat([planes.keep, planes.positive.flatten()]))
     assert (gates * (1 - gates)).max() < 1e-6
@@ -94,7 +104,11 @@ def test_centred_signs_are_balanced() -> None:
     inputs = torch.linspace(-2, 2, 9, requires_grad=True)
     SignInputs().round(inputs).sum().backward()
     assert torch.equal(SignInputs().round(inputs).detach().unique(), torch.tensor([-1.0, 1.0]))
-    assert inputs.grad is not None and torch.equal(inputs.grad[[0, 8]], torch.zeros(2)) and (inputs.grad[3:6] == 1).all()
+    assert (
+        inputs.grad is not None
+        and torch.equal(inputs.grad[[0, 8]], torch.zeros(2))
+        and (inputs.grad[3:6] == 1).all()
+    )
 
 
 def test_a_policy_learns_which_format_is_rewarded() -> None:
@@ -131,13 +145,22 @@ def test_loftq_never_grows_and_its_term_is_the_best_of_its_rank() -> None:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_adapters_are_counted_saved_and_leave_zeros_alone(checkpoints: dict[str, Path], rounding: str, tmp_path: Path) -> None:
+def test_adapters_are_counted_saved_and_leave_zeros_alone(
+    checkpoints: dict[str, Path], rounding: str, tmp_path: Path
+) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
     from workbench.subjects.changes import Mask
 
     layer = on.layers()[0]
     layer.attach(Mask(torch.rand(layer.shape) < 0.5))
-    fields = {"bits": 2, "examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "rounding": rounding}
+    fields = {
+        "bits": 2,
+        "examples": 8,
+        "predict_examples": 0,
+        "test_examples": 4,
+        "group_size": 16,
+        "rounding": rounding,
+    }
     plain = Quantize(**fields).run(on, Progress(), cache=False)
     result = Quantize(**fields, adapter_rank=4).run(on, Progress(), cache=False)
     assert result.subject is not None and (result.table["weight_error"] < plain.table["weight_error"]).all()
@@ -148,14 +171,20 @@ def test_adapters_are_counted_saved_and_leave_zeros_alone(checkpoints: dict[str,
     again = workbench.subject(tmp_path / "out")
     assert again.evaluate("test")["loss"] == pytest.approx(result.subject.evaluate("test")["loss"], abs=1e-6)
     over = Quantize(**(fields | {"bits": 8})).run(result.subject, Progress(), cache=False).subject
-    assert over is not None and not any(isinstance(c, Adapter) for found in over.layers() for c in found.changes)
+    assert over is not None and not any(
+        isinstance(c, Adapter) for found in over.layers() for c in found.changes
+    )
     for first, second in zip(result.subject.layers(), over.layers(), strict=True):
         assert torch.allclose(first.weight, second.weight, atol=float(first.weight.detach().abs().max()) / 60)
 
 
 def test_only_the_adapters_are_trained() -> None:
     on = workbench.subject("digits-vit")
-    base = Quantize(layers="*", bits=2, granularity="channel", adapter_rank=4, predict_examples=0).run(on, Progress(), cache=False).subject
+    base = (
+        Quantize(layers="*", bits=2, granularity="channel", adapter_rank=4, predict_examples=0)
+        .run(on, Progress(), cache=False)
+        .subject
+    )
     assert base is not None
     result = TrainQuantized(**SHORT, method="adapters").run(base, Progress(), cache=False)
     assert result.subject is not None and result.facts["loss"] < 0.8 * result.facts["dense_loss"]
@@ -169,17 +198,28 @@ def test_only_the_adapters_are_trained() -> None:
 def test_l4q_ends_fully_quantized() -> None:
     on = workbench.subject("digits-vit")
     result = TrainQuantized(**SHORT, method="l4q", bits=2).run(on, Progress(), cache=False)
-    plain = Quantize(layers="*", bits=2, granularity="channel", predict_examples=0).run(on, Progress(), cache=False)
+    plain = Quantize(layers="*", bits=2, granularity="channel", predict_examples=0).run(
+        on, Progress(), cache=False
+    )
     assert result.subject is not None and result.facts["loss"] < 0.8 * plain.facts["loss"]
     for layer in result.subject.layers("*"):
         assert [type(c) for c in layer.changes] == [FakeQuant]
         assert max(len(torch.unique(row)) for row in layer.weight) <= 3
     others = {n: p for n, p in on.model.named_parameters() if "norm" in n and p.ndim == 1}
     for name, tensor in others.items():
-        assert torch.equal(result.subject.model.get_parameter(name), tensor)  # nothing but terms and steps moved
+        assert torch.equal(
+            result.subject.model.get_parameter(name), tensor
+        )  # nothing but terms and steps moved
 
 
-@pytest.mark.parametrize("fields", [{"method": "nipq"}, {"method": "csq", "strength": 0.3}, {"method": "fliqs", "formats": ["int2", "int4", "e2m1"]}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "nipq"},
+        {"method": "csq", "strength": 0.3},
+        {"method": "fliqs", "formats": ["int2", "int4", "e2m1"]},
+    ],
+)
 def test_learned_widths_end_on_formats(fields: dict[str, object], tmp_path: Path) -> None:
     on = workbench.subject("digits-vit")
     result = TrainQuantized(**(SHORT | {"steps": 60} | fields)).run(on, Progress(), cache=False)
@@ -189,20 +229,32 @@ def test_learned_widths_end_on_formats(fields: dict[str, object], tmp_path: Path
         assert quantizer_of(layer).grid.format.element.bits == widths.loc[layer.name, "bits"]
     assert result.facts["accuracy"] > 0.5 and abs(result.facts["average_width"] - 3.0) < 1.5
     result.save(tmp_path / "out")
-    assert workbench.subject(tmp_path / "out").evaluate("test", limit=512)["loss"] == pytest.approx(result.facts["loss"], abs=1e-5)
+    assert workbench.subject(tmp_path / "out").evaluate("test", limit=512)["loss"] == pytest.approx(
+        result.facts["loss"], abs=1e-5
+    )
 
 
 def test_binary_weights_and_inputs_train() -> None:
     on = workbench.subject("digits-vit")
-    result = TrainQuantized(**(SHORT | {"layers": "blocks"}), method="bibert").run(on, Progress(), cache=False)
+    result = TrainQuantized(**(SHORT | {"layers": "blocks"}), method="bibert").run(
+        on, Progress(), cache=False
+    )
     assert result.subject is not None
     assert result.table["train_loss"].iloc[-5:].mean() < result.table["train_loss"].iloc[:5].mean()
     for layer in result.subject.layers():
-        assert all(len(torch.unique(row)) == 2 for row in layer.weight) and any(isinstance(c, SignInputs) for c in layer.changes)
+        assert all(len(torch.unique(row)) == 2 for row in layer.weight) and any(
+            isinstance(c, SignInputs) for c in layer.changes
+        )
 
 
-@pytest.mark.parametrize(("fields", "text"), [({"method": "l4q", "switch_at": 0.5}, "switch_at"), ({"method": "fliqs", "formats": ["int4", "mxfp4"]}, "formats"),
-                                              ({"method": "csq", "ramp": 0.5}, "ramp")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"method": "l4q", "switch_at": 0.5}, "switch_at"),
+        ({"method": "fliqs", "formats": ["int4", "mxfp4"]}, "formats"),
+        ({"method": "csq", "ramp": 0.5}, "ramp"),
+    ],
+)
 def test_refusals(fields: dict[str, object], text: str) -> None:
     with pytest.raises(BadInput, match=text):
         TrainQuantized(**fields).run(workbench.subject("digits-vit"), Progress(), cache=False)

@@ -10,11 +10,24 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
-from workbench.quantization.activations import ActivationQuant, KeyValueQuant, input_ranges, key_value_layers, widest
+from workbench.quantization.activations import (
+    ActivationQuant,
+    KeyValueQuant,
+    input_ranges,
+    key_value_layers,
+    widest,
+)
 from workbench.quantization.flatness import factor, factors_of
 from workbench.quantization.formats import named
 from workbench.quantization.rounding import ROUNDINGS, Problem
-from workbench.quantization.transforms import TRANSFORMS, Transform, hadamard, in_coordinates, kronecker, power_of_two
+from workbench.quantization.transforms import (
+    TRANSFORMS,
+    Transform,
+    hadamard,
+    in_coordinates,
+    kronecker,
+    power_of_two,
+)
 from workbench.subjects import Subject
 from workbench.subjects.changes import Mask
 
@@ -29,13 +42,22 @@ def bert(checkpoints: dict[str, Path]) -> Subject:
 def with_outliers() -> Problem:
     inputs = torch.randn(500, 48) @ (torch.eye(48) + 0.2 * torch.randn(48, 48))
     inputs[:, :3] *= 30
-    return Problem(torch.randn(32, 48), inputs.T @ inputs, named("int4"), "channel", largest=inputs.abs().amax(0), steps=100)
+    return Problem(
+        torch.randn(32, 48),
+        inputs.T @ inputs,
+        named("int4"),
+        "channel",
+        largest=inputs.abs().amax(0),
+        steps=100,
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 16, 128])
 def test_hadamard_is_orthogonal_and_symmetric(size: int) -> None:
     matrix = hadamard(size, dtype=torch.float64)
-    assert torch.allclose(matrix @ matrix, torch.eye(size, dtype=torch.float64), atol=1e-12) and torch.equal(matrix, matrix.T)
+    assert torch.allclose(matrix @ matrix, torch.eye(size, dtype=torch.float64), atol=1e-12) and torch.equal(
+        matrix, matrix.T
+    )
     assert power_of_two(384) == 128 and power_of_two(1536) == 512 and power_of_two(7) == 1
 
 
@@ -84,12 +106,23 @@ def test_flatquant_lowers_the_error_of_rounded_weights_and_inputs() -> None:
     inputs = torch.randn(300, 48) @ (torch.eye(48) + 0.2 * torch.randn(48, 48))
     inputs[:, :3] *= 30
     weight = torch.randn(32, 48)
-    problem = Problem(weight, inputs.T @ inputs, named("int4"), "channel", largest=inputs.abs().amax(0), steps=150, rows=inputs, activation=named("uint4"))
+    problem = Problem(
+        weight,
+        inputs.T @ inputs,
+        named("int4"),
+        "channel",
+        largest=inputs.abs().amax(0),
+        steps=150,
+        rows=inputs,
+        activation=named("uint4"),
+    )
     exact, errors = inputs @ weight.T, {}
     for name in ("none", "smooth", "hadamard", "flatquant"):
         moved, transform = in_coordinates(problem, name, 0.5)
         rounded = moved.grid().round(moved.weight)
-        change = ActivationQuant(**(transform or Transform()).tensors, format="uint4", block=transform.block if transform else 0)
+        change = ActivationQuant(
+            **(transform or Transform()).tensors, format="uint4", block=transform.block if transform else 0
+        )
         back = rounded if transform is None else transform.weight_back(rounded)
         errors[name] = float((change.round(inputs) @ back.T - exact).square().sum() / exact.square().sum())
     assert errors["flatquant"] < 0.8 * min(errors["none"], errors["smooth"], errors["hadamard"])
@@ -105,7 +138,9 @@ def test_resq_keeps_the_principal_eighth_wide() -> None:
         wide = widest(moved.gram, share) if share else None
         assert wide is None or int(wide.sum()) == 4
         found = transform or Transform()
-        change = ActivationQuant(**found.tensors, wide=wide, format="uint4", block=found.block, orthogonal=found.orthogonal)
+        change = ActivationQuant(
+            **found.tensors, wide=wide, format="uint4", block=found.block, orthogonal=found.orthogonal
+        )
         errors[name, share] = float((change.round(inputs) - inputs).square().sum() / inputs.square().sum())
     assert errors["resq", 0.125] < 0.3 * min(v for k, v in errors.items() if k[0] != "resq")
 
@@ -115,13 +150,17 @@ def test_activation_error_falls_with_outlying_features(transform: str) -> None:
     """8-bit inputs with three features thirty times the others: a shared scale wastes its steps on them."""
     inputs = torch.randn(500, 64)
     inputs[:, :3] *= 30
-    problem = Problem(torch.randn(16, 64), inputs.T @ inputs, named("int8"), "channel", largest=inputs.abs().amax(0))
+    problem = Problem(
+        torch.randn(16, 64), inputs.T @ inputs, named("int8"), "channel", largest=inputs.abs().amax(0)
+    )
     _, found = in_coordinates(problem, transform, 0.8)
     assert found is not None
     exact = inputs @ problem.weight.T
     errors = []
     for coordinates in (Transform(), found):
-        change = ActivationQuant(None, None, coordinates.scale, coordinates.signs, format="uint6", block=coordinates.block)
+        change = ActivationQuant(
+            None, None, coordinates.scale, coordinates.signs, format="uint6", block=coordinates.block
+        )
         errors.append(float((change.round(inputs) @ problem.weight.T - exact).square().mean()))
     assert errors[1] < 0.5 * errors[0]
 
@@ -129,7 +168,9 @@ def test_activation_error_falls_with_outlying_features(transform: str) -> None:
 @pytest.mark.parametrize("transform", ["smooth", "awq", "teq", "hadamard"])
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_with_every_rounding_and_saved(bert: Subject, tmp_path: Path, transform: str, rounding: str) -> None:
-    result = Quantize(**SMALL, transform=transform, rounding=rounding, activations="token").run(bert, Progress(), cache=False)
+    result = Quantize(**SMALL, transform=transform, rounding=rounding, activations="token").run(
+        bert, Progress(), cache=False
+    )
     result.save(tmp_path / "out")
     again = workbench.subject(tmp_path / "out")
     assert result.subject is not None
@@ -140,10 +181,16 @@ def test_with_every_rounding_and_saved(bert: Subject, tmp_path: Path, transform:
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama", "t5", "vit"])
 @pytest.mark.parametrize("granularity", ["token", "tensor", "channel"])
-def test_eight_bit_activations_stay_close(checkpoints: dict[str, Path], architecture: str, granularity: str) -> None:
+def test_eight_bit_activations_stay_close(
+    checkpoints: dict[str, Path], architecture: str, granularity: str
+) -> None:
     on = workbench.subject(checkpoints[architecture], data="random")
     made = Quantize(**SMALL, format="bf16", activations=granularity).run(on, Progress(), cache=False).subject
-    coarse = Quantize(**SMALL, format="bf16", activations=granularity, activation_bits=2).run(on, Progress(), cache=False).subject
+    coarse = (
+        Quantize(**SMALL, format="bf16", activations=granularity, activation_bits=2)
+        .run(on, Progress(), cache=False)
+        .subject
+    )
     assert made is not None and coarse is not None
     batch = next(iter(on.batches("calibration", 4)))
     with torch.no_grad():
@@ -152,7 +199,11 @@ def test_eight_bit_activations_stay_close(checkpoints: dict[str, Path], architec
 
 
 def test_the_hook_rounds_exactly_what_the_layer_reads(bert: Subject) -> None:
-    made = Quantize(**SMALL, format="bf16", activations="token", activation_bits=3).run(bert, Progress(), cache=False).subject
+    made = (
+        Quantize(**SMALL, format="bf16", activations="token", activation_bits=3)
+        .run(bert, Progress(), cache=False)
+        .subject
+    )
     assert made is not None
     layer, seen = made.layers()[0], []
     layer.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -161,10 +212,21 @@ def test_the_hook_rounds_exactly_what_the_layer_reads(bert: Subject) -> None:
     assert all(len(torch.unique(row)) <= 8 for row in tokens[:10])
 
 
-@pytest.mark.parametrize("fields", [{"transform": "resq", "wide_share": 0.125}, {"transform": "flatquant"}, {"wide_share": 0.25, "activations": "tensor"},
-                                    {"transform": "resq", "wide_share": 0.125, "activations": "channel"}])  # fmt: skip
-def test_mixed_and_learned_coordinates_run_and_open_again(bert: Subject, fields: dict[str, object], tmp_path: Path) -> None:
-    result = Quantize(**(SMALL | {"activations": "token", "activation_bits": 4, "steps": 5} | fields)).run(bert, Progress(), cache=False)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"transform": "resq", "wide_share": 0.125},
+        {"transform": "flatquant"},
+        {"wide_share": 0.25, "activations": "tensor"},
+        {"transform": "resq", "wide_share": 0.125, "activations": "channel"},
+    ],
+)
+def test_mixed_and_learned_coordinates_run_and_open_again(
+    bert: Subject, fields: dict[str, object], tmp_path: Path
+) -> None:
+    result = Quantize(**(SMALL | {"activations": "token", "activation_bits": 4, "steps": 5} | fields)).run(
+        bert, Progress(), cache=False
+    )
     result.save(tmp_path / "out")
     assert result.subject is not None
     again = workbench.subject(tmp_path / "out")
@@ -185,7 +247,11 @@ def test_key_value_rounding(checkpoints: dict[str, Path]) -> None:
     on = workbench.subject(checkpoints["llama"], data="random")
     made = Quantize(**SMALL, format="bf16", kv_bits=4).run(on, Progress(), cache=False).subject
     assert made is not None
-    names = {layer.name.rsplit(".", 1)[-1] for layer in made.layers() if any(isinstance(c, KeyValueQuant) for c in layer.changes)}
+    names = {
+        layer.name.rsplit(".", 1)[-1]
+        for layer in made.layers()
+        if any(isinstance(c, KeyValueQuant) for c in layer.changes)
+    }
     assert names == {"k_proj", "v_proj"}
     layer = key_value_layers(made.layers())[0]
     out = layer.module(torch.randn(1, 3, 32)).reshape(-1, 8)  # groups of one head
@@ -200,7 +266,9 @@ def test_ranges_equal_a_direct_computation(bert: Subject) -> None:
     masks = [batch["attention_mask"].bool() for batch in bert.batches("calibration", 3, 6)]
     rows = torch.cat([x[m] for x, m in zip(seen, masks, strict=True)])
     assert torch.equal(found.high[0], rows.amax(0).clamp_min(0)) and int(found.tokens) == len(rows)
-    assert float(found.kurtosis) == pytest.approx(float(rows.pow(4).mean() / rows.pow(2).mean() ** 2), rel=1e-4)
+    assert float(found.kurtosis) == pytest.approx(
+        float(rows.pow(4).mean() / rows.pow(2).mean() ** 2), rel=1e-4
+    )
 
 
 def test_refusals(bert: Subject, checkpoints: dict[str, Path]) -> None:
@@ -209,10 +277,14 @@ def test_refusals(bert: Subject, checkpoints: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match="transform: hadamard"):
         Quantize(**SMALL, transform="hadamard").run(bert, Progress(), cache=False)
     with pytest.raises(BadInput, match="activations"):
-        Quantize(**SMALL, activations="token").run(workbench.subject(checkpoints["mixtral"], data="random"), Progress(), cache=False)
+        Quantize(**SMALL, activations="token").run(
+            workbench.subject(checkpoints["mixtral"], data="random"), Progress(), cache=False
+        )
     with pytest.raises(BadInput, match="wide_share"):
         Quantize(**SMALL, wide_share=0.125).run(bert, Progress(), cache=False)
     with pytest.raises(BadInput, match="kv_bits"):
         Quantize(**SMALL, kv_bits=4, layers="*.output.dense").run(bert, Progress(), cache=False)
     with pytest.raises(BadInput, match="objective"):
-        Quantize(**SMALL, rounding="signround", objective="block", transform="awq").run(bert, Progress(), cache=False)
+        Quantize(**SMALL, rounding="signround", objective="block", transform="awq").run(
+            bert, Progress(), cache=False
+        )

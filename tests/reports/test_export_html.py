@@ -27,11 +27,18 @@ def shown(data: dict) -> nbformat.NotebookNode:
 def plot(title: str = "A figure", points: int = 5) -> dict:
     fig = figure(title, x="x", y="y")
     line(fig, np.arange(points), np.arange(points) ** 2, "squares")
-    return {export_html.PLOTLY_MIME: json.loads(pio.to_json(fig)), "text/html": "<table><tr><td>0.5</td></tr></table>"}
+    return {
+        export_html.PLOTLY_MIME: json.loads(pio.to_json(fig)),
+        "text/html": "<table><tr><td>0.5</td></tr></table>",
+    }
 
 
 def test_page_is_self_contained_and_below_three_megabytes() -> None:
-    page = export_html.page(notebook(V4.new_markdown_cell("# Title here\n\ntext"), *[shown(plot(f"f{i}", 3000)) for i in range(12)]))
+    page = export_html.page(
+        notebook(
+            V4.new_markdown_cell("# Title here\n\ntext"), *[shown(plot(f"f{i}", 3000)) for i in range(12)]
+        )
+    )
     assert len(page.encode()) < 3e6
     assert page.count('id="plotly-gz"') == 1 and page.count("data-figure=") == 12
     assert "<title>Title here</title>" in page
@@ -62,14 +69,29 @@ def test_hostile_text_cannot_act_wherever_it_appears(text: str) -> None:
         shown({"text/markdown": text}),
         shown({"text/plain": text}),
         shown(plot(text)),
-        V4.new_code_cell("x", outputs=[V4.new_output("stream", name="stdout", text=text), V4.new_output("error", ename=text, evalue=text, traceback=[text])]),
+        V4.new_code_cell(
+            "x",
+            outputs=[
+                V4.new_output("stream", name="stdout", text=text),
+                V4.new_output("error", ename=text, evalue=text, traceback=[text]),
+            ],
+        ),
     ]
     book = notebook(*cells)
-    book.metadata["papermill"] = {"parameters": {"subject": text, "k": [text]}, "stopped": text, "start_time": "2026-01-01T00:00:00"}
+    book.metadata["papermill"] = {
+        "parameters": {"subject": text, "k": [text]},
+        "stopped": text,
+        "start_time": "2026-01-01T00:00:00",
+    }
     page = export_html.page(book)
     body = page[page.index("<body>") :].replace(f"<script>{export_html._SCRIPT}</script>", "")
     scripts = re.findall(r"<script\b[^>]*>", body)
-    assert all(s.startswith(('<script type="application/json" data-figure=', '<script type="application/octet-stream"')) for s in scripts)
+    assert all(
+        s.startswith(
+            ('<script type="application/json" data-figure=', '<script type="application/octet-stream"')
+        )
+        for s in scripts
+    )
     tags = re.findall(r"<[a-zA-Z][^>]*>", re.sub(r"(?s)<script\b.*?</script>", "", body))
     assert not [t for t in tags if re.search(r"\son\w+\s*=|javascript:|<iframe|<svg|url\(", t, re.I)]
     assert not [t for t in tags if re.search(r"\ssrc\s*=", t) and 'src="data:image/' not in t]
@@ -78,7 +100,9 @@ def test_hostile_text_cannot_act_wherever_it_appears(text: str) -> None:
 def test_figures_keep_their_data_through_the_script_element() -> None:
     page = export_html.page(notebook(shown(plot("a </script> b < c"))))
     payload = re.search(r'<script type="application/json" data-figure="figure-0">(.*?)</script>', page)
-    assert payload is not None and json.loads(payload.group(1))["layout"]["title"]["text"] == "a </script> b < c"
+    assert (
+        payload is not None and json.loads(payload.group(1))["layout"]["title"]["text"] == "a </script> b < c"
+    )
 
 
 def test_code_is_folded_parameters_are_in_the_header_and_math_is_mathml() -> None:
@@ -91,14 +115,20 @@ def test_code_is_folded_parameters_are_in_the_header_and_math_is_mathml() -> Non
     book.metadata["papermill"] = {"parameters": {"k": 2, "subject": "digits-vit"}}
     page = export_html.page(book)
     assert '<details class="code"><summary>Code</summary>' in page and "secret_name" in page
-    assert "<th scope='row'>k</th><td><code>2</code></td>" in page and "<dd>digits-vit</dd>" in page and "k = 1" not in page
+    assert (
+        "<th scope='row'>k</th><td><code>2</code></td>" in page
+        and "<dd>digits-vit</dd>" in page
+        and "k = 1" not in page
+    )
     assert "<mfrac>" in page and "$$" not in page
 
 
 def test_widget_views_and_progress_bars_leave_no_trace() -> None:
     cell = shown({export_html.WIDGET_MIME: {"model_id": "x"}, "text/plain": "Panel(children=...)"} | plot())
     bar = "a line\n\r  0%|          | 0/10 [00:00<?, ?it/s]\r100%|##########| 10/10 [00:01<00:00]\nthe end\n"
-    page = export_html.page(notebook(cell, V4.new_code_cell("x", outputs=[V4.new_output("stream", name="stderr", text=bar)])))
+    page = export_html.page(
+        notebook(cell, V4.new_code_cell("x", outputs=[V4.new_output("stream", name="stderr", text=bar)]))
+    )
     assert "Panel(children" not in page and "model_id" not in page
     assert "<td>0.5</td>" in page  # the table beside the figure
     assert "0%|" not in page and "it/s" not in page and "a line" in page and "the end" in page

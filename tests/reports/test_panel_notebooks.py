@@ -12,10 +12,18 @@ from workbench.export_html import PLOTLY_MIME
 
 CASES = {
     "index": ({"subject": "digits-softmax"}, 0, ("compress", "spectrum", "workbench.pruning.Prune")),
-    "instrument": ({"instrument": "prune", "subject": "digits-vit", "settings": {"method": "magnitude", "sparsity": 0.7}, "view": {"show": "relative_error"}},
-                   1, ("magnitude", "fingerprint", "share of the weights to remove")),
+    "instrument": (
+        {
+            "instrument": "prune",
+            "subject": "digits-vit",
+            "settings": {"method": "magnitude", "sparsity": 0.7},
+            "view": {"show": "relative_error"},
+        },
+        1,
+        ("magnitude", "fingerprint", "share of the weights to remove"),
+    ),
     "panels": ({"subject": "digits-vit"}, 3, ("spectrum", "prune", "quantize")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -28,4 +36,6 @@ def test_notebook_runs_headless(name: str, tmp_path: Path) -> None:
     assert len(found) == figures and all(figure["data"] for figure in found)
     page = done.html.read_text()
     assert all(word in page for word in words) and page.count("data-figure=") == figures
-    assert done.html.stat().st_size < 3e6 and done.notebook.stat().st_size < 1e6  # no widget state, no copy of plotly.js
+    assert (
+        done.html.stat().st_size < 3e6 and done.notebook.stat().st_size < 1e6
+    )  # no widget state, no copy of plotly.js

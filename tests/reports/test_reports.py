@@ -36,7 +36,12 @@ def book(tmp_path: Path) -> Path:
 
 
 def text_of(notebook: Path) -> str:
-    return "".join(o.text for c in nbformat.read(notebook, 4).cells for o in c.get("outputs", []) if o.output_type == "stream")
+    return "".join(
+        o.text
+        for c in nbformat.read(notebook, 4).cells
+        for o in c.get("outputs", [])
+        if o.output_type == "stream"
+    )
 
 
 def test_declarations_are_read_with_types_defaults_and_help(book: Path) -> None:
@@ -56,10 +61,15 @@ def test_values_arrive_with_their_types_in_this_interpreter(book: Path, tmp_path
     assert values[7] == sys.executable and values[8] == "1"
     assert values[9] == str(Path.cwd())  # relative paths mean what they mean to the caller
     assert seen[-1][0] == "done" and any(what == "Values" for what, _, _ in seen)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["small.html", "small.ipynb"]  # no drafts left
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "small.html",
+        "small.ipynb",
+    ]  # no drafts left
     page = done.html.read_text()
     assert "Small report" in page and "<dd>007</dd>" in page
-    assert "<th scope='row'>shape</th><td><code>&#x27;wide&#x27;</code></td>" in page  # settings left at their default are stated too
+    assert (
+        "<th scope='row'>shape</th><td><code>&#x27;wide&#x27;</code></td>" in page
+    )  # settings left at their default are stated too
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,9 @@ def test_values_arrive_with_their_types_in_this_interpreter(book: Path, tmp_path
         ({"shape": 7}, ["shape", "7", "string"]),
     ],
 )
-def test_wrong_requests_are_refused_before_anything_runs(book: Path, tmp_path: Path, given: dict, words: list[str]) -> None:
+def test_wrong_requests_are_refused_before_anything_runs(
+    book: Path, tmp_path: Path, given: dict, words: list[str]
+) -> None:
     with pytest.raises(BadInput) as caught:
         reports.render(book, given, tmp_path / "out")
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
@@ -93,7 +105,15 @@ def test_unknown_reports_and_notebooks_without_parameters(tmp_path: Path) -> Non
 
 
 def test_a_failing_cell_keeps_what_was_done_and_names_the_error(tmp_path: Path) -> None:
-    book = write(tmp_path / "bad.ipynb", "#md # Bad\n\n## First", "print('before')", "#md ## Division", "1 / 0", "print('after')", parameters="n: int = 1")
+    book = write(
+        tmp_path / "bad.ipynb",
+        "#md # Bad\n\n## First",
+        "print('before')",
+        "#md ## Division",
+        "1 / 0",
+        "print('after')",
+        parameters="n: int = 1",
+    )
     done = reports.render(book, {"n": 2}, tmp_path / "out")
     assert done.error == "bad stopped in 'Division': ZeroDivisionError: division by zero"
     assert text_of(done.notebook).strip() == "before"
@@ -103,12 +123,26 @@ def test_a_failing_cell_keeps_what_was_done_and_names_the_error(tmp_path: Path) 
 
 
 def test_a_dying_kernel_and_a_timeout_are_named(tmp_path: Path) -> None:
-    killed = write(tmp_path / "dead.ipynb", "#md ## Kill", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", parameters="n: int = 1")
+    killed = write(
+        tmp_path / "dead.ipynb",
+        "#md ## Kill",
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        parameters="n: int = 1",
+    )
     done = reports.render(killed, {}, tmp_path / "out")
-    assert done.error is not None and "kernel died" in done.error and done.html.exists() and done.notebook.exists()
-    slow = write(tmp_path / "slow.ipynb", "#md ## Sleep", "import time; time.sleep(60)", parameters="n: int = 1")
+    assert (
+        done.error is not None
+        and "kernel died" in done.error
+        and done.html.exists()
+        and done.notebook.exists()
+    )
+    slow = write(
+        tmp_path / "slow.ipynb", "#md ## Sleep", "import time; time.sleep(60)", parameters="n: int = 1"
+    )
     done = reports.render(slow, {}, tmp_path / "out", timeout=1)
-    assert done.error is not None and "longer than 1 s" in done.error and "incomplete" in done.html.read_text()
+    assert (
+        done.error is not None and "longer than 1 s" in done.error and "incomplete" in done.html.read_text()
+    )
 
 
 def test_the_kernels_own_progress_reaches_the_caller(tmp_path: Path) -> None:
@@ -131,5 +165,15 @@ def test_the_kernels_own_progress_reaches_the_caller(tmp_path: Path) -> None:
 
 
 def test_parameter_files_round_trip(tmp_path: Path) -> None:
-    values = {"subject": "yes", "settings": {"sparsity": 0.7, "layers": None, "ratio": 1e-4, "names": ["a", "007"], "flag": True, "text": "a: b # c"}}
+    values = {
+        "subject": "yes",
+        "settings": {
+            "sparsity": 0.7,
+            "layers": None,
+            "ratio": 1e-4,
+            "names": ["a", "007"],
+            "flag": True,
+            "text": "a: b # c",
+        },
+    }
     assert yaml.safe_load(reports.write_parameters(tmp_path / "p.yaml", values).read_text()) == values

@@ -5,7 +5,14 @@ import pytest
 from scipy import integrate, stats
 
 from workbench.instruments import BadInput
-from workbench.scaling.comparison import compare, cross_validate, extrapolation, held_out, information, log_likelihood
+from workbench.scaling.comparison import (
+    compare,
+    cross_validate,
+    extrapolation,
+    held_out,
+    information,
+    log_likelihood,
+)
 from workbench.scaling.fitting import fit
 from workbench.scaling.lawbook import law
 from workbench.scaling.objective import Objective
@@ -16,14 +23,18 @@ TRUTH = dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37)
 @pytest.fixture(scope="module")
 def runs():
     n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 8), np.logspace(9, 11, 8)))
-    loss = law("chinchilla").predict(TRUTH, {"params": n, "tokens": d}) * np.exp(0.003 * np.random.default_rng(0).standard_normal(64))
+    loss = law("chinchilla").predict(TRUTH, {"params": n, "tokens": d}) * np.exp(
+        0.003 * np.random.default_rng(0).standard_normal(64)
+    )
     return {"params": n, "tokens": d, "flops": 6 * n * d, "loss": loss}
 
 
 def test_gaussian_likelihood_is_scipys(runs):
     found = fit(law("chinchilla"), runs, Objective("squares", "linear"), starts=64)
     r = found.residuals
-    assert log_likelihood(found) == pytest.approx(stats.norm.logpdf(r, scale=np.sqrt(np.mean(r**2))).sum(), rel=1e-9)
+    assert log_likelihood(found) == pytest.approx(
+        stats.norm.logpdf(r, scale=np.sqrt(np.mean(r**2))).sum(), rel=1e-9
+    )
     facts = information(found)
     assert facts["aic"] == pytest.approx(12 - 2 * facts["log_likelihood"])
     assert facts["bic"] == pytest.approx(6 * np.log(64) - 2 * facts["log_likelihood"])
@@ -45,7 +56,9 @@ def test_huber_density_integrates_to_one_at_the_fitted_scale(runs):
 
 
 def test_the_true_law_wins(runs):
-    table = compare([law(n) for n in ("chinchilla", "kaplan", "power-compute", "power-data")], runs, starts=64)
+    table = compare(
+        [law(n) for n in ("chinchilla", "kaplan", "power-compute", "power-data")], runs, starts=64
+    )
     assert table.law[0] == "chinchilla"
     assert table.set_index("law").aic.idxmin() == "chinchilla"
     assert table.band_error[0] < 0.005
@@ -57,11 +70,15 @@ def test_held_out_uses_only_runs_below_the_cutoff(runs):
     below = runs["flops"] <= cutoff
     direct = fit(law("chinchilla"), {k: v[below] for k, v in runs.items()}, starts=64)
     assert len(table) == (~below).sum()
-    assert table.predicted.to_numpy() == pytest.approx(direct.predict({k: v[~below] for k, v in runs.items()}), rel=1e-6)
+    assert table.predicted.to_numpy() == pytest.approx(
+        direct.predict({k: v[~below] for k, v in runs.items()}), rel=1e-6
+    )
     assert (table.multiple > 1).all()
     changed = {k: v.copy() for k, v in runs.items()}
     changed["loss"][~below] *= 3  # the future cannot leak into the fit
-    assert held_out(law("chinchilla"), changed, [cutoff], starts=64).predicted.to_numpy() == pytest.approx(table.predicted.to_numpy(), rel=1e-9)
+    assert held_out(law("chinchilla"), changed, [cutoff], starts=64).predicted.to_numpy() == pytest.approx(
+        table.predicted.to_numpy(), rel=1e-9
+    )
     bins = extrapolation(table)
     assert bins.rows.sum() == len(table) and bins.error.max() < 0.02
 

@@ -21,7 +21,9 @@ def grid(noise=0.0, seed=0):
     n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 6), np.logspace(9, 11, 6)))
     truth = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
     data = {"params": n, "tokens": d}
-    loss = law("chinchilla").predict(truth, data) * np.exp(noise * np.random.default_rng(seed).standard_normal(n.size))
+    loss = law("chinchilla").predict(truth, data) * np.exp(
+        noise * np.random.default_rng(seed).standard_normal(n.size)
+    )
     return data | {"loss": loss}, truth
 
 
@@ -50,9 +52,23 @@ TRUTHS = {
 
 
 def columns_for(shape, rows=60):
-    spans = {"params": (1e7, 1e10), "tokens": (1e9, 1e11), "flops": (1e17, 1e22), "unique_tokens": (1e8, 1e11), "bits": (2, 16), "activation_bits": (2, 16),
-             "kv_bits": (2, 16), "post_bits": (2, 8), "experts": (1, 512), "steps": (1e3, 1e6), "step": (1, 1e5), "batch_size": (16, 4096), "loss": (1.5, 5),
-             "members": (1, 20), "average_params": (1e7, 1e10)}  # fmt: skip
+    spans = {
+        "params": (1e7, 1e10),
+        "tokens": (1e9, 1e11),
+        "flops": (1e17, 1e22),
+        "unique_tokens": (1e8, 1e11),
+        "bits": (2, 16),
+        "activation_bits": (2, 16),
+        "kv_bits": (2, 16),
+        "post_bits": (2, 8),
+        "experts": (1, 512),
+        "steps": (1e3, 1e6),
+        "step": (1, 1e5),
+        "batch_size": (16, 4096),
+        "loss": (1.5, 5),
+        "members": (1, 20),
+        "average_params": (1e7, 1e10),
+    }
     rng = np.random.default_rng(11)
     return {c: np.exp(rng.uniform(*np.log(spans[c]), rows)) for c in shape.columns}
 
@@ -72,11 +88,24 @@ def test_every_law_recovers_its_own_parameters_without_noise(name):
 @pytest.mark.parametrize("name", sorted(set(LAWS) - {"log-time", "power-time"}))
 def test_gradient_and_hessian_of_every_law_match_finite_differences(name):
     shape = law(name)
-    spans = {"params": (1e7, 1e10), "tokens": (1e9, 1e11), "flops": (1e17, 1e22), "unique_tokens": (1e8, 1e9), "qat_fraction": (0.1, 0.9), "sparsity": (0.1, 0.9)}
+    spans = {
+        "params": (1e7, 1e10),
+        "tokens": (1e9, 1e11),
+        "flops": (1e17, 1e22),
+        "unique_tokens": (1e8, 1e9),
+        "qat_fraction": (0.1, 0.9),
+        "sparsity": (0.1, 0.9),
+    }
     rng = np.random.default_rng(5)
     data = {c: np.exp(rng.uniform(*np.log(spans.get(c, (2, 12))), 12)) for c in shape.columns}
     start = np.array([[0.6 * p.to_working(p.start[0]) + 0.4 * p.to_working(p.start[1]) for p in shape.free]])
-    values = dict(zip((p.name for p in shape.free), [float(p.to_natural(v)) for p, v in zip(shape.free, start[0], strict=True)], strict=True))
+    values = dict(
+        zip(
+            (p.name for p in shape.free),
+            [float(p.to_natural(v)) for p, v in zip(shape.free, start[0], strict=True)],
+            strict=True,
+        )
+    )
     exact = shape.predict(values, data)
     problem = Problem(shape, data, exact * np.exp(0.05 * rng.standard_normal(12)), Objective("squares"))
     value, gradient, _ = problem.linearise(start)
@@ -86,8 +115,12 @@ def test_gradient_and_hessian_of_every_law_match_finite_differences(name):
         step = np.zeros(problem.size)
         step[i] = 1e-5
         up, down = problem.linearise(start + step), problem.linearise(start - step)
-        assert gradient[0, i] == pytest.approx((up[0][0] - down[0][0]) / 2e-5, rel=1e-4, abs=1e-7 * np.abs(gradient).max() + 1e-12)
-        assert hessian[0, i] == pytest.approx((up[1][0] - down[1][0]) / 2e-5, rel=1e-3, abs=1e-5 * np.abs(hessian).max() + 1e-12)
+        assert gradient[0, i] == pytest.approx(
+            (up[0][0] - down[0][0]) / 2e-5, rel=1e-4, abs=1e-7 * np.abs(gradient).max() + 1e-12
+        )
+        assert hessian[0, i] == pytest.approx(
+            (up[1][0] - down[1][0]) / 2e-5, rel=1e-3, abs=1e-5 * np.abs(hessian).max() + 1e-12
+        )
 
 
 def test_same_minimum_as_scipy_least_squares():
@@ -95,7 +128,11 @@ def test_same_minimum_as_scipy_least_squares():
     found = fit(law("chinchilla"), data, Objective("squares", "log"))
 
     def residual(p):
-        return np.log(np.exp(p[0]) + np.exp(p[1] - p[3] * np.log(data["params"])) + np.exp(p[2] - p[4] * np.log(data["tokens"]))) - np.log(data["loss"])
+        return np.log(
+            np.exp(p[0])
+            + np.exp(p[1] - p[3] * np.log(data["params"]))
+            + np.exp(p[2] - p[4] * np.log(data["tokens"]))
+        ) - np.log(data["loss"])
 
     start = [np.log(truth["E"]), np.log(truth["A"]), np.log(truth["B"]), truth["alpha"], truth["beta"]]
     oracle = optimize.least_squares(residual, start, xtol=1e-15, ftol=1e-15, gtol=1e-15)
@@ -121,13 +158,17 @@ def test_weights_equal_repeated_rows_and_shift_moves_observations():
     problem = Problem(law("chinchilla"), data, data["loss"], Objective("squares"))
     moved = Problem(law("chinchilla"), data, data["loss"] * 1.1, Objective("squares"))
     theta = again.theta[None]
-    assert problem.value(theta, Resample(shift=np.full((1, 36), np.log(1.1))))[0] == pytest.approx(moved.value(theta)[0], rel=1e-12)
+    assert problem.value(theta, Resample(shift=np.full((1, 36), np.log(1.1))))[0] == pytest.approx(
+        moved.value(theta)[0], rel=1e-12
+    )
 
 
 def test_a_batch_gives_what_each_start_gives_alone():
     data, _ = grid(noise=0.02)
     problem = Problem(law("chinchilla"), data, data["loss"], Objective())
-    starts = problem.working({"E": 1.5, "A": 300, "B": 900, "alpha": 0.3, "beta": 0.3}) + 0.1 * RNG.standard_normal((9, 5))
+    starts = problem.working(
+        {"E": 1.5, "A": 300, "B": 900, "alpha": 0.3, "beta": 0.3}
+    ) + 0.1 * RNG.standard_normal((9, 5))
     together = polish(problem, descend(problem, starts).theta)
     for i in range(9):
         alone = polish(problem, descend(problem, starts[i : i + 1]).theta)
@@ -151,7 +192,10 @@ def test_fixed_parameters_stay():
 def test_linear_parameters_are_found_and_projected():
     assert set(law("chinchilla").compile("log").linear_names()) == {"E", "A", "B"}
     assert law("kaplan").compile("log").linear_names() == []
-    assert set(Law.from_formula("a + b * tokens + c * a * tokens").compile("linear").linear_names()) == {"a", "b"}
+    assert set(Law.from_formula("a + b * tokens + c * a * tokens").compile("linear").linear_names()) == {
+        "a",
+        "b",
+    }
 
 
 def test_non_negative_least_squares_equals_scipy():
@@ -166,7 +210,9 @@ def test_non_negative_least_squares_equals_scipy():
 def test_single_size_gives_a_warning_certificate():
     d = np.logspace(9, 11, 12)
     data = {"params": np.full(12, 1e8), "tokens": d}
-    data["loss"] = law("chinchilla").predict({"E": 1.8, "A": 480, "B": 2000, "alpha": 0.35, "beta": 0.37}, data)
+    data["loss"] = law("chinchilla").predict(
+        {"E": 1.8, "A": 480, "B": 2000, "alpha": 0.35, "beta": 0.37}, data
+    )
     found = fit(law("chinchilla"), data)
     assert found.certificate.flat or not found.certificate.converged  # E and A/N^alpha cannot be told apart
 

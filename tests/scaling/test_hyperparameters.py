@@ -16,14 +16,22 @@ from workbench.scaling.hyperparameters import (
     speedup,
     step_law,
     steps_and_examples,
-)  # fmt: skip
+)
 from workbench.scaling.lawbook import law
 
 
 @pytest.fixture
 def steplaw(shared):
     table = pd.read_csv(shared / "data" / "steplaw" / "dense_lr_bs_loss.csv")
-    return pd.DataFrame({"params": table.N, "tokens": table.D, "learning_rate": table.lr, "batch_tokens": table.bs * 2048.0, "loss": table["smooth loss"]})
+    return pd.DataFrame(
+        {
+            "params": table.N,
+            "tokens": table.D,
+            "learning_rate": table.lr,
+            "batch_tokens": table.bs * 2048.0,
+            "loss": table["smooth loss"],
+        }
+    )
 
 
 def bowls(noise=0.0):
@@ -36,13 +44,30 @@ def bowls(noise=0.0):
             for u in np.linspace(-2, 2, 7):
                 for v in np.linspace(-2, 2, 7):
                     loss = 3 + 0.01 * (u * u + 0.6 * u * v + v * v) + noise * rng.standard_normal()
-                    rows.append((n, d, lr * np.exp(u + 0.2), batch * np.exp(v - 0.1), loss if abs(u) < 1.9 or v > 0 else np.nan))
+                    rows.append(
+                        (
+                            n,
+                            d,
+                            lr * np.exp(u + 0.2),
+                            batch * np.exp(v - 0.1),
+                            loss if abs(u) < 1.9 or v > 0 else np.nan,
+                        )
+                    )
                     if abs(u - 2) < 1e-9 and v < -1:
                         rows[-1] = (*rows[-1][:4], 9.0)  # diverged
     table = pd.DataFrame(rows, columns=["params", "tokens", "learning_rate", "batch_tokens", "loss"])
-    table.loss = [3 + 0.01 * (a * a + 0.6 * a * b + b * b) + noise * rng.standard_normal() if np.isfinite(r.loss) and r.loss < 5 else r.loss
-                  for r in table.itertuples()
-                  for a, b in [(np.log(r.learning_rate / step_law(r.params, r.tokens)[0]), np.log(r.batch_tokens / step_law(r.params, r.tokens)[1]))]]
+    table.loss = [
+        3 + 0.01 * (a * a + 0.6 * a * b + b * b) + noise * rng.standard_normal()
+        if np.isfinite(r.loss) and r.loss < 5
+        else r.loss
+        for r in table.itertuples()
+        for a, b in [
+            (
+                np.log(r.learning_rate / step_law(r.params, r.tokens)[0]),
+                np.log(r.batch_tokens / step_law(r.params, r.tokens)[1]),
+            )
+        ]
+    ]
     return table
 
 
@@ -63,27 +88,40 @@ def test_published_step_law_data(steplaw):
     assert 0.19 <= laws["learning_rate"].params["y"] <= 0.33
     assert 0.50 <= laws["batch_tokens"].params["y"] <= 0.64
     published = excess_loss(steplaw, step_law).excess
-    assert published.mean() == pytest.approx(0.00096, abs=1e-4) and published.max() == pytest.approx(0.0031, abs=1e-4)
+    assert published.mean() == pytest.approx(0.00096, abs=1e-4) and published.max() == pytest.approx(
+        0.0031, abs=1e-4
+    )
     assert excess_loss(steplaw, deepseek_law).excess.mean() == pytest.approx(0.0076, abs=5e-4)
     constant = excess_loss(steplaw, lambda n, d: (1e-3, 736 * 2048.0)).excess
-    assert constant.mean() == pytest.approx(0.0195, abs=2e-3) and constant.max() == pytest.approx(0.044, abs=1e-3)
+    assert constant.mean() == pytest.approx(0.0195, abs=2e-3) and constant.max() == pytest.approx(
+        0.044, abs=1e-3
+    )
     assert excess_loss(steplaw, advice_of(laws)).excess.mean() < 0.003
 
 
 def test_mean_of_published_bootstrap_rows(shared):
     rows = pd.read_csv(shared / "data" / "steplaw" / "1004_fitted_lr_bs_scaling_model_parameters.csv").mean()
     assert np.exp(rows.lr_intercept) == pytest.approx(1.797, abs=1e-3)
-    assert (rows.lr_coefN, rows.lr_coefD) == (pytest.approx(-0.7129, abs=1e-4), pytest.approx(0.3075, abs=1e-4))
-    assert np.exp(rows.bs_intercept) == pytest.approx(0.581, abs=1e-3) and rows.bs_coefD == pytest.approx(0.5709, abs=1e-4)
+    assert (rows.lr_coefN, rows.lr_coefD) == (
+        pytest.approx(-0.7129, abs=1e-4),
+        pytest.approx(0.3075, abs=1e-4),
+    )
+    assert np.exp(rows.bs_intercept) == pytest.approx(0.581, abs=1e-3) and rows.bs_coefD == pytest.approx(
+        0.5709, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(("model", "expected"), [("85M", 745.32), ("151M", 955.16), ("302M", 1393.73)])
 def test_critical_batch_sizes(shared, model, expected):
-    table = pd.read_csv(shared / "data" / "critical_batch_size" / "steps_to_target.csv").query("model == @model")
+    table = pd.read_csv(shared / "data" / "critical_batch_size" / "steps_to_target.csv").query(
+        "model == @model"
+    )
     found = critical_batch(table.batch_size_seqs, table.steps_to_target)
     assert found["at_overhead"] + 1.2 * 256 == pytest.approx(expected, abs=0.006)
     if model == "85M":
-        assert found["smin"] == pytest.approx(1293.83, abs=0.01) and found["emin"] == pytest.approx(2834258, rel=1e-6)
+        assert found["smin"] == pytest.approx(1293.83, abs=0.01) and found["emin"] == pytest.approx(
+            2834258, rel=1e-6
+        )
 
 
 def test_steps_and_examples_obey_the_hyperbola():
@@ -95,8 +133,13 @@ def test_steps_and_examples_obey_the_hyperbola():
 
 def test_speedup_inverts_the_baseline():
     d = np.geomspace(1e8, 1e10, 9)
-    baseline = {"tokens": d, "loss": law("power-data").predict({"E": 2.0, "B": 500, "beta": 0.33}, {"tokens": d})}
-    reached = law("power-data").predict({"E": 2.0, "B": 500, "beta": 0.33}, {"tokens": np.array([1.4e9, 3e10])})
+    baseline = {
+        "tokens": d,
+        "loss": law("power-data").predict({"E": 2.0, "B": 500, "beta": 0.33}, {"tokens": d}),
+    }
+    reached = law("power-data").predict(
+        {"E": 2.0, "B": 500, "beta": 0.33}, {"tokens": np.array([1.4e9, 3e10])}
+    )
     table = speedup(baseline, np.array([1e9, 1e10]), [*reached][:2])
     assert table.speedup.to_numpy() == pytest.approx([1.4, 3.0], rel=1e-3)
     assert table.extrapolated.tolist() == [False, True]

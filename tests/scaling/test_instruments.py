@@ -18,7 +18,9 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def runs():
     n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 6), np.logspace(9, 11, 6)))
-    loss = law("chinchilla").predict(TRUTH, {"params": n, "tokens": d}) * np.exp(0.003 * np.random.default_rng(0).standard_normal(36))
+    loss = law("chinchilla").predict(TRUTH, {"params": n, "tokens": d}) * np.exp(
+        0.003 * np.random.default_rng(0).standard_normal(36)
+    )
     return Runs.from_table({"params": n, "tokens": d, "loss": loss})
 
 
@@ -31,7 +33,17 @@ def test_fit_result_survives_saving_and_draws_every_view(runs, tmp_path):
     assert result.facts["converged"] and result.facts["alpha"] == pytest.approx(0.35, abs=0.03)
     assert set(result.table.parameter) == {"E", "A", "B", "alpha", "beta"}
     assert ((result.table.low <= result.table.estimate) & (result.table.estimate <= result.table.high)).all()
-    assert {"runs", "influence", "held_out", "extrapolation", "comparison", "curves", "contour", "correlation", "optima"} <= set(result.tables)
+    assert {
+        "runs",
+        "influence",
+        "held_out",
+        "extrapolation",
+        "comparison",
+        "curves",
+        "contour",
+        "correlation",
+        "optima",
+    } <= set(result.tables)
     again = Result.load(result.save(tmp_path / "saved"))
     assert again.facts["objective"] == result.facts["objective"]
     for view in ("fit", "residuals", "isoflop", "contour", "held out", "draws", "profile"):
@@ -55,7 +67,10 @@ def test_cutoff_fits_below_and_predicts_above(runs):
     assert result.facts["runs"] + result.facts["held_out_runs"] == 36
     table = result.tables["runs"]
     assert (table.flops[table.fitted] <= cutoff).all() and (table.flops[~table.fitted] > cutoff).all()
-    assert result.facts["held_out_error"] == pytest.approx(np.abs(table.error[~table.fitted]).mean()) and result.facts["held_out_error"] < 0.02
+    assert (
+        result.facts["held_out_error"] == pytest.approx(np.abs(table.error[~table.fitted]).mean())
+        and result.facts["held_out_error"] < 0.02
+    )
 
 
 def test_excluded_rows_change_nothing_but_the_fit(runs):
@@ -70,7 +85,9 @@ def test_excluded_rows_change_nothing_but_the_fit(runs):
 
 
 def test_own_formula_through_the_instrument(runs):
-    result = ScalingFit(law="floor + a * params**(-p) + b * tokens**(-q)", starts=128, resamples=50, against=("chinchilla",)).run(runs)
+    result = ScalingFit(
+        law="floor + a * params**(-p) + b * tokens**(-q)", starts=128, resamples=50, against=("chinchilla",)
+    ).run(runs)
     assert result.facts["converged"]
     reference = ScalingFit(starts=128, resamples=50, against=()).run(runs)
     assert result.facts["objective"] == pytest.approx(reference.facts["objective"], rel=1e-4)
@@ -88,16 +105,19 @@ def test_plan(runs):
     assert hours.budget(runs) == pytest.approx(1000 * 3600 * 4e14)
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"law": "chinchila"}, "did you mean chinchilla"),
-    ({"law": "routed"}, "needs column experts"),
-    ({"fit_below": 1.0}, "0 of 36 rows remain"),
-    ({"exclude": (99,)}, "row 99 does not exist"),
-    ({"drop_highest": 40}, "drop_highest"),
-    ({"law": "E + A*__import__(params)"}, "__import__.* is not available"),
-    ({"level": 2}, "level"),
-    ({"startz": 3}, "did you mean starts"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"law": "chinchila"}, "did you mean chinchilla"),
+        ({"law": "routed"}, "needs column experts"),
+        ({"fit_below": 1.0}, "0 of 36 rows remain"),
+        ({"exclude": (99,)}, "row 99 does not exist"),
+        ({"drop_highest": 40}, "drop_highest"),
+        ({"law": "E + A*__import__(params)"}, "__import__.* is not available"),
+        ({"level": 2}, "level"),
+        ({"startz": 3}, "did you mean starts"),
+    ],
+)
 def test_wrong_fit_requests(runs, fields, message):
     with pytest.raises(BadInput, match=message):
         ScalingFit(**fields).run(runs)
@@ -110,11 +130,14 @@ def test_one_model_size_is_refused_with_the_reason(runs):
     assert ScalingFit(law="power-data", starts=64, resamples=50, against=()).run(one).facts["runs"] == 6
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"flops": 1e20, "money": 3.0}, "exactly one"),
-    ({"gpu_hours": 3.0}, "peak_flops"),
-    ({"law": "power-data"}, "cannot divide a budget"),
-])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"flops": 1e20, "money": 3.0}, "exactly one"),
+        ({"gpu_hours": 3.0}, "peak_flops"),
+        ({"law": "power-data"}, "cannot divide a budget"),
+    ],
+)
 def test_wrong_plan_requests(runs, fields, message):
     with pytest.raises(BadInput, match=message):
         ScalingPlan(**fields).run(runs)
@@ -127,9 +150,47 @@ def test_command_line_with_other_column_names(tmp_path, runs, capsys):
     file = tmp_path / "mine.csv"
     table.to_csv(file, index=False)
     columns = "params=size, loss=final nats"
-    assert main(["run", "scaling-fit", "--runs", str(file), "--columns", columns, "--starts", "64", "--resamples", "50", "--out", str(tmp_path / "fit")]) == 0
+    assert (
+        main(
+            [
+                "run",
+                "scaling-fit",
+                "--runs",
+                str(file),
+                "--columns",
+                columns,
+                "--starts",
+                "64",
+                "--resamples",
+                "50",
+                "--out",
+                str(tmp_path / "fit"),
+            ]
+        )
+        == 0
+    )
     assert "converged" in capsys.readouterr().out
     assert Result.load(tmp_path / "fit").facts["runs"] == 36
-    assert main(["run", "scaling-plan", "--runs", str(file), "--columns", columns, "--flops", "1e23", "--starts", "64", "--resamples", "50", "--out", str(tmp_path / "plan")]) == 0
+    assert (
+        main(
+            [
+                "run",
+                "scaling-plan",
+                "--runs",
+                str(file),
+                "--columns",
+                columns,
+                "--flops",
+                "1e23",
+                "--starts",
+                "64",
+                "--resamples",
+                "50",
+                "--out",
+                str(tmp_path / "plan"),
+            ]
+        )
+        == 0
+    )
     assert main(["run", "scaling-fit", "--runs", str(file)]) == 2
     assert "needs column params" in capsys.readouterr().err

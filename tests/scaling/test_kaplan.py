@@ -15,7 +15,9 @@ def curve(params, batch, steps):
     loss = np.full(len(steps), 5.0)
     for _ in range(400):
         critical = TRUE["Bstar"] / loss ** (1 / TRUE["alpha_b"])
-        new = (TRUE["Nc"] / params) ** TRUE["alpha_n"] + (TRUE["Sc"] * (1 + critical / batch) / steps) ** TRUE["alpha_s"]
+        new = (TRUE["Nc"] / params) ** TRUE["alpha_n"] + (
+            TRUE["Sc"] * (1 + critical / batch) / steps
+        ) ** TRUE["alpha_s"]
         loss = 0.7 * loss + 0.3 * new
     return loss
 
@@ -23,7 +25,11 @@ def curve(params, batch, steps):
 @pytest.fixture(scope="module")
 def small_runs():
     steps = np.unique(np.geomspace(300, 60_000, 60).astype(int)).astype(float)
-    rows = [pd.DataFrame({"params": n, "batch_tokens": b, "step": steps, "loss": curve(n, b, steps)}) for n in (1e6, 4e6, 1.6e7) for b in (3e4, 1e5, 3e5, 1e6)]
+    rows = [
+        pd.DataFrame({"params": n, "batch_tokens": b, "step": steps, "loss": curve(n, b, steps)})
+        for n in (1e6, 4e6, 1.6e7)
+        for b in (3e4, 1e5, 3e5, 1e6)
+    ]
     return pd.concat(rows, ignore_index=True)
 
 
@@ -33,7 +39,9 @@ def test_constants_come_back(small_runs):
     assert recipe.steps.params["alpha_s"] == pytest.approx(TRUE["alpha_s"], rel=0.01)
     assert recipe.steps.params["alpha_n"] == pytest.approx(TRUE["alpha_n"], rel=0.01)
     assert (recipe.contours.r_squared > 0.99).all()
-    assert recipe.contours.groupby("params").critical.apply(lambda c: c.is_monotonic_increasing).all()  # rises as the loss falls
+    assert (
+        recipe.contours.groupby("params").critical.apply(lambda c: c.is_monotonic_increasing).all()
+    )  # rises as the loss falls
 
 
 def test_a_larger_model_is_predicted_before_it_is_trained(small_runs):

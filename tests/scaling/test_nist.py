@@ -24,7 +24,7 @@ def read(file):
     rows = re.findall(r"^\s*b(\d+)\s*=\s*(\S+)\s+(\S+)\s+(\S+)\s+(\S+)", text, re.MULTILINE)
     start1, start2, certified = (np.array([float(r[k]) for r in rows]) for k in (1, 2, 3))
     rss = float(re.search(r"Residual Sum of Squares:\s*(\S+)", text).group(1))
-    table = [line.split() for line in text[text.rindex("Data:"):].splitlines()[1:] if line.strip()]
+    table = [line.split() for line in text[text.rindex("Data:") :].splitlines()[1:] if line.strip()]
     y, x = np.array(table, dtype=float).T
     return start1, start2, certified, rss, x, y
 

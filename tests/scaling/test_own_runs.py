@@ -27,7 +27,10 @@ def test_the_table_is_complete_and_says_where_it_comes_from(script):
     assert set(cells.index) == set(script.SIZES) and (cells == len(script.SHORT) + len(script.LONG)).all()
     assert (runs.role == "held out").sum() == 1
     held = runs[runs.role == "held out"].iloc[0]
-    assert held.flops > 3 * runs[runs.role == "fit"].flops.max() and held.params > 2 * runs[runs.role == "fit"].params.max()
+    assert (
+        held.flops > 3 * runs[runs.role == "fit"].flops.max()
+        and held.params > 2 * runs[runs.role == "fit"].params.max()
+    )
     assert (runs.flops == 6 * runs.params * runs.tokens).all()
     assert {"torch", "corpus", "python"} <= set(json.loads((FOLDER / "scaling_sweep.json").read_text()))
 
@@ -49,11 +52,17 @@ def test_the_instrument_reaches_the_same_prediction(tmp_path, monkeypatch):
     runs = load_runs("scaling-sweep")
     largest = runs.table[runs.table.role == "fit"].flops.max()
     result = ScalingFit(fit_below=float(largest), lowest_per_cell=True, checks=False, resamples=50).run(runs)
-    assert result.facts["runs"] == 16 and result.facts["held_out_runs"] == 1 and result.facts["held_out_error"] < 0.02
+    assert (
+        result.facts["runs"] == 16
+        and result.facts["held_out_runs"] == 1
+        and result.facts["held_out_error"] < 0.02
+    )
 
 
 def test_a_run_is_reproducible_and_learns(script):
-    text = tuple(np.frombuffer(b"the same line of text again and again, " * 6000, dtype=np.uint8) for _ in range(2))
+    text = tuple(
+        np.frombuffer(b"the same line of text again and again, " * 6000, dtype=np.uint8) for _ in range(2)
+    )
     first, second = (script.train(16, 1, 24_000, 1.6e-2, 0, text) for _ in range(2))
     assert first["loss"] == second["loss"] and first["flops"] == 6 * first["params"] * first["tokens"]
     assert first["loss"] < np.log(256) - 1
@@ -69,12 +78,16 @@ def test_attention_is_causal_and_rotary(script):
     changed[0, 60:] = (changed[0, 60:] + 1) % 256
     with torch.inference_mode():
         a, b = model(tokens), model(changed)
-    assert torch.allclose(a[:, :60], b[:, :60], atol=1e-5) and not torch.allclose(a[:, 60:], b[:, 60:], atol=1e-3)
+    assert torch.allclose(a[:, :60], b[:, :60], atol=1e-5) and not torch.allclose(
+        a[:, 60:], b[:, 60:], atol=1e-3
+    )
     constant = torch.full((1, 8), 65)
     with torch.inference_mode():
         same = script.ByteModel(32, 2).eval()
         same.cos, same.sin = same.cos[:8], same.sin[:8]
-        assert torch.allclose(same(constant)[0, 0], same(constant)[0, 5], atol=1e-4)  # equal bytes attend to equal values wherever they stand
+        assert torch.allclose(
+            same(constant)[0, 0], same(constant)[0, 5], atol=1e-4
+        )  # equal bytes attend to equal values wherever they stand
 
 
 def test_resuming_repeats_nothing(script, tmp_path, monkeypatch):

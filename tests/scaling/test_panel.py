@@ -13,7 +13,9 @@ TRUTH = dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37)
 @pytest.fixture
 def panel():
     n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 6), np.logspace(9, 11, 6)))
-    loss = law("chinchilla").predict(TRUTH, {"params": n, "tokens": d}) * np.exp(0.003 * np.random.default_rng(0).standard_normal(36))
+    loss = law("chinchilla").predict(TRUTH, {"params": n, "tokens": d}) * np.exp(
+        0.003 * np.random.default_rng(0).standard_normal(36)
+    )
     loss[20] *= 1.3
     return ScalingPanel(Runs.from_table({"params": n, "tokens": d, "loss": loss}))
 
@@ -21,7 +23,12 @@ def panel():
 def point_of(panel, row):
     for number, trace in enumerate(panel.plot.figure.data):
         if trace.customdata is not None and row in np.asarray(trace.customdata).ravel():
-            return {"trace": number, "point": int(np.flatnonzero(np.asarray(trace.customdata).ravel() == row)[0]), "x": 0, "y": 0}
+            return {
+                "trace": number,
+                "point": int(np.flatnonzero(np.asarray(trace.customdata).ravel() == row)[0]),
+                "x": 0,
+                "y": 0,
+            }
     raise AssertionError(f"run {row} is not in the figure")
 
 
@@ -35,9 +42,15 @@ def test_it_opens_with_a_fit(panel):
 def test_a_click_drops_a_run_and_a_second_click_brings_it_back(panel, view):
     panel.view.value = view
     panel.plot.clicked = point_of(panel, 20)
-    assert panel.dropped == {20} and "35 runs fitted; 1 dropped" in panel.note.value and panel.plot.clicked is None
+    assert (
+        panel.dropped == {20}
+        and "35 runs fitted; 1 dropped" in panel.note.value
+        and panel.plot.clicked is None
+    )
     keep = np.arange(36) != 20
-    direct = fit(law("chinchilla"), {c: panel.runs.table[c].to_numpy()[keep] for c in ("params", "tokens", "loss")})
+    direct = fit(
+        law("chinchilla"), {c: panel.runs.table[c].to_numpy()[keep] for c in ("params", "tokens", "loss")}
+    )
     assert panel.result.facts["objective"] == pytest.approx(direct.objective_value, rel=1e-6)
     panel.plot.clicked = point_of(panel, 20)
     assert panel.dropped == set() and "36 runs fitted" in panel.note.value

@@ -29,23 +29,32 @@ def test_compute_optimum_is_the_closed_form(flops):
     assert plan["params"] * plan["tokens"] * 6 == pytest.approx(flops, rel=1e-12)
     assert plan.inside == 1.0
     a = planning.exponents(draws, flops).estimate
-    assert a.to_numpy() == pytest.approx([TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]), TRUTH["alpha"] / (TRUTH["alpha"] + TRUTH["beta"])], abs=1e-5)
+    assert a.to_numpy() == pytest.approx(
+        [TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]), TRUTH["alpha"] / (TRUTH["alpha"] + TRUTH["beta"])],
+        abs=1e-5,
+    )
 
 
 def test_published_ratios_at_the_chinchilla_budget():
     ratio = planning.compute_optimal(Draws.from_params(law("chinchilla"), TRUTH), 5.76e23)["tokens_per_param"]
     assert ratio == pytest.approx(18.4, abs=0.1)
     rounded = dict(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
-    assert planning.compute_optimal(Draws.from_params(law("chinchilla"), rounded), 5.76e23)["tokens_per_param"] == pytest.approx(92.7, abs=0.5)
+    assert planning.compute_optimal(Draws.from_params(law("chinchilla"), rounded), 5.76e23)[
+        "tokens_per_param"
+    ] == pytest.approx(92.7, abs=0.5)
 
 
 def test_refit_plan_with_interval(shared):
-    table = pd.read_csv(shared / "data" / "chinchilla_epoch" / "svg_extracted_data.csv").rename(columns={"Model Size": "params", "Training FLOP": "flops"})
+    table = pd.read_csv(shared / "data" / "chinchilla_epoch" / "svg_extracted_data.csv").rename(
+        columns={"Model Size": "params", "Training FLOP": "flops"}
+    )
     table = table.assign(tokens=table.flops / 6 / table.params)
     found = fit(law("chinchilla"), table[table.loss < np.sort(table.loss)[-5]], starts=128)
     plan = planning.compute_optimal(Draws.of(bootstrap(found, 300)), 5.76e23)
     row = plan.table.set_index("quantity").loc["params"]
-    assert row.estimate == pytest.approx(7.3e10, rel=0.01) and plan["tokens_per_param"] == pytest.approx(17.9, abs=0.1)
+    assert row.estimate == pytest.approx(7.3e10, rel=0.01) and plan["tokens_per_param"] == pytest.approx(
+        17.9, abs=0.1
+    )
     assert row.low < row.estimate < row.high and row.high / row.low > 1.3
 
 
@@ -57,9 +66,13 @@ def test_inference_aware_beats_every_other_size():
     def cost(log_n):
         n = np.exp(log_n)
         gap = target - TRUTH["E"] - TRUTH["A"] / n ** TRUTH["alpha"]
-        return np.inf if gap <= 0 else np.log(6 * n * (TRUTH["B"] / gap) ** (1 / TRUTH["beta"]) + 2 * n * served)
+        return (
+            np.inf if gap <= 0 else np.log(6 * n * (TRUTH["B"] / gap) ** (1 / TRUTH["beta"]) + 2 * n * served)
+        )
 
-    best = optimize.minimize_scalar(cost, bounds=(np.log(1e9), np.log(1e12)), method="bounded", options={"xatol": 1e-9})
+    best = optimize.minimize_scalar(
+        cost, bounds=(np.log(1e9), np.log(1e12)), method="bounded", options={"xatol": 1e-9}
+    )
     assert plan["params"] == pytest.approx(np.exp(best.x), rel=2e-3)
     assert plan["lifetime_flops"] == pytest.approx(np.exp(best.fun), rel=1e-4)
     smaller = planning.inference_aware(draws, target, 10 * served)
@@ -87,7 +100,9 @@ def test_repeating_data_is_planned_with_fewer_parameters_than_fresh_data():
     assert 5 < plan["epochs"] < 40
     plenty = planning.data_constrained(Draws.from_params(shape, params), 9.3e21, 1e13)
     assert plenty["epochs"] == 1.0
-    chinchilla = planning.compute_optimal(Draws.from_params(law("chinchilla"), {k: params[k] for k in ("E", "A", "B", "alpha", "beta")}), 9.3e21)
+    chinchilla = planning.compute_optimal(
+        Draws.from_params(law("chinchilla"), {k: params[k] for k in ("E", "A", "B", "alpha", "beta")}), 9.3e21
+    )
     assert plenty["loss"] == pytest.approx(chinchilla["loss"], rel=1e-6)
     assert plan["loss"] > plenty["loss"]
     with pytest.raises(BadInput, match="data-constrained"):
@@ -100,7 +115,9 @@ def test_best_precision_is_the_brute_force_minimum():
     draws = Draws.from_params(shape, params)
     choices = (2, 3, 4, 6, 8, 16)
     plan = planning.best_precision(draws, choices, memory_bytes=4e9, tokens=1e12)
-    losses = {b: float(shape.predict(params, {"params": 8 * 4e9 / b, "tokens": 1e12, "bits": b})) for b in choices}
+    losses = {
+        b: float(shape.predict(params, {"params": 8 * 4e9 / b, "tokens": 1e12, "bits": b})) for b in choices
+    }
     assert plan["bits"] == min(losses, key=losses.__getitem__)
     by_compute = planning.best_precision(draws, choices, flops=1e22)
     totals = {b: planning.compute_optimal(draws, 1e22 * 16 / b, fixed={"bits": b})["loss"] for b in choices}
@@ -113,22 +130,35 @@ def test_average_parameters_of_a_cubic_ramp():
     x = np.linspace(0, 1, 400_001)
     ramp = np.clip((x - 0.25) / 0.5, 0, 1)
     numeric = np.trapezoid(1e8 * (1 - 0.8 + 0.8 * (1 - ramp) ** 3), x)
-    assert planning.average_parameters(1e8, 0.8, np.array(0.25), np.array(0.75)) == pytest.approx(numeric, rel=1e-9)
+    assert planning.average_parameters(1e8, 0.8, np.array(0.25), np.array(0.75)) == pytest.approx(
+        numeric, rel=1e-9
+    )
     table = planning.sparsity_schedule(Draws.from_params(law("sparse-average"), TRUTH), 1e8, 0.8, 1e20)
     assert table.loss.is_monotonic_increasing and (table.end <= 0.75 + 1e-9).all()
 
 
 def test_budgets():
     assert planning.flops_for(gpu_hours=2, peak_flops=1e15, utilisation=0.5) == pytest.approx(3.6e18)
-    assert planning.flops_for(money=6, price_per_gpu_hour=3, peak_flops=1e15, utilisation=0.5) == pytest.approx(3.6e18)
-    for wrong in ({}, {"flops": 1e20, "money": 5}, {"gpu_hours": 3}, {"flops": -1}, {"money": 5, "peak_flops": 1e15}, {"gpu_hours": 1, "peak_flops": 1e15, "utilisation": 2}):
+    assert planning.flops_for(
+        money=6, price_per_gpu_hour=3, peak_flops=1e15, utilisation=0.5
+    ) == pytest.approx(3.6e18)
+    for wrong in (
+        {},
+        {"flops": 1e20, "money": 5},
+        {"gpu_hours": 3},
+        {"flops": -1},
+        {"money": 5, "peak_flops": 1e15},
+        {"gpu_hours": 1, "peak_flops": 1e15, "utilisation": 2},
+    ):
         with pytest.raises(BadInput):
             planning.flops_for(**wrong)
 
 
 def test_trajectory_ends_at_the_prediction():
     table = planning.trajectory(Draws.from_params(law("chinchilla"), TRUTH), 1e9, 1e11)
-    assert table.loss.iloc[-1] == pytest.approx(float(law("chinchilla").predict(TRUTH, {"params": 1e9, "tokens": 1e11})))
+    assert table.loss.iloc[-1] == pytest.approx(
+        float(law("chinchilla").predict(TRUTH, {"params": 1e9, "tokens": 1e11}))
+    )
     assert table.loss.is_monotonic_decreasing
 
 
@@ -167,11 +197,15 @@ def test_parabola_finds_the_vertex_and_groups_budgets():
 
 def test_parabolas_are_biased_without_noise_unless_the_law_is_symmetric():
     sizes, flops = (g.ravel() for g in np.meshgrid(np.geomspace(3e7, 3e10, 11), np.geomspace(1e19, 1e21, 4)))
-    lopsided = parabola_bias(law("chinchilla"), dict(E=1.7, A=100, B=3000, alpha=0.25, beta=0.45), sizes, flops, 1e24)
+    lopsided = parabola_bias(
+        law("chinchilla"), dict(E=1.7, A=100, B=3000, alpha=0.25, beta=0.45), sizes, flops, 1e24
+    )
     assert abs(lopsided.ratio[0] - 1) > 0.2 and lopsided.loss_excess[0] > 0 and lopsided.wasted[0] > 0.02
     symmetric = dict(E=1.7, A=400, B=400, alpha=0.34, beta=0.34)
     flops = np.repeat(np.geomspace(1e19, 1e21, 4), 11)
-    centred = np.sqrt(flops / 6) * np.tile(np.geomspace(0.1, 10, 11), 4)  # evenly around N* = D* = sqrt(C / 6)
+    centred = np.sqrt(flops / 6) * np.tile(
+        np.geomspace(0.1, 10, 11), 4
+    )  # evenly around N* = D* = sqrt(C / 6)
     even = parabola_bias(law("chinchilla"), symmetric, centred, flops, 1e24)
     assert even.ratio[0] == pytest.approx(1, abs=1e-6) and even.exponent[0] == pytest.approx(0.5, abs=1e-9)
     shifted = parabola_bias(law("chinchilla"), symmetric, 3 * centred, flops, 1e24)

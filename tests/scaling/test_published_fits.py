@@ -24,8 +24,13 @@ def kept(chinchilla):
 
 def hoffmann_grid():
     e = np.exp
-    return {"E": e([-1, -0.5, 0, 0.5, 1]), "A": e(np.arange(0, 26, 5.0)), "B": e(np.arange(0, 26, 5.0)),
-            "alpha": [0, 0.5, 1, 1.5, 2], "beta": [0, 0.5, 1, 1.5, 2]}
+    return {
+        "E": e([-1, -0.5, 0, 0.5, 1]),
+        "A": e(np.arange(0, 26, 5.0)),
+        "B": e(np.arange(0, 26, 5.0)),
+        "alpha": [0, 0.5, 1, 1.5, 2],
+        "beta": [0, 0.5, 1, 1.5, 2],
+    }
 
 
 def check_minimum(found):
@@ -44,7 +49,9 @@ def test_chinchilla_global_minimum_from_the_published_grid_of_4500_starts(kept):
     found = fit(law("chinchilla"), kept, starts=hoffmann_grid())
     check_minimum(found)
     assert found.certificate.converged and found.certificate.starts == 4500
-    assert 0 < found.certificate.reached < 0.5  # most of that grid ends elsewhere, and the certificate says so
+    assert (
+        0 < found.certificate.reached < 0.5
+    )  # most of that grid ends elsewhere, and the certificate says so
 
 
 def test_variable_projection_makes_most_starts_agree(kept):
@@ -54,12 +61,15 @@ def test_variable_projection_makes_most_starts_agree(kept):
     assert found.certificate.flat  # A with alpha and B with beta are nearly one direction
 
 
-@pytest.mark.parametrize(("values", "objective"), [
-    ((477.842, 2143.86, 1.817236, 0.347313, 0.367183), 0.00101827403),
-    ((406.4, 410.7, 1.6934, 0.33917, 0.28491), 0.00123116),
-    ((406.4, 410.7, 1.69, 0.34, 0.28), 0.00412101),
-    ((482.01, 2085.43, 1.8172, 0.3478, 0.3658), 0.00102284),
-])
+@pytest.mark.parametrize(
+    ("values", "objective"),
+    [
+        ((477.842, 2143.86, 1.817236, 0.347313, 0.367183), 0.00101827403),
+        ((406.4, 410.7, 1.6934, 0.33917, 0.28491), 0.00123116),
+        ((406.4, 410.7, 1.69, 0.34, 0.28), 0.00412101),
+        ((482.01, 2085.43, 1.8172, 0.3478, 0.3658), 0.00102284),
+    ],
+)
 def test_objective_of_published_values(kept, values, objective):
     problem = Problem(law("chinchilla"), kept, kept.loss, Objective())
     theta = problem.working(dict(zip(("A", "B", "E", "alpha", "beta"), values, strict=True)))
@@ -77,15 +87,22 @@ def test_false_convergence_is_flagged(kept):
 
 def test_outliers_move_the_fit(chinchilla):
     p = fit(law("chinchilla"), chinchilla).params
-    assert (p["A"], p["B"], p["E"]) == (pytest.approx(495.7, rel=1e-3), pytest.approx(12846, rel=1e-3), pytest.approx(1.891, abs=1e-3))
+    assert (p["A"], p["B"], p["E"]) == (
+        pytest.approx(495.7, rel=1e-3),
+        pytest.approx(12846, rel=1e-3),
+        pytest.approx(1.891, abs=1e-3),
+    )
     assert (p["alpha"], p["beta"]) == (pytest.approx(0.349, abs=1e-3), pytest.approx(0.453, abs=1e-3))
 
 
 def test_variable_projection_least_squares(kept):
     """The 217 runs below 1e21 FLOPs, N in millions and D in billions, plain squares."""
     rows = kept[kept.flops < 1e21]
-    found = fit(law("chinchilla"), {"params": rows.params / 1e6, "tokens": rows.tokens / 1e9, "loss": rows.loss},
-                Objective("squares", "linear"))
+    found = fit(
+        law("chinchilla"),
+        {"params": rows.params / 1e6, "tokens": rows.tokens / 1e9, "loss": rows.loss},
+        Objective("squares", "linear"),
+    )
     assert len(rows) == 217
     assert found.objective_value == pytest.approx(0.062414, abs=1e-6)
     expected = {"E": 1.9051, "A": 4.0005, "B": 1.0509, "alpha": 0.3511, "beta": 0.4587}
@@ -93,16 +110,37 @@ def test_variable_projection_least_squares(kept):
         assert found.params[name] == pytest.approx(value, abs=6e-5)
 
 
-@pytest.mark.parametrize(("dataset", "expected", "errors"), [
-    ("c4_original", (113.69, 189.52, 0.2425, 1.5083), {"1B x1": -0.0078, "1B x4": 0.0150, "7B x1": -0.0430}),
-    ("rw_original", (125.10, 246.21, 0.2544, 1.7345), {"1B x1": -0.0056, "1B x16": -0.00005, "7B x1": -0.0162}),
-])
+@pytest.mark.parametrize(
+    ("dataset", "expected", "errors"),
+    [
+        (
+            "c4_original",
+            (113.69, 189.52, 0.2425, 1.5083),
+            {"1B x1": -0.0078, "1B x4": 0.0150, "7B x1": -0.0430},
+        ),
+        (
+            "rw_original",
+            (125.10, 246.21, 0.2544, 1.7345),
+            {"1B x1": -0.0056, "1B x16": -0.00005, "7B x1": -0.0162},
+        ),
+    ],
+)
 def test_over_training_law(shared, dataset, expected, errors):
     table = pd.read_csv(shared / "data" / "overtraining_gadre" / "runs.csv")
     table = table[table.dataset == dataset]
     table = table.assign(tokens=20 * table.multiplier * table.params, loss=table.loss_c4_val)
-    small = ["d=96_l=8_h=4-1.0", "d=512_l=8_h=4-1.0", "d=576_l=24_h=8-1.0", "d=1024_l=24_h=8-1.0", "d=96_l=8_h=4-16.0"]
-    found = fit(law("over-training"), table[table.name.isin([f"{dataset}-{s}" for s in small])], Objective("squares", "linear"))
+    small = [
+        "d=96_l=8_h=4-1.0",
+        "d=512_l=8_h=4-1.0",
+        "d=576_l=24_h=8-1.0",
+        "d=1024_l=24_h=8-1.0",
+        "d=96_l=8_h=4-16.0",
+    ]
+    found = fit(
+        law("over-training"),
+        table[table.name.isin([f"{dataset}-{s}" for s in small])],
+        Objective("squares", "linear"),
+    )
     for name, value in zip(("a", "b", "eta", "E"), expected, strict=True):
         assert found.params[name] == pytest.approx(value, rel=2e-3)
     big = {"1B": (1e9, 3e9), "7B": (5e9, 9e9)}
@@ -115,7 +153,9 @@ def test_over_training_law(shared, dataset, expected, errors):
 
 def test_data_constrained_law_has_two_optima(shared):
     runs = pd.read_csv(shared / "data" / "data_constrained" / "runs.csv")
-    shape = law("data-constrained").fix(A=np.exp(6.255414), B=np.exp(7.3049974), E=np.exp(0.6254804), alpha=0.3526596, beta=0.3526596)
+    shape = law("data-constrained").fix(
+        A=np.exp(6.255414), B=np.exp(7.3049974), E=np.exp(0.6254804), alpha=0.3526596, beta=0.3526596
+    )
     published = {"RD": 15.387756, "RN": 5.309743}
     problem = Problem(shape, runs, runs.loss, Objective())
     assert problem.value(problem.working(published)[None])[0] == pytest.approx(0.0158259, abs=1e-7)
@@ -127,13 +167,20 @@ def test_data_constrained_law_has_two_optima(shared):
     assert found.params["RD"] == pytest.approx(95.4, rel=0.01)
     assert found.params["RN"] == pytest.approx(1.71, rel=0.01)
     near_published = found.optima[(found.optima.RD - 15.4).abs() < 0.5]
-    assert len(near_published) == 1 and found.certificate.other_optima >= 1  # both are reported, not one number
+    assert (
+        len(near_published) == 1 and found.certificate.other_optima >= 1
+    )  # both are reported, not one number
 
 
 def test_routed_law(shared):
     curves = pd.read_csv(shared / "data" / "routed_lm" / "curves.csv.gz")
     last = curves.groupby("hyper_id", as_index=False).last()
-    routed = last[(last.router_type == "S-Base") & (last.k == 1) & (last.routing_frequency == 0.5) & (last.flop_increase == 1)]
+    routed = last[
+        (last.router_type == "S-Base")
+        & (last.k == 1)
+        & (last.routing_frequency == 0.5)
+        & (last.flop_increase == 1)
+    ]
     dense = last[(last.router_type == "Dense") & (last.k == 1)].assign(num_experts=1)
     rows = pd.concat([routed, dense])
     assert len(rows) == 61
@@ -158,7 +205,13 @@ def test_olmo_ladder_step_one(shared):
         for run in size["runs"]:
             logged = curves[(curves.run == run)].dropna(subset=["bpb_hellaswag_val_bpb"])
             if size["mode"] == "train" and len(logged):
-                rows.append((size["n"], curves[curves.run == run]["throughput/total_tokens"].iloc[-1], logged.bpb_hellaswag_val_bpb.tail(5).mean()))
+                rows.append(
+                    (
+                        size["n"],
+                        curves[curves.run == run]["throughput/total_tokens"].iloc[-1],
+                        logged.bpb_hellaswag_val_bpb.tail(5).mean(),
+                    )
+                )
     params, tokens, loss = map(np.array, zip(*rows, strict=True))
     assert len(rows) == 16
     found = fit(law("chinchilla"), {"params": params, "tokens": tokens, "loss": loss})

@@ -11,10 +11,27 @@ from workbench.scaling import law
 def test_report_from_a_foreign_table(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     n, d = (g.ravel() for g in np.meshgrid(np.logspace(7, 9, 5), np.logspace(9, 11, 5)))
-    loss = law("chinchilla").predict(dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), {"params": n, "tokens": d})
+    loss = law("chinchilla").predict(
+        dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), {"params": n, "tokens": d}
+    )
     file = tmp_path / "mine.csv"
-    pd.DataFrame({"size": n, "D": d, "final": loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(25))}).to_csv(file, index=False)
-    command = ["report", "scaling", "--runs", str(file), "--columns", "params=size, loss=final", "--resamples", "50", "--flops", "1e22", "--out", str(tmp_path / "out")]
+    pd.DataFrame(
+        {"size": n, "D": d, "final": loss * np.exp(0.003 * np.random.default_rng(0).standard_normal(25))}
+    ).to_csv(file, index=False)
+    command = [
+        "report",
+        "scaling",
+        "--runs",
+        str(file),
+        "--columns",
+        "params=size, loss=final",
+        "--resamples",
+        "50",
+        "--flops",
+        "1e22",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(command) == 0
     page = (tmp_path / "out" / "scaling.html").read_text()
     assert "<script src=" not in page and "https://cdn" not in page
@@ -22,7 +39,13 @@ def test_report_from_a_foreign_table(tmp_path, monkeypatch):
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     text = " ".join(str(o.get("data", {}).get("text/plain", "")) for o in outputs)
-    for wanted in ("runs 25", "converged", "extrapolation_error", "scaling-plan: law chinchilla, budget flops 1e+22", "band_error"):
+    for wanted in (
+        "runs 25",
+        "converged",
+        "extrapolation_error",
+        "scaling-plan: law chinchilla, budget flops 1e+22",
+        "band_error",
+    ):
         assert wanted in text, wanted
     assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in outputs) >= 8
 

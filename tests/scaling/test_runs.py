@@ -24,9 +24,19 @@ def strict_warnings():
 
 
 def test_names_are_recognised_and_flops_filled():
-    runs = Runs.from_table({"Model Size": DATA["params"], "n_tokens": DATA["tokens"], "eval/loss": DATA["loss"], "note": ["a", "b", "c"]})
+    runs = Runs.from_table(
+        {
+            "Model Size": DATA["params"],
+            "n_tokens": DATA["tokens"],
+            "eval/loss": DATA["loss"],
+            "note": ["a", "b", "c"],
+        }
+    )
     assert runs.table.flops.tolist() == [6e16, 6e17, 6e19]
-    assert "params read from column 'Model Size'" in runs.notes and "flops filled with 6 x params x tokens" in runs.notes
+    assert (
+        "params read from column 'Model Size'" in runs.notes
+        and "flops filled with 6 x params x tokens" in runs.notes
+    )
     assert runs.table.note.tolist() == ["a", "b", "c"]
     back = Runs.from_table({"params": [1e7], "flops": [6e16], "loss": [3.0]})
     assert back.table.tokens.tolist() == [1e9]
@@ -34,25 +44,38 @@ def test_names_are_recognised_and_flops_filled():
 
 def test_mapping_in_one_line_with_units():
     table = {"size in M": [10, 100], "B tokens": [1, 2], "N": [3, 4], "D": [5, 6], "ppl": [np.e**4, np.e**3]}
-    assert Runs.from_table(table | {"size in M": [1e7, 1e8]}, "params=size in M, tokens=D*1e9, loss=log(ppl)").table.params.tolist() == [1e7, 1e8]
+    assert Runs.from_table(
+        table | {"size in M": [1e7, 1e8]}, "params=size in M, tokens=D*1e9, loss=log(ppl)"
+    ).table.params.tolist() == [1e7, 1e8]
     runs = Runs.from_table(table, "params=N*1e6, tokens=D*1e9, loss=log(ppl)")
     assert runs.table.params.tolist() == [3e6, 4e6] and runs.table.tokens.tolist() == [5e9, 6e9]
     assert runs.table.loss.tolist() == pytest.approx([4, 3])
     assert mapping("params=Model Size, loss = eval/loss") == {"params": "Model Size", "loss": "eval/loss"}
-    for wrong, message in (("params", "write"), ("parms=N", "did you mean params"), ("params=Q", "not among the columns|names Q"), ("params=__import__('os')", "columns")):
+    for wrong, message in (
+        ("params", "write"),
+        ("parms=N", "did you mean params"),
+        ("params=Q", "not among the columns|names Q"),
+        ("params=__import__('os')", "columns"),
+    ):
         with pytest.raises(BadInput, match=message):
             Runs.from_table(table, wrong)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"loss": [4.0, -3.4, 2.9]}, r"loss: row 1 is -3.4, expected a number above 0 \(nats per token\)"),
-    ({"params": [1e7, 0, 1e9]}, "params: row 1 is 0"),
-    ({"tokens": [1e9, "many", 1e10]}, "tokens: row 1 is 'many'"),
-    ({"params": [1e7, np.nan, 1e9]}, "params: row 1 is nan"),
-    ({"params": [1e7, np.inf, 1e9]}, "params: row 1 is inf"),
-    ({"sparsity": [0.0, 0.5, 1.5]}, "sparsity: row 2 is 1.5, expected a number of at least 0 and at most 1"),
-    ({"loss": [np.nan] * 3}, "no row has a finite value"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": [4.0, -3.4, 2.9]}, r"loss: row 1 is -3.4, expected a number above 0 \(nats per token\)"),
+        ({"params": [1e7, 0, 1e9]}, "params: row 1 is 0"),
+        ({"tokens": [1e9, "many", 1e10]}, "tokens: row 1 is 'many'"),
+        ({"params": [1e7, np.nan, 1e9]}, "params: row 1 is nan"),
+        ({"params": [1e7, np.inf, 1e9]}, "params: row 1 is inf"),
+        (
+            {"sparsity": [0.0, 0.5, 1.5]},
+            "sparsity: row 2 is 1.5, expected a number of at least 0 and at most 1",
+        ),
+        ({"loss": [np.nan] * 3}, "no row has a finite value"),
+    ],
+)
 def test_wrong_numbers_name_row_and_column(change, message):
     with pytest.raises(BadInput, match=message):
         Runs.from_table(DATA | change)
@@ -60,14 +83,17 @@ def test_wrong_numbers_name_row_and_column(change, message):
         Runs.from_table({"loss": []})
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"params": [10.0, 100.0, 900.0]}, "params is at most 900: in millions"),
-    ({"loss": [55.0, 30.0, 19.0]}, "perplexity"),
-    ({"flops": [1e12, 1e13, 1e14]}, "another unit"),
-    ({"params": [1e8, 1e8, 1e8], "tokens": [1e9, 2e9, 3e9]}, "every run has 1e.08 params"),
-    ({"loss": [4.0, np.nan, 2.9]}, "1 rows without a finite loss dropped .*: rows 1"),
-    ({k: [v[0], v[0], v[2]] for k, v in DATA.items()}, "1 exact duplicate rows dropped: rows 1"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": [10.0, 100.0, 900.0]}, "params is at most 900: in millions"),
+        ({"loss": [55.0, 30.0, 19.0]}, "perplexity"),
+        ({"flops": [1e12, 1e13, 1e14]}, "another unit"),
+        ({"params": [1e8, 1e8, 1e8], "tokens": [1e9, 2e9, 3e9]}, "every run has 1e.08 params"),
+        ({"loss": [4.0, np.nan, 2.9]}, "1 rows without a finite loss dropped .*: rows 1"),
+        ({k: [v[0], v[0], v[2]] for k, v in DATA.items()}, "1 exact duplicate rows dropped: rows 1"),
+    ],
+)
 def test_doubtful_tables_are_said(change, message):
     with pytest.warns(UserWarning, match=message):
         Runs.from_table(DATA | change)
@@ -75,7 +101,11 @@ def test_doubtful_tables_are_said(change, message):
 
 def test_fingerprint_follows_the_numbers():
     first = Runs.from_table(DATA)
-    assert first.fingerprint == Runs.from_table(DATA).fingerprint != Runs.from_table(DATA | {"loss": [4.0, 3.4, 2.8]}).fingerprint
+    assert (
+        first.fingerprint
+        == Runs.from_table(DATA).fingerprint
+        != Runs.from_table(DATA | {"loss": [4.0, 3.4, 2.8]}).fingerprint
+    )
 
 
 def test_exact_transformer_flops():
@@ -83,7 +113,9 @@ def test_exact_transformer_flops():
     width, seq, vocab = 64, 32, 100
     projections, mlp, scores = 4 * 2 * 64 * 64, 3 * 2 * 64 * 170, 2 * 2 * 32 * 64 / 2
     head = 2 * 64 * 100
-    assert transformer_flops(7, 2, width, seq, vocab, 170) == pytest.approx(3 * 7 * (2 * (projections + mlp + scores) + head))
+    assert transformer_flops(7, 2, width, seq, vocab, 170) == pytest.approx(
+        3 * 7 * (2 * (projections + mlp + scores) + head)
+    )
     n = 12 * (4 + 8) * 8192**2
     assert transformer_flops(1, 12, 8192, 16, 0) / (6 * n) == pytest.approx(1, rel=1e-3)
 
@@ -102,26 +134,53 @@ def test_files(tmp_path):
     (tmp_path / "broken.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:200])
     (tmp_path / "bad.jsonl").write_text('{"loss": 1}\n{"loss":')
     (tmp_path / "notes.txt").write_text("x")
-    for name, message in (("missing.csv", "does not exist"), ("broken.parquet", "cannot be read"), ("bad.jsonl", "line 2"), ("notes.txt", "unknown ending")):
+    for name, message in (
+        ("missing.csv", "does not exist"),
+        ("broken.parquet", "cannot be read"),
+        ("bad.jsonl", "line 2"),
+        ("notes.txt", "unknown ending"),
+    ):
         with pytest.raises(BadInput, match=message):
             load_runs(tmp_path / name)
 
 
 def test_weights_and_biases_exports(tmp_path):
-    runs = pd.DataFrame({"Name": ["a", "b", "c"], "State": ["finished", "crashed", "finished"], "n_params": [1e7, 1e8, 1e9], "train_tokens": [1e9, 1e9, 1e10],
-                         "eval/loss": [4.0, np.nan, 2.9]})
+    runs = pd.DataFrame(
+        {
+            "Name": ["a", "b", "c"],
+            "State": ["finished", "crashed", "finished"],
+            "n_params": [1e7, 1e8, 1e9],
+            "train_tokens": [1e9, 1e9, 1e10],
+            "eval/loss": [4.0, np.nan, 2.9],
+        }
+    )
     runs.to_csv(tmp_path / "wandb_export.csv", index=False)
     assert load_runs(tmp_path / "wandb_export.csv").table.loss.tolist() == [4.0, 2.9]
-    history = pd.DataFrame({"Step": [1, 2, 3], "small - eval/loss": [5, 4.5, 4.0], "small - eval/loss__MIN": [5, 4.5, 4.0], "small - eval/loss__MAX": [5, 4.5, 4.0],
-                            "big - eval/loss": [4, 3.5, np.nan], "big - eval/loss__MIN": [4, 3.5, np.nan], "big - eval/loss__MAX": [4, 3.5, np.nan]})
+    history = pd.DataFrame(
+        {
+            "Step": [1, 2, 3],
+            "small - eval/loss": [5, 4.5, 4.0],
+            "small - eval/loss__MIN": [5, 4.5, 4.0],
+            "small - eval/loss__MAX": [5, 4.5, 4.0],
+            "big - eval/loss": [4, 3.5, np.nan],
+            "big - eval/loss__MIN": [4, 3.5, np.nan],
+            "big - eval/loss__MAX": [4, 3.5, np.nan],
+        }
+    )
     history.to_csv(tmp_path / "chart.csv", index=False)
     table = load_runs(tmp_path / "chart.csv").table
-    assert table.loss.tolist() == [4.0, 3.5] and table.step.tolist() == [3, 2] and table.run.tolist() == ["small", "big"]
+    assert (
+        table.loss.tolist() == [4.0, 3.5]
+        and table.step.tolist() == [3, 2]
+        and table.run.tolist() == ["small", "big"]
+    )
 
 
 def test_tensorboard_exports(tmp_path):
     for run, end in (("n10", 3.9), ("n20", 3.5)):
-        pd.DataFrame({"Wall time": [1.0, 2.0], "Step": [10, 20], "Value": [5.0, end]}).to_csv(tmp_path / f"run-{run}-tag-eval_loss.csv", index=False)
+        pd.DataFrame({"Wall time": [1.0, 2.0], "Step": [10, 20], "Value": [5.0, end]}).to_csv(
+            tmp_path / f"run-{run}-tag-eval_loss.csv", index=False
+        )
     table = load_runs(tmp_path).table
     assert table.loss.tolist() == [3.9, 3.5] and table.step.tolist() == [20, 20]
     with pytest.raises(BadInput, match="no TensorBoard"):
@@ -158,11 +217,19 @@ def test_optuna_database(tmp_path):
     def objective(trial):
         trial.set_user_attr("tokens", 5e8)
         trial.suggest_categorical("kind", ["a", "b"])
-        return 3.0 + trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True) + 1e-9 * trial.suggest_int("params", 10**6, 10**9)
+        return (
+            3.0
+            + trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+            + 1e-9 * trial.suggest_int("params", 10**6, 10**9)
+        )
 
     study.optimize(objective, n_trials=2)
     table = load_runs(tmp_path / "study.db").table
-    assert table.params.tolist() == [1e7, 1e8] and table.tokens.tolist() == [5e8, 5e8] and table.kind.tolist() == ["b", "a"]
+    assert (
+        table.params.tolist() == [1e7, 1e8]
+        and table.tokens.tolist() == [5e8, 5e8]
+        and table.kind.tolist() == ["b", "a"]
+    )
     assert table.loss.tolist() == pytest.approx([3.011, 3.102])
     with pytest.raises(BadInput, match="neither an MLflow nor an Optuna"):
         sqlite3.connect(tmp_path / "other.db").execute("create table t (x)")

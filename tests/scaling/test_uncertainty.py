@@ -77,7 +77,9 @@ def test_influence_is_the_refit_without_that_run(line):
 
 def test_flat_valley_is_an_open_interval():
     """Two parameters that only appear as a product: the profile of either never closes."""
-    shape = Law.from_formula("a * b * x", columns={"x"}, target="y", positive=False, parameters={"a": (0.5, 2), "b": (0.5, 2)})
+    shape = Law.from_formula(
+        "a * b * x", columns={"x"}, target="y", positive=False, parameters={"a": (0.5, 2), "b": (0.5, 2)}
+    )
     x = np.linspace(1, 5, 20)
     found = fit(shape, {"x": x, "y": 3 * x + 0.01 * np.sin(7 * x)}, Objective("squares", "linear"))
     assert found.certificate.flat
@@ -91,15 +93,24 @@ def test_deviance_scale_of_squares_is_the_residual_variance(line):
     assert 2 * deviance_scale(found) == pytest.approx(found.objective_value / 38)
 
 
-GRID = dict(zip(("params", "tokens"), (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 7), np.logspace(9, 11, 7))), strict=True))
+GRID = dict(
+    zip(
+        ("params", "tokens"),
+        (g.ravel() for g in np.meshgrid(np.logspace(7, 9.5, 7), np.logspace(9, 11, 7))),
+        strict=True,
+    )
+)
 
 
-@pytest.mark.parametrize(("name", "truth", "columns"), [
-    ("chinchilla", dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), GRID),
-    ("kaplan", dict(Nc=8.8e13, Dc=5.4e13, alpha_n=0.076, alpha_d=0.095), GRID),
-    ("over-training", dict(E=1.7, a=114, b=190, eta=0.2425), GRID),
-    ("power-data", dict(E=1.8, B=2000, beta=0.37), {"tokens": np.logspace(8.5, 11.5, 30)}),
-])
+@pytest.mark.parametrize(
+    ("name", "truth", "columns"),
+    [
+        ("chinchilla", dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37), GRID),
+        ("kaplan", dict(Nc=8.8e13, Dc=5.4e13, alpha_n=0.076, alpha_d=0.095), GRID),
+        ("over-training", dict(E=1.7, a=114, b=190, eta=0.2425), GRID),
+        ("power-data", dict(E=1.8, B=2000, beta=0.37), {"tokens": np.logspace(8.5, 11.5, 30)}),
+    ],
+)
 def test_intervals_hold_the_truth_about_as_often_as_they_say(name, truth, columns):
     """40 data sets only, so the band is three binomial standard errors around 86 to 94 %; the full measurement is a benchmark."""
     got = coverage(law(name), truth, columns, noise=0.01, datasets=40, resamples=100, seed=2)
@@ -110,7 +121,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(name, truth, column
 
 def test_published_standard_errors(shared):
     """Besiroglu et al. 2024: 124.58, 1293.23, .03, .02, .02 for A, B, E, alpha, beta."""
-    table = pd.read_csv(shared / "data" / "chinchilla_epoch" / "svg_extracted_data.csv").rename(columns={"Model Size": "params", "Training FLOP": "flops"})
+    table = pd.read_csv(shared / "data" / "chinchilla_epoch" / "svg_extracted_data.csv").rename(
+        columns={"Model Size": "params", "Training FLOP": "flops"}
+    )
     table = table.assign(tokens=table.flops / 6 / table.params)
     table = table[table.loss < np.sort(table.loss)[-5]]
     drawn = bootstrap(fit(law("chinchilla"), table, starts=128), 1000)

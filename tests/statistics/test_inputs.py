@@ -25,7 +25,9 @@ def test_every_block_layer_sees_its_inputs_once(architecture, checkpoints):
 
         return see
 
-    handles = [layer.module.register_forward_pre_hook(hook(layer.name)) for layer in layers if len(layer.shape) == 2]
+    handles = [
+        layer.module.register_forward_pre_hook(hook(layer.name)) for layer in layers if len(layer.shape) == 2
+    ]
     with torch.no_grad():
         for batch in subject.batches("calibration", 4, 8):
             subject.task.output(subject.model, batch)
@@ -51,7 +53,9 @@ def test_half_a_product_and_its_mirror_are_the_whole(dtype):
         for part in (rows, more, rows[:0], more.T.contiguous().T):
             add_upper(gram, part)
         mirror(gram)
-        assert torch.equal(gram, gram.T) and torch.allclose(gram, rows.T @ rows + 2 * more.T @ more, atol=1e-4)
+        assert torch.equal(gram, gram.T) and torch.allclose(
+            gram, rows.T @ rows + 2 * more.T @ more, atol=1e-4
+        )
 
 
 def test_a_pass_ends_with_the_last_layer_unless_it_may_be_met_again():
@@ -78,7 +82,9 @@ def test_a_pass_ends_with_the_last_layer_unless_it_may_be_met_again():
         rows = [torch.cat([b["inputs"] for b in subject.batches("train", 5, 20)])]
         for _ in range(1, repeat):
             rows.append(torch.tanh(net.first(rows[-1])).detach())
-        assert torch.allclose(found.gram[0], sum(x.T @ x for x in rows), atol=1e-4) and torch.allclose(found.total[0], sum(x.sum(0) for x in rows), atol=1e-4)
+        assert torch.allclose(found.gram[0], sum(x.T @ x for x in rows), atol=1e-4) and torch.allclose(
+            found.total[0], sum(x.sum(0) for x in rows), atol=1e-4
+        )
 
 
 def test_padding_does_not_count(checkpoints):
@@ -108,7 +114,10 @@ def test_what_is_written_into_a_tensor_is_seen_by_the_next_layer():
     first, second = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
     model = nn.ModuleList([first, second])
     rows, x = [], torch.ones(2, 5, 4)
-    with torch.no_grad(), InputCapture(all_layers(model), lambda layer, expert, x: rows.append(x.clone())) as capture:
+    with (
+        torch.no_grad(),
+        InputCapture(all_layers(model), lambda layer, expert, x: rows.append(x.clone())) as capture,
+    ):
         capture.keep = torch.ones(2, 5, dtype=torch.bool)
         first(x)
         x += 1
@@ -121,7 +130,9 @@ def test_a_masked_layer_is_still_recognised():
     subject = workbench.subject(net, data={"inputs": torch.randn(40, 4), "labels": torch.randint(3, (40,))})
     subject.layers()[0].attach(Mask(torch.rand(8, 4) < 0.5))
     seen = []
-    with InputCapture(subject.layers(), lambda layer, expert, rows: seen.append((layer.name, tuple(rows.shape)))):
+    with InputCapture(
+        subject.layers(), lambda layer, expert, rows: seen.append((layer.name, tuple(rows.shape)))
+    ):
         subject.task.output(subject.model, next(subject.batches("test", 5)))
     assert seen == [("0", (5, 4)), ("1", (5, 8))]
 

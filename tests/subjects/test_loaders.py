@@ -38,14 +38,18 @@ def test_block_layers_leave_out_heads_and_embeddings(architecture):
     model = tiny(architecture)
     names = [layer.name for layer in select(model)]
     assert names and not any(word in name for name in names for word in ("lm_head", "classifier", "embed"))
-    assert all(len(layer.shape) in (2, 3) and torch.equal(layer.weight, layer.weight) for layer in select(model))
+    assert all(
+        len(layer.shape) in (2, 3) and torch.equal(layer.weight, layer.weight) for layer in select(model)
+    )
 
 
 def test_plain_module_and_its_errors():
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     x, y = torch.randn(40, 4), torch.randint(3, (40,))
     subject = workbench.subject(net, data={"inputs": x, "labels": y})
-    whole = torch.nn.functional.cross_entropy(net(subject.splits["test"]["inputs"]), subject.splits["test"]["labels"])
+    whole = torch.nn.functional.cross_entropy(
+        net(subject.splits["test"]["inputs"]), subject.splits["test"]["labels"]
+    )
     assert subject.evaluate("test", batch_size=3)["loss"] == pytest.approx(float(whole.detach()), abs=1e-6)
     with pytest.raises(BadInput, match="inputs"):
         workbench.subject(net)
@@ -63,7 +67,9 @@ def test_a_single_output_is_regression(checkpoints, tmp_path):
     subject = workbench.subject(tmp_path / "one", data="random")
     batch = next(subject.batches("test", 4))
     outputs = subject.task.output(subject.model, batch).detach().reshape(-1)
-    assert float(subject.loss(batch).detach()) == pytest.approx(0.5 * float((outputs - batch["labels"]).square().mean()))
+    assert float(subject.loss(batch).detach()) == pytest.approx(
+        0.5 * float((outputs - batch["labels"]).square().mean())
+    )
     (table := tmp_path / "table.csv").write_text("text,stars\n" + "a good one,high\nnot so good,low\n" * 20)
     with pytest.raises(BadInput, match="label-column: 'stars' must hold numbers"):
         workbench.subject(tmp_path / "one", data=table, text_column="text", label_column="stars")
@@ -103,7 +109,9 @@ def test_broken_inputs_are_named(checkpoints, tmp_path):
 
 def test_a_python_file_gives_a_subject(tmp_path: Path):
     file = tmp_path / "net.py"
-    file.write_text("import torch, workbench\ndef make():\n    return workbench.subject(torch.nn.Linear(4, 2), data={'inputs': torch.randn(20, 4), 'labels': torch.randint(2, (20,))})\n")
+    file.write_text(
+        "import torch, workbench\ndef make():\n    return workbench.subject(torch.nn.Linear(4, 2), data={'inputs': torch.randn(20, 4), 'labels': torch.randint(2, (20,))})\n"
+    )
     assert workbench.subject(f"{file}:make").task.name == "classification"
     with pytest.raises(BadInput, match="no 'other'"):
         workbench.subject(f"{file}:other")

@@ -14,7 +14,14 @@ from workbench.instruments import BadInput
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import CustomLoss
 from workbench.training import NormTest, fit
-from workbench.training.batch import gradient_groups, gradient_variance, log_slope, next_batch, noise_scale, noise_scale_interval
+from workbench.training.batch import (
+    gradient_groups,
+    gradient_variance,
+    log_slope,
+    next_batch,
+    noise_scale,
+    noise_scale_interval,
+)
 from workbench.training.normalisation import BatchChannelNorm, GhostBatchNorm, WeightStandardization
 
 
@@ -66,7 +73,9 @@ def test_gradient_groups_of_a_quadratic() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 0.5 * (self.w - x).square().sum(-1)
 
-    on = Subject("point", Point(), CustomLoss(lambda output, batch: output.mean()), {"train": {"inputs": inputs}})
+    on = Subject(
+        "point", Point(), CustomLoss(lambda output, batch: output.mean()), {"train": {"inputs": inputs}}
+    )
     gram = gradient_groups(on, groups=4, size=3)
     gradient = on.model.w.detach() - inputs
     everything = noise_scale(gram, 3)
@@ -86,14 +95,29 @@ def test_norm_test_rule() -> None:
     assert float(variance) == pytest.approx((1 + 1 + 9 + 9) / 3) and float(square) == pytest.approx(4.0)
     assert next_batch(20.0, 4.0, 6, eta=1.0, largest=100) == 6  # 20 / 6 <= 4
     assert next_batch(20.0, 4.0, 4, eta=1.0, largest=100) == 5  # ceil(20 / 4)
-    assert next_batch(20.0, 4.0, 4, eta=0.1, largest=100) == 100 and next_batch(20.0, 0.0, 4, eta=1.0, largest=64) == 64
+    assert (
+        next_batch(20.0, 4.0, 4, eta=0.1, largest=100) == 100
+        and next_batch(20.0, 0.0, 4, eta=1.0, largest=64) == 64
+    )
     assert next_batch(20.0, 4.0, 50, eta=1.0, largest=100) == 50
 
 
 def test_norm_test_grows_the_batch_in_the_loop() -> None:
     rule = NormTest(eta=0.8, largest=40, sample=8)
-    run = fit(small(), steps=40, batch_size=4, lr=0.05, optimizer=lambda model: torch.optim.Adagrad(model.parameters(), lr=0.05), before_step=[rule])
-    assert rule.sizes[0] == 4 and rule.sizes[-1] > 8 and sorted(rule.sizes) == rule.sizes and max(rule.sizes) <= 40
+    run = fit(
+        small(),
+        steps=40,
+        batch_size=4,
+        lr=0.05,
+        optimizer=lambda model: torch.optim.Adagrad(model.parameters(), lr=0.05),
+        before_step=[rule],
+    )
+    assert (
+        rule.sizes[0] == 4
+        and rule.sizes[-1] > 8
+        and sorted(rule.sizes) == rule.sizes
+        and max(rule.sizes) <= 40
+    )
     assert run.position == sum(rule.sizes) and run.history.batch_size.tolist() == rule.sizes
 
 
@@ -107,7 +131,10 @@ def test_ghost_batch_norm() -> None:
     ghost, plain = GhostBatchNorm(5, ghost=8), nn.BatchNorm1d(5)
     torch.testing.assert_close(ghost(inputs), torch.cat([plain(part) for part in inputs.split(8)]))
     torch.testing.assert_close(ghost.running_mean, plain.running_mean)
-    assert GhostBatchNorm(5, ghost=8)(torch.randn(9, 5)).shape == (9, 5)  # a last ghost of one example joins its neighbour
+    assert GhostBatchNorm(5, ghost=8)(torch.randn(9, 5)).shape == (
+        9,
+        5,
+    )  # a last ghost of one example joins its neighbour
     model = GhostBatchNorm.replacing(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), 8)
     assert isinstance(model[1], GhostBatchNorm)
     with pytest.raises(BadInput, match="ghost"):
@@ -122,7 +149,9 @@ def test_batch_channel_norm() -> None:
         layer.weight.mul_(1.5).add_(torch.arange(4)), layer.bias.add_(0.3)
     values = inputs.transpose(0, 1).flatten(1)
     mean, var = 0.25 * values.mean(1), 0.75 + 0.25 * values.var(1)
-    normed = (inputs - mean[:, None]) / (var[:, None] + 1e-5).sqrt() * layer.weight[:, None] + layer.bias[:, None]
+    normed = (inputs - mean[:, None]) / (var[:, None] + 1e-5).sqrt() * layer.weight[:, None] + layer.bias[
+        :, None
+    ]
     torch.testing.assert_close(layer(inputs), nn.functional.group_norm(normed, 2, eps=1e-5))
     torch.testing.assert_close(layer.running_mean, mean)
     torch.testing.assert_close(layer.running_var, var)
@@ -153,6 +182,10 @@ def test_weight_standardisation() -> None:
 def test_log_slope() -> None:
     batch = np.array([8.0, 16, 32, 64])
     found = log_slope(batch, 3 * batch**0.5)
-    assert found["slope"] == pytest.approx(0.5) and found["low"] == pytest.approx(0.5) and found["high"] == pytest.approx(0.5)
+    assert (
+        found["slope"] == pytest.approx(0.5)
+        and found["low"] == pytest.approx(0.5)
+        and found["high"] == pytest.approx(0.5)
+    )
     with pytest.raises(BadInput, match="3 points"):
         log_slope([1, 2], [1, 2])

@@ -31,7 +31,12 @@ def small(dropout: float = 0.0, count: int = 50) -> Subject:
     inputs = torch.randn(count, 8, generator=generator)
     labels = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0.5).long()
     columns = {"inputs": inputs, "labels": labels}
-    return Subject("small", net(dropout), ModuleTask(), {"train": columns, "validation": {k: v[:20] for k, v in columns.items()}})
+    return Subject(
+        "small",
+        net(dropout),
+        ModuleTask(),
+        {"train": columns, "validation": {k: v[:20] for k, v in columns.items()}},
+    )
 
 
 def language(count: int = 24) -> Subject:
@@ -52,15 +57,30 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 def test_equals_a_bare_loop_bit_for_bit() -> None:
     on = small()
     bare = copy.deepcopy(on.model).train()
-    run = fit(on, steps=12, batch_size=16, lr=0.05, weight_decay=0.1, optimizer="sgd", schedule="linear", warmup=0, clip=None, seed=3)
+    run = fit(
+        on,
+        steps=12,
+        batch_size=16,
+        lr=0.05,
+        weight_decay=0.1,
+        optimizer="sgd",
+        schedule="linear",
+        warmup=0,
+        clip=None,
+        seed=3,
+    )
     matrices, vectors = [bare[0].weight, bare[3].weight], [bare[0].bias, bare[3].bias]
-    optimizer = torch.optim.SGD([{"params": matrices, "weight_decay": 0.1}, {"params": vectors}], lr=0.05, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors}], lr=0.05, momentum=0.9, fused=True
+    )
     losses = []
     for step in range(12):
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * (1 - step / 12)
         chosen = take(50, 3, 16 * step, 16)
-        loss = F.cross_entropy(bare(on.splits["train"]["inputs"][chosen]), on.splits["train"]["labels"][chosen])
+        loss = F.cross_entropy(
+            bare(on.splits["train"]["inputs"][chosen]), on.splits["train"]["labels"][chosen]
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -81,13 +101,28 @@ def test_accumulation_is_exact_for_unequal_lengths() -> None:
             gradients[name] += [p.grad.clone() for p in run.model.parameters()]
 
         fit(on, steps=1, batch_size=16, micro_batch=micro, optimizer="sgd", clip=None, before_step=[keep])
-    assert max(float((a - b).abs().max()) for a, b in zip(gradients["whole"], gradients["parts"], strict=True)) < 1e-12
+    assert (
+        max(float((a - b).abs().max()) for a, b in zip(gradients["whole"], gradients["parts"], strict=True))
+        < 1e-12
+    )
 
 
-@pytest.mark.parametrize("optimizer, schedule", [("adamw", "cosine"), ("sgd", "plateau"), ("adamw", "one-cycle")])
+@pytest.mark.parametrize(
+    "optimizer, schedule", [("adamw", "cosine"), ("sgd", "plateau"), ("adamw", "one-cycle")]
+)
 def test_resumes_bit_for_bit(tmp_path: Path, optimizer: str, schedule: str) -> None:
     """Stopped at step 7 with a checkpoint of step 6, gone on: weights, averages, dropout and history equal an uninterrupted run's."""
-    arguments = dict(steps=15, batch_size=8, micro_batch=4, lr=1e-2, optimizer=optimizer, schedule=schedule, ema=0.9, evaluate_every=5, checkpoint_every=3)
+    arguments = dict(
+        steps=15,
+        batch_size=8,
+        micro_batch=4,
+        lr=1e-2,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema=0.9,
+        evaluate_every=5,
+        checkpoint_every=3,
+    )
     whole, broken, resumed = small(0.5), small(0.5), small(0.5)
     expected = fit(whole, checkpoint_folder=tmp_path / "whole", **arguments)
 
@@ -99,7 +134,9 @@ def test_resumes_bit_for_bit(tmp_path: Path, optimizer: str, schedule: str) -> N
     run = fit(resumed, checkpoint_folder=tmp_path / "kept", **arguments)
     assert same(whole.model, resumed.model)
     drop = ["seconds"]
-    assert expected.history.drop(columns=drop).equals(run.history.drop(columns=drop)[expected.history.drop(columns=drop).columns])
+    assert expected.history.drop(columns=drop).equals(
+        run.history.drop(columns=drop)[expected.history.drop(columns=drop).columns]
+    )
 
 
 def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -126,8 +163,22 @@ def test_masks_stay_and_the_weights_left_train() -> None:
 
 def test_divergence_is_a_result() -> None:
     """A quadratic at ten times its largest stable learning rate."""
-    on = Subject("quadratic", nn.Linear(1, 1, bias=False), CustomLoss(lambda output, batch: 0.5 * output.square().mean()), {"train": {"inputs": torch.ones(4, 1)}})
-    run = fit(on, steps=4000, batch_size=4, lr=20.0, optimizer="sgd", optimizer_options={"momentum": 0.0}, schedule="constant", clip=None)
+    on = Subject(
+        "quadratic",
+        nn.Linear(1, 1, bias=False),
+        CustomLoss(lambda output, batch: 0.5 * output.square().mean()),
+        {"train": {"inputs": torch.ones(4, 1)}},
+    )
+    run = fit(
+        on,
+        steps=4000,
+        batch_size=4,
+        lr=20.0,
+        optimizer="sgd",
+        optimizer_options={"momentum": 0.0},
+        schedule="constant",
+        clip=None,
+    )
     assert run.diverged and run.step < 4000 and run.validation == float("inf")
 
 
@@ -135,7 +186,13 @@ def test_averaged_weights_follow_their_recursion() -> None:
     on = small()
     seen = []
     start = copy.deepcopy(on.model.state_dict())
-    fit(on, steps=5, lr=1e-2, ema=0.75, callbacks=[lambda run: seen.append(copy.deepcopy(run.model.state_dict()))])
+    fit(
+        on,
+        steps=5,
+        lr=1e-2,
+        ema=0.75,
+        callbacks=[lambda run: seen.append(copy.deepcopy(run.model.state_dict()))],
+    )
     expected = seen[0]  # the first update copies (torch's AveragedModel)
     for state in seen[1:]:
         expected = {k: 0.75 * expected[k] + 0.25 * state[k] for k in state}
@@ -164,17 +221,27 @@ def test_the_callers_generator_is_left_alone() -> None:
 def test_order_visits_everything_equally_often() -> None:
     stream = torch.cat([take(10, 0, 0, 7), take(10, 0, 7, 16), take(10, 0, 23, 7)])
     assert torch.equal(torch.bincount(stream, minlength=10), torch.full((10,), 3))
-    assert not torch.equal(take(10, 0, 0, 10), take(10, 0, 10, 10)) and not torch.equal(take(10, 0, 0, 10), take(10, 1, 0, 10))
+    assert not torch.equal(take(10, 0, 0, 10), take(10, 0, 10, 10)) and not torch.equal(
+        take(10, 0, 0, 10), take(10, 1, 0, 10)
+    )
     sampler = StreamBatchSampler(10, 4, epochs=1.5)
     assert [len(b) for b in sampler] == [4, 4, 4, 3]
     loader = torch.utils.data.DataLoader(list(range(10)), batch_sampler=StreamBatchSampler(10, 4))
     assert torch.equal(torch.cat(list(loader)), take(10, 0, 0, 10))
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"steps": 0}, "steps"), ({"batch_size": 0}, "steps"), ({"optimizer": "adamv"}, "did you mean adamw"),
-    ({"schedule": "cosin"}, "did you mean cosine"), ({"lr": -1.0}, "lr"), ({"schedule_options": {"phi": 1}}, "takes no option phi"), ({"split": "no"}, "split"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "steps"),
+        ({"optimizer": "adamv"}, "did you mean adamw"),
+        ({"schedule": "cosin"}, "did you mean cosine"),
+        ({"lr": -1.0}, "lr"),
+        ({"schedule_options": {"phi": 1}}, "takes no option phi"),
+        ({"split": "no"}, "split"),
+    ],
+)
 def test_wrong_arguments_are_named(wrong: dict, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         fit(small(), **({"steps": 2} | wrong))
@@ -203,8 +270,24 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     plain = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, str(script), str(tmp_path / "one"), "0"], check=True, env=plain, cwd=root)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run([*launch, str(script), str(tmp_path / "two"), "2"], env=plain, cwd=root, capture_output=True, text=True)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "two"), "2"],
+        env=plain,
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     for key in one:

@@ -32,8 +32,13 @@ def test_muon() -> None:
 
 def test_muon_agrees_with_torch_to_bfloat16() -> None:
     torch.manual_seed(1)
-    mine, theirs = (nn.Parameter(torch.randn(8, 12, generator=torch.Generator().manual_seed(0))) for _ in range(2))
-    first, second = Muon([mine], lr=0.1, scale="rms"), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    mine, theirs = (
+        nn.Parameter(torch.randn(8, 12, generator=torch.Generator().manual_seed(0))) for _ in range(2)
+    )
+    first, second = (
+        Muon([mine], lr=0.1, scale="rms"),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+    )
     for _ in range(3):
         gradient = torch.randn(8, 12)
         mine.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -60,14 +65,18 @@ def test_soft_cap_never_lets_a_singular_value_out() -> None:
         weight.mul_(2.0 / torch.linalg.matrix_norm(weight, 2))
     optimizer = Muon([weight], lr=0.2, scale="none", weight_map="soft-cap", cap=2.0)
     for _ in range(40):
-        weight.grad = -torch.outer(torch.ones(12), torch.ones(9)).double()  # always pushes the same direction up
+        weight.grad = -torch.outer(
+            torch.ones(12), torch.ones(9)
+        ).double()  # always pushes the same direction up
         optimizer.step()
         assert float(torch.linalg.matrix_norm(weight.detach(), 2)) <= 2.0 + 1e-9
     assert float(torch.linalg.matrix_norm(weight.detach(), 2)) > 1.5
     matrix, a = torch.randn(5, 7, dtype=torch.float64) / 4, soft_cap_strength(2.0, 0.1)
     left, s, right = torch.linalg.svd(matrix, full_matrices=False)
     y = s - a * s**3
-    torch.testing.assert_close(soft_cap(matrix, a), left @ torch.diag(y + a * y**3) @ right, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        soft_cap(matrix, a), left @ torch.diag(y + a * y**3) @ right, rtol=1e-10, atol=1e-10
+    )
     with pytest.raises(BadInput, match="too long for a cap"):
         soft_cap_strength(0.1, 5.0)
 
@@ -142,11 +151,15 @@ def test_scion() -> None:
         left, sigma, right = torch.linalg.svd(s["d"] / s["d"].norm(), full_matrices=False)
         for _ in range(5):
             sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
-        return (1 - LR * WD) * w - LR * 2.0 * (w.shape[0] / w.shape[1]) ** 0.5 * left @ torch.diag(sigma) @ right
+        return (1 - LR * WD) * w - LR * 2.0 * (w.shape[0] / w.shape[1]) ** 0.5 * left @ torch.diag(
+            sigma
+        ) @ right
 
     compare(lambda ws: Scion(ws, lr=LR, weight_decay=WD, radius=2.0), rule, count=2, tolerance=1e-9)
     direction = torch.tensor([[3.0, -4.0], [0.0, 12.0]], dtype=torch.float64)
-    assert torch.equal(steepest(direction, "sign"), torch.tensor([[0.5, -0.5], [0.0, 0.5]], dtype=torch.float64))
+    assert torch.equal(
+        steepest(direction, "sign"), torch.tensor([[0.5, -0.5], [0.0, 0.5]], dtype=torch.float64)
+    )
     assert float(steepest(direction[:, 1], "rms").square().mean()) == pytest.approx(1.0)
     with pytest.raises(BadInput, match="norm"):
         Scion([nn.Parameter(torch.zeros(2, 2))], norm="nuclear")
@@ -155,8 +168,13 @@ def test_scion() -> None:
 def test_scion_agrees_with_pytorch_optimizer_to_bfloat16() -> None:
     from pytorch_optimizer import SCION
 
-    mine, theirs = (nn.Parameter(torch.randn(8, 12, generator=torch.Generator().manual_seed(0))) for _ in range(2))
-    first, second = Scion([mine], lr=0.1, radius=3.0), SCION([theirs], lr=0.1, momentum=0.1, scale=3.0, norm_type=2)
+    mine, theirs = (
+        nn.Parameter(torch.randn(8, 12, generator=torch.Generator().manual_seed(0))) for _ in range(2)
+    )
+    first, second = (
+        Scion([mine], lr=0.1, radius=3.0),
+        SCION([theirs], lr=0.1, momentum=0.1, scale=3.0, norm_type=2),
+    )
     for t in range(3):
         gradient = torch.randn(8, 12, generator=torch.Generator().manual_seed(t))
         mine.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -173,7 +191,9 @@ def test_kron_equals_pytorch_optimizer() -> None:
     weights = weights[:2]
     twins = [nn.Parameter(w.detach().clone()) for w in weights]
     mine = Kron(weights, lr=LR, weight_decay=WD, largest=8)
-    theirs = Theirs(twins, lr=LR, weight_decay=WD, max_size_triangular=8, balance_prob=0.0, precondition_dtype=None)
+    theirs = Theirs(
+        twins, lr=LR, weight_decay=WD, max_size_triangular=8, balance_prob=0.0, precondition_dtype=None
+    )
     for ws, optimizer in ((weights, mine), (twins, theirs)):
         torch.manual_seed(3)
         for _ in range(8):
@@ -220,7 +240,9 @@ def test_mkor() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     twin = copy.deepcopy(model)
     optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=LR), decay=0.9, every=1)
-    factors = [[torch.eye(n, dtype=torch.float64) for n in layer.weight.shape] for layer in (twin[0], twin[2])]
+    factors = [
+        [torch.eye(n, dtype=torch.float64) for n in layer.weight.shape] for layer in (twin[0], twin[2])
+    ]
     for _ in range(3):
         x, y = torch.randn(7, 4, dtype=torch.float64), torch.randint(3, (7,))
         optimizer.zero_grad()
@@ -231,7 +253,10 @@ def test_mkor() -> None:
         hidden.retain_grad(), out.retain_grad()
         twin.zero_grad()
         nn.functional.cross_entropy(out, y).backward()
-        for layer, pair, g, a in ((twin[0], factors[0], hidden.grad.sum(0), x.mean(0)), (twin[2], factors[1], out.grad.sum(0), hidden.tanh().mean(0).detach())):
+        for layer, pair, g, a in (
+            (twin[0], factors[0], hidden.grad.sum(0), x.mean(0)),
+            (twin[2], factors[1], out.grad.sum(0), hidden.tanh().mean(0).detach()),
+        ):
             pair[:] = [0.9 * f + 0.1 * torch.outer(v, v) for f, v in zip(pair, (g, a), strict=True)]
             step = torch.linalg.inv(pair[0]) @ layer.weight.grad @ torch.linalg.inv(pair[1])
             layer.weight.data -= LR * step * layer.weight.grad.norm() / step.norm()
@@ -242,7 +267,9 @@ def test_mkor() -> None:
 
 def test_mkor_draws_large_inverses_back() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False))
-    optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.0), decay=0.1, every=1, stabiliser=0.5, threshold=5.0)
+    optimizer = MKOR(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), decay=0.1, every=1, stabiliser=0.5, threshold=5.0
+    )
     model(torch.tensor([[1.0, 0.0, 0.0]])).sum().backward()
     optimizer.step()
     # unseen inputs: 1 / 0.1 = 10 passes the threshold, half-way to the identity is 5.5
@@ -273,4 +300,7 @@ def test_mkor_h_leaves_the_inner_optimizer_alone_when_the_loss_stalls() -> None:
         stepper.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
         stepper.step()
-    assert again.switched and all(torch.equal(a, c) and torch.equal(b, c) for a, b, c in zip(*(m.parameters() for m in (model, twin, plain)), strict=True))
+    assert again.switched and all(
+        torch.equal(a, c) and torch.equal(b, c)
+        for a, b, c in zip(*(m.parameters() for m in (model, twin, plain)), strict=True)
+    )

@@ -26,13 +26,24 @@ LR, WD = 0.05, 0.1
 
 def problem() -> tuple[list[nn.Parameter], Callable[[list[Tensor]], Tensor]]:
     generator = torch.Generator().manual_seed(4)
-    weights = [nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64)) for shape in ((6, 9), (9, 5), (7,))]
+    weights = [
+        nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))
+        for shape in ((6, 9), (9, 5), (7,))
+    ]
     targets = [torch.randn(*w.shape, generator=generator, dtype=torch.float64) for w in weights]
-    return weights, lambda ws: sum(((w - t) ** 2 * (1 + i)).sum() + (w**4).sum() / 10 for i, (w, t) in enumerate(zip(ws, targets, strict=False)))
+    return weights, lambda ws: sum(
+        ((w - t) ** 2 * (1 + i)).sum() + (w**4).sum() / 10
+        for i, (w, t) in enumerate(zip(ws, targets, strict=False))
+    )
 
 
-def compare(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], rule: Callable[[Tensor, Tensor, dict, int], Tensor], count: int | None = None,
-            steps: int = 6, tolerance: float = 1e-11) -> None:  # fmt: skip
+def compare(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    rule: Callable[[Tensor, Tensor, dict, int], Tensor],
+    count: int | None = None,
+    steps: int = 6,
+    tolerance: float = 1e-11,
+) -> None:
     """Run the optimizer and the plain rule (w, g, state, t) -> w side by side."""
     weights, loss = problem()
     weights = weights[:count]
@@ -94,7 +105,11 @@ def test_mars() -> None:
         b1, b2 = (0.95, 0.99) if w.ndim == 2 else (0.9, 0.95)
         c = g + 0.025 * b1 / (1 - b1) * (g - s.get("g", 0 * g)) if w.ndim == 2 else g
         c = c / max(1.0, float(c.norm())) if w.ndim == 2 else c
-        s["g"], s["m"], s["v"] = g, b1 * s.get("m", 0 * g) + (1 - b1) * c, b2 * s.get("v", 0 * g) + (1 - b2) * c * c
+        s["g"], s["m"], s["v"] = (
+            g,
+            b1 * s.get("m", 0 * g) + (1 - b1) * c,
+            b2 * s.get("v", 0 * g) + (1 - b2) * c * c,
+        )
         step = s["m"] / (1 - b1**t) / ((s["v"].sqrt() + 1e-8) / (1 - b2**t) ** 0.5)
         return w * (1 - LR * (WD if w.ndim == 2 else 0.0)) - LR * step
 
@@ -113,7 +128,10 @@ def test_sophia() -> None:
 
     weights, loss = problem()
     plain, theirs = [w.detach().clone() for w in weights], [nn.Parameter(w.detach().clone()) for w in weights]
-    optimizer, oracle = Sophia(weights, lr=LR, gamma=0.05, weight_decay=WD), SophiaH(theirs, lr=LR / 0.05, p=0.05, weight_decay=WD * 0.05, update_period=10**9)
+    optimizer, oracle = (
+        Sophia(weights, lr=LR, gamma=0.05, weight_decay=WD),
+        SophiaH(theirs, lr=LR / 0.05, p=0.05, weight_decay=WD * 0.05, update_period=10**9),
+    )
     first, h = [0 * w for w in plain], [0 * w for w in plain]
     generator = torch.Generator().manual_seed(0)
     for t in range(6):
@@ -129,7 +147,9 @@ def test_sophia() -> None:
         clipped = [(m / (0.05 * a).clamp(min=1e-12)).clamp(-1, 1) for m, a in zip(first, h, strict=True)]
         plain = [w * (1 - LR * WD) - LR * c for w, c in zip(plain, clipped, strict=True)]
         optimizer.step()
-        oracle.step(hessian=[d.clone() for d in diagonals] if t % 3 == 0 else None) if t % 3 == 0 else oracle.step()
+        oracle.step(
+            hessian=[d.clone() for d in diagonals] if t % 3 == 0 else None
+        ) if t % 3 == 0 else oracle.step()
         for a, b, c in zip(weights, plain, theirs, strict=True):
             torch.testing.assert_close(a.detach(), b, rtol=1e-11, atol=1e-11)
             torch.testing.assert_close(c.detach(), b, rtol=1e-9, atol=1e-9)
@@ -202,7 +222,9 @@ def test_one_bit_adam_with_simulated_workers() -> None:
     with pytest.raises(BadInput, match="workers: 4 were promised"):
         optimizer.step()
     whole = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(unpacked(*packed(compress(whole)), whole), compress(whole)) or torch.allclose(unpacked(*packed(compress(whole)), whole), compress(whole))
+    assert torch.equal(unpacked(*packed(compress(whole)), whole), compress(whole)) or torch.allclose(
+        unpacked(*packed(compress(whole)), whole), compress(whole)
+    )
 
 
 def test_one_bit_adam_does_not_move_what_never_had_a_gradient() -> None:
@@ -232,21 +254,36 @@ def test_one_bit_adam_over_processes_equals_the_simulation(tmp_path) -> None:
     """Two processes of gloo that exchange packed signs reach the weights of two simulated workers."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.test_optimizers"])
-    processes = [context.Process(target=one_of_two, args=(rank, str(tmp_path / "store"), str(tmp_path / "out"))) for rank in (0, 1)]
+    processes = [
+        context.Process(target=one_of_two, args=(rank, str(tmp_path / "store"), str(tmp_path / "out")))
+        for rank in (0, 1)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
     gradients = torch.randn(7, 2, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(torch.load(tmp_path / "out", weights_only=True), one_bit_reference(gradients, 3, 7), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "out", weights_only=True),
+        one_bit_reference(gradients, 3, 7),
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_trains_and_resumes(name: str, tmp_path) -> None:
-    options = {"galore": {"rank": 2, "refresh": 5}, "one-bit-adam": {"freeze": 4}, "sophia": {"every": 4}, "mkor": {"every": 4}}.get(name, {})
+    options = {
+        "galore": {"rank": 2, "refresh": 5},
+        "one-bit-adam": {"freeze": 4},
+        "sophia": {"every": 4},
+        "mkor": {"every": 4},
+    }.get(name, {})
     lr = {"sgd": 0.05, "lars": 5.0, "mkor": 0.05}.get(name, 0.01)
-    arguments = dict(steps=12, batch_size=25, optimizer=name, lr=lr, optimizer_options=options, checkpoint_every=6)
+    arguments = dict(
+        steps=12, batch_size=25, optimizer=name, lr=lr, optimizer_options=options, checkpoint_every=6
+    )
     whole, broken = small(), small()
     run = fit(whole, checkpoint_folder=tmp_path / "a", **arguments)
     assert run.history.loss.iloc[-1] < run.history.loss.iloc[0]
@@ -264,7 +301,9 @@ def test_together_is_one_optimizer() -> None:
     model = net()
     optimizer = make_optimizer("muon", 0.01, 0.1)(model)
     assert isinstance(optimizer, Together)
-    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5)
     assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.005}
     twin = make_optimizer("muon", 0.01, 0.1)(copy.deepcopy(model))

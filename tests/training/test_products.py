@@ -12,7 +12,14 @@ from workbench.instruments import BadInput
 from workbench.quantization.formats import named
 from workbench.subjects import Mask
 from workbench.training import fit
-from workbench.training.products import QuantizedLinear, QuantizedProducts, over_features, over_tokens, relative_errors, rounded
+from workbench.training.products import (
+    QuantizedLinear,
+    QuantizedProducts,
+    over_features,
+    over_tokens,
+    relative_errors,
+    rounded,
+)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -31,7 +38,11 @@ def test_without_rounding_every_level_is_the_plain_layer(level: int, tokens: int
 def test_the_rotations_are_orthogonal_and_their_own_inverses() -> None:
     rows = torch.randn(256, 24, dtype=torch.float64)
     for turn in (over_features, over_tokens):
-        assert torch.allclose(turn(turn(rows)), rows) and torch.allclose(turn(rows).norm(), rows.norm()) and not torch.allclose(turn(rows), rows)
+        assert (
+            torch.allclose(turn(turn(rows)), rows)
+            and torch.allclose(turn(rows).norm(), rows.norm())
+            and not torch.allclose(turn(rows), rows)
+        )
 
 
 def test_rounding_uses_one_scale_a_tensor() -> None:
@@ -43,7 +54,11 @@ def test_rounding_uses_one_scale_a_tensor() -> None:
 
 
 def test_the_three_products_are_those_of_the_formula() -> None:
-    form, x, weight = named("int4"), torch.randn(32, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    form, x, weight = (
+        named("int4"),
+        torch.randn(32, 16, requires_grad=True),
+        torch.randn(8, 16, requires_grad=True),
+    )
     upstream = torch.randn(32, 8)
     turn, mix = over_features(torch.eye(16)), over_tokens(torch.eye(32))
     for level in (0, 1, 2):
@@ -52,7 +67,11 @@ def test_the_three_products_are_those_of_the_formula() -> None:
         side = turn if level else torch.eye(16)
         with torch.no_grad():
             torch.testing.assert_close(y, rounded(x @ side, form) @ rounded(weight @ side, form).T)
-            expected = mix.T @ rounded(mix @ upstream, form) @ rounded(weight, form) if level == 2 else rounded(upstream, form) @ rounded(weight, form)
+            expected = (
+                mix.T @ rounded(mix @ upstream, form) @ rounded(weight, form)
+                if level == 2
+                else rounded(upstream, form) @ rounded(weight, form)
+            )
             torch.testing.assert_close(dx, expected)
             torch.testing.assert_close(dw, rounded(upstream, form).T @ rounded(x, form))
 
@@ -60,12 +79,19 @@ def test_the_three_products_are_those_of_the_formula() -> None:
 @pytest.mark.parametrize("format", ["int8", "int6", "e3m2"])
 def test_rotation_helps_where_tails_are_heavy(format: str) -> None:
     x, weight, error = torch.randn(256, 128), torch.randn(64, 128), torch.randn(256, 64)
-    heavy = relative_errors(x * (1 + 50 * (torch.arange(128) % 61 == 3)), weight, error * (1 + 50 * (torch.arange(256) % 97 == 5))[:, None], named(format))
+    heavy = relative_errors(
+        x * (1 + 50 * (torch.arange(128) % 61 == 3)),
+        weight,
+        error * (1 + 50 * (torch.arange(256) % 97 == 5))[:, None],
+        named(format),
+    )
     even = relative_errors(x, weight, error, named(format))
     if format.startswith("int"):
         assert heavy["XH"] < 0.5 * heavy["X"] and heavy["KE"] < 0.5 * heavy["E"]
         assert heavy["Y rotated"] < 0.5 * heavy["Y"] and heavy["dX rotated"] < 0.5 * heavy["dX"]
-    assert even["XH"] == pytest.approx(even["X"], rel=0.35) and even["KE"] == pytest.approx(even["E"], rel=0.35)
+    assert even["XH"] == pytest.approx(even["X"], rel=0.35) and even["KE"] == pytest.approx(
+        even["E"], rel=0.35
+    )
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
@@ -79,11 +105,16 @@ def test_a_subjects_linears_are_found_masked_or_not(architecture: str, checkpoin
     for level in (0, 1, 2):
         with QuantizedProducts(layers, "", level):
             found = torch.autograd.grad(on.loss(batch), trained, allow_unused=True)
-        assert all((a is None and b is None) or torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, plain, strict=True))
+        assert all(
+            (a is None and b is None) or torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+            for a, b in zip(found, plain, strict=True)
+        )
     calls = []
     with QuantizedProducts(layers, "int3", 1) as products:
         whole = products.found
-        products.found = lambda weight: calls.append(1) or whole(weight) if whole(weight) is not None else None  # type: ignore[method-assign]
+        products.found = lambda weight: (
+            calls.append(1) or whole(weight) if whole(weight) is not None else None
+        )  # type: ignore[method-assign]
         rough = on.loss(batch).item()
     assert len(calls) == len(layers) and rough != pytest.approx(on.loss(batch).item(), rel=1e-6)
 
@@ -102,9 +133,16 @@ def test_training_with_quantized_products(rotation: int) -> None:
 def test_what_cannot_run_is_refused(checkpoints) -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     on = workbench.subject(net, data={"inputs": torch.randn(40, 4), "labels": torch.randint(3, (40,))})
-    for fields, field in (({"precision": "int8", "rotation": 3}, "rotation"), ({"precision": "fp32", "rotation": 1}, "rotation"),
-                          ({"precision": "mxfp8"}, "precision"), ({"precision": "uint8"}, "precision"), ({"precision": "tf32"}, "precision")):  # fmt: skip
+    for fields, field in (
+        ({"precision": "int8", "rotation": 3}, "rotation"),
+        ({"precision": "fp32", "rotation": 1}, "rotation"),
+        ({"precision": "mxfp8"}, "precision"),
+        ({"precision": "uint8"}, "precision"),
+        ({"precision": "tf32"}, "precision"),
+    ):
         with pytest.raises(BadInput, match=f"^{field}: "):
             fit(on, steps=1, **fields)
     with pytest.raises(BadInput, match="^precision: .*stack of experts"):
-        QuantizedProducts(workbench.subject(checkpoints["mixtral"], data="random", max_length=12).layers(), "int8")
+        QuantizedProducts(
+            workbench.subject(checkpoints["mixtral"], data="random", max_length=12).layers(), "int8"
+        )

@@ -28,7 +28,11 @@ def test_uba() -> None:
         assert s.uba(p, 0.5) >= s.uba(p, 2.0) - 1e-15 >= s.uba(p, 5.0) - 2e-15
     for phi in (0.25, 1.0, 5.0, 20.0):
         values = [s.uba(p, phi, final=0.1) for p in np.linspace(0, 1, 101)]
-        assert values[0] == pytest.approx(1) and values[-1] == pytest.approx(0.1) and all(np.diff(values) <= 1e-15)
+        assert (
+            values[0] == pytest.approx(1)
+            and values[-1] == pytest.approx(0.1)
+            and all(np.diff(values) <= 1e-15)
+        )
         for p in np.linspace(0, 0.99, 12):
             assert 1 / s.uba(p, phi) - 1 == pytest.approx(phi / 2 * (1 / s.cosine(p) - 1))
 
@@ -43,23 +47,31 @@ def test_infinite_corners() -> None:
 
 def test_power() -> None:
     """Batch and token number agnostic: constant until the power law falls below the peak; the law itself; the decay's ends."""
-    rate = s.PowerLR(optimizer(0.02), 1000, batch=128, tokens=128 * 4096, warmup=10, decay=0.1, final=0.01).rate
+    rate = s.PowerLR(
+        optimizer(0.02), 1000, batch=128, tokens=128 * 4096, warmup=10, decay=0.1, final=0.01
+    ).rate
     crossing = (0.02 / (128 * 4)) ** (1 / -0.51) / (128 * 4096)  # the step whose tokens give exactly the peak
     assert rate(0.02, 20) == 0.02 if crossing > 21 else True
     late = 800
     assert rate(0.02, late) == pytest.approx(min(0.02, 128 * 4 * ((late + 1) * 128 * 4096) ** -0.51))
-    assert rate(0.02, 0) == pytest.approx(0.02 / 11) and rate(0.02, 1000) == pytest.approx(rate(0.02, 900) * 0.01)
+    assert rate(0.02, 0) == pytest.approx(0.02 / 11) and rate(0.02, 1000) == pytest.approx(
+        rate(0.02, 900) * 0.01
+    )
     # two budgets share the rate up to the earlier one's decay
     longer = s.PowerLR(optimizer(0.02), 5000, batch=128, tokens=128 * 4096, warmup=10).rate
     assert all(rate(0.02, t) == longer(0.02, t) for t in range(900))
     # doubling the batch at the same tokens doubles the law
     double = s.PowerLR(optimizer(1e9), 500, batch=256, tokens=256 * 4096).rate
-    assert double(1e9, 99) == pytest.approx(2 * s.PowerLR(optimizer(1e9), 1000, batch=128, tokens=128 * 4096).rate(1e9, 199))
+    assert double(1e9, 99) == pytest.approx(
+        2 * s.PowerLR(optimizer(1e9), 1000, batch=128, tokens=128 * 4096).rate(1e9, 199)
+    )
 
 
 def test_wsd() -> None:
     assert s.wsd(0.8) == 1 and s.wsd(0.9) == pytest.approx(0.5) and s.wsd(1.0) == pytest.approx(0, abs=1e-15)
-    assert s.wsd(0.85, shape="sqrt") == pytest.approx(0.5) and s.wsd(0.9, shape="cosine") == pytest.approx(0.5)
+    assert s.wsd(0.85, shape="sqrt") == pytest.approx(0.5) and s.wsd(0.9, shape="cosine") == pytest.approx(
+        0.5
+    )
     assert s.wsd(0.9, shape="exponential") == pytest.approx(0.1)
 
 
@@ -115,7 +127,9 @@ def test_time_budget() -> None:
 
 
 def test_scaling_rules() -> None:
-    assert s.scaled_lr(0.1, 64, 16, "linear") == pytest.approx(0.4) and s.scaled_lr(0.1, 64, 16, "sqrt") == pytest.approx(0.2)
+    assert s.scaled_lr(0.1, 64, 16, "linear") == pytest.approx(0.4) and s.scaled_lr(
+        0.1, 64, 16, "sqrt"
+    ) == pytest.approx(0.2)
     with pytest.raises(BadInput, match="rule"):
         s.scaled_lr(0.1, 64, 16, "cubic")
 

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from workbench.instruments import BadInput
-from workbench.training.self_tuning import Hyperparameter, SelfTuningLinear, Setting, TunedDropout, self_tuning, squared_weights, tune
+from workbench.training.self_tuning import (
+    Hyperparameter,
+    SelfTuningLinear,
+    Setting,
+    TunedDropout,
+    self_tuning,
+    squared_weights,
+    tune,
+)
 
 
 def ridge() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -41,8 +49,30 @@ def test_best_response_and_hypergradient_of_ridge_regression() -> None:
     torch.manual_seed(0)
     setting = Setting([Hyperparameter("l2", 0.2)], spread=0.3)
     model = self_tuning(nn.Sequential(nn.Linear(6, 1, bias=False)), setting)
-    tune(model, setting, train, held_out, penalised, lambda m, b, v: squares(m, b), steps=500, warmup=10**9, batch_size=100, lr=0.02)
-    tune(model, setting, train, held_out, penalised, lambda m, b, v: squares(m, b), steps=500, warmup=10**9, batch_size=100, lr=0.002)
+    tune(
+        model,
+        setting,
+        train,
+        held_out,
+        penalised,
+        lambda m, b, v: squares(m, b),
+        steps=500,
+        warmup=10**9,
+        batch_size=100,
+        lr=0.02,
+    )
+    tune(
+        model,
+        setting,
+        train,
+        held_out,
+        penalised,
+        lambda m, b, v: squares(m, b),
+        steps=500,
+        warmup=10**9,
+        batch_size=100,
+        lr=0.002,
+    )
     at = lambda free: solution(train, float(np.exp(free)))  # noqa: E731
     centre = np.log(0.2)
     found = model[0].responding().detach().numpy()[0]
@@ -60,14 +90,30 @@ def test_the_penalty_found_is_the_best_one() -> None:
     torch.manual_seed(0)
     setting = Setting([Hyperparameter("l2", 0.01)], spread=0.3)
     model = self_tuning(nn.Sequential(nn.Linear(6, 1, bias=False)), setting)
-    table = tune(model, setting, train, held_out, penalised, lambda m, b, v: squares(m, b), steps=1500, batch_size=100, lr=0.01, setting_lr=0.02,
-                 warmup=100, tune_spread=False)  # fmt: skip
+    table = tune(
+        model,
+        setting,
+        train,
+        held_out,
+        penalised,
+        lambda m, b, v: squares(m, b),
+        steps=1500,
+        batch_size=100,
+        lr=0.01,
+        setting_lr=0.02,
+        warmup=100,
+        tune_spread=False,
+    )
     losses = {p: validation(held_out, solution(train, p)) for p in np.geomspace(1e-3, 10, 200)}
     best = min(losses, key=lambda p: losses[p])
     found = validation(held_out, solution(train, float(table.l2.iloc[-1])))
     worst = losses[min(losses)]
     assert found - losses[best] < 0.1 * (worst - losses[best])
-    assert table.l2.iloc[0] == pytest.approx(0.01) and len(table) == 1500 and table.validation_loss.isna().sum() == 100
+    assert (
+        table.l2.iloc[0] == pytest.approx(0.01)
+        and len(table) == 1500
+        and table.validation_loss.isna().sum() == 100
+    )
 
 
 def test_layers_respond() -> None:
@@ -76,7 +122,14 @@ def test_layers_respond() -> None:
     layer = SelfTuningLinear(plain, setting)
     x = torch.randn(5, 3)
     torch.testing.assert_close(layer(x), plain(x))  # no response at the start
-    assert {n for n, _ in layer.named_parameters()} == {"weight", "response", "gate", "bias", "bias_response", "bias_gate"}
+    assert {n for n, _ in layer.named_parameters()} == {
+        "weight",
+        "response",
+        "gate",
+        "bias",
+        "bias_response",
+        "bias_gate",
+    }
     with torch.no_grad():
         layer.response.copy_(torch.ones(2, 3))
     setting.draw()

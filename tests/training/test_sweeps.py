@@ -136,7 +136,9 @@ def test_pool_outlives_a_killed_worker(tmp_path: Path) -> None:
 def postgres(tmp_path: Path) -> Iterator[tuple[str, object]]:
     """A private PostgreSQL on loopback, and a function that restarts it. It refuses to run as root, so root becomes nobody."""
     pytest.importorskip("psycopg", reason="psycopg is not installed (the cluster extra)")
-    found = shutil.which("initdb") or next(iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None)
+    found = shutil.which("initdb") or next(
+        iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None
+    )
     if found is None:
         pytest.skip("PostgreSQL's server programs (initdb, pg_ctl) are not installed")
     binaries = Path(found).parent
@@ -154,8 +156,16 @@ def postgres(tmp_path: Path) -> Iterator[tuple[str, object]]:
         port = probe.getsockname()[1]
 
     def call(*command: str) -> None:
-        done = subprocess.run([str(binaries / command[0]), *command[1:]], cwd=home, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, timeout=120, **become)  # fmt: skip
+        done = subprocess.run(
+            [str(binaries / command[0]), *command[1:]],
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            **become,
+        )
         assert done.returncode == 0, done.stdout
 
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={home} -c fsync=off"
@@ -165,10 +175,28 @@ def postgres(tmp_path: Path) -> Iterator[tuple[str, object]]:
         call("pg_ctl", "-D", data, "-l", str(home / "log"), "-o", options, "-w", "start")
         yield (
             f"postgresql+psycopg://bench@127.0.0.1:{port}/postgres",
-            lambda: call("pg_ctl", "-D", data, "-l", str(home / "log"), "-o", options, "-m", "immediate", "-w", "restart"),
+            lambda: call(
+                "pg_ctl",
+                "-D",
+                data,
+                "-l",
+                str(home / "log"),
+                "-o",
+                options,
+                "-m",
+                "immediate",
+                "-w",
+                "restart",
+            ),
         )
     finally:
-        subprocess.run([str(binaries / "pg_ctl"), "-D", data, "-m", "immediate", "stop"], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **become)
+        subprocess.run(
+            [str(binaries / "pg_ctl"), "-D", data, "-m", "immediate", "stop"],
+            cwd="/",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **become,
+        )
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -187,8 +215,15 @@ def test_postgres_four_workers_kill_and_restart(postgres, tmp_path: Path) -> Non
 
 def test_dask_cluster(tmp_path: Path) -> None:
     distributed = pytest.importorskip("dask.distributed", reason="dask is not installed (the cluster extra)")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster, distributed.Client(cluster):
-        table = Sweep("sweep", {"x": list(range(8))}, square, storage=sqlite(tmp_path)).run(workers=2, backend="dask")
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster),
+    ):
+        table = Sweep("sweep", {"x": list(range(8))}, square, storage=sqlite(tmp_path)).run(
+            workers=2, backend="dask"
+        )
     assert table.value.tolist() == [(x - 3) ** 2 for x in range(8)] and set(table.state) == {"done"}
 
 
@@ -220,7 +255,11 @@ def test_a_lost_claim_records_nothing(tmp_path: Path) -> None:
     assert ledger.claim(slow) is not None and ledger.claim(quick) is None
     ledger.release("slow")
     assert ledger.claim(quick) is not None
-    assert not ledger.beat(0, slow) and not ledger.finish(0, slow, "done", {"value": 0.0}, 0.0) and ledger.finish(0, quick, "done", {"value": 5.0}, 0.0)
+    assert (
+        not ledger.beat(0, slow)
+        and not ledger.finish(0, slow, "done", {"value": 0.0}, 0.0)
+        and ledger.finish(0, quick, "done", {"value": 5.0}, 0.0)
+    )
 
 
 def test_divergence_and_errors_are_results(tmp_path: Path) -> None:
@@ -230,7 +269,11 @@ def test_divergence_and_errors_are_results(tmp_path: Path) -> None:
         return {"value": float("inf") if params["x"] == 1 else 0.5}
 
     table = Sweep("sweep", {"x": [0, 1, 2]}, objective, storage=sqlite(tmp_path)).run(workers=1)
-    assert table.state.tolist() == ["done", "done", "failed"] and table.diverged.tolist() == [False, True, False]
+    assert table.state.tolist() == ["done", "done", "failed"] and table.diverged.tolist() == [
+        False,
+        True,
+        False,
+    ]
     assert table.error[2] == "RuntimeError: no such luck" and table.attempts[2] == 3
 
 
@@ -259,7 +302,9 @@ def test_sampling(tmp_path: Path, sampling: str) -> None:
     sweep = Sweep("sweep", space, objective, sampling=sampling, trials=20, storage=sqlite(tmp_path))
     table = sweep.run(workers=1)
     assert len(table) == 20 and table.x.between(1e-3, 10).all() and table.x.nunique() == 20
-    again = Sweep("other", space, objective, sampling=sampling, trials=20, storage=sqlite(tmp_path)).run(workers=1)
+    again = Sweep("other", space, objective, sampling=sampling, trials=20, storage=sqlite(tmp_path)).run(
+        workers=1
+    )
     if sampling == "random":
         assert again.x.tolist() == table.x.tolist()
     study = sweep._optuna(sweep.open().spec()[1])
@@ -273,7 +318,15 @@ def test_halving_ends_bad_runs_early(tmp_path: Path) -> None:
                 return {"value": params["x"], "steps": step}
         return {"value": params["x"], "steps": 16}
 
-    table = Sweep("sweep", {"x": Range(0.0, 1.0)}, objective, sampling="random", trials=24, halving=True, storage=sqlite(tmp_path)).run(workers=1)
+    table = Sweep(
+        "sweep",
+        {"x": Range(0.0, 1.0)},
+        objective,
+        sampling="random",
+        trials=24,
+        halving=True,
+        storage=sqlite(tmp_path),
+    ).run(workers=1)
     assert table.steps.min() < 16 and table.loc[table.value.idxmin(), "steps"] == 16
 
 

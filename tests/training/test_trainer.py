@@ -28,10 +28,22 @@ def test_a_trainer_steps_with_them(name: str, options: dict, tmp_path) -> None:
     on, steps, lr = language(), 12, 0.1 if name == "mkor" else 0.02
     optimizer = make_optimizer(name, lr, 0.01, **options)(on.model)
     schedule = make_schedule("rex", warmup=0.25)(optimizer, steps)
-    settings = transformers.TrainingArguments(str(tmp_path), max_steps=steps, per_device_train_batch_size=8, logging_steps=1, save_strategy="no", report_to=[],
-                                              use_cpu=True, disable_tqdm=True)  # fmt: skip
-    trainer = transformers.Trainer(on.model, settings, train_dataset=Rows(on.split("train")), optimizers=(optimizer, schedule))
+    settings = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        on.model, settings, train_dataset=Rows(on.split("train")), optimizers=(optimizer, schedule)
+    )
     trainer.train()
     logged = [row for row in trainer.state.log_history if "learning_rate" in row]
-    assert [row["learning_rate"] for row in logged] == pytest.approx(list(sampled("rex", steps, warmup=0.25, lr=lr)))
+    assert [row["learning_rate"] for row in logged] == pytest.approx(
+        list(sampled("rex", steps, warmup=0.25, lr=lr))
+    )
     assert logged[-1]["loss"] < logged[0]["loss"]

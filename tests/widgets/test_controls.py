@@ -47,15 +47,28 @@ TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_s
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.fixed_dictionaries(
     {
-        "sparsity": st.floats(0, 1, exclude_max=True), "rate": st.floats(1e-300, 1), "group": st.integers(1, 4096), "bits": st.integers(2, 8),
-        "steps": st.integers(1, 2**53), "shift": NUMBER, "flag": st.booleans(), "method": st.sampled_from(["a", "b", 3, True, None]),
-        "norm": st.sampled_from(Norm), "maybe": st.sampled_from(["x", "y", None]), "limit": st.none() | st.integers(-(2**53), 2**53), "text": TEXT,
-        "label": st.none() | TEXT | st.sampled_from(["null", "yes", "1", "~", "'", '"', "- a", "{", "[", "a: b", "#", "...", "\xa0"]),
+        "sparsity": st.floats(0, 1, exclude_max=True),
+        "rate": st.floats(1e-300, 1),
+        "group": st.integers(1, 4096),
+        "bits": st.integers(2, 8),
+        "steps": st.integers(1, 2**53),
+        "shift": NUMBER,
+        "flag": st.booleans(),
+        "method": st.sampled_from(["a", "b", 3, True, None]),
+        "norm": st.sampled_from(Norm),
+        "maybe": st.sampled_from(["x", "y", None]),
+        "limit": st.none() | st.integers(-(2**53), 2**53),
+        "text": TEXT,
+        "label": st.none()
+        | TEXT
+        | st.sampled_from(["null", "yes", "1", "~", "'", '"', "- a", "{", "[", "a: b", "#", "...", "\xa0"]),
         "grid": st.lists(NUMBER, max_size=4).map(tuple),
-        "pair": st.tuples(st.integers(-9, 9), TEXT), "layers": st.lists(TEXT | st.sampled_from(["*.q", "null", "1", "a: b", "#", "yes"]), max_size=4),
-        "layer_bits": st.dictionaries(TEXT, st.integers(2, 8), max_size=3), "table": st.lists(st.lists(NUMBER, max_size=3), max_size=3),
+        "pair": st.tuples(st.integers(-9, 9), TEXT),
+        "layers": st.lists(TEXT | st.sampled_from(["*.q", "null", "1", "a: b", "#", "yes"]), max_size=4),
+        "layer_bits": st.dictionaries(TEXT, st.integers(2, 8), max_size=3),
+        "table": st.lists(st.lists(NUMBER, max_size=3), max_size=3),
     }
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +92,36 @@ def test_round_trip_is_identity(controls: Controls, values: dict) -> None:
 
 def test_each_kind_of_field_gets_its_control(controls: Controls) -> None:
     kinds = {name: type(item.widget) for name, item in Controls(Everything).controls.items()}
-    assert kinds["sparsity"] is ipywidgets.FloatSlider and kinds["rate"] is ipywidgets.FloatLogSlider and kinds["bits"] is ipywidgets.IntSlider
+    assert (
+        kinds["sparsity"] is ipywidgets.FloatSlider
+        and kinds["rate"] is ipywidgets.FloatLogSlider
+        and kinds["bits"] is ipywidgets.IntSlider
+    )
     assert kinds["flag"] is ipywidgets.Checkbox and kinds["steps"] is ipywidgets.BoundedIntText
     assert {kinds[n] for n in ("method", "norm", "maybe")} == {ipywidgets.Dropdown}
     group = controls.controls["group"].widget
-    assert isinstance(group, ipywidgets.FloatLogSlider) and group.base == 2 and group.description == "group (weights)" and group.tooltip == "weights"
+    assert (
+        isinstance(group, ipywidgets.FloatLogSlider)
+        and group.base == 2
+        and group.description == "group (weights)"
+        and group.tooltip == "weights"
+    )
     sparsity = Controls(Everything).controls["sparsity"].widget
     assert (sparsity.min, sparsity.max, sparsity.step) == (0, 1, 0.01)
 
 
 def test_lines_of_text_read_as_a_person_writes_them() -> None:
     made = Controls(Everything)
-    for name, line, value in [("grid", "0.5, 0.7, 1", [0.5, 0.7, 1]), ("grid", "[1]", [1]), ("layers", "*.q_proj, b", ["*.q_proj", "b"]),
-                              ("layers", "['a,b', c]", ["a,b", "c"]), ("layers", "", []), ("layer_bits", "fc1: 4, fc2: 8", {"fc1": 4, "fc2": 8}),
-                              ("limit", "", None), ("label", "plain text", "plain text")]:  # fmt: skip
+    for name, line, value in [
+        ("grid", "0.5, 0.7, 1", [0.5, 0.7, 1]),
+        ("grid", "[1]", [1]),
+        ("layers", "*.q_proj, b", ["*.q_proj", "b"]),
+        ("layers", "['a,b', c]", ["a,b", "c"]),
+        ("layers", "", []),
+        ("layer_bits", "fc1: 4, fc2: 8", {"fc1": 4, "fc2": 8}),
+        ("limit", "", None),
+        ("label", "plain text", "plain text"),
+    ]:
         made.controls[name].widget.value = line
         assert made.controls[name].read() == value
     made.controls["layer_bits"].widget.value = "*.q: 4"  # YAML takes a leading * for a reference
@@ -119,6 +148,11 @@ def test_a_view_model_reports_while_its_sliders_move() -> None:
     calls: list[int] = []
     made = Controls(View, {"cut": 0.3}, changed=lambda: calls.append(1), live=True)
     slider = made.controls["cut"].widget
-    assert isinstance(slider, ipywidgets.FloatSlider) and slider.continuous_update and made.values == {"cut": 0.3} and not calls
+    assert (
+        isinstance(slider, ipywidgets.FloatSlider)
+        and slider.continuous_update
+        and made.values == {"cut": 0.3}
+        and not calls
+    )
     slider.value = 0.4
     assert len(calls) == 1

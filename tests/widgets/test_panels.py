@@ -39,7 +39,13 @@ class WaveResult(Result):
     def figure(self, **view: Any) -> go.Figure:
         chosen = WaveView(**view)
         fig = figure("Wave", x="t")
-        line(fig, self.table["t"], chosen.scale * self.table["y"], "wave", mode="lines" if chosen.kind == "curve" else "markers")
+        line(
+            fig,
+            self.table["t"],
+            chosen.scale * self.table["y"],
+            "wave",
+            mode="lines" if chosen.kind == "curve" else "markers",
+        )
         return fig
 
 
@@ -108,7 +114,12 @@ def test_stop_keeps_what_is_there() -> None:
     bench.go_on.clear()
     panel = widgets.panel(Wave, bench, steps=1000)
     panel.job.run.click()
-    assert bench.reached.wait(20) and panel.job.running and panel.job.run.disabled and not panel.job.halt.disabled
+    assert (
+        bench.reached.wait(20)
+        and panel.job.running
+        and panel.job.run.disabled
+        and not panel.job.halt.disabled
+    )
     assert len(panel.plot.figure.data[0].y) >= 1  # drawn while it runs
     panel.job.run.click()  # a second click starts nothing
     panel.job.halt.click()
@@ -123,7 +134,11 @@ def test_errors_are_words_and_leave_the_panel_working() -> None:
     panel = widgets.panel(Wave, Bench(), fail=True)
     run(panel)
     shown, folded = panel.job.note.value.split("<details>")
-    assert "RuntimeError: the &lt;b&gt;sine&lt;/b&gt; broke" in shown and "Traceback" not in shown and "Traceback" in folded
+    assert (
+        "RuntimeError: the &lt;b&gt;sine&lt;/b&gt; broke" in shown
+        and "Traceback" not in shown
+        and "Traceback" in folded
+    )
     panel.controls.controls["fail"].widget.value = False
     assert "ready" in panel.job.note.value
     run(panel)
@@ -133,7 +148,10 @@ def test_errors_are_words_and_leave_the_panel_working() -> None:
 def test_contradictory_settings_are_named_while_they_are_typed(cache: Path) -> None:
     panel = widgets.panel(Prune, "digits-softmax")
     panel.controls.values = {"sparsity": 1.0}
-    assert "sparsity: 1.0 is not accepted, it should be less than 1" in panel.job.note.value and "<details>" not in panel.job.note.value
+    assert (
+        "sparsity: 1.0 is not accepted, it should be less than 1" in panel.job.note.value
+        and "<details>" not in panel.job.note.value
+    )
     run(panel)
     assert "sparsity: 1.0" in panel.job.note.value and panel.result is None
     panel.controls.values = {"sparsity": 0.5}
@@ -153,25 +171,39 @@ def test_comparison_over_it_and_side_by_side() -> None:
     assert panel.comparison.layout.display == "none"
     panel.controls.values = {"frequency": 7}
     run(panel)
-    assert panel.comparison.layout.display == "" and [label for label, _ in panel.compare.options] == ["nothing", "run 1 (frequency 2)"]
+    assert panel.comparison.layout.display == "" and [label for label, _ in panel.compare.options] == [
+        "nothing",
+        "run 1 (frequency 2)",
+    ]
     panel.compare.value = 1
     assert [t.name for t in panel.plot.figure.data] == ["wave", "run 1: wave"]
     np.testing.assert_allclose(panel.plot.figure.data[1].y, np.sin(2 * np.arange(20)))
     assert "frequency" in panel.table.value and panel.beside.layout.display == "none"
     panel.how.value = "side by side"
-    assert len(panel.plot.figure.data) == 1 and panel.beside.layout.display == "" and panel.beside.figure.layout.title.text == "run 1: Wave"
+    assert (
+        len(panel.plot.figure.data) == 1
+        and panel.beside.layout.display == ""
+        and panel.beside.figure.layout.title.text == "run 1: Wave"
+    )
     panel.compare.value = 0
     assert panel.beside.layout.display == "none" and panel.table.value == ""
     for _ in range(15):
         run(panel)
-    assert len(panel.results) == 12 and panel.compare.options[1][0].startswith("run 16") and panel.compare.options[-1][1] == 6
+    assert (
+        len(panel.results) == 12
+        and panel.compare.options[1][0].startswith("run 16")
+        and panel.compare.options[-1][1] == 6
+    )
 
 
 def test_overlays_and_differences() -> None:
     one, two = figure("a"), figure("b")
     line(one, [0, 1], [0, 1], "curve")
     two.add_bar(x=["p"], y=[1], name="bar")
-    assert can_overlay(one, two) and [t.name for t in overlay(one, two, "run 1").data] == ["curve", "run 1: bar"]
+    assert can_overlay(one, two) and [t.name for t in overlay(one, two, "run 1").data] == [
+        "curve",
+        "run 1: bar",
+    ]
     heat(two, [[1, 2]])
     assert not can_overlay(one, two)
     table = pd.DataFrame({"x": [1]})
@@ -185,7 +217,11 @@ def test_overlays_and_differences() -> None:
 def test_static_twin_stands_in_for_the_live_panel() -> None:
     panel = widgets.panel(Wave, Bench())
     bundle, _ = panel._repr_mimebundle_()
-    assert "application/vnd.jupyter.widget-view+json" in bundle and PLOTLY_MIME not in bundle and "frequency" in bundle["text/html"]
+    assert (
+        "application/vnd.jupyter.widget-view+json" in bundle
+        and PLOTLY_MIME not in bundle
+        and "frequency" in bundle["text/html"]
+    )
     run(panel)
     bundle, _ = panel._repr_mimebundle_()
     assert bundle[PLOTLY_MIME]["layout"]["title"]["text"] == "Wave" and "<table" in bundle["text/html"]
@@ -204,28 +240,54 @@ def test_headless_a_panel_runs_at_once_and_leaves_no_widget(monkeypatch: pytest.
 def test_parameters_restore_the_panel_exactly(tmp_path: Path, cache: Path) -> None:
     from workbench.quantization import Quantize
 
-    panel = widgets.panel(Quantize, "digits-softmax", bits=3, layer_bits={"*.q": 8, "null": 2}, damp=1.23456789e-4, layers="*.q_proj, 'x'", symmetric=False)
+    panel = widgets.panel(
+        Quantize,
+        "digits-softmax",
+        bits=3,
+        layer_bits={"*.q": 8, "null": 2},
+        damp=1.23456789e-4,
+        layers="*.q_proj, 'x'",
+        symmetric=False,
+    )
     file = reports.write_parameters(tmp_path / "p.yaml", panel.parameters)
     restored = widgets.panel.from_parameters(file)
-    assert restored.instrument == panel.instrument and restored.parameters == panel.parameters and restored.kind is Quantize
+    assert (
+        restored.instrument == panel.instrument
+        and restored.parameters == panel.parameters
+        and restored.kind is Quantize
+    )
     assert widgets.panel.from_parameters(panel.parameters).instrument == panel.instrument
     with_view = {**panel.parameters, "view": {"column": "sqnr"}}
     assert widgets.panel.from_parameters(with_view).view == {"column": "sqnr"}
-    for wrong, words in [({"instrument": "quantize"}, "subject"), ({**panel.parameters, "extra": 1}, "extra: unknown"), (tmp_path / "none.yaml", "not a file")]:
+    for wrong, words in [
+        ({"instrument": "quantize"}, "subject"),
+        ({**panel.parameters, "extra": 1}, "extra: unknown"),
+        (tmp_path / "none.yaml", "not a file"),
+    ]:
         with pytest.raises(BadInput, match=words):
             widgets.panel.from_parameters(wrong)
 
 
-def test_sent_to_report_is_the_same_result(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sent_to_report_is_the_same_result(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A subject that no name opens (pruned, then handed to a panel) reaches the report as it is."""
     monkeypatch.chdir(tmp_path)
-    on = Prune(method="magnitude", layers="*", predict_examples=0).run(workbench.subject("digits-softmax", trained=True)).subject
+    on = (
+        Prune(method="magnitude", layers="*", predict_examples=0)
+        .run(workbench.subject("digits-softmax", trained=True))
+        .subject
+    )
     panel = widgets.panel(Prune, on, method="random", layers="*", sparsity=0.8, predict_examples=0)
     run(panel)
     assert panel.result is not None
     panel.sender.click()
     assert panel.report is not None and panel.report.wait(120)
-    assert panel.report.error == "" and panel.report.html.is_file() and panel.report.html.name in panel.report_note.value
+    assert (
+        panel.report.error == ""
+        and panel.report.html.is_file()
+        and panel.report.html.name in panel.report_note.value
+    )
     written = yaml.safe_load(panel.report.parameters.read_text())
     restored = widgets.panel.from_parameters(written)
     assert restored.instrument == panel.instrument and restored.on.fingerprint == on.fingerprint
@@ -254,7 +316,13 @@ def test_runs_are_sent_with_their_table(cache: Path) -> None:
     from workbench.scaling.instruments import ScalingFit
     from workbench.scaling.runs import Runs
 
-    table = pd.DataFrame([{"params": n, "tokens": n * r, "loss": 1.7 + 400 * n**-0.34 + 410 * (n * r) ** -0.28} for n in (1e7, 1e8, 1e9) for r in (5, 20)])
+    table = pd.DataFrame(
+        [
+            {"params": n, "tokens": n * r, "loss": 1.7 + 400 * n**-0.34 + 410 * (n * r) ** -0.28}
+            for n in (1e7, 1e8, 1e9)
+            for r in (5, 20)
+        ]
+    )
     runs = Runs.open(table)
     panel = widgets.panel(ScalingFit, runs)
     restored = widgets.panel.from_parameters(panel.parameters)

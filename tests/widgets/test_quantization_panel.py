@@ -30,10 +30,14 @@ def test_every_format_draws_its_grid(panel: FormatPanel, family: str) -> None:
 
 def test_numbers_equal_the_instruments(panel: FormatPanel) -> None:
     panel.bits.value, panel.group.value = 3, 16
-    result = panel.instrument.with_fields(examples=4, predict_examples=0, test_examples=0).run(panel.on, Progress(), cache=False)
+    result = panel.instrument.with_fields(examples=4, predict_examples=0, test_examples=0).run(
+        panel.on, Progress(), cache=False
+    )
     row = result.table.set_index("layer").loc[panel.layer.value]
     assert panel.found is not None
-    assert panel.found.weight_error == pytest.approx(row["weight_error"], rel=1e-4) and panel.found.output_error == pytest.approx(row["output_error"], rel=1e-3)
+    assert panel.found.weight_error == pytest.approx(
+        row["weight_error"], rel=1e-4
+    ) and panel.found.output_error == pytest.approx(row["output_error"], rel=1e-3)
     assert panel.found.bits == pytest.approx(row["bits"])
 
 
@@ -70,12 +74,24 @@ def test_a_rotation_evens_the_spread(panel: FormatPanel) -> None:
 
 def test_allocation_panel_walks_the_front(checkpoints: dict[str, Path]) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
-    result = Allocate(layers="*.0.*", budget=3, widths=[2, 4], group_size=16, examples=4, predict_examples=4, draws=0, test_examples=4).run(
-        on, Progress(), cache=False)
+    result = Allocate(
+        layers="*.0.*",
+        budget=3,
+        widths=[2, 4],
+        group_size=16,
+        examples=4,
+        predict_examples=4,
+        draws=0,
+        test_examples=4,
+    ).run(on, Progress(), cache=False)
     panel = AllocationPanel(result)
     panel.average.value = panel.average.max
     most = sum(panel.widths.values())
     panel.average.value = panel.average.min
     assert set(panel.widths.values()) == {2} and most > sum(panel.widths.values())
     with pytest.raises(BadInput, match="allocate"):
-        AllocationPanel(Quantize(layers="*.0.*", predict_examples=0, test_examples=0, examples=4).run(on, Progress(), cache=False))
+        AllocationPanel(
+            Quantize(layers="*.0.*", predict_examples=0, test_examples=0, examples=4).run(
+                on, Progress(), cache=False
+            )
+        )

@@ -9,7 +9,9 @@ from widgets.sparsity import SparsityPanel
 
 
 def test_panel_computes_thresholds_overlays_and_measures():
-    panel = SparsityPanel(workbench.subject("digits-vit"), methods="magnitude,obd", gradients=8, calibration_examples=8)
+    panel = SparsityPanel(
+        workbench.subject("digits-vit"), methods="magnitude,obd", gradients=8, calibration_examples=8
+    )
     panel.job.start()
     assert panel.job.wait(120)
     assert panel.result is not None and panel.method.options == ("magnitude", "obd")

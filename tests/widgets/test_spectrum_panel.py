@@ -50,14 +50,26 @@ def test_run_click_overlay_and_batch(cache: Path) -> None:
     assert not any((trace.get("name") or "").startswith("pruned: ") for trace in panel.plot.spec["data"])
 
     heat = panel.layers_plot.spec["data"][0]
-    row, column = next((i, j) for i, names in enumerate(heat["customdata"]) for j, name in enumerate(names) if name == "0.weight")
+    row, column = next(
+        (i, j)
+        for i, names in enumerate(heat["customdata"])
+        for j, name in enumerate(names)
+        if name == "0.weight"
+    )
     panel.layers_plot.clicked = {"trace": 0, "point": None, "x": heat["x"][column], "y": heat["y"][row]}
     assert panel.job.wait(PATIENCE)
-    assert panel.result.instrument.model_dump()["layers"] == "0.weight" and panel.result.facts["parameters"] == 20
+    assert (
+        panel.result.instrument.model_dump()["layers"] == "0.weight"
+        and panel.result.facts["parameters"] == 20
+    )
     assert panel.layers_plot.clicked is None  # a second click on the same cell is a click again
     assert not panel.whole.disabled and panel.layers_plot.spec["data"][0]["customdata"] == heat["customdata"]
     panel.measure_all()
-    assert panel.job.wait(PATIENCE) and panel.result.facts["parameters"] == whole.facts["parameters"] and panel.whole.disabled
+    assert (
+        panel.job.wait(PATIENCE)
+        and panel.result.facts["parameters"] == whole.facts["parameters"]
+        and panel.whole.disabled
+    )
 
 
 def test_what_is_asked_during_a_run_comes_next(cache: Path) -> None:
@@ -87,7 +99,12 @@ def test_what_is_asked_during_a_run_comes_next(cache: Path) -> None:
     panel.job._preview = ask_and_stop
     panel.controls.values = {"seed": 1}
     panel.job.start()
-    assert panel.job.wait(PATIENCE) and panel.result.partial and panel.result.instrument.model_dump()["layers"] == "all" and not panel.job.running
+    assert (
+        panel.job.wait(PATIENCE)
+        and panel.result.partial
+        and panel.result.instrument.model_dump()["layers"] == "all"
+        and not panel.job.running
+    )
 
 
 def test_a_preview_refines_the_density(cache: Path) -> None:
@@ -111,5 +128,7 @@ def test_panels_of_the_four_instruments_on_every_stock_class(architecture: str, 
     for instrument in SMALL.values():
         panel = Panel(instrument, subject)
         panel.job.start()
-        assert panel.job.wait(PATIENCE) and panel.result is not None and not panel.result.partial, panel.job.note.value
+        assert panel.job.wait(PATIENCE) and panel.result is not None and not panel.result.partial, (
+            panel.job.note.value
+        )
         assert panel.plot.spec["data"]

@@ -14,7 +14,11 @@ def test_the_table_is_what_the_schedulers_give() -> None:
     table = schedule_table(["uba", "constant"], steps=50, lr=0.1, warmup=0.0, phi=4.0)
     np.testing.assert_allclose(table.lr[table.name == "uba"], [0.1 * uba(t / 50, 4.0) for t in range(50)])
     areas = schedule_areas(table).set_index("name")
-    assert areas.area["constant"] == pytest.approx(1.0) and areas.above_half["constant"] == 1.0 and areas.area["uba"] < 0.5
+    assert (
+        areas.area["constant"] == pytest.approx(1.0)
+        and areas.above_half["constant"] == 1.0
+        and areas.area["uba"] < 0.5
+    )
 
 
 def test_the_panel_follows_its_controls() -> None:

@@ -27,7 +27,23 @@ def unpacked(value: object) -> object:
     return value
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "int8", "uint8", "int32", "int64", "uint64", "float16", "bool", "U3", "object", "datetime64[s]"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        "float64",
+        "int8",
+        "uint8",
+        "int32",
+        "int64",
+        "uint64",
+        "float16",
+        "bool",
+        "U3",
+        "object",
+        "datetime64[s]",
+    ],
+)
 @pytest.mark.parametrize("shape", [(0,), (6,), (2, 3), (1, 2, 3)])
 def test_arrays_of_every_kind_arrive_with_their_values(dtype: str, shape: tuple[int, ...]) -> None:
     array = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
@@ -66,8 +82,14 @@ def test_codes_are_linear_exact_to_half_a_step_and_zero_means_missing() -> None:
 
 
 def test_bitmap_of_classes_has_their_names_and_colours() -> None:
-    bitmap = Bitmap(np.array([[0, 1], [2, 3]]), "two masks", classes={"a": "#010203", "b": "#0a0b0c", "both": "#ffffff"})
-    assert (bitmap.kind, bitmap.names, bitmap.cells) == ("classes", ["a", "b", "both"], bytes((0, 1, 2, 3))) and len(bitmap.palette) == 1024
+    bitmap = Bitmap(
+        np.array([[0, 1], [2, 3]]), "two masks", classes={"a": "#010203", "b": "#0a0b0c", "both": "#ffffff"}
+    )
+    assert (bitmap.kind, bitmap.names, bitmap.cells) == (
+        "classes",
+        ["a", "b", "both"],
+        bytes((0, 1, 2, 3)),
+    ) and len(bitmap.palette) == 1024
     assert bitmap.palette[:12] == bytes((0, 0, 0, 0, 1, 2, 3, 255, 10, 11, 12, 255))
     with pytest.raises(BadInput, match="class numbers"):
         bitmap.show(np.array([[4]]), classes={"a": "#010203"})
@@ -85,8 +107,19 @@ def test_the_static_picture_shows_the_cells() -> None:
     image = np.asarray(Image.open(io.BytesIO(Bitmap(mask, "half").png())))
     assert image.shape == (320, 480, 4)
     assert image[5, 5, 3] == 0 and image[5, 470].tolist() == [0, 114, 178, 255]
-    large = np.asarray(Image.open(io.BytesIO(Bitmap(np.tile([[True, False]], (1500, 1500)), "stripes").png())))
-    assert large.shape == (500, 1000, 4) and set(np.unique(large[..., 3])) <= {84, 85, 86, 128, 127, 170, 169, 171}  # averaged, not sampled
+    large = np.asarray(
+        Image.open(io.BytesIO(Bitmap(np.tile([[True, False]], (1500, 1500)), "stripes").png()))
+    )
+    assert large.shape == (500, 1000, 4) and set(np.unique(large[..., 3])) <= {
+        84,
+        85,
+        86,
+        128,
+        127,
+        170,
+        169,
+        171,
+    }  # averaged, not sampled
     assert len(palette("mask")) == len(palette("magnitude")) == 1024
 
 

@@ -12,6 +12,21 @@ from workbench.curvature.spectrum import Spectrum
 from workbench.curvature.trace_study import Trace
 from workbench.curvature.weight_spectrum import WeightSpectrum
 
-__all__ = ["BatchSizeTheory", "CurvatureOperator", "DenseOperator", "Eigenpairs", "Prediction", "QuadraticPrediction", "Sharpness", "Spectrum",
-           "TopEigenvalues", "Trace", "WeightSpectrum", "curvature_operator", "eigenpairs", "measured_change", "predicted_change",
-           "twice_differentiable"]  # fmt: skip
+__all__ = [
+    "BatchSizeTheory",
+    "CurvatureOperator",
+    "DenseOperator",
+    "Eigenpairs",
+    "Prediction",
+    "QuadraticPrediction",
+    "Sharpness",
+    "Spectrum",
+    "TopEigenvalues",
+    "Trace",
+    "WeightSpectrum",
+    "curvature_operator",
+    "eigenpairs",
+    "measured_change",
+    "predicted_change",
+    "twice_differentiable",
+]

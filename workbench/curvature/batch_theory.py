@@ -31,7 +31,9 @@ def bulk_edge(noise: float, size: float, batch: float, items: float = math.inf) 
     return 2 * math.sqrt(noise_level(noise, size, batch, items))
 
 
-def shifted_eigenvalue(value: float, noise: float, size: float, batch: float, items: float = math.inf) -> float:
+def shifted_eigenvalue(
+    value: float, noise: float, size: float, batch: float, items: float = math.inf
+) -> float:
     """Where the eigenvalue `value` of the full matrix appears in a batch's (Benaych-Georges and Nadakuditi 2011)."""
     level = noise_level(noise, size, batch, items)
     return value + level / value if value > math.sqrt(level) else 2 * math.sqrt(level)

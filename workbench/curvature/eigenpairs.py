@@ -39,9 +39,18 @@ class Eigenpairs:
         return found
 
 
-def eigenpairs(operator: Operator, count: int = 10, end: str = "top", tolerance: float = 1e-5, block: int = 4, basis: int | None = None,
-               max_products: int = 2000, verify: bool = True, seed: int = 0,
-               on_products: Callable[[int, Tensor], None] | None = None) -> Eigenpairs:  # fmt: skip
+def eigenpairs(
+    operator: Operator,
+    count: int = 10,
+    end: str = "top",
+    tolerance: float = 1e-5,
+    block: int = 4,
+    basis: int | None = None,
+    max_products: int = 2000,
+    verify: bool = True,
+    seed: int = 0,
+    on_products: Callable[[int, Tensor], None] | None = None,
+) -> Eigenpairs:
     """The `count` largest (`end="top"`) or smallest (`"bottom"`) eigenvalues.
 
     tolerance : residual norms are below `tolerance` times the largest eigenvalue magnitude seen. basis : vectors kept in
@@ -50,7 +59,16 @@ def eigenpairs(operator: Operator, count: int = 10, end: str = "top", tolerance:
     """
     sign = 1.0 if end == "top" else -1.0
     count = min(count, operator.size)
-    search = _Search(operator, sign, tolerance, min(block, count, operator.size), basis or 2 * count + 8 * block, max_products, seed, on_products)
+    search = _Search(
+        operator,
+        sign,
+        tolerance,
+        min(block, count, operator.size),
+        basis or 2 * count + 8 * block,
+        max_products,
+        seed,
+        on_products,
+    )
     locked = torch.zeros(0, operator.size, dtype=operator.dtype, device=operator.device)
     values: list[float] = []
     stopped = complete = False
@@ -102,9 +120,20 @@ def _residuals(operator: Operator, vectors: Tensor, values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(images - values.to(vectors)[:, None] * vectors, dim=1).double().cpu()
 
 
-def _note(found: Eigenpairs, count: int, following: float | None, sign: float, block: int, tolerance: float, verify: bool, stopped: bool) -> str:
+def _note(
+    found: Eigenpairs,
+    count: int,
+    following: float | None,
+    sign: float,
+    block: int,
+    tolerance: float,
+    verify: bool,
+    stopped: bool,
+) -> str:
     if stopped:
-        return f"stopped: {len(found.values)} of {count} had converged; copies of repeated values may be missing"
+        return (
+            f"stopped: {len(found.values)} of {count} had converged; copies of repeated values may be missing"
+        )
     if len(found.values) < count:
         return f"{len(found.values)} of {count} converged within the allowed products; allow more, or a larger tolerance"
     if not verify:
@@ -112,14 +141,25 @@ def _note(found: Eigenpairs, count: int, following: float | None, sign: float, b
     if not found.complete:
         return "the search for missed copies did not finish within the allowed products: multiplicities may be larger"
     last = float(found.values[-1])
-    if following is not None and abs(sign * following - last) <= 10 * tolerance * float(found.values.abs().max()):
+    if following is not None and abs(sign * following - last) <= 10 * tolerance * float(
+        found.values.abs().max()
+    ):
         return f"the last value {last:.6g} has more copies than the {count} asked for: its multiplicity is not resolved"
     return "multiplicities are resolved"
 
 
 class _Search:
-    def __init__(self, operator: Operator, sign: float, tolerance: float, block: int, basis: int, max_products: int, seed: int,
-                 on_products: Callable[[int, Tensor], None] | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        operator: Operator,
+        sign: float,
+        tolerance: float,
+        block: int,
+        basis: int,
+        max_products: int,
+        seed: int,
+        on_products: Callable[[int, Tensor], None] | None,
+    ) -> None:
         self.operator, self.sign, self.tolerance, self.block = operator, sign, tolerance, block
         self.basis, self.max_products, self.on_products = basis, max_products, on_products
         self.generator = torch.Generator().manual_seed(seed)
@@ -127,7 +167,9 @@ class _Search:
         self.converged_so_far: tuple[Tensor, Tensor] = self._nothing()
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
-        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, self.operator.size, dtype=self.operator.dtype, device=self.operator.device)
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(
+            0, self.operator.size, dtype=self.operator.dtype, device=self.operator.device
+        )
 
     def _random(self, count: int) -> Tensor:
         made = torch.randn(count, self.operator.size, generator=self.generator)
@@ -158,7 +200,9 @@ class _Search:
             rest = rest - (rest @ basis[:filled].mT) @ basis[:filled]
             if len(locked):
                 rest = rest - (rest @ locked.mT) @ locked
-            theta, ritz = torch.linalg.eigh((projected[:filled, :filled] + projected[:filled, :filled].mT) / 2)
+            theta, ritz = torch.linalg.eigh(
+                (projected[:filled, :filled] + projected[:filled, :filled].mT) / 2
+            )
             theta, ritz = theta.flip(0), ritz.flip(1)
             self.scale = max(self.scale, float(theta.abs().max()))
             gram = rest @ rest.mT
@@ -167,7 +211,9 @@ class _Search:
             good = residual <= self.tolerance * max(self.scale, 1e-30)
             whole = filled >= room
             head = len(theta) if whole else int(torch.cumprod(good.int(), 0).sum())
-            self.converged_so_far = (theta[:head], ritz[:, :head].mT.to(basis) @ basis[:filled]) if head else self._nothing()
+            self.converged_so_far = (
+                (theta[:head], ritz[:, :head].mT.to(basis) @ basis[:filled]) if head else self._nothing()
+            )
             if self.on_products is not None:
                 self.on_products(self.products, self.sign * theta[:want])
             if head >= want or whole or self.products >= self.max_products:

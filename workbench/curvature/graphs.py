@@ -32,7 +32,11 @@ class Graph(Protocol):
 
 def edges(tensors: Sequence[Tensor | None]) -> dict[int, GradientEdge]:
     """Where each tensor (by its number) hangs in the graph. Backward passes need no more; kept tensors would take the weights' memory in every graph."""
-    return {i: get_gradient_edge(tensor) for i, tensor in enumerate(tensors) if tensor is not None and tensor.requires_grad}
+    return {
+        i: get_gradient_edge(tensor)
+        for i, tensor in enumerate(tensors)
+        if tensor is not None and tensor.requires_grad
+    }
 
 
 class HessianGraph:
@@ -47,12 +51,19 @@ class HessianGraph:
         if not used:  # linear in these weights, or not used at all: zero curvature
             return [None] * len(block)
         try:
-            return torch.autograd.grad([self.gradients[i] for i in used], [self.weights[i] for i in block], [directions[i] for i in used],
-                                       retain_graph=True, allow_unused=True)  # fmt: skip
+            return torch.autograd.grad(
+                [self.gradients[i] for i in used],
+                [self.weights[i] for i in block],
+                [directions[i] for i in used],
+                retain_graph=True,
+                allow_unused=True,
+            )
         except RuntimeError as error:
             if "not implemented" in str(error) or "does not require grad" in str(error):
                 reason = str(error).splitlines()[0]
-                raise BadInput(f"operator: hessian needs second derivatives and a layer of this model has none ({reason}); use operator ggn") from None
+                raise BadInput(
+                    f"operator: hessian needs second derivatives and a layer of this model has none ({reason}); use operator ggn"
+                ) from None
             raise
 
 
@@ -65,16 +76,28 @@ class OuterGraph:
         self.middle, self.weights, self.sink = middle, weights, sink
         # J^T u as a function of u: its derivative in u, against v, is J v (two backward passes instead of a forward-mode one)
         self.cotangent = torch.zeros_like(middle.rows, requires_grad=True)
-        self.pulled = edges(torch.autograd.grad(middle.rows, list(weights), self.cotangent, create_graph=True, allow_unused=True))
+        self.pulled = edges(
+            torch.autograd.grad(
+                middle.rows, list(weights), self.cotangent, create_graph=True, allow_unused=True
+            )
+        )
 
     def product(self, block: list[int], directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
         used = [i for i in block if i in self.pulled]
         if not used:
             return [None] * len(block)
         self.sink.tangents = True
-        tangents = torch.autograd.grad([self.pulled[i] for i in used], self.cotangent, [directions[i] for i in used], retain_graph=True)[0]
+        tangents = torch.autograd.grad(
+            [self.pulled[i] for i in used], self.cotangent, [directions[i] for i in used], retain_graph=True
+        )[0]
         self.sink.tangents = False
-        return torch.autograd.grad(self.middle.rows, [self.weights[i] for i in block], self.middle(tangents), retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(
+            self.middle.rows,
+            [self.weights[i] for i in block],
+            self.middle(tangents),
+            retain_graph=True,
+            allow_unused=True,
+        )
 
 
 @contextlib.contextmanager

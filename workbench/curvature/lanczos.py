@@ -19,8 +19,12 @@ from torch import Tensor
 from workbench.curvature.operators import CurvatureOperator, Operator
 from workbench.curvature.probes import skewness_factor
 
-MEMORY = 2 * 1024**3  # bytes of Krylov basis kept for full reorthogonalisation; a constant, so that results do not depend on the machine
-GROUP_MEMORY = 256 * 1024**2  # bytes of vectors up to which probes advance together although nothing is saved by it
+MEMORY = (
+    2 * 1024**3
+)  # bytes of Krylov basis kept for full reorthogonalisation; a constant, so that results do not depend on the machine
+GROUP_MEMORY = (
+    256 * 1024**2
+)  # bytes of vectors up to which probes advance together although nothing is saved by it
 
 
 @dataclass(eq=False)
@@ -32,7 +36,9 @@ class Quadrature:
 
     nodes: list[NDArray[np.float64]] = field(default_factory=list)
     weights: list[NDArray[np.float64]] = field(default_factory=list)
-    residuals: list[NDArray[np.float64]] = field(default_factory=list)  # ||H y - node y|| of each node's Ritz vector y
+    residuals: list[NDArray[np.float64]] = field(
+        default_factory=list
+    )  # ||H y - node y|| of each node's Ritz vector y
 
     def moment(self, power: int) -> NDArray[np.float64]:
         """Per probe, mean of eigenvalue**power over the spectrum: power 1 is trace / P, power 2 is ||H||_F^2 / P."""
@@ -48,7 +54,9 @@ class Quadrature:
 
     def densities(self, grid: NDArray[np.float64], width: float) -> NDArray[np.float64]:
         """(probes, grid) spectral densities smoothed by a Gaussian of standard deviation `width`."""
-        return np.stack([gaussian_sum(grid, n, w, width) for n, w in zip(self.nodes, self.weights, strict=True)])
+        return np.stack(
+            [gaussian_sum(grid, n, w, width) for n, w in zip(self.nodes, self.weights, strict=True)]
+        )
 
     def grid(self, width: float, points: int = 1200) -> NDArray[np.float64]:
         """Abscissae that hold all mass to 5 widths beyond the ends, no coarser than a third of a width."""
@@ -63,12 +71,18 @@ class Quadrature:
         return max((high - low) / 100, 1e-4 * scale)
 
 
-def gaussian_sum(grid: NDArray[np.float64], nodes: NDArray[np.float64], weights: NDArray[np.float64], width: float) -> NDArray[np.float64]:
+def gaussian_sum(
+    grid: NDArray[np.float64], nodes: NDArray[np.float64], weights: NDArray[np.float64], width: float
+) -> NDArray[np.float64]:
     """sum_i weights_i N(grid; nodes_i, width^2)."""
-    return np.exp(-0.5 * ((grid[:, None] - nodes[None]) / width) ** 2) @ weights / (width * np.sqrt(2 * np.pi))
+    return (
+        np.exp(-0.5 * ((grid[:, None] - nodes[None]) / width) ** 2) @ weights / (width * np.sqrt(2 * np.pi))
+    )
 
 
-def band(densities: NDArray[np.float64], level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def band(
+    densities: NDArray[np.float64], level: float = 0.95
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Pointwise mean over probes and its Student-t confidence band at `level`, widened for skewed samples; (mean, low, high). One probe: NaN."""
     mean = densities.mean(0)
     count = len(densities)
@@ -77,7 +91,12 @@ def band(densities: NDArray[np.float64], level: float = 0.95) -> tuple[NDArray[n
         return mean, empty, empty
     from scipy import stats  # slow to import
 
-    half = stats.t.ppf(0.5 + level / 2, count - 1) * densities.std(0, ddof=1) / np.sqrt(count) * skewness_factor(densities)
+    half = (
+        stats.t.ppf(0.5 + level / 2, count - 1)
+        * densities.std(0, ddof=1)
+        / np.sqrt(count)
+        * skewness_factor(densities)
+    )
     return mean, np.maximum(mean - half, 0), mean + half
 
 
@@ -97,8 +116,15 @@ class Lockstep:
     `parts`: traces of diagonal blocks at no further cost.
     """
 
-    def __init__(self, operator: Operator, starts: Tensor, steps: int, reorthogonalise: bool = True, blocks: list[slice] | None = None,
-                 parts: Sequence[slice] = ()) -> None:  # fmt: skip
+    def __init__(
+        self,
+        operator: Operator,
+        starts: Tensor,
+        steps: int,
+        reorthogonalise: bool = True,
+        blocks: list[slice] | None = None,
+        parts: Sequence[slice] = (),
+    ) -> None:
         self.operator, self.parts = operator, parts
         self.whole, self.blocks = blocks is None, blocks or [slice(0, operator.size)]
         self.matmat = operator.matmat if blocks is None else operator.block_matmat  # type: ignore[attr-defined]
@@ -109,11 +135,15 @@ class Lockstep:
             starts[:, s] /= torch.linalg.vector_norm(starts[:, s], dim=1, keepdim=True)
         self.current: Tensor = starts
         self.previous: Tensor | None = None
-        self.alphas: dict[tuple[int, int], list[float]] = {(k, b): [] for k in range(self.probes) for b in range(len(self.blocks))}
+        self.alphas: dict[tuple[int, int], list[float]] = {
+            (k, b): [] for k in range(self.probes) for b in range(len(self.blocks))
+        }
         self.betas: dict[tuple[int, int], list[float]] = {key: [] for key in self.alphas}
         self.active = set(self.alphas)
         self.forms: NDArray[np.float64] = np.full((self.probes, len(parts)), np.nan)
-        self.noise: float | None = None  # see CurvatureOperator.noise, for unit covariance probes; free as well
+        self.noise: float | None = (
+            None  # see CurvatureOperator.noise, for unit covariance probes; free as well
+        )
         self.basis = starts.new_empty(self.probes, self.steps, operator.size) if reorthogonalise else None
         self._spare: Tensor | None = None  # memory that the next product is written to
 
@@ -126,7 +156,11 @@ class Lockstep:
         """One more product for every probe whose Krylov space is not exhausted."""
         going = sorted({k for k, _ in self.active})
         q = self.current
-        noisy = self.operator if self.done == 0 and self.whole and isinstance(self.operator, CurvatureOperator) else None
+        noisy = (
+            self.operator
+            if self.done == 0 and self.whole and isinstance(self.operator, CurvatureOperator)
+            else None
+        )
         if noisy is not None:
             noisy.batch_squares = None
         if len(going) == self.probes:
@@ -161,7 +195,9 @@ class Lockstep:
         alphas.append(alpha)
         betas.append(beta)
         scale = max(abs(a) + c for a, c in zip(alphas, [0.0, *betas], strict=False))
-        if beta <= 100 * torch.finfo(w.dtype).eps * scale or scale == 0 or len(alphas) >= s.stop - s.start:  # the Krylov space is exhausted
+        if (
+            beta <= 100 * torch.finfo(w.dtype).eps * scale or scale == 0 or len(alphas) >= s.stop - s.start
+        ):  # the Krylov space is exhausted
             self.active.discard((k, b))
             w.zero_()
         else:
@@ -191,7 +227,11 @@ class Lockstep:
 def probe_groups(operator: Operator, probes: int) -> list[range]:
     """The numbers of the probes that advance together: all of them, unless their vectors (three a probe) are large and sharing saves nothing."""
     each = 3 * operator.size * operator.dtype.itemsize
-    if probes * each > GROUP_MEMORY and isinstance(operator, CurvatureOperator) and operator.keeps_all_graphs():
+    if (
+        probes * each > GROUP_MEMORY
+        and isinstance(operator, CurvatureOperator)
+        and operator.keeps_all_graphs()
+    ):
         together = max(GROUP_MEMORY // each, 1)
         return [range(k, min(k + together, probes)) for k in range(0, probes, together)]
     return [range(probes)]
@@ -203,10 +243,20 @@ class GroupedProbes:
     draw : probes of these numbers, (k, size). The other arguments are those of `Lockstep`.
     """
 
-    def __init__(self, operator: Operator, draw: Callable[[Sequence[int]], Tensor], probes: int, steps: int, reorthogonalise: bool = True,
-                 blocks: list[slice] | None = None, parts: Sequence[slice] = ()) -> None:  # fmt: skip
+    def __init__(
+        self,
+        operator: Operator,
+        draw: Callable[[Sequence[int]], Tensor],
+        probes: int,
+        steps: int,
+        reorthogonalise: bool = True,
+        blocks: list[slice] | None = None,
+        parts: Sequence[slice] = (),
+    ) -> None:
         self.groups = probe_groups(operator, probes)
-        self._open: Callable[[range], Lockstep] = lambda group: Lockstep(operator, draw(group), steps, reorthogonalise, blocks, parts)
+        self._open: Callable[[range], Lockstep] = lambda group: Lockstep(
+            operator, draw(group), steps, reorthogonalise, blocks, parts
+        )
         self._runs = [self._open(self.groups[0])]
         self.steps = len(self.groups) * self._runs[0].steps
 
@@ -236,7 +286,11 @@ class GroupedProbes:
     @property
     def noise(self) -> float | None:
         found = [(run.noise, run.probes) for run in self._runs if run.noise is not None]
-        return sum(noise * probes for noise, probes in found) / sum(probes for _, probes in found) if found else None
+        return (
+            sum(noise * probes for noise, probes in found) / sum(probes for _, probes in found)
+            if found
+            else None
+        )
 
     def quadrature(self, block: int = 0) -> Quadrature:
         return pooled([run.quadrature(block) for run in self._runs])
@@ -279,7 +333,10 @@ def outliers(quadrature: Quadrature, size: int, limit: int = 40) -> tuple[list[O
     scale = max(map(abs, quadrature.extent))
     for sign in (1.0, -1.0):
         probes = list(zip(quadrature.nodes, quadrature.weights, quadrature.residuals, strict=True))
-        remaining = [sorted((sign * float(n), float(w), float(r)) for n, w, r in zip(*one, strict=True)) for one in probes]
+        remaining = [
+            sorted((sign * float(n), float(w), float(r)) for n, w, r in zip(*one, strict=True))
+            for one in probes
+        ]
         edge = 0.0
         for _ in range(limit):
             head = max((rows[-1] for rows in remaining if rows), default=None)

@@ -30,7 +30,9 @@ class Sink:
         """Add scale * left^T right, left (..., out) and right (..., in)."""
         row = self.rows.get(number)
         if row is not None:
-            row.addmm_(left.reshape(-1, left.shape[-1]).mT, right.reshape(-1, right.shape[-1]), alpha=self.scale)
+            row.addmm_(
+                left.reshape(-1, left.shape[-1]).mT, right.reshape(-1, right.shape[-1]), alpha=self.scale
+            )
 
 
 class _Linear(torch.autograd.Function):
@@ -50,14 +52,22 @@ class _Linear(torch.autograd.Function):
             gx, gw, gb = _LinearBackward.apply(g, x, weight, wants_x, ctx.number, ctx.sink)
             return gx, gw, gb if wants_bias else None, None, None
         ctx.sink.add(ctx.number, g, x)
-        return g @ weight if wants_x else None, None, g.reshape(-1, g.shape[-1]).sum(0) if wants_bias else None, None, None
+        return (
+            g @ weight if wants_x else None,
+            None,
+            g.reshape(-1, g.shape[-1]).sum(0) if wants_bias else None,
+            None,
+            None,
+        )
 
 
 class _LinearBackward(torch.autograd.Function):
     """(g W, g^T x, sum of g): the first backward pass as a function of g, x and W."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, wants_x: bool, number: int, sink: Sink) -> tuple[Tensor | None, Tensor, Tensor]:
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, wants_x: bool, number: int, sink: Sink
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         ctx.save_for_backward(g, x, weight)
         ctx.set_materialize_grads(False)
         ctx.number, ctx.sink = number, sink
@@ -65,7 +75,9 @@ class _LinearBackward(torch.autograd.Function):
         return g @ weight if wants_x else None, rows.mT @ x.reshape(-1, x.shape[-1]), rows.sum(0)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor | None, v: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(
+        ctx: Any, u: Tensor | None, v: Tensor | None, t: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # type: ignore[override]
         g, x, weight = ctx.saved_tensors
         sink: Sink = ctx.sink
         dg = dx = None
@@ -92,7 +104,12 @@ class InPlaceLinears(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.linear and len(args) >= 2 and id(args[1]) in self.numbers and args[0].dtype == args[1].dtype:
+        if (
+            func is torch.nn.functional.linear
+            and len(args) >= 2
+            and id(args[1]) in self.numbers
+            and args[0].dtype == args[1].dtype
+        ):
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             return _Linear.apply(args[0], args[1], bias, self.numbers[id(args[1])], self.sink)
         return func(*args, **kwargs)

@@ -24,7 +24,9 @@ from workbench.curvature.weights import Place, check_finite, differentiable, fin
 from workbench.instruments import BadInput, Progress
 from workbench.subjects import Batch, Subject, bake
 
-GRAPH_MEMORY = 1024**3  # bytes of micro-batches' graphs kept between products; what is kept changes the time, not the result
+GRAPH_MEMORY = (
+    1024**3
+)  # bytes of micro-batches' graphs kept between products; what is kept changes the time, not the result
 
 
 class Stopped(Exception):
@@ -61,8 +63,19 @@ class CurvatureOperator:
     each world-size-th micro-batch and products are summed over processes.
     """
 
-    def __init__(self, subject: Subject, places: Sequence[Place], weights: Sequence[Tensor], kind: str, split: str, examples: int, batch_size: int,
-                 samples: int, seed: int, progress: Progress) -> None:  # fmt: skip
+    def __init__(
+        self,
+        subject: Subject,
+        places: Sequence[Place],
+        weights: Sequence[Tensor],
+        kind: str,
+        split: str,
+        examples: int,
+        batch_size: int,
+        samples: int,
+        seed: int,
+        progress: Progress,
+    ) -> None:
         self.subject, self.kind, self.split = subject, kind, split
         self.examples, self.batch_size = min(examples, subject.size(split)), batch_size
         self.samples, self.seed, self.progress = samples, seed, progress
@@ -84,7 +97,11 @@ class CurvatureOperator:
         """This process's micro-batches with items, floating columns in the operator's precision, and their random draws."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
         generator = torch.Generator().manual_seed(self.seed)
-        outputs = self._outputs() if self.kind == "mc-fisher" and self.subject.task.loss_kind == "squared_error" else 0
+        outputs = (
+            self._outputs()
+            if self.kind == "mc-fisher" and self.subject.task.loss_kind == "squared_error"
+            else 0
+        )
         for number, batch in enumerate(self.subject.batches(self.split, self.batch_size, self.examples)):
             draws = draw_uniform(self.kind, self.subject.task, batch, outputs, self.samples, generator)
             if self.subject.task.items(batch) == 0 or number % world != rank:
@@ -96,7 +113,10 @@ class CurvatureOperator:
     def _outputs(self) -> int:
         with torch.no_grad():
             batch = next(self.subject.batches(self.split, 1, 1))
-            rows, _ = self.subject.task.flat(self.subject.task.output(self.subject.model, {k: self._cast(v) for k, v in batch.items()}), batch)
+            rows, _ = self.subject.task.flat(
+                self.subject.task.output(self.subject.model, {k: self._cast(v) for k, v in batch.items()}),
+                batch,
+            )
         return rows.shape[-1]
 
     def _cast(self, value: Tensor) -> Tensor:
@@ -108,7 +128,9 @@ class CurvatureOperator:
             dist.all_reduce(total)
             dist.all_reduce(count)
         if float(count) == 0:
-            raise BadInput(f"split: the first {self.examples} examples of {self.split!r} hold no target; check the label column")
+            raise BadInput(
+                f"split: the first {self.examples} examples of {self.split!r} hold no target; check the label column"
+            )
         self.total_items = float(count)
         return total.div_(float(count))
 
@@ -131,7 +153,9 @@ class CurvatureOperator:
             for batch, _ in self.batches():
                 weight = self.subject.task.items(batch)
                 loss = self.loss(batch)
-                for s, g in zip(self.slices, torch.autograd.grad(loss, self.weights, allow_unused=True), strict=True):
+                for s, g in zip(
+                    self.slices, torch.autograd.grad(loss, self.weights, allow_unused=True), strict=True
+                ):
                     if g is not None:
                         total[s].add_(g.reshape(-1), alpha=weight)
                 total[-1] += weight * loss.detach()
@@ -157,7 +181,9 @@ class CurvatureOperator:
         vectors = vectors.to(self.device, self.dtype)
         total = torch.zeros_like(vectors) if out is None else out.zero_()
         first = self.batch_squares is None
-        squares = torch.zeros(len(vectors) + 1, dtype=torch.float64, device=self.device)  # the last entry counts micro-batches
+        squares = torch.zeros(
+            len(vectors) + 1, dtype=torch.float64, device=self.device
+        )  # the last entry counts micro-batches
         alone = torch.empty(self.size, dtype=self.dtype, device=self.device) if first else None
         items = 0.0
         with torch.enable_grad():
@@ -229,11 +255,21 @@ class CurvatureOperator:
         with InPlaceLinears(self.weights, self._sink):
             if self.kind == "hessian":
                 return HessianGraph(self.loss(batch), self.weights, self.subject.task.items(batch))
-            middle = OutputCurvature(self.kind, self.subject.task, self.subject.task.output(self.subject.model, batch), batch, draws)
+            middle = OutputCurvature(
+                self.kind,
+                self.subject.task,
+                self.subject.task.output(self.subject.model, batch),
+                batch,
+                draws,
+            )
         if not middle.rows.requires_grad:
-            raise BadInput("loss: the outputs do not depend differentiably on the chosen weights; choose other layers")
+            raise BadInput(
+                "loss: the outputs do not depend differentiably on the chosen weights; choose other layers"
+            )
         if not torch.isfinite(middle.rows).all():
-            raise BadInput(f"loss: the model's outputs on a batch of {self.split} are not finite; check the data and the weights")
+            raise BadInput(
+                f"loss: the model's outputs on a batch of {self.split} are not finite; check the data and the weights"
+            )
         return OuterGraph(middle, self.weights, self._sink)
 
     def forget(self) -> None:
@@ -249,7 +285,10 @@ class CurvatureOperator:
         if self.batch_squares is None or self.batch_count < 2:
             return None
         items = float(self.total_items)
-        spread = self.batch_squares / items - torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square().cpu()
+        spread = (
+            self.batch_squares / items
+            - torch.linalg.vector_norm(images, dim=1, dtype=torch.float64).square().cpu()
+        )
         return float(spread.mean()) * items / (self.batch_count - 1)
 
 
@@ -258,8 +297,18 @@ def distributed() -> bool:
 
 
 @contextlib.contextmanager
-def curvature_operator(subject: Subject, kind: str = "hessian", layers: str = "all", split: str = "calibration", examples: int = 64, batch_size: int = 8,
-                       dtype: str = "float32", samples: int = 1, seed: int = 0, progress: Progress | None = None) -> Iterator[CurvatureOperator]:  # fmt: skip
+def curvature_operator(
+    subject: Subject,
+    kind: str = "hessian",
+    layers: str = "all",
+    split: str = "calibration",
+    examples: int = 64,
+    batch_size: int = 8,
+    dtype: str = "float32",
+    samples: int = 1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Iterator[CurvatureOperator]:
     """Open an operator; inside, the model is in evaluation mode with twice differentiable attention, and as before afterwards.
 
     kind : hessian, ggn, empirical-fisher or mc-fisher (with `samples` draws an item). layers : see `find_places`.
@@ -273,7 +322,9 @@ def curvature_operator(subject: Subject, kind: str = "hessian", layers: str = "a
     """
     check_kind(kind, subject.task)
     if examples < 1 or batch_size < 1 or samples < 1:
-        raise BadInput(f"examples, batch_size and samples must be at least 1, got {examples}, {batch_size} and {samples}")
+        raise BadInput(
+            f"examples, batch_size and samples must be at least 1, got {examples}, {batch_size} and {samples}"
+        )
     places = find_places(subject.model, layers)
     subject.split(split)
     wanted = getattr(torch, dtype)
@@ -282,7 +333,9 @@ def curvature_operator(subject: Subject, kind: str = "hessian", layers: str = "a
         subject = subject.with_model(converted(subject.model, places, wanted))
         places = [p for p in find_places(subject.model, layers) if p.name in chosen]
     with differentiable(subject.model, places) as weights:
-        operator = CurvatureOperator(subject, places, weights, kind, split, examples, batch_size, samples, seed, progress or Progress())
+        operator = CurvatureOperator(
+            subject, places, weights, kind, split, examples, batch_size, samples, seed, progress or Progress()
+        )
         try:
             yield operator
         finally:
@@ -296,7 +349,12 @@ def converted(model: torch.nn.Module, places: Sequence[Place], dtype: torch.dtyp
     made = copy.deepcopy(model, memory)
     keep = {(id(memory[module]), tensor) for module, tensor in trainable}
     bake(made).to(dtype)
-    chosen = {id(p) for m in made.modules() for n, p in m._parameters.items() if p is not None and (id(m), n) in keep}
+    chosen = {
+        id(p)
+        for m in made.modules()
+        for n, p in m._parameters.items()
+        if p is not None and (id(m), n) in keep
+    }
     for parameter in made.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
     return made.eval()

@@ -26,13 +26,17 @@ def check_kind(kind: str, task: Task) -> None:
     if kind not in KINDS:
         raise BadInput(f"operator: {kind!r} is unknown; known: {', '.join(KINDS)}")
     if kind == "mc-fisher" and task.loss_kind == "other":
-        raise BadInput("operator: mc-fisher draws targets from the model's own distribution, which this custom loss does not define; use ggn or hessian")
+        raise BadInput(
+            "operator: mc-fisher draws targets from the model's own distribution, which this custom loss does not define; use ggn or hessian"
+        )
 
 
 class OutputCurvature:
     """S for one micro-batch. `rows` is the (items, outputs) tensor of the graph that J belongs to."""
 
-    def __init__(self, kind: str, task: Task, output: Tensor, batch: Batch, draws: Tensor | None = None) -> None:
+    def __init__(
+        self, kind: str, task: Task, output: Tensor, batch: Batch, draws: Tensor | None = None
+    ) -> None:
         self.kind, self.task, self.batch = kind, task, batch
         self.scale = float(task.items(batch))  # a mean loss over this micro-batch, as a sum
         if task.loss_kind == "other":
@@ -49,7 +53,9 @@ class OutputCurvature:
             elif kind == "mc-fisher":
                 assert draws is not None  # (items, samples) uniform numbers: inverse transform sampling
                 cumulated = self.p.cumsum(-1)
-                sampled = torch.searchsorted(cumulated, draws.to(cumulated) * cumulated[:, -1:]).clamp_max(z.shape[-1] - 1)  # (items, samples)
+                sampled = torch.searchsorted(cumulated, draws.to(cumulated) * cumulated[:, -1:]).clamp_max(
+                    z.shape[-1] - 1
+                )  # (items, samples)
                 factors = self.p - torch.nn.functional.one_hot(sampled.T, z.shape[-1])
             else:
                 factors = None
@@ -89,7 +95,9 @@ class OutputCurvature:
         return self.scale * torch.autograd.grad(slope, self.output, tangents)[0]
 
 
-def draw_uniform(kind: str, task: Task, batch: Batch, outputs: int, samples: int, generator: torch.Generator) -> Tensor | None:
+def draw_uniform(
+    kind: str, task: Task, batch: Batch, outputs: int, samples: int, generator: torch.Generator
+) -> Tensor | None:
     """Uniform numbers for one micro-batch, the same for an item whatever micro-batch it falls in (None when not sampling)."""
     if kind != "mc-fisher":
         return None

@@ -22,7 +22,10 @@ class KeepDouble(TorchFunctionMode):
             if name in ("float", "half", "bfloat16"):
                 return subject
             if name == "to":
-                args = (subject, *(torch.float64 if isinstance(a, torch.dtype) and a in NARROW else a for a in args[1:]))
+                args = (
+                    subject,
+                    *(torch.float64 if isinstance(a, torch.dtype) and a in NARROW else a for a in args[1:]),
+                )
             if name in ("to", "softmax", "log_softmax", "sum", "mean") and kwargs.get("dtype") in NARROW:
                 kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)

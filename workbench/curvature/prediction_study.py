@@ -35,7 +35,9 @@ def thinned(weight: Tensor, sparsity: float) -> Tensor:
     return kept.view_as(weight)
 
 
-def validity_radius(predict: Callable[[float], float], measure: Callable[[float], float], noise: float, largest: float = 64.0) -> float:
+def validity_radius(
+    predict: Callable[[float], float], measure: Callable[[float], float], noise: float, largest: float = 64.0
+) -> float:
     """The scale s of a change up to which measured(s) / predicted(s) stays within [1/2, 2], by doubling or halving from 1, then bisection.
 
     Differences below `noise` (the loss's rounding) count as agreement. `inf` when it holds beyond `largest`, 0 when it never holds down to 1 / largest.
@@ -73,10 +75,14 @@ class QuadraticPrediction(CurvatureInstrument):
     summary_line = "predicted beside measured loss change of rounding / pruning each layer, with the prediction's validity radius"
 
     layers: str = parameter("blocks", "layers by glob: blocks, * or patterns such as *.query", min_length=1)
-    change: Literal["round", "prune"] = parameter("round", "nearest rounding to `bits`, or magnitude pruning to `sparsity`")
+    change: Literal["round", "prune"] = parameter(
+        "round", "nearest rounding to `bits`, or magnitude pruning to `sparsity`"
+    )
     bits: int = parameter(4, "bits of the rounding", ge=2, le=16)
     sparsity: float = parameter(0.5, "share of weights that the pruning removes", gt=0, lt=1)
-    radius: bool = parameter(True, "also find the scale of each change at which prediction and measurement differ by a factor of 2")
+    radius: bool = parameter(
+        True, "also find the scale of each change at which prediction and measurement differ by a factor of 2"
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -94,22 +100,46 @@ class QuadraticPrediction(CurvatureInstrument):
                 self._study(operator, progress, rows, joint)
             except Stopped:
                 progress.partial = True
-        table = pd.DataFrame(rows, columns=["layer", "parameters", "change_norm", "first", "second", "predicted", "measured", "radius"])
+        table = pd.DataFrame(
+            rows,
+            columns=[
+                "layer",
+                "parameters",
+                "change_norm",
+                "first",
+                "second",
+                "predicted",
+                "measured",
+                "radius",
+            ],
+        )
         facts: dict[str, Any] = {"layers": len(table), **joint}
         if len(table) > 2:
             from scipy import stats  # slow to import
 
-            facts["rank_correlation"] = float(stats.spearmanr(table["predicted"], table["measured"]).statistic)
-            facts["within_factor_2"] = float(np.mean((table["measured"] / table["predicted"]).between(0.5, 2)))
+            facts["rank_correlation"] = float(
+                stats.spearmanr(table["predicted"], table["measured"]).statistic
+            )
+            facts["within_factor_2"] = float(
+                np.mean((table["measured"] / table["predicted"]).between(0.5, 2))
+            )
             if self.radius:
                 facts["median_radius"] = float(table["radius"].median())
         return self.result(table, facts)
 
-    def _study(self, operator: CurvatureOperator, progress: Progress, rows: list[dict[str, Any]], joint: dict[str, float]) -> None:
+    def _study(
+        self,
+        operator: CurvatureOperator,
+        progress: Progress,
+        rows: list[dict[str, Any]],
+        joint: dict[str, float],
+    ) -> None:
         delta = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
         for place, s, weight in zip(operator.places, operator.slices, operator.weights, strict=True):
             seen = weight.detach().mT if place.transposed else weight.detach()
-            changed = (rounded(seen, self.bits) if self.change == "round" else thinned(seen, self.sparsity)) - seen
+            changed = (
+                rounded(seen, self.bits) if self.change == "round" else thinned(seen, self.sparsity)
+            ) - seen
             delta[s] = (changed.mT if place.transposed else changed).reshape(-1)
         progress.show("prediction", 0, 2)
         gradient, loss = operator.gradient()
@@ -119,7 +149,9 @@ class QuadraticPrediction(CurvatureInstrument):
         progress.show("prediction", 2, 2)
         base, _ = moved_loss_and_gradient(operator, torch.zeros_like(delta), gradient=False)
         noise = 20 * float(torch.finfo(operator.dtype).eps) * max(abs(base), 1.0)
-        for name, s in progress.track(list(zip(operator.names, operator.slices, strict=True)), "measured layer by layer"):
+        for name, s in progress.track(
+            list(zip(operator.names, operator.slices, strict=True)), "measured layer by layer"
+        ):
             own = torch.zeros_like(delta)
             own[s] = delta[s]
             first = float(torch.dot(gradient[s].double(), delta[s].double()))
@@ -133,20 +165,42 @@ class QuadraticPrediction(CurvatureInstrument):
 
             measured = measure(1.0)
             radius = validity_radius(predict, measure, noise) if self.radius else math.nan
-            rows.append({"layer": name, "parameters": s.stop - s.start, "change_norm": float(torch.linalg.vector_norm(delta[s])), "first": first,
-                         "second": second, "predicted": first + second, "measured": measured, "radius": radius})  # fmt: skip
-        first, second = float(torch.dot(gradient.double(), delta.double())), 0.5 * float(torch.dot(both.double(), delta.double()))
+            rows.append(
+                {
+                    "layer": name,
+                    "parameters": s.stop - s.start,
+                    "change_norm": float(torch.linalg.vector_norm(delta[s])),
+                    "first": first,
+                    "second": second,
+                    "predicted": first + second,
+                    "measured": measured,
+                    "radius": radius,
+                }
+            )
+        first, second = (
+            float(torch.dot(gradient.double(), delta.double())),
+            0.5 * float(torch.dot(both.double(), delta.double())),
+        )
 
         def measure_joint(scale: float) -> float:
             return moved_loss_and_gradient(operator, delta * scale, gradient=False)[0] - base
 
-        joint |= {"loss": loss, "joint_predicted": first + second, "joint_first": first, "joint_measured": measure_joint(1.0)}
+        joint |= {
+            "loss": loss,
+            "joint_predicted": first + second,
+            "joint_first": first,
+            "joint_measured": measure_joint(1.0),
+        }
         if self.radius:
-            joint["joint_radius"] = validity_radius(lambda scale: scale * first + scale**2 * second, measure_joint, noise)
+            joint["joint_radius"] = validity_radius(
+                lambda scale: scale * first + scale**2 * second, measure_joint, noise
+            )
 
 
 class PredictionView(BaseModel):
-    show: Literal["predicted beside measured", "validity radius"] = parameter("predicted beside measured", "what is drawn")
+    show: Literal["predicted beside measured", "validity radius"] = parameter(
+        "predicted beside measured", "what is drawn"
+    )
 
 
 class PredictionResult(Result):
@@ -160,12 +214,33 @@ class PredictionResult(Result):
         from workbench.figures import figure, points
 
         fields = self.instrument.model_dump()
-        what = f"{fields['bits']}-bit rounding" if fields["change"] == "round" else f"{fields['sparsity']:.0%} magnitude pruning"
+        what = (
+            f"{fields['bits']}-bit rounding"
+            if fields["change"] == "round"
+            else f"{fields['sparsity']:.0%} magnitude pruning"
+        )
         if view.get("show") == "validity radius" and len(self.table):
-            return layers_figure(self.table.assign(radius=self.table["radius"].replace(math.inf, 64.0)), "radius", "validity radius (in units of the change)")
-        fig = figure(f"Loss change of {what}, one layer at a time", x="predicted loss change", y="measured loss change")
+            return layers_figure(
+                self.table.assign(radius=self.table["radius"].replace(math.inf, 64.0)),
+                "radius",
+                "validity radius (in units of the change)",
+            )
+        fig = figure(
+            f"Loss change of {what}, one layer at a time", x="predicted loss change", y="measured loss change"
+        )
         if len(self.table):
-            points(fig, self.table["predicted"], self.table["measured"], "layers", text=list(self.table["layer"]))
-            ends = [float(self.table[["predicted", "measured"]].min().min()), float(self.table[["predicted", "measured"]].max().max())]
-            fig.add_scatter(x=ends, y=ends, mode="lines", name="equal", line=dict(color="rgba(128,128,128,0.9)", dash="dash", width=1))
+            points(
+                fig, self.table["predicted"], self.table["measured"], "layers", text=list(self.table["layer"])
+            )
+            ends = [
+                float(self.table[["predicted", "measured"]].min().min()),
+                float(self.table[["predicted", "measured"]].max().max()),
+            ]
+            fig.add_scatter(
+                x=ends,
+                y=ends,
+                mode="lines",
+                name="equal",
+                line=dict(color="rgba(128,128,128,0.9)", dash="dash", width=1),
+            )
         return fig

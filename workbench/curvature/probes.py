@@ -18,7 +18,9 @@ def rademacher(operator: Operator, numbers: Sequence[int], seed: int) -> Tensor:
     rows = torch.empty(len(numbers), operator.size, dtype=operator.dtype, device=operator.device)
     for row, number in zip(rows, numbers, strict=True):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        row.copy_(torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)).mul_(2).sub_(1)
+        row.copy_(torch.randint(0, 2, (operator.size,), generator=generator, dtype=torch.int8)).mul_(2).sub_(
+            1
+        )
     return rows
 
 

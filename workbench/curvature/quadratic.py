@@ -45,18 +45,28 @@ def changed_places(subject: Subject, deltas: dict[str, Tensor]) -> tuple[list[Pl
     places, changes = [], []
     for name, delta in deltas.items():
         if name not in layers:
-            raise BadInput(f"deltas: {name!r} is no layer of this subject; names look like {', '.join(list(layers)[:3])}")
+            raise BadInput(
+                f"deltas: {name!r} is no layer of this subject; names look like {', '.join(list(layers)[:3])}"
+            )
         layer = layers[name]
         if tuple(delta.shape) != layer.shape:
-            raise BadInput(f"deltas: {name} has shape {tuple(delta.shape)}, the layer's weight is {layer.shape}")
+            raise BadInput(
+                f"deltas: {name} has shape {tuple(delta.shape)}, the layer's weight is {layer.shape}"
+            )
         value = delta.detach().to(layer.original.device, layer.original.dtype)
         places.append(place_of(layer))
         changes.append(value.mT if layer.transposed else value)
     return places, changes
 
 
-def predicted_change(subject: Subject, deltas: dict[str, Tensor], split: str = "calibration", examples: int = 64, batch_size: int = 8,
-                     progress: Progress | None = None) -> Prediction:  # fmt: skip
+def predicted_change(
+    subject: Subject,
+    deltas: dict[str, Tensor],
+    split: str = "calibration",
+    examples: int = 64,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Prediction:
     """Predict the mean loss change of adding `deltas` (layer name -> (..., out, in)) to the effective weights, all at once.
 
     Exact derivatives over `examples` of `split`, accumulated over micro-batches. When stopped, the batches so far are used.
@@ -67,7 +77,9 @@ def predicted_change(subject: Subject, deltas: dict[str, Tensor], split: str = "
     items = seen = 0
     count = -(-min(examples, subject.size(split)) // batch_size)
     with differentiable(subject.model, places) as weights, torch.enable_grad():
-        for number, batch in enumerate(progress.track(subject.batches(split, batch_size, examples), "quadratic prediction", count)):
+        for number, batch in enumerate(
+            progress.track(subject.batches(split, batch_size, examples), "quadratic prediction", count)
+        ):
             weight = subject.task.items(batch)
             if weight == 0:
                 continue
@@ -78,21 +90,35 @@ def predicted_change(subject: Subject, deltas: dict[str, Tensor], split: str = "
             slopes = [None if g is None else (g * d).sum() for g, d in zip(gradients, changes, strict=True)]
             curved = any(g.requires_grad for g, _ in used)
             slope = sum(s for s in slopes if s is not None)
-            products = torch.autograd.grad(slope, weights, allow_unused=True) if curved else [None] * len(weights)  # type: ignore[arg-type]
+            products = (
+                torch.autograd.grad(slope, weights, allow_unused=True) if curved else [None] * len(weights)
+            )  # type: ignore[arg-type]
             for row, (s, product, change) in enumerate(zip(slopes, products, changes, strict=True)):
                 sums[row, 0] += 0.0 if s is None else weight * float(s.detach())
                 sums[row, 1] += 0.0 if product is None else weight * 0.5 * float((product * change).sum())
             items += weight
             seen += len(next(iter(batch.values())))
     if items == 0:
-        raise BadInput(f"split: the first {examples} examples of {split!r} hold no target; check the label column")
+        raise BadInput(
+            f"split: the first {examples} examples of {split!r} hold no target; check the label column"
+        )
     means = (sums / items).tolist()
-    return Prediction({p.name: (first, second) for p, (first, second) in zip(places, means, strict=True)}, seen, progress.partial)
+    return Prediction(
+        {p.name: (first, second) for p, (first, second) in zip(places, means, strict=True)},
+        seen,
+        progress.partial,
+    )
 
 
 @torch.no_grad()
-def measured_change(subject: Subject, deltas: dict[str, Tensor], split: str = "calibration", examples: int = 64, batch_size: int = 8,
-                    progress: Progress | None = None) -> float:  # fmt: skip
+def measured_change(
+    subject: Subject,
+    deltas: dict[str, Tensor],
+    split: str = "calibration",
+    examples: int = 64,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> float:
     """The mean loss change that adding `deltas` really makes, on exactly the batches of `predicted_change`."""
     progress = progress or Progress()
     places, changes = changed_places(subject, deltas)
@@ -104,7 +130,9 @@ def measured_change(subject: Subject, deltas: dict[str, Tensor], split: str = "c
 
 
 @torch.no_grad()
-def mean_loss(subject: Subject, split: str, examples: int, batch_size: int, progress: Progress | None = None) -> float:
+def mean_loss(
+    subject: Subject, split: str, examples: int, batch_size: int, progress: Progress | None = None
+) -> float:
     """Mean loss over the first `examples` of a split, in evaluation mode, accumulated in double precision."""
     progress = progress or Progress()
     total, items = 0.0, 0
@@ -116,5 +144,7 @@ def mean_loss(subject: Subject, split: str, examples: int, batch_size: int, prog
                 total += float(subject.loss(batch)) * weight
                 items += weight
     if items == 0:
-        raise BadInput(f"split: the first {examples} examples of {split!r} hold no target; check the label column")
+        raise BadInput(
+            f"split: the first {examples} examples of {split!r} hold no target; check the label column"
+        )
     return total / items

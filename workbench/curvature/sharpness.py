@@ -38,19 +38,25 @@ def batch_gradients(operator: CurvatureOperator) -> tuple[Tensor, Tensor, float,
         for batch, _ in operator.batches():
             weight = operator.subject.task.items(batch)
             loss = operator.loss(batch)
-            for s, g in zip(operator.slices, torch.autograd.grad(loss, operator.weights, allow_unused=True), strict=True):
+            for s, g in zip(
+                operator.slices, torch.autograd.grad(loss, operator.weights, allow_unused=True), strict=True
+            ):
                 if g is not None:
                     total[s].add_(g.reshape(-1), alpha=weight)
                     square[s].addcmul_(g.reshape(-1), g.reshape(-1), value=weight)
             loss_sum += weight * float(loss.detach())
             weights.append(float(weight))
     if not weights:
-        raise BadInput(f"split: the first {operator.examples} examples of {operator.split!r} hold no target; check the label column")
+        raise BadInput(
+            f"split: the first {operator.examples} examples of {operator.split!r} hold no target; check the label column"
+        )
     return total / sum(weights), square / sum(weights), loss_sum / sum(weights), weights
 
 
 @torch.no_grad()
-def moved_loss_and_gradient(operator: CurvatureOperator, offset: Tensor, gradient: bool = True) -> tuple[float, Tensor | None]:
+def moved_loss_and_gradient(
+    operator: CurvatureOperator, offset: Tensor, gradient: bool = True
+) -> tuple[float, Tensor | None]:
     """Loss (and gradient) with `offset` (size,) added to the weights; they are restored bit for bit."""
     kept = [w.data for w in operator.weights]
     try:
@@ -69,7 +75,14 @@ def moved_loss_and_gradient(operator: CurvatureOperator, offset: Tensor, gradien
             weight.data = value
 
 
-def stability_limit(step: Callable[[Tensor], Tensor], start: Tensor, guess: float, momentum: float, steps: int, accuracy: float = 0.02) -> float:
+def stability_limit(
+    step: Callable[[Tensor], Tensor],
+    start: Tensor,
+    guess: float,
+    momentum: float,
+    steps: int,
+    accuracy: float = 0.02,
+) -> float:
     """The largest learning rate at which a small displacement does not grow, by bisection in log scale to `accuracy`.
 
     Iterates m <- momentum m + (1 - momentum) f(d), d <- d - rate m, where `step(d)` gives f(d): the (preconditioned) change
@@ -109,11 +122,19 @@ class Sharpness(CurvatureInstrument):
 
     summary_line = "top eigenvalue, 2/lambda for SGD and Adam beside the limits found by bisection, loss rise at radius rho"
 
-    radius: float = parameter(0.05, "radius rho of the neighbourhood in which the loss rise is measured (Foret et al. 2021)", gt=0, le=10, scale="log")
+    radius: float = parameter(
+        0.05,
+        "radius rho of the neighbourhood in which the loss rise is measured (Foret et al. 2021)",
+        gt=0,
+        le=10,
+        scale="log",
+    )
     momentum: float = parameter(0.9, "Adam's first-moment decay beta1", ge=0, lt=1)
     epsilon: float = parameter(1e-8, "Adam's epsilon", gt=0, le=1, scale="log")
     tolerance: float = parameter(1e-3, "relative residual of the eigenvalue", gt=0, lt=1, scale="log")
-    bisect: bool = parameter(False, "also find both limits by bisection on the true gradients (about 100 to 400 gradients each)")
+    bisect: bool = parameter(
+        False, "also find both limits by bisection on the true gradients (about 100 to 400 gradients each)"
+    )
     bisect_steps: int = parameter(24, "iterations of each stability test", ge=4, le=500)
 
     @classmethod
@@ -129,9 +150,17 @@ class Sharpness(CurvatureInstrument):
                 self._study(operator, progress, rows, facts)
             except Stopped:
                 progress.partial = True
-        return self.result(pd.DataFrame(rows, columns=["optimizer", "sharpness", "predicted_limit", "measured_limit"]), facts)
+        return self.result(
+            pd.DataFrame(rows, columns=["optimizer", "sharpness", "predicted_limit", "measured_limit"]), facts
+        )
 
-    def _study(self, operator: CurvatureOperator, progress: Progress, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    def _study(
+        self,
+        operator: CurvatureOperator,
+        progress: Progress,
+        rows: list[dict[str, Any]],
+        facts: dict[str, Any],
+    ) -> None:
         mean, square, loss, _ = batch_gradients(operator)
         norm = float(torch.linalg.vector_norm(mean))
         facts |= {"loss": loss, "gradient_norm": norm}
@@ -140,16 +169,29 @@ class Sharpness(CurvatureInstrument):
         if norm > 0:
             raised, _ = moved_loss_and_gradient(operator, mean * (self.radius / norm), gradient=False)
             along = float(torch.dot(operator.matvec(mean / norm), mean / norm))
-            facts |= {"rise_at_radius": raised - loss, "rise_predicted": self.radius * norm + 0.5 * self.radius**2 * along}
+            facts |= {
+                "rise_at_radius": raised - loss,
+                "rise_predicted": self.radius * norm + 0.5 * self.radius**2 * along,
+            }
         # Adam at rest: its second moment is the mean square of the batches' gradients
         diagonal = square.sqrt() + self.epsilon
-        preconditioned = self._top(Preconditioned(operator, diagonal), progress, "preconditioned sharpness products")
+        preconditioned = self._top(
+            Preconditioned(operator, diagonal), progress, "preconditioned sharpness products"
+        )
         facts["preconditioned_top"] = preconditioned[0]
         # heavy-ball momentum with (1 - beta) damping is stable up to (2 + 2 beta) / ((1 - beta) lambda) (Cohen et al. 2022)
         scale = (2 + 2 * self.momentum) / (1 - self.momentum)
-        for name, value, vector, momentum, inverse in (("SGD", *top, 0.0, None), ("Adam", *preconditioned, self.momentum, diagonal)):
+        for name, value, vector, momentum, inverse in (
+            ("SGD", *top, 0.0, None),
+            ("Adam", *preconditioned, self.momentum, diagonal),
+        ):
             predicted = (2.0 if momentum == 0 else scale) / value if value > 0 else math.inf
-            row = {"optimizer": name, "sharpness": value, "predicted_limit": predicted, "measured_limit": math.nan}
+            row = {
+                "optimizer": name,
+                "sharpness": value,
+                "predicted_limit": predicted,
+                "measured_limit": math.nan,
+            }
             rows.append(row)
             facts[f"{name.lower()}_limit"] = predicted
             if self.bisect and value > 0 and not progress.stopped:
@@ -158,15 +200,37 @@ class Sharpness(CurvatureInstrument):
                 )
 
     def _top(self, operator: Any, progress: Progress, label: str) -> tuple[float, Tensor]:
-        found = eigenpairs(operator, 1, "top", self.tolerance, 1, None, 400, False, self.seed, lambda done, _: progress.show(label, done, None))
+        found = eigenpairs(
+            operator,
+            1,
+            "top",
+            self.tolerance,
+            1,
+            None,
+            400,
+            False,
+            self.seed,
+            lambda done, _: progress.show(label, done, None),
+        )
         if not len(found.values):
             if progress.stop.is_set():
                 raise Stopped
-            raise BadInput(f"tolerance: the largest eigenvalue did not converge to {self.tolerance} in 400 products; give a larger tolerance")
+            raise BadInput(
+                f"tolerance: the largest eigenvalue did not converge to {self.tolerance} in 400 products; give a larger tolerance"
+            )
         return float(found.values[0]), found.vectors[0]
 
-    def _bisect(self, operator: CurvatureOperator, progress: Progress, mean: Tensor, vector: Tensor, momentum: float, diagonal: Tensor | None,
-                guess: float, name: str) -> float:  # fmt: skip
+    def _bisect(
+        self,
+        operator: CurvatureOperator,
+        progress: Progress,
+        mean: Tensor,
+        vector: Tensor,
+        momentum: float,
+        diagonal: Tensor | None,
+        guess: float,
+        name: str,
+    ) -> float:
         # in the coordinates D^1/2 d the preconditioned iteration is the same, and rounding is not blown up where D is tiny
         scale = torch.ones_like(vector) if diagonal is None else diagonal.rsqrt()
         offset = vector * (1e-4 / float(torch.linalg.vector_norm(vector * scale)))
@@ -188,8 +252,18 @@ class SharpnessResult(Result):
     def figure(self, **view: Any) -> go.Figure:
         from workbench.figures import color, figure
 
-        fig = figure("Largest stable learning rate", x="optimizer", y="learning rate", yaxis_type="log", barmode="group")
-        for index, (column, name) in enumerate((("predicted_limit", "from curvature"), ("measured_limit", "by bisection"))):
+        fig = figure(
+            "Largest stable learning rate",
+            x="optimizer",
+            y="learning rate",
+            yaxis_type="log",
+            barmode="group",
+        )
+        for index, (column, name) in enumerate(
+            (("predicted_limit", "from curvature"), ("measured_limit", "by bisection"))
+        ):
             if self.table[column].notna().any():
-                fig.add_bar(x=self.table["optimizer"], y=self.table[column], name=name, marker_color=color(index))
+                fig.add_bar(
+                    x=self.table["optimizer"], y=self.table[column], name=name, marker_color=color(index)
+                )
         return fig

@@ -21,12 +21,23 @@ from workbench.subjects import Subject
 class Trace(CurvatureInstrument):
     """Trace by Hutchinson (with per-layer traces, Frobenius norm and diagonal), Hutch++ or XTrace, each with a standard error."""
 
-    summary_line = "trace with a standard error (Hutchinson, Hutch++, XTrace), per layer, Frobenius norm, diagonal"
+    summary_line = (
+        "trace with a standard error (Hutchinson, Hutch++, XTrace), per layer, Frobenius norm, diagonal"
+    )
 
-    method: Literal["hutchinson", "hutch++", "xtrace"] = parameter("hutchinson", "estimator; hutchinson also gives layers, norm and diagonal")
+    method: Literal["hutchinson", "hutch++", "xtrace"] = parameter(
+        "hutchinson", "estimator; hutchinson also gives layers, norm and diagonal"
+    )
     products: int = parameter(32, "matrix-vector products, at most", ge=2, le=4096, scale="log")
-    interval: float = parameter(0.0, "stop when two standard errors are within this fraction of the trace (0: use all products)", ge=0, le=10)
-    diagonal: bool = parameter(False, "also estimate the diagonal and summarise it per layer (hutchinson only)")
+    interval: float = parameter(
+        0.0,
+        "stop when two standard errors are within this fraction of the trace (0: use all products)",
+        ge=0,
+        le=10,
+    )
+    diagonal: bool = parameter(
+        False, "also estimate the diagonal and summarise it per layer (hutchinson only)"
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -53,7 +64,9 @@ class Trace(CurvatureInstrument):
         group = min(8, self.products)
         found, sums = TraceEstimate("hutchinson", math.nan, math.nan, 0), ProbeSums()
         try:
-            groups = hutchinson_probes(operator, self.products, self.seed, group, operator.slices, self.diagonal)
+            groups = hutchinson_probes(
+                operator, self.products, self.seed, group, operator.slices, self.diagonal
+            )
             for sums in progress.track(groups, "probes", -(-self.products // group)):
                 found = of_sums(sums)
                 if draws_previews(progress):
@@ -64,15 +77,29 @@ class Trace(CurvatureInstrument):
             progress.partial = True
         return self._result(operator, found, sums)
 
-    def _result(self, operator: CurvatureOperator, found: TraceEstimate, sums: ProbeSums | None = None) -> Result:
+    def _result(
+        self, operator: CurvatureOperator, found: TraceEstimate, sums: ProbeSums | None = None
+    ) -> Result:
         facts: dict[str, Any] = {
-            "trace": found.value, "standard_error": found.error, "low": found.value - 2 * found.error, "high": found.value + 2 * found.error,
-            "mean_eigenvalue": found.value / operator.size, "frobenius_squared": found.frobenius_squared,
-            "frobenius_squared_standard_error": found.frobenius_squared_error, "products": found.products, "parameters": operator.size,
-            "operator": self.operator, "method": self.method,
-        }  # fmt: skip
+            "trace": found.value,
+            "standard_error": found.error,
+            "low": found.value - 2 * found.error,
+            "high": found.value + 2 * found.error,
+            "mean_eigenvalue": found.value / operator.size,
+            "frobenius_squared": found.frobenius_squared,
+            "frobenius_squared_standard_error": found.frobenius_squared_error,
+            "products": found.products,
+            "parameters": operator.size,
+            "operator": self.operator,
+            "method": self.method,
+        }
         samples = pd.DataFrame({"probe": np.arange(len(found.samples)), "sample": found.samples})
-        running = np.array([[found.samples[: i + 1].mean(), standard_error(found.samples[: i + 1])] for i in range(len(found.samples))])
+        running = np.array(
+            [
+                [found.samples[: i + 1].mean(), standard_error(found.samples[: i + 1])]
+                for i in range(len(found.samples))
+            ]
+        )
         samples["trace"], samples["standard_error"] = running.reshape(-1, 2).T
         tables = {"layers": self._layers(operator, sums)} if sums is not None and sums.forms else {}
         return self.result(samples, facts, tables=tables)
@@ -82,22 +109,41 @@ class Trace(CurvatureInstrument):
         rows = []
         for place, (name, s) in enumerate(zip(operator.names, operator.slices, strict=True)):
             value, size = float(forms[:, place].mean()), s.stop - s.start
-            row: dict[str, Any] = {"layer": name, "parameters": size, "trace": value, "trace_standard_error": standard_error(forms[:, place]),
-                                   "mean_eigenvalue": value / size}  # fmt: skip
+            row: dict[str, Any] = {
+                "layer": name,
+                "parameters": size,
+                "trace": value,
+                "trace_standard_error": standard_error(forms[:, place]),
+                "mean_eigenvalue": value / size,
+            }
             if sums.diagonal is not None and sums.diagonal_square is not None:
                 count = len(sums.forms)
                 mean = sums.diagonal[s].double() / count
-                spread = (sums.diagonal_square[s].double() / count - mean.square()).clamp_min(0) / max(count - 1, 1)
-                row |= {"diagonal_least": float(mean.min()), "diagonal_median": float(mean.median()), "diagonal_largest": float(mean.max()),
-                        "diagonal_standard_error": float(spread.mean().sqrt()), "diagonal_negative": float((mean < 0).double().mean())}  # fmt: skip
+                spread = (sums.diagonal_square[s].double() / count - mean.square()).clamp_min(0) / max(
+                    count - 1, 1
+                )
+                row |= {
+                    "diagonal_least": float(mean.min()),
+                    "diagonal_median": float(mean.median()),
+                    "diagonal_largest": float(mean.max()),
+                    "diagonal_standard_error": float(spread.mean().sqrt()),
+                    "diagonal_negative": float((mean < 0).double().mean()),
+                }
             rows.append(row)
         return pd.DataFrame(rows)
 
 
 def of_sums(sums: ProbeSums) -> TraceEstimate:
     values = np.array(sums.forms)
-    return TraceEstimate("hutchinson", float(values.mean()), standard_error(values), len(values), values, float(np.mean(sums.squares)),
-                         standard_error(sums.squares))  # fmt: skip
+    return TraceEstimate(
+        "hutchinson",
+        float(values.mean()),
+        standard_error(values),
+        len(values),
+        values,
+        float(np.mean(sums.squares)),
+        standard_error(sums.squares),
+    )
 
 
 class TraceView(BaseModel):
@@ -120,11 +166,19 @@ class TraceResult(Result):
         shown = self.table.iloc[1:]
         fig = figure(f"Trace by {self.facts['method']}", x="probes", y="trace")
         half = 2 * shown["standard_error"]
-        line(fig, shown["probe"] + 1, shown["trace"], "running mean, ± 2 standard errors", band=(shown["trace"] - half, shown["trace"] + half))
+        line(
+            fig,
+            shown["probe"] + 1,
+            shown["trace"],
+            "running mean, ± 2 standard errors",
+            band=(shown["trace"] - half, shown["trace"] + half),
+        )
         return fig
 
     def summary(self) -> str:
         f = self.facts
         note = " (partial: stopped early)" if self.partial else ""
-        return (f"trace{note}: {f['trace']:.6g} ± {f['standard_error']:.2g} (standard error, {f['method']}, {f['products']} products) of the {f['operator']}, "
-                f"{f['parameters']:,} parameters")  # fmt: skip
+        return (
+            f"trace{note}: {f['trace']:.6g} ± {f['standard_error']:.2g} (standard error, {f['method']}, {f['products']} products) of the {f['operator']}, "
+            f"{f['parameters']:,} parameters"
+        )

@@ -54,8 +54,14 @@ class ProbeSums:
                 self.diagonal_square += product.square()
 
 
-def hutchinson_probes(operator: Operator, probes: int, seed: int = 0, group: int = 8, slices: list[slice] | None = None,
-                      diagonal: bool = False) -> Iterator[ProbeSums]:  # fmt: skip
+def hutchinson_probes(
+    operator: Operator,
+    probes: int,
+    seed: int = 0,
+    group: int = 8,
+    slices: list[slice] | None = None,
+    diagonal: bool = False,
+) -> Iterator[ProbeSums]:
     """Rademacher probes in groups (Hutchinson 1990); yields the sums after each group.
 
     E v.Hv is the trace, E |Hv|^2 the squared Frobenius norm, E v * Hv the diagonal (Bekas, Kokiopoulou and Saad 2007), and
@@ -73,8 +79,14 @@ def narrow(value: float, error: float, wanted: float) -> bool:
     return wanted > 0 and error == error and 2 * error <= wanted * abs(value)
 
 
-def hutchinson(operator: Operator, probes: int = 32, seed: int = 0, wanted: float = 0.0, group: int = 8,
-               each: Callable[[TraceEstimate], None] | None = None) -> TraceEstimate:  # fmt: skip
+def hutchinson(
+    operator: Operator,
+    probes: int = 32,
+    seed: int = 0,
+    wanted: float = 0.0,
+    group: int = 8,
+    each: Callable[[TraceEstimate], None] | None = None,
+) -> TraceEstimate:
     """Hutchinson's estimate from up to `probes` products; ends early once +-2 standard errors are within `wanted` of the value.
 
     `each` receives the estimate after every group. A stop keeps the groups so far.
@@ -83,8 +95,15 @@ def hutchinson(operator: Operator, probes: int = 32, seed: int = 0, wanted: floa
     try:
         for sums in hutchinson_probes(operator, probes, seed, group):
             values = np.array(sums.forms)
-            found = TraceEstimate("hutchinson", float(values.mean()), standard_error(values), len(values), values,
-                                  float(np.mean(sums.squares)), standard_error(sums.squares))  # fmt: skip
+            found = TraceEstimate(
+                "hutchinson",
+                float(values.mean()),
+                standard_error(values),
+                len(values),
+                values,
+                float(np.mean(sums.squares)),
+                standard_error(sums.squares),
+            )
             if each is not None:
                 each(found)
             if len(values) >= 8 and narrow(found.value, found.error, wanted):
@@ -104,7 +123,9 @@ def orthonormal(rows: Tensor) -> Tensor:
     return u.mT[s > 1e3 * torch.finfo(rows.dtype).eps * s[0]] if float(s[0]) > 0 else rows[:0]
 
 
-def hutch_plus_plus(operator: Operator, products: int = 48, seed: int = 0, each: Callable[[TraceEstimate], None] | None = None) -> TraceEstimate:
+def hutch_plus_plus(
+    operator: Operator, products: int = 48, seed: int = 0, each: Callable[[TraceEstimate], None] | None = None
+) -> TraceEstimate:
     """Hutch++ (Meyer, Musco, Musco and Woodruff 2021, algorithm 1): the trace on a sketched range, exactly, and Hutchinson on the rest.
 
     A third of the products sketch the range, a third give the trace on it, a third are probes of the rest; the standard
@@ -121,7 +142,9 @@ def hutch_plus_plus(operator: Operator, products: int = 48, seed: int = 0, each:
         probes = probes - (probes @ basis.mT) @ basis
         rest = (probes * operator.matmat(probes)).sum(1, dtype=torch.float64).cpu().numpy()
         samples = exact + rest
-        error = standard_error(samples) if len(basis) < operator.size else 0.0  # the sketch spans everything: exact
+        error = (
+            standard_error(samples) if len(basis) < operator.size else 0.0
+        )  # the sketch spans everything: exact
         found = TraceEstimate("hutch++", float(samples.mean()), error, used + tests, samples)
     except Stopped:
         return found
@@ -130,7 +153,9 @@ def hutch_plus_plus(operator: Operator, products: int = 48, seed: int = 0, each:
     return found
 
 
-def xtrace(operator: Operator, products: int = 48, seed: int = 0, each: Callable[[TraceEstimate], None] | None = None) -> TraceEstimate:
+def xtrace(
+    operator: Operator, products: int = 48, seed: int = 0, each: Callable[[TraceEstimate], None] | None = None
+) -> TraceEstimate:
     """XTrace (Epperly, Tropp and Webber 2024, section 2): every probe tests the range that all the others sketch.
 
     With m = products / 2 Gaussian probes w_i, Y = H W = Q R and Q_i spanning all columns of Y but the i-th,
@@ -145,7 +170,9 @@ def xtrace(operator: Operator, products: int = 48, seed: int = 0, each: Callable
         images = operator.matmat(probes)
         basis, upper = torch.linalg.qr(images.mT)  # (size, m), (m, m)
         scale = upper.diagonal().abs()
-        if count == operator.size or float(scale.min()) <= 1e3 * torch.finfo(images.dtype).eps * float(scale.max()):
+        if count == operator.size or float(scale.min()) <= 1e3 * torch.finfo(images.dtype).eps * float(
+            scale.max()
+        ):
             return _whole_range(operator, probes, images, found)
         core = basis.mT @ operator.matmat(basis.mT.contiguous()).mT  # Q' H Q
     except Stopped:
@@ -157,7 +184,9 @@ def xtrace(operator: Operator, products: int = 48, seed: int = 0, each: Callable
     s = s / torch.linalg.vector_norm(s, dim=0)
     x = w - s * (s * w).sum(0)  # the part of Q' w_i along Q_i
     samples = (h.trace() - (s * (h @ s)).sum(0) + forms - 2 * (x * r).sum(0) + (x * (h @ x)).sum(0)).numpy()
-    found = TraceEstimate("xtrace", float(samples.mean()), math.sqrt(2) * standard_error(samples), 2 * count, samples)
+    found = TraceEstimate(
+        "xtrace", float(samples.mean()), math.sqrt(2) * standard_error(samples), 2 * count, samples
+    )
     if each is not None:
         each(found)
     return found
@@ -169,12 +198,20 @@ def _whole_range(operator: Operator, probes: Tensor, images: Tensor, found: Trac
     if not len(basis):
         return TraceEstimate("xtrace", 0.0, 0.0, len(probes), np.zeros(len(probes)))
     exact = float((basis * operator.matmat(basis)).sum(dtype=torch.float64))
-    rounding = float(torch.finfo(images.dtype).eps) * float(torch.linalg.vector_norm(images)) * math.sqrt(len(basis))
+    rounding = (
+        float(torch.finfo(images.dtype).eps) * float(torch.linalg.vector_norm(images)) * math.sqrt(len(basis))
+    )
     return TraceEstimate("xtrace", exact, rounding, len(probes) + len(basis), np.full(len(probes), exact))
 
 
-def estimate(operator: Operator, method: str, products: int, seed: int = 0, wanted: float = 0.0,
-             each: Callable[[TraceEstimate], None] | None = None) -> TraceEstimate:  # fmt: skip
+def estimate(
+    operator: Operator,
+    method: str,
+    products: int,
+    seed: int = 0,
+    wanted: float = 0.0,
+    each: Callable[[TraceEstimate], None] | None = None,
+) -> TraceEstimate:
     """The trace by name of method; sketching methods double their products until the interval is as narrow as `wanted`."""
     if method == "hutchinson":
         return hutchinson(operator, products, seed, wanted, each=each)

@@ -56,7 +56,9 @@ def power_law(values: NDArray[np.float64], least_tail: int = 10) -> PowerLaw | N
         steps = np.arange(tail + 1) / tail
         distance = float(max(np.abs(model - steps[:-1]).max(), np.abs(model - steps[1:]).max()))
         if best is None or distance < best.distance:
-            best = PowerLaw(exponent, float(x[start]), float(x[-1]), tail, distance, (exponent - 1) / tail**0.5)
+            best = PowerLaw(
+                exponent, float(x[start]), float(x[-1]), tail, distance, (exponent - 1) / tail**0.5
+            )
     return best
 
 
@@ -113,18 +115,32 @@ def weight_row(weight: Tensor) -> tuple[dict[str, Any], NDArray[np.float64]]:
     top = float(values[0])
     share = values / values.sum() if top > 0 else values
     row: dict[str, Any] = {
-        "out": out, "in": width, "largest_singular": float(singular[0]), "smallest_singular": float(singular[-1]),
-        "frobenius": float(np.sqrt((singular**2).sum())), "stable_rank": float(values.sum() / top) if top > 0 else 0.0,
-        "effective_rank": float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum())) if top > 0 else 0.0,
-        "rank": int((singular > singular[0] * max(out, width) * np.finfo(np.float32).eps).sum()) if top > 0 else 0,
-    }  # fmt: skip
+        "out": out,
+        "in": width,
+        "largest_singular": float(singular[0]),
+        "smallest_singular": float(singular[-1]),
+        "frobenius": float(np.sqrt((singular**2).sum())),
+        "stable_rank": float(values.sum() / top) if top > 0 else 0.0,
+        "effective_rank": float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
+        if top > 0
+        else 0.0,
+        "rank": int((singular > singular[0] * max(out, width) * np.finfo(np.float32).eps).sum())
+        if top > 0
+        else 0,
+    }
     if top > 0 and min(out, width) >= 8:
         fit = noise_fit(values, min(out, width) / max(out, width))
         row |= {"noise_deviation": fit.variance**0.5, "noise_edge": fit.high, "spikes": fit.spikes}
     law = power_law(values)
     if law is not None:
-        row |= {"power_law": law.exponent, "power_law_error": law.error, "fit_from": law.lowest, "fit_to": law.largest, "fit_tail": law.tail,
-                "fit_distance": law.distance}  # fmt: skip
+        row |= {
+            "power_law": law.exponent,
+            "power_law_error": law.error,
+            "fit_from": law.lowest,
+            "fit_to": law.largest,
+            "fit_tail": law.tail,
+            "fit_distance": law.distance,
+        }
     return row, values
 
 
@@ -152,13 +168,17 @@ class WeightSpectrum(SubjectInstrument):
                 name = layer.name if weight.ndim == 2 else f"{layer.name}[{expert}]"
                 row, values = weight_row(matrix)
                 rows.append({"layer": name} | row)
-                spectra.append(pd.DataFrame({"layer": name, "rank": np.arange(1, len(values) + 1), "eigenvalue": values}))
+                spectra.append(
+                    pd.DataFrame({"layer": name, "rank": np.arange(1, len(values) + 1), "eigenvalue": values})
+                )
         table = pd.DataFrame(rows)
         facts: dict[str, Any] = {"matrices": len(table)}
         for column in ("stable_rank", "power_law", "spikes"):
             if column in table:
                 facts[f"median_{column}"] = float(table[column].median())
-        return self.result(table, facts, tables={"eigenvalues": pd.concat(spectra, ignore_index=True)} if spectra else {})
+        return self.result(
+            table, facts, tables={"eigenvalues": pd.concat(spectra, ignore_index=True)} if spectra else {}
+        )
 
 
 class WeightSpectrumResult(Result):
@@ -166,9 +186,15 @@ class WeightSpectrumResult(Result):
 
     def view_model(self) -> type[BaseModel]:
         names = tuple(self.table["layer"]) if len(self.table) else ()
-        shown = tuple(c for c in ("stable_rank", "power_law", "spikes", "effective_rank", "largest_singular") if c in self.table)
-        fields: dict[str, Any] = {"layer": (Literal[("map", *names)], parameter("map", "one layer's spectrum, or the map of all")),
-                                  "measure": (Literal[shown], parameter(shown[0], "what the map shows"))}  # fmt: skip
+        shown = tuple(
+            c
+            for c in ("stable_rank", "power_law", "spikes", "effective_rank", "largest_singular")
+            if c in self.table
+        )
+        fields: dict[str, Any] = {
+            "layer": (Literal[("map", *names)], parameter("map", "one layer's spectrum, or the map of all")),
+            "measure": (Literal[shown], parameter(shown[0], "what the map shows")),
+        }
         return create_model("WeightSpectrumView", **fields)
 
     def figure(self, **view: Any) -> go.Figure:
@@ -183,7 +209,13 @@ class WeightSpectrumResult(Result):
         values = self.tables["eigenvalues"]
         values = values[values["layer"] == layer]
         row = self.table[self.table["layer"] == layer].iloc[0]
-        fig = figure(f"Weight spectrum of {layer}", x="rank", y="eigenvalue of WW'/max(out, in)", xaxis_type="log", yaxis_type="log")
+        fig = figure(
+            f"Weight spectrum of {layer}",
+            x="rank",
+            y="eigenvalue of WW'/max(out, in)",
+            xaxis_type="log",
+            yaxis_type="log",
+        )
         line(fig, values["rank"], values["eigenvalue"], "eigenvalues", mode="lines")
         if "noise_edge" in row and row["noise_edge"] == row["noise_edge"]:
             rule(fig, "noise edge", y=float(row["noise_edge"]))

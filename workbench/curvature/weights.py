@@ -56,7 +56,9 @@ def trainable_places(model: nn.Module) -> list[Place]:
         if parametrize.is_parametrized(module):  # first, where a weight stands among a module's parameters
             stacks = module.parametrizations.items()  # type: ignore[union-attr,operator]
             names = [str(n) for n, stack in stacks if any(p.requires_grad for p in stack.parameters())]
-        names += [n for n, p in module._parameters.items() if p is not None and p.requires_grad and n not in names]
+        names += [
+            n for n, p in module._parameters.items() if p is not None and p.requires_grad and n not in names
+        ]
         for name in names:
             place = Place(f"{path}.{name}".lstrip("."), module, name)
             if id(place.parameter) not in seen and place.parameter.is_floating_point():
@@ -73,7 +75,9 @@ def find_places(model: nn.Module, glob: str = "all") -> list[Place]:
     everything = trainable_places(model)
     if glob in WHOLE:
         if not everything:
-            raise BadInput("subject: the model has no trainable parameter, so there is no curvature to measure; set requires_grad on some")
+            raise BadInput(
+                "subject: the model has no trainable parameter, so there is no curvature to measure; set requires_grad on some"
+            )
         return everything
     try:
         return [place_of(layer) for layer in select(model, glob)]
@@ -86,7 +90,9 @@ def find_places(model: nn.Module, glob: str = "all") -> list[Place]:
 
 
 @contextlib.contextmanager
-def plain_weights(model: nn.Module, values: dict[tuple[nn.Module, str], Tensor] | None = None) -> Iterator[None]:
+def plain_weights(
+    model: nn.Module, values: dict[tuple[nn.Module, str], Tensor] | None = None
+) -> Iterator[None]:
     """Inside, every changed weight is an ordinary parameter holding its effective value; `values` replaces chosen ones.
 
     Originals are set aside, not written to, and come back on leaving.
@@ -96,7 +102,9 @@ def plain_weights(model: nn.Module, values: dict[tuple[nn.Module, str], Tensor] 
     try:
         for module in list(model.modules()):
             stacks = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
-            fresh = {str(n): getattr(module, str(n)).detach() for n in stacks if n not in module._parameters}  # nested: plain already
+            fresh = {
+                str(n): getattr(module, str(n)).detach() for n in stacks if n not in module._parameters
+            }  # nested: plain already
             replaced = {n for m, n in values if m is module}
             original = type(module)
             for name in fresh.keys() | replaced:
@@ -151,7 +159,9 @@ def differentiable(model: nn.Module, places: Sequence[Place]) -> Iterator[list[T
 def with_weights(model: nn.Module, places: Sequence[Place], values: Sequence[Tensor]) -> Iterator[None]:
     """The model with other effective weights (in stored orientation) at `places`, tied uses included."""
     wanted = {id(p.parameter): v for p, v in zip(places, values, strict=True)}
-    chosen: dict[tuple[nn.Module, str], Tensor] = {(p.module, p.tensor): v for p, v in zip(places, values, strict=True)}
+    chosen: dict[tuple[nn.Module, str], Tensor] = {
+        (p.module, p.tensor): v for p, v in zip(places, values, strict=True)
+    }
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in wanted:
@@ -163,6 +173,10 @@ def with_weights(model: nn.Module, places: Sequence[Place], values: Sequence[Ten
 def check_finite(loss: Tensor, where: str) -> None:
     """`BadInput` when a batch's loss is not a finite number or carries no gradient."""
     if not loss.requires_grad:
-        raise BadInput(f"loss: the loss of {where} does not depend differentiably on the chosen weights; choose other layers or a differentiable loss")
+        raise BadInput(
+            f"loss: the loss of {where} does not depend differentiably on the chosen weights; choose other layers or a differentiable loss"
+        )
     if not torch.isfinite(loss):
-        raise BadInput(f"loss: the loss of {where} is {float(loss.detach())}; curvature needs a finite loss (check the data and the weights)")
+        raise BadInput(
+            f"loss: the loss of {where} is {float(loss.detach())}; curvature needs a finite loss (check the data and the weights)"
+        )

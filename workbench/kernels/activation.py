@@ -30,8 +30,23 @@ _GROUPS = 4
 
 
 @jit
-def _forward(a_ptr, b_ptr, y_ptr, ac_ptr, al_ptr, as_ptr, bc_ptr, bl_ptr, bs_ptr, n, seed,
-             GATED: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _forward(
+    a_ptr,
+    b_ptr,
+    y_ptr,
+    ac_ptr,
+    al_ptr,
+    as_ptr,
+    bc_ptr,
+    bl_ptr,
+    bs_ptr,
+    n,
+    seed,
+    GATED: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = at < n
@@ -50,8 +65,22 @@ def _forward(a_ptr, b_ptr, y_ptr, ac_ptr, al_ptr, as_ptr, bc_ptr, bl_ptr, bs_ptr
 
 
 @jit
-def _backward(g_ptr, a_ptr, b_ptr, al_ptr, as_ptr, bl_ptr, bs_ptr, da_ptr, db_ptr, n,
-              GATED: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _backward(
+    g_ptr,
+    a_ptr,
+    b_ptr,
+    al_ptr,
+    as_ptr,
+    bl_ptr,
+    bs_ptr,
+    da_ptr,
+    db_ptr,
+    n,
+    GATED: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = at < n
@@ -70,20 +99,34 @@ def _backward(g_ptr, a_ptr, b_ptr, al_ptr, as_ptr, bl_ptr, bs_ptr, da_ptr, db_pt
         da = g * b * s * (1.0 + a * (1.0 - s))
         tl.store(db_ptr + at, narrow(g * a * s, db_ptr.dtype.element_ty), mask=inside)
     else:
-        da = g * (0.5 * (1.0 + tl.erf(a * 0.7071067811865476)) + a * 0.3989422804014327 * tl.exp(-0.5 * a * a))
+        da = g * (
+            0.5 * (1.0 + tl.erf(a * 0.7071067811865476)) + a * 0.3989422804014327 * tl.exp(-0.5 * a * a)
+        )
     tl.store(da_ptr + at, narrow(da, da_ptr.dtype.element_ty), mask=inside)
 
 
-def _forward_launch(a: torch.Tensor, b: torch.Tensor | None, bits: int, seed: int) -> tuple[torch.Tensor, list[Saved]]:
+def _forward_launch(
+    a: torch.Tensor, b: torch.Tensor | None, bits: int, seed: int
+) -> tuple[torch.Tensor, list[Saved]]:
     y = torch.empty_like(a)
     saved = [empty(a.shape, bits, a.device) for _ in range(1 if b is None else 2)] if bits else []
     if a.numel():
         slots = [t for s in saved for t in (s.codes, s.low, s.step)] or [a] * 3
         with on_device(a):
             _forward[(cdiv(a.numel(), _GROUPS * GROUP),)](
-                a, a if b is None else b, y, *slots[:3], *slots[-3:], a.numel(), seed,
-                GATED=b is not None, BITS=bits, GROUPS=_GROUPS, WIDTH=GROUP, num_warps=4,
-            )  # fmt: skip
+                a,
+                a if b is None else b,
+                y,
+                *slots[:3],
+                *slots[-3:],
+                a.numel(),
+                seed,
+                GATED=b is not None,
+                BITS=bits,
+                GROUPS=_GROUPS,
+                WIDTH=GROUP,
+                num_warps=4,
+            )
     return y, saved
 
 
@@ -95,23 +138,41 @@ def _backward_launch(g: torch.Tensor, tensors: list[torch.Tensor], saved: list[S
         scales = [t for s in saved for t in (s.low, s.step)] or [g] * 2
         with on_device(g):
             _backward[(cdiv(g.numel(), _GROUPS * GROUP),)](
-                g, values[0], values[-1], *scales[:2], *scales[-2:], grads[0], grads[-1], g.numel(),
-                GATED=gated, BITS=saved[0].bits if saved else 0, GROUPS=_GROUPS, WIDTH=GROUP, num_warps=4,
-            )  # fmt: skip
+                g,
+                values[0],
+                values[-1],
+                *scales[:2],
+                *scales[-2:],
+                grads[0],
+                grads[-1],
+                g.numel(),
+                GATED=gated,
+                BITS=saved[0].bits if saved else 0,
+                GROUPS=_GROUPS,
+                WIDTH=GROUP,
+                num_warps=4,
+            )
     return grads
 
 
 def _backward_torch(g: torch.Tensor, values: list[torch.Tensor]) -> list[torch.Tensor]:
     a, g32 = values[0].float(), g.float()
     if len(values) == 1:
-        return [(g32 * (0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * torch.exp(-0.5 * a * a) * (2 * torch.pi) ** -0.5)).to(g.dtype)]
+        return [
+            (
+                g32
+                * (0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * torch.exp(-0.5 * a * a) * (2 * torch.pi) ** -0.5)
+            ).to(g.dtype)
+        ]
     s = torch.sigmoid(a)
     return [(g32 * values[1].float() * s * (1 + a * (1 - s))).to(g.dtype), (g32 * a * s).to(g.dtype)]
 
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor | None, bits: int, seed: int, fused: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, a: torch.Tensor, b: torch.Tensor | None, bits: int, seed: int, fused: bool
+    ) -> torch.Tensor:
         a, b = a.contiguous(), None if b is None else b.contiguous()
         inputs = [a] if b is None else [a, b]
         if fused:
@@ -126,9 +187,17 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         g, kept = grads[0].contiguous(), ctx.saved_tensors
-        saved = [Saved(kept[i], kept[i + 1], kept[i + 2], ctx.shape, ctx.bits) for i in range(0, len(kept), 3)] if ctx.bits else []
+        saved = (
+            [Saved(kept[i], kept[i + 1], kept[i + 2], ctx.shape, ctx.bits) for i in range(0, len(kept), 3)]
+            if ctx.bits
+            else []
+        )
         tensors = [] if ctx.bits else list(kept)
-        out = _backward_launch(g, tensors, saved) if ctx.fused else _backward_torch(g, [s.decompress() for s in saved] or tensors)
+        out = (
+            _backward_launch(g, tensors, saved)
+            if ctx.fused
+            else _backward_torch(g, [s.decompress() for s in saved] or tensors)
+        )
         return out[0], out[1] if len(out) == 2 else None, None, None, None
 
 
@@ -142,30 +211,61 @@ def _bits(saved: str, seed: int) -> int:
 
 def gelu(x: torch.Tensor, saved: str = "exact", seed: int = 0, backend: str = "auto") -> torch.Tensor:
     """x Phi(x), any shape; `saved` "exact", "int8" or "2bit" is how x is kept for the backward, `seed` the 2-bit rounding's."""
-    return _Activation.apply(x, None, _bits(saved, seed), seed, use_triton("activation", x.numel(), x, backend))
+    return _Activation.apply(
+        x, None, _bits(saved, seed), seed, use_triton("activation", x.numel(), x, backend)
+    )
 
 
-def swiglu(a: torch.Tensor, b: torch.Tensor, saved: str = "exact", seed: int = 0, backend: str = "auto") -> torch.Tensor:
+def swiglu(
+    a: torch.Tensor, b: torch.Tensor, saved: str = "exact", seed: int = 0, backend: str = "auto"
+) -> torch.Tensor:
     """silu(a) b for gate a and value b of one shape; see `gelu` for the options."""
     if a.shape != b.shape or a.dtype != b.dtype:
-        raise BadInput(f"a {a.dtype} {tuple(a.shape)}, b {b.dtype} {tuple(b.shape)}: gate and value must be alike")
+        raise BadInput(
+            f"a {a.dtype} {tuple(a.shape)}, b {b.dtype} {tuple(b.shape)}: gate and value must be alike"
+        )
     return _Activation.apply(a, b, _bits(saved, seed), seed, use_triton("activation", a.numel(), a, backend))
 
 
 def _configurations(backward: bool) -> tuple[Configuration, ...]:
     found = []
-    for name, gated, bits in (("gelu-exact", False, 0), ("gelu-int8", False, 8), ("gelu-2bit", False, 2), ("swiglu-int8", True, 8), ("swiglu-2bit", True, 2)):
+    for name, gated, bits in (
+        ("gelu-exact", False, 0),
+        ("gelu-int8", False, 8),
+        ("gelu-2bit", False, 2),
+        ("swiglu-int8", True, 8),
+        ("swiglu-2bit", True, 2),
+    ):
         stored = "*u8" if bits else "*bf16"
         scales = dict.fromkeys(("al_ptr", "as_ptr", "bl_ptr", "bs_ptr"), "*fp32")
         if backward:
-            types = {"g_ptr": "*bf16", "a_ptr": stored, "b_ptr": stored, "da_ptr": "*bf16", "db_ptr": "*bf16"} | scales
+            types = {
+                "g_ptr": "*bf16",
+                "a_ptr": stored,
+                "b_ptr": stored,
+                "da_ptr": "*bf16",
+                "db_ptr": "*bf16",
+            } | scales
         else:
-            types = {"a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16", "ac_ptr": "*u8", "bc_ptr": "*u8"} | scales
-        found.append(Configuration(f"{name}-bf16", types, {"GATED": gated, "BITS": bits, "GROUPS": _GROUPS, "WIDTH": GROUP}))
+            types = {
+                "a_ptr": "*bf16",
+                "b_ptr": "*bf16",
+                "y_ptr": "*bf16",
+                "ac_ptr": "*u8",
+                "bc_ptr": "*u8",
+            } | scales
+        found.append(
+            Configuration(
+                f"{name}-bf16", types, {"GATED": gated, "BITS": bits, "GROUPS": _GROUPS, "WIDTH": GROUP}
+            )
+        )
     return tuple(found)
 
 
-KERNELS = (Kernel("activation.forward", _forward, _configurations(False)), Kernel("activation.backward", _backward, _configurations(True)))
+KERNELS = (
+    Kernel("activation.forward", _forward, _configurations(False)),
+    Kernel("activation.backward", _backward, _configurations(True)),
+)
 
 
 def cases() -> list[Case]:
@@ -178,7 +278,13 @@ def cases() -> list[Case]:
 
     n = rows * columns
     return [
-        Case("activation", f"swiglu {rows} x {columns} bf16, {name}", n, (6 + 2 * bits / 8) * n, 8.0 * n,
-             lambda device, bits=bits: make(bits, device))  # type: ignore[misc]
+        Case(
+            "activation",
+            f"swiglu {rows} x {columns} bf16, {name}",
+            n,
+            (6 + 2 * bits / 8) * n,
+            8.0 * n,
+            lambda device, bits=bits: make(bits, device),
+        )  # type: ignore[misc]
         for name, bits in SAVED.items()
-    ]  # fmt: skip
+    ]

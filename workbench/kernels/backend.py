@@ -83,7 +83,11 @@ def use_triton(operation: str, size: int, tensor: torch.Tensor, backend: str = "
     if backend == "torch":
         return False
     if backend == "auto":
-        return tensor.is_cuda and HAS_TRITON and not measured_slower(operation, size, torch.cuda.get_device_name(tensor.device))
+        return (
+            tensor.is_cuda
+            and HAS_TRITON
+            and not measured_slower(operation, size, torch.cuda.get_device_name(tensor.device))
+        )
     if backend != "triton":
         raise BadInput(f"backend = {backend!r}: accepted are 'auto', 'torch' and 'triton'")
     if not HAS_TRITON:

@@ -56,16 +56,24 @@ def time_case(case: Case, device: torch.device, bandwidth: float) -> dict[str, A
     triton_call, torch_call = case.make(device)
     triton_ms, torch_ms = median_ms(triton_call), median_ms(torch_call)
     return {
-        "operation": case.operation, "shape": case.shape, "size": case.size, "triton_ms": triton_ms, "torch_ms": torch_ms,
-        "comparator": case.comparator, "speedup": torch_ms / triton_ms,
-        "bandwidth_share": case.bytes / triton_ms / 1e6 / bandwidth, "tflops": case.flops / triton_ms / 1e9,
-    }  # fmt: skip
+        "operation": case.operation,
+        "shape": case.shape,
+        "size": case.size,
+        "triton_ms": triton_ms,
+        "torch_ms": torch_ms,
+        "comparator": case.comparator,
+        "speedup": torch_ms / triton_ms,
+        "bandwidth_share": case.bytes / triton_ms / 1e6 / bandwidth,
+        "tflops": case.flops / triton_ms / 1e9,
+    }
 
 
 def run(only: str = "*", record: bool = False, say: Callable[[str], Any] = print) -> Path | None:
     """Time every case whose operation matches the glob `only`; `record` writes the table that "auto" reads."""
     if not torch.cuda.is_available():
-        raise BadInput("kernels bench: no CUDA device here; run it on a machine with a GPU (`workbench kernels check` needs none)")
+        raise BadInput(
+            "kernels bench: no CUDA device here; run it on a machine with a GPU (`workbench kernels check` needs none)"
+        )
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     bandwidth = copy_bandwidth()
@@ -76,20 +84,33 @@ def run(only: str = "*", record: bool = False, say: Callable[[str], Any] = print
             continue
         row = time_case(case, device, bandwidth)
         rows.append(row)
-        say(f"{case.operation:28} {case.shape:36} triton {row['triton_ms']:9.3f} ms  {case.comparator} {row['torch_ms']:9.3f} ms  "
-            f"x {row['speedup']:.2f}  {100 * row['bandwidth_share']:.0f} % of copy  {row['tflops']:.1f} TFLOP/s")
+        say(
+            f"{case.operation:28} {case.shape:36} triton {row['triton_ms']:9.3f} ms  {case.comparator} {row['torch_ms']:9.3f} ms  "
+            f"x {row['speedup']:.2f}  {100 * row['bandwidth_share']:.0f} % of copy  {row['tflops']:.1f} TFLOP/s"
+        )
         torch.cuda.empty_cache()
     if not record:
         return None
     path = measurement_file(name)
-    table = {"device": name, "date": datetime.date.today().isoformat(), "torch": torch.__version__, "copy_gb_per_s": bandwidth, "rows": rows}
+    table = {
+        "device": name,
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "copy_gb_per_s": bandwidth,
+        "rows": rows,
+    }
     with replacing(path) as draft:
         draft.write_text(json.dumps(table, indent=1) + "\n")
     return path
 
 
 def unpadded_on_cpu(
-    spreads: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0), batch: int = 32, length: int = 128, layers: int = 2, repeats: int = 5, seed: int = 0
+    spreads: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    batch: int = 32,
+    length: int = 128,
+    layers: int = 2,
+    repeats: int = 5,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Padded and unpadded BERT (MiniLM's width, random weights) side by side on this CPU, over log-normal lengths.
 
@@ -102,11 +123,19 @@ def unpadded_on_cpu(
 
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
-    config = BertConfig(hidden_size=384, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=1536, vocab_size=1000)
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        vocab_size=1000,
+    )
     model: Any = BertModel(config, add_pooling_layer=False).eval()
     rows = []
     for spread in spreads:
-        drawn = np.exp(generator.normal(np.log(length / 3), spread, batch)) if spread else np.full(batch, length)
+        drawn = (
+            np.exp(generator.normal(np.log(length / 3), spread, batch)) if spread else np.full(batch, length)
+        )
         lengths = torch.from_numpy(np.clip(np.round(drawn), 4, length).astype(np.int64))
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         ids = torch.randint(0, 1000, mask.shape) * mask
@@ -123,14 +152,26 @@ def unpadded_on_cpu(
             if repeat:  # the first is the warm-up
                 ratios.append(seconds[0] / seconds[1])
         ideal, ratio = mask.numel() / int(mask.sum()), statistics.median(ratios)
-        rows.append({"spread of log length": spread, "padding fraction": 1 - 1 / ideal, "ideal ratio": ideal, "measured ratio": ratio,
-                     "share of ideal": ratio / ideal, "largest difference": worst})  # fmt: skip
+        rows.append(
+            {
+                "spread of log length": spread,
+                "padding fraction": 1 - 1 / ideal,
+                "ideal ratio": ideal,
+                "measured ratio": ratio,
+                "share of ideal": ratio / ideal,
+                "largest difference": worst,
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def unpadded_figure(table: pd.DataFrame) -> go.Figure:
     """Measured and ideal speed-up of unpadded execution against the padding fraction."""
-    fig = figures.figure("Unpadded BERT against padded, measured on this CPU", x="padding fraction", y="speed-up (padded time / unpadded time)")
+    fig = figures.figure(
+        "Unpadded BERT against padded, measured on this CPU",
+        x="padding fraction",
+        y="speed-up (padded time / unpadded time)",
+    )
     ordered = table.sort_values("padding fraction")
     figures.line(fig, ordered["padding fraction"], ordered["ideal ratio"], "ideal: padded / valid tokens")
     figures.line(fig, ordered["padding fraction"], ordered["measured ratio"], "measured")

@@ -29,13 +29,17 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 def _blocks(gradients: torch.Tensor, block: int) -> torch.Tensor:
     """(m, blocks, B), the last block padded with zeros."""
     if gradients.ndim != 2 or not 1 <= block <= 128:
-        raise BadInput(f"gradients {tuple(gradients.shape)}, block = {block}: need (samples, weights) and a block of 1 to 128")
+        raise BadInput(
+            f"gradients {tuple(gradients.shape)}, block = {block}: need (samples, weights) and a block of 1 to 128"
+        )
     padded = torch.nn.functional.pad(gradients, (0, -gradients.shape[1] % block))
     return padded.reshape(gradients.shape[0], padded.shape[1] // block, block)
 
 
 @jit
-def _accumulate(g_ptr, f_ptr, samples, stride, width, weight, B: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr):
+def _accumulate(
+    g_ptr, f_ptr, samples, stride, width, weight, B: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr
+):
     number = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PAD)
     columns = number * B + i
@@ -43,7 +47,11 @@ def _accumulate(g_ptr, f_ptr, samples, stride, width, weight, B: tl.constexpr, P
     acc = tl.zeros([PAD, PAD], tl.float32)
     for first in range(0, samples, ROWS):
         row = first + tl.arange(0, ROWS)
-        g = tl.load(g_ptr + row[:, None].to(tl.int64) * stride + columns[None, :], mask=(row < samples)[:, None] & inside[None, :], other=0.0)
+        g = tl.load(
+            g_ptr + row[:, None].to(tl.int64) * stride + columns[None, :],
+            mask=(row < samples)[:, None] & inside[None, :],
+            other=0.0,
+        )
         acc = mma(tl.trans(g), g, acc)
     out = f_ptr + number * (B * B) + i[:, None] * B + i[None, :]
     here = (i < B)[:, None] & (i < B)[None, :]
@@ -72,7 +80,13 @@ def _warps(block: int) -> int:
     return 4 if block <= 64 else 8
 
 
-def block_fisher(gradients: torch.Tensor, block: int, out: torch.Tensor | None = None, total: int | None = None, backend: str = "auto") -> torch.Tensor:
+def block_fisher(
+    gradients: torch.Tensor,
+    block: int,
+    out: torch.Tensor | None = None,
+    total: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
     """(1 / total) sum_k g_k g_k^T per block, (blocks, B, B) fp32 (fp64 if the gradients are), added to `out` when given.
 
     gradients (m, n), any float type; `total` defaults to m: give the full count when gradients come in several parts.
@@ -87,7 +101,17 @@ def block_fisher(gradients: torch.Tensor, block: int, out: torch.Tensor | None =
         g = gradients if gradients.stride(1) == 1 else gradients.contiguous()
         with on_device(g):
             _accumulate[(count,)](
-                g, out, m, g.stride(0), g.shape[1], 1.0 / (total or m), B=block, PAD=power_of_two(block, 16), ROWS=32, num_warps=_warps(block), num_stages=2
+                g,
+                out,
+                m,
+                g.stride(0),
+                g.shape[1],
+                1.0 / (total or m),
+                B=block,
+                PAD=power_of_two(block, 16),
+                ROWS=32,
+                num_warps=_warps(block),
+                num_stages=2,
             )
         return out
     by_block = parts.to(kind).transpose(0, 1)
@@ -95,7 +119,12 @@ def block_fisher(gradients: torch.Tensor, block: int, out: torch.Tensor | None =
 
 
 def block_fisher_inverse(
-    gradients: torch.Tensor, block: int, damping: float, out: torch.Tensor | None = None, total: int | None = None, backend: str = "auto"
+    gradients: torch.Tensor,
+    block: int,
+    damping: float,
+    out: torch.Tensor | None = None,
+    total: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Inverse of damping I + (1 / total) sum_k g_k g_k^T per block, (blocks, B, B), by rank-one updates.
 
@@ -115,7 +144,17 @@ def block_fisher_inverse(
     if kind == torch.float32 and m and use_triton("block_fisher", gradients.numel(), gradients, backend):
         g = gradients if gradients.stride(1) == 1 else gradients.contiguous()
         with on_device(g):
-            _inverse[(count,)](g, out, m, g.stride(0), g.shape[1], scale, B=block, PAD=power_of_two(block, 16), num_warps=_warps(block))
+            _inverse[(count,)](
+                g,
+                out,
+                m,
+                g.stride(0),
+                g.shape[1],
+                scale,
+                B=block,
+                PAD=power_of_two(block, 16),
+                num_warps=_warps(block),
+            )
         return out
     for g in parts.to(kind):  # (blocks, B)
         u = torch.einsum("bij,bj->bi", out, g)
@@ -166,4 +205,13 @@ def cases() -> list[Case]:
             lambda: block_fisher_inverse(g, b, 1e-7, other, 1024, "torch"),
         )
 
-    return [Case("block_fisher", f"{m} x {n} bf16, block {b}", m * n, 2.0 * m * n + 8.0 * n * b, 6.0 * m * n * b, make)]
+    return [
+        Case(
+            "block_fisher",
+            f"{m} x {n} bf16, block {b}",
+            m * n,
+            2.0 * m * n + 8.0 * n * b,
+            6.0 * m * n * b,
+            make,
+        )
+    ]

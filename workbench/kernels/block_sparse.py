@@ -62,7 +62,9 @@ class BlockSparse:
         return self._walk(self.columns, self.rows, self.shape[1] // self.block)
 
     @staticmethod
-    def _walk(major: torch.Tensor, minor: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _walk(
+        major: torch.Tensor, minor: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         order = torch.argsort(major, stable=True)
         starts = F.pad(torch.bincount(major, minlength=count).cumsum(0), (1, 0))
         return starts.int(), minor[order].int(), order.int()
@@ -70,7 +72,9 @@ class BlockSparse:
     def dense(self, values: torch.Tensor | None = None) -> torch.Tensor:
         """The full matrix (out, in); differentiable in `values`."""
         values = self.values if values is None else values
-        grid = values.new_zeros(self.shape[0] // self.block, self.shape[1] // self.block, self.block, self.block)
+        grid = values.new_zeros(
+            self.shape[0] // self.block, self.shape[1] // self.block, self.block, self.block
+        )
         return grid.index_put((self.rows, self.columns), values).transpose(1, 2).reshape(self.shape)
 
 
@@ -88,8 +92,22 @@ def block_sparse(weight: torch.Tensor, block: int, keep: torch.Tensor | None = N
 
 
 @jit
-def _product(x_ptr, w_ptr, y_ptr, starts_ptr, other_ptr, number_ptr, tokens, x_stride, y_stride, w_inner, w_outer,
-             BLOCK: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _product(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    starts_ptr,
+    other_ptr,
+    number_ptr,
+    tokens,
+    x_stride,
+    y_stride,
+    w_inner,
+    w_outer,
+    BLOCK: tl.constexpr,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """One block column of the result; w_inner and w_outer are the block's strides along the summed and the kept index."""
     target = tl.program_id(0)
     tokens_here = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -110,7 +128,19 @@ def _product(x_ptr, w_ptr, y_ptr, starts_ptr, other_ptr, number_ptr, tokens, x_s
 
 
 @jit
-def _sampled(x_ptr, g_ptr, dw_ptr, rows_ptr, columns_ptr, tokens, x_stride, g_stride, BLOCK: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr):
+def _sampled(
+    x_ptr,
+    g_ptr,
+    dw_ptr,
+    rows_ptr,
+    columns_ptr,
+    tokens,
+    x_stride,
+    g_stride,
+    BLOCK: tl.constexpr,
+    PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """dW of one block: a product over all tokens."""
     number = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + number)
@@ -121,8 +151,16 @@ def _sampled(x_ptr, g_ptr, dw_ptr, rows_ptr, columns_ptr, tokens, x_stride, g_st
     for first in range(0, tokens, ROWS):
         t = first + tl.arange(0, ROWS)
         inside = (t < tokens)[:, None]
-        g = tl.load(g_ptr + t[:, None].to(tl.int64) * g_stride + row * BLOCK + i[None, :], mask=inside & small, other=0.0)
-        x = tl.load(x_ptr + t[:, None].to(tl.int64) * x_stride + column * BLOCK + i[None, :], mask=inside & small, other=0.0)
+        g = tl.load(
+            g_ptr + t[:, None].to(tl.int64) * g_stride + row * BLOCK + i[None, :],
+            mask=inside & small,
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + t[:, None].to(tl.int64) * x_stride + column * BLOCK + i[None, :],
+            mask=inside & small,
+            other=0.0,
+        )
         acc = mma(tl.trans(g), x, acc)
     out = dw_ptr + number * (BLOCK * BLOCK) + i[:, None] * BLOCK + i[None, :]
     tl.store(out, narrow(acc, dw_ptr.dtype.element_ty), mask=(i < BLOCK)[:, None] & small)
@@ -132,16 +170,34 @@ def _warps(block: int) -> int:
     return 4 if block <= 64 else 8
 
 
-def _multiply(x: torch.Tensor, values: torch.Tensor, walk: tuple[torch.Tensor, ...], width: int, block: int, transposed: bool) -> torch.Tensor:
+def _multiply(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    walk: tuple[torch.Tensor, ...],
+    width: int,
+    block: int,
+    transposed: bool,
+) -> torch.Tensor:
     y = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
     if y.numel():
         rows = 16 if x.shape[0] <= 16 else 64
         strides = (block, 1) if transposed else (1, block)
         with on_device(x):
             _product[(width // block, cdiv(x.shape[0], rows))](
-                x, values, y, *walk, x.shape[0], x.stride(0), y.stride(0), *strides,
-                BLOCK=block, PAD=power_of_two(block, 16), ROWS=rows, num_warps=_warps(block), num_stages=3,
-            )  # fmt: skip
+                x,
+                values,
+                y,
+                *walk,
+                x.shape[0],
+                x.stride(0),
+                y.stride(0),
+                *strides,
+                BLOCK=block,
+                PAD=power_of_two(block, 16),
+                ROWS=rows,
+                num_warps=_warps(block),
+                num_stages=3,
+            )
     return y
 
 
@@ -157,21 +213,40 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, values = ctx.saved_tensors
         weight, g = ctx.weight, grads[0].contiguous()
-        dx = _multiply(g, values, weight.by_column, weight.shape[1], weight.block, transposed=True) if ctx.needs_input_grad[0] else None
+        dx = (
+            _multiply(g, values, weight.by_column, weight.shape[1], weight.block, transposed=True)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         dw = None
         if ctx.needs_input_grad[1]:
             dw = torch.empty_like(values)
             if dw.numel():
                 with on_device(x):
                     _sampled[(weight.blocks,)](
-                        x, g, dw, weight.rows, weight.columns, x.shape[0], x.stride(0), g.stride(0),
-                        BLOCK=weight.block, PAD=power_of_two(weight.block, 16), ROWS=32, num_warps=4, num_stages=2,
-                    )  # fmt: skip
+                        x,
+                        g,
+                        dw,
+                        weight.rows,
+                        weight.columns,
+                        x.shape[0],
+                        x.stride(0),
+                        g.stride(0),
+                        BLOCK=weight.block,
+                        PAD=power_of_two(weight.block, 16),
+                        ROWS=32,
+                        num_warps=4,
+                        num_stages=2,
+                    )
         return dx, dw, None
 
 
 def block_sparse_linear(
-    x: torch.Tensor, values: torch.Tensor, weight: BlockSparse, bias: torch.Tensor | None = None, backend: str = "auto"
+    x: torch.Tensor,
+    values: torch.Tensor,
+    weight: BlockSparse,
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """x (..., in) times the transpose of a block-sparse weight (out, in), plus bias; differentiable in x, values and bias.
 
@@ -179,7 +254,9 @@ def block_sparse_linear(
     dense masked matrix: on a CPU that is faster than any sparse format below 90 % zeros.
     """
     if x.shape[-1] != weight.shape[1] or values.shape != weight.values.shape:
-        raise BadInput(f"x {tuple(x.shape)}, values {tuple(values.shape)}: need (..., {weight.shape[1]}) and {tuple(weight.values.shape)}")
+        raise BadInput(
+            f"x {tuple(x.shape)}, values {tuple(values.shape)}: need (..., {weight.shape[1]}) and {tuple(weight.values.shape)}"
+        )
     flat = x.reshape(-1, weight.shape[1])
     size = 2 * flat.shape[0] * weight.blocks * weight.block**2
     if 16 <= weight.block <= 128 and use_triton("block_sparse", size, x, backend):
@@ -203,7 +280,14 @@ KERNELS = (
                 {"BLOCK": block, "PAD": power_of_two(block, 16), "ROWS": rows},
                 warps=_warps(block),
             )
-            for kind, block, rows in (("bf16", 16, 64), ("bf16", 64, 64), ("bf16", 64, 16), ("bf16", 128, 64), ("bf16", 48, 64), ("fp32", 32, 64))
+            for kind, block, rows in (
+                ("bf16", 16, 64),
+                ("bf16", 64, 64),
+                ("bf16", 64, 16),
+                ("bf16", 128, 64),
+                ("bf16", 48, 64),
+                ("fp32", 32, 64),
+            )
         ),
     ),
     Kernel(
@@ -212,7 +296,13 @@ KERNELS = (
         tuple(
             Configuration(
                 f"bf16-{block}",
-                {"x_ptr": "*bf16", "g_ptr": "*bf16", "dw_ptr": "*bf16", "rows_ptr": "*i64", "columns_ptr": "*i64"},
+                {
+                    "x_ptr": "*bf16",
+                    "g_ptr": "*bf16",
+                    "dw_ptr": "*bf16",
+                    "rows_ptr": "*i64",
+                    "columns_ptr": "*i64",
+                },
                 {"BLOCK": block, "PAD": block, "ROWS": 32},
                 stages=2,
             )
@@ -233,4 +323,15 @@ def cases() -> list[Case]:
         return lambda: _multiply(x, weight.values, weight.by_row, n, 64, False), lambda: x @ dense.t()
 
     flops = 0.1 * 2 * tokens * n * n
-    return [Case("block_sparse", f"{tokens} x {n} x {n} bf16, 64 x 64, 90 %", int(flops), 4.0 * tokens * n + 0.2 * n * n, flops, make, "bf16", "dense matmul")]
+    return [
+        Case(
+            "block_sparse",
+            f"{tokens} x {n} x {n} bf16, 64 x 64, 90 %",
+            int(flops),
+            4.0 * tokens * n + 0.2 * n * n,
+            flops,
+            make,
+            "bf16",
+            "dense matmul",
+        )
+    ]

@@ -40,15 +40,23 @@ def compile_kernel(kernel: Kernel, configuration: Configuration, capability: int
     if not backend.HAS_TRITON:
         raise BadInput("kernels check: Triton is not installed here; it exists for Linux only")
     if backend.INTERPRETED:
-        raise BadInput("kernels check: TRITON_INTERPRET is set, so nothing compiles; unset it and start again")
+        raise BadInput(
+            "kernels check: TRITON_INTERPRET is set, so nothing compiles; unset it and start again"
+        )
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = kernel.signature(configuration)
     # Pointers come from PyTorch's allocator and sizes are multiples of 16 in the shapes that matter: what the launcher would assume.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*" or kind == "i32"}
-    source = ASTSource(kernel.function, signature=signature, constexprs=dict(configuration.constants), attrs=aligned)
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind[0] == "*" or kind == "i32"
+    }
+    source = ASTSource(
+        kernel.function, signature=signature, constexprs=dict(configuration.constants), attrs=aligned
+    )
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return read_cubin(compiled.asm["cubin"], shared=compiled.metadata.shared)
@@ -81,9 +89,13 @@ def measure(
                 if capability < configuration.capability:
                     continue
                 key = f"{kernel.name}/{configuration.name}/sm_{capability}"
-                table[key] = asdict(compile_kernel(kernel, configuration, capability)) | {"warps": configuration.warps}
-                say(f"{key:64} {table[key]['registers']:4d} registers {table[key]['spilled']:5d} B spilled "
-                    f"{table[key]['shared'] / 1024:7.1f} KiB shared")
+                table[key] = asdict(compile_kernel(kernel, configuration, capability)) | {
+                    "warps": configuration.warps
+                }
+                say(
+                    f"{key:64} {table[key]['registers']:4d} registers {table[key]['spilled']:5d} B spilled "
+                    f"{table[key]['shared'] / 1024:7.1f} KiB shared"
+                )
     return table
 
 
@@ -98,7 +110,9 @@ def regressions(new: dict[str, dict[str, int]], recorded: dict[str, dict[str, in
     for key, now in new.items():
         before = recorded.get(key)
         if before is None:
-            lines.append(f"{key}: not in the table; run `workbench kernels check --record` and look at what it adds")
+            lines.append(
+                f"{key}: not in the table; run `workbench kernels check --record` and look at what it adds"
+            )
             continue
         for name, slack in (("registers", REGISTER_SLACK), ("spilled", 0), ("shared", 0)):
             if now[name] > before[name] + slack:

@@ -11,16 +11,28 @@ from workbench.instruments import BadInput
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the three commands; 0 when all is well, 1 when a kernel got worse, 2 for a request that cannot be met."""
-    parser = argparse.ArgumentParser(prog="workbench kernels", description="Triton kernels: list, compile and check, time.")
+    parser = argparse.ArgumentParser(
+        prog="workbench kernels", description="Triton kernels: list, compile and check, time."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="kernels, their configurations and their recorded resources")
-    checking = commands.add_parser("check", help="compile for GPUs that are not here and compare with the committed table")
-    checking.add_argument("--target", type=int, action="append", help="compute capability, e.g. 90 (default: 80, 90 and 100)")
-    checking.add_argument("--record", action="store_true", help="write the table instead of comparing with it")
+    checking = commands.add_parser(
+        "check", help="compile for GPUs that are not here and compare with the committed table"
+    )
+    checking.add_argument(
+        "--target", type=int, action="append", help="compute capability, e.g. 90 (default: 80, 90 and 100)"
+    )
+    checking.add_argument(
+        "--record", action="store_true", help="write the table instead of comparing with it"
+    )
     timing = commands.add_parser("bench", help="time every operation beside PyTorch (needs a GPU)")
-    timing.add_argument("--record", action="store_true", help="write the table by which backend='auto' chooses")
+    timing.add_argument(
+        "--record", action="store_true", help="write the table by which backend='auto' chooses"
+    )
     for command in (listing, checking, timing):
-        command.add_argument("--only", default="*", metavar="GLOB", help="kernels or operations by name, e.g. 'attention.*'")
+        command.add_argument(
+            "--only", default="*", metavar="GLOB", help="kernels or operations by name, e.g. 'attention.*'"
+        )
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "list":
@@ -49,7 +61,11 @@ def _list(only: str) -> int:
             continue
         for configuration in kernel.configurations:
             used = recorded.get(f"{kernel.name}/{configuration.name}/sm_90")
-            cost = f"{used['registers']:4d} registers, {used['shared'] / 1024:6.1f} KiB shared on sm_90" if used else "not recorded"
+            cost = (
+                f"{used['registers']:4d} registers, {used['shared'] / 1024:6.1f} KiB shared on sm_90"
+                if used
+                else "not recorded"
+            )
             print(f"{kernel.name:34} {configuration.name:24} {cost}")
     return 0
 

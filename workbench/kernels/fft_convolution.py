@@ -30,7 +30,9 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 def fft_convolution_reference(u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Causal convolution y[t] = sum_s k[s] u[t - s] by `torch.fft` on 2 L points; u (batch, channels, L), k (channels, L)."""
     n = 2 * u.shape[-1]
-    return torch.fft.irfft(torch.fft.rfft(u.float(), n) * torch.fft.rfft(k.float(), n), n)[..., : u.shape[-1]].to(u.dtype)
+    return torch.fft.irfft(torch.fft.rfft(u.float(), n) * torch.fft.rfft(k.float(), n), n)[
+        ..., : u.shape[-1]
+    ].to(u.dtype)
 
 
 def factors(n: int, order: int) -> tuple[int, ...]:
@@ -48,7 +50,10 @@ def factors(n: int, order: int) -> tuple[int, ...]:
 def dft_matrix(n: int, device: Any = None) -> torch.Tensor:
     """(n, n) complex128: e^(-2 pi i j k / n), with the exponent reduced before it is rounded."""
     j = torch.arange(n, device=device)
-    return torch.polar(torch.ones(n, n, dtype=torch.float64, device=device), -2 * math.pi * ((j[:, None] * j) % n).double() / n)
+    return torch.polar(
+        torch.ones(n, n, dtype=torch.float64, device=device),
+        -2 * math.pi * ((j[:, None] * j) % n).double() / n,
+    )
 
 
 def monarch_transform(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
@@ -57,10 +62,14 @@ def monarch_transform(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
         return x @ dft_matrix(sizes[0], x.device).to(x.dtype)
     n1, n2 = math.prod(sizes[:-1]), sizes[-1]
     matrix = x.view(*x.shape[:-1], n1, n2)
-    first = monarch_transform(matrix.transpose(-1, -2), sizes[:-1]).transpose(-1, -2)  # (k1 in its own order, n2)
+    first = monarch_transform(matrix.transpose(-1, -2), sizes[:-1]).transpose(
+        -1, -2
+    )  # (k1 in its own order, n2)
     j = monarch_order(sizes[:-1], x.device)
-    twiddle = torch.polar(torch.ones(n1, n2, dtype=torch.float64, device=x.device),
-                          -2 * math.pi * (j[:, None] * torch.arange(n2, device=x.device)).double() / (n1 * n2)).to(x.dtype)  # fmt: skip
+    twiddle = torch.polar(
+        torch.ones(n1, n2, dtype=torch.float64, device=x.device),
+        -2 * math.pi * (j[:, None] * torch.arange(n2, device=x.device)).double() / (n1 * n2),
+    ).to(x.dtype)
     return ((first * twiddle) @ dft_matrix(n2, x.device).to(x.dtype)).flatten(-2)
 
 
@@ -69,16 +78,23 @@ def monarch_order(sizes: tuple[int, ...], device: Any = None) -> torch.Tensor:
     if len(sizes) == 1:
         return torch.arange(sizes[0], device=device)
     n1 = math.prod(sizes[:-1])
-    return (monarch_order(sizes[:-1], device)[:, None] + n1 * torch.arange(sizes[-1], device=device)).flatten()
+    return (
+        monarch_order(sizes[:-1], device)[:, None] + n1 * torch.arange(sizes[-1], device=device)
+    ).flatten()
 
 
-def cost(n: int, order: int, batch: int, bandwidth: float, tensor: float, on_chip: float, chip_bytes: int = 2**17) -> float:
+def cost(
+    n: int, order: int, batch: int, bandwidth: float, tensor: float, on_chip: float, chip_bytes: int = 2**17
+) -> float:
     """Seconds of one forward transform of `batch` sequences of n complex fp16 points (Fu et al., 2023, equation 2, simplified).
 
     Each of the `order` steps of size N_i does 16 N N_i real operations at `tensor` FLOP/s and moves 4 N bytes at `bandwidth`
     (bytes/s), or at `on_chip` when a sequence fits `chip_bytes`. Larger orders do less arithmetic and more moving.
     """
-    per_step = [16.0 * n * size / tensor + 2 * 4.0 * n / (on_chip if 4 * n <= chip_bytes else bandwidth) for size in factors(n, order)]
+    per_step = [
+        16.0 * n * size / tensor + 2 * 4.0 * n / (on_chip if 4 * n <= chip_bytes else bandwidth)
+        for size in factors(n, order)
+    ]
     return batch * sum(per_step)
 
 
@@ -90,7 +106,20 @@ def _complex(ar, ai, br, bi):
 
 
 @jit
-def _convolve(u_ptr, y_ptr, f1_ptr, f2_ptr, t_ptr, k_ptr, channels, length, conjugate, N1: tl.constexpr, N2: tl.constexpr, KIND: tl.constexpr):
+def _convolve(
+    u_ptr,
+    y_ptr,
+    f1_ptr,
+    f2_ptr,
+    t_ptr,
+    k_ptr,
+    channels,
+    length,
+    conjugate,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    KIND: tl.constexpr,
+):
     """One channel of one sequence. Tables hold the real part, then the imaginary part; k is the filter's spectrum / N."""
     program = tl.program_id(0).to(tl.int64)
     channel = program % channels
@@ -126,7 +155,10 @@ def _convolve(u_ptr, y_ptr, f1_ptr, f2_ptr, t_ptr, k_ptr, channels, length, conj
 
 
 def _tables(sizes: tuple[int, int], kind: torch.dtype, device: Any) -> list[torch.Tensor]:
-    twiddle = torch.polar(torch.ones(sizes, dtype=torch.float64), -2 * math.pi * torch.outer(*(torch.arange(n).double() for n in sizes)) / math.prod(sizes))
+    twiddle = torch.polar(
+        torch.ones(sizes, dtype=torch.float64),
+        -2 * math.pi * torch.outer(*(torch.arange(n).double() for n in sizes)) / math.prod(sizes),
+    )
     split = [torch.stack([m.real, m.imag]) for m in (dft_matrix(sizes[0]), dft_matrix(sizes[1]), twiddle)]
     return [split[0].to(device, kind), split[1].to(device, kind), split[2].to(device, torch.float32)]
 
@@ -148,13 +180,30 @@ def filter_spectrum(k: torch.Tensor, sizes: tuple[int, ...], kept: float = 1.0) 
 def _launch(u: torch.Tensor, spectrum: torch.Tensor, sizes: tuple[int, int], conjugate: bool) -> torch.Tensor:
     u = u.contiguous()
     y = torch.empty_like(u)
-    kind = torch.float32 if u.dtype == torch.float32 else torch.float16 if u.dtype == torch.float16 else torch.bfloat16
+    kind = (
+        torch.float32
+        if u.dtype == torch.float32
+        else torch.float16
+        if u.dtype == torch.float16
+        else torch.bfloat16
+    )
     if u.numel():
         with on_device(u):
             _convolve[(u.shape[0] * u.shape[1],)](
-                u, y, *_tables(sizes, kind, u.device), spectrum, u.shape[1], u.shape[2], -1.0 if conjugate else 1.0, N1=sizes[0], N2=sizes[1],
-                KIND={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[kind], num_warps=4 if math.prod(sizes) <= 1024 else 8,
-            )  # fmt: skip
+                u,
+                y,
+                *_tables(sizes, kind, u.device),
+                spectrum,
+                u.shape[1],
+                u.shape[2],
+                -1.0 if conjugate else 1.0,
+                N1=sizes[0],
+                N2=sizes[1],
+                KIND={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
+                    kind
+                ],
+                num_warps=4 if math.prod(sizes) <= 1024 else 8,
+            )
     return y
 
 
@@ -183,7 +232,9 @@ def fft_convolution(u: torch.Tensor, k: torch.Tensor, backend: str = "auto") -> 
     capability 9.0, where 2048 would spill registers.
     """
     if u.ndim != 3 or k.shape != u.shape[1:] or u.shape[-1] < 2 or u.shape[-1] & (u.shape[-1] - 1):
-        raise BadInput(f"u {tuple(u.shape)}, k {tuple(k.shape)}: need (batch, channels, L) and (channels, L), L a power of two")
+        raise BadInput(
+            f"u {tuple(u.shape)}, k {tuple(k.shape)}: need (batch, channels, L) and (channels, L), L a power of two"
+        )
     sizes = factors(2 * u.shape[-1], 2)
     most = 512 if u.is_cuda and torch.cuda.get_device_capability(u.device) < (9, 0) else 2048
     if 128 <= u.shape[-1] <= most and use_triton("fft_convolution", u.numel(), u, backend):
@@ -198,7 +249,15 @@ KERNELS = (
         tuple(
             Configuration(
                 f"{kind}-{n1}x{n2}",
-                {"u_ptr": f"*{kind}", "y_ptr": f"*{kind}", "f1_ptr": f"*{kind}", "f2_ptr": f"*{kind}", "t_ptr": "*fp32", "k_ptr": "*fp32", "conjugate": "fp32"},
+                {
+                    "u_ptr": f"*{kind}",
+                    "y_ptr": f"*{kind}",
+                    "f1_ptr": f"*{kind}",
+                    "f2_ptr": f"*{kind}",
+                    "t_ptr": "*fp32",
+                    "k_ptr": "*fp32",
+                    "conjugate": "fp32",
+                },
                 {"N1": n1, "N2": n2, "KIND": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind] if tl else kind},
                 warps=4 if n1 * n2 <= 1024 else 8,
                 capability=80 if n1 * n2 <= 1024 else 90,
@@ -221,4 +280,15 @@ def cases() -> list[Case]:
         return lambda: _launch(u, spectrum, sizes, False), lambda: fft_convolution_reference(u, k)
 
     n = batch * channels * length
-    return [Case("fft_convolution", f"{batch} x {channels} x {length} bf16", n, 4.0 * n, 2.0 * n * 24 * 64, make, "bf16", "torch.fft")]
+    return [
+        Case(
+            "fft_convolution",
+            f"{batch} x {channels} x {length} bf16",
+            n,
+            4.0 * n,
+            2.0 * n * 24 * 64,
+            make,
+            "bf16",
+            "torch.fft",
+        )
+    ]

@@ -61,9 +61,22 @@ def _butterflies(x, ROWS: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr):
 
 
 @jit
-def _hadamard(x_ptr, y_ptr, scale_ptr, blocks, norm, low, high,
-              ROWS: tl.constexpr, N: tl.constexpr, LOG: tl.constexpr, QUANTIZE: tl.constexpr, KIND: tl.constexpr,
-              EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):  # fmt: skip
+def _hadamard(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    blocks,
+    norm,
+    low,
+    high,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    LOG: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    KIND: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets = rows[:, None].to(tl.int64) * N + tl.arange(0, N)[None, :]
     inside = (rows < blocks)[:, None]
@@ -74,7 +87,9 @@ def _hadamard(x_ptr, y_ptr, scale_ptr, blocks, norm, low, high,
         s = tl.div_rn(tl.max(tl.abs(y), 1), high + tl.zeros([ROWS], tl.float32))
         tl.store(scale_ptr + rows, s, mask=rows < blocks)
         s = s[:, None] + tl.zeros_like(y)
-        y = quantize_block(y, s, tl.zeros_like(y), low, high, scale_ptr, y, KIND, EXPONENT, MANTISSA, 0, False)
+        y = quantize_block(
+            y, s, tl.zeros_like(y), low, high, scale_ptr, y, KIND, EXPONENT, MANTISSA, 0, False
+        )
     tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -88,9 +103,22 @@ def _launch(x: torch.Tensor, block: int, grid: Grid | None) -> tuple[torch.Tenso
         rows = max(1, 2048 // block)
         with on_device(x):
             _hadamard[(cdiv(blocks, rows),)](
-                x, y, scale, blocks, block**-0.5, low, high, ROWS=rows, N=block, LOG=int(math.log2(block)), QUANTIZE=grid is not None,
-                KIND=grid.kind if grid else 0, EXPONENT=grid.exponent if grid else 0, MANTISSA=grid.mantissa if grid else 0, num_warps=4,
-            )  # fmt: skip
+                x,
+                y,
+                scale,
+                blocks,
+                block**-0.5,
+                low,
+                high,
+                ROWS=rows,
+                N=block,
+                LOG=int(math.log2(block)),
+                QUANTIZE=grid is not None,
+                KIND=grid.kind if grid else 0,
+                EXPONENT=grid.exponent if grid else 0,
+                MANTISSA=grid.mantissa if grid else 0,
+                num_warps=4,
+            )
     return y, scale
 
 
@@ -108,7 +136,9 @@ class _Hadamard(torch.autograd.Function):
 def _check(x: torch.Tensor, block: int | None) -> int:
     block = block or (x.shape[-1] & -x.shape[-1])
     if block < 2 or block & (block - 1) or x.shape[-1] % block or block > 8192:
-        raise BadInput(f"block = {block} with {x.shape[-1]} columns: a power of two from 2 to 8192 that divides the columns is needed")
+        raise BadInput(
+            f"block = {block} with {x.shape[-1]} columns: a power of two from 2 to 8192 that divides the columns is needed"
+        )
     return block
 
 
@@ -123,14 +153,18 @@ def hadamard(x: torch.Tensor, block: int | None = None, backend: str = "auto") -
     return hadamard_reference(x, block)
 
 
-def hadamard_quantize(x: torch.Tensor, block: int, grid: Grid, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+def hadamard_quantize(
+    x: torch.Tensor, block: int, grid: Grid, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform and quantize-dequantize each block with scale max|.| / grid.high; returns (result, scales (..., columns / block)).
 
     Forward only. `grid` is a symmetric integer or minifloat grid.
     """
     block = _check(x, block)
     if grid.kind == 2:
-        raise BadInput("grid: a codebook cannot be fused with the transform; use hadamard, then quantize_codebook")
+        raise BadInput(
+            "grid: a codebook cannot be fused with the transform; use hadamard, then quantize_codebook"
+        )
     shape = (*x.shape[:-1], x.shape[-1] // block)
     if use_triton("hadamard", x.numel(), x, backend):
         y, scale = _launch(x, block, grid)
@@ -147,8 +181,23 @@ KERNELS = (
         tuple(
             Configuration(
                 name,
-                {"x_ptr": "*bf16", "y_ptr": "*bf16", "scale_ptr": "*fp32", "norm": "fp32", "low": "fp32", "high": "fp32"},
-                {"ROWS": max(1, 2048 // n), "N": n, "LOG": int(math.log2(n)), "QUANTIZE": quantize, "KIND": kind, "EXPONENT": e, "MANTISSA": m},
+                {
+                    "x_ptr": "*bf16",
+                    "y_ptr": "*bf16",
+                    "scale_ptr": "*fp32",
+                    "norm": "fp32",
+                    "low": "fp32",
+                    "high": "fp32",
+                },
+                {
+                    "ROWS": max(1, 2048 // n),
+                    "N": n,
+                    "LOG": int(math.log2(n)),
+                    "QUANTIZE": quantize,
+                    "KIND": kind,
+                    "EXPONENT": e,
+                    "MANTISSA": m,
+                },
             )
             for name, n, quantize, kind, e, m in (
                 ("n128", 128, False, 0, 0, 0),
@@ -165,14 +214,23 @@ def cases() -> list[Case]:
     """8192 tokens of width 4096: whole rows, and blocks of 128 with int4."""
     rows, columns = 8192, 4096
 
-    def make(block: int, grid: Grid | None, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def make(
+        block: int, grid: Grid | None, device: torch.device
+    ) -> tuple[Callable[[], Any], Callable[[], Any]]:
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
         matrix = (hadamard_matrix(block, device) * block**-0.5).to(x.dtype)
         return lambda: _launch(x, block, grid), lambda: (x.view(-1, block) @ matrix).view(x.shape)
 
     n = rows * columns
     return [
-        Case("hadamard", f"{rows} x {columns} bf16, block {block}{' int4' if grid else ''}", n, 4.0 * n, n * math.log2(block),
-             lambda device, block=block, grid=grid: make(block, grid, device), comparator="dense matmul")  # type: ignore[misc]
+        Case(
+            "hadamard",
+            f"{rows} x {columns} bf16, block {block}{' int4' if grid else ''}",
+            n,
+            4.0 * n,
+            n * math.log2(block),
+            lambda device, block=block, grid=grid: make(block, grid, device),
+            comparator="dense matmul",
+        )  # type: ignore[misc]
         for block, grid in ((4096, None), (128, Grid(0, -8, 7)))
-    ]  # fmt: skip
+    ]

@@ -71,12 +71,16 @@ def _pointwise(a_ptr, as_ptr, b_ptr, bs_ptr, y_ptr, ys_ptr, columns, STEP: tl.co
         if STEP == "add":
             y += b
         else:
-            y = b * (0.5 * (1.0 + tl.erf(y * 0.7071067811865476)) + y * 0.3989422804014327 * tl.exp(-0.5 * y * y))
+            y = b * (
+                0.5 * (1.0 + tl.erf(y * 0.7071067811865476)) + y * 0.3989422804014327 * tl.exp(-0.5 * y * y)
+            )
     _store(y_ptr, ys_ptr, y, row, column, columns, BLOCK)
 
 
 @jit
-def _norm_forward(x_ptr, xs_ptr, w_ptr, b_ptr, y_ptr, ys_ptr, mean_ptr, inverse_ptr, columns, eps, BLOCK: tl.constexpr):
+def _norm_forward(
+    x_ptr, xs_ptr, w_ptr, b_ptr, y_ptr, ys_ptr, mean_ptr, inverse_ptr, columns, eps, BLOCK: tl.constexpr
+):
     """One row of blocks; the variance is summed about the mean, which costs one more read of int8 and no cancellation."""
     row = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.float32)
@@ -99,7 +103,21 @@ def _norm_forward(x_ptr, xs_ptr, w_ptr, b_ptr, y_ptr, ys_ptr, mean_ptr, inverse_
 
 
 @jit
-def _norm_backward(g_ptr, gs_ptr, x_ptr, xs_ptr, w_ptr, mean_ptr, inverse_ptr, dx_ptr, dxs_ptr, dw_ptr, db_ptr, columns, BLOCK: tl.constexpr):
+def _norm_backward(
+    g_ptr,
+    gs_ptr,
+    x_ptr,
+    xs_ptr,
+    w_ptr,
+    mean_ptr,
+    inverse_ptr,
+    dx_ptr,
+    dxs_ptr,
+    dw_ptr,
+    db_ptr,
+    columns,
+    BLOCK: tl.constexpr,
+):
     """dx = (w g - mean(w g) - x_hat mean(w g x_hat)) / sigma, means over a row; dw and db leave summed over the block's rows."""
     row = tl.program_id(0)
     m = row * BLOCK + tl.arange(0, BLOCK)
@@ -129,7 +147,13 @@ def _check(name: str, *coded: Coded) -> None:
     first = coded[0][0].shape
     for codes, scales in coded:
         rows, columns = codes.shape if codes.ndim == 2 else (-1, -1)
-        if codes.dtype != torch.int8 or codes.shape != first or rows % BLOCK or columns % BLOCK or scales.shape != (rows // BLOCK, columns // BLOCK):
+        if (
+            codes.dtype != torch.int8
+            or codes.shape != first
+            or rows % BLOCK
+            or columns % BLOCK
+            or scales.shape != (rows // BLOCK, columns // BLOCK)
+        ):
             raise BadInput(
                 f"{name}: codes {codes.dtype} {tuple(codes.shape)}, scales {tuple(scales.shape)}: need int8 codes of one shape with both sides a multiple "
                 f"of {BLOCK}, and a scale for each {BLOCK} x {BLOCK} block"
@@ -137,7 +161,9 @@ def _check(name: str, *coded: Coded) -> None:
 
 
 def _empty(like: torch.Tensor) -> Coded:
-    return torch.empty_like(like, memory_format=torch.contiguous_format), torch.empty(like.shape[0] // BLOCK, like.shape[1] // BLOCK, device=like.device)
+    return torch.empty_like(like, memory_format=torch.contiguous_format), torch.empty(
+        like.shape[0] // BLOCK, like.shape[1] // BLOCK, device=like.device
+    )
 
 
 def _step(step: str, a: Coded, b: Coded | None, backend: str) -> Coded:
@@ -155,7 +181,9 @@ def _launch_step(step: str, a: Coded, b: Coded | None) -> Coded:
     y, scales = _empty(a[0])
     operands = [t.contiguous() for t in (*a, *(a if b is None else b))]
     with on_device(y):
-        _pointwise[(y.shape[1] // BLOCK, y.shape[0] // BLOCK)](*operands, y, scales, y.shape[1], STEP=step, BLOCK=BLOCK, num_warps=2)
+        _pointwise[(y.shape[1] // BLOCK, y.shape[0] // BLOCK)](
+            *operands, y, scales, y.shape[1], STEP=step, BLOCK=BLOCK, num_warps=2
+        )
     return y, scales
 
 
@@ -175,7 +203,12 @@ def add_int8(a: Coded, b: Coded, backend: str = "auto") -> Coded:
 
 
 def layer_norm_int8(
-    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5, backend: str = "auto"
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    backend: str = "auto",
 ) -> tuple[Coded, torch.Tensor, torch.Tensor]:
     """LayerNorm over each row of block-scaled int8 (rows, columns): ((codes, scales), mean (rows,), 1 / sigma (rows,)), fp32 both."""
     _check("layer_norm", (codes, scales))
@@ -188,16 +221,36 @@ def layer_norm_int8(
     return quantize_blocks(y, BLOCK), mean, inverse
 
 
-def _launch_norm(codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> tuple[Coded, torch.Tensor, torch.Tensor]:
+def _launch_norm(
+    codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[Coded, torch.Tensor, torch.Tensor]:
     y, ys = _empty(codes)
     mean, inverse = torch.empty(2, len(codes), device=codes.device).unbind(0)
     with on_device(codes):
-        _norm_forward[(len(codes) // BLOCK,)](codes.contiguous(), scales.contiguous(), weight, bias, y, ys, mean, inverse, codes.shape[1], eps, BLOCK=BLOCK, num_warps=2)
+        _norm_forward[(len(codes) // BLOCK,)](
+            codes.contiguous(),
+            scales.contiguous(),
+            weight,
+            bias,
+            y,
+            ys,
+            mean,
+            inverse,
+            codes.shape[1],
+            eps,
+            BLOCK=BLOCK,
+            num_warps=2,
+        )
     return (y, ys), mean, inverse
 
 
 def layer_norm_int8_backward(
-    gradient: Coded, saved: Coded, weight: torch.Tensor, mean: torch.Tensor, inverse: torch.Tensor, backend: str = "auto"
+    gradient: Coded,
+    saved: Coded,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    inverse: torch.Tensor,
+    backend: str = "auto",
 ) -> tuple[Coded, torch.Tensor, torch.Tensor]:
     """Gradients of `layer_norm_int8`: (input as block-scaled int8, weight (columns,) fp32, bias (columns,) fp32)."""
     _check("layer_norm backward", gradient, saved)
@@ -207,7 +260,9 @@ def layer_norm_int8_backward(
         dw, db = torch.empty(2, len(codes) // BLOCK, codes.shape[1], device=codes.device).unbind(0)
         operands = [t.contiguous() for t in (*gradient, *saved)]
         with on_device(codes):
-            _norm_backward[(len(codes) // BLOCK,)](*operands, weight, mean, inverse, dx, dxs, dw, db, codes.shape[1], BLOCK=BLOCK, num_warps=2)
+            _norm_backward[(len(codes) // BLOCK,)](
+                *operands, weight, mean, inverse, dx, dxs, dw, db, codes.shape[1], BLOCK=BLOCK, num_warps=2
+            )
         return (dx, dxs), dw.sum(0), db.sum(0)
     g = decode_blocks(*gradient)
     hat = (decode_blocks(*saved) - mean[:, None]) * inverse[:, None]
@@ -216,7 +271,12 @@ def layer_norm_int8_backward(
     return quantize_blocks(dx32, BLOCK), (g * hat).sum(0), g.sum(0)
 
 
-_CODED = {f"{name}_ptr": kind for name, kind in [(n + s, "*fp32" if s else "*i8") for n in ("a", "b", "y", "x", "g", "dx") for s in ("", "s")]}
+_CODED = {
+    f"{name}_ptr": kind
+    for name, kind in [
+        (n + s, "*fp32" if s else "*i8") for n in ("a", "b", "y", "x", "g", "dx") for s in ("", "s")
+    ]
+}
 
 
 def _types(*pointers: str, **others: str) -> dict[str, str]:
@@ -224,16 +284,66 @@ def _types(*pointers: str, **others: str) -> dict[str, str]:
 
 
 KERNELS = (
-    Kernel("int8_flow.pointwise", _pointwise, tuple(
-        Configuration(step.replace(" ", "-"), _types("a", "as", "b", "bs", "y", "ys"), {"STEP": step, "BLOCK": BLOCK}, warps=2)
-        for step in ("gelu", "gelu backward", "add"))),
-    Kernel("int8_flow.norm-forward", _norm_forward, (
-        Configuration("block32", _types("x", "xs", "y", "ys", w_ptr="*bf16", b_ptr="*bf16", mean_ptr="*fp32", inverse_ptr="*fp32", eps="fp32"),
-                      {"BLOCK": BLOCK}, warps=2),)),
-    Kernel("int8_flow.norm-backward", _norm_backward, (
-        Configuration("block32", _types("g", "gs", "x", "xs", "dx", "dxs", w_ptr="*bf16", mean_ptr="*fp32", inverse_ptr="*fp32", dw_ptr="*fp32", db_ptr="*fp32"),
-                      {"BLOCK": BLOCK}, warps=2),)),
-)  # fmt: skip
+    Kernel(
+        "int8_flow.pointwise",
+        _pointwise,
+        tuple(
+            Configuration(
+                step.replace(" ", "-"),
+                _types("a", "as", "b", "bs", "y", "ys"),
+                {"STEP": step, "BLOCK": BLOCK},
+                warps=2,
+            )
+            for step in ("gelu", "gelu backward", "add")
+        ),
+    ),
+    Kernel(
+        "int8_flow.norm-forward",
+        _norm_forward,
+        (
+            Configuration(
+                "block32",
+                _types(
+                    "x",
+                    "xs",
+                    "y",
+                    "ys",
+                    w_ptr="*bf16",
+                    b_ptr="*bf16",
+                    mean_ptr="*fp32",
+                    inverse_ptr="*fp32",
+                    eps="fp32",
+                ),
+                {"BLOCK": BLOCK},
+                warps=2,
+            ),
+        ),
+    ),
+    Kernel(
+        "int8_flow.norm-backward",
+        _norm_backward,
+        (
+            Configuration(
+                "block32",
+                _types(
+                    "g",
+                    "gs",
+                    "x",
+                    "xs",
+                    "dx",
+                    "dxs",
+                    w_ptr="*bf16",
+                    mean_ptr="*fp32",
+                    inverse_ptr="*fp32",
+                    dw_ptr="*fp32",
+                    db_ptr="*fp32",
+                ),
+                {"BLOCK": BLOCK},
+                warps=2,
+            ),
+        ),
+    ),
+)
 
 
 def cases() -> list[Case]:
@@ -246,11 +356,25 @@ def cases() -> list[Case]:
         return lambda: _launch_step("gelu", coded, None), lambda: F.gelu(x)
 
     def make_norm(device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        x, w = torch.randn(n, n, device=device, dtype=torch.bfloat16), torch.ones(n, device=device, dtype=torch.bfloat16)
+        x, w = (
+            torch.randn(n, n, device=device, dtype=torch.bfloat16),
+            torch.ones(n, device=device, dtype=torch.bfloat16),
+        )
         coded = quantize_blocks(x, BLOCK)
         return lambda: _launch_norm(*coded, w, w, 1e-5), lambda: F.layer_norm(x, (n,), w, w)
 
     return [
-        Case("int8_flow", f"{n} x {n} gelu", n * n, 2.0 * n * n, 10.0 * n * n, make_gelu, "fp32", "bf16 F.gelu"),
-        Case("int8_flow", f"{n} x {n} LayerNorm", n * n, 2.0 * n * n, 8.0 * n * n, make_norm, "fp32", "bf16 F.layer_norm"),
+        Case(
+            "int8_flow", f"{n} x {n} gelu", n * n, 2.0 * n * n, 10.0 * n * n, make_gelu, "fp32", "bf16 F.gelu"
+        ),
+        Case(
+            "int8_flow",
+            f"{n} x {n} LayerNorm",
+            n * n,
+            2.0 * n * n,
+            8.0 * n * n,
+            make_norm,
+            "fp32",
+            "bf16 F.layer_norm",
+        ),
     ]

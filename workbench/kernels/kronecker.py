@@ -30,27 +30,50 @@ def kronecker_reference(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor
 
 
 @jit
-def _kronecker(x_ptr, a_ptr, b_ptr, y_ptr, scale_ptr, low, high, A: tl.constexpr, B: tl.constexpr, A_PAD: tl.constexpr, B_PAD: tl.constexpr,
-               QUANTIZE: tl.constexpr, KIND: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):  # fmt: skip
+def _kronecker(
+    x_ptr,
+    a_ptr,
+    b_ptr,
+    y_ptr,
+    scale_ptr,
+    low,
+    high,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    A_PAD: tl.constexpr,
+    B_PAD: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    KIND: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, A_PAD)
     j = tl.arange(0, B_PAD)
     inside = (i < A)[:, None] & (j < B)[None, :]
     offsets = i[:, None] * B + j[None, :]
     x = tl.load(x_ptr + row * (A * B) + offsets, mask=inside, other=0.0)
-    a = tl.load(a_ptr + i[:, None] * A + i[None, :], mask=(i < A)[:, None] & (i < A)[None, :], other=0.0).to(x.dtype)
-    b = tl.load(b_ptr + j[:, None] * B + j[None, :], mask=(j < B)[:, None] & (j < B)[None, :], other=0.0).to(x.dtype)
+    a = tl.load(a_ptr + i[:, None] * A + i[None, :], mask=(i < A)[:, None] & (i < A)[None, :], other=0.0).to(
+        x.dtype
+    )
+    b = tl.load(b_ptr + j[:, None] * B + j[None, :], mask=(j < B)[:, None] & (j < B)[None, :], other=0.0).to(
+        x.dtype
+    )
     half = mma(a, x, tl.zeros([A_PAD, B_PAD], tl.float32))
     y = mma(narrow(half, x.dtype), b, tl.zeros([A_PAD, B_PAD], tl.float32))
     if QUANTIZE:
         s = tl.div_rn(tl.max(tl.max(tl.abs(y), 1), 0), high + 0.0)
         tl.store(scale_ptr + row, s)
         s = s + tl.zeros_like(y)
-        y = quantize_block(y, s, tl.zeros_like(y), low, high, scale_ptr, y, KIND, EXPONENT, MANTISSA, 0, False)
+        y = quantize_block(
+            y, s, tl.zeros_like(y), low, high, scale_ptr, y, KIND, EXPONENT, MANTISSA, 0, False
+        )
     tl.store(y_ptr + row * (A * B) + offsets, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, grid: Grid | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _launch(
+    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, grid: Grid | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     y = torch.empty_like(x)
     a, b = left.shape[0], right.shape[0]
@@ -60,10 +83,23 @@ def _launch(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, grid: Grid
     if rows:
         with on_device(x):
             _kronecker[(rows,)](
-                x, left.contiguous(), right.contiguous(), y, scale, low, high, A=a, B=b, A_PAD=power_of_two(a, 16), B_PAD=power_of_two(b, 16),
-                QUANTIZE=grid is not None, KIND=grid.kind if grid else 0, EXPONENT=grid.exponent if grid else 0,
-                MANTISSA=grid.mantissa if grid else 0, num_warps=4,
-            )  # fmt: skip
+                x,
+                left.contiguous(),
+                right.contiguous(),
+                y,
+                scale,
+                low,
+                high,
+                A=a,
+                B=b,
+                A_PAD=power_of_two(a, 16),
+                B_PAD=power_of_two(b, 16),
+                QUANTIZE=grid is not None,
+                KIND=grid.kind if grid else 0,
+                EXPONENT=grid.exponent if grid else 0,
+                MANTISSA=grid.mantissa if grid else 0,
+                num_warps=4,
+            )
     return y, scale[:rows]
 
 
@@ -88,10 +124,14 @@ class _Kronecker(torch.autograd.Function):
 def _check(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     square = all(m.ndim == 2 and m.shape[0] == m.shape[1] for m in (left, right))
     if not square or left.shape[0] * right.shape[0] != x.shape[-1]:
-        raise BadInput(f"factors {tuple(left.shape)}, {tuple(right.shape)} and {x.shape[-1]} columns: need square factors whose sizes multiply to the columns")
+        raise BadInput(
+            f"factors {tuple(left.shape)}, {tuple(right.shape)} and {x.shape[-1]} columns: need square factors whose sizes multiply to the columns"
+        )
 
 
-def kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+def kronecker(
+    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, backend: str = "auto"
+) -> torch.Tensor:
     """A X_t B for each row of x (..., a b), left A (a, a), right B (b, b); differentiable in all three."""
     _check(x, left, right)
     if max(left.shape[0], right.shape[0]) <= 128 and use_triton("kronecker", x.numel(), x, backend):
@@ -105,13 +145,17 @@ def kronecker_quantize(
     """Transform and quantize-dequantize each row with scale max|.| / grid.high; returns (result, scales (...)). Forward only."""
     _check(x, left, right)
     if grid.kind == 2:
-        raise BadInput("grid: a codebook cannot be fused with the transform; use kronecker, then quantize_codebook")
+        raise BadInput(
+            "grid: a codebook cannot be fused with the transform; use kronecker, then quantize_codebook"
+        )
     if max(left.shape[0], right.shape[0]) <= 128 and use_triton("kronecker", x.numel(), x, backend):
         y, scale = _launch(x, left, right, grid)
         return y, scale.view(x.shape[:-1])
     y = kronecker_reference(x.float(), left, right).reshape(-1, x.shape[-1])
     scale = y.abs().amax(1, keepdim=True) / grid.high
-    return quantize_reference(y, scale, None, grid, x.shape[-1]).view(x.shape).to(x.dtype), scale.view(x.shape[:-1])
+    return quantize_reference(y, scale, None, grid, x.shape[-1]).view(x.shape).to(x.dtype), scale.view(
+        x.shape[:-1]
+    )
 
 
 KERNELS = (
@@ -121,8 +165,25 @@ KERNELS = (
         tuple(
             Configuration(
                 f"{a}x{b}{'-int' if quantize else ''}",
-                {"x_ptr": "*bf16", "a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16", "scale_ptr": "*fp32", "low": "fp32", "high": "fp32"},
-                {"A": a, "B": b, "A_PAD": power_of_two(a, 16), "B_PAD": power_of_two(b, 16), "QUANTIZE": quantize, "KIND": 0, "EXPONENT": 0, "MANTISSA": 0},
+                {
+                    "x_ptr": "*bf16",
+                    "a_ptr": "*bf16",
+                    "b_ptr": "*bf16",
+                    "y_ptr": "*bf16",
+                    "scale_ptr": "*fp32",
+                    "low": "fp32",
+                    "high": "fp32",
+                },
+                {
+                    "A": a,
+                    "B": b,
+                    "A_PAD": power_of_two(a, 16),
+                    "B_PAD": power_of_two(b, 16),
+                    "QUANTIZE": quantize,
+                    "KIND": 0,
+                    "EXPONENT": 0,
+                    "MANTISSA": 0,
+                },
             )
             for a, b, quantize in ((64, 64, False), (64, 64, True), (24, 16, True))
         ),
@@ -138,7 +199,11 @@ def cases() -> list[Case]:
         x = torch.randn(rows, a * a, device=device, dtype=torch.bfloat16)
         left, right = (torch.linalg.qr(torch.randn(a, a, device=device))[0].to(x.dtype) for _ in "ab")
         grid = Grid(0, -8, 7)
-        return lambda: _launch(x, left, right, grid), lambda: kronecker_quantize(x, left, right, grid, "torch")
+        return lambda: _launch(x, left, right, grid), lambda: kronecker_quantize(
+            x, left, right, grid, "torch"
+        )
 
     n = rows * a * a
-    return [Case("kronecker", f"{rows} x {a * a} bf16 = {a} x {a}, int4", n, 4.0 * n, 4.0 * n * a, make, "bf16")]
+    return [
+        Case("kronecker", f"{rows} x {a * a} bf16 = {a} x {a}, int4", n, 4.0 * n, 4.0 * n * a, make, "bf16")
+    ]

@@ -28,7 +28,9 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 
 
 @jit
-def _cross_entropy(z_ptr, y_ptr, loss_ptr, vocabulary, stride, ignore, smoothing, weight, BLOCK: tl.constexpr):
+def _cross_entropy(
+    z_ptr, y_ptr, loss_ptr, vocabulary, stride, ignore, smoothing, weight, BLOCK: tl.constexpr
+):
     """One row of logits: its loss, and the logits replaced by their gradient times `weight`."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(y_ptr + row)
@@ -36,10 +38,16 @@ def _cross_entropy(z_ptr, y_ptr, loss_ptr, vocabulary, stride, ignore, smoothing
     offsets = tl.arange(0, BLOCK)
     if label == ignore:
         for first in range(0, vocabulary, BLOCK):
-            tl.store(base + first + offsets, tl.zeros([BLOCK], tl.float32).to(z_ptr.dtype.element_ty), mask=first + offsets < vocabulary)
+            tl.store(
+                base + first + offsets,
+                tl.zeros([BLOCK], tl.float32).to(z_ptr.dtype.element_ty),
+                mask=first + offsets < vocabulary,
+            )
         tl.store(loss_ptr + row, 0.0)
     else:
-        top = tl.full([BLOCK], float("-inf"), tl.float32)  # a running maximum and sum per lane, joined at the end
+        top = tl.full(
+            [BLOCK], float("-inf"), tl.float32
+        )  # a running maximum and sum per lane, joined at the end
         total = tl.zeros([BLOCK], tl.float32)
         plain = tl.zeros([BLOCK], tl.float32)
         for first in range(0, vocabulary, BLOCK):
@@ -60,17 +68,27 @@ def _cross_entropy(z_ptr, y_ptr, loss_ptr, vocabulary, stride, ignore, smoothing
         for first in range(0, vocabulary, BLOCK):
             inside = first + offsets < vocabulary
             z = tl.load(base + first + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-            g = tl.exp(z - lse) - smoothing / vocabulary - tl.where(first + offsets == label, 1.0 - smoothing, 0.0)
+            g = (
+                tl.exp(z - lse)
+                - smoothing / vocabulary
+                - tl.where(first + offsets == label, 1.0 - smoothing, 0.0)
+            )
             tl.store(base + first + offsets, narrow(g * weight, z_ptr.dtype.element_ty), mask=inside)
 
 
-def _rows_torch(z: torch.Tensor, y: torch.Tensor, ignore: int, smoothing: float, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows_torch(
+    z: torch.Tensor, y: torch.Tensor, ignore: int, smoothing: float, weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for all rows of a chunk in plain PyTorch: (losses (rows,) fp32, gradient in z's type)."""
     z32 = z.float()
     kept = y != ignore
     labels = torch.where(kept, y, 0)
     lse = torch.logsumexp(z32, 1)
-    loss = lse - (1 - smoothing) * z32.gather(1, labels[:, None])[:, 0] - (smoothing * z32.mean(1) if smoothing else 0.0)
+    loss = (
+        lse
+        - (1 - smoothing) * z32.gather(1, labels[:, None])[:, 0]
+        - (smoothing * z32.mean(1) if smoothing else 0.0)
+    )
     g = torch.exp(z32 - lse[:, None]) - smoothing / z.shape[1]
     g.scatter_add_(1, labels[:, None], torch.full_like(g[:, :1], smoothing - 1))
     return torch.where(kept, loss, 0.0), (torch.where(kept[:, None], g, 0.0) * weight).to(z.dtype)
@@ -78,8 +96,18 @@ def _rows_torch(z: torch.Tensor, y: torch.Tensor, ignore: int, smoothing: float,
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, ignore: int, smoothing: float,
-                mean: bool, chunk: int, fused: bool) -> torch.Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        y: torch.Tensor,
+        ignore: int,
+        smoothing: float,
+        mean: bool,
+        chunk: int,
+        fused: bool,
+    ) -> torch.Tensor:
         weight = 1.0 / max(1, int((y != ignore).sum())) if mean else 1.0
         needs = ctx.needs_input_grad
         dx = torch.empty_like(x) if needs[0] else None
@@ -93,17 +121,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses = torch.empty(z.shape[0], dtype=torch.float32, device=x.device)
                 block = min(4096, power_of_two(z.shape[1], 16))
                 with on_device(x):
-                    _cross_entropy[(z.shape[0],)](z, y[rows], losses, z.shape[1], z.stride(0), ignore, smoothing, weight, BLOCK=block, num_warps=8)
+                    _cross_entropy[(z.shape[0],)](
+                        z,
+                        y[rows],
+                        losses,
+                        z.shape[1],
+                        z.stride(0),
+                        ignore,
+                        smoothing,
+                        weight,
+                        BLOCK=block,
+                        num_warps=8,
+                    )
             else:
                 losses, z = _rows_torch(z, y[rows], ignore, smoothing, weight)
             loss += losses.sum() * weight
             if dx is not None:
                 dx[rows] = z @ w
             if dw is not None:
-                dw.addmm_(z.float().t(), x[rows].float()) if z.dtype == torch.float32 else dw.add_(z.t() @ x[rows])
+                dw.addmm_(z.float().t(), x[rows].float()) if z.dtype == torch.float32 else dw.add_(
+                    z.t() @ x[rows]
+                )
             if db is not None:
                 db += z.float().sum(0)
-        ctx.save_for_backward(dx, None if dw is None else dw.to(w.dtype), None if db is None or bias is None else db.to(bias.dtype))
+        ctx.save_for_backward(
+            dx,
+            None if dw is None else dw.to(w.dtype),
+            None if db is None or bias is None else db.to(bias.dtype),
+        )
         return loss
 
     @staticmethod
@@ -112,9 +157,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None, ignore_index: int = -100,
-    label_smoothing: float = 0.0, reduction: str = "mean", chunk: int | None = None, backend: str = "auto",
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    chunk: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Cross-entropy in nats of the logits x W^T + b at `labels`, without the logits; differentiable in x, weight and bias.
 
     x (tokens, width), weight (vocabulary, width), labels (tokens,) int64 with `ignore_index` left out; `reduction` "mean" (over
@@ -122,17 +174,25 @@ def linear_cross_entropy(
     Computed in fp32, returned as an fp32 scalar. With no label kept the mean is 0 and so are the gradients.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
-        raise BadInput(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: need (tokens, width), (vocabulary, width), (tokens,)")
+        raise BadInput(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: need (tokens, width), (vocabulary, width), (tokens,)"
+        )
     if reduction not in ("mean", "sum") or not 0 <= label_smoothing < 1:
-        raise BadInput(f"reduction = {reduction!r}, label_smoothing = {label_smoothing}: need 'mean' or 'sum', and 0 <= smoothing < 1")
+        raise BadInput(
+            f"reduction = {reduction!r}, label_smoothing = {label_smoothing}: need 'mean' or 'sum', and 0 <= smoothing < 1"
+        )
     if labels.numel() and not labels.is_cuda:
         kept = labels[labels != ignore_index]
         if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= weight.shape[0]):
-            raise BadInput(f"labels: {int(kept.min())} to {int(kept.max())}, the vocabulary has {weight.shape[0]} entries; mark what to skip with ignore_index")
+            raise BadInput(
+                f"labels: {int(kept.min())} to {int(kept.max())}, the vocabulary has {weight.shape[0]} entries; mark what to skip with ignore_index"
+            )
     if chunk is None:
         chunk = max(64, power_of_two(x.numel() // max(1, weight.shape[0])))
     fused = use_triton("linear_cross_entropy", x.shape[0] * weight.shape[0], x, backend)
-    return _LinearCrossEntropy.apply(x, weight, bias, labels, ignore_index, label_smoothing, reduction == "mean", chunk, fused)
+    return _LinearCrossEntropy.apply(
+        x, weight, bias, labels, ignore_index, label_smoothing, reduction == "mean", chunk, fused
+    )
 
 
 KERNELS = (
@@ -142,7 +202,13 @@ KERNELS = (
         tuple(
             Configuration(
                 kind,
-                {"z_ptr": f"*{kind}", "y_ptr": "*i64", "loss_ptr": "*fp32", "smoothing": "fp32", "weight": "fp32"},
+                {
+                    "z_ptr": f"*{kind}",
+                    "y_ptr": "*i64",
+                    "loss_ptr": "*fp32",
+                    "smoothing": "fp32",
+                    "weight": "fp32",
+                },
                 {"BLOCK": 4096},
                 warps=8,
             )
@@ -160,8 +226,20 @@ def cases() -> list[Case]:
         x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
         w = (0.02 * torch.randn(vocabulary, width, device=device, dtype=torch.bfloat16)).requires_grad_()
         y = torch.randint(0, vocabulary, (tokens,), device=device)
-        return lambda: linear_cross_entropy(x, w, y, backend="triton").backward(), lambda: F.cross_entropy((x @ w.t()).float(), y).backward()
+        return lambda: linear_cross_entropy(x, w, y, backend="triton").backward(), lambda: F.cross_entropy(
+            (x @ w.t()).float(), y
+        ).backward()
 
     flops = 6.0 * tokens * width * vocabulary
     moved = 8.0 * tokens * width + 8.0 * vocabulary * width + 6.0 * tokens * vocabulary
-    return [Case("linear_cross_entropy", f"{tokens} x {width} x {vocabulary} bf16, forward and backward", tokens * vocabulary, moved, flops, make, "bf16")]
+    return [
+        Case(
+            "linear_cross_entropy",
+            f"{tokens} x {width} x {vocabulary} bf16, forward and backward",
+            tokens * vocabulary,
+            moved,
+            flops,
+            make,
+            "bf16",
+        )
+    ]

@@ -66,7 +66,11 @@ class LowBitWeight:
             codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
         if self.format in ("int4", "int8"):
             half = 8 if self.format == "int4" else 128
-            values = codes.float() if self.zeros is not None else ((codes.int() + half) % (2 * half) - half).float()
+            values = (
+                codes.float()
+                if self.zeros is not None
+                else ((codes.int() + half) % (2 * half) - half).float()
+            )
         elif self.format == "nf4":
             assert self.codebook is not None
             values = self.codebook[codes.int()]
@@ -80,7 +84,9 @@ class LowBitWeight:
         return values * self.scales.repeat_interleave(self.group, 1)
 
 
-def pack_weight(weight: torch.Tensor, format: str, group: int = 128, zero_point: bool = False) -> LowBitWeight:
+def pack_weight(
+    weight: torch.Tensor, format: str, group: int = 128, zero_point: bool = False
+) -> LowBitWeight:
     """Nearest quantization of a weight (out, in) to `format`, one scale per `group` columns (16 or more, a power of two).
 
     `zero_point` (int formats) fits each group's range instead of its largest magnitude. e2m1 scales are rounded up to a
@@ -90,7 +96,9 @@ def pack_weight(weight: torch.Tensor, format: str, group: int = 128, zero_point:
         raise BadInput(f"format = {format!r}: accepted are {', '.join(FORMATS)}")
     out, width = weight.shape
     if group < 16 or group & (group - 1) or width % group:
-        raise BadInput(f"group = {group} with {width} columns: a power of two from 16 on that divides the columns is needed")
+        raise BadInput(
+            f"group = {group} with {width} columns: a power of two from 16 on that divides the columns is needed"
+        )
     if zero_point and format not in ("int4", "int8"):
         raise BadInput(f"zero_point with format = {format!r}: only int4 and int8 have zero points")
     w = weight.float().view(out, -1, group)
@@ -117,8 +125,12 @@ def pack_weight(weight: torch.Tensor, format: str, group: int = 128, zero_point:
     else:
         scales = torch.exp2(torch.ceil(torch.log2(torch.where(largest > 0, largest, 6.0) / 6)))
         grid = Grid(1, 0.0, 6.0, 2, 1)
-        values = quantize_reference(_divided(w, scales).flatten(1), torch.ones(out, 1, device=w.device), None, grid, width).view(w.shape)
-        codes = torch.bucketize(values.abs(), torch.tensor(_E2M1, device=w.device)).to(torch.uint8) + 8 * (values < 0).to(torch.uint8)
+        values = quantize_reference(
+            _divided(w, scales).flatten(1), torch.ones(out, 1, device=w.device), None, grid, width
+        ).view(w.shape)
+        codes = torch.bucketize(values.abs(), torch.tensor(_E2M1, device=w.device)).to(torch.uint8) + 8 * (
+            values < 0
+        ).to(torch.uint8)
     codes = codes.view(out, width)
     if format in ("int4", "nf4", "e2m1"):
         codes = codes[:, ::2] | codes[:, 1::2] << 4
@@ -148,7 +160,9 @@ def _decode(code, book_ptr, FORMAT: tl.constexpr, SIGNED: tl.constexpr):
     elif FORMAT == 3:
         # The same bits one place further left are an fp16 number 2^8 too small, subnormals included.
         bits = code.to(tl.int16)
-        value = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        value = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(
+            tl.float32
+        ) * 256.0
         return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
     else:
         bits = code.to(tl.int16)
@@ -156,9 +170,29 @@ def _decode(code, book_ptr, FORMAT: tl.constexpr, SIGNED: tl.constexpr):
 
 
 @jit
-def _linear(x_ptr, w_ptr, s_ptr, z_ptr, book_ptr, bias_ptr, y_ptr, tokens, out_features, width, x_stride, per_split,
-            GROUP: tl.constexpr, FORMAT: tl.constexpr, FOUR_BIT: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
-            ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+def _linear(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    book_ptr,
+    bias_ptr,
+    y_ptr,
+    tokens,
+    out_features,
+    width,
+    x_stride,
+    per_split,
+    GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    FOUR_BIT: tl.constexpr,
+    ZERO: tl.constexpr,
+    BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """DEPTH divides GROUP, so a step has one scale per output feature; split k writes its own fp32 slice of y."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -168,13 +202,21 @@ def _linear(x_ptr, w_ptr, s_ptr, z_ptr, book_ptr, bias_ptr, y_ptr, tokens, out_f
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(split * per_split, tl.minimum((split + 1) * per_split, width), DEPTH):
         k = first + tl.arange(0, DEPTH)
-        x = tl.load(x_ptr + t[:, None].to(tl.int64) * x_stride + k[None, :], mask=(t < tokens)[:, None], other=0.0)
+        x = tl.load(
+            x_ptr + t[:, None].to(tl.int64) * x_stride + k[None, :], mask=(t < tokens)[:, None], other=0.0
+        )
         if FOUR_BIT:
             half = first // 2 + tl.arange(0, DEPTH // 2)
-            pair = tl.load(w_ptr + n[:, None].to(tl.int64) * (width // 2) + half[None, :], mask=features[:, None], other=0)
+            pair = tl.load(
+                w_ptr + n[:, None].to(tl.int64) * (width // 2) + half[None, :],
+                mask=features[:, None],
+                other=0,
+            )
             code = tl.reshape(tl.join(pair & 15, pair >> 4), [COLUMNS, DEPTH])
         else:
-            code = tl.load(w_ptr + n[:, None].to(tl.int64) * width + k[None, :], mask=features[:, None], other=0)
+            code = tl.load(
+                w_ptr + n[:, None].to(tl.int64) * width + k[None, :], mask=features[:, None], other=0
+            )
         w = _decode(code, book_ptr, FORMAT, not ZERO)
         place = n.to(tl.int64) * groups + first // GROUP
         if ZERO:
@@ -190,7 +232,11 @@ def _linear(x_ptr, w_ptr, s_ptr, z_ptr, book_ptr, bias_ptr, y_ptr, tokens, out_f
 
 
 def _tile(tokens: int, group: int) -> dict[str, int]:
-    return {"ROWS": 16 if tokens <= 16 else 64, "COLUMNS": 64, "DEPTH": min(group, 128 if tokens <= 16 else 64)}
+    return {
+        "ROWS": 16 if tokens <= 16 else 64,
+        "COLUMNS": 64,
+        "DEPTH": min(group, 128 if tokens <= 16 else 64),
+    }
 
 
 def _splits(tokens: int, out: int, width: int, depth: int, columns: int, processors: int) -> int:
@@ -202,7 +248,13 @@ def _splits(tokens: int, out: int, width: int, depth: int, columns: int, process
     return splits
 
 
-def _launch(x: torch.Tensor, weight: LowBitWeight, bias: torch.Tensor | None, activation: bool, splits: int | None = None) -> torch.Tensor:
+def _launch(
+    x: torch.Tensor,
+    weight: LowBitWeight,
+    bias: torch.Tensor | None,
+    activation: bool,
+    splits: int | None = None,
+) -> torch.Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     tokens, (out, width) = x.shape[0], weight.shape
     if not tokens:
@@ -217,12 +269,28 @@ def _launch(x: torch.Tensor, weight: LowBitWeight, bias: torch.Tensor | None, ac
     fused = splits == 1
     with on_device(x):
         _linear[(cdiv(out, tile["COLUMNS"]), cdiv(tokens, tile["ROWS"]), splits)](
-            x, weight.codes, weight.scales, weight.scales if weight.zeros is None else weight.zeros,
-            weight.scales if weight.codebook is None else weight.codebook, weight.scales if bias is None else bias, y,
-            tokens, out, width, x.stride(0), per_split, GROUP=weight.group, FORMAT=("int4", "int8", "nf4", "e4m3", "e2m1").index(weight.format),
-            FOUR_BIT=weight.four_bit, ZERO=weight.zeros is not None, BIAS=fused and bias is not None, GELU=fused and activation,
-            **tile, num_warps=4, num_stages=4,
-        )  # fmt: skip
+            x,
+            weight.codes,
+            weight.scales,
+            weight.scales if weight.zeros is None else weight.zeros,
+            weight.scales if weight.codebook is None else weight.codebook,
+            weight.scales if bias is None else bias,
+            y,
+            tokens,
+            out,
+            width,
+            x.stride(0),
+            per_split,
+            GROUP=weight.group,
+            FORMAT=("int4", "int8", "nf4", "e4m3", "e2m1").index(weight.format),
+            FOUR_BIT=weight.four_bit,
+            ZERO=weight.zeros is not None,
+            BIAS=fused and bias is not None,
+            GELU=fused and activation,
+            **tile,
+            num_warps=4,
+            num_stages=4,
+        )
     if fused:
         return y[0]
     total = y.sum(0) if bias is None else y.sum(0) + bias.float()
@@ -243,7 +311,11 @@ class _Linear(torch.autograd.Function):
 
 
 def low_bit_linear(
-    x: torch.Tensor, weight: LowBitWeight, bias: torch.Tensor | None = None, activation: str | None = None, backend: str = "auto"
+    x: torch.Tensor,
+    weight: LowBitWeight,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """x (..., in) times the transpose of a low-bit weight (out, in), plus bias, then optionally "gelu"; differentiable in x and bias."""
     if x.shape[-1] != weight.shape[1]:
@@ -263,11 +335,26 @@ def low_bit_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _configuration(name: str, format: str, group: int, tokens: int, zero: bool = False, split: bool = False) -> Configuration:
-    types = {"x_ptr": "*bf16", "w_ptr": "*u8", "s_ptr": "*fp32", "z_ptr": "*fp32", "book_ptr": "*fp32", "bias_ptr": "*bf16",
-             "y_ptr": "*fp32" if split else "*bf16"}  # fmt: skip
-    constants = {"GROUP": group, "FORMAT": FORMATS.index(format), "FOUR_BIT": format in ("int4", "nf4", "e2m1"), "ZERO": zero,
-                 "BIAS": not split, "GELU": not split} | _tile(tokens, group)  # fmt: skip
+def _configuration(
+    name: str, format: str, group: int, tokens: int, zero: bool = False, split: bool = False
+) -> Configuration:
+    types = {
+        "x_ptr": "*bf16",
+        "w_ptr": "*u8",
+        "s_ptr": "*fp32",
+        "z_ptr": "*fp32",
+        "book_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+        "y_ptr": "*fp32" if split else "*bf16",
+    }
+    constants = {
+        "GROUP": group,
+        "FORMAT": FORMATS.index(format),
+        "FOUR_BIT": format in ("int4", "nf4", "e2m1"),
+        "ZERO": zero,
+        "BIAS": not split,
+        "GELU": not split,
+    } | _tile(tokens, group)
     return Configuration(name, types, constants, stages=4)
 
 
@@ -301,6 +388,16 @@ def cases() -> list[Case]:
     for format, bits in (("int4", 4.125), ("nf4", 4.125), ("int8", 8.125), ("e4m3", 8.125), ("e2m1", 4.25)):
         for tokens in (1, 16):
             moved, flops = bits / 8 * out * width + 2.0 * tokens * (width + out), 2.0 * tokens * out * width
-            found.append(Case("low_bit_linear", f"{tokens} x {width} x {out} {format}", int(flops), moved, flops,
-                              lambda device, f=format, t=tokens: make(f, t, device), "bf16", "bf16 torch.mm"))  # type: ignore[misc]  # fmt: skip
+            found.append(
+                Case(
+                    "low_bit_linear",
+                    f"{tokens} x {width} x {out} {format}",
+                    int(flops),
+                    moved,
+                    flops,
+                    lambda device, f=format, t=tokens: make(f, t, device),
+                    "bf16",
+                    "bf16 torch.mm",
+                )
+            )  # type: ignore[misc]
     return found

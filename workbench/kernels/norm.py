@@ -27,8 +27,28 @@ from workbench.kernels.saved_activation import GROUP, Saved, compress, empty, lo
 
 
 @jit
-def _forward(x_ptr, r_ptr, w_ptr, b_ptr, y_ptr, codes_ptr, low_ptr, step_ptr, inverse_ptr, width, x_stride, r_stride, eps, seed,
-             RMS: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _forward(
+    x_ptr,
+    r_ptr,
+    w_ptr,
+    b_ptr,
+    y_ptr,
+    codes_ptr,
+    low_ptr,
+    step_ptr,
+    inverse_ptr,
+    width,
+    x_stride,
+    r_stride,
+    eps,
+    seed,
+    RMS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -49,14 +69,33 @@ def _forward(x_ptr, r_ptr, w_ptr, b_ptr, y_ptr, codes_ptr, low_ptr, step_ptr, in
         groups = (width + WIDTH - 1) // WIDTH
         place = row * groups + group
         at = row * groups * WIDTH + column
-        save_groups(xh, at, column >= 0, place, group < groups, codes_ptr, low_ptr, step_ptr, seed, BITS, GROUPS)
+        save_groups(
+            xh, at, column >= 0, place, group < groups, codes_ptr, low_ptr, step_ptr, seed, BITS, GROUPS
+        )
     else:
         tl.store(codes_ptr + row * width + column, narrow(xh, codes_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
-def _backward(g_ptr, w_ptr, codes_ptr, low_ptr, step_ptr, inverse_ptr, dx_ptr, dw_ptr, db_ptr, rows, width, per_program,
-              RMS: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _backward(
+    g_ptr,
+    w_ptr,
+    codes_ptr,
+    low_ptr,
+    step_ptr,
+    inverse_ptr,
+    dx_ptr,
+    dw_ptr,
+    db_ptr,
+    rows,
+    width,
+    per_program,
+    RMS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     group = tl.arange(0, GROUPS)
     column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = column < width
@@ -69,7 +108,16 @@ def _backward(g_ptr, w_ptr, codes_ptr, low_ptr, step_ptr, inverse_ptr, dx_ptr, d
         row = (tl.zeros([], tl.int64) + index).to(tl.int64)
         g = tl.load(g_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
         if BITS:
-            xh = load_groups(row * groups * WIDTH + column, row * groups + group, group < groups, codes_ptr, low_ptr, step_ptr, BITS, GROUPS)
+            xh = load_groups(
+                row * groups * WIDTH + column,
+                row * groups + group,
+                group < groups,
+                codes_ptr,
+                low_ptr,
+                step_ptr,
+                BITS,
+                GROUPS,
+            )
             xh = tl.where(inside, xh, 0.0)
         else:
             xh = tl.load(codes_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -97,8 +145,18 @@ def _warps(width: int) -> int:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, w: torch.Tensor, b: torch.Tensor | None, rms: bool, eps: float,
-                bits: int, seed: int, fused: bool) -> torch.Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        w: torch.Tensor,
+        b: torch.Tensor | None,
+        rms: bool,
+        eps: float,
+        bits: int,
+        seed: int,
+        fused: bool,
+    ) -> torch.Tensor:
         rows, width = x.shape
         padded = torch.Size((rows, cdiv(width, GROUP) * GROUP))
         if fused:
@@ -112,9 +170,25 @@ class _Norm(torch.autograd.Function):
                 r = x if residual is None else residual
                 with on_device(x):
                     _forward[(rows,)](
-                        x, r, w, w if b is None else b, y, *kept, inverse, width, x.stride(0), r.stride(0), eps, seed,
-                        RMS=rms, RESIDUAL=residual is not None, BIAS=b is not None, BITS=bits, **_blocks(width), num_warps=_warps(width),
-                    )  # fmt: skip
+                        x,
+                        r,
+                        w,
+                        w if b is None else b,
+                        y,
+                        *kept,
+                        inverse,
+                        width,
+                        x.stride(0),
+                        r.stride(0),
+                        eps,
+                        seed,
+                        RMS=rms,
+                        RESIDUAL=residual is not None,
+                        BIAS=b is not None,
+                        BITS=bits,
+                        **_blocks(width),
+                        num_warps=_warps(width),
+                    )
         else:
             h = x.float() if residual is None else x.float() + residual.float()
             h = h if rms else h - h.mean(1, keepdim=True)
@@ -141,35 +215,80 @@ class _Norm(torch.autograd.Function):
             db = torch.zeros(programs if b is not None else 1, width, device=g.device)
             with on_device(g):
                 _backward[(programs,)](
-                    g, w, *kept, inverse, dx, dw, db, rows, width, per_program,
-                    RMS=rms, BIAS=b is not None, BITS=bits, **_blocks(width), num_warps=_warps(width),
-                )  # fmt: skip
+                    g,
+                    w,
+                    *kept,
+                    inverse,
+                    dx,
+                    dw,
+                    db,
+                    rows,
+                    width,
+                    per_program,
+                    RMS=rms,
+                    BIAS=b is not None,
+                    BITS=bits,
+                    **_blocks(width),
+                    num_warps=_warps(width),
+                )
             dw, db = dw.sum(0), db.sum(0)
         else:
-            xh = Saved(kept[0], kept[1], kept[2], padded, bits).decompress()[:, :width] if bits else kept[0].float()
+            xh = (
+                Saved(kept[0], kept[1], kept[2], padded, bits).decompress()[:, :width]
+                if bits
+                else kept[0].float()
+            )
             g32 = g.float()
             wg = w.float() * g32
             dx = wg - xh * (wg * xh).mean(1, keepdim=True)
             dx = ((dx if rms else dx - wg.mean(1, keepdim=True)) * inverse[:, None]).to(g.dtype)
             dw, db = (g32 * xh).sum(0), g32.sum(0)
-        return dx, dx if residual else None, dw.to(w.dtype), None if b is None else db.to(b.dtype), *[None] * 5
+        return (
+            dx,
+            dx if residual else None,
+            dw.to(w.dtype),
+            None if b is None else db.to(b.dtype),
+            *[None] * 5,
+        )
 
 
 def _norm(
-    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, residual: torch.Tensor | None, rms: bool, eps: float, saved: str, seed: int, backend: str
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    rms: bool,
+    eps: float,
+    saved: str,
+    seed: int,
+    backend: str,
 ) -> torch.Tensor:
-    if w.shape != x.shape[-1:] or (b is not None and b.shape != w.shape) or (residual is not None and residual.shape != x.shape):
-        raise BadInput(f"x {tuple(x.shape)}, weight {tuple(w.shape)}: weight and bias need ({x.shape[-1]},), a residual the shape of x")
+    if (
+        w.shape != x.shape[-1:]
+        or (b is not None and b.shape != w.shape)
+        or (residual is not None and residual.shape != x.shape)
+    ):
+        raise BadInput(
+            f"x {tuple(x.shape)}, weight {tuple(w.shape)}: weight and bias need ({x.shape[-1]},), a residual the shape of x"
+        )
     if not 1 <= x.shape[-1] <= 32768:
         raise BadInput(f"x.shape = {tuple(x.shape)}: rows of 1 to 32768 columns are normalized")
     flat, res = (None if t is None else t.reshape(-1, x.shape[-1]) for t in (x, residual))
-    return _Norm.apply(flat, res, w, b, rms, eps, _bits(saved, seed), seed, use_triton("norm", x.numel(), x, backend)).view(x.shape)
+    return _Norm.apply(
+        flat, res, w, b, rms, eps, _bits(saved, seed), seed, use_triton("norm", x.numel(), x, backend)
+    ).view(x.shape)
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None, eps: float = 1e-5,
-    saved: str = "exact", seed: int = 0, backend: str = "auto",
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    saved: str = "exact",
+    seed: int = 0,
+    backend: str = "auto",
+) -> torch.Tensor:
     """LayerNorm over the last dimension of x, or of x + residual; `saved` "exact", "int8" or "2bit" is how xh is kept.
 
     Differentiable in x, residual, weight and bias. Computed in fp32, returned in x's type.
@@ -178,7 +297,13 @@ def layer_norm(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None, eps: float = 1e-6, saved: str = "exact", seed: int = 0, backend: str = "auto"
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    saved: str = "exact",
+    seed: int = 0,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """RMSNorm over the last dimension of x, or of x + residual; options as `layer_norm`."""
     return _norm(x, weight, None, residual, True, eps, saved, seed, backend)
@@ -186,9 +311,20 @@ def rms_norm(
 
 def _configurations(backward: bool) -> tuple[Configuration, ...]:
     found = []
-    for name, rms, bits, width in (("layer-exact-768", False, 0, 768), ("layer-int8-768", False, 8, 768), ("rms-exact-4096", True, 0, 4096),
-                                   ("rms-int8-4096", True, 8, 4096), ("rms-2bit-4096", True, 2, 4096)):  # fmt: skip
-        types = {"w_ptr": "*bf16", "codes_ptr": "*u8" if bits else "*bf16", "low_ptr": "*fp32", "step_ptr": "*fp32", "inverse_ptr": "*fp32"}
+    for name, rms, bits, width in (
+        ("layer-exact-768", False, 0, 768),
+        ("layer-int8-768", False, 8, 768),
+        ("rms-exact-4096", True, 0, 4096),
+        ("rms-int8-4096", True, 8, 4096),
+        ("rms-2bit-4096", True, 2, 4096),
+    ):
+        types = {
+            "w_ptr": "*bf16",
+            "codes_ptr": "*u8" if bits else "*bf16",
+            "low_ptr": "*fp32",
+            "step_ptr": "*fp32",
+            "inverse_ptr": "*fp32",
+        }
         constants = {"RMS": rms, "BIAS": not rms, "BITS": bits} | _blocks(width)
         if backward:
             types |= {"g_ptr": "*bf16", "dx_ptr": "*bf16", "dw_ptr": "*fp32", "db_ptr": "*fp32"}
@@ -199,7 +335,10 @@ def _configurations(backward: bool) -> tuple[Configuration, ...]:
     return tuple(found)
 
 
-KERNELS = (Kernel("norm.forward", _forward, _configurations(False)), Kernel("norm.backward", _backward, _configurations(True)))
+KERNELS = (
+    Kernel("norm.forward", _forward, _configurations(False)),
+    Kernel("norm.backward", _backward, _configurations(True)),
+)
 
 
 def cases() -> list[Case]:
@@ -213,7 +352,13 @@ def cases() -> list[Case]:
 
     n = rows * width
     return [
-        Case("norm", f"rms {rows} x {width} bf16, {saved}", n, (4 + (bits / 8 if bits else 2)) * n, 4.0 * n,
-             lambda device, saved=saved: make(saved, device))  # type: ignore[misc]
+        Case(
+            "norm",
+            f"rms {rows} x {width} bf16, {saved}",
+            n,
+            (4 + (bits / 8 if bits else 2)) * n,
+            4.0 * n,
+            lambda device, saved=saved: make(saved, device),
+        )  # type: ignore[misc]
         for saved, bits in SAVED.items()
-    ]  # fmt: skip
+    ]

@@ -49,14 +49,21 @@ class State:
     @property
     def bytes_per_parameter(self) -> float:
         """All of it, scales and compensation included."""
-        tensors = [*self.moments, *self.scales, *self.exponents, *([] if self.compensation is None else [self.compensation])]
+        tensors = [
+            *self.moments,
+            *self.scales,
+            *self.exponents,
+            *([] if self.compensation is None else [self.compensation]),
+        ]
         return sum(t.numel() * t.element_size() for t in tensors) / max(1, self.moments[0].numel())
 
 
 def new_state(parameter: torch.Tensor, optimizer: str, states: str = "fp32") -> State:
     """Zero moments for one parameter tensor. bf16 and fp16 parameters get a compensation buffer."""
     if optimizer not in OPTIMIZERS or states not in STATES:
-        raise BadInput(f"optimizer = {optimizer!r}, states = {states!r}: accepted are {', '.join(OPTIMIZERS)} and {', '.join(STATES)}")
+        raise BadInput(
+            f"optimizer = {optimizer!r}, states = {states!r}: accepted are {', '.join(OPTIMIZERS)} and {', '.join(STATES)}"
+        )
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8, "fp8": torch.uint8}[states]
     n, device, count = parameter.numel(), parameter.device, 1 if optimizer == "lion" else 2
     groups = cdiv(n, GROUP) if kind == torch.uint8 else 0
@@ -117,9 +124,16 @@ def store_moment(state: State, which: int, value: torch.Tensor) -> None:
 
 
 def reference_step(
-    parameter: torch.Tensor, gradient: torch.Tensor, state: State, optimizer: str, lr: float, step: int,
-    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-) -> None:  # fmt: skip
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    state: State,
+    optimizer: str,
+    lr: float,
+    step: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
     """The formulas of this module in plain PyTorch, in place."""
     g, p = gradient.float().flatten(), parameter.float().flatten()
     m, (b1, b2) = load_moment(state, 0), betas
@@ -131,7 +145,9 @@ def reference_step(
         v = b2 * load_moment(state, 1) + (1 - b2) * (g * g)
         store_moment(state, 0, m)
         store_moment(state, 1, v)
-        if optimizer == "lamb":  # the second pass reads the moments back, so the update is what their storage holds
+        if (
+            optimizer == "lamb"
+        ):  # the second pass reads the moments back, so the update is what their storage holds
             m, v = load_moment(state, 0), load_moment(state, 1)
         update = m / (1 - b1**step) / (torch.sqrt(v / (1 - b2**step)) + eps) + weight_decay * p
         if optimizer == "lamb":
@@ -170,7 +186,9 @@ def _load(ptr, scale_ptr, power_ptr, at, group, inside, live, SECOND: tl.constex
 
 
 @jit
-def _store(ptr, scale_ptr, power_ptr, at, group, inside, live, value, SECOND: tl.constexpr, STATES: tl.constexpr):
+def _store(
+    ptr, scale_ptr, power_ptr, at, group, inside, live, value, SECOND: tl.constexpr, STATES: tl.constexpr
+):
     if STATES == 0:
         tl.store(ptr + at, narrow(value, ptr.dtype.element_ty), mask=inside)
     else:
@@ -187,7 +205,14 @@ def _store(ptr, scale_ptr, power_ptr, at, group, inside, live, value, SECOND: tl
             spread = tl.maximum(-tl.log2(least), 1e-3)
             power = tl.minimum(tl.div_rn(17.807354922057604 + tl.zeros_like(spread), spread), 8.0)
             tl.store(power_ptr + group, power, mask=live)
-            y = tl.where(magnitude > 0, tl.exp2(tl.log2(tl.where(magnitude > 0, magnitude, 1.0)) * power[:, None]), 0.0) * 448.0
+            y = (
+                tl.where(
+                    magnitude > 0,
+                    tl.exp2(tl.log2(tl.where(magnitude > 0, magnitude, 1.0)) * power[:, None]),
+                    0.0,
+                )
+                * 448.0
+            )
             exponent = tl.maximum(((y.to(tl.int32, bitcast=True) >> 23) & 255) - 127, -6) - 3
             quantum = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
             y = tl.minimum(round_even(tl.div_rn(y, quantum)) * quantum, 448.0)
@@ -197,8 +222,34 @@ def _store(ptr, scale_ptr, power_ptr, at, group, inside, live, value, SECOND: tl
 
 
 @jit
-def _step(p_ptr, g_ptr, m_ptr, v_ptr, ms_ptr, vs_ptr, mk_ptr, vk_ptr, c_ptr, norms_ptr, n, lr, b1, b2, one_b1, one_b2, c1, c2, eps, decay,
-          LION: tl.constexpr, PHASE: tl.constexpr, STATES: tl.constexpr, COMPENSATED: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _step(
+    p_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    ms_ptr,
+    vs_ptr,
+    mk_ptr,
+    vk_ptr,
+    c_ptr,
+    norms_ptr,
+    n,
+    lr,
+    b1,
+    b2,
+    one_b1,
+    one_b2,
+    c1,
+    c2,
+    eps,
+    decay,
+    LION: tl.constexpr,
+    PHASE: tl.constexpr,
+    STATES: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """PHASE 0: moments and parameters in one pass. LAMB: 1 updates the moments and sums |p|^2 and |u|^2, 2 moves the parameters."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -223,7 +274,12 @@ def _step(p_ptr, g_ptr, m_ptr, v_ptr, ms_ptr, vs_ptr, mk_ptr, vk_ptr, c_ptr, nor
                 tl.debug_barrier()  # what is read back must have been written by all threads of the block
                 m = _load(m_ptr, ms_ptr, mk_ptr, at, group, inside, live, False, STATES)
                 v = _load(v_ptr, vs_ptr, vk_ptr, at, group, inside, live, True, STATES)
-        update = tl.div_rn(tl.div_rn(m, c1 + tl.zeros_like(m)), tl.sqrt_rn(tl.div_rn(v, c2 + tl.zeros_like(v))) + eps) + decay * p
+        update = (
+            tl.div_rn(
+                tl.div_rn(m, c1 + tl.zeros_like(m)), tl.sqrt_rn(tl.div_rn(v, c2 + tl.zeros_like(v))) + eps
+            )
+            + decay * p
+        )
         update = tl.where(inside, update, 0.0)
     if PHASE == 1:
         tl.store(norms_ptr + 2 * tl.program_id(0), tl.sum(tl.sum(p * p, 1), 0))
@@ -237,11 +293,21 @@ def _step(p_ptr, g_ptr, m_ptr, v_ptr, ms_ptr, vs_ptr, mk_ptr, vk_ptr, c_ptr, nor
         new = narrow(p + change, p_ptr.dtype.element_ty)
         tl.store(p_ptr + at, new, mask=inside)
         if COMPENSATED:
-            tl.store(c_ptr + at, narrow(change - (new.to(tl.float32) - p), c_ptr.dtype.element_ty), mask=inside)
+            tl.store(
+                c_ptr + at, narrow(change - (new.to(tl.float32) - p), c_ptr.dtype.element_ty), mask=inside
+            )
 
 
 def _launch(
-    parameter: torch.Tensor, gradient: torch.Tensor, state: State, optimizer: str, lr: float, step: int, betas: tuple[float, float], eps: float, decay: float
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    state: State,
+    optimizer: str,
+    lr: float,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
 ) -> None:
     n = parameter.numel()
     if not n:
@@ -254,10 +320,34 @@ def _launch(
 
     def run(phase: int, norms: torch.Tensor) -> None:
         _step[(blocks,)](
-            parameter, gradient, m, v, scales[0], scales[-1], powers[0], powers[-1], parameter if state.compensation is None else state.compensation,
-            norms, n, lr, b1, b2, 1 - b1, 1 - b2, 1 - b1**step, 1 - b2**step, eps, decay, LION=optimizer == "lion", PHASE=phase,
-            STATES={"int8": 1, "fp8": 2}.get(state.states, 0), COMPENSATED=state.compensation is not None, GROUPS=8, WIDTH=GROUP, num_warps=4,
-        )  # fmt: skip
+            parameter,
+            gradient,
+            m,
+            v,
+            scales[0],
+            scales[-1],
+            powers[0],
+            powers[-1],
+            parameter if state.compensation is None else state.compensation,
+            norms,
+            n,
+            lr,
+            b1,
+            b2,
+            1 - b1,
+            1 - b2,
+            1 - b1**step,
+            1 - b2**step,
+            eps,
+            decay,
+            LION=optimizer == "lion",
+            PHASE=phase,
+            STATES={"int8": 1, "fp8": 2}.get(state.states, 0),
+            COMPENSATED=state.compensation is not None,
+            GROUPS=8,
+            WIDTH=GROUP,
+            num_warps=4,
+        )
 
     with on_device(parameter):
         if optimizer != "lamb":
@@ -270,16 +360,28 @@ def _launch(
 
 @torch.no_grad()
 def optimizer_step(
-    parameter: torch.Tensor, gradient: torch.Tensor, state: State, optimizer: str, lr: float, step: int,
-    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, backend: str = "auto",
-) -> None:  # fmt: skip
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    state: State,
+    optimizer: str,
+    lr: float,
+    step: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    backend: str = "auto",
+) -> None:
     """One step on one parameter tensor, in place, state included. `step` counts from 1. No synchronisation with the GPU."""
     if optimizer not in OPTIMIZERS:
         raise BadInput(f"optimizer = {optimizer!r}: accepted are {', '.join(OPTIMIZERS)}")
     if gradient.shape != parameter.shape or step < 1 or lr < 0:
-        raise BadInput(f"gradient {tuple(gradient.shape)}, step = {step}, lr = {lr}: need the parameter's shape {tuple(parameter.shape)}, >= 1 and >= 0")
+        raise BadInput(
+            f"gradient {tuple(gradient.shape)}, step = {step}, lr = {lr}: need the parameter's shape {tuple(parameter.shape)}, >= 1 and >= 0"
+        )
     if not parameter.is_contiguous():
-        raise BadInput("parameter: not contiguous in memory; the step is in place over flat memory, so call .contiguous() when you create it")
+        raise BadInput(
+            "parameter: not contiguous in memory; the step is in place over flat memory, so call .contiguous() when you create it"
+        )
     if use_triton("optimizer_step", parameter.numel(), parameter, backend):
         _launch(parameter, gradient.contiguous(), state, optimizer, lr, step, betas, eps, weight_decay)
     else:
@@ -287,10 +389,24 @@ def optimizer_step(
 
 
 def _configuration(name: str, kind: str, moment: str, lion: bool, phase: int, states: int) -> Configuration:
-    types = {"p_ptr": f"*{kind}", "g_ptr": f"*{kind}", "m_ptr": f"*{moment}", "v_ptr": f"*{moment}", "c_ptr": f"*{kind}", "norms_ptr": "*fp32"}
+    types = {
+        "p_ptr": f"*{kind}",
+        "g_ptr": f"*{kind}",
+        "m_ptr": f"*{moment}",
+        "v_ptr": f"*{moment}",
+        "c_ptr": f"*{kind}",
+        "norms_ptr": "*fp32",
+    }
     types |= dict.fromkeys(("ms_ptr", "vs_ptr", "mk_ptr", "vk_ptr"), "*fp32")
     types |= dict.fromkeys(("lr", "b1", "b2", "one_b1", "one_b2", "c1", "c2", "eps", "decay"), "fp32")
-    constants = {"LION": lion, "PHASE": phase, "STATES": states, "COMPENSATED": kind != "fp32", "GROUPS": 8, "WIDTH": GROUP}
+    constants = {
+        "LION": lion,
+        "PHASE": phase,
+        "STATES": states,
+        "COMPENSATED": kind != "fp32",
+        "GROUPS": 8,
+        "WIDTH": GROUP,
+    }
     return Configuration(name, types, constants)
 
 
@@ -316,7 +432,9 @@ def cases() -> list[Case]:
     """2^26 parameters against PyTorch's foreach AdamW, fp32."""
     n = 2**26
 
-    def make(optimizer: str, states: str, device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def make(
+        optimizer: str, states: str, device: torch.device
+    ) -> tuple[Callable[[], Any], Callable[[], Any]]:
         p, g = torch.randn(2, n, device=device).unbind(0)
         state = new_state(p, optimizer, states)
         usual = torch.nn.Parameter(p.clone())
@@ -324,9 +442,22 @@ def cases() -> list[Case]:
         comparator = torch.optim.AdamW([usual], foreach=True)
         return lambda: optimizer_step(p, g, state, optimizer, 1e-3, 10, backend="triton"), comparator.step
 
-    traffic = {("adamw", "fp32"): 28, ("adamw", "int8"): 16, ("adamw", "fp8"): 16, ("lion", "fp32"): 20, ("lamb", "fp32"): 44}
+    traffic = {
+        ("adamw", "fp32"): 28,
+        ("adamw", "int8"): 16,
+        ("adamw", "fp8"): 16,
+        ("lion", "fp32"): 20,
+        ("lamb", "fp32"): 44,
+    }
     return [
-        Case("optimizer_step", f"{o}, {s} states, 2^26 fp32", n, float(b * n), 20.0 * n, lambda device, o=o, s=s: make(o, s, device),  # type: ignore[misc]
-             comparator="foreach AdamW")
+        Case(
+            "optimizer_step",
+            f"{o}, {s} states, 2^26 fp32",
+            n,
+            float(b * n),
+            20.0 * n,
+            lambda device, o=o, s=s: make(o, s, device),  # type: ignore[misc]
+            comparator="foreach AdamW",
+        )
         for (o, s), b in traffic.items()
-    ]  # fmt: skip
+    ]

@@ -88,7 +88,9 @@ def pack_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> 
     """A packing of sequences that are already one after the other, in the given order; the grid is the packed row itself."""
     kept = tuple(int(n) for n in lengths)
     if any(n <= 0 for n in kept):
-        raise BadInput(f"lengths = {list(kept)[:8]}: every sequence needs at least one token; leave empty ones out")
+        raise BadInput(
+            f"lengths = {list(kept)[:8]}: every sequence needs at least one token; leave empty ones out"
+        )
     cu_seqlens = torch.tensor([0, *itertools.accumulate(kept)], dtype=torch.int32, device=device)
     return Packing(torch.arange(sum(kept), device=device), cu_seqlens, kept, 1, sum(kept))
 
@@ -132,13 +134,17 @@ def gather_rows(x: torch.Tensor, rows: torch.Tensor, backend: str = "auto") -> t
     y = x.new_empty(rows.numel(), x.shape[1])
     if y.numel():
         with on_device(x):
-            _gather_rows[(y.shape[0], cdiv(y.shape[1], 1024))](x, rows, y, y.shape[1], x.stride(0), BLOCK=1024, num_warps=4)
+            _gather_rows[(y.shape[0], cdiv(y.shape[1], 1024))](
+                x, rows, y, y.shape[1], x.stride(0), BLOCK=1024, num_warps=4
+            )
     return y
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, back: torch.Tensor, backend: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, rows: torch.Tensor, back: torch.Tensor, backend: str
+    ) -> torch.Tensor:
         ctx.back, ctx.backend = back, backend
         return gather_rows(x, rows, backend)
 
@@ -150,7 +156,9 @@ class _Gather(torch.autograd.Function):
 def pack(x: torch.Tensor, packing: Packing, backend: str = "auto") -> torch.Tensor:
     """(batch, length, ...) -> (tokens, ...), differentiable."""
     if x.shape[:2] != (packing.batch, packing.length):
-        raise BadInput(f"x.shape = {tuple(x.shape)}: this packing is of a ({packing.batch}, {packing.length}, ...) batch")
+        raise BadInput(
+            f"x.shape = {tuple(x.shape)}: this packing is of a ({packing.batch}, {packing.length}, ...) batch"
+        )
     if not packing.tokens:
         return x.new_zeros(0, *x.shape[2:])
     flat = x.reshape(packing.batch * packing.length, -1)
@@ -176,7 +184,9 @@ def bin_pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     [[0, 1], [2, 3, 4]]
     """
     if lengths and max(lengths) > capacity:
-        raise BadInput(f"capacity = {capacity}: the longest sequence has {max(lengths)} tokens; raise it or truncate")
+        raise BadInput(
+            f"capacity = {capacity}: the longest sequence has {max(lengths)} tokens; raise it or truncate"
+        )
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -216,7 +226,9 @@ KERNELS = (
         _gather_rows,
         (
             Configuration("bf16", {"x_ptr": "*bf16", "map_ptr": "*i32", "y_ptr": "*bf16"}, {"BLOCK": 1024}),
-            Configuration("fp32-int64", {"x_ptr": "*fp32", "map_ptr": "*i64", "y_ptr": "*fp32"}, {"BLOCK": 1024}),
+            Configuration(
+                "fp32-int64", {"x_ptr": "*fp32", "map_ptr": "*i64", "y_ptr": "*fp32"}, {"BLOCK": 1024}
+            ),
         ),
     ),
 )
@@ -231,4 +243,13 @@ def cases() -> list[Case]:
         rows = torch.randperm(2 * tokens, device=device)[:tokens].sort().values
         return lambda: gather_rows(x, rows, "triton"), lambda: x.index_select(0, rows)
 
-    return [Case("packing", f"{tokens} of {2 * tokens} x {width} bf16", tokens * width, 4.0 * tokens * width, 0, make)]
+    return [
+        Case(
+            "packing",
+            f"{tokens} of {2 * tokens} x {width} bf16",
+            tokens * width,
+            4.0 * tokens * width,
+            0,
+            make,
+        )
+    ]

@@ -65,7 +65,14 @@ def _rounded(x: torch.Tensor, seed: int | None, unit: torch.Tensor | None) -> to
     return torch.where(unit < x - low, low + 1, low)
 
 
-def quantize_reference(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, group: int, seed: int | None = None) -> torch.Tensor:
+def quantize_reference(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    grid: Grid,
+    group: int,
+    seed: int | None = None,
+) -> torch.Tensor:
     """The definition. x (rows, columns); scale and zero (rows, ceil(columns / group)) fp32; returns x's type."""
     s = scale.repeat_interleave(group, 1)[:, : x.shape[1]]
     u = x.float() / s
@@ -102,20 +109,39 @@ def _round(x, unit, STOCHASTIC: tl.constexpr):
 
 
 @jit
-def quantize_block(x, s, z, low, high, code_ptr, unit, KIND: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, CODES: tl.constexpr,
-                   STOCHASTIC: tl.constexpr):  # fmt: skip
+def quantize_block(
+    x,
+    s,
+    z,
+    low,
+    high,
+    code_ptr,
+    unit,
+    KIND: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    CODES: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
     """Quantize-dequantize an fp32 block with fp32 scales; shared with the kernels that quantize what they have just computed."""
     u = tl.div_rn(x, s)
     if KIND == 0:
         q = _round(u, unit, STOCHASTIC) + z
-        q = tl.minimum(tl.maximum(q, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL)
+        q = tl.minimum(
+            tl.maximum(q, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL
+        )
         y = (q - z) * s
     elif KIND == 1:
         exponent = ((u.to(tl.int32, bitcast=True) >> 23) & 255) - 127
         exponent = tl.minimum(tl.maximum(exponent, 2 - (1 << (EXPONENT - 1))), 126) - MANTISSA
         step = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
         q = _round(tl.div_rn(u, step), unit, STOCHASTIC) * step
-        y = tl.minimum(tl.maximum(q, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL) * s
+        y = (
+            tl.minimum(
+                tl.maximum(q, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL
+            )
+            * s
+        )
     else:
         below = tl.load(code_ptr) + tl.zeros_like(u)
         if STOCHASTIC:
@@ -136,13 +162,35 @@ def quantize_block(x, s, z, low, high, code_ptr, unit, KIND: tl.constexpr, EXPON
 
 
 @jit
-def _quantize(x_ptr, scale_ptr, zero_ptr, code_ptr, y_ptr, rows, columns, row_stride, column_stride, group, groups, low, high, seed,
-              KIND: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, CODES: tl.constexpr, ZERO: tl.constexpr,
-              STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _quantize(
+    x_ptr,
+    scale_ptr,
+    zero_ptr,
+    code_ptr,
+    y_ptr,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    group,
+    groups,
+    low,
+    high,
+    seed,
+    KIND: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    CODES: tl.constexpr,
+    ZERO: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < columns
-    x = tl.load(x_ptr + row * row_stride + offsets.to(tl.int64) * column_stride, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * row_stride + offsets.to(tl.int64) * column_stride, mask=inside, other=0.0).to(
+        tl.float32
+    )
     place = row * groups + offsets // group
     s = tl.load(scale_ptr + place, mask=inside, other=1.0)
     z = tl.zeros_like(s)
@@ -159,7 +207,9 @@ def _limits(grid: Grid) -> tuple[float, float]:
     return (-grid.high, grid.high) if grid.kind == 1 else (grid.low, grid.high)
 
 
-def _launch(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, group: int, seed: int | None) -> torch.Tensor:
+def _launch(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, group: int, seed: int | None
+) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
@@ -169,17 +219,44 @@ def _launch(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, gri
     low, high = _limits(grid)
     with on_device(x):
         _quantize[(rows, cdiv(columns, block))](
-            x, scale, scale if zero is None else zero, code, y, rows, columns, x.stride(0), x.stride(1), group, scale.shape[1], low, high, seed or 0,
-            KIND=grid.kind, EXPONENT=grid.exponent, MANTISSA=grid.mantissa, CODES=len(grid.codebook), ZERO=zero is not None,
-            STOCHASTIC=seed is not None, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+            x,
+            scale,
+            scale if zero is None else zero,
+            code,
+            y,
+            rows,
+            columns,
+            x.stride(0),
+            x.stride(1),
+            group,
+            scale.shape[1],
+            low,
+            high,
+            seed or 0,
+            KIND=grid.kind,
+            EXPONENT=grid.exponent,
+            MANTISSA=grid.mantissa,
+            CODES=len(grid.codebook),
+            ZERO=zero is not None,
+            STOCHASTIC=seed is not None,
+            BLOCK=block,
+            num_warps=4,
+        )
     return y
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, group: int, seed: int | None,
-                fused: bool) -> torch.Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        grid: Grid,
+        group: int,
+        seed: int | None,
+        fused: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, scale, zero)
         ctx.grid, ctx.group = grid, group
         return (_launch if fused else quantize_reference)(x, scale, zero, grid, group, seed)
@@ -196,17 +273,35 @@ class _StraightThrough(torch.autograd.Function):
         if zero is not None and ctx.grid.kind == 0:
             u = u + zero.repeat_interleave(ctx.group, 1)[:, : x.shape[1]]
         slack = 0.5 if ctx.grid.kind == 0 else 0.0  # what rounds to the last integer is not clipped
-        return torch.where((u >= low - slack) & (u <= high + slack) | (s == 0), grads[0], 0).to(x.dtype), *[None] * 6
+        return torch.where((u >= low - slack) & (u <= high + slack) | (s == 0), grads[0], 0).to(x.dtype), *[
+            None
+        ] * 6
 
 
-def _quantized(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, seed: int | None, backend: str) -> torch.Tensor:
+def _quantized(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    grid: Grid,
+    seed: int | None,
+    backend: str,
+) -> torch.Tensor:
     columns = x.shape[-1]
     flat = x.reshape(-1, columns) if x.numel() else x.new_zeros(0, columns)
     rows, groups = flat.shape[0], scale.shape[-1]
-    if scale.ndim != 2 or not scale.numel() or rows % scale.shape[0] or (columns % groups and groups != cdiv(columns, cdiv(columns, groups))):
-        raise BadInput(f"scale.shape = {tuple(scale.shape)}: need (r, groups) that cut {rows} rows and {columns} columns into equal blocks")
+    if (
+        scale.ndim != 2
+        or not scale.numel()
+        or rows % scale.shape[0]
+        or (columns % groups and groups != cdiv(columns, cdiv(columns, groups)))
+    ):
+        raise BadInput(
+            f"scale.shape = {tuple(scale.shape)}: need (r, groups) that cut {rows} rows and {columns} columns into equal blocks"
+        )
     if zero is not None and zero.shape != scale.shape:
-        raise BadInput(f"zero.shape = {tuple(zero.shape)}: one zero point per scale is needed, {tuple(scale.shape)}")
+        raise BadInput(
+            f"zero.shape = {tuple(zero.shape)}: one zero point per scale is needed, {tuple(scale.shape)}"
+        )
     group = cdiv(columns, groups) if columns else 1
     scale = scale.float().repeat_interleave(rows // scale.shape[0], 0).contiguous()
     zero = None if zero is None else zero.float().repeat_interleave(rows // zero.shape[0], 0).contiguous()
@@ -217,7 +312,13 @@ def _quantized(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, 
 
 
 def quantize_integer(
-    x: torch.Tensor, scale: torch.Tensor, low: int, high: int, zero: torch.Tensor | None = None, seed: int | None = None, backend: str = "auto"
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    low: int,
+    high: int,
+    zero: torch.Tensor | None = None,
+    seed: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Round x (..., columns) to the integers low..high times scale (r, groups), around an optional zero point.
 
@@ -229,24 +330,45 @@ def quantize_integer(
 
 
 def quantize_minifloat(
-    x: torch.Tensor, scale: torch.Tensor, exponent: int, mantissa: int, reserved: str = "none", seed: int | None = None, backend: str = "auto"
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    exponent: int,
+    mantissa: int,
+    reserved: str = "none",
+    seed: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Round x (..., columns) to floats of `exponent` (2 to 6) and `mantissa` (0 to 10) bits times scale (r, groups); saturates.
 
     `reserved` says which codes are no numbers, see `minifloat_max`. E4M3 is (4, 3, "nan"), E5M2 (5, 2, "ieee"), E2M1 (2, 1).
     """
     if not (2 <= exponent <= 6 and 0 <= mantissa <= 10) or reserved not in ("none", "nan", "ieee"):
-        raise BadInput(f"exponent = {exponent}, mantissa = {mantissa}, reserved = {reserved!r}: need 2..6, 0..10, none | nan | ieee")
-    return _quantized(x, scale, None, Grid(1, 0.0, minifloat_max(exponent, mantissa, reserved), exponent, mantissa), seed, backend)
+        raise BadInput(
+            f"exponent = {exponent}, mantissa = {mantissa}, reserved = {reserved!r}: need 2..6, 0..10, none | nan | ieee"
+        )
+    return _quantized(
+        x,
+        scale,
+        None,
+        Grid(1, 0.0, minifloat_max(exponent, mantissa, reserved), exponent, mantissa),
+        seed,
+        backend,
+    )
 
 
 def quantize_codebook(
-    x: torch.Tensor, scale: torch.Tensor, codebook: tuple[float, ...], seed: int | None = None, backend: str = "auto"
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    codebook: tuple[float, ...],
+    seed: int | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Round x (..., columns) to the entries of an increasing codebook (2 to 256) times scale (r, groups); NF4 is `NF4`."""
     if not 2 <= len(codebook) <= 256 or any(a >= b for a, b in itertools.pairwise(codebook)):
         raise BadInput(f"codebook of {len(codebook)} entries: need 2 to 256, strictly increasing")
-    return _quantized(x, scale, None, Grid(2, codebook=tuple(float(c) for c in torch.tensor(codebook))), seed, backend)
+    return _quantized(
+        x, scale, None, Grid(2, codebook=tuple(float(c) for c in torch.tensor(codebook))), seed, backend
+    )
 
 
 def normal_float_codebook(bits: int = 4, offset: float = 0.9677083) -> tuple[float, ...]:
@@ -268,7 +390,15 @@ _POINTERS = {"scale_ptr": "*fp32", "zero_ptr": "*fp32", "code_ptr": "*fp32", "lo
 
 
 def _configuration(name: str, kind: str = "bf16", **constants: Any) -> Configuration:
-    base = {"KIND": 0, "EXPONENT": 0, "MANTISSA": 0, "CODES": 0, "ZERO": False, "STOCHASTIC": False, "BLOCK": 1024}
+    base = {
+        "KIND": 0,
+        "EXPONENT": 0,
+        "MANTISSA": 0,
+        "CODES": 0,
+        "ZERO": False,
+        "STOCHASTIC": False,
+        "BLOCK": 1024,
+    }
     return Configuration(name, {"x_ptr": f"*{kind}", "y_ptr": f"*{kind}", **_POINTERS}, base | constants)
 
 
@@ -298,10 +428,18 @@ def cases() -> list[Case]:
         group = 128 if name == "int4" else columns
         scale = x.float().view(rows, -1, group).abs().amax(2) / 7
         grid = Grid(0, -8, 7) if name == "int4" else Grid(1, 0.0, 448.0, 4, 3)
-        return lambda: _launch(x, scale, None, grid, group, None), lambda: quantize_reference(x, scale, None, grid, group)
+        return lambda: _launch(x, scale, None, grid, group, None), lambda: quantize_reference(
+            x, scale, None, grid, group
+        )
 
     return [
-        Case("quantize", f"{rows} x {columns} bf16 {name}", rows * columns, 4.0 * rows * columns, 10.0 * rows * columns,
-             lambda device, name=name: make(name, device))  # type: ignore[misc]
+        Case(
+            "quantize",
+            f"{rows} x {columns} bf16 {name}",
+            rows * columns,
+            4.0 * rows * columns,
+            10.0 * rows * columns,
+            lambda device, name=name: make(name, device),
+        )  # type: ignore[misc]
         for name in ("int4", "e4m3")
-    ]  # fmt: skip
+    ]

@@ -55,5 +55,7 @@ def uniform_block(seed, index):
     """fp32 block of `uniform` at int64 element numbers `index`."""
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
-    key = (tl.full((), 0, tl.int64) + seed).to(tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32)  # seed may be a constant
+    key = (tl.full((), 0, tl.int64) + seed).to(tl.uint32) * tl.full(
+        (), 0x9E3779B9, tl.uint32
+    )  # seed may be a constant
     return (mix(mix(low) + key + high) >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08

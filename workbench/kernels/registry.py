@@ -65,7 +65,9 @@ class Kernel:
         known = set(self.function.arg_names)
         unknown = (set(configuration.types) | set(configuration.constants)) - known
         if unknown:
-            raise ValueError(f"{self.name}/{configuration.name}: no such argument: {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"{self.name}/{configuration.name}: no such argument: {', '.join(sorted(unknown))}"
+            )
         return {
             name: "constexpr" if name in configuration.constants else configuration.types.get(name, "i32")
             for name in self.function.arg_names

@@ -36,11 +36,38 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("A100-SXM4-80GB", 80, 2039, {"fp32": 19.5, "bf16": 312, "fp8": 312, "int8": 624}, 167936,
-               "NVIDIA A100 datasheet (2022); no fp8 units: fp8 computes as bf16"),
-        Device("H100-SXM5", 90, 3350, {"fp32": 67, "bf16": 989, "fp8": 1979, "int8": 1979}, 233472, "NVIDIA H100 datasheet (2023)"),
-        Device("H200-SXM5", 90, 4800, {"fp32": 67, "bf16": 989, "fp8": 1979, "int8": 1979}, 233472, "NVIDIA H200 datasheet (2024)"),
-        Device("B200-SXM", 100, 8000, {"fp32": 75, "bf16": 2250, "fp8": 4500, "int8": 4500}, 233472, "NVIDIA HGX B200 datasheet (2024)"),
+        Device(
+            "A100-SXM4-80GB",
+            80,
+            2039,
+            {"fp32": 19.5, "bf16": 312, "fp8": 312, "int8": 624},
+            167936,
+            "NVIDIA A100 datasheet (2022); no fp8 units: fp8 computes as bf16",
+        ),
+        Device(
+            "H100-SXM5",
+            90,
+            3350,
+            {"fp32": 67, "bf16": 989, "fp8": 1979, "int8": 1979},
+            233472,
+            "NVIDIA H100 datasheet (2023)",
+        ),
+        Device(
+            "H200-SXM5",
+            90,
+            4800,
+            {"fp32": 67, "bf16": 989, "fp8": 1979, "int8": 1979},
+            233472,
+            "NVIDIA H200 datasheet (2024)",
+        ),
+        Device(
+            "B200-SXM",
+            100,
+            8000,
+            {"fp32": 75, "bf16": 2250, "fp8": 4500, "int8": 4500},
+            233472,
+            "NVIDIA HGX B200 datasheet (2024)",
+        ),
     )
 }
 
@@ -82,11 +109,18 @@ def roofline_table(cases: list[Case], device: Device) -> pd.DataFrame:
         compute = case.flops / (device.peaks[case.peak] * 1e12)
         rows.append(
             {
-                "operation": case.operation, "shape": case.shape, "size": case.size, "unit": case.peak, "bytes": case.bytes, "FLOPs": case.flops,
-                "intensity": case.flops / case.bytes, "bound by": "memory" if memory >= compute else "arithmetic",
-                "predicted ms": 1e3 * max(memory, compute), "device": device.name,
+                "operation": case.operation,
+                "shape": case.shape,
+                "size": case.size,
+                "unit": case.peak,
+                "bytes": case.bytes,
+                "FLOPs": case.flops,
+                "intensity": case.flops / case.bytes,
+                "bound by": "memory" if memory >= compute else "arithmetic",
+                "predicted ms": 1e3 * max(memory, compute),
+                "device": device.name,
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows)
 
 
@@ -101,11 +135,15 @@ def resource_table(device: Device) -> pd.DataFrame:
         if target == f"sm_{device.capability}":
             rows.append(
                 {
-                    "kernel": kernel, "configuration": configuration, "registers": used["registers"], "spilled bytes": used["spilled"],
-                    "shared KiB": used["shared"] / 1024, "warps": used["warps"],
+                    "kernel": kernel,
+                    "configuration": configuration,
+                    "registers": used["registers"],
+                    "spilled bytes": used["spilled"],
+                    "shared KiB": used["shared"] / 1024,
+                    "warps": used["warps"],
                     "occupancy": occupancy(used["registers"], used["shared"], used["warps"], device),
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows)
 
 
@@ -115,24 +153,55 @@ def measured_table() -> pd.DataFrame:
     for file in sorted(backend.DATA.glob("measured_*.json")):
         table = json.loads(file.read_text())
         rows += [{"device": table["device"], "date": table["date"], **row} for row in table["rows"]]
-    columns = ["device", "date", "operation", "shape", "triton_ms", "torch_ms", "comparator", "speedup", "bandwidth_share", "tflops"]
+    columns = [
+        "device",
+        "date",
+        "operation",
+        "shape",
+        "triton_ms",
+        "torch_ms",
+        "comparator",
+        "speedup",
+        "bandwidth_share",
+        "tflops",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
 def roofline_figure(table: pd.DataFrame, device: Device, measured: pd.DataFrame | None = None) -> go.Figure:
     """Attainable arithmetic against intensity: the device's roofs, each operation at its prediction, measurements where there are any."""
     fig = figures.figure(
-        f"Predicted roofline, {device.name}: published peaks, nothing measured" if measured is None or measured.empty else f"Roofline, {device.name}",
-        x="intensity (FLOP per byte)", y="arithmetic (TFLOP/s or TOP/s)", xaxis_type="log", yaxis_type="log", height=560,
-    )  # fmt: skip
+        f"Predicted roofline, {device.name}: published peaks, nothing measured"
+        if measured is None or measured.empty
+        else f"Roofline, {device.name}",
+        x="intensity (FLOP per byte)",
+        y="arithmetic (TFLOP/s or TOP/s)",
+        xaxis_type="log",
+        yaxis_type="log",
+        height=560,
+    )
     reach = np.geomspace(0.05, 1e5, 60)
     for unit in dict.fromkeys(table["unit"]):
         roof = np.minimum(reach * device.bandwidth / 1e3, device.peaks[unit])
         figures.line(fig, reach, roof, f"{unit} roof", mode="lines")
     shown = table[table["FLOPs"] > 0]
     for operation, part in shown.groupby("operation", sort=False):
-        figures.line(fig, part["intensity"], part["FLOPs"] / part["predicted ms"] / 1e9, f"{operation} (predicted)", mode="markers", text=part["shape"])
+        figures.line(
+            fig,
+            part["intensity"],
+            part["FLOPs"] / part["predicted ms"] / 1e9,
+            f"{operation} (predicted)",
+            mode="markers",
+            text=part["shape"],
+        )
     if measured is not None and not measured.empty:
         both = measured.merge(table[["operation", "shape", "intensity"]], on=["operation", "shape"])
-        figures.line(fig, both["intensity"], both["tflops"], f"measured on {both['device'].iloc[0]}", mode="markers", text=both["shape"])
+        figures.line(
+            fig,
+            both["intensity"],
+            both["tflops"],
+            f"measured on {both['device'].iloc[0]}",
+            mode="markers",
+            text=both["shape"],
+        )
     return fig

@@ -21,14 +21,18 @@ from workbench.kernels.backend import cdiv, jit, narrow, on_device, power_of_two
 from workbench.kernels.registry import Case, Configuration, Kernel
 
 
-def rotary_tables(length: int, head_dim: int, theta: float = 10000.0, device: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(
+    length: int, head_dim: int, theta: float = 10000.0, device: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, each (length, head_dim / 2) fp32: angle of position p and pair i is p * theta^(-2 i / head_dim)."""
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * inverse
     return angles.cos().float(), angles.sin().float()
 
 
-def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, sign: float = 1.0) -> torch.Tensor:
+def rotary_reference(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, sign: float = 1.0
+) -> torch.Tensor:
     """The rotation in plain PyTorch; x (tokens, heads, head_dim), computed in fp32, returned in x's type."""
     c, s = cos[positions][:, None], sign * sin[positions][:, None]
     x1, x2 = x.float().chunk(2, dim=-1)
@@ -36,8 +40,21 @@ def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, posi
 
 
 @jit
-def _rotary(x_ptr, cos_ptr, sin_ptr, positions_ptr, y_ptr, tokens, heads, stride_token, stride_head, sign,
-            HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+def _rotary(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    y_ptr,
+    tokens,
+    heads,
+    stride_token,
+    stride_head,
+    sign,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # a row is one head of one token
     inside = rows < tokens * heads
     token = rows // heads
@@ -55,7 +72,9 @@ def _rotary(x_ptr, cos_ptr, sin_ptr, positions_ptr, y_ptr, tokens, heads, stride
     tl.store(out + HALF, narrow(x2 * cos + x1 * sin, y_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, sign: float) -> torch.Tensor:
+def _launch(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, sign: float
+) -> torch.Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -64,15 +83,29 @@ def _launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: to
         half = dim // 2
         with on_device(x):
             _rotary[(cdiv(tokens * heads, 16),)](
-                x, cos, sin, positions, y, tokens, heads, x.stride(0), x.stride(1), sign,
-                HALF=half, BLOCK_HALF=power_of_two(half), ROWS=16, num_warps=4,
-            )  # fmt: skip
+                x,
+                cos,
+                sin,
+                positions,
+                y,
+                tokens,
+                heads,
+                x.stride(0),
+                x.stride(1),
+                sign,
+                HALF=half,
+                BLOCK_HALF=power_of_two(half),
+                ROWS=16,
+                num_warps=4,
+            )
     return y
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(cos, sin, positions)
         return _launch(x, cos, sin, positions, 1.0)
 
@@ -82,10 +115,14 @@ class _Rotary(torch.autograd.Function):
         return _launch(grads[0], cos, sin, positions, -1.0), None, None, None
 
 
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+def rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, backend: str = "auto"
+) -> torch.Tensor:
     """Rotate x (tokens, heads, head_dim) by the angles at `positions` (tokens,); tables (length, head_dim / 2) fp32."""
     if x.ndim != 3 or x.shape[-1] % 2 or cos.shape[-1] * 2 != x.shape[-1]:
-        raise BadInput(f"x.shape = {tuple(x.shape)}, cos.shape = {tuple(cos.shape)}: need (tokens, heads, even dim) and (length, dim / 2)")
+        raise BadInput(
+            f"x.shape = {tuple(x.shape)}, cos.shape = {tuple(cos.shape)}: need (tokens, heads, even dim) and (length, dim / 2)"
+        )
     if use_triton("rotary", x.numel(), x, backend):
         return _Rotary.apply(x, cos.contiguous(), sin.contiguous(), positions)
     return rotary_reference(x, cos, sin, positions)
@@ -98,7 +135,14 @@ KERNELS = (
         tuple(
             Configuration(
                 f"{kind}-d{dim}",
-                {"x_ptr": f"*{kind}", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "positions_ptr": "*i64", "y_ptr": f"*{kind}", "sign": "fp32"},
+                {
+                    "x_ptr": f"*{kind}",
+                    "cos_ptr": "*fp32",
+                    "sin_ptr": "*fp32",
+                    "positions_ptr": "*i64",
+                    "y_ptr": f"*{kind}",
+                    "sign": "fp32",
+                },
                 {"HALF": dim // 2, "BLOCK_HALF": dim // 2, "ROWS": 16},
             )
             for kind, dim in (("bf16", 64), ("bf16", 128), ("fp32", 64))
@@ -115,7 +159,9 @@ def cases() -> list[Case]:
         x = torch.randn(tokens, heads, dim, device=device, dtype=torch.bfloat16)
         cos, sin = rotary_tables(4096, dim, device=device)
         positions = torch.arange(tokens, device=device) % 4096
-        return lambda: rotary(x, cos, sin, positions, "triton"), lambda: rotary_reference(x, cos, sin, positions)
+        return lambda: rotary(x, cos, sin, positions, "triton"), lambda: rotary_reference(
+            x, cos, sin, positions
+        )
 
     n = tokens * heads * dim
     return [Case("rotary", f"{tokens} x {heads} x {dim} bf16", n, 4.0 * n, 3.0 * n, make)]

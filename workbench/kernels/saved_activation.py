@@ -68,7 +68,11 @@ def compress(x: torch.Tensor, bits: int, seed: int = 0) -> Saved:
     high = torch.where(inside, flat, float("-inf")).amax(1)
     step = (high - low) / (2**bits - 1)
     u = (flat - low[:, None]) / torch.where(step > 0, step, 1.0)[:, None]
-    q = torch.round(u) if bits == 8 else torch.floor(u + uniform(seed, flat.numel(), x.device).view(flat.shape))
+    q = (
+        torch.round(u)
+        if bits == 8
+        else torch.floor(u + uniform(seed, flat.numel(), x.device).view(flat.shape))
+    )
     codes = torch.where(inside, q.clamp(0, 2**bits - 1).nan_to_num(0), 0).to(torch.uint8)
     if bits == 2:
         quads = codes.view(-1, GROUP // 4, 4)
@@ -77,7 +81,9 @@ def compress(x: torch.Tensor, bits: int, seed: int = 0) -> Saved:
 
 
 @jit
-def save_groups(x, at, inside, group, live, codes_ptr, low_ptr, step_ptr, seed, BITS: tl.constexpr, GROUPS: tl.constexpr):
+def save_groups(
+    x, at, inside, group, live, codes_ptr, low_ptr, step_ptr, seed, BITS: tl.constexpr, GROUPS: tl.constexpr
+):
     """Compress an fp32 block (GROUPS, 256) of neighbours at int64 element numbers `at`; groups beyond the end are not `live`."""
     low = tl.min(tl.where(inside, x, float("inf")), 1)
     high = tl.max(tl.where(inside, x, float("-inf")), 1)

@@ -47,23 +47,51 @@ def quantize_blocks(x: torch.Tensor, block: int = 32) -> tuple[torch.Tensor, tor
 
 
 def scaled_matmul_reference(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None, activation: str | None = None
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """The definition: codes are decoded first. fp32 result (rows of x, rows of w)."""
     if x_scale.ndim == 2:
         block = x.shape[1] // x_scale.shape[1]
-        x_scale, w_scale = (s.repeat_interleave(block, 0).repeat_interleave(block, 1) for s in (x_scale, w_scale))
+        x_scale, w_scale = (
+            s.repeat_interleave(block, 0).repeat_interleave(block, 1) for s in (x_scale, w_scale)
+        )
         y = (x.float() * x_scale) @ (w.float() * w_scale).t()
     else:
-        y = (x.double() @ w.double().t()).float() * x_scale[:, None] * w_scale  # fp64 sums of 8-bit products are exact, as int32 is
+        y = (
+            (x.double() @ w.double().t()).float() * x_scale[:, None] * w_scale
+        )  # fp64 sums of 8-bit products are exact, as int32 is
     y = y if bias is None else y + bias.float()
     return F.gelu(y) if activation else y
 
 
 @jit
-def _matmul(x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, ys_ptr, rows, columns, width, x_stride, w_stride,
-            INTEGER: tl.constexpr, BLOCKED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, REQUANTIZE: tl.constexpr,
-            ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+def _matmul(
+    x_ptr,
+    w_ptr,
+    xs_ptr,
+    ws_ptr,
+    bias_ptr,
+    y_ptr,
+    ys_ptr,
+    rows,
+    columns,
+    width,
+    x_stride,
+    w_stride,
+    INTEGER: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    REQUANTIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """BLOCKED: scales per DEPTH x DEPTH tile. Otherwise one scale per row of x and per row of w."""
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -71,21 +99,35 @@ def _matmul(x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, ys_ptr, rows, columns
     acc = tl.zeros([ROWS, COLUMNS], kind)
     for first in range(0, width, DEPTH):
         k = first + tl.arange(0, DEPTH)
-        x = tl.load(x_ptr + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=(m < rows)[:, None] & (k < width)[None, :], other=0.0)
-        w = tl.load(w_ptr + n[None, :].to(tl.int64) * w_stride + k[:, None], mask=(n < columns)[None, :] & (k < width)[:, None], other=0.0)
+        x = tl.load(
+            x_ptr + m[:, None].to(tl.int64) * x_stride + k[None, :],
+            mask=(m < rows)[:, None] & (k < width)[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            w_ptr + n[None, :].to(tl.int64) * w_stride + k[:, None],
+            mask=(n < columns)[None, :] & (k < width)[:, None],
+            other=0.0,
+        )
         if INTEGER:
             product = tl.dot(x, w, out_dtype=tl.int32)
         else:
             product = tl.dot(x, w)
         if BLOCKED:
             xs = tl.load(xs_ptr + (m // DEPTH) * (width // DEPTH) + first // DEPTH, mask=m < rows, other=0.0)
-            ws = tl.load(ws_ptr + (n // DEPTH) * (width // DEPTH) + first // DEPTH, mask=n < columns, other=0.0)
+            ws = tl.load(
+                ws_ptr + (n // DEPTH) * (width // DEPTH) + first // DEPTH, mask=n < columns, other=0.0
+            )
             acc += product.to(tl.float32) * (xs[:, None] * ws[None, :])
         else:
             acc += product
     y = acc.to(tl.float32)
     if not BLOCKED:
-        y = y * tl.load(xs_ptr + m, mask=m < rows, other=0.0)[:, None] * tl.load(ws_ptr + n, mask=n < columns, other=0.0)[None, :]
+        y = (
+            y
+            * tl.load(xs_ptr + m, mask=m < rows, other=0.0)[:, None]
+            * tl.load(ws_ptr + n, mask=n < columns, other=0.0)[None, :]
+        )
     if BIAS:
         y += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
     if GELU:
@@ -107,13 +149,23 @@ def _matmul(x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, y_ptr, ys_ptr, rows, columns
 
 
 def _tile(rows: int, block: int | None) -> dict[str, int]:
-    return {"ROWS": 16 if rows <= 16 else max(64, block or 0), "COLUMNS": max(64, block or 0), "DEPTH": block or 128}
+    return {
+        "ROWS": 16 if rows <= 16 else max(64, block or 0),
+        "COLUMNS": max(64, block or 0),
+        "DEPTH": block or 128,
+    }
 
 
 def _launch(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None, activation: bool, kind: torch.dtype,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: bool,
+    kind: torch.dtype,
     scales: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     rows, width = x.shape
     y = torch.empty(rows, w.shape[0], dtype=kind, device=x.device)
     if y.numel():
@@ -121,62 +173,115 @@ def _launch(
         tile = _tile(rows, block)
         with on_device(x):
             _matmul[(cdiv(w.shape[0], tile["COLUMNS"]), cdiv(rows, tile["ROWS"]))](
-                x, w, x_scale.contiguous(), w_scale.contiguous(), x_scale if bias is None else bias, y,
-                x_scale if scales is None else scales, rows, w.shape[0], width, x.stride(0), w.stride(0),
-                INTEGER=x.dtype == torch.int8, BLOCKED=block is not None, BIAS=bias is not None, GELU=activation,
-                REQUANTIZE=scales is not None, **tile, num_warps=4, num_stages=3,
-            )  # fmt: skip
+                x,
+                w,
+                x_scale.contiguous(),
+                w_scale.contiguous(),
+                x_scale if bias is None else bias,
+                y,
+                x_scale if scales is None else scales,
+                rows,
+                w.shape[0],
+                width,
+                x.stride(0),
+                w.stride(0),
+                INTEGER=x.dtype == torch.int8,
+                BLOCKED=block is not None,
+                BIAS=bias is not None,
+                GELU=activation,
+                REQUANTIZE=scales is not None,
+                **tile,
+                num_warps=4,
+                num_stages=3,
+            )
     return y
 
 
 def scaled_matmul(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None,
-    activation: str | None = None, kind: torch.dtype = torch.float32, backend: str = "auto",
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    kind: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> torch.Tensor:
     """x (rows, k) times w (columns, k) transposed, both int8 or both float8_e4m3fn, scaled, plus bias, then optionally "gelu".
 
     Scales are per row, (rows,) and (columns,), or per square block, (rows / B, k / B) and (columns / B, k / B) with B in 32, 64,
     128. Returns (rows, columns) of type `kind`. Forward only.
     """
     if x.dtype != w.dtype or x.dtype not in (torch.int8, torch.float8_e4m3fn) or x.shape[1] != w.shape[1]:
-        raise BadInput(f"x {x.dtype} {tuple(x.shape)}, w {w.dtype} {tuple(w.shape)}: need two int8 or two float8_e4m3fn matrices of one width")
+        raise BadInput(
+            f"x {x.dtype} {tuple(x.shape)}, w {w.dtype} {tuple(w.shape)}: need two int8 or two float8_e4m3fn matrices of one width"
+        )
     if x_scale.ndim != w_scale.ndim or x_scale.ndim not in (1, 2):
-        raise BadInput(f"x_scale {tuple(x_scale.shape)}, w_scale {tuple(w_scale.shape)}: both per row or both per block")
+        raise BadInput(
+            f"x_scale {tuple(x_scale.shape)}, w_scale {tuple(w_scale.shape)}: both per row or both per block"
+        )
     if x_scale.ndim == 2:
         block = x.shape[1] // x_scale.shape[1]
         expected = [(m.shape[0] // block, m.shape[1] // block) for m in (x, w)]
         if block not in (32, 64, 128) or [tuple(x_scale.shape), tuple(w_scale.shape)] != expected:
-            raise BadInput(f"x_scale {tuple(x_scale.shape)}, w_scale {tuple(w_scale.shape)}: one scale per square block of 32, 64 or 128")
+            raise BadInput(
+                f"x_scale {tuple(x_scale.shape)}, w_scale {tuple(w_scale.shape)}: one scale per square block of 32, 64 or 128"
+            )
     if activation not in (None, "gelu"):
         raise BadInput(f"activation = {activation!r}: None or 'gelu'")
     capable = not x.is_cuda or x.dtype == torch.int8 or torch.cuda.get_device_capability(x.device) >= (9, 0)
     if capable and use_triton("scaled_matmul", 2 * x.shape[0] * w.shape[0] * x.shape[1], x, backend):
         return _launch(x, x_scale, w, w_scale, bias, activation is not None, kind)
     if x.dtype == torch.int8 and x_scale.ndim == 1 and not x.is_cuda and x.numel() and w.numel():
-        y = torch._int_mm(x, w.t()).float() * x_scale[:, None] * w_scale  # exact, and the fastest product this CPU path has
+        y = (
+            torch._int_mm(x, w.t()).float() * x_scale[:, None] * w_scale
+        )  # exact, and the fastest product this CPU path has
         y = y if bias is None else y + bias.float()
         return (F.gelu(y) if activation else y).to(kind)
     return scaled_matmul_reference(x, x_scale, w, w_scale, bias, activation).to(kind)
 
 
 def blocked_linear_int8(
-    x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, bias: torch.Tensor | None = None,
-    activation: str | None = None, backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`scaled_matmul` of block-scaled int8 matrices whose result is block-scaled int8 again: (codes, scales), never wider in memory."""
     if x_scale.ndim != 2 or x.dtype != torch.int8:
-        raise BadInput(f"x {x.dtype}, x_scale {tuple(x_scale.shape)}: need int8 with one scale per square block")
+        raise BadInput(
+            f"x {x.dtype}, x_scale {tuple(x_scale.shape)}: need int8 with one scale per square block"
+        )
     block = x.shape[1] // x_scale.shape[1]
-    if x.shape[0] >= block and use_triton("scaled_matmul", 2 * x.shape[0] * w.shape[0] * x.shape[1], x, backend):
+    if x.shape[0] >= block and use_triton(
+        "scaled_matmul", 2 * x.shape[0] * w.shape[0] * x.shape[1], x, backend
+    ):
         scales = torch.empty(x.shape[0] // block, w.shape[0] // block, device=x.device)
         return _launch(x, x_scale, w, w_scale, bias, activation is not None, torch.int8, scales), scales
     return quantize_blocks(scaled_matmul(x, x_scale, w, w_scale, bias, activation, backend="torch"), block)
 
 
-def _configuration(name: str, code: str, rows: int, block: int | None = None, capability: int = 80, requantize: bool = False) -> Configuration:
-    types = {"x_ptr": f"*{code}", "w_ptr": f"*{code}", "xs_ptr": "*fp32", "ws_ptr": "*fp32", "bias_ptr": "*bf16"}
+def _configuration(
+    name: str, code: str, rows: int, block: int | None = None, capability: int = 80, requantize: bool = False
+) -> Configuration:
+    types = {
+        "x_ptr": f"*{code}",
+        "w_ptr": f"*{code}",
+        "xs_ptr": "*fp32",
+        "ws_ptr": "*fp32",
+        "bias_ptr": "*bf16",
+    }
     types |= {"y_ptr": "*i8" if requantize else "*bf16", "ys_ptr": "*fp32"}
-    constants = {"INTEGER": code == "i8", "BLOCKED": block is not None, "BIAS": True, "GELU": True, "REQUANTIZE": requantize} | _tile(rows, block)
+    constants = {
+        "INTEGER": code == "i8",
+        "BLOCKED": block is not None,
+        "BIAS": True,
+        "GELU": True,
+        "REQUANTIZE": requantize,
+    } | _tile(rows, block)
     return Configuration(name, types, constants, capability=capability)
 
 
@@ -205,6 +310,15 @@ def cases() -> list[Case]:
         return lambda: _launch(*codes, None, False, torch.bfloat16), lambda: torch.mm(x, w.t())
 
     return [
-        Case("scaled_matmul", f"{n}^3 {name}", 2 * n**3, 4.0 * n * n, 2.0 * n**3, lambda device, k=kind: make(k, device), name, "bf16 torch.mm")  # type: ignore[misc]
+        Case(
+            "scaled_matmul",
+            f"{n}^3 {name}",
+            2 * n**3,
+            4.0 * n * n,
+            2.0 * n**3,
+            lambda device, k=kind: make(k, device),
+            name,
+            "bf16 torch.mm",
+        )  # type: ignore[misc]
         for name, kind in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn))
     ]

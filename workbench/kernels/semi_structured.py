@@ -75,13 +75,29 @@ def double_prune(weight: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _linear(x_ptr, v_ptr, p_ptr, y_ptr, tokens, out_features, width, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+def _linear(
+    x_ptr,
+    v_ptr,
+    p_ptr,
+    y_ptr,
+    tokens,
+    out_features,
+    width,
+    x_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, width, DEPTH):
         k = first + tl.arange(0, DEPTH)
-        x = tl.load(x_ptr + t[:, None].to(tl.int64) * x_stride + k[None, :], mask=(t < tokens)[:, None] & (k < width)[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + t[:, None].to(tl.int64) * x_stride + k[None, :],
+            mask=(t < tokens)[:, None] & (k < width)[None, :],
+            other=0.0,
+        )
         g = first // 4 + tl.arange(0, DEPTH // 4)
         here = (n < out_features)[:, None] & (g < width // 4)[None, :]
         base = n[:, None].to(tl.int64) * (width // 4) + g[None, :]
@@ -98,11 +114,17 @@ def _linear(x_ptr, v_ptr, p_ptr, y_ptr, tokens, out_features, width, x_stride, R
         w = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, d3)), [COLUMNS, DEPTH])
         acc = mma(x, tl.trans(w), acc)
     out = y_ptr + t[:, None].to(tl.int64) * out_features + n[None, :]
-    tl.store(out, narrow(acc, y_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & (n < out_features)[None, :])
+    tl.store(
+        out, narrow(acc, y_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & (n < out_features)[None, :]
+    )
 
 
 def _tile(tokens: int) -> dict[str, int]:
-    return {"ROWS": 16, "COLUMNS": 64, "DEPTH": 128} if tokens <= 16 else {"ROWS": 64, "COLUMNS": 64, "DEPTH": 64}
+    return (
+        {"ROWS": 16, "COLUMNS": 64, "DEPTH": 128}
+        if tokens <= 16
+        else {"ROWS": 64, "COLUMNS": 64, "DEPTH": 64}
+    )
 
 
 def _launch(x: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -139,11 +161,17 @@ class _Linear(torch.autograd.Function):
 
 
 def semi_structured_linear(
-    x: torch.Tensor, values: torch.Tensor, weight: SemiStructured, bias: torch.Tensor | None = None, backend: str = "auto"
+    x: torch.Tensor,
+    values: torch.Tensor,
+    weight: SemiStructured,
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """x (..., in) times the transpose of a 2:4 weight, plus bias; differentiable in x, values (out, in / 2) and bias."""
     if x.shape[-1] != weight.shape[1] or values.shape != weight.values.shape:
-        raise BadInput(f"x {tuple(x.shape)}, values {tuple(values.shape)}: need (..., {weight.shape[1]}) and {tuple(weight.values.shape)}")
+        raise BadInput(
+            f"x {tuple(x.shape)}, values {tuple(values.shape)}: need (..., {weight.shape[1]}) and {tuple(weight.values.shape)}"
+        )
     flat = x.reshape(-1, weight.shape[1])
     if use_triton("semi_structured", 2 * flat.shape[0] * weight.shape[0] * weight.shape[1], x, backend):
         y = _Linear.apply(flat, values, weight)
@@ -158,7 +186,11 @@ KERNELS = (
         "semi_structured.forward",
         _linear,
         tuple(
-            Configuration(f"{kind}-t{tokens}", {"x_ptr": f"*{kind}", "v_ptr": f"*{kind}", "p_ptr": "*u8", "y_ptr": f"*{kind}"}, _tile(tokens))
+            Configuration(
+                f"{kind}-t{tokens}",
+                {"x_ptr": f"*{kind}", "v_ptr": f"*{kind}", "p_ptr": "*u8", "y_ptr": f"*{kind}"},
+                _tile(tokens),
+            )
             for kind, tokens in (("bf16", 16), ("bf16", 64), ("fp16", 16))
         ),
     ),
@@ -176,7 +208,15 @@ def cases() -> list[Case]:
         return lambda: _launch(x, weight.values, weight.positions), lambda: x @ dense.t()
 
     return [
-        Case("semi_structured", f"{t} x {width} x {out} bf16", 2 * t * out * width, 1.25 * out * width + 2.0 * t * (width + out), 2.0 * t * out * width,
-             lambda device, t=t: make(t, device), "bf16", "dense matmul")  # type: ignore[misc]
+        Case(
+            "semi_structured",
+            f"{t} x {width} x {out} bf16",
+            2 * t * out * width,
+            1.25 * out * width + 2.0 * t * (width + out),
+            2.0 * t * out * width,
+            lambda device, t=t: make(t, device),
+            "bf16",
+            "dense matmul",
+        )  # type: ignore[misc]
         for t in (1, 16)
-    ]  # fmt: skip
+    ]

@@ -29,7 +29,17 @@ DIGITS = ((21, 11), (10, 11), (0, 10))
 
 
 @jit
-def _histogram(x_ptr, counts_ptr, n, prefix, SHIFT: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def _histogram(
+    x_ptr,
+    counts_ptr,
+    n,
+    prefix,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
     """Counts of one digit of |x| among the values whose higher digits equal `prefix`; NaN counts as the largest."""
     counts = tl.zeros([1 << BITS], tl.int32)
     for step in range(STEPS):
@@ -54,7 +64,16 @@ def histogram(x: torch.Tensor, digit: int, prefix: int, counts: torch.Tensor, ba
         flat = x.contiguous()
         with on_device(x):
             _histogram[(cdiv(x.numel(), 8 * 2048),)](
-                flat, counts, x.numel(), prefix, SHIFT=shift, BITS=bits, FIRST=digit == 0, BLOCK=2048, STEPS=8, num_warps=8
+                flat,
+                counts,
+                x.numel(),
+                prefix,
+                SHIFT=shift,
+                BITS=bits,
+                FIRST=digit == 0,
+                BLOCK=2048,
+                STEPS=8,
+                num_warps=8,
             )
         return
     values = x.abs().float().flatten().view(torch.int32)
@@ -78,7 +97,9 @@ def kth_largest(tensors: Sequence[torch.Tensor], k: int, backend: str = "auto") 
         counts = torch.zeros(2**bits, dtype=torch.int64, device=device)
         for tensor in tensors:
             histogram(tensor.detach(), number, prefix, counts, backend)
-        above = counts.cpu().flip(0).cumsum(0)  # how many have this digit or a larger one, largest digit first
+        above = (
+            counts.cpu().flip(0).cumsum(0)
+        )  # how many have this digit or a larger one, largest digit first
         place = int(torch.searchsorted(above, wanted))
         wanted -= int(above[place - 1]) if place else 0
         prefix = prefix << bits | (2**bits - 1 - place)
@@ -108,7 +129,13 @@ KERNELS = (
             Configuration(
                 f"{kind}-digit{digit}",
                 {"x_ptr": f"*{kind}", "counts_ptr": "*i64"},
-                {"SHIFT": DIGITS[digit][0], "BITS": DIGITS[digit][1], "FIRST": digit == 0, "BLOCK": 2048, "STEPS": 8},
+                {
+                    "SHIFT": DIGITS[digit][0],
+                    "BITS": DIGITS[digit][1],
+                    "FIRST": digit == 0,
+                    "BLOCK": 2048,
+                    "STEPS": 8,
+                },
                 warps=8,
             )
             for kind, digit in (("fp32", 0), ("bf16", 0), ("fp32", 2))

@@ -37,20 +37,40 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 #: Trunks whose attention goes through the transformers attention interface with nothing but q, k, v, scaling and dropout.
 TRUNKS = ("BertModel", "RobertaModel", "LlamaModel", "MistralModel", "Qwen2Model")
 _ATTENTION = "workbench_packed"
-_REPLACED = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # all of these compute the same function
+_REPLACED = (
+    None,
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+)  # all of these compute the same function
 
 
 def _packed_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *,
-    dropout: float = 0.0, scaling: float | None = None, packing: Packing | None = None, sliding_window: int | None = None, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
     """The attention interface of transformers: q, k, v (1, heads, tokens, dim) -> (1, tokens, heads, dim)."""
     if packing is None:
-        raise BadInput("attention without a packing: this attention is set by `unpad` for the packed forward only")
+        raise BadInput(
+            "attention without a packing: this attention is set by `unpad` for the packed forward only"
+        )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     causal = bool(getattr(module, "is_causal", False))
     window = None if sliding_window is None else sliding_window - 1
-    out = varlen_attention(q, k, v, packing, left=window, right=0 if causal else None, scale=scaling, dropout=dropout)
+    out = varlen_attention(
+        q, k, v, packing, left=window, right=0 if causal else None, scale=scaling, dropout=dropout
+    )
     return out.unsqueeze(0), None
 
 
@@ -65,9 +85,14 @@ def trunk_of(model: torch.nn.Module) -> torch.nn.Module:
     """The one BERT-like or Llama-like trunk inside `model`; `BadInput` when there is none, or a decoder BERT."""
     found = [module for module in model.modules() if type(module).__name__ in TRUNKS]
     if len(found) != 1:
-        raise BadInput(f"{type(model).__name__}: has {len(found)} trunks that can be unpadded; exactly one of {', '.join(TRUNKS)} is needed")
+        raise BadInput(
+            f"{type(model).__name__}: has {len(found)} trunks that can be unpadded; exactly one of {', '.join(TRUNKS)} is needed"
+        )
     config = found[0].config
-    if type(found[0]).__name__ in TRUNKS[:2] and (getattr(config, "is_decoder", False) or getattr(config, "position_embedding_type", "absolute") != "absolute"):
+    if type(found[0]).__name__ in TRUNKS[:2] and (
+        getattr(config, "is_decoder", False)
+        or getattr(config, "position_embedding_type", "absolute") != "absolute"
+    ):
         raise BadInput(f"{type(model).__name__}: only encoders with absolute positions can be unpadded")
     return found[0]
 
@@ -109,17 +134,25 @@ def _unpack_cache(cache: Any, packing: Packing) -> Any:
 def _packed_forward(trunk: Any, padded: Any, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
     call = dict(signature.bind_partial(*args, **kwargs).arguments)
     call.update(call.pop("kwargs", {}))
-    mask, cache, return_dict = call.pop("attention_mask", None), call.get("past_key_values"), call.pop("return_dict", True)
+    mask, cache, return_dict = (
+        call.pop("attention_mask", None),
+        call.get("past_key_values"),
+        call.pop("return_dict", True),
+    )
     grid = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
     decoding = cache is not None and cache.get_seq_length() > 0
     if grid is None or decoding or call.get("encoder_hidden_states") is not None:
         return padded(*args, **kwargs)  # one new token per sequence has no padding to leave out
     if call.get("output_attentions") or getattr(trunk.config, "output_attentions", False):
-        raise BadInput("output_attentions = True: unpadded attention never forms the attention matrices; call repad(model) first")
+        raise BadInput(
+            "output_attentions = True: unpadded attention never forms the attention matrices; call repad(model) first"
+        )
     if mask is None:
         mask = torch.ones(grid.shape[:2], dtype=torch.long, device=grid.device)
     if mask.ndim != 2 or mask.shape != grid.shape[:2]:
-        raise BadInput(f"attention_mask.shape = {tuple(mask.shape)}: a {tuple(grid.shape[:2])} mask of 0 and 1 is needed to unpad")
+        raise BadInput(
+            f"attention_mask.shape = {tuple(mask.shape)}: a {tuple(grid.shape[:2])} mask of 0 and 1 is needed to unpad"
+        )
     packing = pack_mask(mask)
     if not packing.tokens:
         return padded(*args, **kwargs)
@@ -136,7 +169,9 @@ def _packed_forward(trunk: Any, padded: Any, signature: inspect.Signature, *args
     outputs.last_hidden_state = unpack(outputs.last_hidden_state.squeeze(0), packing)
     if outputs.get("hidden_states") is not None:
         outputs.hidden_states = tuple(unpack(h.squeeze(0), packing) for h in outputs.hidden_states)
-    if outputs.get("pooler_output") is not None:  # the trunk pooled the first packed token; pool each sequence's
+    if (
+        outputs.get("pooler_output") is not None
+    ):  # the trunk pooled the first packed token; pool each sequence's
         outputs.pooler_output = trunk.pooler(outputs.last_hidden_state)
     if outputs.get("past_key_values") is not None:
         outputs.past_key_values = _unpack_cache(outputs.past_key_values, packing)
@@ -155,7 +190,9 @@ def unpad(model: Model) -> Model:
     if "_padded_forward" in trunk.__dict__:
         return model
     if (attention := trunk.config._attn_implementation) not in _REPLACED:
-        raise BadInput(f"attention {attention!r} is not the library's own and would be left out; unpad a model whose attention is one of {_REPLACED[1:]}")
+        raise BadInput(
+            f"attention {attention!r} is not the library's own and would be left out; unpad a model whose attention is one of {_REPLACED[1:]}"
+        )
     _register()
     padded = trunk.forward
     signature = inspect.signature(type(trunk).forward)

@@ -20,7 +20,13 @@ from workbench.subjects import Layer, Subject
 
 
 @torch.no_grad()
-def unit_activations(on: Subject, groups: Sequence[Group], split: str = "calibration", examples: int = 128, progress: Progress | None = None) -> dict[str, Tensor]:
+def unit_activations(
+    on: Subject,
+    groups: Sequence[Group],
+    split: str = "calibration",
+    examples: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
     """Group name -> (experts, units) importance, from what the group's consumers receive; several consumers (T5's tied heads) are added up."""
     progress = progress or Progress()
     members = {m.layer.name: (g, m) for g in groups for m in g.consumers}
@@ -49,7 +55,9 @@ def unit_activations(on: Subject, groups: Sequence[Group], split: str = "calibra
 
 
 @torch.no_grad()
-def channel_activations(on: Subject, size: int, split: str = "calibration", examples: int = 128, progress: Progress | None = None) -> Tensor:
+def channel_activations(
+    on: Subject, size: int, split: str = "calibration", examples: int = 128, progress: Progress | None = None
+) -> Tensor:
     """(size,) importance of the channels: the same aggregation of every norm's output, added up over the norms."""
     progress = progress or Progress()
     norms = channel_norms(on.model, size)

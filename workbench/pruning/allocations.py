@@ -20,7 +20,10 @@ def uniform(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
 def erdos_renyi(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
     """Densities proportional to (in + out) / (in x out), scaled to the total and capped at 1 (Mocanu et al. 2018; Evci et al. 2020)."""
     count = torch.tensor([float(layer.original.numel()) for layer in layers], dtype=torch.float64)
-    shape = torch.tensor([(sum(layer.shape[-2:])) / (layer.shape[-1] * layer.shape[-2]) for layer in layers], dtype=torch.float64)
+    shape = torch.tensor(
+        [(sum(layer.shape[-2:])) / (layer.shape[-1] * layer.shape[-2]) for layer in layers],
+        dtype=torch.float64,
+    )
     budget = (1 - sparsity) * count.sum()
     dense = torch.zeros(len(layers), dtype=torch.bool)
     while True:
@@ -33,7 +36,9 @@ def erdos_renyi(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
     return {layer.name: float(1 - d) for layer, d in zip(layers, density, strict=True)}
 
 
-def global_threshold(layers: Sequence[Layer], scores: dict[str, Tensor], pattern: Tiles | NM, sparsity: float) -> dict[str, float]:
+def global_threshold(
+    layers: Sequence[Layer], scores: dict[str, Tensor], pattern: Tiles | NM, sparsity: float
+) -> dict[str, float]:
     """The sparsities that one threshold over all units' mean scores leaves in each layer."""
     tiles = pattern if isinstance(pattern, Tiles) else Tiles(1, 1)
     parts = []
@@ -56,7 +61,9 @@ def global_threshold(layers: Sequence[Layer], scores: dict[str, Tensor], pattern
     return found
 
 
-def allocate(kind: str, layers: Sequence[Layer], scores: dict[str, Tensor], pattern: Tiles | NM, sparsity: float) -> dict[str, float]:
+def allocate(
+    kind: str, layers: Sequence[Layer], scores: dict[str, Tensor], pattern: Tiles | NM, sparsity: float
+) -> dict[str, float]:
     """Layer name -> sparsity, with the asked total over all layers (each by itself for `row` and `layer`)."""
     if isinstance(pattern, NM) or kind in ("row", "layer"):
         return uniform(layers, sparsity)

@@ -44,13 +44,22 @@ class OutputGradients(InputCapture):
         return output
 
 
-def atomic_scores(on: Subject, groups: Sequence[Group], split: str = "calibration", examples: int = 128, batch_size: int = 8,
-                  progress: Progress | None = None) -> dict[str, Tensor]:  # fmt: skip
+def atomic_scores(
+    on: Subject,
+    groups: Sequence[Group],
+    split: str = "calibration",
+    examples: int = 128,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
     """Group of neurons -> s (experts, units), changes of the mean loss in the loss's unit; a dense feed-forward is one expert."""
     progress = progress or Progress()
     consumers = {g.consumers[0].layer.name: g for g in groups}
     layers = [g.consumers[0].layer for g in groups]
-    fisher = {n: torch.zeros(g.experts, layer.shape[-2], layer.shape[-2]) for (n, g), layer in zip(consumers.items(), layers, strict=True)}
+    fisher = {
+        n: torch.zeros(g.experts, layer.shape[-2], layer.shape[-2])
+        for (n, g), layer in zip(consumers.items(), layers, strict=True)
+    }
     squares = {n: torch.zeros(g.experts, g.units) for n, g in consumers.items()}
     tokens = {n: torch.zeros(g.experts, 1) for n, g in consumers.items()}
     items = 0

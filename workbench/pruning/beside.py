@@ -59,7 +59,9 @@ def block_means(weight: Tensor, mask: Tensor, group: int) -> Tensor:
     lost = torch.where(mask, 0.0, weight)
     padded = nn.functional.pad(lost, (0, -weight.shape[-1] % group))
     sums = padded.unflatten(-1, (-1, group)).sum(-1)
-    ones = nn.functional.pad(torch.ones(weight.shape[-1], device=weight.device), (0, -weight.shape[-1] % group)).unflatten(0, (-1, group))
+    ones = nn.functional.pad(
+        torch.ones(weight.shape[-1], device=weight.device), (0, -weight.shape[-1] % group)
+    ).unflatten(0, (-1, group))
     return sums / ones.sum(-1)
 
 
@@ -78,7 +80,9 @@ class SideEntries(Change):
         return weight.flatten().index_add(0, self.places, self.values.to(weight.dtype)).reshape(weight.shape)
 
 
-def low_rank_plus_sparse(matrix: Tensor, rank: int, entries: int, rounds: int = 20) -> tuple[Tensor, Tensor, list[float]]:
+def low_rank_plus_sparse(
+    matrix: Tensor, rank: int, entries: int, rounds: int = 20
+) -> tuple[Tensor, Tensor, list[float]]:
     """matrix = low rank + sparse + rest: the best rank-`rank` part of what is not in S, then the `entries` largest of the rest, in turns.
 
     GoDec's alternation (Zhou and Tao 2011), which DSEE's greedy variant approximates; both steps are exact minimisers, so the
@@ -92,21 +96,32 @@ def low_rank_plus_sparse(matrix: Tensor, rank: int, entries: int, rounds: int = 
         low = (u[:, :rank] * s[:rank]) @ v[:rank]
         rest = matrix - low
         places = rest.flatten().abs().topk(entries).indices
-        sparse = torch.zeros_like(matrix).flatten().index_copy(0, places, rest.flatten()[places]).reshape(matrix.shape)
+        sparse = (
+            torch.zeros_like(matrix)
+            .flatten()
+            .index_copy(0, places, rest.flatten()[places])
+            .reshape(matrix.shape)
+        )
         rests.append(float((matrix - low - sparse).square().sum()))
         if len(rests) > 1 and rests[-2] - rests[-1] <= 1e-6 * rests[-2]:
             break
     return low, places, rests
 
 
-def add_low_rank(layers: Sequence[Layer], rank: int, beside: bool, generator: torch.Generator, off: bool = False) -> None:
+def add_low_rank(
+    layers: Sequence[Layer], rank: int, beside: bool, generator: torch.Generator, off: bool = False
+) -> None:
     """Adapters on every layer: `up` zero, `down` normal / sqrt(in); under the mask, or beside it (`off`: not yet let in)."""
     for layer in layers:
         *stack, out, width = layer.shape
         size, device = min(rank, out, width), layer.original.device
         down = (torch.randn(*stack, size, width, generator=generator) / width**0.5).to(device)
         up = torch.zeros(*stack, out, size, device=device)
-        layer.attach(SideLowRank(up, down, torch.zeros((), device=device) if off else None) if beside else LowRank(up, down))
+        layer.attach(
+            SideLowRank(up, down, torch.zeros((), device=device) if off else None)
+            if beside
+            else LowRank(up, down)
+        )
 
 
 def let_in(layers: Sequence[Layer]) -> None:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from workbench.instruments import Progress
 from workbench.pruning import fisher
-from workbench.statistics import InputMoments, StackedGradients, example_gradients, gradient_factors, second_moments
+from workbench.statistics import (
+    InputMoments,
+    StackedGradients,
+    example_gradients,
+    gradient_factors,
+    second_moments,
+)
 from workbench.statistics.factors import bytes_per_example
 from workbench.subjects import Layer, Subject
 
@@ -41,7 +47,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         self.passes: dict[str, list[list[Layer]]] = {}
-        self.store: dict[Any, Any] = self.subject.memo(("pruning calibration", self.split, self.names, self.gradient_batch), dict)
+        self.store: dict[Any, Any] = self.subject.memo(
+            ("pruning calibration", self.split, self.names, self.gradient_batch), dict
+        )
 
     def remember(self, key: tuple[Any, ...], compute: Any) -> Any:
         if key in self.store:
@@ -53,7 +61,17 @@ class Calibration:
 
     def scores(self, saliency: str, pattern: Any, layer: Layer, compute: Callable[[Layer], Tensor]) -> Tensor:
         """A layer's saliencies, kept like every other statistic: they do not depend on the sparsity asked for."""
-        key = ("scores", saliency, repr(pattern), self.examples, self.gradients, self.damp, self.block, self.seed, layer.name)
+        key = (
+            "scores",
+            saliency,
+            repr(pattern),
+            self.examples,
+            self.gradients,
+            self.damp,
+            self.block,
+            self.seed,
+            layer.name,
+        )
         return self.remember(key, lambda: compute(layer))
 
     @property
@@ -62,14 +80,23 @@ class Calibration:
 
     def moments(self, layer: Layer) -> InputMoments:
         """Input second moments of one layer; its neighbours come with it."""
-        groups = self.groups("moments", lambda a: 4 * a.shape[-1] ** 2 * (a.shape[0] if len(a.shape) == 3 else 1))
+        groups = self.groups(
+            "moments", lambda a: 4 * a.shape[-1] ** 2 * (a.shape[0] if len(a.shape) == 3 else 1)
+        )
 
         def measure(group: Sequence[Layer]) -> dict[str, InputMoments]:
             return second_moments(self.subject, group, self.split, self.examples, progress=self.progress)
 
         return self.grouped("moments", self.examples, groups, layer, measure)[layer.name]
 
-    def grouped(self, what: str, examples: int, groups: list[list[Layer]], layer: Layer, measure: Callable[[list[Layer]], Any]) -> Any:
+    def grouped(
+        self,
+        what: str,
+        examples: int,
+        groups: list[list[Layer]],
+        layer: Layer,
+        measure: Callable[[list[Layer]], Any],
+    ) -> Any:
         """What is measured for the group that a layer is in; when there are several groups, the others' is let go."""
         group = next(g for g in groups if layer.name in [other.name for other in g])
         key = (what, examples, group[0].name)
@@ -108,7 +135,11 @@ class Calibration:
         size = 0
         for layer in self.layers:
             mine = bytes_of(layer)
-            if not made or size + mine > self.memory or (len(layer.shape) == 3) != (len(made[-1][0].shape) == 3):
+            if (
+                not made
+                or size + mine > self.memory
+                or (len(layer.shape) == 3) != (len(made[-1][0].shape) == 3)
+            ):
                 made.append([])
                 size = 0
             made[-1].append(layer)
@@ -121,20 +152,41 @@ class Calibration:
         size, examples = self.gradient_batch, self.gradients * self.gradient_batch
         if len(layers[0].shape) == 3:
             rows = list(example_gradients(self.subject, layers, self.split, examples, size, self.progress))
-            return {layer.name: StackedGradients(torch.stack([r[i].flatten(0, 1) for r in rows])) for i, layer in enumerate(layers)}
+            return {
+                layer.name: StackedGradients(torch.stack([r[i].flatten(0, 1) for r in rows]))
+                for i, layer in enumerate(layers)
+            }
         # bfloat16 halves the store; its rounding is far below the sampling noise of a few hundred gradients.
-        found = gradient_factors(self.subject, layers, self.split, examples, size * max(16 // size, 1), torch.bfloat16, self.progress)
+        found = gradient_factors(
+            self.subject,
+            layers,
+            self.split,
+            examples,
+            size * max(16 // size, 1),
+            torch.bfloat16,
+            self.progress,
+        )
         return {name: factors.averaged(size) if size > 1 else factors for name, factors in found.items()}
 
     def factors(self, layer: Layer) -> fisher.Gradients:
         """The gradients of one layer; neighbours that fit in memory come with it."""
-        groups = self.groups("gradients", lambda a: self.gradients * self.gradient_batch * bytes_per_example(self.subject, [a], self.split, torch.bfloat16))
+        groups = self.groups(
+            "gradients",
+            lambda a: (
+                self.gradients
+                * self.gradient_batch
+                * bytes_per_example(self.subject, [a], self.split, torch.bfloat16)
+            ),
+        )
         return self.grouped("gradients", self.gradients, groups, layer, self.collect)[layer.name]
 
     def absolute_damp(self) -> float:
         """The Fisher's damp: `damp` times the mean of its diagonal over all layers."""
         weights = sum(layer.original.numel() for layer in self.layers)
-        trace = self.remember(("trace", self.gradients), lambda: sum(self.factors(a).square_sum() / self.factors(a).examples for a in self.layers))
+        trace = self.remember(
+            ("trace", self.gradients),
+            lambda: sum(self.factors(a).square_sum() / self.factors(a).examples for a in self.layers),
+        )
         return max(self.damp * trace / weights, 1e-30)
 
 

@@ -29,11 +29,17 @@ SMALLEST, LARGEST = 1e-10, 10.0
 class DampDoctor(SubjectInstrument):
     """Spectrum and condition of every layer's input second moment, dead inputs, the smallest damp that factorises, and what damp costs."""
 
-    summary_line: ClassVar[str] = "which damp the second-order methods need, layer by layer, and what it does to the loss"
+    summary_line: ClassVar[str] = (
+        "which damp the second-order methods need, layer by layer, and what it does to the loss"
+    )
 
     layers: str = parameter("blocks", "which layers: blocks or globs")
-    calibration_examples: int = parameter(128, "examples for the layers' input statistics", ge=1, unit="examples")
-    damps: int = parameter(5, "damps to try for the loss, from the smallest that works everywhere to 1 (0: spectra only)", ge=0)
+    calibration_examples: int = parameter(
+        128, "examples for the layers' input statistics", ge=1, unit="examples"
+    )
+    damps: int = parameter(
+        5, "damps to try for the loss, from the smallest that works everywhere to 1 (0: spectra only)", ge=0
+    )
     sparsity: float = parameter(0.6, "sparsity of the SparseGPT pruning whose loss is compared", gt=0, lt=1)
     calibration_split: str = parameter("calibration", "split for the statistics")
     test_split: str = parameter("validation", "split for the losses")
@@ -49,7 +55,9 @@ class DampDoctor(SubjectInstrument):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
-        calibration = Calibration(on, layers, self.calibration_split, self.calibration_examples, progress=progress)
+        calibration = Calibration(
+            on, layers, self.calibration_split, self.calibration_examples, progress=progress
+        )
         rows, spectra = [], {}
         for layer in progress.track(layers, "spectra"):
             tokens = calibration.moments(layer).tokens.tolist()
@@ -57,11 +65,21 @@ class DampDoctor(SubjectInstrument):
                 name = layer.name if len(layer.shape) == 2 else f"{layer.name}[{expert}]"
                 values = torch.linalg.eigvalsh(gram.double()).clamp_min(0).flip(0)
                 spectra[name] = values.float().cpu().numpy()
-                rows.append({"layer": name, "inputs": gram.shape[0], "tokens": int(tokens[expert]), **examine(gram, values)})
+                rows.append(
+                    {
+                        "layer": name,
+                        "inputs": gram.shape[0],
+                        "tokens": int(tokens[expert]),
+                        **examine(gram, values),
+                    }
+                )
         table = pd.DataFrame(rows)
         needed = max((row["smallest_damp"] for row in rows), default=SMALLEST)
-        facts: dict[str, Any] = {"smallest_damp": needed, "dead_inputs": sum(row["dead_inputs"] for row in rows),
-                                 "worst_condition": max((row["condition"] for row in rows), default=1.0)}  # fmt: skip
+        facts: dict[str, Any] = {
+            "smallest_damp": needed,
+            "dead_inputs": sum(row["dead_inputs"] for row in rows),
+            "worst_condition": max((row["condition"] for row in rows), default=1.0),
+        }
         tables = {}
         if self.damps and not progress.stopped:
             losses = self._losses(on, needed, progress)
@@ -75,17 +93,34 @@ class DampDoctor(SubjectInstrument):
         from workbench.pruning.prune import Prune
 
         first = max(needed, 1e-5)
-        grid = [10.0**e for e in np.linspace(math.log10(first), 0.0, self.damps)] if self.damps > 1 else [first]
+        grid = (
+            [10.0**e for e in np.linspace(math.log10(first), 0.0, self.damps)] if self.damps > 1 else [first]
+        )
         found = []
         for damp in progress.track(grid, "damps"):
-            prune = Prune(method="sparsegpt", sparsity=self.sparsity, layers=self.layers, damp=float(damp), predict_examples=0, seed=self.seed,
-                          device=self.device, calibration_examples=self.calibration_examples,
-                          calibration_split=self.calibration_split, test_split=self.test_split)  # fmt: skip
+            prune = Prune(
+                method="sparsegpt",
+                sparsity=self.sparsity,
+                layers=self.layers,
+                damp=float(damp),
+                predict_examples=0,
+                seed=self.seed,
+                device=self.device,
+                calibration_examples=self.calibration_examples,
+                calibration_split=self.calibration_split,
+                test_split=self.test_split,
+            )
             try:
                 result = prune.run(on, Progress(), cache=False)
             except BadInput:  # float32 has less room with the grid's first value than the search found
                 continue
-            found.append({"damp": float(damp), "loss": result.facts["loss"], "relative_output_error": float(result.table.relative_output_error.mean())})
+            found.append(
+                {
+                    "damp": float(damp),
+                    "loss": result.facts["loss"],
+                    "relative_output_error": float(result.table.relative_output_error.mean()),
+                }
+            )
         return pd.DataFrame(found, columns=["damp", "loss", "relative_output_error"])
 
 
@@ -139,11 +174,21 @@ class DampResult(Result):
 
         arrays, losses = self.arrays or {}, (self.tables or {}).get("damps")
         if DampView(**view).show == "damps" and losses is not None:
-            fig = figure("SparseGPT's loss against damp", x="damp (share of the mean diagonal)", y="loss (nats)", xaxis_type="log")
+            fig = figure(
+                "SparseGPT's loss against damp",
+                x="damp (share of the mean diagonal)",
+                y="loss (nats)",
+                xaxis_type="log",
+            )
             line(fig, losses.damp, losses.loss, "loss")
             return fig
         worst = self.table.sort_values("condition", ascending=False).layer.head(6)
-        fig = figure("Spectra of the six worst conditioned inputs", x="eigenvalue number", y="eigenvalue / largest", yaxis_type="log")
+        fig = figure(
+            "Spectra of the six worst conditioned inputs",
+            x="eigenvalue number",
+            y="eigenvalue / largest",
+            yaxis_type="log",
+        )
         for name in worst:
             values = arrays[name]
             line(fig, np.arange(1, len(values) + 1), np.maximum(values / max(values[0], 1e-30), 1e-12), name)

@@ -45,7 +45,9 @@ def block_states(on: Subject) -> Iterator[dict[str, list[Tensor]]]:
     for path, names in stacks(on.model).items():
         for name in names:
 
-            def before(module: Any, inputs: Any, more: Any, path: str = path, first: bool = name == names[0]) -> None:
+            def before(
+                module: Any, inputs: Any, more: Any, path: str = path, first: bool = name == names[0]
+            ) -> None:
                 state = inputs[0] if inputs else more["hidden_states"]
                 if first:
                     found[path] = []
@@ -73,7 +75,13 @@ def token_weights(on: Subject, batch: Batch, states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_stacks(on: Subject, split: str = "calibration", examples: int = 128, batch_size: int = 16, progress: Progress | None = None) -> list[Stack]:
+def measure_stacks(
+    on: Subject,
+    split: str = "calibration",
+    examples: int = 128,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[Stack]:
     """Angular distances and block influences of every stack, in one streaming pass."""
     progress = progress or Progress()
     sums: dict[str, list[Tensor]] = {}
@@ -91,7 +99,9 @@ def measure_stacks(on: Subject, split: str = "calibration", examples: int = 128,
                 steps = (x[:-1] * x[1:]).sum(-1)
                 picked = x[:, chosen.bool()]  # (L + 1, n, hidden)
                 cosine = torch.einsum("ind,jnd->ijn", picked, picked).clamp(-1, 1)
-                mine = sums.setdefault(path, [torch.zeros((), dtype=torch.double, device=x.device) for _ in range(4)])
+                mine = sums.setdefault(
+                    path, [torch.zeros((), dtype=torch.double, device=x.device) for _ in range(4)]
+                )
                 mine[0] = mine[0] + cosine.arccos().sum(-1) / math.pi
                 mine[1] = mine[1] + chosen.sum()
                 mine[2] = mine[2] + ((1 - steps) * real).sum((1, 2))
@@ -103,8 +113,10 @@ def table_of(found: list[Stack]) -> pd.DataFrame:
     """One row for every run of blocks: stack, first block, number of blocks, angular distance."""
     rows = [
         {"stack": s.path, "first": first, "blocks": n, "distance": float(s.angular[first, first + n])}
-        for s in found for n in range(1, len(s.influence) + 1) for first in range(len(s.influence) - n + 1)
-    ]  # fmt: skip
+        for s in found
+        for n in range(1, len(s.influence) + 1)
+        for first in range(len(s.influence) - n + 1)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -117,13 +129,17 @@ def runs(found: list[Stack], remove: int) -> list[Tensor]:
             continue
         picks, cost = [], 0.0
         for s, n in zip(found, counts, strict=True):
-            ways = [float(s.angular[first, first + n]) if n else 0.0 for first in range(len(s.influence) - n + 1)]
+            ways = [
+                float(s.angular[first, first + n]) if n else 0.0 for first in range(len(s.influence) - n + 1)
+            ]
             picks.append((min(range(len(ways)), key=ways.__getitem__), n))
             cost += min(ways)
         if best is None or cost < best[0]:
             best = (cost, picks)
     if best is None:
-        raise BadInput(f"sparsity: {remove} of {sum(sizes)} blocks cannot go; every list of blocks keeps at least one")
+        raise BadInput(
+            f"sparsity: {remove} of {sum(sizes)} blocks cannot go; every list of blocks keeps at least one"
+        )
     kept = []
     for size, (first, n) in zip(sizes, best[1], strict=True):
         mask = torch.ones(size, dtype=torch.bool)

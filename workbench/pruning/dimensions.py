@@ -31,7 +31,9 @@ CHOSEN_EXPERTS = ("num_experts_per_tok", "top_k")
 Axes = dict[str, tuple[int, ...]]  # parameter -> its axes that run along the dimension
 
 
-SKELETONS: dict[tuple[type, str], dict[str, tuple[int, ...]]] = {}  # the few shapes that one cut asks for several times
+SKELETONS: dict[
+    tuple[type, str], dict[str, tuple[int, ...]]
+] = {}  # the few shapes that one cut asks for several times
 
 
 def skeleton(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
@@ -49,7 +51,9 @@ def skeleton(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
 def config_of(model: nn.Module, kind: str) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        raise BadInput(f"pattern: {kind} are cut by the model's transformers configuration, and {type(model).__name__} has none; use rows or columns instead")
+        raise BadInput(
+            f"pattern: {kind} are cut by the model's transformers configuration, and {type(model).__name__} has none; use rows or columns instead"
+        )
     return config
 
 
@@ -58,7 +62,9 @@ def moved_axes(model: nn.Module, before: Any, after: Any) -> Axes:
     old, new = skeleton(model, before), skeleton(model, after)
     found = {}
     for name, shape in old.items():
-        moved = tuple(axis for axis, (a, b) in enumerate(zip(shape, new.get(name, shape), strict=True)) if a != b)
+        moved = tuple(
+            axis for axis, (a, b) in enumerate(zip(shape, new.get(name, shape), strict=True)) if a != b
+        )
         if moved:
             found[name] = moved
     return found
@@ -69,14 +75,19 @@ def channels(model: nn.Module) -> int:
     """Width of the residual stream."""
     size = getattr(config_of(model, "channels"), "hidden_size", None)
     if not isinstance(size, int):
-        raise BadInput(f"pattern: channels need a configuration with one hidden_size, and that of {type(model).__name__} has none")
+        raise BadInput(
+            f"pattern: channels need a configuration with one hidden_size, and that of {type(model).__name__} has none"
+        )
     return size
 
 
 def channel_step(model: nn.Module) -> int:
     """Channels go in such numbers: transformers asks for a hidden size that the heads divide."""
     config = config_of(model, "channels")
-    return next((int(getattr(config, name)) for name in HEAD_COUNTS if isinstance(getattr(config, name, None), int)), 1)
+    return next(
+        (int(getattr(config, name)) for name in HEAD_COUNTS if isinstance(getattr(config, name, None), int)),
+        1,
+    )
 
 
 def fixed_config(model: nn.Module) -> Any:
@@ -84,7 +95,11 @@ def fixed_config(model: nn.Module) -> Any:
     config = copy.deepcopy(config_of(model, "channels"))
     if own_head_size(model):
         group = discover(model, ("heads",))[0]
-        config.head_dim = group.members[1].index.shape[1] if len(group.members) > 2 else group.members[0].index.shape[1] // 3
+        config.head_dim = (
+            group.members[1].index.shape[1]
+            if len(group.members) > 2
+            else group.members[0].index.shape[1] // 3
+        )
     if getattr(config, "n_inner", 0) is None:
         config.n_inner = 4 * config.n_embd
     return config
@@ -109,7 +124,9 @@ def channel_axes(model: nn.Module) -> tuple[Axes, Axes]:
     """
     config = fixed_config(model)
     if any(float(getattr(m, "embed_scale", 1.0)) != 1.0 for m in model.modules()):
-        raise BadInput(f"pattern: channels of {type(model).__name__} cannot go: its embeddings are scaled by the square root of the hidden size")
+        raise BadInput(
+            f"pattern: channels of {type(model).__name__} cannot go: its embeddings are scaled by the square root of the hidden size"
+        )
     wider = copy.deepcopy(config)
     wider.hidden_size = config.hidden_size + 2 * channel_step(model)
     moved, shapes, heads = moved_axes(model, config, wider), skeleton(model, config), head_axes(model)
@@ -118,10 +135,14 @@ def channel_axes(model: nn.Module) -> tuple[Axes, Axes]:
         inner[name] = tuple(a for a in axes if a in heads.get(name, ()))
         residual[name] = tuple(a for a in axes if a not in inner[name])
         if any(shapes[name][a] != config.hidden_size for a in residual[name]):
-            raise BadInput(f"pattern: channels of {type(model).__name__} cannot go: {name} has an axis that depends on the hidden size in another way")
+            raise BadInput(
+                f"pattern: channels of {type(model).__name__} cannot go: {name} has an axis that depends on the hidden size in another way"
+            )
     inner = {name: axes for name, axes in inner.items() if axes}
     if inner and any("rotary" in name for name, _ in model.named_modules()):
-        raise BadInput(f"pattern: channels of {type(model).__name__} cannot go: its head size follows from the hidden size and carries rotary positions")
+        raise BadInput(
+            f"pattern: channels of {type(model).__name__} cannot go: its head size follows from the hidden size and carries rotary positions"
+        )
     return {name: axes for name, axes in residual.items() if axes}, inner
 
 
@@ -140,7 +161,9 @@ def projections(group: Group) -> list[tuple[Member, Tensor]]:
         return [(first, part) for part in first.index.split(size, 1)] + [(last, last.index)]
     parts = [(m, m.index) for m in group.members]
     if len({index.shape[1] for _, index in parts}) > 1:
-        raise BadInput(f"pattern: channels cannot go: {group.name} has grouped queries and no head size of its own")
+        raise BadInput(
+            f"pattern: channels cannot go: {group.name} has grouped queries and no head size of its own"
+        )
     return parts
 
 
@@ -149,15 +172,36 @@ def align_heads(model: nn.Module) -> None:
     """Turn every head into its principal axes, in place: queries with keys (biases included), values with outputs. Computes the same."""
     for group in discover(model, ("heads",)):
         query, key, value, output = projections(group)
-        matrices = {id(m.layer): m.layer.weight.detach().double().clone() for m, _ in (query, key, value, output)}
-        biases = {id(m.layer): m.layer.bias.detach().double().clone() for m, _ in (query, key, value) if m.layer.bias is not None}
+        matrices = {
+            id(m.layer): m.layer.weight.detach().double().clone() for m, _ in (query, key, value, output)
+        }
+        biases = {
+            id(m.layer): m.layer.bias.detach().double().clone()
+            for m, _ in (query, key, value)
+            if m.layer.bias is not None
+        }
 
-        def rows(part: tuple[Member, Tensor], head: int, matrices: dict[int, Tensor] = matrices, biases: dict[int, Tensor] = biases) -> Tensor:
+        def rows(
+            part: tuple[Member, Tensor],
+            head: int,
+            matrices: dict[int, Tensor] = matrices,
+            biases: dict[int, Tensor] = biases,
+        ) -> Tensor:
             member, index = part
             weight, bias = matrices[id(member.layer)], biases.get(id(member.layer))
-            return weight[index[head]] if bias is None else torch.cat([weight[index[head]], bias[index[head], None]], 1)
+            return (
+                weight[index[head]]
+                if bias is None
+                else torch.cat([weight[index[head]], bias[index[head], None]], 1)
+            )
 
-        def put(part: tuple[Member, Tensor], head: int, new: Tensor, matrices: dict[int, Tensor] = matrices, biases: dict[int, Tensor] = biases) -> None:
+        def put(
+            part: tuple[Member, Tensor],
+            head: int,
+            new: Tensor,
+            matrices: dict[int, Tensor] = matrices,
+            biases: dict[int, Tensor] = biases,
+        ) -> None:
             member, index = part
             width = matrices[id(member.layer)].shape[1]
             matrices[id(member.layer)][index[head]] = new[:, :width]
@@ -193,7 +237,9 @@ def shrink_channels(model: nn.Module, kept: Tensor) -> nn.Module:
     for name, axes in residual.items():  # what is cut must not turn the heads' axes
         for axis in axes:
             state[name].index_fill_(axis, gone.to(state[name].device), 0)
-    slices: dict[str, dict[int, Tensor]] = {name: {axis: kept.nonzero().flatten() for axis in axes} for name, axes in residual.items()}
+    slices: dict[str, dict[int, Tensor]] = {
+        name: {axis: kept.nonzero().flatten() for axis in axes} for name, axes in residual.items()
+    }
     if inner:
         align_heads(work)
         for group in discover(work, ("heads",)):
@@ -205,12 +251,16 @@ def shrink_channels(model: nn.Module, kept: Tensor) -> nn.Module:
                 query, index = parts[0]
                 scale_rows(query, index, math.sqrt(after / before))
             for member in group.members:
-                mine = torch.cat([index[:, :after].flatten() for m, index in parts if m is member]).sort().values
+                mine = (
+                    torch.cat([index[:, :after].flatten() for m, index in parts if m is member]).sort().values
+                )
                 axis = (member.axis if not member.layer.transposed else -3 - member.axis) % 2
                 slices.setdefault(parameter_name(work, member.layer.original), {})[axis] = mine
                 if member.axis == -2 and member.layer.bias is not None:
                     slices.setdefault(parameter_name(work, member.layer.bias), {})[0] = mine
-    if getattr(config, "scale_decoder_outputs", False):  # T5 divides the last hidden state by the root of the hidden size
+    if getattr(
+        config, "scale_decoder_outputs", False
+    ):  # T5 divides the last hidden state by the root of the hidden size
         state["decoder.final_layer_norm.weight"].mul_(math.sqrt(left / size))
     return rebuilt(work, config, sliced(work, slices))
 
@@ -261,7 +311,11 @@ def count_fields(model: nn.Module) -> dict[str, str]:
         raise BadInput(f"pattern: layers: {type(model).__name__} has no repeated blocks")
     found: dict[str, str] = {}
     for field, value in config.to_dict().items():
-        if ("layers" not in field and field != "n_layer") or not isinstance(value, int) or value not in sizes.values():
+        if (
+            ("layers" not in field and field != "n_layer")
+            or not isinstance(value, int)
+            or value not in sizes.values()
+        ):
             continue
         longer = copy.deepcopy(config)
         lengthen(longer, value)
@@ -271,7 +325,9 @@ def count_fields(model: nn.Module) -> dict[str, str]:
             if any(name.startswith(f"{path}.{size}.") for name in shapes):
                 found.setdefault(path, field)
     if missing := sorted(set(sizes) - set(found)):
-        raise BadInput(f"pattern: layers of {type(model).__name__} cannot go: no field of its configuration counts {missing[0]}")
+        raise BadInput(
+            f"pattern: layers of {type(model).__name__} cannot go: no field of its configuration counts {missing[0]}"
+        )
     return found
 
 
@@ -304,8 +360,17 @@ def shrink_layers(model: nn.Module, kept: Tensor) -> nn.Module:
                     setattr(config, field, [value[i] for i in stay])
     state = {}
     for name, value in model.state_dict().items():
-        prefix = next((f"{path}.{name.removeprefix(path + '.').split('.')[0]}." for path in lists if name.startswith(path + ".")), "")
-        if "relative_attention_bias" in name or not prefix:  # T5's table sits in the first block and serves all of them
+        prefix = next(
+            (
+                f"{path}.{name.removeprefix(path + '.').split('.')[0]}."
+                for path in lists
+                if name.startswith(path + ".")
+            ),
+            "",
+        )
+        if (
+            "relative_attention_bias" in name or not prefix
+        ):  # T5's table sits in the first block and serves all of them
             state[name] = value
         elif prefix in renamed:
             state[renamed[prefix] + name.removeprefix(prefix)] = value
@@ -331,7 +396,9 @@ def expert_count(model: nn.Module) -> tuple[str, int]:
     for field in EXPERT_COUNTS:
         if isinstance(getattr(config, field, None), int):
             return field, getattr(config, field)
-    raise BadInput(f"pattern: experts: the configuration of {type(model).__name__} has no number of experts ({', '.join(EXPERT_COUNTS)})")
+    raise BadInput(
+        f"pattern: experts: the configuration of {type(model).__name__} has no number of experts ({', '.join(EXPERT_COUNTS)})"
+    )
 
 
 @torch.no_grad()
@@ -343,7 +410,9 @@ def shrink_experts(model: nn.Module, kept: Tensor) -> nn.Module:
     paths, (field, size) = expert_modules(model), expert_count(model)
     left = {int(n) for n in kept.sum(-1)}
     if len(left) != 1 or left == {0}:
-        raise BadInput(f"kept: {sorted(left)} experts in different layers; the configuration has one number for all, at least 1")
+        raise BadInput(
+            f"kept: {sorted(left)} experts in different layers; the configuration has one number for all, at least 1"
+        )
     config = copy.deepcopy(model.config)
     more = copy.deepcopy(config)
     setattr(more, field, size + 1)
@@ -351,7 +420,9 @@ def shrink_experts(model: nn.Module, kept: Tensor) -> nn.Module:
     for name, axes in moved_axes(model, config, more).items():
         owner = next((i for i, path in enumerate(paths) if name.startswith(path + ".")), None)
         if owner is None:
-            raise BadInput(f"pattern: experts of {type(model).__name__} cannot go: {name} depends on their number and belongs to no layer of experts")
+            raise BadInput(
+                f"pattern: experts of {type(model).__name__} cannot go: {name} depends on their number and belongs to no layer of experts"
+            )
         slices[name] = {axis: kept[owner].nonzero().flatten() for axis in axes}
     count = left.pop()
     setattr(config, field, count)
@@ -392,7 +463,9 @@ def shrink(model: nn.Module, kind: str, kept: Tensor) -> nn.Module:
     `BadInput` for a model whose heads or neurons were removed in a way its configuration cannot say: cut dimensions first.
     """
     if getattr(model, RECORD, None):
-        raise BadInput(f"pattern: {kind} have to go before heads or neurons: this model has removed some that its configuration cannot express")
+        raise BadInput(
+            f"pattern: {kind} have to go before heads or neurons: this model has removed some that its configuration cannot express"
+        )
     model = bake(copy.deepcopy(model))
     return SHRINK[kind](model, kept.cpu())
 
@@ -410,4 +483,10 @@ def smallest_units(scores: Tensor, left: int) -> Tensor:
 
 def names_of(model: nn.Module, kind: str) -> Sequence[str]:
     """What the rows of a table of units are called."""
-    return [name for name, _ in blocks(model)] if kind == "layers" else expert_modules(model) if kind == "experts" else ["channels"]
+    return (
+        [name for name, _ in blocks(model)]
+        if kind == "layers"
+        else expert_modules(model)
+        if kind == "experts"
+        else ["channels"]
+    )

@@ -30,7 +30,9 @@ def extra_zero_share(keep: int, of: int) -> float:
     them when j > N. 0.09375 for 2:4.
     """
     s = keep / of
-    return sum(math.comb(of, j) * s**j * (1 - s) ** (of - j) * (j - keep) / of for j in range(keep + 1, of + 1))
+    return sum(
+        math.comb(of, j) * s**j * (1 - s) ** (of - j) * (j - keep) / of for j in range(keep + 1, of + 1)
+    )
 
 
 def second_mask(weight: Tensor, keep: int, of: int) -> Tensor:

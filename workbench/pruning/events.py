@@ -18,18 +18,36 @@ from workbench.pruning.saliencies import SALIENCIES
 from workbench.subjects import Layer, Mask
 
 
-def prune_once(layers: Sequence[Layer], calibration: Calibration, pattern: Tiles | NM, sparsity: float, saliency: str, compensation: str,
-               allocation: str, progress: Progress, movement: dict[str, Tensor] | None = None, refine: bool = False) -> None:  # fmt: skip
+def prune_once(
+    layers: Sequence[Layer],
+    calibration: Calibration,
+    pattern: Tiles | NM,
+    sparsity: float,
+    saliency: str,
+    compensation: str,
+    allocation: str,
+    progress: Progress,
+    movement: dict[str, Tensor] | None = None,
+    refine: bool = False,
+) -> None:
     """Prune to `sparsity` in all; what is gone already stays gone and counts. Stopped before the end, nothing is written."""
     gone = {layer.name: removed(layer) for layer in layers}
     sweeping = saliency == "obs" and compensation == "obs" and on_the_way(pattern)
     scores: dict[str, Tensor] = {}
     if saliency == "movement":
         lowest = min(float(s.min()) for s in (movement or {}).values())
-        scores = {layer.name: yield_to((movement or {})[layer.name] - lowest, gone[layer.name], pattern) for layer in layers}
+        scores = {
+            layer.name: yield_to((movement or {})[layer.name] - lowest, gone[layer.name], pattern)
+            for layer in layers
+        }
     elif not sweeping or allocation == "global":
         for layer in progress.track(layers, f"saliency {saliency}"):
-            score = calibration.scores(saliency, pattern, layer, lambda a: SALIENCIES[saliency].score(a, calibration, pattern).float())
+            score = calibration.scores(
+                saliency,
+                pattern,
+                layer,
+                lambda a: SALIENCIES[saliency].score(a, calibration, pattern).float(),
+            )
             check_finite(layer, score)
             scores[layer.name] = yield_to(score, gone[layer.name], pattern)
         if progress.stopped:
@@ -59,7 +77,9 @@ def prune_once(layers: Sequence[Layer], calibration: Calibration, pattern: Tiles
 def refined(layer: Layer, mask: Tensor, score: Tensor, calibration: Calibration) -> Tensor:
     """iCBS: exchange weights near the boundary as long as the predicted loss falls."""
     rows = [rows_of(t) for t in (layer.weight.detach(), mask, score)]
-    return icbs.refine(*rows, calibration.factors(layer), calibration.absolute_damp(), seed=calibration.seed)[0].reshape(mask.shape)  # type: ignore[misc,arg-type]
+    return icbs.refine(*rows, calibration.factors(layer), calibration.absolute_damp(), seed=calibration.seed)[
+        0
+    ].reshape(mask.shape)  # type: ignore[misc,arg-type]
 
 
 def write(layer: Layer, weight: Tensor, mask: Tensor, compensation: str, shift: Tensor | None) -> None:
@@ -82,13 +102,18 @@ def on_the_way(pattern: Pattern) -> bool:
     return pattern.along == -1 if isinstance(pattern, NM) else isinstance(pattern, Tiles) and pattern.single
 
 
-def swept(layer: Layer, calibration: Calibration, pattern: Pattern, sparsity: float, gone: Tensor) -> tuple[Tensor, Tensor]:
+def swept(
+    layer: Layer, calibration: Calibration, pattern: Pattern, sparsity: float, gone: Tensor
+) -> tuple[Tensor, Tensor]:
     """SparseGPT proper: the mask is chosen while the error is being passed on."""
     weight, gram = layer.weight.detach().float(), calibration.gram(layer)
     options: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern if isinstance(pattern, NM) else None}
     if weight.ndim == 2:
         return obs.sweep(weight, gram[0], calibration.damp, removed=gone, **options)
-    parts = [obs.sweep(w, g, calibration.damp, removed=r, **options) for w, g, r in zip(weight, gram, gone, strict=True)]
+    parts = [
+        obs.sweep(w, g, calibration.damp, removed=r, **options)
+        for w, g, r in zip(weight, gram, gone, strict=True)
+    ]
     return torch.stack([w for w, _ in parts]), torch.stack([m for _, m in parts])
 
 
@@ -102,8 +127,12 @@ def removed(layer: Layer) -> Tensor:
 
 def check_finite(layer: Layer, score: Tensor) -> None:
     if not bool(torch.isfinite(score).all()):
-        raise BadInput(f"layers: {layer.name} has NaN or infinite saliencies; its weights or its calibration inputs hold NaN or infinity")
+        raise BadInput(
+            f"layers: {layer.name} has NaN or infinite saliencies; its weights or its calibration inputs hold NaN or infinity"
+        )
 
 
 def zero_share(layers: Sequence[Layer]) -> float:
-    return sum(int((layer.weight == 0).sum()) for layer in layers) / sum(layer.original.numel() for layer in layers)
+    return sum(int((layer.weight == 0).sum()) for layer in layers) / sum(
+        layer.original.numel() for layer in layers
+    )

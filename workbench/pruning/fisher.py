@@ -145,7 +145,12 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
     for start, stop in chunks(len(weight), inputs, gradients.examples):
         inverse = inverse_blocks(gradient_blocks(gradients, start, stop, width), damp)
         w = blocked(weight[start:stop], width).unflatten(-1, (-1, of))  # (blocks, groups, M)
-        tiles = inverse.unflatten(-1, (-1, of)).unflatten(-3, (-1, of)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # (blocks, groups, M, M)
+        tiles = (
+            inverse.unflatten(-1, (-1, of))
+            .unflatten(-3, (-1, of))
+            .diagonal(dim1=1, dim2=3)
+            .permute(0, 3, 1, 2)
+        )  # (blocks, groups, M, M)
         inside = tiles[..., sets[:, :, None], sets[:, None, :]]  # (blocks, groups, sets, drop, drop)
         wq = w[..., sets]  # (blocks, groups, sets, drop)
         rho = (wq * torch.linalg.solve(inside, wq.unsqueeze(-1)).squeeze(-1)).sum(-1) / 2
@@ -166,7 +171,11 @@ def update(weight: Tensor, mask: Tensor, gradients: Gradients, damp: float, bloc
         rhs = keep * torch.bmm(fisher, (w * (1 - keep)).unsqueeze(-1)).squeeze(-1)
         fisher *= keep[:, :, None] * keep[:, None, :]
         fisher.diagonal(dim1=-2, dim2=-1).add_(damp * (1 - keep))
-        scale = 1 / damp  # entries near 1e-9 underflow nothing, but keep the factorisation away from denormals
-        delta = torch.cholesky_solve((rhs * scale).unsqueeze(-1), torch.linalg.cholesky(fisher * scale)).squeeze(-1)
+        scale = (
+            1 / damp
+        )  # entries near 1e-9 underflow nothing, but keep the factorisation away from denormals
+        delta = torch.cholesky_solve(
+            (rhs * scale).unsqueeze(-1), torch.linalg.cholesky(fisher * scale)
+        ).squeeze(-1)
         found[start:stop] = unblocked((w + delta) * keep, inputs, width)
     return found

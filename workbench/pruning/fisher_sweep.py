@@ -23,14 +23,22 @@ class FisherSweep(SubjectInstrument):
 
     summary_line: ClassVar[str] = "which damp, how many gradients and which block size oBERT needs here"
 
-    damps: str = parameter("1e-4,1e-3,1e-2,1e-1,1", "damps, shares of the Fisher's mean diagonal, separated by commas")
-    gradients: str = parameter("32,128,256", "numbers of per-example gradients, separated by commas", unit="examples")
+    damps: str = parameter(
+        "1e-4,1e-3,1e-2,1e-1,1", "damps, shares of the Fisher's mean diagonal, separated by commas"
+    )
+    gradients: str = parameter(
+        "32,128,256", "numbers of per-example gradients, separated by commas", unit="examples"
+    )
     blocks: str = parameter("10,50,200", "weights in one block of the Fisher, separated by commas")
     sparsity: float = parameter(0.8, "share of the weights to remove", gt=0, lt=1, step=0.01)
-    pattern: str = parameter("unstructured", "unstructured, 2:4, block 4x1: what single-weight pruning accepts")
+    pattern: str = parameter(
+        "unstructured", "unstructured, 2:4, block 4x1: what single-weight pruning accepts"
+    )
     layers: str = parameter("blocks", "which layers: blocks or globs")
     calibration_split: str = parameter("calibration", "split for the gradients")
-    test_split: str = parameter("validation", "split for the losses: a sweep chooses, so not the one that is reported")
+    test_split: str = parameter(
+        "validation", "split for the losses: a sweep chooses, so not the one that is reported"
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -45,37 +53,71 @@ class FisherSweep(SubjectInstrument):
                 try:
                     value = float(word)
                 except ValueError:
-                    raise BadInput(f"{field}: {word.strip()!r} is not a number; give numbers separated by commas") from None
+                    raise BadInput(
+                        f"{field}: {word.strip()!r} is not a number; give numbers separated by commas"
+                    ) from None
                 if value <= 0 or (whole and value != int(value)):
-                    raise BadInput(f"{field}: {word.strip()} is not accepted; give positive {'whole ' if whole else ''}numbers separated by commas")
+                    raise BadInput(
+                        f"{field}: {word.strip()} is not accepted; give positive {'whole ' if whole else ''}numbers separated by commas"
+                    )
                 values.append(int(value) if whole else value)
             axes.append(sorted(set(values)))
-        return [(float(damp), int(gradients), int(block)) for gradients, block, damp in itertools.product(axes[1], axes[2], axes[0])]
+        return [
+            (float(damp), int(gradients), int(block))
+            for gradients, block, damp in itertools.product(axes[1], axes[2], axes[0])
+        ]
 
     def step(self, damp: float, gradients: int, block: int) -> Any:
         from workbench.pruning.prune import Prune
 
-        return Prune(method="obert", sparsity=self.sparsity, pattern=self.pattern, layers=self.layers, damp=damp, gradients=gradients, block=block,
-                     predict_examples=0, seed=self.seed, device=self.device, calibration_split=self.calibration_split, test_split=self.test_split)  # fmt: skip
+        return Prune(
+            method="obert",
+            sparsity=self.sparsity,
+            pattern=self.pattern,
+            layers=self.layers,
+            damp=damp,
+            gradients=gradients,
+            block=block,
+            predict_examples=0,
+            seed=self.seed,
+            device=self.device,
+            calibration_split=self.calibration_split,
+            test_split=self.test_split,
+        )
 
     def check(self, on: Any) -> None:
         for cell in self.grid():
             self.step(*cell).check(on)
         most = max(gradients for _, gradients, _ in self.grid())
         if most > on.size(self.calibration_split):
-            raise BadInput(f"gradients: {most} are more than the {on.size(self.calibration_split)} examples of split {self.calibration_split}")
+            raise BadInput(
+                f"gradients: {most} are more than the {on.size(self.calibration_split)} examples of split {self.calibration_split}"
+            )
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         rows = []
         for damp, gradients, block in progress.track(self.grid(), "damp x gradients x block"):
             facts = self.step(damp, gradients, block).run(on, Progress(), cache=False).facts
-            rows.append({"damp": damp, "gradients": gradients, "block": block, **{k: facts[k] for k in ("loss", "accuracy", "sparsity") if k in facts}})
+            rows.append(
+                {
+                    "damp": damp,
+                    "gradients": gradients,
+                    "block": block,
+                    **{k: facts[k] for k in ("loss", "accuracy", "sparsity") if k in facts},
+                }
+            )
         table = pd.DataFrame(rows)
         if not len(table):
             return self.result(table)
         best = table.iloc[int(table["loss"].argmin())]
-        facts = {f"best_{key}": float(best[key]) if key == "damp" else int(best[key]) for key in KEYS} | {"best_loss": float(best["loss"])}
-        return self.result(table, facts | {"worst_loss": float(table["loss"].max()), "dense_loss": on.evaluate(self.test_split)["loss"]})
+        facts = {f"best_{key}": float(best[key]) if key == "damp" else int(best[key]) for key in KEYS} | {
+            "best_loss": float(best["loss"])
+        }
+        return self.result(
+            table,
+            facts
+            | {"worst_loss": float(table["loss"].max()), "dense_loss": on.evaluate(self.test_split)["loss"]},
+        )
 
 
 class FisherSweepView(BaseModel):
@@ -103,5 +145,11 @@ class FisherSweepResult(Result):
         fig = figure(f"oBERT's {value} at {third} {fixed:g}", x=x, y=y)
         fig.update_xaxes(type="category")
         fig.update_yaxes(type="category")
-        heat(fig, np.asarray(grid), [f"{c:g}" for c in grid.columns], [f"{r:g}" for r in grid.index], unit=value if value == "accuracy" else "loss (nats)")
+        heat(
+            fig,
+            np.asarray(grid),
+            [f"{c:g}" for c in grid.columns],
+            [f"{r:g}" for r in grid.index],
+            unit=value if value == "accuracy" else "loss (nats)",
+        )
         return fig

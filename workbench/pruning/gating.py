@@ -34,7 +34,9 @@ def gate_pattern(pattern: str) -> Tiles:
     """The tiles that get a score each; `BadInput` for patterns that have none of their own."""
     tiles = hybrid_tiles(pattern) or parse(pattern)
     if not isinstance(tiles, Tiles):
-        raise BadInput(f"pattern: gates are trained for tiles or as a hybrid and {pattern!r} is neither; use block 16x16, row, column or hybrid 16x16")
+        raise BadInput(
+            f"pattern: gates are trained for tiles or as a hybrid and {pattern!r} is neither; use block 16x16, row, column or hybrid 16x16"
+        )
     return tiles
 
 
@@ -42,16 +44,22 @@ def unit_count(size: int, tile: int) -> int:
     return -(-size // (tile or size))
 
 
-def attach_gates(on: Subject, layers: Sequence[Layer], pattern: str, threshold: float, start: float = 0.0) -> None:
+def attach_gates(
+    on: Subject, layers: Sequence[Layer], pattern: str, threshold: float, start: float = 0.0
+) -> None:
     """Put gates, all open at score `start`, on every layer."""
     tiles = gate_pattern(pattern)
     paired: dict[str, tuple[nn.Parameter, bool]] = {}
     if hybrid_tiles(pattern) is not None:
         chosen = {layer.name for layer in layers}
         for group in safe(on.model, "neurons"):
-            if group.experts > 1 or any(m.index.shape[1] != 1 or m.layer.name not in chosen for m in group.members):
+            if group.experts > 1 or any(
+                m.index.shape[1] != 1 or m.layer.name not in chosen for m in group.members
+            ):
                 continue
-            score = nn.Parameter(torch.full((group.units, 1), start, device=group.members[0].layer.original.device))
+            score = nn.Parameter(
+                torch.full((group.units, 1), start, device=group.members[0].layer.original.device)
+            )
             paired |= {m.layer.name: (score, m.axis == -1) for m in group.members}
     for layer in layers:
         if layer.name in paired:
@@ -60,12 +68,21 @@ def attach_gates(on: Subject, layers: Sequence[Layer], pattern: str, threshold: 
         else:
             *stack, out, width = layer.shape
             shape = (*stack, unit_count(out, tiles.rows), unit_count(width, tiles.columns))
-            layer.attach(Gates(torch.full(shape, start, device=layer.original.device), tiles.rows, tiles.columns, threshold))
+            layer.attach(
+                Gates(
+                    torch.full(shape, start, device=layer.original.device),
+                    tiles.rows,
+                    tiles.columns,
+                    threshold,
+                )
+            )
 
 
 def open_share(layers: Sequence[Layer]) -> Tensor:
     """Mean of sigmoid(S) over all gated weights: the penalty, between 0 and 1."""
-    gates = [(selection, layer.shape) for layer in layers if isinstance(selection := selection_of(layer), Gates)]
+    gates = [
+        (selection, layer.shape) for layer in layers if isinstance(selection := selection_of(layer), Gates)
+    ]
     total = sum((g.expected(shape) for g, shape in gates), torch.zeros((), device=layers[0].original.device))
     return total / sum(layer.original.numel() for layer in layers)
 

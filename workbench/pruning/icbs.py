@@ -43,7 +43,9 @@ def swap_descent(interactions: Tensor, linear: Tensor, removed: Tensor, limit: i
     return x
 
 
-def solve_block(interactions: Tensor, linear: Tensor, removed: Tensor, restarts: int, generator: torch.Generator) -> Tensor:
+def solve_block(
+    interactions: Tensor, linear: Tensor, removed: Tensor, restarts: int, generator: torch.Generator
+) -> Tensor:
     """The best of a descent from the present mask and of descents from annealed starts with as many ones."""
     best = swap_descent(interactions, linear, removed)
     value = objective(interactions, linear, best)
@@ -56,7 +58,9 @@ def solve_block(interactions: Tensor, linear: Tensor, removed: Tensor, restarts:
     return best
 
 
-def anneal(interactions: Tensor, linear: Tensor, removed: Tensor, generator: torch.Generator, sweeps: int = 4) -> Tensor:
+def anneal(
+    interactions: Tensor, linear: Tensor, removed: Tensor, generator: torch.Generator, sweeps: int = 4
+) -> Tensor:
     """Random swaps accepted with probability exp(-change / T), T falling geometrically from the typical change to a hundredth of it."""
     x = removed.clone()
     field = interactions @ x + linear
@@ -77,8 +81,20 @@ def anneal(interactions: Tensor, linear: Tensor, removed: Tensor, generator: tor
     return x
 
 
-def refine(weight: Tensor, mask: Tensor, scores: Tensor, gradients: Gradients, damp: float, *, block: int = 256, candidates: int = 4096,
-           rounds: int = 2, restarts: int = 0, slope: bool = False, seed: int = 0) -> tuple[Tensor, list[float]]:  # fmt: skip
+def refine(
+    weight: Tensor,
+    mask: Tensor,
+    scores: Tensor,
+    gradients: Gradients,
+    damp: float,
+    *,
+    block: int = 256,
+    candidates: int = 4096,
+    rounds: int = 2,
+    restarts: int = 0,
+    slope: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, list[float]]:
     """Improve a layer's mask (rows, in), True = keep, without changing how many it keeps.
 
     Candidates are the weights whose scores are nearest to the boundary between kept and removed. Returns the new mask and q after each
@@ -91,7 +107,12 @@ def refine(weight: Tensor, mask: Tensor, scores: Tensor, gradients: Gradients, d
     if not len(low) or not len(high):
         return mask, []
     half = min(candidates // 2, len(low), len(high))
-    where = torch.cat([gone.nonzero().flatten()[low.topk(half).indices], (~gone).nonzero().flatten()[high.topk(half, largest=False).indices]])
+    where = torch.cat(
+        [
+            gone.nonzero().flatten()[low.topk(half).indices],
+            (~gone).nonzero().flatten()[high.topk(half, largest=False).indices],
+        ]
+    )
     found = torch.empty(gradients.examples, len(where), device=weight.device)
     fixed = torch.zeros(gradients.examples, device=weight.device)
     row, column = where // weight.shape[1], where % weight.shape[1]

@@ -30,20 +30,32 @@ if TYPE_CHECKING:
 LEVELS = 65535
 BINS = 256
 GRID = tuple(round(0.05 * i, 2) for i in range(1, 20))
-KNOWN = tuple(name for name, preset in PRESETS.items() if preset.saliency in SALIENCIES and not preset.only and name not in ("icbs", "llm-pruner", "ziplm"))
+KNOWN = tuple(
+    name
+    for name, preset in PRESETS.items()
+    if preset.saliency in SALIENCIES and not preset.only and name not in ("icbs", "llm-pruner", "ziplm")
+)
 
 
 class SaliencyMap(SubjectInstrument):
     """Which weights several methods would remove at any sparsity, how far they agree, and what a diagonal Fisher says it costs."""
 
     cached: ClassVar[bool] = False  # two bytes a weight and method; quicker to compute again than to keep
-    summary_line: ClassVar[str] = "several methods' saliencies as ranks: masks at any sparsity, overlaps, predicted losses"
+    summary_line: ClassVar[str] = (
+        "several methods' saliencies as ranks: masks at any sparsity, overlaps, predicted losses"
+    )
 
-    methods: str = parameter("magnitude,wanda,obd,obert", f"methods, separated by commas, among {', '.join(KNOWN)}")
+    methods: str = parameter(
+        "magnitude,wanda,obd,obert", f"methods, separated by commas, among {', '.join(KNOWN)}"
+    )
     layers: str = parameter("blocks", "which layers: blocks or globs")
-    calibration_examples: int = parameter(64, "examples for the layers' input statistics", ge=1, unit="examples")
+    calibration_examples: int = parameter(
+        64, "examples for the layers' input statistics", ge=1, unit="examples"
+    )
     gradients: int = parameter(64, "per-example gradients", ge=1, unit="examples")
-    damp: float = parameter(0.01, "damp of Hessians and Fisher blocks, as a share of their mean diagonal", gt=0, scale="log")
+    damp: float = parameter(
+        0.01, "damp of Hessians and Fisher blocks, as a share of their mean diagonal", gt=0, scale="log"
+    )
     block: int = parameter(50, "weights in one block of the Fisher", ge=1)
     calibration_split: str = parameter("calibration", "split for the statistics")
 
@@ -59,34 +71,75 @@ class SaliencyMap(SubjectInstrument):
         on.split(self.calibration_split)
         for name in self.names():
             if name not in KNOWN:
-                raise BadInput(f"methods: {name!r} has no scores of single weights; give some of {', '.join(KNOWN)}")
+                raise BadInput(
+                    f"methods: {name!r} has no scores of single weights; give some of {', '.join(KNOWN)}"
+                )
         if not self.names():
             raise BadInput(f"methods: is empty; give some of {', '.join(KNOWN)}")
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
-        calibration = Calibration(on, layers, self.calibration_split, self.calibration_examples, self.gradients, self.damp, self.block, self.seed, progress)
-        cost = {layer.name: SALIENCIES["obd"].score(layer, calibration, Tiles(1, 1)).float() for layer in progress.track(layers, "diagonal Fisher")}
+        calibration = Calibration(
+            on,
+            layers,
+            self.calibration_split,
+            self.calibration_examples,
+            self.gradients,
+            self.damp,
+            self.block,
+            self.seed,
+            progress,
+        )
+        cost = {
+            layer.name: SALIENCIES["obd"].score(layer, calibration, Tiles(1, 1)).float()
+            for layer in progress.track(layers, "diagonal Fisher")
+        }
         ranks: dict[str, NDArray[np.uint16]] = {}
         curves: list[dict[str, Any]] = []
         for method in self.names():
             preset = PRESETS[method]
             scores = {}
             for layer in progress.track(layers, f"saliency {method}"):
-                scores[layer.name] = SALIENCIES[preset.saliency].score(layer, calibration, Tiles(1, 1)).float()
+                scores[layer.name] = (
+                    SALIENCIES[preset.saliency].score(layer, calibration, Tiles(1, 1)).float()
+                )
             if progress.stopped:
                 break
             mine = ranked(scores, preset.allocation)
             ranks |= {f"{method}/{name}": rank for name, rank in mine.items()}
             lost = np.zeros(BINS)
             for layer in layers:
-                lost += np.bincount(mine[layer.name].ravel() >> 8, weights=cost[layer.name].cpu().numpy().ravel(), minlength=BINS)
-            curves += [{"method": method, "sparsity": (b + 1) / BINS, "predicted_change": float(c)} for b, c in enumerate(lost.cumsum())]
+                lost += np.bincount(
+                    mine[layer.name].ravel() >> 8,
+                    weights=cost[layer.name].cpu().numpy().ravel(),
+                    minlength=BINS,
+                )
+            curves += [
+                {"method": method, "sparsity": (b + 1) / BINS, "predicted_change": float(c)}
+                for b, c in enumerate(lost.cumsum())
+            ]
         heads, counts = by_head(on, ranks, self.names())
-        rows = [{"layer": layer.name, "out": layer.shape[-2], "in": layer.shape[-1], "weights": layer.original.numel()} for layer in layers]
+        rows = [
+            {
+                "layer": layer.name,
+                "out": layer.shape[-2],
+                "in": layer.shape[-1],
+                "weights": layer.original.numel(),
+            }
+            for layer in layers
+        ]
         found = sorted({key.split("/", 1)[0] for key in ranks}, key=self.names().index)
-        tables = {"curves": pd.DataFrame(curves), "overlap": overlaps(ranks, found, [layer.name for layer in layers]), "heads": heads}
-        return self.result(pd.DataFrame(rows), {"methods": ", ".join(found), "weights": sum(r["weights"] for r in rows)}, tables=tables, arrays=ranks | counts)
+        tables = {
+            "curves": pd.DataFrame(curves),
+            "overlap": overlaps(ranks, found, [layer.name for layer in layers]),
+            "heads": heads,
+        }
+        return self.result(
+            pd.DataFrame(rows),
+            {"methods": ", ".join(found), "weights": sum(r["weights"] for r in rows)},
+            tables=tables,
+            arrays=ranks | counts,
+        )
 
 
 def ranked(scores: dict[str, Tensor], allocation: str) -> dict[str, NDArray[np.uint16]]:
@@ -99,7 +152,10 @@ def ranked(scores: dict[str, Tensor], allocation: str) -> dict[str, NDArray[np.u
             found[name] = every[at : at + s.numel()].reshape(s.shape)
             at += s.numel()
     else:
-        found = {n: order_statistics(s if allocation == "row" else s.reshape(1, -1)).reshape(s.shape) for n, s in scores.items()}
+        found = {
+            n: order_statistics(s if allocation == "row" else s.reshape(1, -1)).reshape(s.shape)
+            for n, s in scores.items()
+        }
     return {name: value.cpu().numpy().astype(np.uint16) for name, value in found.items()}
 
 
@@ -111,13 +167,25 @@ def order_statistics(scores: Tensor) -> Tensor:
     return torch.zeros_like(order, dtype=torch.int32).scatter(-1, order, places.contiguous())
 
 
-def by_head(on: Subject, ranks: dict[str, NDArray[np.uint16]], methods: list[str]) -> tuple[pd.DataFrame, dict[str, NDArray[np.int64]]]:
+def by_head(
+    on: Subject, ranks: dict[str, NDArray[np.uint16]], methods: list[str]
+) -> tuple[pd.DataFrame, dict[str, NDArray[np.int64]]]:
     """A table of the attention heads that lie inside the ranked layers, and for each method ("METHOD heads") how many weights of each head go at
     each of `BINS` sparsities: (heads, BINS). A head of several query heads with one key and value counts once, with all its weights."""
     done = [m for m in methods if any(key.startswith(f"{m}/") for key in ranks)]
-    groups = [g for g in discover(on.model, ("heads",)) if done and all(f"{done[0]}/{m.layer.name}" in ranks for m in g.members)]
-    table = pd.DataFrame([{"attention": g.name, "head": h, "label": f"{i}.{h}", "weights": g.weights_per_unit()} for i, g in enumerate(groups) for h in range(g.units)],
-                         columns=["attention", "head", "label", "weights"])  # fmt: skip
+    groups = [
+        g
+        for g in discover(on.model, ("heads",))
+        if done and all(f"{done[0]}/{m.layer.name}" in ranks for m in g.members)
+    ]
+    table = pd.DataFrame(
+        [
+            {"attention": g.name, "head": h, "label": f"{i}.{h}", "weights": g.weights_per_unit()}
+            for i, g in enumerate(groups)
+            for h in range(g.units)
+        ],
+        columns=["attention", "head", "label", "weights"],
+    )
     counts = {}
     for method in done:
         bins = []
@@ -187,12 +255,21 @@ class SaliencyMapResult(Result):
         curve = (self.tables or {})["curves"].query("method == @method")
         return float(np.interp(sparsity, [0, *curve.sparsity], [0, *curve.predicted_change]))
 
-    def measure(self, on: Subject, method: str, sparsity: float, split: str = "validation", limit: int | None = None, progress: Progress | None = None,
-                ) -> dict[str, float]:  # fmt: skip
+    def measure(
+        self,
+        on: Subject,
+        method: str,
+        sparsity: float,
+        split: str = "validation",
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, float]:
         """Loss and metrics with the masks of this sparsity (no compensation), on a copy of the subject."""
         copy = on.copy()
         for layer in copy.layers(getattr(self.instrument, "layers", "blocks")):
-            layer.attach(Mask(torch.from_numpy(self.mask(method, layer.name, sparsity)).to(layer.original.device)))
+            layer.attach(
+                Mask(torch.from_numpy(self.mask(method, layer.name, sparsity)).to(layer.original.device))
+            )
         return copy.evaluate(split, limit=limit, progress=progress)
 
     def figure(self, **view: Any) -> go.Figure:
@@ -203,16 +280,38 @@ class SaliencyMapResult(Result):
         if shown.show == "density":
             fig = figure(f"What each method keeps at {percent}", x="layer", y="share kept", barmode="group")
             for index, method in enumerate(self.methods):
-                fig.add_bar(x=self.table.layer, y=self.densities(method, shown.sparsity), name=method, marker_color=color(index))
+                fig.add_bar(
+                    x=self.table.layer,
+                    y=self.densities(method, shown.sparsity),
+                    name=method,
+                    marker_color=color(index),
+                )
             return fig
         tables = self.tables or {}
         if shown.show == "heads":
-            fig = figure(f"What each method keeps of every head at {percent}", x="attention.head", y="share kept", barmode="group", xaxis_type="category")
+            fig = figure(
+                f"What each method keeps of every head at {percent}",
+                x="attention.head",
+                y="share kept",
+                barmode="group",
+                xaxis_type="category",
+            )
             for index, method in enumerate(self.methods):
-                fig.add_bar(x=tables["heads"].label, y=self.head_densities(method, shown.sparsity), name=method, marker_color=color(index), hovertext=tables["heads"].attention)
+                fig.add_bar(
+                    x=tables["heads"].label,
+                    y=self.head_densities(method, shown.sparsity),
+                    name=method,
+                    marker_color=color(index),
+                    hovertext=tables["heads"].attention,
+                )
             return fig
         if shown.show == "predicted":
-            fig = figure("Predicted loss change of the mask alone", x="sparsity", y="diagonal Fisher (nats)", yaxis_type="log")
+            fig = figure(
+                "Predicted loss change of the mask alone",
+                x="sparsity",
+                y="diagonal Fisher (nats)",
+                yaxis_type="log",
+            )
             for method in self.methods:
                 curve = tables["curves"].query("method == @method")
                 line(fig, curve.sparsity, np.maximum(curve.predicted_change, 1e-12), method, mode="lines")

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-def leaderboard(source: str, methods: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int] = (0, 1, 2), progress: Progress | None = None,
-                **fields: Any) -> pd.DataFrame:  # fmt: skip
+def leaderboard(
+    source: str,
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: Progress | None = None,
+    **fields: Any,
+) -> pd.DataFrame:
     """One row for each method, sparsity and seed: test loss, accuracy and the dense loss; `fields` go to every `Prune` alike.
 
     The seed is the network's own for `digits-vit` (trained anew for each) and the pruning's otherwise.
@@ -27,15 +33,33 @@ def leaderboard(source: str, methods: Sequence[str], sparsities: Sequence[float]
     if not methods or not sparsities or not seeds:
         raise BadInput("leaderboard: give at least one method, one sparsity and one seed")
     shared: dict[str, Any] = {"predict_examples": 0} | fields
-    plan = [(seed, Prune(method=m, sparsity=s, seed=seed, **shared)) for seed in seeds for m in methods for s in sparsities]  # type: ignore[arg-type]
-    subjects = {seed: workbench.subject(source, seed=seed) if source == "digits-vit" else workbench.subject(source) for seed in seeds}
+    plan = [
+        (seed, Prune(method=m, sparsity=s, seed=seed, **shared))
+        for seed in seeds
+        for m in methods
+        for s in sparsities
+    ]  # type: ignore[arg-type]
+    subjects = {
+        seed: workbench.subject(source, seed=seed) if source == "digits-vit" else workbench.subject(source)
+        for seed in seeds
+    }
     for seed, instrument in plan:
         instrument.check(subjects[seed])
     rows = []
     for seed, instrument in progress.track(plan, "leaderboard"):
         facts = instrument.run(subjects[seed], progress=Progress()).facts
-        rows.append({"method": instrument.method, "asked": instrument.sparsity, "seed": seed,
-                     **{k: v for k, v in facts.items() if k in ("sparsity", "loss", "accuracy", "dense_loss", "dense_accuracy", "perplexity")}})  # fmt: skip
+        rows.append(
+            {
+                "method": instrument.method,
+                "asked": instrument.sparsity,
+                "seed": seed,
+                **{
+                    k: v
+                    for k, v in facts.items()
+                    if k in ("sparsity", "loss", "accuracy", "dense_loss", "dense_accuracy", "perplexity")
+                },
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -44,10 +68,14 @@ def summary(board: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
     from scipy.stats import t
 
     grouped = board.groupby(["method", "asked"])[value].agg(["mean", "std", "count"]).reset_index()
-    grouped["half_width"] = t.ppf(0.975, np.maximum(grouped["count"] - 1, 1)) * grouped["std"] / np.sqrt(grouped["count"])
+    grouped["half_width"] = (
+        t.ppf(0.975, np.maximum(grouped["count"] - 1, 1)) * grouped["std"] / np.sqrt(grouped["count"])
+    )
     last = grouped[grouped.asked == grouped.asked.max()].set_index("method")["mean"]
     order = grouped.method.map(last)
-    ordered = grouped.assign(order=order).sort_values(["order", "asked"], ascending=[value != "accuracy", True])
+    ordered = grouped.assign(order=order).sort_values(
+        ["order", "asked"], ascending=[value != "accuracy", True]
+    )
     return ordered.drop(columns=["order", "std"]).reset_index(drop=True)
 
 
@@ -57,10 +85,18 @@ def curves(board: pd.DataFrame, value: str = "loss") -> go.Figure:
 
     table = summary(board, value)
     units = {"loss": "test loss (nats)", "accuracy": "test accuracy"}
-    fig = figure(f"{value.capitalize()} against sparsity, {board.seed.nunique()} seeds", x="share of weights removed", y=units.get(value, value))
+    fig = figure(
+        f"{value.capitalize()} against sparsity, {board.seed.nunique()} seeds",
+        x="share of weights removed",
+        y=units.get(value, value),
+    )
     for method in table.method.unique():
         mine = table[table.method == method]
-        band = (mine["mean"] - mine.half_width, mine["mean"] + mine.half_width) if mine.half_width.notna().all() else None
+        band = (
+            (mine["mean"] - mine.half_width, mine["mean"] + mine.half_width)
+            if mine.half_width.notna().all()
+            else None
+        )
         line(fig, mine.asked, mine["mean"], str(method), band=band)
     dense = f"dense_{value}"
     if dense in board:

@@ -20,7 +20,11 @@ def channel_norms(model: nn.Module, size: int) -> list[nn.Module]:
     found = []
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        if set(own) in ({"weight"}, {"weight", "bias"}) and own["weight"].shape == (size,) and "norm" in type(module).__name__.lower():
+        if (
+            set(own) in ({"weight"}, {"weight", "bias"})
+            and own["weight"].shape == (size,)
+            and "norm" in type(module).__name__.lower()
+        ):
             found.append(module)
     return found
 
@@ -44,7 +48,9 @@ def restrict(model: nn.Module, keep: Callable[[], Tensor]) -> Iterator[None]:
     """While entered, every norm over the channels computes over `keep()` alone; keep() is asked at every call."""
     handles = []
     for module in channel_norms(model, len(keep())):
-        handles.append(module.register_forward_hook(lambda norm, inputs, output: restricted(norm, inputs[0], keep())))
+        handles.append(
+            module.register_forward_hook(lambda norm, inputs, output: restricted(norm, inputs[0], keep()))
+        )
     try:
         yield
     finally:

@@ -19,7 +19,9 @@ def damped(gram: Tensor, damp: float) -> Tensor:
     diagonal = gram.diagonal()
     mean = diagonal.mean()
     if float(mean) <= 0:
-        raise BadInput("calibration: every input of a layer is zero; give calibration data the layer reacts to")
+        raise BadInput(
+            "calibration: every input of a layer is zero; give calibration data the layer reacts to"
+        )
     dead = diagonal == 0
     diagonal += damp * mean
     diagonal[dead] = mean
@@ -34,7 +36,9 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     """
     lower, failed = torch.linalg.cholesky_ex(damped(gram, damp).flip(0, 1))
     if int(failed):
-        raise BadInput(f"damp: {damp:g} is too small for the calibration Hessian to factorise; raise it (damp-doctor finds the smallest that works)")
+        raise BadInput(
+            f"damp: {damp:g} is too small for the calibration Hessian to factorise; raise it (damp-doctor finds the smallest that works)"
+        )
     return triangular_inverse(lower.flip(0, 1))
 
 
@@ -43,9 +47,14 @@ def triangular_inverse(upper: Tensor, smallest_block: int = 128) -> Tensor:
     [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
     n = len(upper)
     if n <= smallest_block:
-        return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True)
+        return torch.linalg.solve_triangular(
+            upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True
+        )
     half = n // 2
-    first, last = triangular_inverse(upper[:half, :half], smallest_block), triangular_inverse(upper[half:, half:], smallest_block)
+    first, last = (
+        triangular_inverse(upper[:half, :half], smallest_block),
+        triangular_inverse(upper[half:, half:], smallest_block),
+    )
     found = torch.zeros_like(upper)
     found[:half, :half], found[half:, half:] = first, last
     found[:half, half:] = -first @ (upper[:half, half:] @ last)
@@ -58,8 +67,18 @@ def static_saliency(weight: Tensor, gram: Tensor, damp: float) -> Tensor:
     return weight.square() / (2 * inverse.diagonal())
 
 
-def sweep(weight: Tensor, gram: Tensor, damp: float, *, mask: Tensor | None = None, sparsity: float = 0.0, pattern: NM | None = None,
-          removed: Tensor | None = None, block: int = 128, inner: int = 32) -> tuple[Tensor, Tensor]:  # fmt: skip
+def sweep(
+    weight: Tensor,
+    gram: Tensor,
+    damp: float,
+    *,
+    mask: Tensor | None = None,
+    sparsity: float = 0.0,
+    pattern: NM | None = None,
+    removed: Tensor | None = None,
+    block: int = 128,
+    inner: int = 32,
+) -> tuple[Tensor, Tensor]:
     """One pass over the columns from left to right: remove, and let the columns to the right absorb the error.
 
     weight (out, in), gram (in, in). With `mask` (True = keep) the removals are fixed; otherwise they are chosen on the way:
@@ -69,13 +88,18 @@ def sweep(weight: Tensor, gram: Tensor, damp: float, *, mask: Tensor | None = No
     """
     upper = inverse_factor(gram, damp)
     out, width = weight.shape
-    columns = weight.mT.contiguous()  # (in, out): a column of the weight is a row here, so that the sweep reads and writes in order
+    columns = (
+        weight.mT.contiguous()
+    )  # (in, out): a column of the weight is a row here, so that the sweep reads and writes in order
     keep = torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.mT.clone()
     diagonal = upper.diagonal()
     squared = diagonal.square()[:, None]
     block = min(block, width)
     if pattern is not None:
-        block, inner = block // pattern.of * pattern.of or pattern.of, max(inner // pattern.of, 1) * pattern.of
+        block, inner = (
+            block // pattern.of * pattern.of or pattern.of,
+            max(inner // pattern.of, 1) * pattern.of,
+        )
     for start in range(0, width, block):
         stop = min(start + block, width)
         if mask is None and pattern is None:
@@ -98,13 +122,17 @@ def sweep(weight: Tensor, gram: Tensor, damp: float, *, mask: Tensor | None = No
                 if j + 1 < last:
                     columns[j + 1 : last].addr_(upper[j, j + 1 : last], error, alpha=-1)
             if last < stop:
-                columns[last:stop].addmm_(upper[first:last, last:stop].mT, errors[first - start : last - start], alpha=-1)
+                columns[last:stop].addmm_(
+                    upper[first:last, last:stop].mT, errors[first - start : last - start], alpha=-1
+                )
         if stop < width:
             columns[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
     return (columns * keep).mT.contiguous(), keep.mT.contiguous()
 
 
-def least_squares(weight: Tensor, gram: Tensor, mask: Tensor, damp: float, iterations: int = 200, tolerance: float = 1e-6) -> Tensor:
+def least_squares(
+    weight: Tensor, gram: Tensor, mask: Tensor, damp: float, iterations: int = 200, tolerance: float = 1e-6
+) -> Tensor:
     """The masked weight nearest to the dense layer's outputs: min_V ||(W - V) X||^2 with V = 0 outside the mask, row by row.
 
     Conjugate gradients on M * (V H) = M * (W H), all rows at once, preconditioned by the diagonal of H; the start is the

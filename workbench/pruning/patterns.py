@@ -113,7 +113,9 @@ def reduce(scores: Tensor, tiles: Tiles) -> Tensor:
 def expand(units: Tensor, tiles: Tiles, shape: tuple[int, ...]) -> Tensor:
     """Give every weight its tile's value: the inverse of `reduce` for booleans and counts."""
     rows, columns = tiles.size(shape)
-    return units.repeat_interleave(rows, -2)[..., : shape[-2], :].repeat_interleave(columns, -1)[..., : shape[-1]]
+    return units.repeat_interleave(rows, -2)[..., : shape[-2], :].repeat_interleave(columns, -1)[
+        ..., : shape[-1]
+    ]
 
 
 def sizes(tiles: Tiles, shape: tuple[int, ...]) -> Tensor:
@@ -185,7 +187,9 @@ def cheapest(scores: Tensor, weights: Tensor, sparsity: float) -> Tensor:
 
 def make_mask(scores: Tensor, pattern: Tiles | NM, sparsity: float, within: str = "matrix") -> Tensor:
     """Scores (..., out, in) -> mask of the same shape, True where the weight stays."""
-    return nm_mask(scores, pattern) if isinstance(pattern, NM) else tile_mask(scores, pattern, sparsity, within)
+    return (
+        nm_mask(scores, pattern) if isinstance(pattern, NM) else tile_mask(scores, pattern, sparsity, within)
+    )
 
 
 def yield_to(scores: Tensor, gone: Tensor, pattern: Tiles | NM) -> Tensor:

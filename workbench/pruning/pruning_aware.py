@@ -74,7 +74,11 @@ class ChannelMask(nn.Module):
 
     def set(self, step: int) -> None:
         self.step = step
-        self.value = self.kept().float() if self.hard else torch.sigmoid(self.temperature * self.logits) + max(0.5 - step / self.steps, 0.0)
+        self.value = (
+            self.kept().float()
+            if self.hard
+            else torch.sigmoid(self.temperature * self.logits) + max(0.5 - step / self.steps, 0.0)
+        )
 
     @property
     def hard(self) -> bool:
@@ -93,7 +97,9 @@ class ChannelMask(nn.Module):
         above = self.logits > 0
         count = (self.logits >= 0).float() + self.logits - self.logits.detach()  # straight through
         centres = torch.where(above, 0.5, -0.5)
-        sides = [(self.logits - centres)[side].square().mean() for side in (above, ~above) if bool(side.any())]
+        sides = [
+            (self.logits - centres)[side].square().mean() for side in (above, ~above) if bool(side.any())
+        ]
         return 10 * (count.sum() - self.left).abs() / self.left + sum(sides, self.logits.new_zeros(()))
 
 
@@ -102,8 +108,17 @@ def writers(on: Subject) -> list[Layer]:
     return [member.layer for group in discover(on.model) for member in group.consumers]
 
 
-def learn_channels(on: Subject, left: int, kind: str, steps: int, lr: float, batch_size: int, rank: int, seed: int,
-                   progress: Progress) -> tuple[Tensor, list[dict[str, float]]]:  # fmt: skip
+def learn_channels(
+    on: Subject,
+    left: int,
+    kind: str,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    rank: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[Tensor, list[dict[str, float]]]:
     """Train, in place, and merge; returns (kept (hidden,), curve). The model computes its outputs over the kept channels once they are cut.
 
     `kind` low-rank trains the modules, biases and norms; finetune all weights but the embeddings besides.
@@ -124,14 +139,20 @@ def learn_channels(on: Subject, left: int, kind: str, steps: int, lr: float, bat
     mask = ChannelMask(size, left, steps, device)
     known = {id(p) for p in parameters}
     parameters += [p for t in transforms for p in t.parameters() if id(p) not in known]
-    optimizer = torch.optim.AdamW([{"params": parameters, "rate": lr}, {"params": [mask.logits], "rate": MASK_RATE * lr}], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "rate": lr}, {"params": [mask.logits], "rate": MASK_RATE * lr}],
+        lr=lr,
+        weight_decay=0.0,
+    )
     batches = random_batches(on, "train", min(batch_size, on.size("train")), seed)
     curve: list[dict[str, float]] = []
     on.model.train()
     with restrict(on.model, lambda: mask.value):
         for step in progress.track(range(steps), "pruning-aware tuning"):
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * min((step + 1) / max(steps // 20, 1), (steps - step) / max(steps - steps // 20, 1), 1.0)
+                group["lr"] = group["rate"] * min(
+                    (step + 1) / max(steps // 20, 1), (steps - step) / max(steps - steps // 20, 1), 1.0
+                )
             with torch.enable_grad():
                 mask.set(step)
                 task = on.loss(next(batches))
@@ -140,7 +161,13 @@ def learn_channels(on: Subject, left: int, kind: str, steps: int, lr: float, bat
                 (task + mask.loss() + identity).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            curve.append({"step": float(step + 1), "loss": float(task.detach()), "kept": float((mask.logits >= 0).sum())})
+            curve.append(
+                {
+                    "step": float(step + 1),
+                    "loss": float(task.detach()),
+                    "kept": float((mask.logits >= 0).sum()),
+                }
+            )
     bake(on.model)
     for name, parameter in on.model.named_parameters():
         parameter.requires_grad_(was.get(name, True))

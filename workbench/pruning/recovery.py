@@ -53,7 +53,9 @@ class Recovery:
     temperature: float = 2.0
     movement: bool = False
     progress: Progress = field(default_factory=Progress)
-    watch: Callable[[Recovery], None] | None = None  # called about fifty times a run, for whoever wants to see it
+    watch: Callable[[Recovery], None] | None = (
+        None  # called about fifty times a run, for whoever wants to see it
+    )
     curve: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -61,10 +63,14 @@ class Recovery:
         self.scores: dict[str, Tensor] = {}
         self._was = {name: p.requires_grad for name, p in self.on.model.named_parameters()}
         if self.kind == "low-rank":
-            add_low_rank(self.layers, self.rank, beside=False, generator=torch.Generator().manual_seed(self.seed))
+            add_low_rank(
+                self.layers, self.rank, beside=False, generator=torch.Generator().manual_seed(self.seed)
+            )
         self.parameters = set_trainable(self.on, "adapters" if self.kind == "low-rank" else "body")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=0.0)
-        self._batches = random_batches(self.on, self.split, min(self.batch_size, self.on.size(self.split)), self.seed)
+        self._batches = random_batches(
+            self.on, self.split, min(self.batch_size, self.on.size(self.split)), self.seed
+        )
 
     @property
     def trainable_share(self) -> float:
@@ -108,7 +114,9 @@ class Recovery:
             if parameter.grad is not None:
                 grown = -self.optimizer.param_groups[0]["lr"] * (parameter.grad * parameter.detach())
                 grown = grown.mT if layer.transposed else grown
-                self.scores[layer.name] = self.scores[layer.name] + grown if layer.name in self.scores else grown
+                self.scores[layer.name] = (
+                    self.scores[layer.name] + grown if layer.name in self.scores else grown
+                )
 
     def finish(self) -> None:
         """Merge the adapters into the weights below the masks and leave training mode."""
@@ -120,7 +128,9 @@ class Recovery:
         self.on.model.eval()
 
 
-def distilled_loss(on: Subject, teacher: Subject, batch: Batch, temperature: float = 2.0, hidden_states: bool = True) -> Tensor:
+def distilled_loss(
+    on: Subject, teacher: Subject, batch: Batch, temperature: float = 2.0, hidden_states: bool = True
+) -> Tensor:
     """Task's loss + t^2 KL(teacher || student) of outputs softened by t (Hinton et al. 2015) + mean relative squared distance of hidden states."""
     hidden, taught = HiddenStates(on.model), HiddenStates(teacher.model)
     with hidden:
@@ -130,11 +140,24 @@ def distilled_loss(on: Subject, teacher: Subject, batch: Batch, temperature: flo
     rows, _ = on.task.flat(output, batch)
     goals, _ = on.task.flat(target, batch)
     t = temperature
-    soft = F.kl_div(F.log_softmax(rows / t, -1), F.log_softmax(goals / t, -1), log_target=True, reduction="batchmean") * t * t
+    soft = (
+        F.kl_div(
+            F.log_softmax(rows / t, -1), F.log_softmax(goals / t, -1), log_target=True, reduction="batchmean"
+        )
+        * t
+        * t
+    )
     found = on.task.criterion(output, batch) + soft
-    pairs = [(a, b) for a, b in zip(hidden.states, taught.states, strict=False) if a.shape == b.shape] if hidden_states else []
+    pairs = (
+        [(a, b) for a, b in zip(hidden.states, taught.states, strict=False) if a.shape == b.shape]
+        if hidden_states
+        else []
+    )
     if pairs:
-        match = sum((F.mse_loss(a, b) / b.square().mean().clamp_min(1e-8) for a, b in pairs), torch.zeros((), device=rows.device))
+        match = sum(
+            (F.mse_loss(a, b) / b.square().mean().clamp_min(1e-8) for a, b in pairs),
+            torch.zeros((), device=rows.device),
+        )
         found = found + match / len(pairs)
     return found
 

@@ -33,7 +33,12 @@ def dense_gradients(on: Subject, layers: Sequence[Layer], batch: Batch) -> dict[
 
 
 @torch.no_grad()
-def exchange(layers: Sequence[Layer], wanted: dict[str, Tensor], share: float, optimizer: torch.optim.Optimizer | None = None) -> int:
+def exchange(
+    layers: Sequence[Layer],
+    wanted: dict[str, Tensor],
+    share: float,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> int:
     """Give up round(share x kept) weights, the smallest of all layers, and bring back as many of the pruned ones with the largest `wanted`.
 
     What was given up does not come back in the same exchange. What comes back starts at zero with empty optimizer moments.

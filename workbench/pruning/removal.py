@@ -39,9 +39,15 @@ def slice_member(member: Member, kept: Tensor) -> None:
         small = torch.stack([w.index_select(axis, i) for w, i in zip(weight, lines, strict=True)])
     else:
         small = weight.index_select(axis, lines[0])
-    setattr(layer.module, layer.tensor, nn.Parameter(small.contiguous(), requires_grad=layer.original.requires_grad))
+    setattr(
+        layer.module,
+        layer.tensor,
+        nn.Parameter(small.contiguous(), requires_grad=layer.original.requires_grad),
+    )
     if member.axis == -2 and layer.bias is not None and weight.ndim == 2:
-        layer.module.bias = nn.Parameter(layer.bias.detach()[lines[0]].contiguous(), requires_grad=layer.bias.requires_grad)
+        layer.module.bias = nn.Parameter(
+            layer.bias.detach()[lines[0]].contiguous(), requires_grad=layer.bias.requires_grad
+        )
     sizes = {"nf": -2, "out_features": -2, "nx": -1, "in_features": -1}
     for name, side in sizes.items():
         if side == member.axis and hasattr(layer.module, name):
@@ -68,7 +74,9 @@ def resize_modules(group: Group, kept: Tensor) -> None:
                     setattr(owner, name, getattr(owner, name) * left // group.units)
             table = getattr(owner, "relative_attention_bias", None)
             if isinstance(table, nn.Embedding):
-                table.weight = nn.Parameter(table.weight.detach()[:, kept[0].to(table.weight.device)].contiguous())
+                table.weight = nn.Parameter(
+                    table.weight.detach()[:, kept[0].to(table.weight.device)].contiguous()
+                )
                 table.embedding_dim = left
 
 
@@ -81,11 +89,17 @@ def remove(model: nn.Module, kept: Kept) -> nn.Module:
     for name, mask in kept.items():
         counts = mask.sum(-1)
         if name not in groups:
-            raise BadInput(f"kept: {name!r} is no group of this model; groups look like {', '.join(list(groups)[:3])}")
+            raise BadInput(
+                f"kept: {name!r} is no group of this model; groups look like {', '.join(list(groups)[:3])}"
+            )
         if int(counts.min()) < 1:
-            raise BadInput(f"kept: {name} would be left without a unit; every attention and feed-forward keeps at least one")
+            raise BadInput(
+                f"kept: {name} would be left without a unit; every attention and feed-forward keeps at least one"
+            )
         if int(counts.min()) != int(counts.max()):
-            raise BadInput(f"kept: the experts of {name} would keep different numbers of neurons; equally many are needed")
+            raise BadInput(
+                f"kept: the experts of {name} would keep different numbers of neurons; equally many are needed"
+            )
     bake(model)
     for name, mask in kept.items():
         for member in groups[name].members:
@@ -182,9 +196,13 @@ def stock(model: nn.Module) -> nn.Module:
             continue
         kept = torch.tensor(record[group.name])
         for member in group.members:
-            members.setdefault(parameter_name(full, member.layer.original), []).append((member, kept_lines(member, kept)))
+            members.setdefault(parameter_name(full, member.layer.original), []).append(
+                (member, kept_lines(member, kept))
+            )
             if member.axis == -2 and member.layer.bias is not None:
-                members.setdefault(parameter_name(full, member.layer.bias), []).append((member, kept_lines(member, kept)))
+                members.setdefault(parameter_name(full, member.layer.bias), []).append(
+                    (member, kept_lines(member, kept))
+                )
         for module in group.modules:
             table = getattr(module, "relative_attention_bias", None)
             if isinstance(table, nn.Embedding):
@@ -210,7 +228,11 @@ def fill(target: Tensor, value: Tensor, parts: list[tuple[Member, Tensor]]) -> N
         view, source = (target[e], value[e]) if target.ndim == 3 else (target, value)
         index = [torch.arange(n, device=target.device) for n in view.shape]
         for member, lines in parts:
-            axis = 0 if view.ndim == 1 else (member.axis if not member.layer.transposed else (-2 if member.axis == -1 else -1)) % 2
+            axis = (
+                0
+                if view.ndim == 1
+                else (member.axis if not member.layer.transposed else (-2 if member.axis == -1 else -1)) % 2
+            )
             index[axis] = lines[e if len(lines) > 1 else 0].to(target.device)
         view[torch.meshgrid(*index, indexing="ij")] = source
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 class PruneView(BaseModel):
     """What the viewer may choose without pruning again."""
 
-    show: Literal["sparsity", "relative_error", "relative_output_error", "predicted_change", "distances", "recovery"] = "sparsity"
+    show: Literal[
+        "sparsity", "relative_error", "relative_output_error", "predicted_change", "distances", "recovery"
+    ] = "sparsity"
 
 
 AXES = {
@@ -42,11 +44,15 @@ class PruneResult(Result):
         if show == "distances" and distances is not None:
             return distance_map(distances)
         recovery = (self.tables or {}).get("recovery")
-        if recovery is not None and (show == "recovery" or self.table.empty):  # nothing else is there while the recovery runs
+        if recovery is not None and (
+            show == "recovery" or self.table.empty
+        ):  # nothing else is there while the recovery runs
             return recovery_curve(recovery)
         if show not in self.table:
             show = "sparsity"
-        title = f"{getattr(self.instrument, 'method', 'prune')} at {100 * self.facts['sparsity']:.0f} % sparsity"
+        title = (
+            f"{getattr(self.instrument, 'method', 'prune')} at {100 * self.facts['sparsity']:.0f} % sparsity"
+        )
         fig = figure(title, x="layer", y=AXES[show])
         fig.add_bar(x=self.table["layer"], y=self.table[show], marker_color=color(0), name=AXES[show])
         return fig
@@ -65,11 +71,20 @@ def distance_map(distances: pd.DataFrame) -> go.Figure:
     """Angular distance between the input of block l and that of block l + n; several stacks below one another."""
     from workbench.figures import figure, heat
 
-    label = distances["first"].astype(str) if distances["stack"].nunique() == 1 else distances["stack"] + " " + distances["first"].astype(str)
+    label = (
+        distances["first"].astype(str)
+        if distances["stack"].nunique() == 1
+        else distances["stack"] + " " + distances["first"].astype(str)
+    )
     rows, columns = list(dict.fromkeys(label)), sorted(distances.blocks.unique())
     grid = np.full((len(rows), len(columns)), np.nan)
     for name, n, value in zip(label, distances.blocks, distances.distance, strict=True):
         grid[rows.index(name), columns.index(n)] = value
-    fig = figure("Angular distance over runs of blocks", x="blocks left out", y="first block", height=80 + 40 * len(rows))
+    fig = figure(
+        "Angular distance over runs of blocks",
+        x="blocks left out",
+        y="first block",
+        height=80 + 40 * len(rows),
+    )
     heat(fig, grid, [str(n) for n in columns], rows, unit="angle / pi")
     return fig

@@ -39,7 +39,12 @@ def routers(on: Subject) -> list[Layer]:
     found = []
     for path in expert_modules(on.model):
         owner = on.model.get_submodule(path)
-        name, module = next((n, m) for n, m in owner.named_modules() for p in m.parameters(recurse=False) if p.ndim == 2 and p.shape[0] == size)
+        name, module = next(
+            (n, m)
+            for n, m in owner.named_modules()
+            for p in m.parameters(recurse=False)
+            if p.ndim == 2 and p.shape[0] == size
+        )
         found.append(Layer(f"{path}.{name}", module))
     return found
 
@@ -47,7 +52,14 @@ def routers(on: Subject) -> list[Layer]:
 def chosen(on: Subject) -> int:
     """Experts that each token goes to."""
     config = on.model.config
-    return next((int(getattr(config, name)) for name in CHOSEN_EXPERTS if isinstance(getattr(config, name, None), int)), 1)
+    return next(
+        (
+            int(getattr(config, name))
+            for name in CHOSEN_EXPERTS
+            if isinstance(getattr(config, name, None), int)
+        ),
+        1,
+    )
 
 
 def selection(logits: Tensor, local: int, threshold: float = 0.0) -> Tensor:
@@ -58,8 +70,16 @@ def selection(logits: Tensor, local: int, threshold: float = 0.0) -> Tensor:
 
 
 @torch.no_grad()
-def routing(on: Subject, split: str = "calibration", examples: int = 128, local: int | None = None, threshold: float = 0.0, batch_size: int = 16,
-            progress: Progress | None = None, batches: Sequence[Batch] | None = None) -> Routing:  # fmt: skip
+def routing(
+    on: Subject,
+    split: str = "calibration",
+    examples: int = 128,
+    local: int | None = None,
+    threshold: float = 0.0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    batches: Sequence[Batch] | None = None,
+) -> Routing:
     """One streaming pass over `examples` of a split (or over the given batches); `local` is the model's own top-k unless it is given."""
     progress = progress or Progress()
     layers, top = routers(on), chosen(on)
@@ -72,12 +92,16 @@ def routing(on: Subject, split: str = "calibration", examples: int = 128, local:
         logits = (rows @ layer.weight.detach().mT).float()
         i = number[layer.name]
         tcess[i] += selection(logits, min(local or top, size), threshold).sum(0).cpu()
-        usage[i] += torch.zeros_like(logits).scatter(-1, logits.topk(min(top, size), -1).indices, 1.0).sum(0).cpu()
+        usage[i] += (
+            torch.zeros_like(logits).scatter(-1, logits.topk(min(top, size), -1).indices, 1.0).sum(0).cpu()
+        )
         tokens[i] += len(rows)
 
     total = -(-min(examples, on.size(split)) // batch_size)
     with InputCapture(layers, add) as capture:
-        for batch in progress.track(batches if batches is not None else on.batches(split, batch_size, examples), "routing", total):
+        for batch in progress.track(
+            batches if batches is not None else on.batches(split, batch_size, examples), "routing", total
+        ):
             mask = batch.get("attention_mask")
             capture.keep = mask.bool() if mask is not None and mask.ndim == 2 else None
             on.task.output(on.model, batch)
@@ -95,7 +119,9 @@ class ExpertPatterns:
         if not self.scores:
             raise BadInput("patterns: none is stored; add one for each task first")
         if wrong := [name for name, s in self.scores.items() if s.shape != query.shape]:
-            raise BadInput(f"patterns: {wrong[0]} is of {tuple(self.scores[wrong[0]].shape)} experts and the query of {tuple(query.shape)}; use one model for both")
+            raise BadInput(
+                f"patterns: {wrong[0]} is of {tuple(self.scores[wrong[0]].shape)} experts and the query of {tuple(query.shape)}; use one model for both"
+            )
         return min(self.scores, key=lambda name: float((self.scores[name] - query).square().sum()))
 
     def kept(self, task: str, left: int) -> Tensor:
@@ -106,7 +132,11 @@ class ExpertPatterns:
         """One safetensors file, written under a temporary name and renamed."""
         path = Path(file)
         with replacing(path) as draft:
-            save_file({str(i): s.contiguous() for i, s in enumerate(self.scores.values())}, draft, metadata={"tasks": json.dumps(list(self.scores))})
+            save_file(
+                {str(i): s.contiguous() for i, s in enumerate(self.scores.values())},
+                draft,
+                metadata={"tasks": json.dumps(list(self.scores))},
+            )
         return path
 
     @classmethod

@@ -61,7 +61,10 @@ def snip(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
 def fisher_diagonal(layer: Layer, calibration: Calibration) -> Tensor:
     gradients = calibration.factors(layer)
     weight = rows_of(layer.weight.detach())
-    parts = [gradients.rows(a, b).square().mean(0) for a, b in fisher.chunks(len(weight), weight.shape[-1], gradients.examples)]
+    parts = [
+        gradients.rows(a, b).square().mean(0)
+        for a, b in fisher.chunks(len(weight), weight.shape[-1], gradients.examples)
+    ]
     return torch.cat(parts).reshape(layer.shape)
 
 
@@ -71,18 +74,26 @@ def obd(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
 
 def taylor2(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
     weight = layer.weight.detach()
-    return (mean_gradient(layer, calibration) * weight - weight.square() * fisher_diagonal(layer, calibration) / 2).abs()
+    return (
+        mean_gradient(layer, calibration) * weight - weight.square() * fisher_diagonal(layer, calibration) / 2
+    ).abs()
 
 
 def output_obs(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
     weight, gram = layer.weight.detach(), calibration.gram(layer)
     if len(layer.shape) == 2:
         return obs.static_saliency(weight, gram[0], calibration.damp)
-    return torch.stack([obs.static_saliency(w, g, calibration.damp) for w, g in zip(weight, gram, strict=True)])
+    return torch.stack(
+        [obs.static_saliency(w, g, calibration.damp) for w, g in zip(weight, gram, strict=True)]
+    )
 
 
 def block_fisher(layer: Layer, calibration: Calibration, pattern: Pattern, greedy: bool = False) -> Tensor:
-    weight, gradients, damp = rows_of(layer.weight.detach()), calibration.factors(layer), calibration.absolute_damp()
+    weight, gradients, damp = (
+        rows_of(layer.weight.detach()),
+        calibration.factors(layer),
+        calibration.absolute_damp(),
+    )
     if isinstance(pattern, NM) and pattern.along == -1 and pattern.of <= 8:
         return fisher.nm_scores(weight, gradients, damp, calibration.block, pattern).reshape(layer.shape)
     return fisher.saliency(weight, gradients, damp, calibration.block, greedy).reshape(layer.shape)
@@ -100,7 +111,20 @@ SALIENCIES: dict[str, Saliency] = {
     "gradient": Saliency(snip, "|g w|", "Lee et al. 2019 (SNIP)", "gradients", True),
     "obd": Saliency(obd, "w^2 E[g^2] / 2", "LeCun et al. 1990, empirical Fisher diagonal", "gradients", True),
     "taylor2": Saliency(taylor2, "|g w - w^2 E[g^2] / 2|", "Ma et al. 2023 (LLM-Pruner)", "gradients", True),
-    "obs": Saliency(output_obs, "w^2 / (2 [H^-1]_jj), H = E[x x^T]", "Hassibi and Stork 1993, on a layer's outputs", "inputs"),
-    "fisher": Saliency(block_fisher, "w^2 / (2 [F^-1]_qq), F block-diagonal", "Kurtic et al. 2022 (oBERT)", "gradients", True),
-    "fisher-greedy": Saliency(greedy_fisher, "the same, updated after every removal", "Kurtic et al. 2022, Frantar and Alistarh 2022", "gradients", True),
+    "obs": Saliency(
+        output_obs,
+        "w^2 / (2 [H^-1]_jj), H = E[x x^T]",
+        "Hassibi and Stork 1993, on a layer's outputs",
+        "inputs",
+    ),
+    "fisher": Saliency(
+        block_fisher, "w^2 / (2 [F^-1]_qq), F block-diagonal", "Kurtic et al. 2022 (oBERT)", "gradients", True
+    ),
+    "fisher-greedy": Saliency(
+        greedy_fisher,
+        "the same, updated after every removal",
+        "Kurtic et al. 2022, Frantar and Alistarh 2022",
+        "gradients",
+        True,
+    ),
 }

@@ -25,7 +25,9 @@ class Choose(Function):
     """weight * mask with the gradients of this module's docstring; all tensors are (..., out, in)."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, through: bool, decay: float) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, through: bool, decay: float
+    ) -> Tensor:
         ctx.save_for_backward(weight, mask)
         ctx.through, ctx.decay = through, decay
         return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
@@ -35,7 +37,11 @@ class Choose(Function):
         (grown,) = upstream
         weight, mask = ctx.saved_tensors
         to_scores = grown * weight if ctx.needs_input_grad[1] else None
-        to_weight = grown + ctx.decay * torch.where(mask, 0.0, weight) if ctx.through else torch.where(mask, grown, 0.0)
+        to_weight = (
+            grown + ctx.decay * torch.where(mask, 0.0, weight)
+            if ctx.through
+            else torch.where(mask, grown, 0.0)
+        )
         return to_weight, to_scores, None, None, None
 
 
@@ -93,7 +99,9 @@ class Gates(Selection):
     row in one matrix and its column in the next have one score between them.
     """
 
-    def __init__(self, score: Tensor, rows: int = 1, columns: int = 1, threshold: float = 0.5, turned: bool = False) -> None:
+    def __init__(
+        self, score: Tensor, rows: int = 1, columns: int = 1, threshold: float = 0.5, turned: bool = False
+    ) -> None:
         super().__init__()
         self.score = score if isinstance(score, nn.Parameter) else nn.Parameter(score)
         self.tiles, self.threshold, self.turned = Tiles(rows, columns), threshold, turned
@@ -111,7 +119,12 @@ class Gates(Selection):
         return expand(units.sigmoid(), self.tiles, shape).sum()
 
     def config(self) -> dict[str, Any]:
-        return {"rows": self.tiles.rows, "columns": self.tiles.columns, "threshold": self.threshold, "turned": self.turned}
+        return {
+            "rows": self.tiles.rows,
+            "columns": self.tiles.columns,
+            "threshold": self.threshold,
+            "turned": self.turned,
+        }
 
 
 class LowRankScores(Selection):
@@ -121,14 +134,27 @@ class LowRankScores(Selection):
     lie in few rows and columns and whose remainder is nearly of low rank (section 3.2).
     """
 
-    def __init__(self, left: Tensor, right: Tensor, row: Tensor, column: Tensor, pattern: str = "unstructured", sparsity: float = 0.5, inner: float = 1.0,
-                 lines: float = 1.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        row: Tensor,
+        column: Tensor,
+        pattern: str = "unstructured",
+        sparsity: float = 0.5,
+        inner: float = 1.0,
+        lines: float = 1.0,
+    ) -> None:
         super().__init__(pattern, sparsity)
         self.left, self.right, self.row, self.column = (nn.Parameter(t) for t in (left, right, row, column))
         self.inner, self.lines = inner, lines
 
     def scores(self, weight: Tensor) -> Tensor:
-        return weight.detach().abs() + self.inner * (self.left @ self.right) + self.lines * (self.row + self.column)
+        return (
+            weight.detach().abs()
+            + self.inner * (self.left @ self.right)
+            + self.lines * (self.row + self.column)
+        )
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"inner": self.inner, "lines": self.lines}

@@ -47,19 +47,33 @@ def check_dimension(prune: Prune, on: Any, pattern: Dimension) -> None:
     total, step = extent(on.model, kind)
     check_saliency(kind, saliency)
     if compensation != "none":
-        raise BadInput(f"compensation: {compensation} refits single matrices, and {kind} go from all of them at once; leave it out")
+        raise BadInput(
+            f"compensation: {compensation} refits single matrices, and {kind} go from all of them at once; leave it out"
+        )
     if prune.allocation != "preset":
-        raise BadInput(f"allocation: {prune.allocation} makes no sense for {kind}, which are compared over the whole model (experts: in each layer); leave it out")
+        raise BadInput(
+            f"allocation: {prune.allocation} makes no sense for {kind}, which are compared over the whole model (experts: in each layer); leave it out"
+        )
     if prune.layers != "blocks":
-        raise BadInput(f"layers: {prune.layers!r}: {kind} are cut from the whole model; leave layers at blocks")
+        raise BadInput(
+            f"layers: {prune.layers!r}: {kind} are cut from the whole model; leave layers at blocks"
+        )
     if not prune.remove:
         raise BadInput(f"remove: {kind} cannot be masked, only removed; leave remove at true")
     if record_of(on.model):
-        raise BadInput(f"pattern: {kind} have to go before heads or neurons: this model has removed some that its configuration cannot express")
+        raise BadInput(
+            f"pattern: {kind} have to go before heads or neurons: this model has removed some that its configuration cannot express"
+        )
     if prune.sparsity > 0 and left_at(on, kind, prune.sparsity) == total:
-        raise BadInput(f"sparsity: {prune.sparsity:g} of {total} {kind} in steps of {step} is none; the smallest is about {step / total:.2f}")
-    if saliency == "learned" and (prune.recovery not in ("finetune", "low-rank") or prune.schedule != "one-shot"):
-        raise BadInput("saliency: learned channels are found by training; give recovery finetune or low-rank, recovery_steps and schedule one-shot")
+        raise BadInput(
+            f"sparsity: {prune.sparsity:g} of {total} {kind} in steps of {step} is none; the smallest is about {step / total:.2f}"
+        )
+    if saliency == "learned" and (
+        prune.recovery not in ("finetune", "low-rank") or prune.schedule != "one-shot"
+    ):
+        raise BadInput(
+            "saliency: learned channels are found by training; give recovery finetune or low-rank, recovery_steps and schedule one-shot"
+        )
 
 
 def left_at(on: Any, kind: str, sparsity: float) -> int:
@@ -68,10 +82,22 @@ def left_at(on: Any, kind: str, sparsity: float) -> int:
     return left_after(total, sparsity, step, len(stacks(on.model)) if kind == "layers" else 1)
 
 
-def train(prune: Prune, on: Subject, teacher: Subject | None, done: int, steps: int, progress: Progress) -> tuple[list[dict[str, float]], float]:
+def train(
+    prune: Prune, on: Subject, teacher: Subject | None, done: int, steps: int, progress: Progress
+) -> tuple[list[dict[str, float]], float]:
     """`steps` of recovery after `done` earlier ones, on one learning-rate schedule; returns (curve, trained share)."""
-    run = ShrunkRecovery(on, on.layers(prune.layers), prune.recovery, prune.recovery_steps, prune.lr, prune.batch_size, seed=prune.seed + done,
-                         rank=prune.rank, teacher=teacher, progress=progress)  # fmt: skip
+    run = ShrunkRecovery(
+        on,
+        on.layers(prune.layers),
+        prune.recovery,
+        prune.recovery_steps,
+        prune.lr,
+        prune.batch_size,
+        seed=prune.seed + done,
+        rank=prune.rank,
+        teacher=teacher,
+        progress=progress,
+    )
     run.done = done
     run.advance(steps)
     run.finish()
@@ -85,7 +111,9 @@ def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Pro
     dense = on.copy()
     batch = next(dense.batches(prune.test_split, min(prune.batch_size, 16)))
     total = extent(on.model, kind)[0]
-    alive = [layer.name for layer in on.layers(prune.layers)]  # the dense layers, by the names they have by now ("" when gone)
+    alive = [
+        layer.name for layer in on.layers(prune.layers)
+    ]  # the dense layers, by the names they have by now ("" when gone)
     events = sparsities(prune.schedule, prune.sparsity, prune.steps)
     between = prune.steps_between(len(events))
     teacher = dense if prune.recovery == "distil" else None
@@ -100,7 +128,17 @@ def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Pro
             curve += train(prune, on, teacher, len(curve), between, progress)[0]
         left = left_at(dense, kind, sparsity)
         if saliency == "learned":
-            kept, curve = learn_channels(on, left, prune.recovery, prune.recovery_steps, prune.lr, prune.batch_size, prune.rank, prune.seed, progress)
+            kept, curve = learn_channels(
+                on,
+                left,
+                prune.recovery,
+                prune.recovery_steps,
+                prune.lr,
+                prune.batch_size,
+                prune.rank,
+                prune.seed,
+                progress,
+            )
         else:
             calibration = prune.calibration(on, on.layers(prune.layers), progress)
             kept = keep(kind, saliency, left, calibration)
@@ -111,7 +149,9 @@ def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Pro
         lost += gone_units(on, kind, kept, number + 1)
         alive = renamed(on, kind, kept, alive)
         on = on.with_model(shrink(on.model, kind, kept))
-        history.append({"step": number + 1, "trained": len(curve), "left": left, "sparsity": 1 - left / total})
+        history.append(
+            {"step": number + 1, "trained": len(curve), "left": left, "sparsity": 1 - left / total}
+        )
     share = None
     if prune.recovery != "none" and saliency != "learned":
         more, share = train(prune, on, teacher, len(curve), prune.recovery_steps - len(curve), progress)
@@ -119,7 +159,9 @@ def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Pro
     table = layer_sizes(dense, on, alive, prune.layers)
     facts = shrunk_facts(prune, dense, on, batch, table, kind, total, history) | facts
     if prune.predict_examples and not progress.stopped:
-        before, after = (s.evaluate(prune.calibration_split, limit=prune.predict_examples)["loss"] for s in (dense, on))
+        before, after = (
+            s.evaluate(prune.calibration_split, limit=prune.predict_examples)["loss"] for s in (dense, on)
+        )
         facts["measured_change"] = after - before
     if not progress.stopped:
         facts |= on.evaluate(prune.test_split, progress=progress)
@@ -139,14 +181,20 @@ def distance_table(on: Subject, prune: Prune, progress: Progress) -> pd.DataFram
     """Angular distance over every run of blocks of the model as it was given."""
     from workbench.pruning.depth import measure_stacks, table_of
 
-    return table_of(measure_stacks(on, prune.calibration_split, prune.calibration_examples, progress=progress))
+    return table_of(
+        measure_stacks(on, prune.calibration_split, prune.calibration_examples, progress=progress)
+    )
 
 
 def gone_units(on: Subject, kind: str, kept: Tensor, event: int) -> list[dict[str, Any]]:
     """One row for every unit that goes: its number in the model as it is at this event."""
     rows = kept if kept.ndim == 2 else kept[None]
     names = names_of(on.model, kind) if kind != "layers" else ["layers"]
-    return [{"event": event, "group": name, "unit": int(u)} for name, row in zip(names, rows, strict=True) for u in (~row).nonzero().flatten()]
+    return [
+        {"event": event, "group": name, "unit": int(u)}
+        for name, row in zip(names, rows, strict=True)
+        for u in (~row).nonzero().flatten()
+    ]
 
 
 def renamed(on: Subject, kind: str, kept: Tensor, alive: list[str]) -> list[str]:
@@ -158,11 +206,15 @@ def renamed(on: Subject, kind: str, kept: Tensor, alive: list[str]) -> list[str]
     for path, names in stacks(on.model).items():
         stay = [i for i in range(len(names)) if bool(kept[at + i])]
         at += len(names)
-        found |= {f"{path}.{old}.": f"{path}.{stay.index(old)}." if old in stay else "" for old in range(len(names))}
+        found |= {
+            f"{path}.{old}.": f"{path}.{stay.index(old)}." if old in stay else "" for old in range(len(names))
+        }
     result = []
     for name in alive:
         prefix = next((p for p in found if name.startswith(p)), None)
-        result.append(name if prefix is None else found[prefix] + name.removeprefix(prefix) if found[prefix] else "")
+        result.append(
+            name if prefix is None else found[prefix] + name.removeprefix(prefix) if found[prefix] else ""
+        )
     return result
 
 
@@ -172,12 +224,27 @@ def layer_sizes(dense: Subject, on: Subject, alive: list[str], glob: str) -> pd.
     rows = []
     for layer, name in zip(dense.layers(glob), alive, strict=True):
         stays = left.get(name, 0)
-        rows.append({"layer": layer.name, "weights": layer.original.numel(), "left": stays, "sparsity": 1 - stays / layer.original.numel()})
+        rows.append(
+            {
+                "layer": layer.name,
+                "weights": layer.original.numel(),
+                "left": stays,
+                "sparsity": 1 - stays / layer.original.numel(),
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def shrunk_facts(prune: Prune, dense: Subject, on: Subject, batch: Batch, table: pd.DataFrame, kind: str, total: int,
-                 history: list[dict[str, float]]) -> dict[str, Any]:  # fmt: skip
+def shrunk_facts(
+    prune: Prune,
+    dense: Subject,
+    on: Subject,
+    batch: Batch,
+    table: pd.DataFrame,
+    kind: str,
+    total: int,
+    history: list[dict[str, float]],
+) -> dict[str, Any]:
     """Sizes before and after: units, weights of the blocks, all parameters, FLOPs of one batch."""
     saliency, left = prune.composition()[0], int(history[-1]["left"]) if history else total
     with torch.no_grad():

@@ -33,15 +33,35 @@ class Training:
 METHODS: dict[str, Training] = {
     "dense": Training(source="baseline"),
     "static": Training("static", source="baseline: one mask, kept"),
-    "spdf": Training("static", "random", source="Thangarasa et al. 2023; the fine-tuning after it has masks=lifted"),
-    "mediswift": Training("static", "random", source="Thangarasa et al. 2024; the same composition on a field's own texts"),
-    "slope": Training("static", "random", terms="side-low-rank", backward="double-pruned", source="Mozaffari et al. 2024"),
+    "spdf": Training(
+        "static", "random", source="Thangarasa et al. 2023; the fine-tuning after it has masks=lifted"
+    ),
+    "mediswift": Training(
+        "static", "random", source="Thangarasa et al. 2024; the same composition on a field's own texts"
+    ),
+    "slope": Training(
+        "static", "random", terms="side-low-rank", backward="double-pruned", source="Mozaffari et al. 2024"
+    ),
     "ast": Training("adaptive", terms="side-blocks", objective="distil", source="Huang et al. 2024"),
-    "dsl": Training("regrow", "random", source="Wang et al. 2024; Evci et al. 2020 (RigL) and Mocanu et al. 2018 (SET) are its relatives"),
-    "app": Training("static", "gradient", "global", "geometric", data="megabatches", source="Misra et al. 2022"),
+    "dsl": Training(
+        "regrow",
+        "random",
+        source="Wang et al. 2024; Evci et al. 2020 (RigL) and Mocanu et al. 2018 (SET) are its relatives",
+    ),
+    "app": Training(
+        "static", "gradient", "global", "geometric", data="megabatches", source="Misra et al. 2022"
+    ),
     "block-movement": Training("gates", objective="distil", source="Lagunas et al. 2021"),
-    "pst": Training("scores", schedule="cubic", trainable="adapters", terms="low-rank", source="Li et al. 2022"),
-    "dsee": Training("static", schedule="late", trainable="adapters", terms="side-low-rank+entries", source="Chen et al. 2021"),
+    "pst": Training(
+        "scores", schedule="cubic", trainable="adapters", terms="low-rank", source="Li et al. 2022"
+    ),
+    "dsee": Training(
+        "static",
+        schedule="late",
+        trainable="adapters",
+        terms="side-low-rank+entries",
+        source="Chen et al. 2021",
+    ),
     "lora": Training(trainable="adapters", terms="low-rank", source="Hu et al. 2021"),
     "hft": Training(trainable="half", source="Hui et al. 2024"),
 }

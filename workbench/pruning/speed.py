@@ -47,8 +47,14 @@ def levels(group: Group) -> list[int]:
     return sorted({min(round(share * group.units / step) * step, most) for share in SHARES})
 
 
-def measure_table(on: Subject, kinds: Sequence[str], batch_size: int = 16, repeats: int = 5, split: str = "calibration",
-                  progress: Progress | None = None) -> LatencyTable:  # fmt: skip
+def measure_table(
+    on: Subject,
+    kinds: Sequence[str],
+    batch_size: int = 16,
+    repeats: int = 5,
+    split: str = "calibration",
+    progress: Progress | None = None,
+) -> LatencyTable:
     """Time the model with units removed from all groups of one kind; all variants take turns, so noise falls on all alike."""
     progress = progress or Progress()
     batch = next(on.batches(split, batch_size))
@@ -58,7 +64,9 @@ def measure_table(on: Subject, kinds: Sequence[str], batch_size: int = 16, repea
     for kind in kinds:
         mine = [g for g in found if g.kind == kind]
         if len({g.units for g in mine}) != 1:
-            raise BadInput(f"allocation: latency needs groups of equal size to start from, and the {kind} of this model differ between layers")
+            raise BadInput(
+                f"allocation: latency needs groups of equal size to start from, and the {kind} of this model differ between layers"
+            )
         removed[kind] = levels(mine[0])
         for count in removed[kind]:
             kept = {g.name: torch.arange(g.units).ge(count).expand(g.experts, -1) for g in mine}
@@ -81,7 +89,9 @@ def measure_table(on: Subject, kinds: Sequence[str], batch_size: int = 16, repea
     return LatencyTable(dense, removed, seconds, {kind: sum(g.kind == kind for g in found) for kind in kinds})
 
 
-def choose(scored: Sequence[Scored], table: LatencyTable, speedup: float, weights: Sequence[float] | None = None) -> list[int]:
+def choose(
+    scored: Sequence[Scored], table: LatencyTable, speedup: float, weights: Sequence[float] | None = None
+) -> list[int]:
     """How many units each group loses so that the table's time is at most dense / speedup and the summed relative cost is least.
 
     Dynamic programming over groups and discretised savings; a group's cost is divided by that of removing all of it (for
@@ -95,13 +105,19 @@ def choose(scored: Sequence[Scored], table: LatencyTable, speedup: float, weight
     back: list[np.ndarray] = []
     for number, s in enumerate(scored):
         saved, counts = table.saved(s.group.kind), table.removed[s.group.kind]
-        cost = s.cost.double().numpy() / max(float(s.cost[-1]), 1e-30) * (1.0 if weights is None else weights[number])
+        cost = (
+            s.cost.double().numpy()
+            / max(float(s.cost[-1]), 1e-30)
+            * (1.0 if weights is None else weights[number])
+        )
         new, choice = np.full(BUCKETS + 1, np.inf), np.zeros(BUCKETS + 1, dtype=int)
         for level, (gain, count) in enumerate(zip(saved, counts, strict=True)):
             shift = int(gain / unit)  # rounded down: the chosen removals save at least what is counted
             reached = np.minimum(np.arange(BUCKETS + 1) + shift, BUCKETS)
             candidate = best + cost[min(count, s.most())]
-            order = np.argsort(-candidate, kind="stable")  # the best of several that reach the same bucket is written last
+            order = np.argsort(
+                -candidate, kind="stable"
+            )  # the best of several that reach the same bucket is written last
             better = candidate[order] < new[reached[order]]
             for source in order[better]:
                 if candidate[source] < new[reached[source]]:
@@ -112,7 +128,9 @@ def choose(scored: Sequence[Scored], table: LatencyTable, speedup: float, weight
     if not np.isfinite(best[BUCKETS]):
         most = sum(float(table.saved(s.group.kind)[-1]) for s in scored)
         limit = table.dense / max(table.dense - most, 0.01 * table.dense)
-        raise BadInput(f"speedup: {speedup:g} cannot be reached by removing {' and '.join(table.seconds)}; the most is {limit:.2f}")
+        raise BadInput(
+            f"speedup: {speedup:g} cannot be reached by removing {' and '.join(table.seconds)}; the most is {limit:.2f}"
+        )
     picked, at = [], BUCKETS
     for s, choice in zip(reversed(scored), reversed(back), strict=True):
         level, at = divmod(int(choice[at]), BUCKETS + 1)
@@ -128,8 +146,16 @@ def expected_seconds(scored: Sequence[Scored], counts: Sequence[int], table: Lat
     return max(total, 0.01 * table.dense)
 
 
-def reach(on: Subject, scored: Sequence[Scored], table: LatencyTable, speedup: float, batch_size: int = 16, split: str = "calibration",
-          rounds: int = 4, tolerance: float = 0.03) -> tuple[list[int], float]:  # fmt: skip
+def reach(
+    on: Subject,
+    scored: Sequence[Scored],
+    table: LatencyTable,
+    speedup: float,
+    batch_size: int = 16,
+    split: str = "calibration",
+    rounds: int = 4,
+    tolerance: float = 0.03,
+) -> tuple[list[int], float]:
     """`choose`, corrected by timing the model it leads to; returns (counts, measured speed-up).
 
     The table adds up what groups save by themselves, which leaves out what they do together. So the small model is timed in turns
@@ -155,7 +181,9 @@ def reach(on: Subject, scored: Sequence[Scored], table: LatencyTable, speedup: f
     return best
 
 
-def measured_speedup(dense: Subject, small: Subject, batch_size: int = 16, repeats: int = 11, split: str = "calibration") -> float:
+def measured_speedup(
+    dense: Subject, small: Subject, batch_size: int = 16, repeats: int = 11, split: str = "calibration"
+) -> float:
     """Median ratio of the two models' times, run in turns on the same batch."""
     batch = next(dense.batches(split, batch_size))
 

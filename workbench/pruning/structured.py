@@ -36,11 +36,15 @@ class UnitSaliency:
 
 
 def activation(calibration: Calibration, groups: Sequence[Group]) -> dict[str, Tensor]:
-    return unit_activations(calibration.subject, groups, calibration.split, calibration.examples, calibration.progress)
+    return unit_activations(
+        calibration.subject, groups, calibration.split, calibration.examples, calibration.progress
+    )
 
 
 def atomic(calibration: Calibration, groups: Sequence[Group]) -> dict[str, Tensor]:
-    return atomic_scores(calibration.subject, groups, calibration.split, calibration.gradients, progress=calibration.progress)
+    return atomic_scores(
+        calibration.subject, groups, calibration.split, calibration.gradients, progress=calibration.progress
+    )
 
 
 UNIT_SALIENCIES: dict[str, UnitSaliency] = {
@@ -81,7 +85,9 @@ def groups_of(on: Subject, layers: Sequence[Layer], pattern: Structures) -> list
     names = {layer.name for layer in layers}
     found = [g for g in discover(on.model, pattern.kinds) if all(m.layer.name in names for m in g.members)]
     if not found:
-        raise BadInput(f"layers: no whole group of {' or '.join(pattern.kinds)} is inside the chosen layers; use blocks")
+        raise BadInput(
+            f"layers: no whole group of {' or '.join(pattern.kinds)} is inside the chosen layers; use blocks"
+        )
     return found
 
 
@@ -92,20 +98,32 @@ def score(group: Group, saliency: str, calibration: Calibration, pattern: Struct
         weight, gram = member.layer.weight.detach(), calibration.gram(member.layer)
         matrices = weight if weight.ndim == 3 else weight[None]
         key = ("removal order", group.name, calibration.examples, calibration.damp)
-        pairs = calibration.remember(key, lambda: [ziplm.removal_order(w, g, member.index, calibration.damp) for w, g in zip(matrices, gram, strict=True)])
+        pairs = calibration.remember(
+            key,
+            lambda: [
+                ziplm.removal_order(w, g, member.index, calibration.damp)
+                for w, g in zip(matrices, gram, strict=True)
+            ],
+        )
         order, errors = torch.stack([o for o, _ in pairs]).cpu(), sum(e for _, e in pairs)
         assert isinstance(errors, Tensor)
         return Scored(group, order, torch.cat([errors.new_zeros(1), errors]).cpu())
     if saliency in UNIT_SALIENCIES:
         groups = groups_of(calibration.subject, calibration.layers, pattern)
         every = ("units", saliency, pattern.kinds, calibration.examples, calibration.gradients)
-        units = calibration.remember(every, lambda: UNIT_SALIENCIES[saliency].score(calibration, groups))[group.name]
+        units = calibration.remember(every, lambda: UNIT_SALIENCIES[saliency].score(calibration, groups))[
+            group.name
+        ]
     else:
         members = group.consumers if saliency in CONSUMER_ONLY else group.members
-        scores = {m.layer.name: SALIENCIES[saliency].score(m.layer, calibration, pattern).float() for m in members}
+        scores = {
+            m.layer.name: SALIENCIES[saliency].score(m.layer, calibration, pattern).float() for m in members
+        }
         units = group.unit_scores(scores, members)
     if not bool(torch.isfinite(units).all()):
-        raise BadInput(f"layers: {group.name} has NaN or infinite saliencies; its weights or its calibration inputs hold NaN or infinity")
+        raise BadInput(
+            f"layers: {group.name} has NaN or infinite saliencies; its weights or its calibration inputs hold NaN or infinity"
+        )
     units = units.masked_fill(~group.alive(), -1)
     values, order = units.sort(dim=1)
     costs = values.clamp_min(0).sum(0).cumsum(0)
@@ -114,7 +132,9 @@ def score(group: Group, saliency: str, calibration: Calibration, pattern: Struct
 
 def consumer(group: Group):  # type: ignore[no-untyped-def]
     if len(group.consumers) != 1:
-        raise BadInput(f"saliency: obs needs one consumer for each group and {group.name} ties several together; use magnitude, wanda or gradient")
+        raise BadInput(
+            f"saliency: obs needs one consumer for each group and {group.name} ties several together; use magnitude, wanda or gradient"
+        )
     return group.consumers[0]
 
 
@@ -146,28 +166,46 @@ def across(scored: Sequence[Scored], sparsity: float, standardise: bool) -> list
 def block_importance(calibration: Calibration) -> dict[str, float]:
     """Path of each block -> how much it changes its input (1 - cosine), centred and divided by the largest deviation (Wang et al. 2025)."""
     key = ("stacks", calibration.examples)
-    found: list[Stack] = calibration.remember(key, lambda: measure_stacks(calibration.subject, calibration.split, calibration.examples,
-                                                                          progress=calibration.progress))  # fmt: skip
+    found: list[Stack] = calibration.remember(
+        key,
+        lambda: measure_stacks(
+            calibration.subject, calibration.split, calibration.examples, progress=calibration.progress
+        ),
+    )
     names = [name for paths in stacks(calibration.subject.model).values() for name in paths]
     values = torch.cat([s.influence for s in found])
     values = values - values.mean()
     return dict(zip(names, (values / values.abs().max().clamp_min(1e-12)).tolist(), strict=True))
 
 
-def adaptive(scored: Sequence[Scored], sparsity: float, amplitude: float, calibration: Calibration) -> list[int]:
+def adaptive(
+    scored: Sequence[Scored], sparsity: float, amplitude: float, calibration: Calibration
+) -> list[int]:
     """Sparsity of a block = sparsity - amplitude x its importance, in [0, 0.99] (Wang et al. 2025, Adapt-Pruner).
 
     A common shift makes up for what the bounds cut off, so that the weights removed are the asked share of all.
     """
     importance = block_importance(calibration)
-    own = torch.tensor([next((v for block, v in importance.items() if s.group.name.startswith(block + ".")), 0.0) for s in scored])
-    weights = torch.tensor([float(s.group.weights_per_unit() * s.group.experts * s.group.units) for s in scored])
+    own = torch.tensor(
+        [
+            next((v for block, v in importance.items() if s.group.name.startswith(block + ".")), 0.0)
+            for s in scored
+        ]
+    )
+    weights = torch.tensor(
+        [float(s.group.weights_per_unit() * s.group.experts * s.group.units) for s in scored]
+    )
     low, high = -1.0, 1.0
     for _ in range(50):
         shift = (low + high) / 2
         shares = (sparsity - amplitude * own + shift).clamp(0, 0.99)
-        low, high = (shift, high) if float((shares * weights).sum() / weights.sum()) < sparsity else (low, shift)
-    return [min(round(float(share) * s.group.units / s.step) * s.step, s.most()) for share, s in zip(shares, scored, strict=True)]
+        low, high = (
+            (shift, high) if float((shares * weights).sum() / weights.sum()) < sparsity else (low, shift)
+        )
+    return [
+        min(round(float(share) * s.group.units / s.step) * s.step, s.most())
+        for share, s in zip(shares, scored, strict=True)
+    ]
 
 
 def compensate(group: Group, kept: Tensor, compensation: str, calibration: Calibration) -> None:
@@ -183,16 +221,31 @@ def compensate(group: Group, kept: Tensor, compensation: str, calibration: Calib
             columns[e, member.index[~kept[e]].flatten().to(weight.device)] = False
         if compensation == "bias":
             if layer.bias is None or weight.ndim == 3:
-                raise BadInput(f"compensation: bias needs a bias and {layer.name} has none; use least-squares or none")
+                raise BadInput(
+                    f"compensation: bias needs a bias and {layer.name} has none; use least-squares or none"
+                )
             with torch.no_grad():
                 layer.bias.add_((weight * ~columns[0]) @ calibration.mean(layer)[0])
             continue
-        new = torch.stack([ziplm.refit(w, g, c, calibration.damp) for w, g, c in zip(matrices, moments, columns, strict=True)])
+        new = torch.stack(
+            [
+                ziplm.refit(w, g, c, calibration.damp)
+                for w, g, c in zip(matrices, moments, columns, strict=True)
+            ]
+        )
         stored = layer.original.detach()
-        layer.write((stored.mT if layer.transposed else stored) + (new if weight.ndim == 3 else new[0]) - weight)
+        layer.write(
+            (stored.mT if layer.transposed else stored) + (new if weight.ndim == 3 else new[0]) - weight
+        )
 
 
-def prune_structures(scored: Sequence[Scored], counts: Sequence[int], compensation: str, calibration: Calibration, progress: Progress) -> dict[str, Tensor]:
+def prune_structures(
+    scored: Sequence[Scored],
+    counts: Sequence[int],
+    compensation: str,
+    calibration: Calibration,
+    progress: Progress,
+) -> dict[str, Tensor]:
     """Mask the first `counts` units of every group; returns group name -> kept (experts, units)."""
     found = {s.group.name: s.kept(min(count, s.most())) for s, count in zip(scored, counts, strict=True)}
     for s in progress.track(scored, f"compensation {compensation}"):

@@ -71,7 +71,9 @@ class Group:
         """Sum of the weights' scores in every unit: (experts, units)."""
         total = torch.zeros(self.experts, self.units)
         for member in members or self.members:
-            lines = scores[member.layer.name].sum(-1 if member.axis == -2 else -2).reshape(self.experts, -1)  # (experts, rows or columns)
+            lines = (
+                scores[member.layer.name].sum(-1 if member.axis == -2 else -2).reshape(self.experts, -1)
+            )  # (experts, rows or columns)
             total += lines[:, member.index.to(lines.device)].sum(-1).cpu()
         return total
 
@@ -83,7 +85,9 @@ class Group:
             for e in range(experts):
                 lines[e, member.index[~kept[e]].flatten()] = False
             lines = lines if len(member.layer.shape) == 3 else lines[0]
-            mask = (lines.unsqueeze(-1) if member.axis == -2 else lines.unsqueeze(-2)).expand(member.layer.shape)
+            mask = (lines.unsqueeze(-1) if member.axis == -2 else lines.unsqueeze(-2)).expand(
+                member.layer.shape
+            )
             mask = mask.to(member.layer.original.device)
             for change in member.layer.changes:
                 if isinstance(change, Mask):
@@ -130,22 +134,39 @@ def attention_group(name: str, module: nn.Module, model: nn.Module, layers: dict
         query, key, value, output = (p for p in parts if p is not None)
         if query is key:  # one fused matrix: all queries, all keys, all values
             units = query.shape[-2] // (3 * size)
-            members = [Member(query, -2, torch.cat([ranges(units, size, part * units * size) for part in range(3)], 1))]
+            members = [
+                Member(
+                    query, -2, torch.cat([ranges(units, size, part * units * size) for part in range(3)], 1)
+                )
+            ]
         else:
             units = key.shape[-2] // size  # key-value heads; each has q_out / k_out query heads
             wide = query.shape[-2] // units
-            members = [Member(query, -2, ranges(units, wide)), Member(key, -2, ranges(units, size)), Member(value, -2, ranges(units, size))]
+            members = [
+                Member(query, -2, ranges(units, wide)),
+                Member(key, -2, ranges(units, size)),
+                Member(value, -2, ranges(units, size)),
+            ]
         members.append(Member(output, -1, ranges(units, output.shape[-1] // units)))
         return Group(name, "heads", units, 1, members, [module])
     return None
 
 
-def feed_forward_group(name: str, module: nn.Module, layers: dict[int, Layer], stacks: dict[str, Layer]) -> Group | None:
+def feed_forward_group(
+    name: str, module: nn.Module, layers: dict[int, Layer], stacks: dict[str, Layer]
+) -> Group | None:
     up, down = stacks.get(f"{name}.gate_up_proj"), stacks.get(f"{name}.down_proj")
     if up is not None and down is not None:  # gate and up in one stack of experts
         units = down.shape[-1]
         both = torch.cat([ranges(units, 1), ranges(units, 1, units)], 1)
-        return Group(name, "neurons", units, down.shape[0], [Member(up, -2, both), Member(down, -1, ranges(units, 1))], [module])
+        return Group(
+            name,
+            "neurons",
+            units,
+            down.shape[0],
+            [Member(up, -2, both), Member(down, -1, ranges(units, 1))],
+            [module],
+        )
     for producers, consumer in FEED_FORWARD:
         ins = [layers.get(id(child(module, path))) for path in producers]
         out = layers.get(id(child(module, consumer)))
@@ -174,7 +195,9 @@ def discover(model: nn.Module, kinds: Sequence[str] = ("heads", "neurons")) -> l
     found = tie_position_biases(model, found)
     for kind in kinds:
         if kind in ("heads", "neurons") and not any(g.kind == kind for g in found):
-            raise BadInput(f"pattern: {kind} were not recognised in {type(model).__name__}; use a pattern of rows, columns or blocks instead")
+            raise BadInput(
+                f"pattern: {kind} were not recognised in {type(model).__name__}; use a pattern of rows, columns or blocks instead"
+            )
     return found
 
 

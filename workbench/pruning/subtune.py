@@ -18,10 +18,14 @@ class Subtune(SubjectInstrument):
     """Fine-tune only a few blocks: each block alone first (the profile), then greedily the one whose addition helps most."""
 
     changes_model: ClassVar[bool] = True
-    summary_line: ClassVar[str] = "fine-tuning profile of the blocks and a greedy choice of the few that are worth training"
+    summary_line: ClassVar[str] = (
+        "fine-tuning profile of the blocks and a greedy choice of the few that are worth training"
+    )
 
     most: int = parameter(2, "blocks to choose at most", ge=1, le=100)
-    gain: float = parameter(0.02, "smallest share by which a further block must lower the validation loss", ge=0, lt=1)
+    gain: float = parameter(
+        0.02, "smallest share by which a further block must lower the validation loss", ge=0, lt=1
+    )
     steps: int = parameter(100, "optimizer steps of every candidate", ge=1, le=1_000_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
     lr: float = parameter(1e-3, "peak learning rate (AdamW, cosine)", gt=0, le=10, scale="log")
@@ -36,7 +40,9 @@ class Subtune(SubjectInstrument):
         for split in ("train", self.choose_on, self.test_split):
             on.split(split)
         if self.choose_on == self.test_split:
-            raise BadInput(f"choose_on: blocks chosen on {self.choose_on!r} would be judged on the split they were chosen on; give another")
+            raise BadInput(
+                f"choose_on: blocks chosen on {self.choose_on!r} would be judged on the split they were chosen on; give another"
+            )
         if not on.blocks():
             raise BadInput("subject: the model has no repeated blocks to choose from")
 
@@ -45,14 +51,34 @@ class Subtune(SubjectInstrument):
         tuned: dict[tuple[int, ...], Subject] = {}
 
         def tried(blocks: tuple[int, ...], step: int) -> float:
-            fields: dict[str, Any] = {"trainable": "blocks", "blocks": ",".join(map(str, blocks))} if blocks else {"trainable": "head"}
-            run = TrainSparse(method="dense", steps=self.steps, batch_size=self.batch_size, lr=self.lr, seed=self.seed, test_split=self.choose_on, **fields)
+            fields: dict[str, Any] = (
+                {"trainable": "blocks", "blocks": ",".join(map(str, blocks))}
+                if blocks
+                else {"trainable": "head"}
+            )
+            run = TrainSparse(
+                method="dense",
+                steps=self.steps,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                seed=self.seed,
+                test_split=self.choose_on,
+                **fields,
+            )
             result = run.run(on, Progress(), cache=False)
             assert result.subject is not None
             tuned[blocks] = result.subject
             loss = float(result.facts.get("loss", float("inf")))
-            rows.append({"step": step, "blocks": ",".join(map(str, blocks)) or "head", "added": blocks_added(blocks, chosen), "loss": loss,
-                         "accuracy": result.facts.get("accuracy"), "trained_parameters": result.facts["trained_parameters"]})  # fmt: skip
+            rows.append(
+                {
+                    "step": step,
+                    "blocks": ",".join(map(str, blocks)) or "head",
+                    "added": blocks_added(blocks, chosen),
+                    "loss": loss,
+                    "accuracy": result.facts.get("accuracy"),
+                    "trained_parameters": result.facts["trained_parameters"],
+                }
+            )
             return loss
 
         count = len(on.blocks())
@@ -73,8 +99,13 @@ class Subtune(SubjectInstrument):
             if progress.stopped:
                 break
         made = tuned[chosen]
-        facts = {"chosen": ",".join(map(str, chosen)) or "head", f"{self.choose_on}_loss": best,
-                 "trained_parameters": next(r["trained_parameters"] for r in rows if r["blocks"] == (",".join(map(str, chosen)) or "head"))}  # fmt: skip
+        facts = {
+            "chosen": ",".join(map(str, chosen)) or "head",
+            f"{self.choose_on}_loss": best,
+            "trained_parameters": next(
+                r["trained_parameters"] for r in rows if r["blocks"] == (",".join(map(str, chosen)) or "head")
+            ),
+        }
         if not progress.stopped:
             facts |= made.evaluate(self.test_split, progress=progress)
         return self.result(pd.DataFrame(rows), facts, subject=made)
@@ -91,9 +122,16 @@ class SubtuneResult(Result):
     def figure(self, **view: Any) -> go.Figure:
         from workbench.figures import color, figure, rule
 
-        fig = figure("Fine-tuning one block more", x="block added", y=f"{getattr(self.instrument, 'choose_on', 'validation')} loss (nats)", barmode="group")
+        fig = figure(
+            "Fine-tuning one block more",
+            x="block added",
+            y=f"{getattr(self.instrument, 'choose_on', 'validation')} loss (nats)",
+            barmode="group",
+        )
         for step, part in self.table[self.table.added >= 0].groupby("step"):
-            fig.add_bar(x=part.added, y=part.loss, name=f"choice {step}", marker_color=color(int(str(step)) - 1))
+            fig.add_bar(
+                x=part.added, y=part.loss, name=f"choice {step}", marker_color=color(int(str(step)) - 1)
+            )
         head = self.table[self.table.added < 0]
         if len(head):
             rule(fig, "head alone", y=float(head.loss.iloc[0]))

@@ -31,7 +31,9 @@ class TrainSparseResult(Result):
         method = getattr(self.instrument, "method", "train-sparse")
         if show == "layers" and len(tables.get("layers", ())):
             fig = figure(f"What {method} keeps of each layer", x="layer", y="share kept")
-            fig.add_bar(x=tables["layers"].layer, y=tables["layers"].density, marker_color=color(0), name="share kept")
+            fig.add_bar(
+                x=tables["layers"].layer, y=tables["layers"].density, marker_color=color(0), name="share kept"
+            )
             return fig
         if show == "masks" and len(tables.get("masks", ())):
             records = tables["masks"]

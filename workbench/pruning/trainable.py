@@ -23,7 +23,9 @@ TRAINABLE = ("all", "body", "adapters", "half", "blocks", "head")
 
 
 def embedding_parameters(model: nn.Module) -> set[int]:
-    return {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    return {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
+    }
 
 
 def set_trainable(on: Subject, kind: str, chosen: Sequence[int] = (), seed: int = 0) -> list[nn.Parameter]:
@@ -71,7 +73,9 @@ def frozen_half(on: Subject, seed: int) -> set[int]:
     resting: set[int] = set()
     found = blocks(on.model)
     if not found:
-        raise BadInput(f"trainable: half is drawn inside repeated blocks and {type(on.model).__name__} has none; use all or adapters")
+        raise BadInput(
+            f"trainable: half is drawn inside repeated blocks and {type(on.model).__name__} has none; use all or adapters"
+        )
     for index, (_, block) in enumerate(found):
         for modules in modules_by_category(block).values():
             order = torch.randperm(len(modules), generator=generator).tolist()
@@ -85,7 +89,9 @@ def parse_blocks(text: str, count: int) -> tuple[int, ...]:
     try:
         chosen = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
-        raise BadInput(f"blocks: {text!r} is not accepted; give numbers of blocks separated by commas, 0 to {count - 1}") from None
+        raise BadInput(
+            f"blocks: {text!r} is not accepted; give numbers of blocks separated by commas, 0 to {count - 1}"
+        ) from None
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
         raise BadInput(f"blocks: {text!r} is not accepted; this model's blocks are 0 to {count - 1}")
     return chosen

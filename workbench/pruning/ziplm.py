@@ -14,7 +14,9 @@ from torch import Tensor
 from workbench.pruning.obs import damped
 
 
-def removal_order(weight: Tensor, gram: Tensor, index: Tensor, damp: float, at_once: int = 0) -> tuple[Tensor, Tensor]:
+def removal_order(
+    weight: Tensor, gram: Tensor, index: Tensor, damp: float, at_once: int = 0
+) -> tuple[Tensor, Tensor]:
     """The order in which units go, and the squared output error after each.
 
     weight (out, in), gram (in, in), index (units, width): the columns of each unit. Returns (order (units,), error (units,)).

@@ -13,5 +13,20 @@ from workbench.quantization.rotating import Rotate
 from workbench.quantization.rotation import rotate
 from workbench.quantization.sensitivity import LayerSensitivity
 
-__all__ = ["Allocate", "ErrorAnatomy", "FakeQuant", "Format", "Grid", "LayerSensitivity", "Quantize", "Rotate", "TrainQuantized", "at_width", "fit", "named",
-           "rotate", "to_compressed_tensors", "to_onnx"]  # fmt: skip
+__all__ = [
+    "Allocate",
+    "ErrorAnatomy",
+    "FakeQuant",
+    "Format",
+    "Grid",
+    "LayerSensitivity",
+    "Quantize",
+    "Rotate",
+    "TrainQuantized",
+    "at_width",
+    "fit",
+    "named",
+    "rotate",
+    "to_compressed_tensors",
+    "to_onnx",
+]

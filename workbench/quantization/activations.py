@@ -45,15 +45,26 @@ class InputRanges:
 
 
 @torch.no_grad()
-def input_ranges(subject: Subject, layers: Sequence[Layer], split: str = "calibration", examples: int = 128, batch_size: int = 16,
-                 progress: Progress | None = None, transforms: Mapping[str, Transform | None] | None = None) -> dict[str, InputRanges]:  # fmt: skip
+def input_ranges(
+    subject: Subject,
+    layers: Sequence[Layer],
+    split: str = "calibration",
+    examples: int = 128,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    transforms: Mapping[str, Transform | None] | None = None,
+) -> dict[str, InputRanges]:
     """name -> ranges of the layer's inputs, in one streaming pass; padding positions are left out. With `transforms`, of T^-1 x."""
     progress = progress or Progress()
     found = {}
     for layer in layers:
         experts = layer.shape[0] if len(layer.shape) == 3 else 1
-        low, high, second, fourth = (torch.zeros(experts, layer.shape[-1], device=layer.original.device) for _ in range(4))
-        found[layer.name] = InputRanges(low, high, second, fourth, torch.zeros(experts, device=layer.original.device))
+        low, high, second, fourth = (
+            torch.zeros(experts, layer.shape[-1], device=layer.original.device) for _ in range(4)
+        )
+        found[layer.name] = InputRanges(
+            low, high, second, fourth, torch.zeros(experts, device=layer.original.device)
+        )
 
     def add(layer: Layer, expert: int, rows: Tensor) -> None:
         if not len(rows):
@@ -95,13 +106,41 @@ class ActivationQuant(Change):
     wide: Tensor | None
     place = "input"
 
-    def __init__(self, low: Tensor | None = None, high: Tensor | None = None, smooth: Tensor | None = None, signs: Tensor | None = None,
-                 left: Tensor | None = None, right: Tensor | None = None, wide: Tensor | None = None, *, format: str, granularity: str = "token",
-                 block: int = 0, group: int = 0, orthogonal: bool = False, wide_format: str = "uint8") -> None:  # fmt: skip
+    def __init__(
+        self,
+        low: Tensor | None = None,
+        high: Tensor | None = None,
+        smooth: Tensor | None = None,
+        signs: Tensor | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        wide: Tensor | None = None,
+        *,
+        format: str,
+        granularity: str = "token",
+        block: int = 0,
+        group: int = 0,
+        orthogonal: bool = False,
+        wide_format: str = "uint8",
+    ) -> None:
         super().__init__()
-        for name, tensor in (("low", low), ("high", high), ("smooth", smooth), ("signs", signs), ("left", left), ("right", right), ("wide", wide)):
+        for name, tensor in (
+            ("low", low),
+            ("high", high),
+            ("smooth", smooth),
+            ("signs", signs),
+            ("left", left),
+            ("right", right),
+            ("wide", wide),
+        ):
             self.register_buffer(name, tensor)
-        self.format, self.granularity, self.block, self.group, self.orthogonal = format, granularity, block, group, orthogonal
+        self.format, self.granularity, self.block, self.group, self.orthogonal = (
+            format,
+            granularity,
+            block,
+            group,
+            orthogonal,
+        )
         self.wide_format = wide_format
 
     @property
@@ -112,8 +151,14 @@ class ActivationQuant(Change):
         return weight
 
     def config(self) -> dict[str, Any]:
-        return {"format": self.format, "granularity": self.granularity, "block": self.block, "group": self.group, "orthogonal": self.orthogonal,
-                "wide_format": self.wide_format}  # fmt: skip
+        return {
+            "format": self.format,
+            "granularity": self.granularity,
+            "block": self.block,
+            "group": self.group,
+            "orthogonal": self.orthogonal,
+            "wide_format": self.wide_format,
+        }
 
     def attached(self, module: nn.Module) -> None:
         hooks = module._forward_pre_hooks if self.place == "input" else module._forward_hooks
@@ -203,8 +248,14 @@ def head_size(subject: Subject) -> int:
     return int(known or config.hidden_size // config.num_attention_heads)
 
 
-def quantize_activations(layer: Layer, ranges: InputRanges | None, format: str, granularity: str, transform: Transform | None = None,
-                         wide: Tensor | None = None) -> None:  # fmt: skip
+def quantize_activations(
+    layer: Layer,
+    ranges: InputRanges | None,
+    format: str,
+    granularity: str,
+    transform: Transform | None = None,
+    wide: Tensor | None = None,
+) -> None:
     """Attach an `ActivationQuant` to a linear layer; static granularities take their range from `ranges`, in transformed coordinates."""
     low = high = None
     if granularity != "token":
@@ -218,8 +269,18 @@ def quantize_activations(layer: Layer, ranges: InputRanges | None, format: str, 
             if wide is None:
                 low, high = low[0], high[0]
     transform = transform or Transform()
-    layer.attach(ActivationQuant(low, high, **transform.tensors, wide=wide, format=format, granularity=granularity, block=transform.block,
-                                 orthogonal=transform.orthogonal))  # fmt: skip
+    layer.attach(
+        ActivationQuant(
+            low,
+            high,
+            **transform.tensors,
+            wide=wide,
+            format=format,
+            granularity=granularity,
+            block=transform.block,
+            orthogonal=transform.orthogonal,
+        )
+    )
 
 
 def widest(gram: Tensor, share: float) -> Tensor:

@@ -27,7 +27,9 @@ class Adapter(LowRank):
     order = 60
 
 
-def zero_term(shape: tuple[int, ...], rank: int, generator: torch.Generator, device: torch.device | None = None) -> Term:
+def zero_term(
+    shape: tuple[int, ...], rank: int, generator: torch.Generator, device: torch.device | None = None
+) -> Term:
     """LoRA's start (Hu et al. 2021): up is zero, down Gaussian with variance 1 / in."""
     rank = min(rank, *shape[-2:])
     down = torch.randn(*shape[:-2], rank, shape[-1], generator=generator) * shape[-1] ** -0.5
@@ -41,7 +43,9 @@ def best_term(gap: Tensor, rank: int) -> Term:
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
-def with_term(problem: Problem, rounder: Callable[[Problem], tuple[Tensor, Grid]], rank: int, alternations: int) -> tuple[Tensor, Grid, Term]:
+def with_term(
+    problem: Problem, rounder: Callable[[Problem], tuple[Tensor, Grid]], rank: int, alternations: int
+) -> tuple[Tensor, Grid, Term]:
     """LoftQ: Q_t = q(W - A B), then (A, B) = the best rank-r fit of W - Q_t, `alternations` times from A B = 0 (Li et al. 2024, algorithm 1).
 
     The pair with the least ||W - Q - A B||_F is taken: scales are fitted anew to every W - A B, so a step can make it worse.
@@ -49,7 +53,9 @@ def with_term(problem: Problem, rounder: Callable[[Problem], tuple[Tensor, Grid]
     """
     weight, rank = problem.weight, min(rank, *problem.weight.shape)
     if alternations == 0:
-        return *rounder(problem), tuple(t.to(weight.device) for t in zero_term(tuple(weight.shape), rank, problem.generator))  # type: ignore[return-value]
+        return *rounder(problem), tuple(
+            t.to(weight.device) for t in zero_term(tuple(weight.shape), rank, problem.generator)
+        )  # type: ignore[return-value]
     best: tuple[Tensor, Grid, Term] | None = None
     least, term = float("inf"), torch.zeros_like(weight)
     for _ in range(alternations):

@@ -27,7 +27,9 @@ class Allocation:
     bound: float
 
 
-def allocate(cost: ArrayLike, size: ArrayLike, budget: float, equal: Sequence[tuple[int, int]] = ()) -> Allocation:
+def allocate(
+    cost: ArrayLike, size: ArrayLike, budget: float, equal: Sequence[tuple[int, int]] = ()
+) -> Allocation:
     """The cheapest choice for each layer within `budget`.
 
     cost, size : (layers, choices), any units;  equal : pairs of layers that must make the same choice
@@ -35,29 +37,48 @@ def allocate(cost: ArrayLike, size: ArrayLike, budget: float, equal: Sequence[tu
     """
     costs, sizes = np.asarray(cost, dtype=float), np.asarray(size, dtype=float)
     if costs.ndim != 2 or costs.shape != sizes.shape:
-        raise BadInput(f"cost: cost and size must have one shape (layers, choices), got {costs.shape} and {sizes.shape}")
+        raise BadInput(
+            f"cost: cost and size must have one shape (layers, choices), got {costs.shape} and {sizes.shape}"
+        )
     if not (np.isfinite(costs).all() and np.isfinite(sizes).all()):
         raise BadInput("cost: nan or inf among the sensitivities or sizes; repair the measurement first")
     layers, choices = costs.shape
     variables = layers * choices
-    one_each = coo_array((np.ones(variables), (np.repeat(np.arange(layers), choices), np.arange(variables))), shape=(layers, variables))
+    one_each = coo_array(
+        (np.ones(variables), (np.repeat(np.arange(layers), choices), np.arange(variables))),
+        shape=(layers, variables),
+    )
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(sizes.reshape(1, -1), -np.inf, budget)]
     for first, second in equal:
         rows = np.zeros((choices, variables))
         for k in range(choices):
             rows[k, first * choices + k], rows[k, second * choices + k] = 1, -1
         constraints.append(LinearConstraint(rows, 0, 0))
-    scale = np.median(np.abs(costs)) or np.abs(costs).max() or 1.0  # the solver's tolerances are absolute: a gap it ignores must be small beside a layer
-    found = milp(costs.reshape(-1) / scale, integrality=np.ones(variables), bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 0.0})
+    scale = (
+        np.median(np.abs(costs)) or np.abs(costs).max() or 1.0
+    )  # the solver's tolerances are absolute: a gap it ignores must be small beside a layer
+    found = milp(
+        costs.reshape(-1) / scale,
+        integrality=np.ones(variables),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 0.0},
+    )
     if found.x is None:
-        raise BadInput(f"budget: {budget:.6g} cannot be met; the smallest choice of every layer already takes {sizes.min(1).sum():.6g}")
+        raise BadInput(
+            f"budget: {budget:.6g} cannot be met; the smallest choice of every layer already takes {sizes.min(1).sum():.6g}"
+        )
     choice = found.x.reshape(layers, choices).argmax(1)
     rows = np.arange(layers)
     bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
-    return Allocation(choice, float(costs[rows, choice].sum()), float(sizes[rows, choice].sum()), float(bound * scale))
+    return Allocation(
+        choice, float(costs[rows, choice].sum()), float(sizes[rows, choice].sum()), float(bound * scale)
+    )
 
 
-def log_variance(sensitivity: ArrayLike, variance: ArrayLike, weights: ArrayLike, average: float) -> NDArray[np.float64]:
+def log_variance(
+    sensitivity: ArrayLike, variance: ArrayLike, weights: ArrayLike, average: float
+) -> NDArray[np.float64]:
     """Real-valued widths b_l = average + 1/2 log2(s_l v_l / G), with G the geometric mean of s_l v_l over the weights.
 
     sensitivity : (layers,) loss for a unit of squared error on one weight, as a Hessian block's trace over its size
@@ -74,7 +95,9 @@ def log_variance(sensitivity: ArrayLike, variance: ArrayLike, weights: ArrayLike
     return average + 0.5 * (logs - np.average(logs, weights=n))
 
 
-def front(cost: ArrayLike, size: ArrayLike, points: int = 40, equal: Sequence[tuple[int, int]] = ()) -> list[Allocation]:
+def front(
+    cost: ArrayLike, size: ArrayLike, points: int = 40, equal: Sequence[tuple[int, int]] = ()
+) -> list[Allocation]:
     """The Pareto front: the optimum at `points` budgets between the smallest and the largest size, without repeats."""
     sizes = np.asarray(size, dtype=float)
     found: list[Allocation] = []
@@ -85,7 +108,9 @@ def front(cost: ArrayLike, size: ArrayLike, points: int = 40, equal: Sequence[tu
     return found
 
 
-def with_interactions(interactions: ArrayLike, size: ArrayLike, budget: float, start: Sequence[int], sweeps: int = 50) -> Allocation:
+def with_interactions(
+    interactions: ArrayLike, size: ArrayLike, budget: float, start: Sequence[int], sweeps: int = 50
+) -> Allocation:
     """Lower sum_ij I[i, c(i), j, c(j)], costs that depend on pairs of layers, by single changes and exchanges from `start`.
 
     interactions : (layers, choices, layers, choices), symmetric; the diagonal blocks hold each layer's own cost

@@ -44,7 +44,14 @@ class AttentionCall:
 _seen: ContextVar[list[AttentionCall | Layer] | None] = ContextVar("seen", default=None)
 
 
-def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+def plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
     """The attention interface of transformers: (output (batch, tokens, heads, dim), maps (batch, heads, tokens, keys))."""
     eager = eager_of(type(module))
     change, keep = change_inside(module), kept_tokens(attention_mask)
@@ -56,11 +63,15 @@ def plain_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     else:
         residual = change.residual_scores()
         if residual is not None:
-            scaled = residual * (options["scaling"] if options.get("scaling") is not None else query.shape[-1] ** -0.5)
+            scaled = residual * (
+                options["scaling"] if options.get("scaling") is not None else query.shape[-1] ** -0.5
+            )
             attention_mask = scaled if attention_mask is None else attention_mask + scaled
         _, maps = eager(module, query, key, value, attention_mask, **options)
         maps, value = change.weighed(maps, value)
-        output = (maps @ value.repeat_interleave(maps.shape[1] // value.shape[1], 1)).transpose(1, 2).contiguous()
+        output = (
+            (maps @ value.repeat_interleave(maps.shape[1] // value.shape[1], 1)).transpose(1, 2).contiguous()
+        )
     seen = _seen.get()
     if seen is not None:
         seen.append(AttentionCall(module, query, key, value, maps, keep))
@@ -72,7 +83,9 @@ def eager_of(kind: type[nn.Module]) -> Any:
     for parent in kind.__mro__:
         if (found := getattr(sys.modules[parent.__module__], "eager_attention_forward", None)) is not None:
             return found
-    raise BadInput(f"subject: {kind.__name__} has no plain attention function beside it, through which its attention could be seen")
+    raise BadInput(
+        f"subject: {kind.__name__} has no plain attention function beside it, through which its attention could be seen"
+    )
 
 
 def kept_tokens(mask: Tensor | None) -> Tensor | None:
@@ -100,7 +113,13 @@ def register() -> None:
 
 
 def configurations(model: nn.Module) -> list[Any]:
-    return list({id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}.values())
+    return list(
+        {
+            id(m.config): m.config
+            for m in model.modules()
+            if hasattr(getattr(m, "config", None), "_attn_implementation")
+        }.values()
+    )
 
 
 def use_plain_attention(model: nn.Module) -> None:
@@ -144,7 +163,9 @@ def order_of(on: Subject, layers: Sequence[Layer], examples: int = 1) -> list[At
             for handle in handles:
                 handle.remove()
     if not any(isinstance(step, AttentionCall) for step in found):
-        raise BadInput(f"subject: {type(on.model).__name__} computes attention by itself; this needs a model that goes through transformers' attention interface")
+        raise BadInput(
+            f"subject: {type(on.model).__name__} computes attention by itself; this needs a model that goes through transformers' attention interface"
+        )
     return found
 
 
@@ -154,7 +175,9 @@ def attention_sites(order: Sequence[AttentionCall | Layer]) -> dict[str, Attenti
     for position, call in enumerate(order):
         if isinstance(call, AttentionCall):
             inside = {id(m) for m in call.module.modules()}
-            before = [step for step in order[:position] if isinstance(step, Layer) and id(step.module) in inside]
+            before = [
+                step for step in order[:position] if isinstance(step, Layer) and id(step.module) in inside
+            ]
             if before:
                 sites.setdefault(before[0].name, call)
     return sites
@@ -202,13 +225,25 @@ class AttentionQuant(AttentionChange):
         return rounded_tokens(maps, self.format, self.wide_format, None), self.round(value, False)
 
     def round(self, x: Tensor, all_wide: bool) -> Tensor:
-        return rounded_tokens(x, self.format, self.wide_format, None if all_wide or self.share == 1 else important_tokens(x.shape[0], x.shape[2], self.share))
+        return rounded_tokens(
+            x,
+            self.format,
+            self.wide_format,
+            None if all_wide or self.share == 1 else important_tokens(x.shape[0], x.shape[2], self.share),
+        )
 
     def config(self) -> dict[str, Any]:
-        return {"format": self.format, "wide_format": self.wide_format, "share": self.share, "first": self.first}
+        return {
+            "format": self.format,
+            "wide_format": self.wide_format,
+            "share": self.share,
+            "first": self.first,
+        }
 
 
-def round_activations(on: Subject, layers: Sequence[Layer], bits: int, wide_share: float, attention: bool) -> None:
+def round_activations(
+    on: Subject, layers: Sequence[Layer], bits: int, wide_share: float, attention: bool
+) -> None:
     """Inputs of these layers in `bits` bits, a scale for every token; 8 bits for the `wide_share` of tokens that attention finds important.
     With `attention` its operands and maps as well. Gradients pass straight through."""
     narrow, wide = (activation_format("int", width).name for width in (bits, 8 if wide_share else bits))
@@ -217,13 +252,21 @@ def round_activations(on: Subject, layers: Sequence[Layer], bits: int, wide_shar
     early = {step.name for step in order[:first] if isinstance(step, Layer)}
     for layer in layers:
         if wide_share:
-            layer.attach(TokenQuant(format=narrow, wide_format=wide, share=wide_share, before_attention=layer.name in early))
+            layer.attach(
+                TokenQuant(
+                    format=narrow, wide_format=wide, share=wide_share, before_attention=layer.name in early
+                )
+            )
         else:
             quantize_activations(layer, None, narrow, "token")
     if attention:
         sites = attention_sites(order)
         for layer in layers:
             if layer.name in sites:
-                layer.attach(AttentionQuant(format=narrow, wide_format=wide, share=wide_share or 1.0, first=layer.name in early))
+                layer.attach(
+                    AttentionQuant(
+                        format=narrow, wide_format=wide, share=wide_share or 1.0, first=layer.name in early
+                    )
+                )
     if order:
         use_plain_attention(on.model)

@@ -47,10 +47,16 @@ class DoubleRounding(TrainedRounding):
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> DoubleRounding:
         highest = named("int", max(settings.widths)).element.highest
-        return cls((in_groups(weight, group).abs().amax(-1).clamp_min(1e-8) / highest).log(), widths=settings.widths, group=group)
+        return cls(
+            (in_groups(weight, group).abs().amax(-1).clamp_min(1e-8) / highest).log(),
+            widths=settings.widths,
+            group=group,
+        )
 
     @classmethod
-    def survey(cls, on: Subject, layers: Sequence[Layer], settings: TrainQuantized) -> dict[str, dict[str, float]]:
+    def survey(
+        cls, on: Subject, layers: Sequence[Layer], settings: TrainQuantized
+    ) -> dict[str, dict[str, float]]:
         """Each layer's Hessian trace and its place between the least and the largest, on a logarithmic axis; nothing where widths take turns."""
         from workbench.quantization.sensitivity import traces
 
@@ -59,7 +65,10 @@ class DoubleRounding(TrainedRounding):
         found = traces(on, layers, PROBES, EXAMPLES, torch.Generator().manual_seed(settings.seed), "train")
         logs = {name: math.log(max(trace, 1e-12)) for name, (trace, _) in found.items()}
         low, high = min(logs.values()), max(logs.values())
-        return {name: {"trace": found[name][0], "place": (log - low) / (high - low) if high > low else 0.5} for name, log in logs.items()}
+        return {
+            name: {"trace": found[name][0], "place": (log - low) / (high - low) if high > low else 0.5}
+            for name, log in logs.items()
+        }
 
     def prepare(self, course: Course) -> None:
         if self.surveyed:
@@ -74,7 +83,11 @@ class DoubleRounding(TrainedRounding):
         element, shift = named("int", width).element, 2.0 ** (self.widths[0] - width)
         factor = (self.group * max(element.highest, 1.0)) ** -0.5 / shift
         grid = self.grid()
-        step = spread(grid.scale * shift * (1 + factor * (self.log_step - self.log_step.detach())), self.group, weight.shape[-1])
+        step = spread(
+            grid.scale * shift * (1 + factor * (self.log_step - self.log_step.detach())),
+            self.group,
+            weight.shape[-1],
+        )
         units = (weight / step).clamp(element.lowest, element.highest)
         whole = grid.format.element.round(weight.detach() / step.detach() * shift)
         return (units + (element.round(whole / shift) - units).detach()) * step
@@ -88,18 +101,34 @@ class DoubleRounding(TrainedRounding):
         return grid.round(weight), grid
 
     @classmethod
-    def tables(cls, roundings: Sequence[TrainedRounding], layers: Sequence[Layer], on: Subject, settings: TrainQuantized, progress: Progress) -> dict[
-            str, pd.DataFrame]:  # fmt: skip
-        """"readings": test metrics at each width of the one stored tensor, and the bytes of that width alone; "switching": each layer's trace
+    def tables(
+        cls,
+        roundings: Sequence[TrainedRounding],
+        layers: Sequence[Layer],
+        on: Subject,
+        settings: TrainQuantized,
+        progress: Progress,
+    ) -> dict[str, pd.DataFrame]:
+        """ "readings": test metrics at each width of the one stored tensor, and the bytes of that width alone; "switching": each layer's trace
         beside the mean of the widths it drew."""
         rows = []
         for width in progress.track(sorted(settings.widths, reverse=True), "reading widths"):
             read = at_width(on, width, layers=settings.layers)
             size = sum(quantizer_of(layer).grid.bytes(layer.shape) for layer in read.layers(settings.layers))
-            rows.append({"bits": width, "bytes": math.ceil(size)} | read.evaluate("test", limit=settings.test_examples))
+            rows.append(
+                {"bits": width, "bytes": math.ceil(size)}
+                | read.evaluate("test", limit=settings.test_examples)
+            )
         found = {"readings": pd.DataFrame(rows)}
-        switched = [{"layer": layer.name, "trace": r.surveyed["trace"], "mean_width": sum(r.draws) / max(len(r.draws), 1)}
-                    for layer, r in zip(layers, roundings, strict=True) if isinstance(r, DoubleRounding) and r.surveyed]  # fmt: skip
+        switched = [
+            {
+                "layer": layer.name,
+                "trace": r.surveyed["trace"],
+                "mean_width": sum(r.draws) / max(len(r.draws), 1),
+            }
+            for layer, r in zip(layers, roundings, strict=True)
+            if isinstance(r, DoubleRounding) and r.surveyed
+        ]
         return found | ({"switching": pd.DataFrame(switched)} if switched else {})
 
     def config(self) -> dict[str, Any]:
@@ -116,13 +145,17 @@ def chances_of(place: float, count: int) -> Tensor:
 def check_widths(settings: TrainQuantized) -> None:
     """`BadInput` for widths that cannot be read from one integer."""
     if bad := [w for w in settings.widths if not 2 <= w <= 8]:
-        raise BadInput(f"widths: {bad[0]} is not a width that can be stored; give numbers of bits from 2 to 8")
+        raise BadInput(
+            f"widths: {bad[0]} is not a width that can be stored; give numbers of bits from 2 to 8"
+        )
     if len(set(settings.widths)) < len(settings.widths):
         raise BadInput(f"widths: {settings.widths} names a width twice; give each once")
 
 
 @torch.no_grad()
-def at_width(on: Subject, widths: int | Mapping[str, int], truncate: bool = False, layers: str = "blocks") -> Subject:
+def at_width(
+    on: Subject, widths: int | Mapping[str, int], truncate: bool = False, layers: str = "blocks"
+) -> Subject:
     """The subject with its stored integers read at fewer bits: one width, or one for each layer by name.
 
     W_l = clip(round(W_h / 2^(h-l))), or with `truncate` clip(floor(W_h / 2^(h-l))), the leading bits alone. Layers that have fewer bits already,
@@ -132,7 +165,9 @@ def at_width(on: Subject, widths: int | Mapping[str, int], truncate: bool = Fals
     for layer in found.layers(layers):
         grid = quantizer_of(layer).grid
         if not grid.format.name.startswith("int") or type(grid) is not Grid or grid.transform is not None:
-            raise BadInput(f"layers: {layer.name} is on {grid.format.name}; widths are read from symmetric integers alone")
+            raise BadInput(
+                f"layers: {layer.name} is on {grid.format.name}; widths are read from symmetric integers alone"
+            )
         stored_bits = grid.format.element.bits
         width = widths if isinstance(widths, int) else widths.get(layer.name, stored_bits)
         if not 2 <= width <= 8:
@@ -142,7 +177,9 @@ def at_width(on: Subject, widths: int | Mapping[str, int], truncate: bool = Fals
             values = layer.weight.detach().float()
             if truncate:
                 step, _ = narrow.columns(values.shape[-1])
-                values = torch.floor(values / step + 2.0**-8) * step  # a stored integer is at most 63/64 short of the next
+                values = (
+                    torch.floor(values / step + 2.0**-8) * step
+                )  # a stored integer is at most 63/64 short of the next
             layer.attach(FakeQuant.of(narrow))
             layer.write(narrow.round(values).to(layer.original.dtype))
     return found
@@ -150,7 +187,9 @@ def at_width(on: Subject, widths: int | Mapping[str, int], truncate: bool = Fals
 
 def narrowed(grid: Grid, width: int) -> Grid:
     """The grid of the leading `width` bits."""
-    return replace(grid, format=named("int", width), scale=grid.scale * 2.0 ** (grid.format.element.bits - width))
+    return replace(
+        grid, format=named("int", width), scale=grid.scale * 2.0 ** (grid.format.element.bits - width)
+    )
 
 
 ROUNDINGS["double-rounding"] = DoubleRounding

@@ -16,9 +16,19 @@ from workbench.quantization.prefix import Call, first
 from workbench.subjects import Layer
 
 
-def reconstruct(model: nn.Module, blocks: Sequence[str], layers: Sequence[Layer], modules: dict[str, list[LearnedRounding]], calls: Sequence[Sequence[Call]],
-                targets: Sequence[Sequence[Tensor]], steps: int, generator: torch.Generator, progress: Progress, divergence: bool = False,
-                angular: bool = False) -> None:  # fmt: skip
+def reconstruct(
+    model: nn.Module,
+    blocks: Sequence[str],
+    layers: Sequence[Layer],
+    modules: dict[str, list[LearnedRounding]],
+    calls: Sequence[Sequence[Call]],
+    targets: Sequence[Sequence[Tensor]],
+    steps: int,
+    generator: torch.Generator,
+    progress: Progress,
+    divergence: bool = False,
+    angular: bool = False,
+) -> None:
     """Minimise the mean squared error of what consecutive blocks put out together over their calls; moves `modules` (by layer name).
 
     calls : for every batch, each block's call;  targets : one or several kinds of the last block's wanted outputs, whose errors are added.
@@ -41,13 +51,21 @@ def reconstruct(model: nn.Module, blocks: Sequence[str], layers: Sequence[Layer]
                 value = torch.stack(found) if len(layer.shape) == 3 else found[0]
                 name = f"{layer.name}.{layer.tensor}" if len(layer.shape) == 2 else layer.name
                 index = next(i for i, block in enumerate(blocks) if name.startswith(block + "."))
-                made[index][name[len(blocks[index]) + 1 :]] = (value.mT if layer.transposed else value).to(layer.original.dtype)
+                made[index][name[len(blocks[index]) + 1 :]] = (value.mT if layer.transposed else value).to(
+                    layer.original.dtype
+                )
             return made
 
         @torch.no_grad()
         def error() -> float:
             values = weights(True, 1.0)
-            return sum(float((output_of(parts, values, c) - t).square().sum()) for c, t in zip(calls, targets[0], strict=True)) / size
+            return (
+                sum(
+                    float((output_of(parts, values, c) - t).square().sum())
+                    for c, t in zip(calls, targets[0], strict=True)
+                )
+                / size
+            )
 
         def state() -> list[dict[str, Tensor]]:
             return [{name: value.detach().clone() for name, value in m.state_dict().items()} for m in every]
@@ -59,9 +77,18 @@ def reconstruct(model: nn.Module, blocks: Sequence[str], layers: Sequence[Layer]
             for target in (kind[pick] for kind in targets):
                 loss = loss + (output - target).square().sum() / target.square().sum()
                 if divergence:
-                    loss = loss + functional.kl_div(output.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="sum") / output[..., 0].numel()
+                    loss = (
+                        loss
+                        + functional.kl_div(
+                            output.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="sum"
+                        )
+                        / output[..., 0].numel()
+                    )
                 if angular:
-                    loss = loss - functional.cosine_similarity(output, target, dim=-1).mean().clamp_min(1e-3).log()
+                    loss = (
+                        loss
+                        - functional.cosine_similarity(output, target, dim=-1).mean().clamp_min(1e-3).log()
+                    )
             penalties = [p for m in every if (p := m.penalty(step / steps)) is not None]
             if penalties:
                 # The layer objective counts errors in squared steps, of order 1/12 a weight; this keeps the same balance.
@@ -76,13 +103,17 @@ def reconstruct(model: nn.Module, blocks: Sequence[str], layers: Sequence[Layer]
             m.load_state_dict(values)
 
 
-def output_of(parts: Sequence[nn.Module], weights: Sequence[dict[str, Tensor]], calls: Sequence[Call]) -> Tensor:
+def output_of(
+    parts: Sequence[nn.Module], weights: Sequence[dict[str, Tensor]], calls: Sequence[Call]
+) -> Tensor:
     """What consecutive blocks put out: the first on its call's inputs, each other on what the one before it put out."""
     hidden: Tensor | None = None
     for part, values, call in zip(parts, weights, calls, strict=True):
         args, kwargs = call.args, call.kwargs
         if hidden is not None:
-            args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+            args, kwargs = (
+                ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+            )
         hidden = first(functional_call(part, values, args, kwargs))
     assert hidden is not None
     return hidden

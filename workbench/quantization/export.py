@@ -63,7 +63,11 @@ def to_compressed_tensors(subject: Subject, folder: str | os.PathLike[str]) -> P
     `BadInput` for anything else, by layer. Needs the package `compressed-tensors` (extra `export`).
     """
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationStatus,
+        apply_quantization_config,
+    )
 
     if not hasattr(subject.model, "save_pretrained"):
         raise BadInput("subject: only a transformers model can be written as a compressed-tensors checkpoint")
@@ -76,13 +80,22 @@ def to_compressed_tensors(subject: Subject, folder: str | os.PathLike[str]) -> P
             refuse(layer, "is a transposed Conv1D", "compressed-tensors")
         arguments = scheme_of(layer, grid)
         # Packed zero points do not survive loading (their placeholder is made unpacked), so affine integers take a byte each.
-        storage = "float-quantized" if arguments["type"] == "float" else ("pack-quantized" if arguments["symmetric"] else "naive-quantized")
-        group = groups.setdefault(json.dumps(arguments, sort_keys=True), {"targets": [], "weights": arguments, "format": storage})
+        storage = (
+            "float-quantized"
+            if arguments["type"] == "float"
+            else ("pack-quantized" if arguments["symmetric"] else "naive-quantized")
+        )
+        group = groups.setdefault(
+            json.dumps(arguments, sort_keys=True), {"targets": [], "weights": arguments, "format": storage}
+        )
         group["targets"].append("re:" + layer.name.replace(".", "[.]") + "$")
     formats = sorted({g["format"] for g in groups.values()})
-    config = QuantizationConfig(config_groups={f"group_{i}": g for i, g in enumerate(groups.values())}, ignore=[],
-                                format=formats[0] if len(formats) == 1 else "mixed-precision",
-                                quantization_status=QuantizationStatus.FROZEN)  # fmt: skip
+    config = QuantizationConfig(
+        config_groups={f"group_{i}": g for i, g in enumerate(groups.values())},
+        ignore=[],
+        format=formats[0] if len(formats) == 1 else "mixed-precision",
+        quantization_status=QuantizationStatus.FROZEN,
+    )
     grids = {layer.name: quantizer_of(layer).grid for layer in layers}
     model = bake(copy.deepcopy(subject.model)).cpu().eval()
     apply_quantization_config(model, config, run_compressed=False)
@@ -109,18 +122,28 @@ def scheme_of(layer: Layer, grid: Grid) -> dict[str, Any]:
     if strategy == "tensor" and not real:
         # Packed zero points exist for channels and groups only, so one scale is written for every channel.
         strategy = "channel"
-    return {"num_bits": 8 if real else grid.format.element.bits, "type": "float" if real else "int", "symmetric": grid.zero is None, "strategy": strategy,
-            "group_size": grid.group if strategy == "group" else None, "dynamic": False}  # fmt: skip
+    return {
+        "num_bits": 8 if real else grid.format.element.bits,
+        "type": "float" if real else "int",
+        "symmetric": grid.zero is None,
+        "strategy": strategy,
+        "group_size": grid.group if strategy == "group" else None,
+        "dynamic": False,
+    }
 
 
 def fill_parameters(module: nn.Module, grid: Grid) -> None:
     """Put our scales and zero points where compressed-tensors looks for them; its codes are signed, so zero points shift by half the range."""
     scale: Tensor = module.weight_scale  # type: ignore[assignment]
     with torch.no_grad():
-        scale.copy_(grid.scale.cpu().expand(scale.shape) if scale.ndim == 2 else grid.scale.cpu().reshape(scale.shape))
+        scale.copy_(
+            grid.scale.cpu().expand(scale.shape) if scale.ndim == 2 else grid.scale.cpu().reshape(scale.shape)
+        )
         if grid.zero is not None:
             zero: Tensor = module.weight_zero_point  # type: ignore[assignment]
-            zero.copy_((grid.zero.cpu() - 2 ** (grid.format.element.bits - 1)).expand(zero.shape).to(zero.dtype))
+            zero.copy_(
+                (grid.zero.cpu() - 2 ** (grid.format.element.bits - 1)).expand(zero.shape).to(zero.dtype)
+            )
 
 
 def to_onnx(subject: Subject, file: str | os.PathLike[str]) -> Path:
@@ -143,20 +166,39 @@ def to_onnx(subject: Subject, file: str | os.PathLike[str]) -> Path:
     with replacing(Path(file)) as draft:
         arguments = tuple(subject.task.inputs(batch).values())
         free = torch.export.Dim("batch", min=1)
-        program = torch.onnx.export(wrapped, arguments, dynamo=True, optimize=False, opset_version=21, verbose=False, input_names=wrapped.names,
-                                    output_names=["output"], dynamic_shapes=(tuple({0: free} for _ in arguments),))  # fmt: skip
+        program = torch.onnx.export(
+            wrapped,
+            arguments,
+            dynamo=True,
+            optimize=False,
+            opset_version=21,
+            verbose=False,
+            input_names=wrapped.names,
+            output_names=["output"],
+            dynamic_shapes=(tuple({0: free} for _ in arguments),),
+        )
         assert program is not None
         graph = program.model_proto
         known = {i.name: i for i in graph.graph.initializer}
         for layer in layers:
             name = f"model.{layer.name}.{layer.tensor}"
             if name not in known:
-                raise BadInput(f"onnx: the exporter changed {layer.name} beyond recognition; export the dense model instead")
+                raise BadInput(
+                    f"onnx: the exporter changed {layer.name} beyond recognition; export the dense model instead"
+                )
             integers, scale, zero, attributes = dequantize_inputs(layer, grids[layer.name], codes[layer.name])
             graph.graph.initializer.remove(known[name])
             parts = {"codes": integers, "scale": scale, "zero": zero}
-            graph.graph.initializer.extend([numpy_helper.from_array(v, f"{name}.{k}") for k, v in parts.items()])
-            node = onnx.helper.make_node("DequantizeLinear", [f"{name}.{k}" for k in parts], [name], name=f"{name}.dequantize", **attributes)
+            graph.graph.initializer.extend(
+                [numpy_helper.from_array(v, f"{name}.{k}") for k, v in parts.items()]
+            )
+            node = onnx.helper.make_node(
+                "DequantizeLinear",
+                [f"{name}.{k}" for k in parts],
+                [name],
+                name=f"{name}.dequantize",
+                **attributes,
+            )
             graph.graph.node.insert(0, node)
         onnx.checker.check_model(graph)
         onnx.save(graph, str(draft))
@@ -174,7 +216,9 @@ class Outputs(nn.Module):
         return self.task.output(self.model, dict(zip(self.names, values, strict=True)))
 
 
-def dequantize_inputs(layer: Layer, grid: Grid, codes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+def dequantize_inputs(
+    layer: Layer, grid: Grid, codes: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
     """(codes, scales, zero points, attributes) of `DequantizeLinear` for a weight in the module's own orientation."""
     signed = grid.zero is None
     half = 2 ** (grid.format.element.bits - 1)
@@ -192,5 +236,9 @@ def dequantize_inputs(layer: Layer, grid: Grid, codes: Tensor) -> tuple[np.ndarr
         scale, zero = (t.T if layer.transposed else t for t in (scale, zero))
     if layer.transposed:
         integers = integers.T
-    return (np.ascontiguousarray(integers.numpy().astype(kind)), np.ascontiguousarray(scale.numpy().astype(np.float32)),
-            np.ascontiguousarray(zero.numpy().astype(kind)), attributes)  # fmt: skip
+    return (
+        np.ascontiguousarray(integers.numpy().astype(kind)),
+        np.ascontiguousarray(scale.numpy().astype(np.float32)),
+        np.ascontiguousarray(zero.numpy().astype(kind)),
+        attributes,
+    )

@@ -33,9 +33,25 @@ class FakeQuant(Change):
     wide_scale: Tensor | None
     wide_zero: Tensor | None
 
-    def __init__(self, scale: Tensor, zero: Tensor | None = None, smooth: Tensor | None = None, signs: Tensor | None = None, left: Tensor | None = None,
-                 right: Tensor | None = None, mask: Tensor | None = None, wide_scale: Tensor | None = None, wide_zero: Tensor | None = None, *,
-                 format: str, group: int, block: int = 0, orthogonal: bool = False, wide_format: str = "", wide_group: int = 0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        smooth: Tensor | None = None,
+        signs: Tensor | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        mask: Tensor | None = None,
+        wide_scale: Tensor | None = None,
+        wide_zero: Tensor | None = None,
+        *,
+        format: str,
+        group: int,
+        block: int = 0,
+        orthogonal: bool = False,
+        wide_format: str = "",
+        wide_group: int = 0,
+    ) -> None:
         super().__init__()
         self.register_buffer("scale", scale.float())  # (..., out or 1, groups)
         self.register_buffer("zero", None if zero is None else zero.float())
@@ -49,10 +65,27 @@ class FakeQuant(Change):
     @classmethod
     def of(cls, grid: Grid) -> FakeQuant:
         transform = grid.transform or Transform()
-        wide: dict[str, Any] = {} if not isinstance(grid, SplitGrid) else {"mask": grid.mask, "wide_scale": grid.wide.scale, "wide_zero": grid.wide.zero,
-                                                           "wide_format": grid.wide.format.name, "wide_group": grid.wide.group}  # fmt: skip
-        return cls(grid.scale, grid.zero, **transform.tensors, **wide, format=grid.format.name, group=grid.group, block=transform.block,
-                   orthogonal=transform.orthogonal)  # fmt: skip
+        wide: dict[str, Any] = (
+            {}
+            if not isinstance(grid, SplitGrid)
+            else {
+                "mask": grid.mask,
+                "wide_scale": grid.wide.scale,
+                "wide_zero": grid.wide.zero,
+                "wide_format": grid.wide.format.name,
+                "wide_group": grid.wide.group,
+            }
+        )
+        return cls(
+            grid.scale,
+            grid.zero,
+            **transform.tensors,
+            **wide,
+            format=grid.format.name,
+            group=grid.group,
+            block=transform.block,
+            orthogonal=transform.orthogonal,
+        )
 
     @property
     def grid(self) -> Grid:
@@ -61,7 +94,9 @@ class FakeQuant(Change):
             return Grid(named(self.format), self.scale, self.zero, self.group, transform)
         assert self.wide_scale is not None
         wide = Grid(named(self.wide_format), self.wide_scale, self.wide_zero, self.wide_group)
-        return SplitGrid(named(self.format), self.scale, self.zero, self.group, transform, mask=self.mask, wide=wide)
+        return SplitGrid(
+            named(self.format), self.scale, self.zero, self.group, transform, mask=self.mask, wide=wide
+        )
 
     def change(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
@@ -78,4 +113,9 @@ class FakeQuant(Change):
 
     def config(self) -> dict[str, Any]:
         wide = {} if self.mask is None else {"wide_format": self.wide_format, "wide_group": self.wide_group}
-        return {"format": self.format, "group": self.group, "block": self.block, "orthogonal": self.orthogonal} | wide
+        return {
+            "format": self.format,
+            "group": self.group,
+            "block": self.block,
+            "orthogonal": self.orthogonal,
+        } | wide

@@ -23,7 +23,9 @@ def few_powers(units: Tensor, terms: int, highest: float) -> Tensor:
     left, found = units.clamp(-highest, highest), torch.zeros_like(units)
     for term in range(terms):
         size = left.abs()
-        power = torch.exp2(torch.floor(torch.log2(size.clamp_min(0.5) / 0.75))).clamp_min(1.0)  # from 3/4 of a power on, the power is nearer than its half
+        power = torch.exp2(torch.floor(torch.log2(size.clamp_min(0.5) / 0.75))).clamp_min(
+            1.0
+        )  # from 3/4 of a power on, the power is nearer than its half
         step = torch.where(size >= 0.5, left.sign() * power, torch.zeros_like(left))
         if term == terms - 1:
             step = torch.where((found + step).abs() > highest, step / 2, step)
@@ -48,15 +50,23 @@ class LearnedPoint(TrainedRounding):
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> LearnedPoint:
         def error(fraction: int) -> float:
-            return float((cls.rounded(weight, fraction, settings.bits, settings.nonzero_bits) - weight).square().sum())
+            return float(
+                (cls.rounded(weight, fraction, settings.bits, settings.nonzero_bits) - weight).square().sum()
+            )
 
         best = min(range(MOST + 1), key=error)
-        return cls(torch.tensor(float(best), device=weight.device), bits=settings.bits, terms=settings.nonzero_bits)
+        return cls(
+            torch.tensor(float(best), device=weight.device), bits=settings.bits, terms=settings.nonzero_bits
+        )
 
     @staticmethod
     def rounded(weight: Tensor, fraction: int, bits: int, terms: int) -> Tensor:
         values = named(f"fixed{bits}.{fraction}").element.round(weight)
-        return few_powers(values * 2.0**fraction, terms, 2.0 ** (bits - 1) - 1) * 2.0**-fraction if terms else values
+        return (
+            few_powers(values * 2.0**fraction, terms, 2.0 ** (bits - 1) - 1) * 2.0**-fraction
+            if terms
+            else values
+        )
 
     @property
     def fraction(self) -> int:

@@ -52,7 +52,10 @@ def flat(problem: Problem, alpha: float) -> Transform:
         return (inputs @ rounded.T - exact).square().sum() / unit
 
     a, b = factors_of(weight.shape[1])
-    starts = [tuple(torch.eye(n, device=weight.device) for n in (a, b)), tuple(haar(n, problem.generator).to(weight) for n in (a, b))]
+    starts = [
+        tuple(torch.eye(n, device=weight.device) for n in (a, b)),
+        tuple(haar(n, problem.generator).to(weight) for n in (a, b)),
+    ]
     with torch.no_grad():
         best, least = Transform(), float(relative_error(Transform()))
         left, right = min(starts, key=lambda s: float(relative_error(Transform(left=s[0], right=s[1]))))
@@ -85,13 +88,19 @@ def factor(gram: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def input_rows(on: Subject, layers: Sequence[Layer], examples: int, generator: torch.Generator, count: int = ROWS) -> dict[str, Tensor]:
+def input_rows(
+    on: Subject, layers: Sequence[Layer], examples: int, generator: torch.Generator, count: int = ROWS
+) -> dict[str, Tensor]:
     """name -> (at most `count`, in) inputs of the layer, drawn at random from the tokens of up to 16 calibration examples."""
     found: dict[str, Tensor] = {}
     for batch in on.batches("calibration", 16, min(examples, 16)):
         mask = batch.get("attention_mask")
         with collecting(on, layers) as (capture, rows):
-            capture.keep = mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
+            capture.keep = (
+                mask.bool()
+                if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch
+                else None
+            )
             on.task.output(on.model, batch)
         for (name, _), parts in rows.items():
             every = torch.cat(parts).float()

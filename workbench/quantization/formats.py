@@ -135,8 +135,14 @@ class Minifloat(Element):
         # Adding 1.5 * 2^(digits - M) * 2^e pushes everything below the last mantissa bit of x off the end of the wider
         # type, which rounds to nearest even in hardware; subtracting it again is exact. float32 has room while the
         # format's exponents are far from its ends.
-        wide = x.double() if self.exponent > 6 or self.mantissa > 10 or x.dtype == torch.float64 or not saturate else x
-        digits, exponent_bits, view = (23, 0x7F800000, torch.int32) if wide.dtype == torch.float32 else (52, 0x7FF << 52, torch.int64)
+        wide = (
+            x.double()
+            if self.exponent > 6 or self.mantissa > 10 or x.dtype == torch.float64 or not saturate
+            else x
+        )
+        digits, exponent_bits, view = (
+            (23, 0x7F800000, torch.int32) if wide.dtype == torch.float32 else (52, 0x7FF << 52, torch.int64)
+        )
         binade = (wide.view(view) & exponent_bits).view(wide.dtype).clamp_(min=2.0 ** (1 - self.bias))
         if generator is None:
             push = binade * (1.5 * 2.0 ** (digits - self.mantissa))
@@ -150,8 +156,12 @@ class Minifloat(Element):
         beyond = {"ieee": float("inf"), "fn": float("nan"), "finite": self.highest}[self.special]
         over = torch.full_like(rounded, beyond).copysign(wide)
         if self.special != "ieee":
-            over = torch.where(wide.isinf() & (self.special == "fn"), torch.full_like(over, float("nan")), over)
-        return torch.where(rounded.abs() > self.highest, over, torch.where(wide.isnan(), wide, rounded)).to(x.dtype)
+            over = torch.where(
+                wide.isinf() & (self.special == "fn"), torch.full_like(over, float("nan")), over
+            )
+        return torch.where(rounded.abs() > self.highest, over, torch.where(wide.isnan(), wide, rounded)).to(
+            x.dtype
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         wide = x.double()
@@ -205,7 +215,13 @@ class Codebook(Element):
             middle, pair = found
             flat = x.reshape(-1)
             per_unit = (len(middle) - 1) / (self.highest - self.lowest)
-            index = flat.clamp(self.lowest, self.highest).sub_(self.lowest).mul_(per_unit).to(torch.int32).clamp_(0, len(middle) - 1)
+            index = (
+                flat.clamp(self.lowest, self.highest)
+                .sub_(self.lowest)
+                .mul_(per_unit)
+                .to(torch.int32)
+                .clamp_(0, len(middle) - 1)
+            )
             above = flat > middle.index_select(0, index)
             return pair.index_select(0, index.mul_(2).add_(above)).reshape(x.shape)
         table = torch.tensor(self.table, dtype=x.dtype, device=x.device)
@@ -223,7 +239,9 @@ class Codebook(Element):
 
 
 @functools.lru_cache
-def buckets(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def buckets(
+    values: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
     """A codebook's range cut into so many equal buckets that none holds two of the midpoints between values: (midpoint of each bucket,
     infinite where there is none; the values below and above it, two a bucket). Midpoints keep clear of the buckets' ends, where rounding
     could put a number into the neighbour. None when a thousand buckets do not do.
@@ -238,7 +256,9 @@ def buckets(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
             below = torch.bucketize(torch.arange(count + 1), inside)  # midpoints in the buckets before
             middle = torch.full((count + 1,), torch.inf, dtype=dtype)
             middle[inside] = middles
-            pair = torch.stack([table[below], table[(below + middle.isfinite()).clamp(max=len(values) - 1)]], 1).reshape(-1)
+            pair = torch.stack(
+                [table[below], table[(below + middle.isfinite()).clamp(max=len(values) - 1)]], 1
+            ).reshape(-1)
             return middle.to(device), pair.to(device)
     return None
 
@@ -295,7 +315,9 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
 
 def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     """U[0,1) noise drawn on the generator's device, so the same seed gives the same rounding wherever it is used."""
-    return torch.rand(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+    return torch.rand(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(
+        like.device
+    )
 
 
 #: Formats with a fixed name; `named` also reads int2..int8, uint2..uint8, ExMy[fn|ieee], fixedW.F, nfB and quantileB.
@@ -320,7 +342,11 @@ NAMED: dict[str, Format] = {
         Format("binary", Codebook(1, (-1.0, 1.0)), rule="mean"),
     )
 }
-ACCEPTED = "int, " + ", ".join(NAMED) + ", ExMy (as e3m4; add fn or ieee for special codes), fixedW.F, nfB, quantileB"
+ACCEPTED = (
+    "int, "
+    + ", ".join(NAMED)
+    + ", ExMy (as e3m4; add fn or ieee for special codes), fixedW.F, nfB, quantileB"
+)
 
 
 @functools.lru_cache
@@ -337,8 +363,14 @@ def named(name: str, bits: int = 4, symmetric: bool = True) -> Format:
         return Format(name, Integer(width, not found[1]))
     if found := re.fullmatch(r"e([1-8])m(\d{1,2})(fn|ieee)?", name):
         exponent, mantissa, special = int(found[1]), int(found[2]), found[3] or "finite"
-        if 1 + exponent + mantissa > 16 or (special != "finite" and mantissa < 1) or (special == "ieee" and exponent < 2):
-            raise BadInput(f"format: {name!r} is too wide or has no room for special codes; ExMy needs 1+x+y <= 16, fn and ieee need y >= 1")
+        if (
+            1 + exponent + mantissa > 16
+            or (special != "finite" and mantissa < 1)
+            or (special == "ieee" and exponent < 2)
+        ):
+            raise BadInput(
+                f"format: {name!r} is too wide or has no room for special codes; ExMy needs 1+x+y <= 16, fn and ieee need y >= 1"
+            )
         return Format(name, Minifloat(1 + exponent + mantissa, exponent, mantissa, special))
     if (found := re.fullmatch(r"fixed(\d{1,2})\.(\d{1,2})", name)) and 2 <= int(found[1]) <= 16:
         return Format(name, Fixed(int(found[1]), int(found[2])), scale="none")

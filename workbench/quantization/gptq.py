@@ -41,7 +41,9 @@ def column_order(gram: Tensor) -> Tensor:
     return torch.argsort(gram.diagonal(), descending=True, stable=True)
 
 
-def gptq(weight: Tensor, feedback: Tensor, grid: Grid, mask: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+def gptq(
+    weight: Tensor, feedback: Tensor, grid: Grid, mask: Tensor | None = None, order: Tensor | None = None
+) -> Tensor:
     """Round a matrix (out, in) to `grid`, each column's error compensated by the columns not yet rounded.
 
     feedback : (in, in) from `linear_feedback` (of the permuted second moment when `order` is given), shared by every layer with these inputs
@@ -51,8 +53,17 @@ def gptq(weight: Tensor, feedback: Tensor, grid: Grid, mask: Tensor | None = Non
     columns = in_columns(weight, order)
     scale, zero = grid.columns(weight.shape[1])
     rounded = torch.empty_like(columns)
-    solve(columns, columns.clone(), feedback.to(columns.dtype), spread(scale, columns, order), None if zero is None else spread(zero, columns, order),
-          None if mask is None else in_columns(mask, order), grid, rounded, torch.zeros_like(columns))  # fmt: skip
+    solve(
+        columns,
+        columns.clone(),
+        feedback.to(columns.dtype),
+        spread(scale, columns, order),
+        None if zero is None else spread(zero, columns, order),
+        None if mask is None else in_columns(mask, order),
+        grid,
+        rounded,
+        torch.zeros_like(columns),
+    )
     if order is not None:
         rounded = rounded[torch.argsort(order)]
     return rounded.T.contiguous()
@@ -68,8 +79,17 @@ def spread(scale: Tensor, columns: Tensor, order: Tensor | None) -> Tensor:
     return (scale.T if order is None else scale.T[order]).expand_as(columns).contiguous()
 
 
-def solve(weight: Tensor, work: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor | None, keep: Tensor | None, grid: Grid, rounded: Tensor,
-          errors: Tensor) -> None:  # fmt: skip
+def solve(
+    weight: Tensor,
+    work: Tensor,
+    feedback: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    keep: Tensor | None,
+    grid: Grid,
+    rounded: Tensor,
+    errors: Tensor,
+) -> None:
     """Fill `rounded` and `errors` = weight - rounded, all (columns, out), the columns in the order in which they are rounded.
 
     work : the weight with the answers to the columns before these, overwritten;  feedback : (columns, columns);  errors : zeros at first
@@ -83,11 +103,31 @@ def solve(weight: Tensor, work: Tensor, feedback: Tensor, scale: Tensor, zero: T
         for part in (first, last):
             if part is last:
                 work[last].addmm_(feedback[first, last].T, errors[first])
-            solve(weight[part], work[part], feedback[part, part], scale[part], None if zero is None else zero[part],
-                  None if keep is None else keep[part], grid, rounded[part], errors[part])  # fmt: skip
+            solve(
+                weight[part],
+                work[part],
+                feedback[part, part],
+                scale[part],
+                None if zero is None else zero[part],
+                None if keep is None else keep[part],
+                grid,
+                rounded[part],
+                errors[part],
+            )
         return
-    round_units, before = grid.format.element.round, errors.T  # (out, columns): those not yet rounded are zeros
-    rows = zip(weight.unbind(), work.unbind(), scale.unbind(), feedback.unbind(1), rounded.unbind(), errors.unbind(), strict=True)
+    round_units, before = (
+        grid.format.element.round,
+        errors.T,
+    )  # (out, columns): those not yet rounded are zeros
+    rows = zip(
+        weight.unbind(),
+        work.unbind(),
+        scale.unbind(),
+        feedback.unbind(1),
+        rounded.unbind(),
+        errors.unbind(),
+        strict=True,
+    )
     for i, (dense, column, step, answers, value, error) in enumerate(rows):
         if i:
             column.addmv_(before, answers)
@@ -105,7 +145,9 @@ def gptq_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
     return float(((gap @ gram.double()) * gap).sum())
 
 
-def gptq_with_moving_scales(weight: Tensor, feedback: Tensor, format: Format, group: int, rule: str, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
+def gptq_with_moving_scales(
+    weight: Tensor, feedback: Tensor, format: Format, group: int, rule: str, mask: Tensor | None = None
+) -> tuple[Tensor, Grid]:
     """GPTQ whose group scales are found when the group is reached, from the weights as compensated so far (the paper's
     grouped variant); returns the values and the grid they are on. `group` must divide the columns."""
     columns, feedback = in_columns(weight, None), feedback.float()
@@ -117,12 +159,29 @@ def gptq_with_moving_scales(weight: Tensor, feedback: Tensor, format: Format, gr
         square = feedback[part, part]
         answers = feedback[:start, part].T @ errors[:start]  # (group, out)
         # What the weights have become, all that follow being free, is their answers through the inverse of the group's own feedback.
-        moved = columns[part] + torch.linalg.solve_triangular(square.T, eye, upper=False, unitriangular=True) @ answers if start else columns[part]
+        moved = (
+            columns[part]
+            + torch.linalg.solve_triangular(square.T, eye, upper=False, unitriangular=True) @ answers
+            if start
+            else columns[part]
+        )
         found = fit(moved.T.contiguous(), format, "channel", group, rule)
         scales.append(found.scale)
         zeros.append(found.zero)
-        scale, zero = (None if t is None else t.T.contiguous().expand_as(moved) for t in (found.scale, found.zero))
+        scale, zero = (
+            None if t is None else t.T.contiguous().expand_as(moved) for t in (found.scale, found.zero)
+        )
         assert scale is not None
-        solve(columns[part], columns[part] + answers, square, scale, zero, None if keep is None else keep[part], found, rounded[part], errors[part])
+        solve(
+            columns[part],
+            columns[part] + answers,
+            square,
+            scale,
+            zero,
+            None if keep is None else keep[part],
+            found,
+            rounded[part],
+            errors[part],
+        )
     zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None], -1)
     return rounded.T.contiguous(), Grid(format, torch.cat(scales, -1), zero, group)

@@ -32,14 +32,19 @@ class Grid:
 
     def columns(self, width: int) -> tuple[Tensor, Tensor | None]:
         """(scale, zero) spread to one entry per column: (..., out or 1, width)."""
-        spread = [None if t is None else t.repeat_interleave(self.group, -1)[..., :width] for t in (self.scale, self.zero)]
+        spread = [
+            None if t is None else t.repeat_interleave(self.group, -1)[..., :width]
+            for t in (self.scale, self.zero)
+        ]
         return spread[0], spread[1]  # type: ignore[return-value]
 
     def round(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Nearest (or stochastic) rounding of a matrix (..., out, in) to the grid, in its own dtype."""
         work = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.transform is not None:
-            return self.transform.weight_back(replace(self, transform=None).round(self.transform.weight(work), generator)).to(weight.dtype)
+            return self.transform.weight_back(
+                replace(self, transform=None).round(self.transform.weight(work), generator)
+            ).to(weight.dtype)
         width = work.shape[-1]
         if width % self.group == 0 and work.ndim == 2 and generator is None and work.numel() > CHUNK:
             return self._round_in_chunks(work).to(weight.dtype)
@@ -69,7 +74,11 @@ class Grid:
     def codes(self, weight: Tensor) -> Tensor:
         """Codes (int64) of values that are on the grid, (..., out, in)."""
         scale, zero = self.columns(weight.shape[-1])
-        units = (weight.to(scale.dtype) if self.transform is None else self.transform.weight(weight.to(scale.dtype))) / scale
+        units = (
+            weight.to(scale.dtype)
+            if self.transform is None
+            else self.transform.weight(weight.to(scale.dtype))
+        ) / scale
         return self.format.element.encode(self.format.element.round(units if zero is None else units + zero))
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -89,7 +98,13 @@ class Grid:
     def zeros_are_codes(self) -> bool:
         """True when the zero points are whole numbers within the format's codes, which is where they are stored; others take 16 bits."""
         assert self.zero is not None
-        return bool(((self.zero == self.zero.round()) & (self.zero >= 0) & (self.zero < 2**self.format.element.bits)).all())
+        return bool(
+            (
+                (self.zero == self.zero.round())
+                & (self.zero >= 0)
+                & (self.zero < 2**self.format.element.bits)
+            ).all()
+        )
 
     def bytes(self, shape: tuple[int, ...], kept: int | None = None) -> float:
         """Bytes of the packed weight: codes, scales (16 bits, or 8 for E8M0 and E4M3), zero points, the transform.
@@ -99,7 +114,9 @@ class Grid:
         weights = 1
         for size in shape:
             weights *= size
-        side = {"real": 16, "e8m0": 8, "e4m3": 8, "none": 0}[self.format.scale] * self.scale.numel() + (32 if self.format.scale == "e4m3" else 0)
+        side = {"real": 16, "e8m0": 8, "e4m3": 8, "none": 0}[self.format.scale] * self.scale.numel() + (
+            32 if self.format.scale == "e4m3" else 0
+        )
         if self.zero is not None:
             side += self.zero.numel() * (self.format.element.bits if self.zeros_are_codes else 16)
         codes = weights * self.format.element.bits
@@ -112,10 +129,14 @@ def group_of(format: Format, granularity: str, group_size: int, width: int) -> i
     """Columns that share a scale. `BadInput` when the format fixes its own block and another granularity is asked."""
     if format.block:
         if granularity not in ("auto", "block"):
-            raise BadInput(f"granularity: {granularity!r} does not go with {format.name}, whose standard fixes blocks of {format.block}; use auto")
+            raise BadInput(
+                f"granularity: {granularity!r} does not go with {format.name}, whose standard fixes blocks of {format.block}; use auto"
+            )
         return min(format.block, width)
     if granularity == "block":
-        raise BadInput(f"granularity: 'block' is for formats with a fixed block (mxfp*, nvfp4), not {format.name}; use tensor, channel or group")
+        raise BadInput(
+            f"granularity: 'block' is for formats with a fixed block (mxfp*, nvfp4), not {format.name}; use tensor, channel or group"
+        )
     if format.scale == "none" or granularity in ("tensor", "channel"):
         return width
     return min(group_size, width)
@@ -126,12 +147,20 @@ def in_groups(weight: Tensor, group: int) -> Tensor:
     width = weight.shape[-1]
     short = -width % group
     if short:
-        weight = torch.cat([weight, weight[..., width - width % group, None].expand(*weight.shape[:-1], short)], -1)
+        weight = torch.cat(
+            [weight, weight[..., width - width % group, None].expand(*weight.shape[:-1], short)], -1
+        )
     return weight.unflatten(-1, (-1, group))
 
 
-def fit(weight: Tensor, format: Format, granularity: str = "auto", group_size: int = 64, rule: str = "auto",
-        importance: Tensor | None = None) -> Grid:  # fmt: skip
+def fit(
+    weight: Tensor,
+    format: Format,
+    granularity: str = "auto",
+    group_size: int = 64,
+    rule: str = "auto",
+    importance: Tensor | None = None,
+) -> Grid:
     """The grid of a format on a weight (..., out, in).
 
     rule : "minmax" (the largest magnitude is representable), "mse" (the clipping with least squared error, each column weighted by
@@ -167,7 +196,11 @@ def fit(weight: Tensor, format: Format, granularity: str = "auto", group_size: i
     assert rule == "mse", rule
     weights = None
     if importance is not None:
-        spread = importance.to(work.dtype).expand(work.shape) if importance.ndim == 1 else importance.unsqueeze(-2).expand(work.shape)
+        spread = (
+            importance.to(work.dtype).expand(work.shape)
+            if importance.ndim == 1
+            else importance.unsqueeze(-2).expand(work.shape)
+        )
         weights = in_groups(spread.contiguous(), group)
         if granularity == "tensor" and not format.block:
             weights = weights.flatten(-3).unflatten(-1, (1, 1, -1))
@@ -189,7 +222,9 @@ def squared(blocks: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
     if grid.zero is None:
         rounded = grid.format.element.round(units) * scale
     else:
-        rounded = (grid.format.element.round(units + grid.zero.unsqueeze(-1)) - grid.zero.unsqueeze(-1)) * scale
+        rounded = (
+            grid.format.element.round(units + grid.zero.unsqueeze(-1)) - grid.zero.unsqueeze(-1)
+        ) * scale
     gap = (rounded - blocks).square_()
     return (gap if weights is None else gap * weights).sum(-1)
 
@@ -199,7 +234,10 @@ def spanning(low: Tensor, high: Tensor, format: Format, group: int) -> Grid:
     element = format.element
     if format.affine:
         assert isinstance(element, Integer)
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # zero must be on the grid: padding and pruned weights are zeros
+        low, high = (
+            low.clamp(max=0.0),
+            high.clamp(min=0.0),
+        )  # zero must be on the grid: padding and pruned weights are zeros
         scale = stored((high - low) / element.highest, format)
         return Grid(format, scale, torch.round(-low / scale).clamp_(0, element.highest), group)
     size = torch.maximum(low.abs(), high.abs())
@@ -221,4 +259,3 @@ def stored(scale: Tensor, format: Format, size: Tensor | None = None) -> Tensor:
     else:
         rounded = scale.clamp(max=65504.0).to(torch.float16).to(scale.dtype)
     return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
-

@@ -19,19 +19,29 @@ if TYPE_CHECKING:
 
 #: Compositions with a name of their own. Every other rounding and transform of `Quantize` is on the leaderboard under the name of its choice.
 COMPOSED: dict[str, dict[str, Any]] = {
-    "nearest": {}, "clipping": {"range": "mse"}, "zero point": {"symmetric": False}, "salient columns": {"salient_share": 0.1},
-    "gptq, sequential": {"rounding": "gptq", "sequential": True}, "block by block": {"rounding": "flexround", "objective": "block"},
-    "cbq": {"rounding": "lowrank-adaround", "objective": "block", "window": 2}, "loftq": {"adapter_rank": 8},
-    "awq, gptq": {"transform": "awq", "rounding": "gptq"}, "hadamard, gptq": {"transform": "hadamard", "rounding": "gptq"},
-}  # fmt: skip
+    "nearest": {},
+    "clipping": {"range": "mse"},
+    "zero point": {"symmetric": False},
+    "salient columns": {"salient_share": 0.1},
+    "gptq, sequential": {"rounding": "gptq", "sequential": True},
+    "block by block": {"rounding": "flexround", "objective": "block"},
+    "cbq": {"rounding": "lowrank-adaround", "objective": "block", "window": 2},
+    "loftq": {"adapter_rank": 8},
+    "awq, gptq": {"transform": "awq", "rounding": "gptq"},
+    "hadamard, gptq": {"transform": "hadamard", "rounding": "gptq"},
+}
 #: What a choice needs beside it to be itself.
 NEEDS: dict[str, dict[str, Any]] = {"hqq": {"symmetric": False}}
 
 
 def every_method() -> dict[str, dict[str, Any]]:
     """Name -> what it sets of `Quantize`; everything else is shared. A rounding or transform that is new there is new here."""
-    single = {choice: {field: choice} | NEEDS.get(choice, {}) for field, plain in (("rounding", "nearest"), ("transform", "none"))
-              for choice in get_args(Quantize.model_fields[field].annotation) if choice != plain}  # fmt: skip
+    single = {
+        choice: {field: choice} | NEEDS.get(choice, {})
+        for field, plain in (("rounding", "nearest"), ("transform", "none"))
+        for choice in get_args(Quantize.model_fields[field].annotation)
+        if choice != plain
+    }
     return COMPOSED | single
 
 
@@ -57,8 +67,15 @@ def redrawn(on: Subject, seed: int, examples: int) -> Subject:
     return on.with_split("calibration", {k: v[pick] for k, v in on.split("train").items()})
 
 
-def leaderboard(on: Subject, methods: Sequence[str], bits: Sequence[int], seeds: Sequence[int] = (0, 1, 2), progress: Progress | None = None,
-                block_steps: int = 0, **fields: Any) -> pd.DataFrame:  # fmt: skip
+def leaderboard(
+    on: Subject,
+    methods: Sequence[str],
+    bits: Sequence[int],
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: Progress | None = None,
+    block_steps: int = 0,
+    **fields: Any,
+) -> pd.DataFrame:
     """One row for each method, width and seed: test loss, accuracy, bits with scales counted; `fields` go to every `Quantize` alike.
 
     block_steps : iterations of the methods that learn a block at a time, each of which costs as much as dozens of a layer's (0: `steps`).
@@ -74,8 +91,12 @@ def leaderboard(on: Subject, methods: Sequence[str], bits: Sequence[int], seeds:
     shared: dict[str, Any] = {"predict_examples": 0} | fields
     drawn = {seed: redrawn(on, seed, int(shared.get("examples", 128))) for seed in seeds}
     fewer = {"steps": block_steps} if block_steps else {}
-    settings = {m: shared | METHODS[m] | (fewer if METHODS[m].get("objective") == "block" else {}) for m in methods}
-    plan = [(seed, m, Quantize(**settings[m], bits=b, seed=seed)) for seed in seeds for m in methods for b in bits]
+    settings = {
+        m: shared | METHODS[m] | (fewer if METHODS[m].get("objective") == "block" else {}) for m in methods
+    }
+    plan = [
+        (seed, m, Quantize(**settings[m], bits=b, seed=seed)) for seed in seeds for m in methods for b in bits
+    ]
     for seed, _, instrument in plan:
         instrument.check(drawn[seed])
     rows = []
@@ -84,8 +105,11 @@ def leaderboard(on: Subject, methods: Sequence[str], bits: Sequence[int], seeds:
         if result.partial:
             break
         wanted = ("loss", "accuracy", "perplexity", "dense_loss", "average_bits", "output_error")
-        rows.append({"method": method, "bits": instrument.bits, "seed": seed} | {k: v for k, v in result.facts.items() if k in wanted}
-                    | {"seconds": (result.provenance or {}).get("seconds")})  # fmt: skip
+        rows.append(
+            {"method": method, "bits": instrument.bits, "seed": seed}
+            | {k: v for k, v in result.facts.items() if k in wanted}
+            | {"seconds": (result.provenance or {}).get("seconds")}
+        )
     return pd.DataFrame(rows)
 
 
@@ -93,11 +117,25 @@ def summary(board: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
     """By width, best first: mean over seeds and half width of the 95 % t interval (NaN for a single seed), bits with scales, seconds of a run."""
     from scipy.stats import t
 
-    grouped = board.groupby(["bits", "method"]).agg(mean=(value, "mean"), std=(value, "std"), count=(value, "count"), average_bits=("average_bits", "mean"),
-                                                    output_error=("output_error", "mean"), seconds=("seconds", "mean")).reset_index()  # fmt: skip
-    grouped["half_width"] = t.ppf(0.975, np.maximum(grouped["count"] - 1, 1)) * grouped["std"] / np.sqrt(grouped["count"])
+    grouped = (
+        board.groupby(["bits", "method"])
+        .agg(
+            mean=(value, "mean"),
+            std=(value, "std"),
+            count=(value, "count"),
+            average_bits=("average_bits", "mean"),
+            output_error=("output_error", "mean"),
+            seconds=("seconds", "mean"),
+        )
+        .reset_index()
+    )
+    grouped["half_width"] = (
+        t.ppf(0.975, np.maximum(grouped["count"] - 1, 1)) * grouped["std"] / np.sqrt(grouped["count"])
+    )
     columns = ["bits", "method", "mean", "half_width", "average_bits", "output_error", "seconds"]
-    return grouped.sort_values(["bits", "mean"], ascending=[True, value != "accuracy"])[columns].reset_index(drop=True)
+    return grouped.sort_values(["bits", "mean"], ascending=[True, value != "accuracy"])[columns].reset_index(
+        drop=True
+    )
 
 
 def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure:
@@ -110,13 +148,23 @@ def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure
     units = {"loss": "test loss (nats)", "accuracy": "test accuracy"}
     axis = "log" if value == "loss" else "linear"
     draws = board["seed"].nunique()
-    which = "" if len(shown) == board["method"].nunique() else f", the {len(shown)} best of {board['method'].nunique()} methods"
-    fig = figure(f"{value.capitalize()} against width, {draws} calibration draw{'s' if draws > 1 else ''}{which}", "bits a weight, scales included",
-                 units.get(value, value), yaxis_type=axis)  # fmt: skip
+    which = (
+        ""
+        if len(shown) == board["method"].nunique()
+        else f", the {len(shown)} best of {board['method'].nunique()} methods"
+    )
+    fig = figure(
+        f"{value.capitalize()} against width, {draws} calibration draw{'s' if draws > 1 else ''}{which}",
+        "bits a weight, scales included",
+        units.get(value, value),
+        yaxis_type=axis,
+    )
     for method in shown:
         mine = table[table["method"] == method].sort_values("average_bits")
         low = mine["mean"] - mine["half_width"]
-        low = low.clip(lower=table["mean"].min() / 2) if axis == "log" else low  # an interval that reaches zero has no end on this axis
+        low = (
+            low.clip(lower=table["mean"].min() / 2) if axis == "log" else low
+        )  # an interval that reaches zero has no end on this axis
         band = (low, mine["mean"] + mine["half_width"]) if mine["half_width"].notna().all() else None
         line(fig, mine["average_bits"], mine["mean"], str(method), band=band)
     if value == "loss":
@@ -134,10 +182,26 @@ def heat_map(board: pd.DataFrame) -> go.Figure:
     wide = table.pivot(index="method", columns="bits", values="rise")
     wide = wide.sort_values(wide.columns[0], ascending=False)
     half = table.pivot(index="method", columns="bits", values="half_width").loc[wide.index]
-    text = [[f"{v:+.3f}" + ("" if np.isnan(h) else f" ± {h:.3f}") for v, h in zip(row, spread, strict=True)]
-            for row, spread in zip(wide.to_numpy(), half.to_numpy(), strict=True)]  # fmt: skip
-    fig = figure("Test loss above the dense model's (nats)", "bits of the integers", "", height=120 + 24 * len(wide), xaxis_type="category")
+    text = [
+        [f"{v:+.3f}" + ("" if np.isnan(h) else f" ± {h:.3f}") for v, h in zip(row, spread, strict=True)]
+        for row, spread in zip(wide.to_numpy(), half.to_numpy(), strict=True)
+    ]
+    fig = figure(
+        "Test loss above the dense model's (nats)",
+        "bits of the integers",
+        "",
+        height=120 + 24 * len(wide),
+        xaxis_type="category",
+    )
     floor = max(float(np.nanmin(np.abs(wide.to_numpy()))), 1e-3)
-    fig.add_heatmap(z=np.log10(np.maximum(wide.to_numpy(), floor)), x=[str(b) for b in wide.columns], y=list(wide.index), text=text, texttemplate="%{text}",
-                    colorscale="Cividis", hovertemplate="%{y}, %{x} bits: %{text}<extra></extra>", showscale=False)  # fmt: skip
+    fig.add_heatmap(
+        z=np.log10(np.maximum(wide.to_numpy(), floor)),
+        x=[str(b) for b in wide.columns],
+        y=list(wide.index),
+        text=text,
+        texttemplate="%{text}",
+        colorscale="Cividis",
+        hovertemplate="%{y}, %{x} bits: %{text}<extra></extra>",
+        showscale=False,
+    )
     return fig

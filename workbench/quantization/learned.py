@@ -31,14 +31,19 @@ class LearnedRounding(nn.Module):
     learning_rate: ClassVar[float] = 1e-2
     signed: ClassVar[bool] = False  # signed gradient descent instead of Adam
     exact: ClassVar[bool] = True  # soft() is on the grid already, with a straight-through gradient
-    angular: ClassVar[bool] = False  # a block's objective counts angles, and the dense block on the quantized prefix's inputs as a second target
+    angular: ClassVar[bool] = (
+        False  # a block's objective counts angles, and the dense block on the quantized prefix's inputs as a second target
+    )
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         self.problem = problem
         self.base = problem.grid()
         scale, zero = self.base.columns(problem.weight.shape[1])
-        self.step, self.zero = scale.expand_as(problem.weight), 0.0 if zero is None else zero.expand_as(problem.weight)
+        self.step, self.zero = (
+            scale.expand_as(problem.weight),
+            0.0 if zero is None else zero.expand_as(problem.weight),
+        )
         self.units = problem.weight / self.step + self.zero
 
     def soft(self, progress: float) -> Tensor:
@@ -115,7 +120,10 @@ class LowRankAdaRound(AdaRound):
         rows, columns = start.shape
         self.start = start
         drawn = torch.randn(rows, self.rank, generator=self.problem.generator).to(start)
-        self.A1, self.A2 = nn.Parameter(drawn), nn.Parameter(torch.zeros(self.rank, columns, device=start.device))
+        self.A1, self.A2 = (
+            nn.Parameter(drawn),
+            nn.Parameter(torch.zeros(self.rank, columns, device=start.device)),
+        )
 
     def logits(self) -> Tensor:
         return self.start + self.A1 @ self.A2
@@ -162,7 +170,10 @@ class SignRound(LearnedRounding):
         if self.base.format.affine:
             assert self.base.zero is not None
             element = self.base.format.element
-            self.range = ((element.lowest - self.base.zero) * self.base.scale, (element.highest - self.base.zero) * self.base.scale)
+            self.range = (
+                (element.lowest - self.base.zero) * self.base.scale,
+                (element.highest - self.base.zero) * self.base.scale,
+            )
 
     def grid_soft(self) -> tuple[Tensor, Tensor | None]:
         """(scale, zero point) per group, with straight-through gradients in the clipping factors, which stay within [1/2, 1]."""
@@ -180,7 +191,9 @@ class SignRound(LearnedRounding):
 
     def soft(self, progress: float) -> Tensor:
         scale, zero = self.grid_soft()
-        step, shift = Grid(self.base.format, scale, zero, self.base.group).columns(self.problem.weight.shape[1])
+        step, shift = Grid(self.base.format, scale, zero, self.base.group).columns(
+            self.problem.weight.shape[1]
+        )
         offset = straight_through(self.V.detach().clamp(-0.5, 0.5), self.V)
         place = 0.0 if shift is None else shift
         return (self.nearest_units(self.problem.weight / step + place + offset) - place) * step
@@ -236,10 +249,14 @@ class Scales(LearnedRounding):
     def soft_grid(self) -> Grid:
         learned = self.base.scale * (self.log_group + self.log_row).exp()
         zero = self.base.zero
-        if zero is not None and not bool((zero == zero.round()).all()):  # whole zero points are codes and stay
+        if zero is not None and not bool(
+            (zero == zero.round()).all()
+        ):  # whole zero points are codes and stay
             moved = zero * (-self.log_group).exp()
             zero = straight_through(moved.detach().to(torch.float16).to(moved.dtype), moved)
-        return replace(self.base, scale=straight_through(stored(learned.detach(), self.base.format), learned), zero=zero)
+        return replace(
+            self.base, scale=straight_through(stored(learned.detach(), self.base.format), learned), zero=zero
+        )
 
     def transform(self) -> Transform:
         scale = (-self.log_column * self.free).exp()
@@ -251,7 +268,12 @@ class Scales(LearnedRounding):
 
     def grid(self) -> Grid:
         found = self.soft_grid()
-        return replace(found, scale=found.scale.detach(), zero=None if found.zero is None else found.zero.detach(), transform=self.transform().detached())
+        return replace(
+            found,
+            scale=found.scale.detach(),
+            zero=None if found.zero is None else found.zero.detach(),
+            transform=self.transform().detached(),
+        )
 
 
 def descend(module: LearnedRounding, steps: int) -> list[torch.optim.Optimizer]:
@@ -286,7 +308,9 @@ def learn(problem: Problem, kind: type[LearnedRounding]) -> tuple[Tensor, Grid]:
     gram = problem.gram / problem.gram.diagonal().mean().clamp_min(1e-30)
     with torch.enable_grad():
         module = kind(problem)
-        unit = module.step.square().mean(1, keepdim=True)  # errors are counted in steps: one learning rate fits every layer
+        unit = module.step.square().mean(
+            1, keepdim=True
+        )  # errors are counted in steps: one learning rate fits every layer
         optimizers = descend(module, problem.steps)
         best, best_grid = problem.masked(module.base.round(problem.weight)), module.base
         best_error = row_errors(best - problem.weight, gram)
@@ -305,7 +329,9 @@ def learn(problem: Problem, kind: type[LearnedRounding]) -> tuple[Tensor, Grid]:
                 penalty.backward()
             advance(module, optimizers, step, problem.steps)
         values, grid = module.hard()
-        best, best_grid, _ = keep_best(best, best_grid, best_error, values, grid, row_errors(values - problem.weight, gram))
+        best, best_grid, _ = keep_best(
+            best, best_grid, best_error, values, grid, row_errors(values - problem.weight, gram)
+        )
     return best, best_grid
 
 
@@ -313,9 +339,13 @@ def row_errors(gap: Tensor, gram: Tensor) -> Tensor:
     return ((gap @ gram) * gap).sum(1)
 
 
-def keep_best(best: Tensor, grid: Grid, error: Tensor, values: Tensor, new_grid: Grid, new_error: Tensor) -> tuple[Tensor, Grid, Tensor]:
+def keep_best(
+    best: Tensor, grid: Grid, error: Tensor, values: Tensor, new_grid: Grid, new_error: Tensor
+) -> tuple[Tensor, Grid, Tensor]:
     """Row by row the better of two solutions, with its row of scales; as a whole when rows share scales or column factors that differ."""
-    shared = new_grid.transform is not None or (len(grid.scale) == 1 and not torch.equal(grid.scale, new_grid.scale))
+    shared = new_grid.transform is not None or (
+        len(grid.scale) == 1 and not torch.equal(grid.scale, new_grid.scale)
+    )
     if shared and len(values) > 1:
         return (values, new_grid, new_error) if bool(new_error.sum() < error.sum()) else (best, grid, error)
     better = new_error < error
@@ -326,11 +356,21 @@ def keep_best(best: Tensor, grid: Grid, error: Tensor, values: Tensor, new_grid:
     zero = grid.zero
     if zero is not None and new_grid.zero is not None and len(zero) == len(values):
         zero = torch.where(rows, new_grid.zero, zero)
-    return torch.where(rows, values, best), replace(grid, scale=scale, zero=zero), torch.where(better, new_error, error)
+    return (
+        torch.where(rows, values, best),
+        replace(grid, scale=scale, zero=zero),
+        torch.where(better, new_error, error),
+    )
 
 
-LEARNED: dict[str, type[LearnedRounding]] = {"adaround": AdaRound, "lowrank-adaround": LowRankAdaRound, "flexround": FlexRound, "signround": SignRound, "adaquant": AdaQuant,
-                                             "scales": Scales}  # fmt: skip
+LEARNED: dict[str, type[LearnedRounding]] = {
+    "adaround": AdaRound,
+    "lowrank-adaround": LowRankAdaRound,
+    "flexround": FlexRound,
+    "signround": SignRound,
+    "adaquant": AdaQuant,
+    "scales": Scales,
+}
 
 
 @rounding("adaround")
@@ -364,7 +404,9 @@ def scales(problem: Problem) -> tuple[Tensor, Grid]:
 
 
 @rounding("hqq")
-def half_quadratic(problem: Problem, norm: float = 0.7, beta: float = 10.0, growth: float = 1.01, iterations: int = 20) -> tuple[Tensor, Grid]:
+def half_quadratic(
+    problem: Problem, norm: float = 0.7, beta: float = 10.0, growth: float = 1.01, iterations: int = 20
+) -> tuple[Tensor, Grid]:
     """Half-quadratic quantization (Badri and Shaji 2023): zero points that minimise a robust norm of the weight error, without data.
 
     Alternates the proximal step of |.|^p on the error (generalised soft threshold) with the mean that fits the zero point. It starts
@@ -373,7 +415,11 @@ def half_quadratic(problem: Problem, norm: float = 0.7, beta: float = 10.0, grow
     grid = problem.grid()
     assert grid.zero is not None, "half-quadratic quantization moves zero points"
     blocks = in_groups(problem.weight, grid.group)
-    kept = torch.ones_like(blocks) if problem.mask is None else in_groups(problem.mask.to(blocks.dtype), grid.group)
+    kept = (
+        torch.ones_like(blocks)
+        if problem.mask is None
+        else in_groups(problem.mask.to(blocks.dtype), grid.group)
+    )
     if problem.granularity == "tensor":
         blocks, kept = blocks.flatten().reshape(1, 1, -1), kept.flatten().reshape(1, 1, -1)
     kept = kept / kept.sum(-1, keepdim=True).clamp_min(1)  # pruned weights have no say in the zero point

@@ -35,8 +35,18 @@ def cayley_step(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
     return torch.linalg.solve(eye + skew, (eye - skew) @ rotation)
 
 
-def learned_rotation(subject: Subject, steps: int = 50, rate: float = 1.0, activation_bits: int = 4, examples: int = 64, batch_size: int = 8, start: str = "hadamard",
-                     heads: bool = True, seed: int = 0, progress: Progress | None = None) -> tuple[Subject, list[float]]:  # fmt: skip
+def learned_rotation(
+    subject: Subject,
+    steps: int = 50,
+    rate: float = 1.0,
+    activation_bits: int = 4,
+    examples: int = 64,
+    batch_size: int = 8,
+    start: str = "hadamard",
+    heads: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Subject, list[float]]:
     """(rotated subject, loss at every step): the rotation of the stream, and one of each block's heads, that minimise the loss
     with the inputs of the blocks' layers rounded per token, weights exact (SpinQuant's R1 and R2). Mini-batches of the calibration split; the rate decays linearly.
 
@@ -64,7 +74,10 @@ def learned_rotation(subject: Subject, steps: int = 50, rate: float = 1.0, activ
 
     @torch.no_grad()
     def over_all() -> float:
-        found = [(float(loss(turns, b)), work.task.items(b)) for b in work.batches("calibration", batch_size, examples)]
+        found = [
+            (float(loss(turns, b)), work.task.items(b))
+            for b in work.batches("calibration", batch_size, examples)
+        ]
         return sum(a * n for a, n in found) / sum(n for _, n in found)
 
     batches = list(work.batches("calibration", batch_size, examples))
@@ -77,7 +90,9 @@ def learned_rotation(subject: Subject, steps: int = 50, rate: float = 1.0, activ
                 value = loss(moving, batches[pick])
                 gradients = torch.autograd.grad(value, moving)
             losses.append(float(value.detach()))
-            turns = [cayley_step(t, g, rate * (1 - step / steps)) for t, g in zip(turns, gradients, strict=True)]
+            turns = [
+                cayley_step(t, g, rate * (1 - step / steps)) for t, g in zip(turns, gradients, strict=True)
+            ]
             if (step + 1) % max(1, steps // 5) == 0 and (found := over_all()) < least:
                 least, best = found, list(turns)
     finally:
@@ -113,7 +128,13 @@ def principal(gram: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return torch.cat([p @ t for p, t in zip(parts, turns, strict=True)], 1)
 
 
-def principal_rotation(subject: Subject, share: float = 0.125, examples: int = 64, seed: int = 0, progress: Progress | None = None) -> Subject:
+def principal_rotation(
+    subject: Subject,
+    share: float = 0.125,
+    examples: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Subject:
     """The subject with its stream in ResQ's coordinates: one PCA over what all norms hand to the layers that read them."""
     model = bake(subject.copy().model)
     with torch.no_grad():

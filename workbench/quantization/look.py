@@ -58,7 +58,9 @@ def prepared(weight: Tensor, gram: Tensor, rotate: bool = False) -> Matrix:
         weight, gram = transform.weight(weight), transform.gram(gram)
     energy = float(weight.square().sum())
     spread = float(weight.abs().max()) / max((energy / weight.numel()) ** 0.5, 1e-30)
-    return Matrix(weight, gram, max(energy, 1e-30), max(output_energy(weight, gram), 1e-30), spread, kurtosis(weight))
+    return Matrix(
+        weight, gram, max(energy, 1e-30), max(output_energy(weight, gram), 1e-30), spread, kurtosis(weight)
+    )
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> float:
@@ -67,7 +69,9 @@ def output_energy(weight: Tensor, gram: Tensor) -> float:
 
 
 @torch.no_grad()
-def look(matrix: Matrix, format: str, granularity: str = "auto", group_size: int = 64, rule: str = "auto") -> Look:
+def look(
+    matrix: Matrix, format: str, granularity: str = "auto", group_size: int = 64, rule: str = "auto"
+) -> Look:
     """Nearest rounding of the whole matrix: its errors are exact, on the inputs of `matrix.gram`.
 
     `BadInput` for a format or granularity that does not exist.
@@ -85,8 +89,17 @@ def look(matrix: Matrix, format: str, granularity: str = "auto", group_size: int
     half = (high - low) / BINS / 2
     weight_error = float(gap.square().sum()) / matrix.energy
     values = element.values() if element.bits <= 8 else torch.zeros(0)
-    return Look(torch.linspace(low + half, high - half, BINS), share, values, grid.bytes(tuple(weight.shape)) * 8 / weight.numel(), weight_error,
-                output_energy(gap, matrix.gram) / matrix.output_energy, decibel(1.0, weight_error), matrix.spread, matrix.kurtosis)  # fmt: skip
+    return Look(
+        torch.linspace(low + half, high - half, BINS),
+        share,
+        values,
+        grid.bytes(tuple(weight.shape)) * 8 / weight.numel(),
+        weight_error,
+        output_energy(gap, matrix.gram) / matrix.output_energy,
+        decibel(1.0, weight_error),
+        matrix.spread,
+        matrix.kurtosis,
+    )
 
 
 def look_figure(found: Look, title: str) -> go.Figure:
@@ -100,11 +113,23 @@ def histogram_figure(centres: NDArray[Any], share: NDArray[Any], grid: NDArray[A
 
     fig = figure(title, "weight / scale", "share of weights")
     # one filled path: a browser draws it several times as fast as a bar for each bin
-    fig.add_scatter(x=centres, y=share, name="weights", mode="lines", line=dict(shape="hvh", width=1, color=color(0)), fill="tozeroy",
-                    fillcolor=color(0, 0.6))  # fmt: skip
+    fig.add_scatter(
+        x=centres,
+        y=share,
+        name="weights",
+        mode="lines",
+        line=dict(shape="hvh", width=1, color=color(0)),
+        fill="tozeroy",
+        fillcolor=color(0, 0.6),
+    )
     if len(grid):
-        fig.add_scatter(x=grid, y=np.zeros(len(grid)), name="values of the format", mode="markers",
-                        marker=dict(symbol="line-ns-open", size=14, color=color(1)))  # fmt: skip
+        fig.add_scatter(
+            x=grid,
+            y=np.zeros(len(grid)),
+            name="values of the format",
+            mode="markers",
+            marker=dict(symbol="line-ns-open", size=14, color=color(1)),
+        )
     return fig
 
 
@@ -112,9 +137,23 @@ def spread_figure(matrices: Mapping[str, Matrix]) -> go.Figure:
     """What a rotation is for: root mean square of each input feature, and largest weight that meets it, both largest first, by label."""
     from workbench.figures import figure, line
 
-    fig = figure("Spread over the input features", "input features, largest first", "share of the largest", yaxis_type="log")
+    fig = figure(
+        "Spread over the input features",
+        "input features, largest first",
+        "share of the largest",
+        yaxis_type="log",
+    )
     for label, matrix in matrices.items():
-        for what, values in (("inputs", matrix.gram.diagonal().clamp_min(0).sqrt()), ("weights", matrix.weight.abs().amax(0))):
+        for what, values in (
+            ("inputs", matrix.gram.diagonal().clamp_min(0).sqrt()),
+            ("weights", matrix.weight.abs().amax(0)),
+        ):
             ordered = values.sort(descending=True).values
-            line(fig, np.arange(1, len(ordered) + 1), (ordered / ordered[0].clamp_min(1e-30)).clamp_min(1e-6).cpu().numpy(), f"{what}, {label}", mode="lines")
+            line(
+                fig,
+                np.arange(1, len(ordered) + 1),
+                (ordered / ordered[0].clamp_min(1e-30)).clamp_min(1e-6).cpu().numpy(),
+                f"{what}, {label}",
+                mode="lines",
+            )
     return fig

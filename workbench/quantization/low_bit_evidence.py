@@ -15,7 +15,12 @@ from workbench.quantization.salient import effective_bits
 from workbench.subjects import Layer, Subject
 
 CALIBRATION = 32
-SHARED: dict[str, Any] = {"granularity": "channel", "examples": CALIBRATION, "predict_examples": 0, "test_examples": TEST}
+SHARED: dict[str, Any] = {
+    "granularity": "channel",
+    "examples": CALIBRATION,
+    "predict_examples": 0,
+    "test_examples": TEST,
+}
 BINARISED = SHARED | {"format": "binary", "range": "centred", "salient_share": 0.2}
 LAYER = BINARISED | {"rounding": "scales", "steps": 40}
 BLOCK = LAYER | {"objective": "block", "sequential": True, "steps": 40}
@@ -28,10 +33,17 @@ def share_of_single_weights(layers: Sequence[Layer], columns: float = 0.2) -> fl
     sizes = [(layer.shape[-2], layer.shape[-1]) for layer in layers]
 
     def average(share: float, pattern: str) -> float:
-        return float(np.average([effective_bits(*size, share, pattern=pattern) for size in sizes], weights=[np.prod(size) for size in sizes]))
+        return float(
+            np.average(
+                [effective_bits(*size, share, pattern=pattern) for size in sizes],
+                weights=[np.prod(size) for size in sizes],
+            )
+        )
 
     budget = average(columns, "columns")
-    return max(share for share in np.arange(0.005, columns, 0.0025).tolist() if average(share, "weights") <= budget)
+    return max(
+        share for share in np.arange(0.005, columns, 0.0025).tolist() if average(share, "weights") <= budget
+    )
 
 
 def restored(on: Subject, rate: float, seed: int) -> tuple[Subject, float]:
@@ -49,10 +61,15 @@ def binarised(name: str, progress: Progress) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     tuning: dict[str, float] = {}
     settings: dict[str, dict[str, Any]] = {
-        "nearest, 2 bits": SHARED | {"bits": 2, "symmetric": False}, "nearest, 2 bits, clipped": SHARED | {"bits": 2, "symmetric": False, "range": "mse"},
-        "binary": BINARISED | {"salient_share": 0.0}, "salient columns": BINARISED, "salient weights": BINARISED | {"salient_pattern": "weights"},
-        "scales of a layer": LAYER, "scales of a block": BLOCK, "restored": LAYER,
-    }  # fmt: skip
+        "nearest, 2 bits": SHARED | {"bits": 2, "symmetric": False},
+        "nearest, 2 bits, clipped": SHARED | {"bits": 2, "symmetric": False, "range": "mse"},
+        "binary": BINARISED | {"salient_share": 0.0},
+        "salient columns": BINARISED,
+        "salient weights": BINARISED | {"salient_pattern": "weights"},
+        "scales of a layer": LAYER,
+        "scales of a block": BLOCK,
+        "restored": LAYER,
+    }
     for seed in progress.track(SEEDS, name):
         on = drawn("bytelm", seed)
         settings["salient weights"]["salient_share"] = share_of_single_weights(on.layers("blocks"))
@@ -62,15 +79,43 @@ def binarised(name: str, progress: Progress) -> dict[str, Any]:
                 tuning = tuning or {f"{rate:g}": restored(on, rate, seed)[1] for rate in RATES}
                 start, _ = restored(on, float(min(tuning, key=lambda rate: tuning[rate])), seed)
             facts = Quantize(**fields, seed=seed).run(start, Progress()).facts
-            rows.append({"seed": seed, "step": step, "loss": float(facts["loss"]), "bits": float(facts["average_bits"]),
-                         "salient_share": fields.get("salient_share", 0.0)})  # fmt: skip
+            rows.append(
+                {
+                    "seed": seed,
+                    "step": step,
+                    "loss": float(facts["loss"]),
+                    "bits": float(facts["average_bits"]),
+                    "salient_share": fields.get("salient_share", 0.0),
+                }
+            )
     losses = {step: [r["loss"] for r in rows if r["step"] == step] for step in settings}
-    pairs = [("salient columns", "binary"), ("scales of a layer", "salient columns"), ("scales of a block", "scales of a layer"), ("restored", "scales of a layer"),
-             ("salient columns", "salient weights"), ("scales of a block", "nearest, 2 bits"), ("scales of a block", "nearest, 2 bits, clipped")]  # fmt: skip
-    gaps = {f"{first} minus {second}": interval([a - b for a, b in zip(losses[first], losses[second], strict=True)]) for first, second in pairs}
+    pairs = [
+        ("salient columns", "binary"),
+        ("scales of a layer", "salient columns"),
+        ("scales of a block", "scales of a layer"),
+        ("restored", "scales of a layer"),
+        ("salient columns", "salient weights"),
+        ("scales of a block", "nearest, 2 bits"),
+        ("scales of a block", "nearest, 2 bits, clipped"),
+    ]
+    gaps = {
+        f"{first} minus {second}": interval(
+            [a - b for a, b in zip(losses[first], losses[second], strict=True)]
+        )
+        for first, second in pairs
+    }
     bits = {step: float(np.mean([r["bits"] for r in rows if r["step"] == step])) for step in settings}
     note = "bytelm, " + "; ".join(f"{pair} {m:+.3f} [{a:+.3f}, {b:+.3f}]" for pair, (m, a, b) in gaps.items())
-    return {"holds": all(mean < 0 for pair, (mean, _, _) in gaps.items() if not pair.endswith("clipped")),
-            "note": note + " nats; bits " + ", ".join(f"{step} {found:.2f}" for step, found in bits.items()), "rows": rows,
-            "means": {step: float(np.mean(found)) for step, found in losses.items()}, "dense_loss": dense_loss("bytelm"), "settings": settings, "restoring": RESTORING,
-            "validation_loss": tuning, "calibration_examples": CALIBRATION, "test_examples": TEST, "seeds": list(SEEDS)}  # fmt: skip
+    return {
+        "holds": all(mean < 0 for pair, (mean, _, _) in gaps.items() if not pair.endswith("clipped")),
+        "note": note + " nats; bits " + ", ".join(f"{step} {found:.2f}" for step, found in bits.items()),
+        "rows": rows,
+        "means": {step: float(np.mean(found)) for step, found in losses.items()},
+        "dense_loss": dense_loss("bytelm"),
+        "settings": settings,
+        "restoring": RESTORING,
+        "validation_loss": tuning,
+        "calibration_examples": CALIBRATION,
+        "test_examples": TEST,
+        "seeds": list(SEEDS),
+    }

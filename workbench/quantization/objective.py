@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from workbench.quantization.aware import TrainQuantized
 
 
-def teacher_loss(on: Subject, output: Tensor, target: Tensor, batch: Batch, temperature: float = 1.0) -> Tensor:
+def teacher_loss(
+    on: Subject, output: Tensor, target: Tensor, batch: Batch, temperature: float = 1.0
+) -> Tensor:
     """What a student's `output` is worth against a teacher's `target` (both as the task returns them), a mean over the batch's items.
 
     Cross-entropy tasks: -T^2 sum_c p_c(target / T) log p_c(output / T) (Hinton et al. 2015; at T = 1 the autoregressive distillation of
@@ -29,7 +31,10 @@ def teacher_loss(on: Subject, output: Tensor, target: Tensor, batch: Batch, temp
     if on.task.loss_kind == "squared_error":
         return 0.5 * (rows - goals).square().sum(-1).mean()
     wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    return F.cross_entropy(wide / temperature, torch.softmax(goals.to(wide.dtype) / temperature, -1)) * temperature**2
+    return (
+        F.cross_entropy(wide / temperature, torch.softmax(goals.to(wide.dtype) / temperature, -1))
+        * temperature**2
+    )
 
 
 def information(calls: Sequence[AttentionCall]) -> Tensor:
@@ -43,7 +48,11 @@ def information(calls: Sequence[AttentionCall]) -> Tensor:
         for heads in (call.query, call.key):
             spread = torch.log1p(heads.float().var(-1)).transpose(1, 2)  # (batch, tokens, heads)
             keep = call.keep
-            found.append(spread[keep].flatten() if keep is not None and keep.shape == spread.shape[:2] else spread.flatten())
+            found.append(
+                spread[keep].flatten()
+                if keep is not None and keep.shape == spread.shape[:2]
+                else spread.flatten()
+            )
     return -torch.cat(found).mean().log()
 
 
@@ -77,7 +86,9 @@ class Objective:
     @staticmethod
     def check(settings: TrainQuantized, on: Subject) -> None:
         if settings.distillation and on.task.loss_kind == "other":
-            raise BadInput(f"distillation: the loss of a {on.task.name} task is the user's own, so a teacher's output has no known place in it; set it to 0")
+            raise BadInput(
+                f"distillation: the loss of a {on.task.name} task is the user's own, so a teacher's output has no known place in it; set it to 0"
+            )
         if settings.entropy or settings.attention_match:
             order_of(on, [])
 

@@ -27,7 +27,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes (int64) of `pack`'s bytes. `BadInput` when there are too few bytes."""
     if packed.numel() != math.ceil(count * bits / 8):
-        raise BadInput(f"packed: {packed.numel()} bytes do not hold {count} codes of {bits} bits, which take {math.ceil(count * bits / 8)}")
+        raise BadInput(
+            f"packed: {packed.numel()} bytes do not hold {count} codes of {bits} bits, which take {math.ceil(count * bits / 8)}"
+        )
     flat = ((packed.reshape(-1, 1).to(torch.int64) >> torch.arange(8, device=packed.device)) & 1).reshape(-1)
     return (flat[: count * bits].reshape(count, bits) << torch.arange(bits, device=packed.device)).sum(1)
 
@@ -50,19 +52,29 @@ def packed_matrix(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
     if isinstance(grid, SplitGrid):
         moved = weight if grid.transform is None else grid.transform.weight(weight)
         wide = packed_matrix(taken(moved, grid.mask), grid.wide)
-        found = packed_matrix(taken(moved, ~grid.mask), grid.rest) | {f"wide_{name}": tensor for name, tensor in wide.items()}
-        return found | {"mask": pack(grid.mask, 1)} | ({} if grid.transform is None else grid.transform.tensors)
+        found = packed_matrix(taken(moved, ~grid.mask), grid.rest) | {
+            f"wide_{name}": tensor for name, tensor in wide.items()
+        }
+        return (
+            found | {"mask": pack(grid.mask, 1)} | ({} if grid.transform is None else grid.transform.tensors)
+        )
     found = {"codes": pack(grid.codes(weight), grid.format.element.bits)}
     if grid.format.scale == "e8m0":
         found["scale"] = (torch.frexp(grid.scale).exponent - 1 + 127).to(torch.uint8)
     elif grid.format.scale == "e4m3":
         whole = grid.scale.amax((-2, -1), keepdim=True) / named("e4m3fn").element.highest
-        found["scale"] = named("e4m3fn").element.encode(named("e4m3fn").element.round(grid.scale / whole)).to(torch.uint8)
+        found["scale"] = (
+            named("e4m3fn").element.encode(named("e4m3fn").element.round(grid.scale / whole)).to(torch.uint8)
+        )
         found["whole"] = whole
     elif grid.format.scale == "real":
         found["scale"] = grid.scale.to(torch.float16)
     if grid.zero is not None:
-        found["zero"] = pack(grid.zero.long(), grid.format.element.bits) if grid.zeros_are_codes else grid.zero.to(torch.float16)
+        found["zero"] = (
+            pack(grid.zero.long(), grid.format.element.bits)
+            if grid.zeros_are_codes
+            else grid.zero.to(torch.float16)
+        )
     if grid.transform is not None:
         found |= grid.transform.tensors
     return found
@@ -73,8 +85,14 @@ def unpacked_layer(stored: dict[str, Tensor], change: FakeQuant, shape: tuple[in
     transform, grid = Transform.of(stored, change.block, change.orthogonal), change.grid
     if isinstance(grid, SplitGrid):
         mask = unpack(stored["mask"], 1, grid.mask.numel()).bool().reshape(grid.mask.shape)
-        inside, own = int(mask[0].sum()), {name[5:]: tensor for name, tensor in stored.items() if name.startswith("wide_")}
-        parts = (unpacked_matrix(stored, grid.rest, (shape[0], shape[1] - inside)), unpacked_matrix(own, grid.wide, (shape[0], inside)))
+        inside, own = (
+            int(mask[0].sum()),
+            {name[5:]: tensor for name, tensor in stored.items() if name.startswith("wide_")},
+        )
+        parts = (
+            unpacked_matrix(stored, grid.rest, (shape[0], shape[1] - inside)),
+            unpacked_matrix(own, grid.wide, (shape[0], inside)),
+        )
         values = replace(grid, mask=mask).joined(*parts)
     else:
         values = unpacked_matrix(stored, grid, shape)
@@ -96,5 +114,9 @@ def unpacked_matrix(stored: dict[str, Tensor], grid: Grid, shape: tuple[int, ...
     zero = None
     if "zero" in stored:
         packed = stored["zero"]
-        zero = unpack(packed, format.element.bits, scale.numel()).reshape(scale.shape).float() if packed.dtype == torch.uint8 else packed.float()
+        zero = (
+            unpack(packed, format.element.bits, scale.numel()).reshape(scale.shape).float()
+            if packed.dtype == torch.uint8
+            else packed.float()
+        )
     return Grid(format, scale, zero, grid.group).decode(codes)

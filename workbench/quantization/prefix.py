@@ -52,7 +52,9 @@ def run_until(subject: Subject, block: str, batch: Batch) -> None:
 
 
 @contextlib.contextmanager
-def collecting(subject: Subject, layers: Sequence[Layer]) -> Iterator[tuple[InputCapture, dict[tuple[str, int], list[Tensor]]]]:
+def collecting(
+    subject: Subject, layers: Sequence[Layer]
+) -> Iterator[tuple[InputCapture, dict[tuple[str, int], list[Tensor]]]]:
     rows: dict[tuple[str, int], list[Tensor]] = {}
 
     def keep(layer: Layer, expert: int, inputs: Tensor) -> None:
@@ -63,8 +65,16 @@ def collecting(subject: Subject, layers: Sequence[Layer]) -> Iterator[tuple[Inpu
 
 
 @torch.no_grad()
-def paired_moments(dense: Subject, on: Subject, block: str, layers: Sequence[Layer], examples: int, split: str = "calibration", batch_size: int = 16,
-                   progress: Progress | None = None) -> tuple[dict[str, InputMoments], dict[str, Tensor]]:  # fmt: skip
+def paired_moments(
+    dense: Subject,
+    on: Subject,
+    block: str,
+    layers: Sequence[Layer],
+    examples: int,
+    split: str = "calibration",
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> tuple[dict[str, InputMoments], dict[str, Tensor]]:
     """(second moments of the quantized prefix's inputs, cross moments X X^^T with the dense model's) for one block's layers.
 
     Cross moments are (in, in) and missing for stacked experts, whose two models may route tokens differently.
@@ -72,11 +82,21 @@ def paired_moments(dense: Subject, on: Subject, block: str, layers: Sequence[Lay
     progress = progress or Progress()
     twins = {layer.name: layer for layer in dense.layers("*")}
     sums = {layer.name: moments_of(layer, gram=True) for layer in layers}
-    cross = {layer.name: torch.zeros(layer.shape[-1], layer.shape[-1], device=layer.original.device) for layer in layers if len(layer.shape) == 2}
+    cross = {
+        layer.name: torch.zeros(layer.shape[-1], layer.shape[-1], device=layer.original.device)
+        for layer in layers
+        if len(layer.shape) == 2
+    }
     count = -(-min(examples, on.size(split)) // batch_size)
-    for batch in progress.track(on.batches(split, batch_size, examples), f"inputs of {block or 'the rest'}", count):
+    for batch in progress.track(
+        on.batches(split, batch_size, examples), f"inputs of {block or 'the rest'}", count
+    ):
         mask = batch.get("attention_mask")
-        keep = mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
+        keep = (
+            mask.bool()
+            if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch
+            else None
+        )
         seen = []
         for subject, mine in ((on, list(layers)), (dense, [twins[layer.name] for layer in layers])):
             with collecting(subject, mine) as (capture, rows):
@@ -98,7 +118,9 @@ def paired_moments(dense: Subject, on: Subject, block: str, layers: Sequence[Lay
 def target(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
     """W* (out, in): the weight whose outputs on the quantized prefix's inputs are closest to the dense layer's, damped towards W."""
     lift = damped(gram, damp) - gram
-    solved = torch.linalg.solve(damped(gram, damp).double(), (cross + lift).T.double())  # W* (G + L) = W (C + L)
+    solved = torch.linalg.solve(
+        damped(gram, damp).double(), (cross + lift).T.double()
+    )  # W* (G + L) = W (C + L)
     return (weight.double() @ solved.T).to(weight.dtype)
 
 
@@ -112,7 +134,9 @@ class Call:
 
 
 @torch.no_grad()
-def block_calls(subject: Subject, block: str, examples: int, split: str = "calibration", batch_size: int = 16) -> list[Call]:
+def block_calls(
+    subject: Subject, block: str, examples: int, split: str = "calibration", batch_size: int = 16
+) -> list[Call]:
     """Every call of a block over the calibration batches."""
     module = subject.model.get_submodule(block)
     found: list[Call] = []
@@ -133,5 +157,3 @@ def block_calls(subject: Subject, block: str, examples: int, split: str = "calib
 
 def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-

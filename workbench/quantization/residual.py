@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from workbench.quantization.activations import SignInputs, signs
-from workbench.quantization.attention import AttentionCall, AttentionChange, attention_sites, order_of, use_plain_attention
+from workbench.quantization.attention import (
+    AttentionCall,
+    AttentionChange,
+    attention_sites,
+    order_of,
+    use_plain_attention,
+)
 from workbench.quantization.trainable import ROUNDINGS, CentredSign, slowed
 from workbench.subjects import Layer, Subject
 
@@ -57,7 +63,13 @@ class BinaryAttention(AttentionChange):
     offsets: nn.Parameter | None
     up: nn.Parameter | None
 
-    def __init__(self, scales: Tensor, estimators: Tensor | None = None, offsets: Tensor | None = None, up: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        scales: Tensor,
+        estimators: Tensor | None = None,
+        offsets: Tensor | None = None,
+        up: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.scales = nn.Parameter(scales)
         for name, tensor in (("estimators", estimators), ("offsets", offsets), ("up", up)):
@@ -69,11 +81,15 @@ class BinaryAttention(AttentionChange):
         """On the inputs (..., width) of an attention like this one. A scale starts at mean |x|, the best for signs (Rastegari et al. 2016), and a
         map's at 4 mean, as in the published code."""
         device = call.query.device
-        scales = torch.stack([call.query.abs().mean(), call.key.abs().mean(), call.value.abs().mean(), 4 * call.maps.mean()]).detach()
+        scales = torch.stack(
+            [call.query.abs().mean(), call.key.abs().mean(), call.value.abs().mean(), 4 * call.maps.mean()]
+        ).detach()
         if not rank:
             return cls(scales)
         estimators = torch.zeros(5, rank, width)
-        estimators[:2] = torch.randn(2, rank, width, generator=generator) * (scales[:2].cpu() * width**-0.5)[:, None, None]
+        estimators[:2] = (
+            torch.randn(2, rank, width, generator=generator) * (scales[:2].cpu() * width**-0.5)[:, None, None]
+        )
         up = torch.randn(rank, call.value.shape[1] * call.value.shape[-1], generator=generator)
         up[0] = 1.0
         return cls(scales, estimators.to(device), torch.zeros(5, rank, device=device), up.to(device))
@@ -82,7 +98,9 @@ class BinaryAttention(AttentionChange):
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(getattr(hook, "__self__", None), BinaryAttention):
                 del module._forward_pre_hooks[key]
-        module.register_forward_pre_hook(self.before, prepend=True)  # what the layer reads, before it is rounded
+        module.register_forward_pre_hook(
+            self.before, prepend=True
+        )  # what the layer reads, before it is rounded
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.hidden = args[0] if self.estimators is not None else None
@@ -90,7 +108,9 @@ class BinaryAttention(AttentionChange):
     def estimates(self) -> tuple[Tensor, ...]:
         """(batch, tokens, rank) each: Q_b, K_b, R_q, R_k, R_v."""
         assert self.hidden is not None and self.estimators is not None and self.offsets is not None
-        return torch.einsum("bti,eri->betr", self.hidden, self.estimators).add(self.offsets[:, None]).unbind(1)
+        return (
+            torch.einsum("bti,eri->betr", self.hidden, self.estimators).add(self.offsets[:, None]).unbind(1)
+        )
 
     def operands(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return scaled_signs(query, self.scales[0]), scaled_signs(key, self.scales[1])
@@ -104,17 +124,25 @@ class BinaryAttention(AttentionChange):
     def weighed(self, maps: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         binary = scaled_signs(value, self.scales[2])
         if self.up is not None:
-            lost = (self.estimates()[4] @ self.up).unflatten(-1, (value.shape[1], value.shape[-1])).transpose(1, 2)
+            lost = (
+                (self.estimates()[4] @ self.up)
+                .unflatten(-1, (value.shape[1], value.shape[-1]))
+                .transpose(1, 2)
+            )
             binary, self.hidden = binary + lost, None
         return scaled_steps(maps, self.scales[3]), binary
 
 
-def binarise(on: Subject, layers: Sequence[Layer], rank: int, generator: torch.Generator, examples: int = 8) -> None:
+def binarise(
+    on: Subject, layers: Sequence[Layer], rank: int, generator: torch.Generator, examples: int = 8
+) -> None:
     """Put signs on what these layers read, and binary attention with estimators of this rank (0: none) around those that project for one."""
     size: dict[str, Tensor] = {}
 
     def note(layer: Layer) -> Any:
-        return layer.module.register_forward_pre_hook(lambda module, args: size.__setitem__(layer.name, args[0].detach().abs().mean()))
+        return layer.module.register_forward_pre_hook(
+            lambda module, args: size.__setitem__(layer.name, args[0].detach().abs().mean())
+        )
 
     handles = [note(layer) for layer in layers]
     try:
@@ -128,7 +156,11 @@ def binarise(on: Subject, layers: Sequence[Layer], rank: int, generator: torch.G
         layer.attach(BinaryAttention.begin(call, layer.shape[-1], rank, generator))
     for layer in layers:
         if layer.name in size:
-            layer.attach(ElasticSigns(torch.zeros(layer.shape[-1], device=layer.original.device), size[layer.name].float()))
+            layer.attach(
+                ElasticSigns(
+                    torch.zeros(layer.shape[-1], device=layer.original.device), size[layer.name].float()
+                )
+            )
     use_plain_attention(on.model)
 
 

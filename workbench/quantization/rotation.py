@@ -40,20 +40,34 @@ def stream_of(model: Any) -> Stream:
     name = type(model).__name__
     if hasattr(model, "transformer") and hasattr(model.transformer, "wte"):
         inner = model.transformer
-        blocks = [[(b.ln_1, [b.attn.c_attn], b.attn.c_proj), (b.ln_2, [b.mlp.c_fc], b.mlp.c_proj)] for b in inner.h]
+        blocks = [
+            [(b.ln_1, [b.attn.c_attn], b.attn.c_proj), (b.ln_2, [b.mlp.c_fc], b.mlp.c_proj)] for b in inner.h
+        ]
         width = inner.wte.weight.shape[1]
         heads = [(b.attn.c_attn, slice(2 * width, 3 * width), b.attn.c_proj) for b in inner.h]
-        return Stream([inner.wte, inner.wpe], blocks, inner.ln_f, model.lm_head, heads, width // model.config.n_head)
+        return Stream(
+            [inner.wte, inner.wpe], blocks, inner.ln_f, model.lm_head, heads, width // model.config.n_head
+        )
     inner = getattr(model, "model", None)
     first = next(iter(inner.layers), None) if inner is not None and hasattr(inner, "layers") else None
-    if first is None or not hasattr(first, "input_layernorm") or not hasattr(getattr(first, "mlp", None), "down_proj"):
-        raise BadInput(f"subject: {name} has no residual stream that rotations can be folded into (a pre-norm causal model with RMSNorm or "
-                       "LayerNorm is needed); use quantize with transform hadamard, which stays online")  # fmt: skip
+    if (
+        first is None
+        or not hasattr(first, "input_layernorm")
+        or not hasattr(getattr(first, "mlp", None), "down_proj")
+    ):
+        raise BadInput(
+            f"subject: {name} has no residual stream that rotations can be folded into (a pre-norm causal model with RMSNorm or "
+            "LayerNorm is needed); use quantize with transform hadamard, which stays online"
+        )
     blocks, heads = [], []
     for b in inner.layers:
         attention, mlp = b.self_attn, b.mlp
-        blocks.append([(b.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], attention.o_proj),
-                       (b.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], mlp.down_proj)])  # fmt: skip
+        blocks.append(
+            [
+                (b.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], attention.o_proj),
+                (b.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], mlp.down_proj),
+            ]
+        )
         heads.append((attention.v_proj, slice(None), attention.o_proj))
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -78,11 +92,19 @@ def keep_mean(matrix: Tensor) -> Tensor:
     ones = torch.full((len(matrix),), len(matrix) ** -0.5, dtype=matrix.dtype, device=matrix.device)
     across = matrix @ ones - ones
     size = across.square().sum()
-    return matrix if float(size.detach()) < 1e-24 else matrix - 2 * torch.outer(across, across @ matrix) / size
+    return (
+        matrix if float(size.detach()) < 1e-24 else matrix - 2 * torch.outer(across, across @ matrix) / size
+    )
 
 
 @torch.no_grad()
-def rotate(subject: Subject, kind: str = "hadamard", seed: int = 0, rotation: Tensor | None = None, heads: Sequence[Tensor] = ()) -> Subject:
+def rotate(
+    subject: Subject,
+    kind: str = "hadamard",
+    seed: int = 0,
+    rotation: Tensor | None = None,
+    heads: Sequence[Tensor] = (),
+) -> Subject:
     """A subject with the same function whose residual stream is rotated by an orthogonal (width, width) matrix.
 
     heads : an orthogonal (head size, head size) for each block, which turns what its heads read and write (SpinQuant's R2)
@@ -92,12 +114,25 @@ def rotate(subject: Subject, kind: str = "hadamard", seed: int = 0, rotation: Te
     model: Any = bake(made.model)
     stream = folded(model)
     width = stream.embeddings[0].weight.shape[1]
-    matrix = random_rotation(width, kind, torch.Generator().manual_seed(seed)) if rotation is None else rotation.double()
-    for name, found, size in [("rotation", matrix, width), *(("heads", h.double(), stream.head_size) for h in heads)]:
-        if found.shape != (size, size) or not torch.allclose(found @ found.T, torch.eye(size, dtype=torch.float64, device=found.device), atol=1e-8):
-            raise BadInput(f"{name}: an orthogonal matrix of shape ({size}, {size}) is needed, got {tuple(found.shape)}")
+    matrix = (
+        random_rotation(width, kind, torch.Generator().manual_seed(seed))
+        if rotation is None
+        else rotation.double()
+    )
+    for name, found, size in [
+        ("rotation", matrix, width),
+        *(("heads", h.double(), stream.head_size) for h in heads),
+    ]:
+        if found.shape != (size, size) or not torch.allclose(
+            found @ found.T, torch.eye(size, dtype=torch.float64, device=found.device), atol=1e-8
+        ):
+            raise BadInput(
+                f"{name}: an orthogonal matrix of shape ({size}, {size}) is needed, got {tuple(found.shape)}"
+            )
     device = stream.head.weight.device
-    for (module, tensor), value in turned(stream, matrix.to(device), [h.double().to(device) for h in heads]).items():
+    for (module, tensor), value in turned(
+        stream, matrix.to(device), [h.double().to(device) for h in heads]
+    ).items():
         getattr(module, tensor).copy_(value)
     return made.with_model(model)
 
@@ -112,7 +147,9 @@ def folded(model: Any) -> Stream:
     if centre:
         for embedding in stream.embeddings:
             embedding.weight.sub_(embedding.weight.mean(1, keepdim=True))
-    for norm, readers, writer in [part for block in stream.blocks for part in block] + [(stream.norm, [stream.head], None)]:
+    for norm, readers, writer in [part for block in stream.blocks for part in block] + [
+        (stream.norm, [stream.head], None)
+    ]:
         for reader in readers:
             read_from(reader, norm)
         reset(norm)
@@ -124,11 +161,15 @@ def folded(model: Any) -> Stream:
     return stream
 
 
-def turned(stream: Stream, matrix: Tensor, heads: Sequence[Tensor] = ()) -> dict[tuple[nn.Module, str], Tensor]:
+def turned(
+    stream: Stream, matrix: Tensor, heads: Sequence[Tensor] = ()
+) -> dict[tuple[nn.Module, str], Tensor]:
     """(module, tensor) -> its value in the rotated stream: readers W R^T, writers R W. Differentiable in the rotations, in their dtype."""
     if isinstance(stream.norm, nn.LayerNorm):
         matrix = keep_mean(matrix)
-    found: dict[tuple[nn.Module, str], Tensor] = {(e, "weight"): e.weight.detach().to(matrix.dtype) @ matrix.T for e in stream.embeddings}
+    found: dict[tuple[nn.Module, str], Tensor] = {
+        (e, "weight"): e.weight.detach().to(matrix.dtype) @ matrix.T for e in stream.embeddings
+    }
 
     def now(module: Any, tensor: str) -> Tensor:
         """The value so far, matrices as (out, in)."""
@@ -144,8 +185,16 @@ def turned(stream: Stream, matrix: Tensor, heads: Sequence[Tensor] = ()) -> dict
                 whole = now(value, tensor)
                 part = whole[rows].unflatten(0, (-1, stream.head_size))
                 part = torch.einsum("ij,hj...->hi...", turn, part).flatten(0, 1)
-                then(value, tensor, part if rows == slice(None) else torch.cat([whole[: rows.start], part, whole[rows.stop :]]))
-        then(output, "weight", (now(output, "weight").unflatten(1, (-1, stream.head_size)) @ turn.T).flatten(1))
+                then(
+                    value,
+                    tensor,
+                    part
+                    if rows == slice(None)
+                    else torch.cat([whole[: rows.start], part, whole[rows.stop :]]),
+                )
+        then(
+            output, "weight", (now(output, "weight").unflatten(1, (-1, stream.head_size)) @ turn.T).flatten(1)
+        )
     for _, readers, writer in [part for block in stream.blocks for part in block]:
         for reader in readers:
             then(reader, "weight", now(reader, "weight") @ matrix.T)

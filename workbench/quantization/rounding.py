@@ -35,7 +35,10 @@ class Factors:
             self.gram, self.made = gram, {}
         if (damp, act_order) not in self.made:
             order = column_order(gram) if act_order else None
-            self.made[damp, act_order] = (linear_feedback(gram if order is None else gram[order][:, order], damp), order)
+            self.made[damp, act_order] = (
+                linear_feedback(gram if order is None else gram[order][:, order], damp),
+                order,
+            )
         return self.made[damp, act_order]
 
 
@@ -69,13 +72,28 @@ class Problem:
 
     def moved(self, transform: Transform) -> Problem:
         """The same problem in a transform's coordinates."""
-        return replace(self, weight=transform.weight(self.weight), gram=transform.gram(self.gram), largest=None, rows=None)
+        return replace(
+            self,
+            weight=transform.weight(self.weight),
+            gram=transform.gram(self.gram),
+            largest=None,
+            rows=None,
+        )
 
     def grid(self) -> Grid:
         """The format's grid on this weight; clipping searches weigh each column's error by its inputs' energy."""
         if self.salient is not None:
-            return self.salient.grid(self.weight, self.gram, self.format, self.granularity, self.group_size, self.rule)
-        return fit(self.weight, self.format, self.granularity, self.group_size, self.rule, self.gram.diagonal() if self.rule == "mse" else None)
+            return self.salient.grid(
+                self.weight, self.gram, self.format, self.granularity, self.group_size, self.rule
+            )
+        return fit(
+            self.weight,
+            self.format,
+            self.granularity,
+            self.group_size,
+            self.rule,
+            self.gram.diagonal() if self.rule == "mse" else None,
+        )
 
     def masked(self, values: Tensor) -> Tensor:
         return values if self.mask is None else values * self.mask
@@ -113,7 +131,15 @@ def column_wise(problem: Problem) -> tuple[Tensor, Grid]:
     feedback, order = problem.factors.of(problem.gram, problem.damp, problem.act_order)
     width = problem.weight.shape[1]
     group = group_of(problem.format, problem.granularity, problem.group_size, width)
-    if group < width and width % group == 0 and not problem.format.block and order is None and problem.granularity != "tensor":
-        return gptq_with_moving_scales(problem.weight, feedback, problem.format, group, problem.rule, problem.mask)
+    if (
+        group < width
+        and width % group == 0
+        and not problem.format.block
+        and order is None
+        and problem.granularity != "tensor"
+    ):
+        return gptq_with_moving_scales(
+            problem.weight, feedback, problem.format, group, problem.rule, problem.mask
+        )
     grid = problem.grid()
     return gptq(problem.weight, feedback, grid, problem.mask, order), grid

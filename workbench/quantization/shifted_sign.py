@@ -34,9 +34,15 @@ class ShiftedSign(TrainedRounding):
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> ShiftedSign:
         """A column of `weight` (..., out, in) shares the two when `settings.shared` is "column", else `group` weights of a row do."""
-        blocks = weight.mT.unsqueeze(-3) if settings.shared == "column" else in_groups(weight, group)  # (..., out or 1, groups, members)
+        blocks = (
+            weight.mT.unsqueeze(-3) if settings.shared == "column" else in_groups(weight, group)
+        )  # (..., out or 1, groups, members)
         beta = blocks.mean(-1)
-        return cls((blocks - beta.unsqueeze(-1)).abs().mean(-1), beta, group=1 if settings.shared == "column" else group)
+        return cls(
+            (blocks - beta.unsqueeze(-1)).abs().mean(-1),
+            beta,
+            group=1 if settings.shared == "column" else group,
+        )
 
     def grid(self) -> Grid:
         format = named("binary")
@@ -54,7 +60,9 @@ class ShiftedSign(TrainedRounding):
         grid = self.grid()
         scale, zero = grid.columns(weight.shape[-1])
         assert zero is not None
-        flipped = signs(spread(self.alpha.detach(), self.group, weight.shape[-1]))  # a grid's scale is positive, alpha may have crossed zero
+        flipped = signs(
+            spread(self.alpha.detach(), self.group, weight.shape[-1])
+        )  # a grid's scale is positive, alpha may have crossed zero
         return (signs(weight) * flipped - zero) * scale, grid
 
     def config(self) -> dict[str, Any]:

@@ -63,7 +63,11 @@ class TokenQuant(ActivationQuant):
         self.share, self.before_attention = share, before_attention
 
     def round(self, x: Tensor) -> Tensor:
-        wide = important_tokens(x.shape[0], x.shape[1], self.share) if x.ndim == 3 and not self.before_attention else None
+        wide = (
+            important_tokens(x.shape[0], x.shape[1], self.share)
+            if x.ndim == 3 and not self.before_attention
+            else None
+        )
         return rounded_tokens(x, self.format, self.wide_format, wide)
 
     def restored(self, model: nn.Module) -> None:
@@ -72,4 +76,9 @@ class TokenQuant(ActivationQuant):
         use_plain_attention(model)
 
     def config(self) -> dict[str, Any]:
-        return {"format": self.format, "wide_format": self.wide_format, "share": self.share, "before_attention": self.before_attention}
+        return {
+            "format": self.format,
+            "wide_format": self.wide_format,
+            "share": self.share,
+            "before_attention": self.before_attention,
+        }

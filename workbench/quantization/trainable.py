@@ -45,7 +45,9 @@ class TrainedRounding(Change):
     surveyed: Mapping[str, float] = {}  # what `survey` found of this layer
 
     @classmethod
-    def survey(cls, on: Subject, layers: Sequence[Layer], settings: TrainQuantized) -> Mapping[str, Mapping[str, float]]:
+    def survey(
+        cls, on: Subject, layers: Sequence[Layer], settings: TrainQuantized
+    ) -> Mapping[str, Mapping[str, float]]:
         """What a method asks of the subject before quantization is switched on, by layer."""
         return {}
 
@@ -58,7 +60,9 @@ class TrainedRounding(Change):
         """Before a step: move what follows a schedule, draw what is random."""
 
     @classmethod
-    def extra(cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course) -> Tensor | None:
+    def extra(
+        cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course
+    ) -> Tensor | None:
         """What is added to the loss for all layers together (sizes: their numbers of weights), or None."""
         return None
 
@@ -72,8 +76,14 @@ class TrainedRounding(Change):
         raise TypeError(f"{type(self).__name__} has no final()")
 
     @classmethod
-    def tables(cls, roundings: Sequence[TrainedRounding], layers: Sequence[Layer], on: Subject, settings: TrainQuantized, progress: Progress) -> dict[
-            str, pd.DataFrame]:  # fmt: skip
+    def tables(
+        cls,
+        roundings: Sequence[TrainedRounding],
+        layers: Sequence[Layer],
+        on: Subject,
+        settings: TrainQuantized,
+        progress: Progress,
+    ) -> dict[str, pd.DataFrame]:
         """What a method reports besides the loss of the subject it ended on."""
         return {}
 
@@ -145,7 +155,11 @@ class MeanScaled(TrainedRounding):
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> MeanScaled:
-        return cls(torch.tensor(0.0 if settings.ramp else 1.0, device=weight.device), format=settings.method, group=group)
+        return cls(
+            torch.tensor(0.0 if settings.ramp else 1.0, device=weight.device),
+            format=settings.method,
+            group=group,
+        )
 
     def prepare(self, course: Course) -> None:
         if course.settings.ramp:
@@ -154,7 +168,12 @@ class MeanScaled(TrainedRounding):
 
     def grid_of(self, weight: Tensor) -> Grid:
         format = named(self.format)
-        return Grid(format, stored(in_groups(weight.detach().float(), self.group).abs().mean(-1), format), None, self.group)
+        return Grid(
+            format,
+            stored(in_groups(weight.detach().float(), self.group).abs().mean(-1), format),
+            None,
+            self.group,
+        )
 
     def change(self, weight: Tensor) -> Tensor:
         rounded = self.grid_of(weight).round(weight.detach())
@@ -190,7 +209,9 @@ class CentredSign(TrainedRounding):
 
     def grid_of(self, weight: Tensor) -> Grid:
         format = named("binary")
-        return Grid(format, stored(weight.detach().float().abs().mean(-1, keepdim=True), format), None, self.group)
+        return Grid(
+            format, stored(weight.detach().float().abs().mean(-1, keepdim=True), format), None, self.group
+        )
 
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
         grid = self.grid_of(weight)
@@ -219,12 +240,18 @@ class PseudoNoise(TrainedRounding):
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> PseudoNoise:
-        share = (min(max(settings.budget + 1.0, cls.low + 0.5), cls.high - 0.5) - cls.low) / (cls.high - cls.low)
+        share = (min(max(settings.budget + 1.0, cls.low + 0.5), cls.high - 0.5) - cls.low) / (
+            cls.high - cls.low
+        )
         bound = in_groups(weight, group).abs().amax(-1).clamp_min(1e-8)
-        return cls(bound.log(), torch.tensor(math.log(share / (1 - share)), device=weight.device), group=group)
+        return cls(
+            bound.log(), torch.tensor(math.log(share / (1 - share)), device=weight.device), group=group
+        )
 
     def prepare(self, course: Course) -> None:
-        self.drawn = int(torch.randint(2**31, (), generator=course.generator))  # the step's noise, the same in every forward pass
+        self.drawn = int(
+            torch.randint(2**31, (), generator=course.generator)
+        )  # the step's noise, the same in every forward pass
 
     @property
     def width(self) -> Tensor:
@@ -242,7 +269,9 @@ class PseudoNoise(TrainedRounding):
         return torch.minimum(torch.maximum(weight, -bound), bound) + step * noise
 
     @classmethod
-    def extra(cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course) -> Tensor | None:
+    def extra(
+        cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course
+    ) -> Tensor | None:
         return course.settings.strength * (average_width(roundings, sizes) - course.settings.budget).abs()
 
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
@@ -265,13 +294,29 @@ class BitPlanes(TrainedRounding):
 
     rate = 30.0
     planes: ClassVar[int] = 7  # with the sign, eight bits
-    first, last, ajar = 4.0, 200.0, 0.25  # sharpness at both ends; where the planes' gates start, so that few steps can close them
+    first, last, ajar = (
+        4.0,
+        200.0,
+        0.25,
+    )  # sharpness at both ends; where the planes' gates start, so that few steps can close them
     sharpness: Tensor
 
-    def __init__(self, log_step: Tensor, positive: Tensor, negative: Tensor, keep: Tensor, sharpness: Tensor | None = None, *, group: int) -> None:
+    def __init__(
+        self,
+        log_step: Tensor,
+        positive: Tensor,
+        negative: Tensor,
+        keep: Tensor,
+        sharpness: Tensor | None = None,
+        *,
+        group: int,
+    ) -> None:
         super().__init__()
         self.log_step = nn.Parameter(log_step)  # (..., out, groups): log of s / (2^n - 1)
-        self.positive, self.negative = nn.Parameter(positive), nn.Parameter(negative)  # (planes, ..., out, in)
+        self.positive, self.negative = (
+            nn.Parameter(positive),
+            nn.Parameter(negative),
+        )  # (planes, ..., out, in)
         self.keep = nn.Parameter(keep)  # (planes,)
         self.register_buffer("sharpness", torch.tensor(self.first) if sharpness is None else sharpness)
         self.group = group
@@ -282,8 +327,16 @@ class BitPlanes(TrainedRounding):
         whole = (weight / spread(step, group, weight.shape[-1])).round().long()
         digits = torch.stack([(whole.abs() >> b) & 1 for b in range(cls.planes)])
         positive, negative = (torch.where((digits == 1) & (sign * whole > 0), 1.0, -1.0) for sign in (1, -1))
-        soft = math.tanh(cls.first / 2) * torch.sigmoid(torch.tensor(cls.first * cls.ajar))  # f(1) - f(-1), times a plane's gate
-        return cls((step / soft).log(), positive, negative, torch.full((cls.planes,), cls.ajar, device=weight.device), group=group)
+        soft = math.tanh(cls.first / 2) * torch.sigmoid(
+            torch.tensor(cls.first * cls.ajar)
+        )  # f(1) - f(-1), times a plane's gate
+        return cls(
+            (step / soft).log(),
+            positive,
+            negative,
+            torch.full((cls.planes,), cls.ajar, device=weight.device),
+            group=group,
+        )
 
     def prepare(self, course: Course) -> None:
         self.sharpness.fill_(self.first * (self.last / self.first) ** course.done)
@@ -299,11 +352,15 @@ class BitPlanes(TrainedRounding):
         powers = 2.0 ** torch.arange(self.planes, device=weight.device)
         units = torch.zeros_like(weight)
         for gate, power, p, q in zip(self.gates(), powers, self.positive, self.negative, strict=True):
-            units = units + gate * power * (torch.sigmoid(self.sharpness * p) - torch.sigmoid(self.sharpness * q))
+            units = units + gate * power * (
+                torch.sigmoid(self.sharpness * p) - torch.sigmoid(self.sharpness * q)
+            )
         return units * spread(self.log_step.exp(), self.group, weight.shape[-1])
 
     @classmethod
-    def extra(cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course) -> Tensor | None:
+    def extra(
+        cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course
+    ) -> Tensor | None:
         average = average_width(roundings, sizes)
         return course.settings.strength * (average.detach() - course.settings.budget) * average
 
@@ -311,7 +368,10 @@ class BitPlanes(TrainedRounding):
         """Integers of the open planes; a closed lowest plane doubles the step. A closed plane between open ones still takes its bit."""
         open_planes = [b for b in range(self.planes) if float(self.keep[b].detach()) > 0] or [self.planes - 1]
         low, high = open_planes[0], open_planes[-1]
-        whole = sum(2.0 ** (b - low) * ((self.positive[b] > 0).float() - (self.negative[b] > 0).float()) for b in open_planes)
+        whole = sum(
+            2.0 ** (b - low) * ((self.positive[b] > 0).float() - (self.negative[b] > 0).float())
+            for b in open_planes
+        )
         assert isinstance(whole, Tensor)
         format = named("int", max(2, high - low + 2))
         grid = Grid(format, stored(self.log_step.detach().exp() * 2.0**low, format), None, self.group)
@@ -337,7 +397,9 @@ class FormatPolicy(TrainedRounding):
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> FormatPolicy:
-        return cls(torch.zeros(len(settings.formats), device=weight.device), formats=settings.formats, group=group)
+        return cls(
+            torch.zeros(len(settings.formats), device=weight.device), formats=settings.formats, group=group
+        )
 
     def prepare(self, course: Course) -> None:
         chances = torch.softmax(self.logits.detach().cpu(), 0)
@@ -359,7 +421,9 @@ class FormatPolicy(TrainedRounding):
         return torch.tensor([float(named(f).element.bits) for f in self.formats])
 
     @classmethod
-    def extra(cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course) -> Tensor | None:
+    def extra(
+        cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course
+    ) -> Tensor | None:
         policies = [r for r in roundings if isinstance(r, FormatPolicy)]
         drawn = sum(float(p.bits[p.drawn]) * n for p, n in zip(policies, sizes, strict=True)) / sum(sizes)
         reward = -float(loss.detach()) - course.settings.strength * abs(drawn / course.settings.budget - 1)
@@ -380,6 +444,12 @@ class FormatPolicy(TrainedRounding):
 
 
 ROUNDINGS: dict[str, type[TrainedRounding]] = {
-    "lsq": LearnedStep, "l4q": LearnedStep, "ternary": MeanScaled, "binary": MeanScaled, "bibert": CentredSign, "nipq": PseudoNoise,
-    "csq": BitPlanes, "fliqs": FormatPolicy,
-}  # fmt: skip
+    "lsq": LearnedStep,
+    "l4q": LearnedStep,
+    "ternary": MeanScaled,
+    "binary": MeanScaled,
+    "bibert": CentredSign,
+    "nipq": PseudoNoise,
+    "csq": BitPlanes,
+    "fliqs": FormatPolicy,
+}

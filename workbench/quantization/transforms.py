@@ -57,7 +57,11 @@ class Transform:
             inputs = inputs / self.scale
         if self.signs is not None:
             inputs = rotated(inputs, self.signs, self.block)
-        return inputs if self.left is None or self.right is None else kronecker(inputs, self.inverse(self.left).mT, self.inverse(self.right).mT)
+        return (
+            inputs
+            if self.left is None or self.right is None
+            else kronecker(inputs, self.inverse(self.left).mT, self.inverse(self.right).mT)
+        )
 
     def inputs_back(self, inputs: Tensor) -> Tensor:
         if self.left is not None and self.right is not None:
@@ -90,10 +94,16 @@ class Transform:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor | None], block: int = 0, orthogonal: bool = False) -> Transform | None:
+    def of(
+        cls, tensors: Mapping[str, Tensor | None], block: int = 0, orthogonal: bool = False
+    ) -> Transform | None:
         """The transform of `tensors` (its property's names); None when all are missing."""
         smooth, signs, left, right = (tensors.get(name) for name in ("smooth", "signs", "left", "right"))
-        return None if smooth is None and signs is None and left is None else cls(smooth, signs, block, left, right, orthogonal)
+        return (
+            None
+            if smooth is None and signs is None and left is None
+            else cls(smooth, signs, block, left, right, orthogonal)
+        )
 
 
 def hadamard(size: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -187,7 +197,11 @@ def steps_of(weight: Tensor, grid: Grid) -> Tensor:
     from workbench.quantization.grid import in_groups
 
     blocks = in_groups(weight, grid.group)
-    reach = blocks.amax(-1).clamp(min=0) - blocks.amin(-1).clamp(max=0) if grid.format.affine else blocks.abs().amax(-1)
+    reach = (
+        blocks.amax(-1).clamp(min=0) - blocks.amin(-1).clamp(max=0)
+        if grid.format.affine
+        else blocks.abs().amax(-1)
+    )
     step = (reach / grid.format.element.highest).clamp_min(1e-12)
     return step.repeat_interleave(grid.group, -1)[..., : weight.shape[-1]]
 
@@ -226,7 +240,14 @@ def half(scale: Tensor) -> Tensor:
     return scale.clamp(1e-4, 1e4).to(torch.float16).float()
 
 
-TRANSFORMS: dict[str, Finder] = {"smooth": smooth, "awq": activation_aware, "teq": trained, "hadamard": rotation, "resq": principal_components, "flatquant": flat}
+TRANSFORMS: dict[str, Finder] = {
+    "smooth": smooth,
+    "awq": activation_aware,
+    "teq": trained,
+    "hadamard": rotation,
+    "resq": principal_components,
+    "flatquant": flat,
+}
 
 
 def in_coordinates(problem: Problem, name: str, alpha: float) -> tuple[Problem, Transform | None]:
@@ -236,5 +257,3 @@ def in_coordinates(problem: Problem, name: str, alpha: float) -> tuple[Problem, 
     found = TRANSFORMS[name](problem, alpha)
     assert found is not None
     return problem.moved(found), found
-
-

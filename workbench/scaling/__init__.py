@@ -21,6 +21,24 @@ from workbench.scaling.uncertainty import bootstrap, influence, profile
 load_runs = Runs.open
 
 __all__ = [
-    "LAWS", "Draws", "Fit", "Law", "Objective", "Parameter", "Runs", "ScalingFit", "ScalingPlan", "bootstrap", "compare", "compute_optimal",
-    "cross_validate", "extrapolation", "fit", "held_out", "influence", "law", "load_runs", "profile",
-]  # fmt: skip
+    "LAWS",
+    "Draws",
+    "Fit",
+    "Law",
+    "Objective",
+    "Parameter",
+    "Runs",
+    "ScalingFit",
+    "ScalingPlan",
+    "bootstrap",
+    "compare",
+    "compute_optimal",
+    "cross_validate",
+    "extrapolation",
+    "fit",
+    "held_out",
+    "influence",
+    "law",
+    "load_runs",
+    "profile",
+]

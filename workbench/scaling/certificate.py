@@ -52,7 +52,11 @@ class Certificate:
         if self.idle:
             return f"NOT converged: {', '.join(self.idle)} without any effect on the prediction here (a plateau, or a term that vanished)"
         if not self.converged:
-            why = f"slope {self.slope:.1e} (limit {SLOPE_LIMIT:.0e})" if self.slope > SLOPE_LIMIT else f"curvature {self.curvature:.1e} < 0"
+            why = (
+                f"slope {self.slope:.1e} (limit {SLOPE_LIMIT:.0e})"
+                if self.slope > SLOPE_LIMIT
+                else f"curvature {self.curvature:.1e} < 0"
+            )
             return f"NOT converged: {why}; one Newton step promises to lower the objective by {100 * self.gain:.3g} %"
         parts = ["converged"]
         if self.starts > 1:
@@ -66,8 +70,14 @@ class Certificate:
         return ", ".join(parts)
 
 
-def certify(problem: Problem, theta: Array, weights: Array | None = None, starts: int = 0, reached: float = 0.0,
-            other_optima: int = 0) -> Certificate:
+def certify(
+    problem: Problem,
+    theta: Array,
+    weights: Array | None = None,
+    starts: int = 0,
+    reached: float = 0.0,
+    other_optima: int = 0,
+) -> Certificate:
     """Certificate of one working-coordinate vector (p,)."""
     names = [p.name for p in problem.law.free]
     value, gradient, majorant = problem.linearise(theta[None], weights)
@@ -105,15 +115,32 @@ def certify(problem: Problem, theta: Array, weights: Array | None = None, starts
         gain = float(min(1.0, 0.5 * np.sum(along**2 / lifted) / max(value[0], 1e-300)))
     elif len(free):
         lowest, condition, gain = -np.inf, np.inf, 1.0
-    return Certificate(float(relative.max(initial=0.0)), lowest, condition, gain, tuple(flat),
-                       tuple(n for n, h in zip(names, held, strict=True) if h), starts, reached, other_optima, exact,
-                       tuple(n for n, i in zip(names, idle, strict=True) if i))
+    return Certificate(
+        float(relative.max(initial=0.0)),
+        lowest,
+        condition,
+        gain,
+        tuple(flat),
+        tuple(n for n, h in zip(names, held, strict=True) if h),
+        starts,
+        reached,
+        other_optima,
+        exact,
+        tuple(n for n, i in zip(names, idle, strict=True) if i),
+    )
 
 
-def certify_values(law: Law, columns: Mapping[str, Any], target: Array, values: Mapping[str, float],
-                   objective: Objective | None = None) -> Certificate:
+def certify_values(
+    law: Law,
+    columns: Mapping[str, Any],
+    target: Array,
+    values: Mapping[str, float],
+    objective: Objective | None = None,
+) -> Certificate:
     """Judge parameter values from anywhere (a paper, another program) on given runs."""
-    problem = Problem(law, {c: np.asarray(columns[c]) for c in law.columns}, np.asarray(target), objective or Objective())
+    problem = Problem(
+        law, {c: np.asarray(columns[c]) for c in law.columns}, np.asarray(target), objective or Objective()
+    )
     return certify(problem, problem.working(values))
 
 

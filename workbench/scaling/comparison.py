@@ -49,7 +49,13 @@ def information(found: Fit) -> dict[str, float]:
     k, n = found.problem.size + 1, found.problem.rows
     ll = log_likelihood(found)
     correction = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.inf
-    return {"log_likelihood": ll, "parameters": k, "aic": 2 * k - 2 * ll, "aicc": 2 * k - 2 * ll + correction, "bic": k * np.log(n) - 2 * ll}
+    return {
+        "log_likelihood": ll,
+        "parameters": k,
+        "aic": 2 * k - 2 * ll,
+        "aicc": 2 * k - 2 * ll + correction,
+        "bic": k * np.log(n) - 2 * ll,
+    }
 
 
 def compute_of(table: Any) -> Array:
@@ -57,7 +63,11 @@ def compute_of(table: Any) -> Array:
     if "flops" in table:
         return np.asarray(table["flops"], dtype=np.float64)
     if "params" in table and "tokens" in table:
-        return 6.0 * np.asarray(table["params"], dtype=np.float64) * np.asarray(table["tokens"], dtype=np.float64)
+        return (
+            6.0
+            * np.asarray(table["params"], dtype=np.float64)
+            * np.asarray(table["tokens"], dtype=np.float64)
+        )
     raise BadInput("flops: cannot order the runs by compute; give a flops column, or params and tokens")
 
 
@@ -65,7 +75,9 @@ def _subset(table: Any, rows: Array, names: Sequence[str]) -> dict[str, Array]:
     return {c: np.asarray(table[c])[rows] for c in names}
 
 
-def cross_validate(law: Law, runs: Any, folds: int = 5, objective: Objective | None = None, starts: int = 128, seed: int = 0) -> pd.DataFrame:
+def cross_validate(
+    law: Law, runs: Any, folds: int = 5, objective: Objective | None = None, starts: int = 128, seed: int = 0
+) -> pd.DataFrame:
     """Leave out one band of compute at a time (neighbouring runs share their fate, so random folds would flatter the law).
 
     One row per band: lowest and highest FLOPs, rows, mean signed and mean absolute relative error of the prediction.
@@ -80,16 +92,39 @@ def cross_validate(law: Law, runs: Any, folds: int = 5, objective: Objective | N
     for band in np.array_split(order, folds):
         train = np.setdiff1d(order, band)
         if len(train) < len(law.free):
-            raise BadInput(f"folds: with {folds} bands only {len(train)} runs remain for {len(law.free)} parameters; use more bands")
-        found = fit(law, _subset(columns | {law.target: target}, train, [*law.columns, law.target]), objective, starts, seed=seed)
+            raise BadInput(
+                f"folds: with {folds} bands only {len(train)} runs remain for {len(law.free)} parameters; use more bands"
+            )
+        found = fit(
+            law,
+            _subset(columns | {law.target: target}, train, [*law.columns, law.target]),
+            objective,
+            starts,
+            seed=seed,
+        )
         error = found.predict(_subset(columns, band, law.columns)) / target[band] - 1
-        rows.append({"from_flops": compute[band].min(), "to_flops": compute[band].max(), "rows": len(band), "bias": error.mean(),
-                     "error": np.abs(error).mean(), "converged": found.certificate.converged})
+        rows.append(
+            {
+                "from_flops": compute[band].min(),
+                "to_flops": compute[band].max(),
+                "rows": len(band),
+                "bias": error.mean(),
+                "error": np.abs(error).mean(),
+                "converged": found.certificate.converged,
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def held_out(law: Law, runs: Any, cutoffs: Sequence[float] | None = None, objective: Objective | None = None, starts: int = 128,
-             seed: int = 0, stop: Callable[[], bool] | None = None) -> pd.DataFrame:
+def held_out(
+    law: Law,
+    runs: Any,
+    cutoffs: Sequence[float] | None = None,
+    objective: Objective | None = None,
+    starts: int = 128,
+    seed: int = 0,
+    stop: Callable[[], bool] | None = None,
+) -> pd.DataFrame:
     """Fit below a compute cut-off, predict every run above it.
 
     One row per (cut-off, held-out run): cutoff, multiple (its FLOPs over the largest fitted run's), predicted, observed,
@@ -107,14 +142,33 @@ def held_out(law: Law, runs: Any, cutoffs: Sequence[float] | None = None, object
         above = np.flatnonzero(compute > cutoff)
         if len(below) <= len(law.free) or not len(above) or (stop is not None and stop()):
             continue
-        found = fit(law, _subset(columns | {law.target: target}, below, [*law.columns, law.target]), objective, starts, seed=seed)
+        found = fit(
+            law,
+            _subset(columns | {law.target: target}, below, [*law.columns, law.target]),
+            objective,
+            starts,
+            seed=seed,
+        )
         predicted = found.predict(_subset(columns, above, law.columns))
-        rows.append(pd.DataFrame({"cutoff": cutoff, "fitted": len(below), "row": above, "multiple": compute[above] / compute[below].max(),
-                                  "predicted": predicted, "observed": target[above], "error": predicted / target[above] - 1,
-                                  "converged": found.certificate.converged}))
+        rows.append(
+            pd.DataFrame(
+                {
+                    "cutoff": cutoff,
+                    "fitted": len(below),
+                    "row": above,
+                    "multiple": compute[above] / compute[below].max(),
+                    "predicted": predicted,
+                    "observed": target[above],
+                    "error": predicted / target[above] - 1,
+                    "converged": found.certificate.converged,
+                }
+            )
+        )
     if not rows:
-        raise BadInput(f"cutoffs: none leaves more than {len(law.free)} runs below and one above; move the cut-off into "
-                       f"{compute.min():.3g} ... {compute.max():.3g} FLOPs")
+        raise BadInput(
+            f"cutoffs: none leaves more than {len(law.free)} runs below and one above; move the cut-off into "
+            f"{compute.min():.3g} ... {compute.max():.3g} FLOPs"
+        )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -122,13 +176,25 @@ def extrapolation(held: pd.DataFrame, edges: Sequence[float] = (1, 2, 4, 10, 30,
     """Held-out error against the compute multiple: per bin rows, mean absolute, 90th percentile and signed error."""
     bins = pd.cut(held.multiple, [*edges, np.inf], right=False)
     grouped = held.assign(size=held.error.abs()).groupby(bins, observed=True)
-    result = grouped.agg(rows=("error", "size"), error=("size", "mean"), worst_tenth=("size", lambda e: e.quantile(0.9)), bias=("error", "mean"))
+    result = grouped.agg(
+        rows=("error", "size"),
+        error=("size", "mean"),
+        worst_tenth=("size", lambda e: e.quantile(0.9)),
+        bias=("error", "mean"),
+    )
     result.insert(0, "multiple", [f"{i.left:g} to {i.right:g}" for i in result.index])
     return result.reset_index(drop=True)
 
 
-def compare(laws: Sequence[Law], runs: Any, objective: Objective | None = None, cutoff: float | None = None, folds: int = 5,
-            starts: int = 256, seed: int = 0) -> pd.DataFrame:
+def compare(
+    laws: Sequence[Law],
+    runs: Any,
+    objective: Objective | None = None,
+    cutoff: float | None = None,
+    folds: int = 5,
+    starts: int = 256,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Fit several laws to the same rows: objective, R^2, AIC, BIC, compute-band error, extrapolation error, certificate.
 
     Sorted by cross-validation error. Laws whose columns are missing are left out; BadInput if none remains.
@@ -144,9 +210,21 @@ def compare(laws: Sequence[Law], runs: Any, objective: Objective | None = None, 
         bands = cross_validate(candidate, runs, folds, objective, starts // 2, seed)
         ahead = held_out(candidate, runs, [cutoff] if cutoff else None, objective, starts // 2, seed)
         facts = information(found)
-        rows.append({"law": candidate.name, "objective": found.objective_value, "r_squared": found.r_squared, "aic": facts["aic"],
-                     "aicc": facts["aicc"], "bic": facts["bic"], "band_error": float(np.average(bands.error, weights=bands.rows)),
-                     "held_out_error": float(ahead.error.abs().mean()), "certificate": found.certificate.text})
+        rows.append(
+            {
+                "law": candidate.name,
+                "objective": found.objective_value,
+                "r_squared": found.r_squared,
+                "aic": facts["aic"],
+                "aicc": facts["aicc"],
+                "bic": facts["bic"],
+                "band_error": float(np.average(bands.error, weights=bands.rows)),
+                "held_out_error": float(ahead.error.abs().mean()),
+                "certificate": found.certificate.text,
+            }
+        )
     if not rows:
-        raise BadInput(f"laws: none of {', '.join(c.name for c in laws)} has all its columns in these runs, or there are too few rows")
+        raise BadInput(
+            f"laws: none of {', '.join(c.name for c in laws)} has all its columns in these runs, or there are too few rows"
+        )
     return pd.DataFrame(rows).sort_values("band_error", ignore_index=True)

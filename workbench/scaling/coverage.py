@@ -21,8 +21,16 @@ from workbench.scaling.uncertainty import bootstrap, profile, refit
 Array = np.ndarray
 
 
-def simulate(law: Law, truth: Mapping[str, float], columns: Mapping[str, Any], noise: float, datasets: int, seed: int = 0,
-             space: Literal["log", "linear"] = "log", tails: float = np.inf) -> Array:
+def simulate(
+    law: Law,
+    truth: Mapping[str, float],
+    columns: Mapping[str, Any],
+    noise: float,
+    datasets: int,
+    seed: int = 0,
+    space: Literal["log", "linear"] = "log",
+    tails: float = np.inf,
+) -> Array:
     """(datasets, rows) synthetic targets around a law: relative noise of sd `noise` in log space, absolute otherwise.
 
     `tails`: degrees of freedom of Student-t noise (scaled to the same sd), infinite for Gaussian.
@@ -30,14 +38,28 @@ def simulate(law: Law, truth: Mapping[str, float], columns: Mapping[str, Any], n
     rng = np.random.default_rng(seed)
     exact = law.predict(truth, columns)
     shape = (datasets, exact.size)
-    draw = rng.standard_normal(shape) if np.isinf(tails) else rng.standard_t(tails, shape) * np.sqrt((tails - 2) / tails)
+    draw = (
+        rng.standard_normal(shape)
+        if np.isinf(tails)
+        else rng.standard_t(tails, shape) * np.sqrt((tails - 2) / tails)
+    )
     return exact * np.exp(noise * draw) if space == "log" else exact + noise * draw
 
 
-def coverage(law: Law, truth: Mapping[str, float], columns: Mapping[str, Any], noise: float, datasets: int = 200,
-             resamples: int = 400, level: float = 0.9, objective: Objective | None = None, seed: int = 0,
-             method: Literal["runs", "residuals", "profile"] = "runs", tails: float = np.inf,
-             stop: Callable[[], bool] | None = None) -> pd.DataFrame:
+def coverage(
+    law: Law,
+    truth: Mapping[str, float],
+    columns: Mapping[str, Any],
+    noise: float,
+    datasets: int = 200,
+    resamples: int = 400,
+    level: float = 0.9,
+    objective: Objective | None = None,
+    seed: int = 0,
+    method: Literal["runs", "residuals", "profile"] = "runs",
+    tails: float = np.inf,
+    stop: Callable[[], bool] | None = None,
+) -> pd.DataFrame:
     """Share of synthetic data sets whose interval holds the true value, per free parameter.
 
     Columns: parameter, covered (share), error (binomial standard error), width (median, natural units), datasets.
@@ -59,8 +81,15 @@ def coverage(law: Law, truth: Mapping[str, float], columns: Mapping[str, Any], n
         problem = Problem(law, columns, targets[k], objective)
         value = float(problem.value(theta[k][None])[0])
         optima = pd.DataFrame([problem.natural(theta[k])], columns=names).assign(objective=value)
-        found = Fit(law, problem, theta[k], value * objective.factor, certify(problem, theta[k]), optima,
-                    descend(problem, theta[k][None], steps=1))
+        found = Fit(
+            law,
+            problem,
+            theta[k],
+            value * objective.factor,
+            certify(problem, theta[k]),
+            optima,
+            descend(problem, theta[k][None], steps=1),
+        )
         if method == "profile":
             low, high = np.array([profile(found, n, level, points=25).interval for n in names]).T
         else:
@@ -71,5 +100,12 @@ def coverage(law: Law, truth: Mapping[str, float], columns: Mapping[str, Any], n
         widths[k] = high - low
         done += 1
     share = held[:done].mean(0)
-    return pd.DataFrame({"parameter": names, "covered": share, "error": np.sqrt(share * (1 - share) / max(done, 1)),
-                         "width": np.median(widths[:done], axis=0), "datasets": done})
+    return pd.DataFrame(
+        {
+            "parameter": names,
+            "covered": share,
+            "error": np.sqrt(share * (1 - share) / max(done, 1)),
+            "width": np.median(widths[:done], axis=0),
+            "datasets": done,
+        }
+    )

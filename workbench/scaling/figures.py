@@ -13,7 +13,13 @@ from workbench.figures import color, figure, heat, line, points, rule
 if TYPE_CHECKING:
     from workbench.instruments import Result
 
-AXIS = {"tokens": "training tokens", "flops": "training compute (FLOPs)", "params": "parameters", "step": "step", "steps": "steps"}
+AXIS = {
+    "tokens": "training tokens",
+    "flops": "training compute (FLOPs)",
+    "params": "parameters",
+    "step": "step",
+    "steps": "steps",
+}
 
 
 def short(value: float) -> str:
@@ -38,7 +44,12 @@ def _target(result: Result) -> str:
 
 def _hover(runs: pd.DataFrame) -> list[str]:
     shown = [c for c in ("params", "tokens", "flops", "learning_rate") if c in runs]
-    return [f"run {i}" + "".join(f"<br>{c} {short(row[c])}" for c in shown) + f"<br>error {100 * row['error']:+.2f} %" for i, row in runs.iterrows()]
+    return [
+        f"run {i}"
+        + "".join(f"<br>{c} {short(row[c])}" for c in shown)
+        + f"<br>error {100 * row['error']:+.2f} %"
+        for i, row in runs.iterrows()
+    ]
 
 
 def fit_figure(result: Result) -> go.Figure:
@@ -46,7 +57,13 @@ def fit_figure(result: Result) -> go.Figure:
     tables, target = _tables(result), _target(result)
     curves, runs = tables["curves"], tables["runs"]
     axis = str(curves.axis.iloc[0])
-    fig = figure(f"{result.facts['law']}: law and runs", AXIS.get(axis, axis), target.replace("_", " "), xaxis_type="log", yaxis_type="log")
+    fig = figure(
+        f"{result.facts['law']}: law and runs",
+        AXIS.get(axis, axis),
+        target.replace("_", " "),
+        xaxis_type="log",
+        yaxis_type="log",
+    )
     for k, (group, part) in enumerate(curves.groupby("group", dropna=False, sort=True)):
         name = "law" if pd.isna(group) else f"{short(float(group))} params"  # type: ignore[arg-type]
         line(fig, part.x, part.loss, name, band=(part.low, part.high), index=k, mode="lines")
@@ -54,10 +71,22 @@ def fit_figure(result: Result) -> go.Figure:
     for fitted, name, symbol in ((True, "fitted runs", "circle"), (False, "runs left out", "circle-open")):
         mask = runs.fitted.to_numpy(dtype=bool) == fitted
         if mask.any():
-            fig.add_scatter(x=runs[axis][mask], y=runs[target][mask], mode="markers", name=name, customdata=np.flatnonzero(mask),
-                            hovertext=[t for t, m in zip(text, mask, strict=True) if m], hoverinfo="text",
-                            marker=dict(symbol=symbol, size=7, color=np.log10(runs.params[mask]) if "params" in runs else color(6), colorscale="Cividis",
-                                        line=dict(width=1, color="rgba(128,128,128,0.9)")))
+            fig.add_scatter(
+                x=runs[axis][mask],
+                y=runs[target][mask],
+                mode="markers",
+                name=name,
+                customdata=np.flatnonzero(mask),
+                hovertext=[t for t, m in zip(text, mask, strict=True) if m],
+                hoverinfo="text",
+                marker=dict(
+                    symbol=symbol,
+                    size=7,
+                    color=np.log10(runs.params[mask]) if "params" in runs else color(6),
+                    colorscale="Cividis",
+                    line=dict(width=1, color="rgba(128,128,128,0.9)"),
+                ),
+            )
     return fig
 
 
@@ -70,8 +99,15 @@ def residual_figure(result: Result) -> go.Figure:
     for fitted, name, index in ((True, "fitted", 0), (False, "left out", 1)):
         mask = runs.fitted.to_numpy(dtype=bool) == fitted
         if mask.any():
-            points(fig, runs[x][mask], 100 * runs.error[mask], name, text=[t for t, m in zip(text, mask, strict=True) if m], index=index,
-                   customdata=np.flatnonzero(mask))
+            points(
+                fig,
+                runs[x][mask],
+                100 * runs.error[mask],
+                name,
+                text=[t for t, m in zip(text, mask, strict=True) if m],
+                index=index,
+                customdata=np.flatnonzero(mask),
+            )
     rule(fig, "exact", y=0.0)
     return fig
 
@@ -79,7 +115,13 @@ def residual_figure(result: Result) -> go.Figure:
 def isoflop_figure(result: Result) -> go.Figure:
     """Loss against model size at equal compute: the law's curves and the runs near each budget."""
     tables = _tables(result)
-    fig = figure("IsoFLOP: loss against size at equal compute", "parameters", "loss", xaxis_type="log", yaxis_type="log")
+    fig = figure(
+        "IsoFLOP: loss against size at equal compute",
+        "parameters",
+        "loss",
+        xaxis_type="log",
+        yaxis_type="log",
+    )
     if "isoflop_curves" not in tables:
         fig.add_annotation(text="this law has no model size and token count", showarrow=False)
         return fig
@@ -87,10 +129,25 @@ def isoflop_figure(result: Result) -> go.Figure:
     lowest, highest = runs.loss.min() * 0.98, runs.loss.max() * 1.05
     for k, (flops, part) in enumerate(tables["isoflop_curves"].groupby("flops", sort=True)):
         part = part[(part.loss >= lowest) & (part.loss <= highest)]
-        line(fig, part.params, part.loss, f"{float(flops):.1e} FLOPs", band=(part.low, part.high), index=k, mode="lines")  # type: ignore[arg-type]
+        line(
+            fig,
+            part.params,
+            part.loss,
+            f"{float(flops):.1e} FLOPs",
+            band=(part.low, part.high),
+            index=k,
+            mode="lines",
+        )  # type: ignore[arg-type]
         near = runs[np.abs(np.log(runs.flops / float(flops))) < 0.25]  # type: ignore[arg-type]
         if len(near):
-            points(fig, near.params, near.loss, f"{float(flops):.1e} FLOPs", index=k, text=_hover(near), )  # type: ignore[arg-type]
+            points(
+                fig,
+                near.params,
+                near.loss,
+                f"{float(flops):.1e} FLOPs",
+                index=k,
+                text=_hover(near),
+            )  # type: ignore[arg-type]
             fig.data[-1].showlegend = False
     return fig
 
@@ -103,18 +160,39 @@ def contour_figure(result: Result) -> go.Figure:
         fig.add_annotation(text="this law has no model size and token count", showarrow=False)
         return fig
     grid = tables["contour"].pivot(index="tokens", columns="params", values="loss")
-    fig.add_contour(x=grid.columns, y=grid.index, z=grid.to_numpy(), colorscale="Cividis", contours=dict(showlabels=True), line=dict(width=0.5),
-                    colorbar=dict(title=dict(text="loss", side="right"), outlinewidth=0, thickness=14), ncontours=16)
+    fig.add_contour(
+        x=grid.columns,
+        y=grid.index,
+        z=grid.to_numpy(),
+        colorscale="Cividis",
+        contours=dict(showlabels=True),
+        line=dict(width=0.5),
+        colorbar=dict(title=dict(text="loss", side="right"), outlinewidth=0, thickness=14),
+        ncontours=16,
+    )
     runs = tables["runs"]
-    fig.add_scatter(x=runs.params, y=runs.tokens, mode="markers", name="runs", hovertext=_hover(runs), hoverinfo="text", customdata=np.arange(len(runs)),
-                    marker=dict(size=6, color="white", line=dict(width=1, color="black")))
+    fig.add_scatter(
+        x=runs.params,
+        y=runs.tokens,
+        mode="markers",
+        name="runs",
+        hovertext=_hover(runs),
+        hoverinfo="text",
+        customdata=np.arange(len(runs)),
+        marker=dict(size=6, color="white", line=dict(width=1, color="black")),
+    )
     return fig
 
 
 def held_out_figure(result: Result) -> go.Figure:
     """Error of predictions for runs that were not fitted, against how many times more compute they took."""
     tables = _tables(result)
-    fig = figure("Held-out error against the compute multiple", "compute over the largest fitted run", "error (%)", xaxis_type="log")
+    fig = figure(
+        "Held-out error against the compute multiple",
+        "compute over the largest fitted run",
+        "error (%)",
+        xaxis_type="log",
+    )
     if "held_out" not in tables:
         fig.add_annotation(text="too few runs to hold any out", showarrow=False)
         return fig
@@ -133,7 +211,16 @@ def draws_figure(result: Result) -> go.Figure:
         return fig
     table = tables["correlation"].set_index("parameter")
     labels = {"text": table.round(2).to_numpy(), "texttemplate": "%{text}"}
-    heat(fig, table.to_numpy(), list(table.columns), list(table.index), unit="correlation", zmin=-1, zmax=1, **labels)
+    heat(
+        fig,
+        table.to_numpy(),
+        list(table.columns),
+        list(table.index),
+        unit="correlation",
+        zmin=-1,
+        zmax=1,
+        **labels,
+    )
     return fig
 
 
@@ -153,22 +240,56 @@ def profile_figure(result: Result) -> go.Figure:
 def frontier_figure(result: Result) -> go.Figure:
     """Best size and tokens against the budget, with bands, and the chosen budget."""
     table = _tables(result)["frontier"]
-    fig = figure("Compute-optimal size and tokens", "training compute (FLOPs)", "parameters, tokens", xaxis_type="log", yaxis_type="log")
-    line(fig, table.flops, table.params, "parameters", band=(table.params_low, table.params_high), index=0, mode="lines")
-    line(fig, table.flops, table.tokens, "tokens", band=(table.tokens_low, table.tokens_high), index=1, mode="lines")
+    fig = figure(
+        "Compute-optimal size and tokens",
+        "training compute (FLOPs)",
+        "parameters, tokens",
+        xaxis_type="log",
+        yaxis_type="log",
+    )
+    line(
+        fig,
+        table.flops,
+        table.params,
+        "parameters",
+        band=(table.params_low, table.params_high),
+        index=0,
+        mode="lines",
+    )
+    line(
+        fig,
+        table.flops,
+        table.tokens,
+        "tokens",
+        band=(table.tokens_low, table.tokens_high),
+        index=1,
+        mode="lines",
+    )
     budget = float(result.facts["budget_flops"])
     style = dict(color="rgba(128,128,128,0.9)", width=1.2, dash="dash")
-    fig.add_vline(x=budget, line=style, annotation_text=f"budget {budget:.2g} FLOPs", annotation_position="top left")
+    fig.add_vline(
+        x=budget, line=style, annotation_text=f"budget {budget:.2g} FLOPs", annotation_position="top left"
+    )
     return fig
 
 
 def over_training_figure(result: Result) -> go.Figure:
     """What a smaller model costs at the same loss."""
     table = _tables(result)["over_training"]
-    fig = figure("Compute overhead of a smaller model at the same loss", "size over the compute-optimal size", "extra training compute (%)")
+    fig = figure(
+        "Compute overhead of a smaller model at the same loss",
+        "size over the compute-optimal size",
+        "extra training compute (%)",
+    )
     band = (100 * table.overhead_low, 100 * table.overhead_high)
     finite = np.isfinite(table.compute_overhead) & np.isfinite(band[0]) & np.isfinite(band[1])
-    line(fig, table["shrink"][finite], 100 * table.compute_overhead[finite], "overhead", band=(band[0][finite], band[1][finite]))
+    line(
+        fig,
+        table["shrink"][finite],
+        100 * table.compute_overhead[finite],
+        "overhead",
+        band=(band[0][finite], band[1][finite]),
+    )
     return fig
 
 

@@ -50,7 +50,9 @@ class Fit:
 
     @property
     def params(self) -> dict[str, float]:
-        free = dict(zip((p.name for p in self.law.free), self.problem.natural(self.theta).tolist(), strict=True))
+        free = dict(
+            zip((p.name for p in self.law.free), self.problem.natural(self.theta).tolist(), strict=True)
+        )
         return {p.name: free.get(p.name, self.law.fixed.get(p.name, np.nan)) for p in self.law.parameters}
 
     @property
@@ -79,8 +81,12 @@ class Fit:
 
     def gradient_of(self, columns: Mapping[str, Any]) -> Array:
         """(points, p) derivative of the prediction (objective's space) with respect to the working coordinates."""
-        arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(columns[c], dtype=np.float64)) for c in self.law.columns))
-        bound = self.problem.compiled.bind({c: a.ravel() for c, a in zip(self.law.columns, arrays, strict=True)}, 1)
+        arrays = np.broadcast_arrays(
+            *(np.atleast_1d(np.asarray(columns[c], dtype=np.float64)) for c in self.law.columns)
+        )
+        bound = self.problem.compiled.bind(
+            {c: a.ravel() for c, a in zip(self.law.columns, arrays, strict=True)}, 1
+        )
         out = bound(self.theta[None])
         return np.stack([np.broadcast_to(o, (1, arrays[0].size))[0] for o in out[1:]], axis=1)
 
@@ -95,7 +101,9 @@ def columns_of(law: Law, runs: Any, target: str | None = None) -> tuple[dict[str
     missing = [c for c in (*law.columns, target) if c not in table]
     if missing:
         have = ", ".join(str(c) for c in table)
-        raise BadInput(f"law {law.name}: needs column {', '.join(missing)}; the runs have {have} (map names with columns=)")
+        raise BadInput(
+            f"law {law.name}: needs column {', '.join(missing)}; the runs have {have} (map names with columns=)"
+        )
     columns = {c: np.asarray(table[c], dtype=np.float64) for c in (*law.columns, target)}
     lengths = {len(v) for v in columns.values()}
     if len(lengths) != 1:
@@ -107,9 +115,16 @@ def columns_of(law: Law, runs: Any, target: str | None = None) -> tuple[dict[str
     return {c: columns[c] for c in law.columns}, columns[target]
 
 
-def fit(law: Law, runs: Any, objective: Objective | None = None, starts: int | Array | Mapping[str, Sequence[float]] = DEFAULT_STARTS,
-        weights: Array | None = None, seed: int = 0, project: bool | None = None,
-        stop: Callable[[], bool] | None = None) -> Fit:
+def fit(
+    law: Law,
+    runs: Any,
+    objective: Objective | None = None,
+    starts: int | Array | Mapping[str, Sequence[float]] = DEFAULT_STARTS,
+    weights: Array | None = None,
+    seed: int = 0,
+    project: bool | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Fit:
     """Minimise the objective from many starts.
 
     runs: Runs, DataFrame or mapping of equally long arrays. starts: how many Sobol points; or a full grid as
@@ -122,11 +137,15 @@ def fit(law: Law, runs: Any, objective: Objective | None = None, starts: int | A
     columns, target = columns_of(law, runs)
     count = len(target) if weights is None else int(np.count_nonzero(weights))
     if count < len(law.free):
-        raise BadInput(f"runs: {count} rows cannot determine the {len(law.free)} parameters of law {law.name} "
-                       f"({', '.join(p.name for p in law.free)}); add runs, fix parameters or take a smaller law")
+        raise BadInput(
+            f"runs: {count} rows cannot determine the {len(law.free)} parameters of law {law.name} "
+            f"({', '.join(p.name for p in law.free)}); add runs, fix parameters or take a smaller law"
+        )
     if count == len(law.free):
-        warnings.warn(f"law {law.name}: as many parameters as rows ({count}); the fit can be exact and says nothing about error",
-                      stacklevel=2)
+        warnings.warn(
+            f"law {law.name}: as many parameters as rows ({count}); the fit can be exact and says nothing about error",
+            stacklevel=2,
+        )
     problem = Problem(law, columns, target, objective)
     project = isinstance(starts, int) if project is None else project
     theta = _starts(law, starts, seed)
@@ -135,11 +154,15 @@ def fit(law: Law, runs: Any, objective: Objective | None = None, starts: int | A
     return solve(problem, theta, weights, stop)
 
 
-def solve(problem: Problem, theta: Array, weights: Array | None = None, stop: Callable[[], bool] | None = None) -> Fit:
+def solve(
+    problem: Problem, theta: Array, weights: Array | None = None, stop: Callable[[], bool] | None = None
+) -> Fit:
     """Descend from every start (s, p), polish the distinct ends, certify the best."""
     coarse = descend(problem, theta, weights, steps=60, tolerance=1e-7, stop=stop)
     if not np.isfinite(coarse.value).any():
-        raise BadInput(f"law {problem.law.name}: undefined (not a number) at every start; check units and parameter ranges")
+        raise BadInput(
+            f"law {problem.law.name}: undefined (not a number) at every start; check units and parameter ranges"
+        )
     candidates = distinct(coarse, problem, 1e-2)
     fine = polish(problem, coarse.theta[candidates], weights, stop=stop)
     apart = distinct(fine, problem, 1e-4)
@@ -151,7 +174,9 @@ def solve(problem: Problem, theta: Array, weights: Array | None = None, stop: Ca
     best = fine.theta[apart[0]]
     minimum = float(fine.value[apart[0]])
     reached = float(np.mean(coarse.value <= minimum * (1 + 1e-3) + 1e-18))
-    certificate = certify(problem, best, weights, starts=len(theta), reached=reached, other_optima=len(near) - 1)
+    certificate = certify(
+        problem, best, weights, starts=len(theta), reached=reached, other_optima=len(near) - 1
+    )
     return Fit(law, problem, best, minimum * factor, certificate, optima, coarse)
 
 
@@ -163,9 +188,13 @@ def _starts(law: Law, starts: int | Array | Mapping[str, Sequence[float]], seed:
     if isinstance(starts, Mapping):
         missing = [p.name for p in law.free if p.name not in starts]
         if missing:
-            raise BadInput(f"starts: no values for {', '.join(missing)}; give a list for every free parameter")
+            raise BadInput(
+                f"starts: no values for {', '.join(missing)}; give a list for every free parameter"
+            )
         starts = np.array(list(itertools.product(*(starts[p.name] for p in law.free))), dtype=np.float64)
     values = np.atleast_2d(np.asarray(starts, dtype=np.float64))
     if values.shape[1] != len(law.free):
-        raise BadInput(f"starts: {values.shape[1]} values per start, law {law.name} has {len(law.free)} free parameters")
+        raise BadInput(
+            f"starts: {values.shape[1]} values per start, law {law.name} has {len(law.free)} free parameters"
+        )
     return np.stack([p.to_working(values[:, i]) for i, p in enumerate(law.free)], axis=1)

@@ -53,7 +53,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Array], Callable[[Graph, int, int], int
     "sign": (np.sign, lambda g, u, y: g.const(0)),
 }
 BINARY: dict[str, Callable[..., Array]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "min": np.minimum, "max": np.maximum,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "min": np.minimum,
+    "max": np.maximum,
 }
 CONSTANT_NAMES = {"pi": float(np.pi)}
 CALLABLE = sorted([*FUNCTIONS, "log2", "log10", "min", "max", "where"])
@@ -213,7 +218,11 @@ class Graph:
         definition = self.nodes[a]
         if definition[0] == "call" and definition[1] == "exp":
             return definition[2]
-        if definition[0] in ("mul", "div") and self._positive(definition[1]) and self._positive(definition[2]):
+        if (
+            definition[0] in ("mul", "div")
+            and self._positive(definition[1])
+            and self._positive(definition[2])
+        ):
             first, second = self.log(definition[1]), self.log(definition[2])
             return self.add(first, second) if definition[0] == "mul" else self.sub(first, second)
         return self.call("log", a)
@@ -281,12 +290,16 @@ def apply(graph: Graph, name: str, arguments: Sequence[int]) -> int:
             result = graph.choose(name, result, other)
         return result
     if name in ("log2", "log10") and len(arguments) == 1:
-        return graph.mul(graph.const(1.0 / float(np.log(2.0 if name == "log2" else 10.0))), graph.log(arguments[0]))
+        return graph.mul(
+            graph.const(1.0 / float(np.log(2.0 if name == "log2" else 10.0))), graph.log(arguments[0])
+        )
     if name == "log" and len(arguments) == 1:
         return graph.log(arguments[0])
     if name in FUNCTIONS and len(arguments) == 1:
         return graph.call(name, arguments[0])
-    raise BadInput(f"formula: function {name!r} with {len(arguments)} argument(s) is not available; use {', '.join(CALLABLE)}")
+    raise BadInput(
+        f"formula: function {name!r} with {len(arguments)} argument(s) is not available; use {', '.join(CALLABLE)}"
+    )
 
 
 def parse(text: str, graph: Graph, columns: Iterable[str], bindings: Mapping[str, int] | None = None) -> int:
@@ -301,7 +314,9 @@ def parse(text: str, graph: Graph, columns: Iterable[str], bindings: Mapping[str
     try:
         body = ast.parse(text.strip().replace("^", "**"), mode="exec").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise BadInput(f"formula: {text.strip()!r} is not an expression ({error}); write e.g. 'E + A/params**alpha'") from None
+        raise BadInput(
+            f"formula: {text.strip()!r} is not an expression ({error}); write e.g. 'E + A/params**alpha'"
+        ) from None
     if not body or not isinstance(body[-1], ast.Expr):
         raise BadInput("formula: the last line must be an expression, e.g. 'E + A/params**alpha'")
     names: dict[str, int] = dict(bindings or {})
@@ -309,11 +324,19 @@ def parse(text: str, graph: Graph, columns: Iterable[str], bindings: Mapping[str
     if sum(1 for part in body for _ in ast.walk(part)) > MAX_NODES:
         raise BadInput(f"formula: more than {MAX_NODES} parts; shorten it")
     for statement in body[:-1]:
-        if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name)):
-            raise BadInput("formula: only lines like 'name = expression' may come before the final expression")
+        if not (
+            isinstance(statement, ast.Assign)
+            and len(statement.targets) == 1
+            and isinstance(statement.targets[0], ast.Name)
+        ):
+            raise BadInput(
+                "formula: only lines like 'name = expression' may come before the final expression"
+            )
         target = statement.targets[0].id
         if target in data or target in names:
-            raise BadInput(f"formula: {target!r} is already a column, parameter or earlier line; choose another name")
+            raise BadInput(
+                f"formula: {target!r} is already a column, parameter or earlier line; choose another name"
+            )
         names[target] = _expression(statement.value, graph, names, data)
     return _expression(body[-1].value, graph, names, data)
 
@@ -332,12 +355,22 @@ def _expression(tree: ast.expr, graph: Graph, names: Mapping[str, int], columns:
                 return names[part.id]
             if part.id in columns:
                 return graph.column(part.id)
-            return graph.const(CONSTANT_NAMES[part.id]) if part.id in CONSTANT_NAMES else graph.parameter(part.id)
+            return (
+                graph.const(CONSTANT_NAMES[part.id])
+                if part.id in CONSTANT_NAMES
+                else graph.parameter(part.id)
+            )
         if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.UAdd | ast.USub):
             inner = build(part.operand)
             return inner if isinstance(part.op, ast.UAdd) else graph.neg(inner)
         if isinstance(part, ast.BinOp):
-            operations = {ast.Add: graph.add, ast.Sub: graph.sub, ast.Mult: graph.mul, ast.Div: graph.div, ast.Pow: graph.power}
+            operations = {
+                ast.Add: graph.add,
+                ast.Sub: graph.sub,
+                ast.Mult: graph.mul,
+                ast.Div: graph.div,
+                ast.Pow: graph.power,
+            }
             for kind, operation in operations.items():
                 if isinstance(part.op, kind):
                     return operation(build(part.left), build(part.right))
@@ -345,8 +378,10 @@ def _expression(tree: ast.expr, graph: Graph, names: Mapping[str, int], columns:
             if part.func.id == "where" and len(part.args) == 3:
                 return comparison(part.args[0], build(part.args[1]), build(part.args[2]))
             return apply(graph, part.func.id, [build(a) for a in part.args])
-        raise BadInput(f"formula: {ast.unparse(part)!r} ({type(part).__name__}) is not accepted; use + - * / **, numbers, "
-                       f"names and {', '.join(CALLABLE)}")
+        raise BadInput(
+            f"formula: {ast.unparse(part)!r} ({type(part).__name__}) is not accepted; use + - * / **, numbers, "
+            f"names and {', '.join(CALLABLE)}"
+        )
 
     def comparison(part: ast.expr, yes: int, no: int) -> int:
         if isinstance(part, ast.Compare) and len(part.ops) == 1:
@@ -360,7 +395,9 @@ def _expression(tree: ast.expr, graph: Graph, names: Mapping[str, int], columns:
                 return graph.where(left, right, no, yes)
             if isinstance(kind, ast.Gt):
                 return graph.where(right, left, no, yes)
-        raise BadInput("formula: the first argument of where() must be one comparison, e.g. where(tokens >= knee, a, b)")
+        raise BadInput(
+            "formula: the first argument of where() must be one comparison, e.g. where(tokens >= knee, a, b)"
+        )
 
     try:
         return build(tree)

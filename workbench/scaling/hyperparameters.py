@@ -28,14 +28,18 @@ def _cells(runs: Any) -> list[tuple[tuple[Any, Any], pd.DataFrame]]:
     table = getattr(runs, "table", runs)
     missing = [c for c in REQUIRED if c not in table]
     if missing:
-        raise BadInput(f"columns: {', '.join(missing)} missing; learning-rate and batch laws need {', '.join(REQUIRED)}")
+        raise BadInput(
+            f"columns: {', '.join(missing)} missing; learning-rate and batch laws need {', '.join(REQUIRED)}"
+        )
     extra = [c for c in ("width", "depth", "cell") if c in table]
     frame = pd.DataFrame({c: table[c] for c in (*REQUIRED, *extra)})
     keys = ["params", "tokens", *extra]
     return [((key[0], key[1]), cell) for key, cell in frame.groupby(keys, sort=True, dropna=False)]
 
 
-def best_settings(runs: Any, estimator: Literal["bowl", "plateau", "argmin"] = "bowl", within: float | None = None) -> pd.DataFrame:
+def best_settings(
+    runs: Any, estimator: Literal["bowl", "plateau", "argmin"] = "bowl", within: float | None = None
+) -> pd.DataFrame:
     """Best learning rate and batch size of every cell.
 
     "argmin": the best grid run. "plateau": geometric mean of the runs within `within` (default 0.05 %) of the cell's lowest
@@ -48,7 +52,9 @@ def best_settings(runs: Any, estimator: Literal["bowl", "plateau", "argmin"] = "
         finite = cell[np.isfinite(cell.loss)]
         good = finite[finite.loss <= DIVERGED * finite.loss.min()]
         lowest = good.loss.min()
-        plateau = good[good.loss <= lowest * (1 + (0.0005 if within is None or estimator == "bowl" else within))]
+        plateau = good[
+            good.loss <= lowest * (1 + (0.0005 if within is None or estimator == "bowl" else within))
+        ]
         lr, batch = np.exp(np.log(plateau[["learning_rate", "batch_tokens"]].to_numpy()).mean(0))
         loss, fallback, r2 = lowest, False, np.nan
         used = len(plateau)
@@ -64,7 +70,20 @@ def best_settings(runs: Any, estimator: Literal["bowl", "plateau", "argmin"] = "
                 lr, batch, loss, r2 = found
                 used = len(near)
         rows.append((n, d, float(lr), float(batch), float(loss), len(cell), used, fallback, r2))
-    return pd.DataFrame(rows, columns=["params", "tokens", "learning_rate", "batch_tokens", "loss", "runs", "used", "fallback", "r_squared"])
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "params",
+            "tokens",
+            "learning_rate",
+            "batch_tokens",
+            "loss",
+            "runs",
+            "used",
+            "fallback",
+            "r_squared",
+        ],
+    )
 
 
 def _bowl(near: pd.DataFrame) -> tuple[float, float, float, float] | None:
@@ -89,9 +108,14 @@ def _bowl(near: pd.DataFrame) -> tuple[float, float, float, float] | None:
 def fit_step_law(settings: pd.DataFrame) -> dict[str, Any]:
     """Log-linear laws of best settings (Li et al. 2025, eq. 1): lr = c N^-x D^y and batch = c D^y, as two `Fit`s."""
     if settings[["params", "tokens"]].nunique().min() < 2:
-        raise BadInput("cells: at least two sizes and two token counts are needed for the exponents of a learning-rate law")
+        raise BadInput(
+            "cells: at least two sizes and two token counts are needed for the exponents of a learning-rate law"
+        )
     squares = Objective("squares", "log")
-    return {"learning_rate": fit(law("step-law-lr"), settings, squares, starts=32), "batch_tokens": fit(law("step-law-batch"), settings, squares, starts=32)}
+    return {
+        "learning_rate": fit(law("step-law-lr"), settings, squares, starts=32),
+        "batch_tokens": fit(law("step-law-batch"), settings, squares, starts=32),
+    }
 
 
 Advice = Callable[[float, float], tuple[float, float]]
@@ -128,12 +152,32 @@ def excess_loss(runs: Any, advice: Advice) -> pd.DataFrame:
         lr, batch = advice(n, d)
         distance = np.log(cell.learning_rate / lr) ** 2 + np.log(cell.batch_tokens / batch) ** 2
         nearest = cell.loc[distance.idxmin()]
-        rows.append((n, d, lr, batch, nearest.learning_rate, nearest.batch_tokens, nearest.loss / cell.loss.min() - 1))
-    return pd.DataFrame(rows, columns=["params", "tokens", "advised_lr", "advised_batch", "learning_rate", "batch_tokens", "excess"])
+        rows.append(
+            (n, d, lr, batch, nearest.learning_rate, nearest.batch_tokens, nearest.loss / cell.loss.min() - 1)
+        )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "params",
+            "tokens",
+            "advised_lr",
+            "advised_batch",
+            "learning_rate",
+            "batch_tokens",
+            "excess",
+        ],
+    )
 
 
-def critical_batch(batch_size: Array, steps: Array, overhead: float = 0.2, reference: float = 0.0, resamples: int = 0, level: float = 0.9,
-                   seed: int = 0) -> dict[str, float]:  # fmt: skip
+def critical_batch(
+    batch_size: Array,
+    steps: Array,
+    overhead: float = 0.2,
+    reference: float = 0.0,
+    resamples: int = 0,
+    level: float = 0.9,
+    seed: int = 0,
+) -> dict[str, float]:
     """Steps to a fixed loss = smin + emin / B, fitted in log space; McCandlish et al. (2018), eq. 2.11.
 
     critical: emin / smin, where steps and examples are both twice their minimum. at_overhead: the largest batch that costs at most
@@ -144,15 +188,31 @@ def critical_batch(batch_size: Array, steps: Array, overhead: float = 0.2, refer
     """
     batch_size, steps = np.asarray(batch_size, dtype=np.float64), np.asarray(steps, dtype=np.float64)
     if len(np.unique(batch_size)) < 3:
-        raise BadInput("batch_size: at least three different batch sizes are needed for a critical batch size")
-    fitted = fit(law("critical-batch"), {"batch_size": batch_size, "steps": steps}, Objective("squares", "log"), starts=64)
+        raise BadInput(
+            "batch_size: at least three different batch sizes are needed for a critical batch size"
+        )
+    fitted = fit(
+        law("critical-batch"),
+        {"batch_size": batch_size, "steps": steps},
+        Objective("squares", "log"),
+        starts=64,
+    )
     p = fitted.params
-    found = {"smin": p["smin"], "emin": p["emin"], "critical": p["emin"] / p["smin"], "r_squared": fitted.r_squared}
+    found = {
+        "smin": p["smin"],
+        "emin": p["emin"],
+        "critical": p["emin"] / p["smin"],
+        "r_squared": fitted.r_squared,
+    }
     if resamples:
         drawn = bootstrap(fitted, resamples, seed).table
         low, high = np.quantile(drawn.emin / drawn.smin, [(1 - level) / 2, (1 + level) / 2])
         found |= {"critical_low": float(low), "critical_high": float(high)}
-    found |= {k.replace("critical", "at_overhead"): overhead * found[k] + (1 + overhead) * reference for k in list(found) if k.startswith("critical")}
+    found |= {
+        k.replace("critical", "at_overhead"): overhead * found[k] + (1 + overhead) * reference
+        for k in list(found)
+        if k.startswith("critical")
+    }
     return found
 
 
@@ -165,7 +225,9 @@ def steps_and_examples(loss_target_critical: float, smin: float, batch: Array) -
 
 def minimum_steps(steps: Array, batch: Array, critical: Array) -> Array:
     """Steps that the same progress would have taken at an infinite batch, S / (1 + B_crit / B) (Kaplan et al. 2020, eq. 5.4)."""
-    return np.asarray(steps, dtype=np.float64) / (1.0 + np.asarray(critical, dtype=np.float64) / np.asarray(batch, dtype=np.float64))
+    return np.asarray(steps, dtype=np.float64) / (
+        1.0 + np.asarray(critical, dtype=np.float64) / np.asarray(batch, dtype=np.float64)
+    )
 
 
 def speedup(baseline: Any, tokens: Array, loss: Array, seed: int = 0) -> pd.DataFrame:
@@ -182,5 +244,12 @@ def speedup(baseline: Any, tokens: Array, loss: Array, seed: int = 0) -> pd.Data
         needed = np.where(gap > 0, (p["B"] / np.where(gap > 0, gap, 1.0)) ** (1.0 / p["beta"]), np.inf)
     measured = found.problem.columns["tokens"]
     tokens = np.asarray(tokens, dtype=np.float64)
-    return pd.DataFrame({"tokens": tokens, "loss": loss, "baseline_tokens": needed, "speedup": needed / tokens,
-                         "extrapolated": (needed > measured.max()) | (needed < measured.min())})
+    return pd.DataFrame(
+        {
+            "tokens": tokens,
+            "loss": loss,
+            "baseline_tokens": needed,
+            "speedup": needed / tokens,
+            "extrapolated": (needed > measured.max()) | (needed < measured.min()),
+        }
+    )

@@ -40,22 +40,44 @@ class ScalingFit(Instrument):
 
     on: ClassVar[Literal["subject", "runs"]] = "runs"
 
-    law: str = parameter("chinchilla", "a law by name (" + ", ".join(LAWS) + ") or a formula of columns such as 'E + A/params**alpha'")
-    objective: Literal["huber", "squares"] = parameter("huber", "what is minimised: a Huber loss or squares of the residuals")
-    space: Literal["auto", "log", "linear"] = parameter("auto", "compare logarithms or plain values; auto: logarithms for losses")
-    delta: float = parameter(1e-3, "Huber threshold: residuals beyond it count linearly", gt=0, le=10.0, scale="log")
+    law: str = parameter(
+        "chinchilla",
+        "a law by name (" + ", ".join(LAWS) + ") or a formula of columns such as 'E + A/params**alpha'",
+    )
+    objective: Literal["huber", "squares"] = parameter(
+        "huber", "what is minimised: a Huber loss or squares of the residuals"
+    )
+    space: Literal["auto", "log", "linear"] = parameter(
+        "auto", "compare logarithms or plain values; auto: logarithms for losses"
+    )
+    delta: float = parameter(
+        1e-3, "Huber threshold: residuals beyond it count linearly", gt=0, le=10.0, scale="log"
+    )
     starts: int = parameter(512, "starting points of the search", ge=1, le=100_000, scale="log")
-    fit_below: float | None = parameter(None, "fit only runs with at most this much compute, predict the rest", unit="FLOPs", gt=0)
-    drop_highest: int = parameter(0, "leave out this many runs with the highest loss (ties with the last one go too)", ge=0)
-    lowest_per_cell: bool = parameter(False, "of runs that differ only in what the law does not see (learning rate, seed), fit only the lowest loss")
+    fit_below: float | None = parameter(
+        None, "fit only runs with at most this much compute, predict the rest", unit="FLOPs", gt=0
+    )
+    drop_highest: int = parameter(
+        0, "leave out this many runs with the highest loss (ties with the last one go too)", ge=0
+    )
+    lowest_per_cell: bool = parameter(
+        False,
+        "of runs that differ only in what the law does not see (learning rate, seed), fit only the lowest loss",
+    )
     exclude: tuple[int, ...] = parameter((), "rows to leave out, counted from 0")
     intervals: Literal["runs", "residuals", "profile"] = parameter(
-        "runs", "resample whole runs (no assumption on the scatter) or residuals (keeps the grid of runs), or profile the objective")
+        "runs",
+        "resample whole runs (no assumption on the scatter) or residuals (keeps the grid of runs), or profile the objective",
+    )
     resamples: int = parameter(500, "bootstrap refits", ge=20, le=20_000, scale="log")
     level: float = parameter(0.9, "probability content of every interval", gt=0, lt=1)
-    against: tuple[str, ...] = parameter(("kaplan", "over-training", "power-compute"), "other laws to compare with on the same runs")
+    against: tuple[str, ...] = parameter(
+        ("kaplan", "over-training", "power-compute"), "other laws to compare with on the same runs"
+    )
 
-    checks: bool = parameter(True, "also leave runs out one by one, predict held-out runs and compare with other laws (slower)")
+    checks: bool = parameter(
+        True, "also leave runs out one by one, predict held-out runs and compare with other laws (slower)"
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -65,7 +87,9 @@ class ScalingFit(Instrument):
         return law(self.law)
 
     def objective_for(self, chosen: Law) -> Objective:
-        space: Literal["log", "linear"] = ("log" if chosen.positive else "linear") if self.space == "auto" else self.space
+        space: Literal["log", "linear"] = (
+            ("log" if chosen.positive else "linear") if self.space == "auto" else self.space
+        )
         return Objective(self.objective, space, self.delta)
 
     def check(self, on: Any) -> None:
@@ -76,12 +100,16 @@ class ScalingFit(Instrument):
         columns, _ = columns_of(chosen, on)
         keep = self.kept(on)
         if keep.sum() < len(chosen.free):
-            raise BadInput(f"runs: {int(keep.sum())} of {len(keep)} rows remain (fit_below, drop_highest, exclude), law {chosen.name} has "
-                           f"{len(chosen.free)} parameters; keep more runs or take a smaller law")
+            raise BadInput(
+                f"runs: {int(keep.sum())} of {len(keep)} rows remain (fit_below, drop_highest, exclude), law {chosen.name} has "
+                f"{len(chosen.free)} parameters; keep more runs or take a smaller law"
+            )
         for name, values in columns.items():
             if len(np.unique(values[keep])) == 1 and not chosen.fixed:
-                raise BadInput(f"{name}: every fitted run has {values[keep][0]:g}, so law {chosen.name} cannot learn how the loss depends on it; "
-                               "add runs that differ or take a law without it")
+                raise BadInput(
+                    f"{name}: every fitted run has {values[keep][0]:g}, so law {chosen.name} cannot learn how the loss depends on it; "
+                    "add runs that differ or take a law without it"
+                )
 
     def kept(self, on: Any) -> Array:
         """Boolean mask of the rows that are fitted."""
@@ -95,12 +123,16 @@ class ScalingFit(Instrument):
         target = np.asarray(table[self.chosen_law().target], dtype=np.float64)
         if self.drop_highest:
             if self.drop_highest >= rows:
-                raise BadInput(f"drop_highest: {self.drop_highest} is not accepted, there are only {rows} runs")
+                raise BadInput(
+                    f"drop_highest: {self.drop_highest} is not accepted, there are only {rows} runs"
+                )
             keep &= target < np.sort(target)[-self.drop_highest]
         if self.fit_below is not None:
             keep &= compute_of(table) <= self.fit_below
         if self.lowest_per_cell:
-            cells = pd.DataFrame({c: np.asarray(table[c]) for c in self.chosen_law().columns}).assign(target=target)[keep]
+            cells = pd.DataFrame({c: np.asarray(table[c]) for c in self.chosen_law().columns}).assign(
+                target=target
+            )[keep]
             lowest = cells.groupby(list(self.chosen_law().columns)).target.idxmin()
             keep &= np.isin(np.arange(rows), lowest.to_numpy())
         return keep
@@ -111,8 +143,17 @@ class ScalingFit(Instrument):
         columns, target = columns_of(chosen, on)
         data = {c: v[keep] for c, v in columns.items()} | {chosen.target: target[keep]}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # as many rows as parameters: said in the facts below
-            return fit(chosen, data, self.objective_for(chosen), self.starts, seed=self.seed, stop=lambda: progress.stopped), keep
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # as many rows as parameters: said in the facts below
+            return fit(
+                chosen,
+                data,
+                self.objective_for(chosen),
+                self.starts,
+                seed=self.seed,
+                stop=lambda: progress.stopped,
+            ), keep
 
     def draws(self, found: Fit, stop: Callable[[], bool]) -> Bootstrap | None:
         """Bootstrap draws, or None when there are no spare rows to resample."""
@@ -122,7 +163,11 @@ class ScalingFit(Instrument):
         return bootstrap(found, self.resamples, self.seed, kind, stop)
 
     def _run(self, on: Runs, progress: Progress) -> Result:
-        steps = iter(progress.track(["fit", "intervals", "influence", "held out", "comparison", "curves"], "scaling fit"))
+        steps = iter(
+            progress.track(
+                ["fit", "intervals", "influence", "held out", "comparison", "curves"], "scaling fit"
+            )
+        )
         next(steps)
         found, keep = self.fitted(on, progress)
         next(steps, None)
@@ -132,20 +177,26 @@ class ScalingFit(Instrument):
         next(steps, None)
         if self.checks and not progress.stopped and found.problem.rows > found.problem.size + 1:
             rows = np.flatnonzero(keep)
-            tables["influence"] = influence(found).rename_axis("row").reset_index().assign(row=lambda t: rows[t["row"]])
+            tables["influence"] = (
+                influence(found).rename_axis("row").reset_index().assign(row=lambda t: rows[t["row"]])
+            )
         next(steps, None)
         facts = self.facts(found, drawn)
         table_all = pd.DataFrame({c: np.asarray(on.table[c]) for c in on.table})
         predicted = found.predict(table_all)
         observed = table_all[found.law.target].to_numpy(dtype=np.float64)
-        runs = table_all.select_dtypes("number").assign(predicted=predicted, error=predicted / observed - 1, fitted=keep)
+        runs = table_all.select_dtypes("number").assign(
+            predicted=predicted, error=predicted / observed - 1, fitted=keep
+        )
         tables["runs"] = runs
         left = np.isin(np.arange(len(keep)), np.array(self.exclude, dtype=int), invert=True)
         ahead = left if self.fit_below is None else left & (compute_of(table_all) > self.fit_below)
         if self.fit_below is not None and ahead.any():
             facts["held_out_runs"] = int(ahead.sum())
             facts["held_out_error"] = float(np.mean(np.abs(runs.error[ahead])))
-            facts["held_out_multiple"] = float(compute_of(table_all)[ahead].max() / compute_of(table_all)[keep].max())
+            facts["held_out_multiple"] = float(
+                compute_of(table_all)[ahead].max() / compute_of(table_all)[keep].max()
+            )
         self._extrapolate(on, keep, found, tables, facts, progress)
         next(steps, None)
         if self.checks and self.against and not progress.stopped:
@@ -157,42 +208,88 @@ class ScalingFit(Instrument):
             pass
         return self.result(table, facts, tables=tables, arrays=arrays)
 
-    def intervals_of(self, found: Fit, drawn: Bootstrap | None) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    def intervals_of(
+        self, found: Fit, drawn: Bootstrap | None
+    ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
         names = [p.name for p in found.law.free]
         tables: dict[str, pd.DataFrame] = {}
         if drawn is None:
-            table = pd.DataFrame({"parameter": names, "estimate": [found.params[n] for n in names], "low": np.nan, "high": np.nan, "sd": np.nan})
+            table = pd.DataFrame(
+                {
+                    "parameter": names,
+                    "estimate": [found.params[n] for n in names],
+                    "low": np.nan,
+                    "high": np.nan,
+                    "sd": np.nan,
+                }
+            )
         else:
             table = drawn.interval(self.level)
             tables["correlation"] = drawn.correlation().rename_axis("parameter").reset_index()
         if self.intervals == "profile" and drawn is not None:
             profiles = {n: profile(found, n, self.level) for n in names}
-            table["low"], table["high"] = [p.interval[0] for p in profiles.values()], [p.interval[1] for p in profiles.values()]
+            table["low"], table["high"] = (
+                [p.interval[0] for p in profiles.values()],
+                [p.interval[1] for p in profiles.values()],
+            )
             table["open"] = [p.open_low or p.open_high for p in profiles.values()]
             shown = ["profiled", "value", "objective", "deviance"]
-            tables["profiles"] = pd.concat([p.table.assign(profiled=n, value=p.table[n])[shown] for n, p in profiles.items()])
+            tables["profiles"] = pd.concat(
+                [p.table.assign(profiled=n, value=p.table[n])[shown] for n, p in profiles.items()]
+            )
         table["meaning"] = [found.law.parameter(n).meaning for n in names]
         return table, tables
 
     def facts(self, found: Fit, drawn: Bootstrap | None) -> dict[str, Any]:
-        facts: dict[str, Any] = {"law": found.law.name, "runs": found.problem.rows, **{n: float(v) for n, v in found.params.items()},
-                                 "objective": float(found.objective_value), "certificate": found.certificate.text,
-                                 "converged": found.certificate.converged, "rmse": found.rmse, "r_squared": found.r_squared}
+        facts: dict[str, Any] = {
+            "law": found.law.name,
+            "runs": found.problem.rows,
+            **{n: float(v) for n, v in found.params.items()},
+            "objective": float(found.objective_value),
+            "certificate": found.certificate.text,
+            "converged": found.certificate.converged,
+            "rmse": found.rmse,
+            "r_squared": found.r_squared,
+        }
         if found.problem.rows > found.problem.size:
             facts |= {k: float(v) for k, v in information(found).items() if k in ("aic", "bic")}
         else:
-            facts["note"] = "as many parameters as runs: the fit passes through the points and nothing can be said about error"
+            facts["note"] = (
+                "as many parameters as runs: the fit passes through the points and nothing can be said about error"
+            )
         if drawn is not None and drawn.dropped:
             facts["resamples_not_settled"] = drawn.dropped
         return facts
 
-    def _extrapolate(self, on: Runs, keep: Array, found: Fit, tables: dict[str, pd.DataFrame], facts: dict[str, Any], progress: Progress) -> None:
-        if not self.checks or progress.stopped or not ({"flops"} <= set(on.table) or {"params", "tokens"} <= set(on.table)):
+    def _extrapolate(
+        self,
+        on: Runs,
+        keep: Array,
+        found: Fit,
+        tables: dict[str, pd.DataFrame],
+        facts: dict[str, Any],
+        progress: Progress,
+    ) -> None:
+        if (
+            not self.checks
+            or progress.stopped
+            or not ({"flops"} <= set(on.table) or {"params", "tokens"} <= set(on.table))
+        ):
             return
         kept = on.where(keep)
         try:
-            ahead = held_out(found.law, kept, None, found.objective, min(self.starts, 128), self.seed, lambda: progress.stopped)
-        except BadInput:  # too few runs below any cut-off: there is nothing to hold out, which is no failure of the fit
+            ahead = held_out(
+                found.law,
+                kept,
+                None,
+                found.objective,
+                min(self.starts, 128),
+                self.seed,
+                lambda: progress.stopped,
+            )
+        except (
+            BadInput
+        ):  # too few runs below any cut-off: there is nothing to hold out, which is no failure of the fit
             return
         tables["held_out"], tables["extrapolation"] = ahead, extrapolation(ahead)
         facts["extrapolation_error"] = float(ahead.error.abs().mean())
@@ -200,7 +297,13 @@ class ScalingFit(Instrument):
     def _compare(self, on: Runs, keep: Array, found: Fit, tables: dict[str, pd.DataFrame]) -> None:
         others = [law(n) for n in self.against if n != self.law and law(n).target == found.law.target]
         try:
-            tables["comparison"] = compare([found.law, *others], on.where(keep), found.objective, starts=min(self.starts, 128), seed=self.seed)
+            tables["comparison"] = compare(
+                [found.law, *others],
+                on.where(keep),
+                found.objective,
+                starts=min(self.starts, 128),
+                seed=self.seed,
+            )
         except BadInput:  # fewer runs than bands need
             return
 
@@ -208,13 +311,17 @@ class ScalingFit(Instrument):
 class ScalingPlan(ScalingFit):
     """Compute-optimal size, tokens, epochs, precision, learning rate and batch for a budget, with intervals from the fit."""
 
-    flops: float | None = parameter(None, "training budget in FLOPs; or give gpu_hours or money", unit="FLOPs", gt=0)
+    flops: float | None = parameter(
+        None, "training budget in FLOPs; or give gpu_hours or money", unit="FLOPs", gt=0
+    )
     gpu_hours: float | None = parameter(None, "training budget in device hours", unit="hours", gt=0)
     money: float | None = parameter(None, "training budget in money", gt=0)
     price_per_gpu_hour: float | None = parameter(None, "price of a device hour, in the same money", gt=0)
     peak_flops: float | None = parameter(None, "FLOP/s of one device", unit="FLOP/s", gt=0)
     utilisation: float = parameter(0.4, "share of the peak that training reaches", gt=0, le=1)
-    inference_tokens: float = parameter(0.0, "tokens that the model will serve in its life", unit="tokens", ge=0)
+    inference_tokens: float = parameter(
+        0.0, "tokens that the model will serve in its life", unit="tokens", ge=0
+    )
     unique_tokens: float | None = parameter(None, "distinct tokens there are", unit="tokens", gt=0)
     fixed: dict[str, float] = parameter({}, "values of the law's other columns, for example {bits: 8}")
 
@@ -226,22 +333,32 @@ class ScalingPlan(ScalingFit):
         """The budget in FLOPs; without one, ten times the largest run."""
         if self.flops is None and self.gpu_hours is None and self.money is None:
             return 10.0 * float(compute_of(getattr(on, "table", on)).max())
-        return flops_for(self.flops, self.gpu_hours, self.money, self.peak_flops, self.utilisation, self.price_per_gpu_hour)
+        return flops_for(
+            self.flops, self.gpu_hours, self.money, self.peak_flops, self.utilisation, self.price_per_gpu_hour
+        )
 
     def check(self, on: Any) -> None:
         super().check(on)
         self.budget(on)
         chosen = self.chosen_law()
         if not {"params", "average_params"} & set(chosen.columns) or "tokens" not in chosen.columns:
-            raise BadInput(f"law: {self.law} knows not both model size and tokens, so it cannot divide a budget; take chinchilla, kaplan, "
-                           "over-training, data-constrained or a precision law")
-        needed = set(chosen.columns) - {"params", "tokens", "average_params", "non_embedding_params", "active_params", "flops"} - set(self.fixed)
+            raise BadInput(
+                f"law: {self.law} knows not both model size and tokens, so it cannot divide a budget; take chinchilla, kaplan, "
+                "over-training, data-constrained or a precision law"
+            )
+        needed = (
+            set(chosen.columns)
+            - {"params", "tokens", "average_params", "non_embedding_params", "active_params", "flops"}
+            - set(self.fixed)
+        )
         if self.unique_tokens is not None:
             needed -= {"unique_tokens"}
         if "bits" in needed:
             needed -= {"bits"}  # chosen by the plan
         if needed:
-            raise BadInput(f"fixed: the plan needs a value for {', '.join(sorted(needed))}; give fixed={{{sorted(needed)[0]}: ...}}")
+            raise BadInput(
+                f"fixed: the plan needs a value for {', '.join(sorted(needed))}; give fixed={{{sorted(needed)[0]}: ...}}"
+            )
 
     def _run(self, on: Runs, progress: Progress) -> Result:
         found, keep = self.fitted(on, progress)
@@ -257,25 +374,44 @@ class ScalingPlan(ScalingFit):
             fixed["bits"] = precise["bits"]
             tables["precision"] = precise.table
         if "unique_tokens" in found.law.columns and self.unique_tokens is not None:
-            plan = data_constrained(draws, budget, self.unique_tokens, self.level, {k: v for k, v in fixed.items() if k != "unique_tokens"})
+            plan = data_constrained(
+                draws,
+                budget,
+                self.unique_tokens,
+                self.level,
+                {k: v for k, v in fixed.items() if k != "unique_tokens"},
+            )
         else:
             plan = compute_optimal(draws, budget, self.level, fixed)
         tables["exponents"] = exponents(draws, budget, self.level, fixed=fixed)
         tables["over_training"] = over_training(draws, budget, level=self.level, fixed=fixed)
-        tables["trajectory"] = trajectory(draws, plan["params"], plan["tokens"], level=self.level, fixed=fixed)
+        tables["trajectory"] = trajectory(
+            draws, plan["params"], plan["tokens"], level=self.level, fixed=fixed
+        )
         tables["frontier"] = self._frontier(draws, budget, fixed, on)
         if self.inference_tokens:
-            tables["inference"] = inference_aware(draws, plan["loss"], self.inference_tokens, self.level, fixed=fixed).table
+            tables["inference"] = inference_aware(
+                draws, plan["loss"], self.inference_tokens, self.level, fixed=fixed
+            ).table
         tables["advice"] = self._advice(on, plan["params"], plan["tokens"])
         tables |= self._bias(found, on, budget, fixed)
-        facts: dict[str, Any] = {"law": found.law.name, "budget_flops": budget, **{k: float(v[0]) for k, v in plan.draws.items()}}
+        facts: dict[str, Any] = {
+            "law": found.law.name,
+            "budget_flops": budget,
+            **{k: float(v[0]) for k, v in plan.draws.items()},
+        }
         for row in plan.table.to_dict("records"):
-            facts[f"{row['quantity']}_low"], facts[f"{row['quantity']}_high"] = float(row["low"]), float(row["high"])
+            facts[f"{row['quantity']}_low"], facts[f"{row['quantity']}_high"] = (
+                float(row["low"]),
+                float(row["high"]),
+            )
         facts["beyond_largest_run"] = budget / float(compute_of(on.table)[keep].max())
         facts["certificate"] = found.certificate.text
         if plan.note:
             facts["note"] = plan.note
-        return self.result(plan.table, facts, tables=tables, arrays={"theta": found.theta, "draws": draws.theta})
+        return self.result(
+            plan.table, facts, tables=tables, arrays={"theta": found.theta, "draws": draws.theta}
+        )
 
     def _frontier(self, draws: Draws, budget: float, fixed: dict[str, float], on: Runs) -> pd.DataFrame:
         lowest = float(compute_of(on.table).min())
@@ -285,7 +421,11 @@ class ScalingPlan(ScalingFit):
             row: dict[str, float] = {"flops": float(c)}
             for part in plan.table.to_dict("records"):
                 name = str(part["quantity"])
-                row |= {name: float(part["estimate"]), f"{name}_low": float(part["low"]), f"{name}_high": float(part["high"])}
+                row |= {
+                    name: float(part["estimate"]),
+                    f"{name}_low": float(part["low"]),
+                    f"{name}_high": float(part["high"]),
+                }
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -294,7 +434,11 @@ class ScalingPlan(ScalingFit):
         rows = [("Step Law (published, non-embedding parameters)", *step_law(params, tokens))]
         if all(c in on.table for c in REQUIRED):
             settings = best_settings(on)
-            if settings[["params", "tokens"]].nunique().min() >= 2 and len(settings) >= 4 and (settings.runs >= 3).all():
+            if (
+                settings[["params", "tokens"]].nunique().min() >= 2
+                and len(settings) >= 4
+                and (settings.runs >= 3).all()
+            ):
                 rows.insert(0, ("fitted to these runs", *advice_of(fit_step_law(settings))(params, tokens)))
         return pd.DataFrame(rows, columns=["source", "learning_rate", "batch_tokens"])
 
@@ -305,7 +449,9 @@ class ScalingPlan(ScalingFit):
             return {}
         try:
             pairs = isoflop.optima(table)
-            bias = isoflop.parabola_bias(found.law, found.params, table.params, table.flops, budget, fixed=fixed)
+            bias = isoflop.parabola_bias(
+                found.law, found.params, table.params, table.flops, budget, fixed=fixed
+            )
         except BadInput:  # the runs form no IsoFLOP grid: nothing to simulate
             return {}
         return {"isoflop": pairs, "isoflop_bias": bias}

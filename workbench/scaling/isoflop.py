@@ -29,7 +29,9 @@ def budgets_of(flops: Array, tolerance: float = 0.15) -> Array:
     return group
 
 
-def optima(runs: Any, size: str = "params", window: int | None = 7, tolerance: float = 0.15, target: str = "loss") -> pd.DataFrame:
+def optima(
+    runs: Any, size: str = "params", window: int | None = 7, tolerance: float = 0.15, target: str = "loss"
+) -> pd.DataFrame:
     """Per budget: n_opt, d_opt and loss at the bottom of a parabola in ln N through the `window` runs around the lowest one.
 
     Columns flops, n_opt, d_opt, loss, curvature, runs, inside (the optimum lies between the smallest and the largest size
@@ -38,7 +40,11 @@ def optima(runs: Any, size: str = "params", window: int | None = 7, tolerance: f
     """
     table = getattr(runs, "table", runs)
     n, y = np.asarray(table[size], dtype=np.float64), np.asarray(table[target], dtype=np.float64)
-    flops = np.asarray(table["flops"], dtype=np.float64) if "flops" in table else 6.0 * n * np.asarray(table["tokens"], dtype=np.float64)
+    flops = (
+        np.asarray(table["flops"], dtype=np.float64)
+        if "flops" in table
+        else 6.0 * n * np.asarray(table["tokens"], dtype=np.float64)
+    )
     group = budgets_of(flops, tolerance)
     rows = []
     for g in range(group.max() + 1):
@@ -58,13 +64,27 @@ def optima(runs: Any, size: str = "params", window: int | None = 7, tolerance: f
         at = -c1 / (2 * c2)
         best = np.exp(at + middle)
         budget = float(np.exp(np.log(flops[index]).mean()))
-        rows.append((budget, best, budget / (6.0 * best), c0 - c1**2 / (4 * c2), c2, len(index), bool(x.min() <= at + middle <= x.max())))
+        rows.append(
+            (
+                budget,
+                best,
+                budget / (6.0 * best),
+                c0 - c1**2 / (4 * c2),
+                c2,
+                len(index),
+                bool(x.min() <= at + middle <= x.max()),
+            )
+        )
     if not rows:
-        raise BadInput(f"{size}: no compute budget has three sizes around a minimum; IsoFLOP needs several model sizes at (nearly) equal FLOPs")
+        raise BadInput(
+            f"{size}: no compute budget has three sizes around a minimum; IsoFLOP needs several model sizes at (nearly) equal FLOPs"
+        )
     return pd.DataFrame(rows, columns=["flops", "n_opt", "d_opt", "loss", "curvature", "runs", "inside"])
 
 
-def exponent(pairs: Any, weights: Array | None = None, y: str = "n_opt", x: str = "flops") -> dict[str, float]:
+def exponent(
+    pairs: Any, weights: Array | None = None, y: str = "n_opt", x: str = "flops"
+) -> dict[str, float]:
     """Line through ln y over ln x: exponent, coefficient, standard error of the exponent, and R^2.
 
     weights: (rows,), multiplying the squared residuals; none for ordinary least squares. At least two budgets are needed.
@@ -81,11 +101,17 @@ def exponent(pairs: Any, weights: Array | None = None, y: str = "n_opt", x: str 
     dof = max(len(lx) - 2, 1)
     error = float(np.sqrt(np.sum(w * residual**2) / dof / sxx))
     total = float(np.sum(w * (ly - mean) ** 2))
-    return {"exponent": slope, "coefficient": float(np.exp(mean - slope * center)), "error": error,
-            "r_squared": 1.0 - float(np.sum(w * residual**2)) / total if total > 0 else 1.0}
+    return {
+        "exponent": slope,
+        "coefficient": float(np.exp(mean - slope * center)),
+        "error": error,
+        "r_squared": 1.0 - float(np.sum(w * residual**2)) / total if total > 0 else 1.0,
+    }
 
 
-def envelope(curves: pd.DataFrame, flops: str = "flops", loss: str = "loss", bins: int = 30, run: str = "run") -> pd.DataFrame:
+def envelope(
+    curves: pd.DataFrame, flops: str = "flops", loss: str = "loss", bins: int = 30, run: str = "run"
+) -> pd.DataFrame:
     """Approach 1: the lowest loss that any run has reached per compute bin. Columns flops, loss, params, tokens, run."""
     log_c = np.log(curves[flops].to_numpy())
     edges = np.linspace(log_c.min(), log_c.max() + 1e-9, bins + 1)
@@ -95,8 +121,18 @@ def envelope(curves: pd.DataFrame, flops: str = "flops", loss: str = "loss", bin
     return lowest.sort_values(flops)[keep].reset_index(drop=True)
 
 
-def parabola_bias(law: Law, params: Mapping[str, float], sizes: Any, flops: Any, at: float, window: int | None = None,
-                  noise: float = 0.0, repeats: int = 1, seed: int = 0, fixed: Mapping[str, float] | None = None) -> pd.DataFrame:
+def parabola_bias(
+    law: Law,
+    params: Mapping[str, float],
+    sizes: Any,
+    flops: Any,
+    at: float,
+    window: int | None = None,
+    noise: float = 0.0,
+    repeats: int = 1,
+    seed: int = 0,
+    fixed: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
     """Run approach 2 on noise-free (or noisy) losses of a known law on the user's own grid, and compare with the law itself.
 
     sizes, flops: (runs,) the user's grid. at: budget at which N* is extrapolated. One row per repeat: true and estimated
@@ -117,10 +153,25 @@ def parabola_bias(law: Law, params: Mapping[str, float], sizes: Any, flops: Any,
         pairs = optima({"params": sizes, "flops": flops, "loss": loss}, window=window)
         line = exponent(pairs[pairs.inside] if pairs.inside.sum() >= 2 else pairs)
         guess = line["coefficient"] * at ** line["exponent"]
-        reached = float(draws.loss({**(fixed or {}), "params": np.array([guess]), "tokens": np.array([at / (6 * guess)])})[0, 0])
-        rows.append((true_exponent, line["exponent"], truth["params"], guess, guess / truth["params"], reached / truth["loss"] - 1,
-                     _wasted(draws, at, reached, fixed)))
-    return pd.DataFrame(rows, columns=["true_exponent", "exponent", "true_params", "params", "ratio", "loss_excess", "wasted"])
+        reached = float(
+            draws.loss(
+                {**(fixed or {}), "params": np.array([guess]), "tokens": np.array([at / (6 * guess)])}
+            )[0, 0]
+        )
+        rows.append(
+            (
+                true_exponent,
+                line["exponent"],
+                truth["params"],
+                guess,
+                guess / truth["params"],
+                reached / truth["loss"] - 1,
+                _wasted(draws, at, reached, fixed),
+            )
+        )
+    return pd.DataFrame(
+        rows, columns=["true_exponent", "exponent", "true_params", "params", "ratio", "loss_excess", "wasted"]
+    )
 
 
 def _wasted(draws: Draws, at: float, reached: float, fixed: Mapping[str, float] | None) -> float:

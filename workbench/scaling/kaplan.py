@@ -69,7 +69,9 @@ def contours(curves: Any, losses: Array) -> pd.DataFrame:
             found = critical_batch(batch, steps)
             rows.append((params, loss, found["smin"], found["emin"], found["critical"], found["r_squared"]))
     if not rows:
-        raise BadInput("losses: no loss is reached by three batch sizes of one model size; choose losses that the runs pass, or add batch sizes")
+        raise BadInput(
+            "losses: no loss is reached by three batch sizes of one model size; choose losses that the runs pass, or add batch sizes"
+        )
     return pd.DataFrame(rows, columns=["params", "loss", "smin", "emin", "critical", "r_squared"])
 
 
@@ -84,7 +86,9 @@ def _first(run: pd.DataFrame, loss: float) -> float:
     return float(np.exp(np.log(s[i - 1]) + share * np.log(s[i] / s[i - 1])))
 
 
-def kaplan_recipe(curves: Any, losses: Array | None = None, after_step: float = 1.0, points: int = 2000, seed: int = 0) -> KaplanRecipe:
+def kaplan_recipe(
+    curves: Any, losses: Array | None = None, after_step: float = 1.0, points: int = 2000, seed: int = 0
+) -> KaplanRecipe:
     """Fit the recipe to logged training curves.
 
     curves: one row per logged point with params, batch_tokens, step (>= 1), loss. losses: contour levels (default: 12 over
@@ -94,18 +98,30 @@ def kaplan_recipe(curves: Any, losses: Array | None = None, after_step: float = 
     table = _checked(curves)
     table = table[table.step >= max(after_step, 1.0)]
     if table.batch_tokens.nunique() < 3:
-        raise BadInput(f"batch_tokens: {table.batch_tokens.nunique()} different sizes, at least 3 are needed for the critical batch size")
+        raise BadInput(
+            f"batch_tokens: {table.batch_tokens.nunique()} different sizes, at least 3 are needed for the critical batch size"
+        )
     if losses is None:
         ends = table.groupby(["params", "batch_tokens"]).loss.agg(["min", "max"])
         losses = np.geomspace(ends["max"].min() * 0.98, ends["min"].min() * 1.02, 12)
     lines = contours(table, losses)
     if lines.loss.nunique() < 3:
-        raise BadInput("losses: fewer than three contour levels are reached by three batch sizes; train longer or choose other levels")
-    critical = fit(law("critical-batch-loss"), {"loss": lines.loss, "batch_tokens": lines.critical}, starts=64, seed=seed)
+        raise BadInput(
+            "losses: fewer than three contour levels are reached by three batch sizes; train longer or choose other levels"
+        )
+    critical = fit(
+        law("critical-batch-loss"), {"loss": lines.loss, "batch_tokens": lines.critical}, starts=64, seed=seed
+    )
     if len(table) > points:
         table = table.sample(points, random_state=seed)
-    effective = minimum_steps(table.step.to_numpy(), table.batch_tokens.to_numpy(), critical.predict({"loss": table.loss.to_numpy()}))
-    steps = fit(law("kaplan-steps"), {"params": table.params, "steps": effective, "loss": table.loss}, seed=seed)
+    effective = minimum_steps(
+        table.step.to_numpy(),
+        table.batch_tokens.to_numpy(),
+        critical.predict({"loss": table.loss.to_numpy()}),
+    )
+    steps = fit(
+        law("kaplan-steps"), {"params": table.params, "steps": effective, "loss": table.loss}, seed=seed
+    )
     return KaplanRecipe(lines, critical, steps)
 
 

@@ -25,11 +25,37 @@ Space = Literal["log", "linear"]
 
 #: Columns a formula may name without declaring them; see `workbench.scaling.runs` for meanings and units.
 KNOWN_COLUMNS = (
-    "params", "non_embedding_params", "active_params", "average_params", "tokens", "unique_tokens", "flops", "loss",
-    "learning_rate", "batch_tokens", "bits", "activation_bits", "kv_bits", "exponent_bits", "mantissa_bits", "block_size",
-    "sparsity", "experts", "width", "depth", "seed", "step", "batch_size", "steps", "multiplier", "members", "epochs",
-    "post_bits", "qat_fraction", "distance",
-)  # fmt: skip
+    "params",
+    "non_embedding_params",
+    "active_params",
+    "average_params",
+    "tokens",
+    "unique_tokens",
+    "flops",
+    "loss",
+    "learning_rate",
+    "batch_tokens",
+    "bits",
+    "activation_bits",
+    "kv_bits",
+    "exponent_bits",
+    "mantissa_bits",
+    "block_size",
+    "sparsity",
+    "experts",
+    "width",
+    "depth",
+    "seed",
+    "step",
+    "batch_size",
+    "steps",
+    "multiplier",
+    "members",
+    "epochs",
+    "post_bits",
+    "qat_fraction",
+    "distance",
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +78,13 @@ class Parameter:
         if self.scale == "log" and self.low == -np.inf:
             object.__setattr__(self, "low", 0.0)
         if self.scale == "log" and (self.low < 0 or self.start[0] <= 0):
-            raise BadInput(f"parameter {self.name}: a log-scale parameter must be positive, got low={self.low}, start={self.start}")
+            raise BadInput(
+                f"parameter {self.name}: a log-scale parameter must be positive, got low={self.low}, start={self.start}"
+            )
         if not self.low <= self.start[0] <= self.start[1] <= self.high:
-            raise BadInput(f"parameter {self.name}: start {self.start} must lie inside [{self.low}, {self.high}]")
+            raise BadInput(
+                f"parameter {self.name}: start {self.start} must lie inside [{self.low}, {self.high}]"
+            )
 
     def to_working(self, value: Any) -> Any:
         """Natural value -> the coordinate the solver steps in."""
@@ -122,9 +152,16 @@ class Law:
         return replace(self, parameters=tuple(changed))
 
     @classmethod
-    def from_formula(cls, formula: str | Callable[..., Any], name: str = "custom", columns: Iterable[str] | None = None,
-                     parameters: Mapping[str, tuple[float, float]] | Iterable[Parameter] | None = None,
-                     target: str = "loss", positive: bool = True, **more: Any) -> Law:
+    def from_formula(
+        cls,
+        formula: str | Callable[..., Any],
+        name: str = "custom",
+        columns: Iterable[str] | None = None,
+        parameters: Mapping[str, tuple[float, float]] | Iterable[Parameter] | None = None,
+        target: str = "loss",
+        positive: bool = True,
+        **more: Any,
+    ) -> Law:
         """A law from text or a function.
 
         Names among `columns` (default: the run table's standard columns) are data, all others parameters. `parameters`
@@ -134,7 +171,9 @@ class Law:
         graph = Graph()
         if callable(formula):
             names = argument_names(formula)
-            node = trace(formula, graph, {n: graph.column(n) if n in known else graph.parameter(n) for n in names})
+            node = trace(
+                formula, graph, {n: graph.column(n) if n in known else graph.parameter(n) for n in names}
+            )
         else:
             node = parse(formula, graph, known)
         found, used = sorted(graph.parameters_in(node)), sorted(graph.columns_in(node))
@@ -144,15 +183,31 @@ class Law:
             spans = dict(parameters or {})
             unknown = set(spans) - set(found)
             if unknown:
-                raise BadInput(f"parameters: {', '.join(sorted(unknown))} not in the formula, which has {', '.join(found)}")
-            declared = tuple(Parameter(n, start=tuple(map(float, spans[n]))) if n in spans  # type: ignore[arg-type]
-                             else Parameter(n, start=(0.0, 2.0)) for n in found)
+                raise BadInput(
+                    f"parameters: {', '.join(sorted(unknown))} not in the formula, which has {', '.join(found)}"
+                )
+            declared = tuple(
+                Parameter(n, start=tuple(map(float, spans[n])))
+                if n in spans  # type: ignore[arg-type]
+                else Parameter(n, start=(0.0, 2.0))
+                for n in found
+            )
         else:
             declared = tuple(parameters)
             missing = set(found) - {p.name for p in declared}
             if missing:
-                raise BadInput(f"parameters: {', '.join(sorted(missing))} appear in the formula but are not declared")
-        return cls(name=name, formula=formula, parameters=declared, columns=tuple(used), target=target, positive=positive, **more)
+                raise BadInput(
+                    f"parameters: {', '.join(sorted(missing))} appear in the formula but are not declared"
+                )
+        return cls(
+            name=name,
+            formula=formula,
+            parameters=declared,
+            columns=tuple(used),
+            target=target,
+            positive=positive,
+            **more,
+        )
 
     def compile(self, space: Space) -> CompiledLaw:
         """Programs for the prediction, its gradient and its second derivatives, in the solver's coordinates."""
@@ -171,7 +226,9 @@ class Law:
         flat = {c: a.ravel() for c, a in zip(self.columns, arrays, strict=True)}
         theta = np.array([[p.to_working(values[p.name]) for p in self.free]], dtype=np.float64)
         compiled = self.compile("linear")
-        return np.broadcast_to(compiled.bind(flat, order=0)(theta)[0], (1, flat[self.columns[0]].size))[0].reshape(shape)
+        return np.broadcast_to(compiled.bind(flat, order=0)(theta)[0], (1, flat[self.columns[0]].size))[
+            0
+        ].reshape(shape)
 
 
 class CompiledLaw:
@@ -203,7 +260,9 @@ class CompiledLaw:
         """Second derivatives, upper triangle row by row; built when first asked for."""
         if self._second is None:
             graph, n = self.graph, len(self.names)
-            self._second = [graph.derivative(self.first[i], self.names[j]) for i in range(n) for j in range(i, n)]
+            self._second = [
+                graph.derivative(self.first[i], self.names[j]) for i in range(n) for j in range(i, n)
+            ]
         return self._second
 
     def bind(self, columns: Mapping[str, Array], order: int) -> BoundProgram:
@@ -214,8 +273,15 @@ class CompiledLaw:
     def linear_names(self) -> list[str]:
         """Parameters in which the plain prediction is jointly linear (the largest set found greedily, in order)."""
         graph = self.graph
-        plain = CompiledLaw(replace(self.law, parameters=tuple(replace(p, scale="linear") if p.scale == "log" else p
-                                                                for p in self.law.parameters)), "linear")
+        plain = CompiledLaw(
+            replace(
+                self.law,
+                parameters=tuple(
+                    replace(p, scale="linear") if p.scale == "log" else p for p in self.law.parameters
+                ),
+            ),
+            "linear",
+        )
         graph = plain.graph
         slopes = {n: graph.derivative(plain.value, n) for n in plain.names}
         chosen: list[str] = []

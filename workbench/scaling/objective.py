@@ -34,7 +34,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not self.delta > 0:
-            raise BadInput(f"delta: {self.delta!r} is not accepted, the Huber threshold must be positive (1e-3 is usual on log losses)")
+            raise BadInput(
+                f"delta: {self.delta!r} is not accepted, the Huber threshold must be positive (1e-3 is usual on log losses)"
+            )
 
     @property
     def threshold(self) -> float:
@@ -54,7 +56,10 @@ class Resample:
     shift: Array | None = None
 
     def take(self, rows: Array | slice) -> Resample:
-        return Resample(None if self.weights is None else self.weights[rows], None if self.shift is None else self.shift[rows])
+        return Resample(
+            None if self.weights is None else self.weights[rows],
+            None if self.shift is None else self.shift[rows],
+        )
 
 
 Weights = Array | Resample | None
@@ -70,8 +75,10 @@ class Problem:
         target = np.asarray(target, dtype=np.float64)
         if objective.space == "log" and not np.all(target > 0):
             row = int(np.flatnonzero(~(target > 0))[0])
-            raise BadInput(f"{law.target}: row {row} is {target[row]!r}, a log objective needs positive values; "
-                           "drop the row or use space='linear'")
+            raise BadInput(
+                f"{law.target}: row {row} is {target[row]!r}, a log objective needs positive values; "
+                "drop the row or use space='linear'"
+            )
         self.law, self.objective = law, objective
         self.columns = {c: np.asarray(columns[c], dtype=np.float64) for c in law.columns}
         self.target = target
@@ -79,7 +86,9 @@ class Problem:
         self.rows, self.size = len(target), len(law.free)
         self.compiled = law.compile(objective.space)
         self._bound = {order: self.compiled.bind(self.columns, order) for order in (0, 1)}
-        self.low = np.array([p.to_working(p.low) if p.scale == "linear" or p.low > 0 else -np.inf for p in law.free])
+        self.low = np.array(
+            [p.to_working(p.low) if p.scale == "linear" or p.low > 0 else -np.inf for p in law.free]
+        )
         self.high = np.array([p.to_working(p.high) for p in law.free])
 
     def natural(self, theta: Array) -> Array:

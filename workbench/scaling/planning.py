@@ -56,8 +56,14 @@ class Draws:
         return np.broadcast_to(self._program.bind(arrays)(self.theta)[0], (len(self.theta), points))
 
 
-def flops_for(flops: float | None = None, gpu_hours: float | None = None, money: float | None = None, peak_flops: float | None = None,
-              utilisation: float = 0.4, price_per_gpu_hour: float | None = None) -> float:
+def flops_for(
+    flops: float | None = None,
+    gpu_hours: float | None = None,
+    money: float | None = None,
+    peak_flops: float | None = None,
+    utilisation: float = 0.4,
+    price_per_gpu_hour: float | None = None,
+) -> float:
     """Training FLOPs that a budget buys: given as FLOPs, GPU-hours, or money.
 
     peak_flops: FLOP/s of one device; utilisation: share of it reached (model FLOPs utilisation). BadInput unless exactly
@@ -65,7 +71,9 @@ def flops_for(flops: float | None = None, gpu_hours: float | None = None, money:
     """
     given = [n for n, v in (("flops", flops), ("gpu_hours", gpu_hours), ("money", money)) if v is not None]
     if len(given) != 1:
-        raise BadInput(f"budget: give exactly one of flops, gpu_hours, money; got {', '.join(given) or 'none'}")
+        raise BadInput(
+            f"budget: give exactly one of flops, gpu_hours, money; got {', '.join(given) or 'none'}"
+        )
     value = next(v for v in (flops, gpu_hours, money) if v is not None)
     if not value > 0 or not np.isfinite(value):
         raise BadInput(f"budget: {given[0]}={value} is not accepted, it must be positive")
@@ -74,7 +82,9 @@ def flops_for(flops: float | None = None, gpu_hours: float | None = None, money:
     if peak_flops is None or not peak_flops > 0:
         raise BadInput("peak_flops: needed to turn hours into FLOPs (e.g. 9.9e14 for one H100 in bf16)")
     if not 0 < utilisation <= 1:
-        raise BadInput(f"utilisation: {utilisation} is not accepted, it is a share of the peak between 0 and 1")
+        raise BadInput(
+            f"utilisation: {utilisation} is not accepted, it is a share of the peak between 0 and 1"
+        )
     if money is not None:
         if price_per_gpu_hour is None or not price_per_gpu_hour > 0:
             raise BadInput("price_per_gpu_hour: needed to turn money into hours")
@@ -106,7 +116,7 @@ def _summary(draws: dict[str, Array], level: float) -> pd.DataFrame:
     for name, values in draws.items():
         rest = values[1:] if len(values) > 1 else values
         rest = rest[np.isfinite(rest)]
-        low, high = (np.quantile(rest, [tail, 1 - tail]) if len(rest) > 1 else (np.nan, np.nan))
+        low, high = np.quantile(rest, [tail, 1 - tail]) if len(rest) > 1 else (np.nan, np.nan)
         rows.append((name, float(values[0]), float(low), float(high)))
     return pd.DataFrame(rows, columns=["quantity", "estimate", "low", "high"])
 
@@ -125,14 +135,21 @@ class Plan:
         return float(self.draws[quantity][0])
 
 
-def compute_optimal(draws: Draws, flops: float, level: float = 0.9, fixed: Mapping[str, float] | None = None,
-                    size_range: tuple[float, float] = (1e3, 1e15), points: int = 121) -> Plan:
+def compute_optimal(
+    draws: Draws,
+    flops: float,
+    level: float = 0.9,
+    fixed: Mapping[str, float] | None = None,
+    size_range: tuple[float, float] = (1e3, 1e15),
+    points: int = 121,
+) -> Plan:
     """Loss-minimising parameters and tokens on 6 N D = flops. `fixed`: values of the law's other columns (bits, unique_tokens...).
 
     For the Chinchilla form this agrees with the closed form N = G (C/6)^(b/(a+b)), G = (aA/(bB))^(1/(a+b)).
     """
     if not flops > 0:
         raise BadInput(f"flops: {flops} is not accepted, the budget must be positive")
+
     def losses(log_n: Array) -> Array:
         n = np.exp(log_n)
         return draws.loss({**(fixed or {}), **_model_columns(n, flops / (FLOPS_PER_PARAM_TOKEN * n))})
@@ -145,28 +162,50 @@ def compute_optimal(draws: Draws, flops: float, level: float = 0.9, fixed: Mappi
     n = np.exp(best)
     d = flops / (FLOPS_PER_PARAM_TOKEN * n)
     quantities = {"params": n, "tokens": d, "tokens_per_param": d / n, "loss": lowest}
-    note = "" if inside.all() else "the optimum runs to the end of the searched sizes for some draws: the law sets no limit there"
+    note = (
+        ""
+        if inside.all()
+        else "the optimum runs to the end of the searched sizes for some draws: the law sets no limit there"
+    )
     return Plan(_summary(quantities, level), quantities, float(inside.mean()), note)
 
 
 def _model_columns(n: Array, d: Array) -> dict[str, Array]:
-    return {"params": n, "tokens": d, "non_embedding_params": n, "active_params": n, "average_params": n, "flops": FLOPS_PER_PARAM_TOKEN * n * d}
+    return {
+        "params": n,
+        "tokens": d,
+        "non_embedding_params": n,
+        "active_params": n,
+        "average_params": n,
+        "flops": FLOPS_PER_PARAM_TOKEN * n * d,
+    }
 
 
 def exponents(draws: Draws, flops: float, level: float = 0.9, **more: Any) -> pd.DataFrame:
     """Local exponents of N* and D* in compute (d ln N* / d ln C) at a budget, with intervals."""
-    low, high = compute_optimal(draws, flops / 2, level, **more), compute_optimal(draws, flops * 2, level, **more)
+    low, high = (
+        compute_optimal(draws, flops / 2, level, **more),
+        compute_optimal(draws, flops * 2, level, **more),
+    )
     a = np.log(high.draws["params"] / low.draws["params"]) / np.log(4.0)
     return _summary({"params_exponent": a, "tokens_exponent": 1 - a}, level)
 
 
-def tokens_for_loss(draws: Draws, params: Array, target: Array, fixed: Mapping[str, float] | None = None,
-                    token_range: tuple[float, float] = (1e3, 1e20)) -> Array:
+def tokens_for_loss(
+    draws: Draws,
+    params: Array,
+    target: Array,
+    fixed: Mapping[str, float] | None = None,
+    token_range: tuple[float, float] = (1e3, 1e20),
+) -> Array:
     """(draws, sizes): tokens at which a model of each size reaches the target loss (draws,); inf where it never does.
 
     params: (sizes,) or (draws, sizes). Bisection on ln D; the law must fall with tokens.
     """
-    n = np.broadcast_to(np.atleast_2d(np.asarray(params, dtype=np.float64)), (len(draws.theta), np.atleast_2d(params).shape[1]))
+    n = np.broadcast_to(
+        np.atleast_2d(np.asarray(params, dtype=np.float64)),
+        (len(draws.theta), np.atleast_2d(params).shape[1]),
+    )
     low, high = np.full(n.shape, np.log(token_range[0])), np.full(n.shape, np.log(token_range[1]))
 
     def loss(log_d: Array) -> Array:
@@ -181,8 +220,15 @@ def tokens_for_loss(draws: Draws, params: Array, target: Array, fixed: Mapping[s
     return np.where(never, np.inf, np.where(at_once, token_range[0], np.exp(high)))
 
 
-def inference_aware(draws: Draws, target_loss: float, inference_tokens: float, level: float = 0.9, points: int = 81,
-                    size_range: tuple[float, float] = (1e5, 1e14), fixed: Mapping[str, float] | None = None) -> Plan:
+def inference_aware(
+    draws: Draws,
+    target_loss: float,
+    inference_tokens: float,
+    level: float = 0.9,
+    points: int = 81,
+    size_range: tuple[float, float] = (1e5, 1e14),
+    fixed: Mapping[str, float] | None = None,
+) -> Plan:
     """Smallest lifetime compute 6 N D + 2 N T for a wanted loss and T tokens served (Sardana et al., 2023, eq. 2)."""
     if inference_tokens < 0:
         raise BadInput(f"inference_tokens: {inference_tokens} is not accepted, it must not be negative")
@@ -197,23 +243,38 @@ def inference_aware(draws: Draws, target_loss: float, inference_tokens: float, l
     coarse = log_cost(log_n)
     reachable = (coarse < 1e3).any(1)
     if not reachable[0]:
-        raise BadInput(f"target_loss: {target_loss} lies below what the fitted law reaches at any size; choose a higher loss")
+        raise BadInput(
+            f"target_loss: {target_loss} lies below what the fitted law reaches at any size; choose a higher loss"
+        )
     around, _, inside = _minimise(coarse, log_n)
     step = log_n[1] - log_n[0]
     fine = around[:, None] + np.linspace(-step, step, 21)
     best, lowest, _ = _minimise(log_cost(fine), fine)
     size = np.exp(best)
     tokens = (np.exp(lowest) - 2.0 * size * inference_tokens) / (6.0 * size)
-    parts = {"params": size, "tokens": tokens, "tokens_per_param": tokens / size, "lifetime_flops": np.exp(lowest),
-             "training_flops": 6.0 * size * tokens}
+    parts = {
+        "params": size,
+        "tokens": tokens,
+        "tokens_per_param": tokens / size,
+        "lifetime_flops": np.exp(lowest),
+        "training_flops": 6.0 * size * tokens,
+    }
     parts = {k: np.where(reachable, v, np.nan) for k, v in parts.items()}
     return Plan(_summary(parts, level), parts, float(np.mean(inside & reachable)))
 
 
-def over_training(draws: Draws, flops: float, shrink: Array | None = None, level: float = 0.9, fixed: Mapping[str, float] | None = None) -> pd.DataFrame:
+def over_training(
+    draws: Draws,
+    flops: float,
+    shrink: Array | None = None,
+    level: float = 0.9,
+    fixed: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
     """What a smaller model costs: at the compute-optimal loss for `flops`, models `shrink` times the optimal size need more
     tokens and more compute. Columns: shrink, params, tokens, tokens_per_param, compute_overhead (+ low, high)."""
-    shrink = np.array([1.0, 0.75, 0.5, 0.35, 0.25]) if shrink is None else np.asarray(shrink, dtype=np.float64)
+    shrink = (
+        np.array([1.0, 0.75, 0.5, 0.35, 0.25]) if shrink is None else np.asarray(shrink, dtype=np.float64)
+    )
     best = compute_optimal(draws, flops, level, fixed)
     rows = []
     tail = (1 - level) / 2
@@ -224,10 +285,27 @@ def over_training(draws: Draws, flops: float, shrink: Array | None = None, level
         extra = overhead[1:, j]
         low, high = np.quantile(extra, [tail, 1 - tail]) if len(extra) > 1 else (np.nan, np.nan)
         rows.append((s, sizes[0, j], tokens[0, j], tokens[0, j] / sizes[0, j], overhead[0, j], low, high))
-    return pd.DataFrame(rows, columns=["shrink", "params", "tokens", "tokens_per_param", "compute_overhead", "overhead_low", "overhead_high"])
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "shrink",
+            "params",
+            "tokens",
+            "tokens_per_param",
+            "compute_overhead",
+            "overhead_low",
+            "overhead_high",
+        ],
+    )
 
 
-def data_constrained(draws: Draws, flops: float, unique_tokens: float, level: float = 0.9, fixed: Mapping[str, float] | None = None) -> Plan:
+def data_constrained(
+    draws: Draws,
+    flops: float,
+    unique_tokens: float,
+    level: float = 0.9,
+    fixed: Mapping[str, float] | None = None,
+) -> Plan:
     """Best size and number of epochs when only `unique_tokens` exist (Muennighoff et al., 2023). Adds `epochs`."""
     if "unique_tokens" not in draws.law.columns:
         raise BadInput(f"law {draws.law.name}: does not know repeated tokens; fit the data-constrained law")
@@ -238,8 +316,15 @@ def data_constrained(draws: Draws, flops: float, unique_tokens: float, level: fl
     return Plan(_summary(quantities, level), quantities, plan.inside, plan.note)
 
 
-def best_precision(draws: Draws, choices: tuple[float, ...] = (2, 3, 4, 5, 6, 8, 12, 16), memory_bytes: float | None = None, tokens: float | None = None,
-                   flops: float | None = None, level: float = 0.9, fixed: Mapping[str, float] | None = None) -> Plan:
+def best_precision(
+    draws: Draws,
+    choices: tuple[float, ...] = (2, 3, 4, 5, 6, 8, 12, 16),
+    memory_bytes: float | None = None,
+    tokens: float | None = None,
+    flops: float | None = None,
+    level: float = 0.9,
+    fixed: Mapping[str, float] | None = None,
+) -> Plan:
     """Weight bits that minimise loss under a memory budget (N = 8 bytes / bits, with `tokens` seen) or a compute budget in
     which a FLOP costs bits / 16 of a 16-bit one (Kumar et al., 2024, sec. 5)."""
     if (memory_bytes is None) == (flops is None):
@@ -263,7 +348,11 @@ def best_precision(draws: Draws, choices: tuple[float, ...] = (2, 3, 4, 5, 6, 8,
     table, size = np.stack(losses, axis=1), np.stack(sizes, axis=1)
     pick = np.argmin(table, axis=1)
     rows = np.arange(len(table))
-    quantities = {"bits": np.asarray(choices, dtype=np.float64)[pick], "params": size[rows, pick], "loss": table[rows, pick]}
+    quantities = {
+        "bits": np.asarray(choices, dtype=np.float64)[pick],
+        "params": size[rows, pick],
+        "loss": table[rows, pick],
+    }
     inside = float(np.mean((pick > 0) & (pick < len(choices) - 1)))
     return Plan(_summary(quantities, level), quantities, inside)
 
@@ -278,7 +367,9 @@ def average_parameters(params: float, final_sparsity: float, start: Array, end: 
     return params * (start + (end - start) * (1 - 0.75 * final_sparsity) + (1 - end) * (1 - final_sparsity))
 
 
-def sparsity_schedule(draws: Draws, params: float, final_sparsity: float, flops: float, steps: int = 16, recovery: float = 0.25) -> pd.DataFrame:
+def sparsity_schedule(
+    draws: Draws, params: float, final_sparsity: float, flops: float, steps: int = 16, recovery: float = 0.25
+) -> pd.DataFrame:
     """Predicted loss of every cubic schedule (start, end) on a compute budget: earlier pruning buys tokens, later pruning
     keeps parameters. At least `recovery` of training follows the last pruning step, below which the law was not measured.
     Columns start, end, average_params, tokens, loss; best first."""
@@ -291,15 +382,31 @@ def sparsity_schedule(draws: Draws, params: float, final_sparsity: float, flops:
     average = average_parameters(params, final_sparsity, start, end)
     tokens = flops / (FLOPS_PER_PARAM_TOKEN * average)
     loss = draws.loss({"average_params": average, "params": average, "tokens": tokens})[0]
-    table = pd.DataFrame({"start": start, "end": end, "average_params": average, "tokens": tokens, "loss": loss})
+    table = pd.DataFrame(
+        {"start": start, "end": end, "average_params": average, "tokens": tokens, "loss": loss}
+    )
     return table.sort_values("loss", ignore_index=True)
 
 
-def trajectory(draws: Draws, params: float, tokens: float, points: int = 60, level: float = 0.9, fixed: Mapping[str, float] | None = None) -> pd.DataFrame:
+def trajectory(
+    draws: Draws,
+    params: float,
+    tokens: float,
+    points: int = 60,
+    level: float = 0.9,
+    fixed: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
     """Loss against tokens for one model size before it is trained: the loss of a *finished* run of each length (its
     learning rate decayed to the end), which a run still at high learning rate lies above. Columns tokens, loss, low, high."""
     d = np.geomspace(tokens / 100.0, tokens, points)
     loss = draws.loss({**(fixed or {}), **_model_columns(np.full(points, params), d)})
     rest = loss[1:] if len(loss) > 1 else loss
     tail = (1 - level) / 2
-    return pd.DataFrame({"tokens": d, "loss": loss[0], "low": np.quantile(rest, tail, axis=0), "high": np.quantile(rest, 1 - tail, axis=0)})
+    return pd.DataFrame(
+        {
+            "tokens": d,
+            "loss": loss[0],
+            "low": np.quantile(rest, tail, axis=0),
+            "high": np.quantile(rest, 1 - tail, axis=0),
+        }
+    )

@@ -89,8 +89,10 @@ class BoundProgram:
             for child in children:
                 last[child] = step
         keep = set(program.outputs) | set(self.fixed)
-        self.release = [[c for c in set(children) if last[c] == step and c not in keep]
-                        for step, (_, _, children) in enumerate(self.steps)]
+        self.release = [
+            [c for c in set(children) if last[c] == step and c not in keep]
+            for step, (_, _, children) in enumerate(self.steps)
+        ]
 
     def __call__(self, theta: Array) -> list[Array]:
         """Outputs for theta (starts, parameters), each broadcastable to (starts, rows). Never warns; inf and nan pass through."""

@@ -63,7 +63,10 @@ class Projection:
         if not self.linear:
             return
         plain: CompiledLaw = law.compile("linear")
-        outputs = [plain.value, *(plain.graph.derivative(plain.value, law.free[i].name) for i in self.linear_index)]
+        outputs = [
+            plain.value,
+            *(plain.graph.derivative(plain.value, law.free[i].name) for i in self.linear_index),
+        ]
         self.program = Program(plain.graph, outputs, plain.names).bind(problem.columns)
         self.signed = np.array([law.free[i].low < 0 for i in self.linear_index])
 
@@ -97,7 +100,9 @@ class Projection:
             c, _ = non_negative_least_squares(basis, target, self.signed)
             for k, i in enumerate(self.linear_index):
                 p = law.free[i]
-                if p.scale == "log":  # a term that wants to vanish starts small enough to be harmless, large enough to return
+                if (
+                    p.scale == "log"
+                ):  # a term that wants to vanish starts small enough to be harmless, large enough to return
                     largest = np.abs(slopes[:, :, k]).max(1)
                     tiny = 1e-4 * np.median(np.abs(problem.target)) / np.where(largest > 0, largest, 1.0)
                     theta[rows, i] = np.log(np.maximum(c[:, k], tiny))

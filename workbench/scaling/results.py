@@ -23,17 +23,23 @@ class FitView(BaseModel):
     """What to draw of a fit."""
 
     view: Literal["fit", "residuals", "isoflop", "contour", "held out", "draws", "profile"] = Field(
-        "fit", description="the law with the runs, residuals, IsoFLOP curves, contours, held-out error, correlated parameters, profiles")
+        "fit",
+        description="the law with the runs, residuals, IsoFLOP curves, contours, held-out error, correlated parameters, profiles",
+    )
 
 
 class PlanView(BaseModel):
     """What to draw of a plan."""
 
     view: Literal["frontier", "over-training", "trajectory"] = Field(
-        "frontier", description="size and tokens against budget, the price of a smaller model, loss against tokens")
+        "frontier",
+        description="size and tokens against budget, the price of a smaller model, loss against tokens",
+    )
 
 
-def curve_tables(found: Fit, drawn: Bootstrap | None, runs: pd.DataFrame, level: float, groups: int = 6, points: int = 60) -> dict[str, pd.DataFrame]:
+def curve_tables(
+    found: Fit, drawn: Bootstrap | None, runs: pd.DataFrame, level: float, groups: int = 6, points: int = 60
+) -> dict[str, pd.DataFrame]:
     """What the figures draw: the law along tokens for up to six sizes (with bands), along sizes for up to six budgets, and over a grid.
 
     `curves`: group, x, loss, low, high; `isoflop_curves`: flops, params, loss, low, high; `contour`: params, tokens, loss. The
@@ -48,7 +54,11 @@ def curve_tables(found: Fit, drawn: Bootstrap | None, runs: pd.DataFrame, level:
     def band(columns: dict[str, Any]) -> dict[str, Array]:
         loss = draws.loss(other | columns)
         rest = loss[1:] if len(loss) > 1 else loss
-        return {"loss": loss[0], "low": np.quantile(rest, tail, axis=0), "high": np.quantile(rest, 1 - tail, axis=0)}
+        return {
+            "loss": loss[0],
+            "low": np.quantile(rest, tail, axis=0),
+            "high": np.quantile(rest, 1 - tail, axis=0),
+        }
 
     tables: dict[str, pd.DataFrame] = {}
     axis = next(c for c in ("tokens", "flops", "params", *law.columns) if c in law.columns)
@@ -60,12 +70,18 @@ def curve_tables(found: Fit, drawn: Bootstrap | None, runs: pd.DataFrame, level:
     else:
         every = np.unique(runs.params)
         sizes = np.unique(np.quantile(every, np.linspace(0, 1, min(groups, len(every))), method="nearest"))
-        parts = [pd.DataFrame({"group": n, "x": x, **band({"params": np.full(points, n), "tokens": x})}) for n in sizes]
+        parts = [
+            pd.DataFrame({"group": n, "x": x, **band({"params": np.full(points, n), "tokens": x})})
+            for n in sizes
+        ]
         tables["curves"] = pd.concat(parts, ignore_index=True)
         compute = compute_of(runs)
         n = np.geomspace(every[0] / 2, every[-1] * 2, points)
         budgets = np.geomspace(compute.min(), compute.max(), groups)
-        parts = [pd.DataFrame({"flops": c, "params": n, **band({"params": n, "tokens": c / (6 * n)})}) for c in budgets]
+        parts = [
+            pd.DataFrame({"flops": c, "params": n, **band({"params": n, "tokens": c / (6 * n)})})
+            for c in budgets
+        ]
         tables["isoflop_curves"] = pd.concat(parts, ignore_index=True)
         sides = np.geomspace(n[0], n[-1], 40), np.geomspace(low / 2, high * 2, 40)
         grid_n, grid_d = (g.ravel() for g in np.meshgrid(*sides))
@@ -83,15 +99,28 @@ class ScalingFitResult(Result):
 
     def figure(self, view: str = "fit", **more: Any) -> go.Figure:
         assert self.tables is not None
-        makers = {"fit": figures.fit_figure, "residuals": figures.residual_figure, "isoflop": figures.isoflop_figure, "contour": figures.contour_figure,
-                  "held out": figures.held_out_figure, "draws": figures.draws_figure, "profile": figures.profile_figure}
+        makers = {
+            "fit": figures.fit_figure,
+            "residuals": figures.residual_figure,
+            "isoflop": figures.isoflop_figure,
+            "contour": figures.contour_figure,
+            "held out": figures.held_out_figure,
+            "draws": figures.draws_figure,
+            "profile": figures.profile_figure,
+        }
         if view not in makers:
             raise BadInput(f"view: {view!r} is not accepted, it should be one of {', '.join(makers)}")
         return makers[view](self)
 
     def summary(self) -> str:
-        shown = [f"{k} {format_fact(v)}" for k, v in self.facts.items() if k not in ("law", "certificate", "converged", "note") and isinstance(v, int | float)]
-        return f"{self.instrument.name()} {self.facts['law']}: {', '.join(shown)}; {self.facts['certificate']}"
+        shown = [
+            f"{k} {format_fact(v)}"
+            for k, v in self.facts.items()
+            if k not in ("law", "certificate", "converged", "note") and isinstance(v, int | float)
+        ]
+        return (
+            f"{self.instrument.name()} {self.facts['law']}: {', '.join(shown)}; {self.facts['certificate']}"
+        )
 
 
 class ScalingPlanResult(Result):
@@ -101,7 +130,11 @@ class ScalingPlanResult(Result):
         return PlanView
 
     def figure(self, view: str = "frontier", **more: Any) -> go.Figure:
-        makers = {"frontier": figures.frontier_figure, "over-training": figures.over_training_figure, "trajectory": figures.trajectory_figure}
+        makers = {
+            "frontier": figures.frontier_figure,
+            "over-training": figures.over_training_figure,
+            "trajectory": figures.trajectory_figure,
+        }
         if view not in makers:
             raise BadInput(f"view: {view!r} is not accepted, it should be one of {', '.join(makers)}")
         return makers[view](self)

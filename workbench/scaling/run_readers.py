@@ -12,7 +12,9 @@ import pandas as pd
 
 from workbench.instruments import BadInput
 
-SUFFIXES = ".csv, .tsv, .csv.gz, .parquet, .jsonl, .json, .db, .sqlite, .sqlite3, or a folder of TensorBoard exports"
+SUFFIXES = (
+    ".csv, .tsv, .csv.gz, .parquet, .jsonl, .json, .db, .sqlite, .sqlite3, or a folder of TensorBoard exports"
+)
 
 
 def read(path: str | Path, **options: str) -> pd.DataFrame:
@@ -27,10 +29,15 @@ def read(path: str | Path, **options: str) -> pd.DataFrame:
         return tensorboard_exports(path)
     name = path.name.lower().removesuffix(".gz")
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".csv": lambda p: weights_and_biases(pd.read_csv(p)), ".tsv": lambda p: pd.read_csv(p, sep="\t"),
-        ".parquet": pd.read_parquet, ".jsonl": lambda p: pd.json_normalize(_json_lines(p)), ".json": _json,
-        ".db": lambda p: database(p, **options), ".sqlite": lambda p: database(p, **options), ".sqlite3": lambda p: database(p, **options),
-    }  # fmt: skip
+        ".csv": lambda p: weights_and_biases(pd.read_csv(p)),
+        ".tsv": lambda p: pd.read_csv(p, sep="\t"),
+        ".parquet": pd.read_parquet,
+        ".jsonl": lambda p: pd.json_normalize(_json_lines(p)),
+        ".json": _json,
+        ".db": lambda p: database(p, **options),
+        ".sqlite": lambda p: database(p, **options),
+        ".sqlite3": lambda p: database(p, **options),
+    }
     for suffix, reader in readers.items():
         if name.endswith(suffix):
             try:
@@ -38,7 +45,9 @@ def read(path: str | Path, **options: str) -> pd.DataFrame:
             except BadInput:
                 raise
             except (ValueError, OSError, sqlite3.Error, pd.errors.ParserError, UnicodeDecodeError) as error:
-                raise BadInput(f"runs: {path.name} cannot be read as {suffix} ({str(error).splitlines()[0]}); is it complete?") from None
+                raise BadInput(
+                    f"runs: {path.name} cannot be read as {suffix} ({str(error).splitlines()[0]}); is it complete?"
+                ) from None
     raise BadInput(f"runs: {path.name} has an unknown ending; accepted: {SUFFIXES}")
 
 
@@ -69,7 +78,11 @@ def weights_and_biases(table: pd.DataFrame) -> pd.DataFrame:
     per run. Any other table is returned unchanged.
     """
     series = [c for c in table if " - " in str(c) and not str(c).endswith(("__MIN", "__MAX", "_step"))]
-    if series and len(series) >= (len(table.columns) - 1) // 3 and any(str(c).lower() in ("step", "global_step", "trainer/global_step") for c in table):
+    if (
+        series
+        and len(series) >= (len(table.columns) - 1) // 3
+        and any(str(c).lower() in ("step", "global_step", "trainer/global_step") for c in table)
+    ):
         rows: dict[str, dict[str, object]] = {}
         step = next(c for c in table if str(c).lower() in ("step", "global_step", "trainer/global_step"))
         for column in series:
@@ -103,19 +116,25 @@ def tensorboard_exports(folder: Path) -> pd.DataFrame:
         row = rows.setdefault(run, {"run": run, "step": last["Step"]})
         row[tag.replace("_", "/", 1) if tag.startswith(("eval_", "val_", "train_")) else tag] = last["Value"]
     if not rows:
-        raise BadInput(f"runs: folder {folder.name!r} holds no TensorBoard scalar CSV (columns Wall time, Step, Value)")
+        raise BadInput(
+            f"runs: folder {folder.name!r} holds no TensorBoard scalar CSV (columns Wall time, Step, Value)"
+        )
     return pd.DataFrame(rows.values())
 
 
 def database(path: Path, experiment: str | None = None, study: str | None = None) -> pd.DataFrame:
     """An MLflow or Optuna SQLite database, told apart by its tables."""
     with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as connection:
-        tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
+        tables = {
+            name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")
+        }
         if {"runs", "params"} <= tables and tables & {"latest_metrics", "metrics"}:
             return _mlflow(connection, tables, experiment)
         if {"studies", "trials", "trial_params"} <= tables:
             return _optuna(connection, study)
-    raise BadInput(f"runs: {path.name} is neither an MLflow nor an Optuna database (tables: {', '.join(sorted(tables)) or 'none'})")
+    raise BadInput(
+        f"runs: {path.name} is neither an MLflow nor an Optuna database (tables: {', '.join(sorted(tables)) or 'none'})"
+    )
 
 
 def _number(value: object) -> object:
@@ -130,8 +149,11 @@ def _choose(names: list[str], wanted: str | None, kind: str) -> str:
         return names[0]
     if wanted in names:
         return wanted  # type: ignore[return-value]
-    raise BadInput(f"{kind}: {wanted!r} is not in the database, name one of {', '.join(names)}" if wanted else
-                   f"{kind}: the database holds {len(names)}, name one of {', '.join(names)}")
+    raise BadInput(
+        f"{kind}: {wanted!r} is not in the database, name one of {', '.join(names)}"
+        if wanted
+        else f"{kind}: the database holds {len(names)}, name one of {', '.join(names)}"
+    )
 
 
 def _mlflow(connection: sqlite3.Connection, tables: set[str], experiment: str | None) -> pd.DataFrame:
@@ -141,7 +163,9 @@ def _mlflow(connection: sqlite3.Connection, tables: set[str], experiment: str | 
         found = [n for (n,) in connection.execute("select name from experiments")]
         runs += " and r.experiment_id = (select experiment_id from experiments where name = ?)"
         arguments = (_choose(found, experiment, "experiment"),)
-    rows: dict[str, dict[str, object]] = {u: {"run": n or u, "status": s} for u, n, s in connection.execute(runs, arguments)}
+    rows: dict[str, dict[str, object]] = {
+        u: {"run": n or u, "status": s} for u, n, s in connection.execute(runs, arguments)
+    }
     for run, key, value in connection.execute("select run_uuid, key, value from params"):
         if run in rows:
             rows[run][key] = _number(value)
@@ -164,18 +188,24 @@ def _mlflow(connection: sqlite3.Connection, tables: set[str], experiment: str | 
 def _optuna(connection: sqlite3.Connection, study: str | None) -> pd.DataFrame:
     studies = dict(connection.execute("select study_name, study_id from studies").fetchall())
     chosen = studies[_choose(list(studies), study, "study")]
-    trials = connection.execute("select trial_id, number from trials where study_id = ? and state = 'COMPLETE'", (chosen,)).fetchall()
+    trials = connection.execute(
+        "select trial_id, number from trials where study_id = ? and state = 'COMPLETE'", (chosen,)
+    ).fetchall()
     if not trials:
         raise BadInput("runs: the Optuna study holds no completed trial")
     rows: dict[int, dict[str, object]] = {i: {"run": f"trial {number}"} for i, number in trials}
     for trial, value in connection.execute("select trial_id, value from trial_values where objective = 0"):
         if trial in rows:
             rows[trial]["loss"] = value
-    for trial, name, value, distribution in connection.execute("select trial_id, param_name, param_value, distribution_json from trial_params"):
+    for trial, name, value, distribution in connection.execute(
+        "select trial_id, param_name, param_value, distribution_json from trial_params"
+    ):
         if trial in rows:
             choices = json.loads(distribution).get("attributes", {}).get("choices")
             rows[trial][name] = choices[int(value)] if choices else value
-    for trial, key, value in connection.execute("select trial_id, key, value_json from trial_user_attributes"):
+    for trial, key, value in connection.execute(
+        "select trial_id, key, value_json from trial_user_attributes"
+    ):
         if trial in rows:
             rows[trial][key] = json.loads(value)
     return pd.DataFrame(rows.values())

@@ -40,7 +40,9 @@ class Solutions:
         return int(np.argmin(self.value))
 
 
-def _step(gradient: Array, curvature: Array, metric: Array, damping: Array, theta: Array, low: Array, high: Array) -> tuple[Array, Array]:
+def _step(
+    gradient: Array, curvature: Array, metric: Array, damping: Array, theta: Array, low: Array, high: Array
+) -> tuple[Array, Array]:
     """Damped step (s, p) inside the bounds and the decrease that the damped model promises.
 
     metric (s, p): positive diagonal that makes the step independent of the parameters' units.
@@ -69,8 +71,15 @@ def _step(gradient: Array, curvature: Array, metric: Array, damping: Array, thet
     return move * shorten[:, None], promised * shorten
 
 
-def descend(problem: Problem, theta: Array, weights: Weights = None, steps: int = 40, tolerance: float = 1e-7,
-            bounds: tuple[Array, Array] | None = None, stop: Callable[[], bool] | None = None) -> Solutions:
+def descend(
+    problem: Problem,
+    theta: Array,
+    weights: Weights = None,
+    steps: int = 40,
+    tolerance: float = 1e-7,
+    bounds: tuple[Array, Array] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Solutions:
     """Reweighted Levenberg-Marquardt from every row of theta (s, p); weights (rows,) or (s, rows).
 
     `tolerance`: a row settles when the promised decrease is below tolerance x value. `bounds`: (low, high), each (s, p),
@@ -89,7 +98,9 @@ def descend(problem: Problem, theta: Array, weights: Weights = None, steps: int 
         if not len(rows) or (stop is not None and stop()):
             break
         metric = np.einsum("spp->sp", curvature[rows])
-        move, promised = _step(gradient[rows], curvature[rows], metric, damping[rows], theta[rows], low[rows], high[rows])
+        move, promised = _step(
+            gradient[rows], curvature[rows], metric, damping[rows], theta[rows], low[rows], high[rows]
+        )
         quiet = promised <= tolerance * value[rows] + 1e-300
         settled[rows[quiet & (damping[rows] < 1.0)]] = True
         done[rows[quiet]] = True
@@ -116,8 +127,15 @@ def descend(problem: Problem, theta: Array, weights: Weights = None, steps: int 
     return Solutions(theta, value, settled, taken)
 
 
-def polish(problem: Problem, theta: Array, weights: Weights = None, steps: int = 60, tolerance: float = 1e-13,
-           bounds: tuple[Array, Array] | None = None, stop: Callable[[], bool] | None = None) -> Solutions:
+def polish(
+    problem: Problem,
+    theta: Array,
+    weights: Weights = None,
+    steps: int = 60,
+    tolerance: float = 1e-13,
+    bounds: tuple[Array, Array] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Solutions:
     """Newton's method with exact second derivatives from every row of theta, damped until the curvature is positive."""
     low, high = _bounds(problem, len(theta), bounds)
     theta = np.clip(np.array(theta, dtype=np.float64), low, high)
@@ -138,7 +156,9 @@ def polish(problem: Problem, theta: Array, weights: Weights = None, steps: int =
         scaled[~np.isfinite(scaled).all((1, 2))] = np.eye(p)
         lowest = np.linalg.eigvalsh(scaled)[:, 0]
         shift = damping[rows] + np.where(lowest < 1e-10, 1e-6 - 1.5 * lowest, 0.0)
-        move, promised = _step(gradient[rows], hessian[rows], metric, shift, theta[rows], low[rows], high[rows])
+        move, promised = _step(
+            gradient[rows], hessian[rows], metric, shift, theta[rows], low[rows], high[rows]
+        )
         quiet = promised <= tolerance * value[rows] + 1e-300
         settled[rows[quiet & (damping[rows] < 1.0)]] = True
         done[rows[quiet]] = True
@@ -166,7 +186,9 @@ def polish(problem: Problem, theta: Array, weights: Weights = None, steps: int =
         growth[lost] *= 2.0
         stuck = lost[damping[lost] > 1e12]
         done[stuck] = True
-        settled[stuck] = True  # no downhill step in any direction of the model: at rounding error, the certificate decides
+        settled[stuck] = (
+            True  # no downhill step in any direction of the model: at rounding error, the certificate decides
+        )
     return Solutions(theta, value, settled, taken)
 
 

@@ -18,8 +18,19 @@ import numpy as np
 from workbench.instruments import BadInput
 from workbench.scaling.formula import Graph, apply
 
-UFUNC_NAMES = {"exp": "exp", "log": "log", "sqrt": "sqrt", "tanh": "tanh", "sin": "sin", "cos": "cos",
-                "arctan": "arctan", "absolute": "abs", "sign": "sign", "minimum": "min", "maximum": "max"}
+UFUNC_NAMES = {
+    "exp": "exp",
+    "log": "log",
+    "sqrt": "sqrt",
+    "tanh": "tanh",
+    "sin": "sin",
+    "cos": "cos",
+    "arctan": "arctan",
+    "absolute": "abs",
+    "sign": "sign",
+    "minimum": "min",
+    "maximum": "max",
+}
 
 
 class Symbol:
@@ -65,12 +76,19 @@ class Symbol:
     __radd__, __rmul__ = __add__, __mul__
 
     def __bool__(self) -> bool:
-        raise BadInput("law function: branches on a value (if, and, or, comparison); use min, max or where so that the "
-                       "derivative exists")
+        raise BadInput(
+            "law function: branches on a value (if, and, or, comparison); use min, max or where so that the "
+            "derivative exists"
+        )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **_: Any) -> Symbol:
-        arithmetic = {"add": "__add__", "subtract": "__sub__", "multiply": "__mul__", "divide": "__truediv__",
-                      "power": "__pow__"}
+        arithmetic = {
+            "add": "__add__",
+            "subtract": "__sub__",
+            "multiply": "__mul__",
+            "divide": "__truediv__",
+            "power": "__pow__",
+        }
         nodes = [self._lift(i) for i in inputs]
         symbols = [Symbol(self.graph, n) for n in nodes]
         if ufunc.__name__ in arithmetic:
@@ -94,8 +112,10 @@ def trace(function: Callable[..., Any], graph: Graph, names: Mapping[str, int]) 
     try:
         result = function(**{name: Symbol(graph, names[name]) for name in argument_names(function)})
     except TypeError as error:
-        raise BadInput(f"law function: cannot be followed symbolically ({error}); use arithmetic and numpy's exp, log, sqrt, "
-                       "tanh, minimum, maximum") from None
+        raise BadInput(
+            f"law function: cannot be followed symbolically ({error}); use arithmetic and numpy's exp, log, sqrt, "
+            "tanh, minimum, maximum"
+        ) from None
     if not isinstance(result, Symbol):
         raise BadInput("law function: must return an expression of its arguments, got a plain value")
     return result.node

@@ -21,8 +21,13 @@ from workbench.scaling.solver import descend, polish
 Array = np.ndarray
 
 
-def refit(problem: Problem, data: Array | Resample, guesses: Array, stop: Callable[[], bool] | None = None,
-          bounds: tuple[Array, Array] | None = None) -> tuple[Array, Array, Array]:
+def refit(
+    problem: Problem,
+    data: Array | Resample,
+    guesses: Array,
+    stop: Callable[[], bool] | None = None,
+    bounds: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array, Array]:
     """Minimise once per row of the resampled data (s, rows), from every guess (g, p); the best of each.
 
     Returns theta (s, p), internal objective (s,), settled (s,).
@@ -33,7 +38,9 @@ def refit(problem: Problem, data: Array | Resample, guesses: Array, stop: Callab
     s, g = len(filled), len(guesses)
     copies = np.repeat(np.arange(s), g)
     wide = None if bounds is None else (bounds[0][copies], bounds[1][copies])
-    rough = descend(problem, np.tile(guesses, (s, 1)), data.take(copies), steps=25, tolerance=1e-5, bounds=wide, stop=stop)
+    rough = descend(
+        problem, np.tile(guesses, (s, 1)), data.take(copies), steps=25, tolerance=1e-5, bounds=wide, stop=stop
+    )
     best = np.argmin(rough.value.reshape(s, g), axis=1) + g * np.arange(s)
     end = polish(problem, rough.theta[best], data, steps=60, tolerance=1e-9, bounds=bounds, stop=stop)
     return end.theta, end.value, end.settled
@@ -59,14 +66,21 @@ class Bootstrap:
         table = self.table
         tail = (1 - level) / 2
         params = self.fit.params
-        rows = [(n, params[n], table[n].quantile(tail), table[n].quantile(1 - tail), table[n].std()) for n in table]
+        rows = [
+            (n, params[n], table[n].quantile(tail), table[n].quantile(1 - tail), table[n].std())
+            for n in table
+        ]
         return pd.DataFrame(rows, columns=["parameter", "estimate", "low", "high", "sd"])
 
     def predict(self, columns: Mapping[str, Any]) -> Array:
         """(resamples, points) predicted target, natural units."""
         law = self.fit.law
-        arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(columns[c], dtype=np.float64)) for c in law.columns))
-        bound = law.compile("linear").bind({c: a.ravel() for c, a in zip(law.columns, arrays, strict=True)}, 0)
+        arrays = np.broadcast_arrays(
+            *(np.atleast_1d(np.asarray(columns[c], dtype=np.float64)) for c in law.columns)
+        )
+        bound = law.compile("linear").bind(
+            {c: a.ravel() for c, a in zip(law.columns, arrays, strict=True)}, 0
+        )
         return np.broadcast_to(bound(self.theta)[0], (len(self.theta), arrays[0].size))
 
     def correlation(self) -> pd.DataFrame:
@@ -75,8 +89,13 @@ class Bootstrap:
         return pd.DataFrame(np.corrcoef(self.theta.T), index=names, columns=names)
 
 
-def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, kind: Literal["runs", "residuals"] = "runs",
-              stop: Callable[[], bool] | None = None) -> Bootstrap:
+def bootstrap(
+    fit: Fit,
+    resamples: int = 1000,
+    seed: int = 0,
+    kind: Literal["runs", "residuals"] = "runs",
+    stop: Callable[[], bool] | None = None,
+) -> Bootstrap:
     """Refit on resampled data, starting from every known optimum.
 
     kind "runs" assumes nothing about the scatter: rows drawn with replacement (Efron, 1979) and the spread of the parameters
@@ -91,10 +110,19 @@ def bootstrap(fit: Fit, resamples: int = 1000, seed: int = 0, kind: Literal["run
     problem = fit.problem
     rng = np.random.default_rng(seed)
     n, p = problem.rows, problem.size
-    guesses = np.stack([problem.working({str(k): v for k, v in row.items()}) for row in fit.optima.drop(columns="objective").to_dict("records")[:3]])
+    guesses = np.stack(
+        [
+            problem.working({str(k): v for k, v in row.items()})
+            for row in fit.optima.drop(columns="objective").to_dict("records")[:3]
+        ]
+    )
     if kind == "runs":
         smooth = problem.objective.kind == "huber"
-        draw = rng.exponential(size=(resamples, n)) if smooth else rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)
+        draw = (
+            rng.exponential(size=(resamples, n))
+            if smooth
+            else rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)
+        )
         data = Resample(weights=draw / draw.mean(1, keepdims=True))
     else:
         r = fit.residuals
@@ -131,7 +159,9 @@ def _residual_noise(fit: Fit, shape: tuple[int, int], rng: np.random.Generator) 
     passed = np.argsort(size)[: p if peaked else 0]  # rows the fit passes through: their zeros are no error
     usable = order[~np.isin(order, passed)]
     reach = min(reach, len(usable))
-    first = np.clip(np.searchsorted(np.argsort(order)[usable], np.arange(n)) - reach // 2, 0, len(usable) - reach)
+    first = np.clip(
+        np.searchsorted(np.argsort(order)[usable], np.arange(n)) - reach // 2, 0, len(usable) - reach
+    )
     pool = np.empty((n, reach))
     pool[order] = size[usable[first[:, None] + np.arange(reach)]]  # rows with similar predictions
     picks = rng.integers(0, reach, size=shape)
@@ -220,7 +250,9 @@ def profile(fit: Fit, parameter: str, level: float = 0.9, points: int = 41, span
 
 def _deviance_limit(fit: Fit, level: float) -> float:
     if not 0 < level < 1:
-        raise BadInput(f"level: {level} is not accepted, give a share between 0 and 1 (0.9 for 90 % intervals)")
+        raise BadInput(
+            f"level: {level} is not accepted, give a share between 0 and 1 (0.9 for 90 % intervals)"
+        )
     from scipy import stats
 
     return float(stats.f.ppf(level, 1, max(fit.problem.rows - fit.problem.size, 1)))
@@ -255,7 +287,9 @@ def _along(fit: Fit, index: int, grid: Array) -> tuple[Array, Array]:
         best = np.argmin(rough.value.reshape(3, k), axis=0) * k + np.arange(k)
         end = polish(problem, rough.theta[best], steps=40, tolerance=1e-10, bounds=(low, high))
         better = end.value < values
-        improved = bool(np.any(values - end.value > 1e-9 * np.abs(values))) if np.isfinite(values).all() else True
+        improved = (
+            bool(np.any(values - end.value > 1e-9 * np.abs(values))) if np.isfinite(values).all() else True
+        )
         theta[better], values[better] = end.theta[better], end.value[better]
         if not improved:
             break

@@ -4,4 +4,12 @@ from workbench.statistics.factors import GradientFactors, StackedGradients, grad
 from workbench.statistics.gradients import example_gradients
 from workbench.statistics.inputs import InputCapture, InputMoments, second_moments
 
-__all__ = ["GradientFactors", "InputCapture", "InputMoments", "StackedGradients", "example_gradients", "gradient_factors", "second_moments"]
+__all__ = [
+    "GradientFactors",
+    "InputCapture",
+    "InputMoments",
+    "StackedGradients",
+    "example_gradients",
+    "gradient_factors",
+    "second_moments",
+]

@@ -54,9 +54,16 @@ class GradientFactors:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Gradients of the weight's rows start..stop, one per example: (examples, stop - start, in), float32."""
-        short = bool(self.inputs) and self.inputs[0].dtype == torch.bfloat16 and multiplies_bfloat16(self.inputs[0].device.type)
+        short = (
+            bool(self.inputs)
+            and self.inputs[0].dtype == torch.bfloat16
+            and multiplies_bfloat16(self.inputs[0].device.type)
+        )
         # The device's own bfloat16 product sums in float32 and rounds once, to as many digits as the factors have: five times faster than float32.
-        parts = [d[..., start:stop].mT @ x if short else d[..., start:stop].float().mT @ x.float() for x, d in zip(self.inputs, self.outputs, strict=True)]
+        parts = [
+            d[..., start:stop].mT @ x if short else d[..., start:stop].float().mT @ x.float()
+            for x, d in zip(self.inputs, self.outputs, strict=True)
+        ]
         found = torch.cat(parts).float()
         return found if self.mask is None else found * self.mask[start:stop]
 
@@ -70,7 +77,10 @@ class GradientFactors:
 
     def mean(self) -> Tensor:
         """The mean gradient (out, in)."""
-        total = sum(torch.einsum("kto,kti->oi", d.float(), x.float()) for x, d in zip(self.inputs, self.outputs, strict=True))
+        total = sum(
+            torch.einsum("kto,kti->oi", d.float(), x.float())
+            for x, d in zip(self.inputs, self.outputs, strict=True)
+        )
         assert isinstance(total, Tensor)
         total = total / self.examples
         return total if self.mask is None else total * self.mask
@@ -111,8 +121,15 @@ def bytes_per_example(subject: Subject, layers: Sequence[Layer], split: str, dty
     return tokens * width * torch.finfo(dtype).bits // 8
 
 
-def gradient_factors(subject: Subject, layers: Sequence[Layer], split: str = "calibration", examples: int = 256, batch_size: int = 16,
-                     dtype: torch.dtype = torch.float32, progress: Progress | None = None) -> dict[str, GradientFactors]:  # fmt: skip
+def gradient_factors(
+    subject: Subject,
+    layers: Sequence[Layer],
+    split: str = "calibration",
+    examples: int = 256,
+    batch_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> dict[str, GradientFactors]:
     """Factored gradients of each example's own mean loss, for plain matrices (not stacked experts).
 
     A layer called several times in one forward pass contributes all its calls. `BadInput` for stacked experts and for
@@ -124,7 +141,9 @@ def gradient_factors(subject: Subject, layers: Sequence[Layer], split: str = "ca
     found = {layer.name: GradientFactors() for layer in layers}
     for layer in layers:
         if len(layer.shape) != 2:
-            raise BadInput(f"layers: {layer.name} is a stack of experts, whose tokens are not sorted by example; use mini-batch gradients (example_gradients)")
+            raise BadInput(
+                f"layers: {layer.name} is a stack of experts, whose tokens are not sorted by example; use mini-batch gradients (example_gradients)"
+            )
         for change in layer.changes:
             if isinstance(change, Mask):
                 found[layer.name].mask = change.mask
@@ -135,14 +154,18 @@ def gradient_factors(subject: Subject, layers: Sequence[Layer], split: str = "ca
 
     def shaped(rows: Tensor) -> Tensor:
         if rows.shape[0] != size and (rows.ndim != 2 or rows.shape[0] % size):
-            raise BadInput(f"layers: an input of shape {tuple(rows.shape)} cannot be split into {size} examples")
+            raise BadInput(
+                f"layers: an input of shape {tuple(rows.shape)} cannot be split into {size} examples"
+            )
         return rows.reshape(size, -1, rows.shape[-1])
 
     def watch(layer: Layer) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             rows = inputs[0]
             key = rows.data_ptr()
-            if key not in stored or stored[key][0] is not rows:  # query, key and value share one copy of their input
+            if (
+                key not in stored or stored[key][0] is not rows
+            ):  # query, key and value share one copy of their input
                 stored[key] = (rows, shaped(rows.detach()).to(dtype))
             calls.append((layer.name, stored[key][1], output))
 
@@ -151,9 +174,14 @@ def gradient_factors(subject: Subject, layers: Sequence[Layer], split: str = "ca
     total = min(examples, subject.size(split))
     try:
         handles = [watch(layer) for layer in layers]
-        for batch in progress.track(subject.batches(split, batch_size, total), "gradients", -(-total // batch_size)):
+        for batch in progress.track(
+            subject.batches(split, batch_size, total), "gradients", -(-total // batch_size)
+        ):
             size = len(next(iter(batch.values())))
-            items = torch.tensor([subject.task.items({k: v[i : i + 1] for k, v in batch.items()}) for i in range(size)], device=subject.device)
+            items = torch.tensor(
+                [subject.task.items({k: v[i : i + 1] for k, v in batch.items()}) for i in range(size)],
+                device=subject.device,
+            )
             if int(items.sum()) == 0:
                 continue
             with torch.enable_grad():
@@ -162,15 +190,21 @@ def gradient_factors(subject: Subject, layers: Sequence[Layer], split: str = "ca
                 loss = subject.loss(batch)
                 # The graph is left at the outputs: the weights' own gradients are never formed.
                 grads = torch.autograd.grad(loss, [output for _, _, output in calls], allow_unused=True)
-            scale = (items.sum() / items.clamp_min(1)).reshape(-1, 1, 1)  # the batch mean weighs an example by its items
+            scale = (items.sum() / items.clamp_min(1)).reshape(
+                -1, 1, 1
+            )  # the batch mean weighs an example by its items
             pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
             for (name, inputs, output), grad in zip(calls, grads, strict=True):
                 delta = shaped(torch.zeros_like(output) if grad is None else grad) * scale
                 pairs.setdefault(name, []).append((inputs, delta.to(dtype)))
             for layer in layers:
                 factors, (out, width) = found[layer.name], layer.shape
-                mine = pairs.get(layer.name) or [(torch.zeros(size, 1, width, dtype=dtype, device=subject.device),
-                                                  torch.zeros(size, 1, out, dtype=dtype, device=subject.device))]  # fmt: skip
+                mine = pairs.get(layer.name) or [
+                    (
+                        torch.zeros(size, 1, width, dtype=dtype, device=subject.device),
+                        torch.zeros(size, 1, out, dtype=dtype, device=subject.device),
+                    )
+                ]
                 factors.inputs.append(torch.cat([x for x, _ in mine], 1) if len(mine) > 1 else mine[0][0])
                 factors.outputs.append(torch.cat([d for _, d in mine], 1) if len(mine) > 1 else mine[0][1])
             calls.clear()

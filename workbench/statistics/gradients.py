@@ -11,8 +11,14 @@ from workbench.instruments import Progress
 from workbench.subjects import Layer, Subject
 
 
-def example_gradients(subject: Subject, layers: Sequence[Layer], split: str = "calibration", examples: int = 256, group: int = 1,
-                      progress: Progress | None = None) -> Iterator[list[Tensor]]:  # fmt: skip
+def example_gradients(
+    subject: Subject,
+    layers: Sequence[Layer],
+    split: str = "calibration",
+    examples: int = 256,
+    group: int = 1,
+    progress: Progress | None = None,
+) -> Iterator[list[Tensor]]:
     """Gradients of the mean loss of `group` consecutive examples (1: per example), one list of (..., out, in) per group.
 
     They are gradients of the weight underneath the changes, times the mask when there is one: a pruned weight's is zero.

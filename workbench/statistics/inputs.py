@@ -53,7 +53,9 @@ class WeightCalls(TorchFunctionMode):
         return layer, value
 
     def found(self, weight: Any) -> Any:
-        return self._by_storage.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
+        return (
+            self._by_storage.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
+        )
 
 
 class InputCapture(WeightCalls):
@@ -95,8 +97,18 @@ class InputCapture(WeightCalls):
         else:
             expert = 0
         version = -1 if inputs.is_inference() else inputs._version  # it moves when the tensor is written to
-        if self._kept is None or self._kept[0] is not inputs or self._kept[1] != version or self._kept[2] is not self.keep:
-            self._kept = (inputs, version, self.keep, self._rows(inputs.detach()))  # layers that read one tensor are handed one tensor
+        if (
+            self._kept is None
+            or self._kept[0] is not inputs
+            or self._kept[1] != version
+            or self._kept[2] is not self.keep
+        ):
+            self._kept = (
+                inputs,
+                version,
+                self.keep,
+                self._rows(inputs.detach()),
+            )  # layers that read one tensor are handed one tensor
         self.handler(layer, expert, self._kept[3])
 
     def _rows(self, rows: Tensor) -> Tensor:
@@ -158,7 +170,9 @@ def add_upper(gram: Tensor, rows: Tensor) -> None:
     """
     if gram.device.type == "cpu" and gram.dtype == torch.float32 and len(rows):
         target = gram.numpy().T  # BLAS counts from the other corner: the lower part of the transpose
-        assert np.shares_memory(ssyrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=target, lower=1, overwrite_c=1), target)
+        assert np.shares_memory(
+            ssyrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=target, lower=1, overwrite_c=1), target
+        )
         return
     for start in range(0, rows.shape[1], BLOCK):
         gram[start : start + BLOCK, start:].addmm_(rows[:, start : start + BLOCK].T, rows[:, start:])
@@ -176,7 +190,9 @@ def mirror(gram: Tensor) -> None:
 def kept_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
     """(examples, positions) True where a batch holds no padding, for an encoder or a decoder alone; None where that is not one mask for all layers."""
     mask = batch.get("attention_mask")
-    return mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
+    return (
+        mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
+    )
 
 
 class MomentSums:
@@ -192,7 +208,9 @@ class MomentSums:
         self.sums, self.shared = sums, set[str]()
         self.met: list[tuple[str, int]] = []  # layer and rows of every call of this pass
         self.once: bool | None = None
-        self.last: tuple[str, Tensor, Any, InputMoments | None] | None = None  # layer, its rows, their storage, their own sums when they are shared
+        self.last: tuple[str, Tensor, Any, InputMoments | None] | None = (
+            None  # layer, its rows, their storage, their own sums when they are shared
+        )
 
     def begin(self) -> None:
         """Before each pass."""
@@ -202,13 +220,23 @@ class MomentSums:
 
     def add(self, layer: Layer, expert: int, rows: Tensor) -> None:
         mine, own = self.sums[layer.name], None
-        if self.last is not None and self.last[2] is rows.untyped_storage() and self.last[1].data_ptr() == rows.data_ptr() and self.last[1].shape == rows.shape:
+        if (
+            self.last is not None
+            and self.last[2] is rows.untyped_storage()
+            and self.last[1].data_ptr() == rows.data_ptr()
+            and self.last[1].shape == rows.shape
+        ):
             leader, own = self.last[0], self.last[3]
             self.shared.add(leader)
         else:
             leader = layer.name
         if own is None and leader in self.shared:
-            own = InputMoments(*(None if t is None else torch.zeros_like(t[:1]) for t in (mine.gram, mine.square, mine.total)))  # type: ignore[arg-type]
+            own = InputMoments(
+                *(
+                    None if t is None else torch.zeros_like(t[:1])
+                    for t in (mine.gram, mine.square, mine.total)
+                )
+            )  # type: ignore[arg-type]
             accumulate(own, 0, rows)
         if own is None:
             accumulate(mine, expert, rows)
@@ -233,8 +261,15 @@ def accumulate(sums: InputMoments, expert: int, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def second_moments(subject: Subject, layers: Sequence[Layer], split: str = "calibration", examples: int = 128, batch_size: int = 16,
-                   gram: bool = True, progress: Progress | None = None) -> dict[str, InputMoments]:  # fmt: skip
+def second_moments(
+    subject: Subject,
+    layers: Sequence[Layer],
+    split: str = "calibration",
+    examples: int = 128,
+    batch_size: int = 16,
+    gram: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, InputMoments]:
     """One streaming pass over `examples` of a split: name -> input moments; padding positions are left out.
 
     Examples go through the model shortest first, so that there is little padding to compute, and no further than to the last of the
@@ -245,7 +280,9 @@ def second_moments(subject: Subject, layers: Sequence[Layer], split: str = "cali
     sums = MomentSums(found)
     total = -(-min(examples, subject.size(split)) // batch_size)
     with InputCapture(layers, sums.add) as capture:
-        for batch in progress.track(subject.batches(split, batch_size, examples, by_length=True), "calibration inputs", total):
+        for batch in progress.track(
+            subject.batches(split, batch_size, examples, by_length=True), "calibration inputs", total
+        ):
             capture.keep = kept_positions(batch)
             sums.begin()
             with contextlib.suppress(Reached):

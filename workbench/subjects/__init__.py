@@ -6,5 +6,20 @@ from workbench.subjects.loaders import subject
 from workbench.subjects.subject import Split, Subject
 from workbench.subjects.tasks import TASKS, Batch, Task
 
-__all__ = ["TASKS", "Batch", "Change", "Layer", "LowRank", "Mask", "Split", "Subject", "Task", "all_layers", "attach", "bake", "blocks",
-           "select", "subject"]  # fmt: skip
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Change",
+    "Layer",
+    "LowRank",
+    "Mask",
+    "Split",
+    "Subject",
+    "Task",
+    "all_layers",
+    "attach",
+    "bake",
+    "blocks",
+    "select",
+    "subject",
+]

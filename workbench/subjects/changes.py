@@ -101,7 +101,9 @@ def detach(module: nn.Module, tensor: str, change: Change) -> None:
 
     The last change goes the way `bake` takes it: without touching the class that copies of the module share.
     """
-    left = {str(name): [c for c in stack if c is not change] for name, stack in module.parametrizations.items()}  # type: ignore[union-attr,operator]
+    left = {
+        str(name): [c for c in stack if c is not change] for name, stack in module.parametrizations.items()
+    }  # type: ignore[union-attr,operator]
     if left[tensor]:
         stack = module.parametrizations[tensor]  # type: ignore[index,union-attr]
         while len(stack):
@@ -125,7 +127,9 @@ def bake(model: nn.Module) -> nn.Module:
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            values = {str(tensor): getattr(module, str(tensor)).detach() for tensor in module.parametrizations}  # type: ignore[union-attr]
+            values = {
+                str(tensor): getattr(module, str(tensor)).detach() for tensor in module.parametrizations
+            }  # type: ignore[union-attr]
             trained = {tensor: module.parametrizations[tensor].original.requires_grad for tensor in values}  # type: ignore[index,union-attr]
             del module._modules["parametrizations"]
             module.__class__ = type(module).__bases__[0]
@@ -146,8 +150,16 @@ def describe_changes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, 
                 key = f"{path}.{tensor}.{type(change).__name__}"
                 state = change.state_dict()
                 tensors |= {f"{key}.{name}": value for name, value in state.items()}
-                records.append({"module": path, "tensor": tensor, "change": type(change).__name__, "transposed": change.transposed,
-                                "config": change.config(), "state": sorted(state)})  # fmt: skip
+                records.append(
+                    {
+                        "module": path,
+                        "tensor": tensor,
+                        "change": type(change).__name__,
+                        "transposed": change.transposed,
+                        "config": change.config(),
+                        "state": sorted(state),
+                    }
+                )
     return records, tensors
 
 
@@ -157,7 +169,9 @@ def restore_changes(model: nn.Module, records: list[dict[str, Any]], tensors: di
         path, tensor = record["module"], record["tensor"]
         module = model.get_submodule(path)
         key = f"{path}.{tensor}.{record['change']}"
-        change = REGISTRY[record["change"]](**{name: tensors[f"{key}.{name}"] for name in record["state"]}, **record["config"])
+        change = REGISTRY[record["change"]](
+            **{name: tensors[f"{key}.{name}"] for name in record["state"]}, **record["config"]
+        )
         attach(module, tensor, change, record["transposed"])
         change.restored(model)
         with torch.no_grad():

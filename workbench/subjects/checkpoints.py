@@ -33,22 +33,36 @@ def quiet_transformers() -> Iterator[None]:
 def check_folder(folder: Path) -> None:
     """Refuse, before anything is built, a folder that is not a complete safetensors checkpoint."""
     if not (folder / "config.json").is_file() and not (folder / "workbench.json").is_file():
-        raise BadInput(f"subject: folder {str(folder)!r} has no config.json; give a folder written by save_pretrained or by the workbench")
+        raise BadInput(
+            f"subject: folder {str(folder)!r} has no config.json; give a folder written by save_pretrained or by the workbench"
+        )
     shards = sorted(folder.glob("*.safetensors"))
-    weights = [s for s in shards if s.name not in ("splits.safetensors", "changes.safetensors", "arrays.safetensors")]
+    weights = [
+        s for s in shards if s.name not in ("splits.safetensors", "changes.safetensors", "arrays.safetensors")
+    ]
     if not weights:
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for p in folder.glob(pattern))
+        pickles = sorted(
+            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for p in folder.glob(pattern)
+        )
         if pickles:
-            raise BadInput(f"subject: {str(folder)!r} holds only pickle weights ({pickles[0]}), which can run code when opened and are refused; "
-                           "save the model again with save_pretrained(..., safe_serialization=True)")  # fmt: skip
-        raise BadInput(f"subject: {str(folder)!r} holds no *.safetensors weights; save the model with save_pretrained")
+            raise BadInput(
+                f"subject: {str(folder)!r} holds only pickle weights ({pickles[0]}), which can run code when opened and are refused; "
+                "save the model again with save_pretrained(..., safe_serialization=True)"
+            )
+        raise BadInput(
+            f"subject: {str(folder)!r} holds no *.safetensors weights; save the model with save_pretrained"
+        )
     for shard in shards:
         check_safetensors(shard)
     for index in folder.glob("*.safetensors.index.json"):
-        missing = sorted({s for s in json.loads(index.read_text())["weight_map"].values() if not (folder / s).is_file()})
+        missing = sorted(
+            {s for s in json.loads(index.read_text())["weight_map"].values() if not (folder / s).is_file()}
+        )
         if missing:
-            raise BadInput(f"subject: {index.name} names {missing[0]}, which is not in {str(folder)!r} ({len(missing)} missing in all); "
-                           "copy the whole checkpoint")  # fmt: skip
+            raise BadInput(
+                f"subject: {index.name} names {missing[0]}, which is not in {str(folder)!r} ({len(missing)} missing in all); "
+                "copy the whole checkpoint"
+            )
 
 
 def check_safetensors(file: Path) -> None:
@@ -64,10 +78,14 @@ def check_safetensors(file: Path) -> None:
         if end != size - 8 - length:
             raise ValueError(f"its header promises {end} bytes of tensors and it holds {size - 8 - length}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"subject: {file.name} is not a complete safetensors file: {error}; copy or save it again") from None
+        raise BadInput(
+            f"subject: {file.name} is not a complete safetensors file: {error}; copy or save it again"
+        ) from None
 
 
-def open_model(source: str | Path, *, local: bool, head: str | None = None, labels: int | None = None) -> tuple[nn.Module, str | None]:
+def open_model(
+    source: str | Path, *, local: bool, head: str | None = None, labels: int | None = None
+) -> tuple[nn.Module, str | None]:
     """Build the model of a folder or hub id in float32; returns it with a note when a head had to be created.
 
     `head` names the auto class for a checkpoint whose own class has no head for the task, e.g. "SequenceClassification".
@@ -90,17 +108,35 @@ def open_model(source: str | Path, *, local: bool, head: str | None = None, labe
         note = f"the {head} head is new and untrained"
     elif cls is None:
         cls = transformers.AutoModel
-    if labels is not None and note is None and head == "SequenceClassification" and config.num_labels != labels:
-        raise BadInput(f"label-column: holds {labels} labels but the checkpoint's head has {config.num_labels}; "
-                       "give data with its labels, or a checkpoint trained on yours")  # fmt: skip
+    if (
+        labels is not None
+        and note is None
+        and head == "SequenceClassification"
+        and config.num_labels != labels
+    ):
+        raise BadInput(
+            f"label-column: holds {labels} labels but the checkpoint's head has {config.num_labels}; "
+            "give data with its labels, or a checkpoint trained on yours"
+        )
     try:
         with quiet_transformers():
-            model, report = cls.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options)
+            model, report = cls.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **options,
+            )
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"subject: {str(source)!r} could not be loaded as {cls.__name__}: {str(error).strip().splitlines()[0]}") from None
+        raise BadInput(
+            f"subject: {str(source)!r} could not be loaded as {cls.__name__}: {str(error).strip().splitlines()[0]}"
+        ) from None
     if note is None and cls is not transformers.AutoModel and report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise BadInput(f"subject: {str(source)!r} lacks {missing[0]} ({len(missing)} missing in all), which {cls.__name__} needs; copy or save it again")
+        raise BadInput(
+            f"subject: {str(source)!r} lacks {missing[0]} ({len(missing)} missing in all), which {cls.__name__} needs; copy or save it again"
+        )
     return model.eval(), note
 
 

@@ -70,7 +70,9 @@ class Layer:
 
 def all_layers(model: nn.Module) -> list[Layer]:
     """Every weight matrix: linears, Conv1Ds and fused experts; a tied weight (shared with an embedding) is left out."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
+    }
     found, seen = [], set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -95,7 +97,11 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         inside = any(name.startswith(block + ".") for block, _ in found)
         if isinstance(module, nn.ModuleList) and not inside:
-            found += [(f"{name}.{i}", block) for i, block in enumerate(module) if any(isinstance(m, (nn.Linear, Conv1D)) for m in block.modules())]
+            found += [
+                (f"{name}.{i}", block)
+                for i, block in enumerate(module)
+                if any(isinstance(m, (nn.Linear, Conv1D)) for m in block.modules())
+            ]
     return found
 
 
@@ -112,5 +118,7 @@ def select(model: nn.Module, glob: str = "blocks", least: int = 1) -> list[Layer
         chosen = [layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, p) for p in patterns)]
     if len(chosen) < least:
         examples = ", ".join(layer.name for layer in layers[:3])
-        raise BadInput(f"layers: {glob!r} matches no layer; names look like {examples} ({len(layers)} in all), globs like '*.query' or '*' are accepted")
+        raise BadInput(
+            f"layers: {glob!r} matches no layer; names look like {examples} ({len(layers)} in all), globs like '*.query' or '*' are accepted"
+        )
     return chosen

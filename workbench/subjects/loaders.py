@@ -20,9 +20,15 @@ from workbench.subjects.checkpoints import check_folder, open_model, open_tokeni
 from workbench.subjects.subject import Split, Subject
 from workbench.subjects.tasks import TASKS, CustomLoss, Task
 
-HEADS = {"sequence-classification": "SequenceClassification", "token-classification": "TokenClassification", "causal-lm": "CausalLM",
-         "masked-lm": "MaskedLM", "seq2seq-lm": "Seq2SeqLM", "image-classification": "ImageClassification",
-         "regression": "SequenceClassification"}  # fmt: skip
+HEADS = {
+    "sequence-classification": "SequenceClassification",
+    "token-classification": "TokenClassification",
+    "causal-lm": "CausalLM",
+    "masked-lm": "MaskedLM",
+    "seq2seq-lm": "Seq2SeqLM",
+    "image-classification": "ImageClassification",
+    "regression": "SequenceClassification",
+}
 
 
 def builtin_names() -> list[str]:
@@ -65,7 +71,9 @@ def subject(
     Raises `BadInput` naming what is wrong before any long computation.
     """
     if max_length < 2 or max_examples < 8:
-        raise BadInput(f"max_length must be at least 2 and max_examples at least 8, got {max_length} and {max_examples}")
+        raise BadInput(
+            f"max_length must be at least 2 and max_examples at least 8, got {max_length} and {max_examples}"
+        )
     if isinstance(source, nn.Module):
         return from_module(source, data, loss, name or type(source).__name__, seed)
     source = str(source)
@@ -86,16 +94,40 @@ def subject(
     elif not re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?|[\w-][\w.-]*/[\w.-]+", source):
         close = difflib.get_close_matches(source, builtin_names(), 1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise BadInput(f"subject: {source!r} is unknown; {hint}give a built-in ({', '.join(builtin_names())}), "
-                       "a folder, a hub id (org/name or hf:name) or file.py:function")  # fmt: skip
-    return from_checkpoint(source if local else source.removeprefix("hf:"), local, data, text_column, label_column, image_column, task, tokenizer,
-                           name or (folder.name if local else source), max_length, max_examples, seed)  # fmt: skip
+        raise BadInput(
+            f"subject: {source!r} is unknown; {hint}give a built-in ({', '.join(builtin_names())}), "
+            "a folder, a hub id (org/name or hf:name) or file.py:function"
+        )
+    return from_checkpoint(
+        source if local else source.removeprefix("hf:"),
+        local,
+        data,
+        text_column,
+        label_column,
+        image_column,
+        task,
+        tokenizer,
+        name or (folder.name if local else source),
+        max_length,
+        max_examples,
+        seed,
+    )
 
 
 def from_checkpoint(
-    source: str, local: bool, data: Any, text_column: str | None, label_column: str | None, image_column: str | None, task: str | None,
-    tokenizer: Any, name: str, max_length: int, max_examples: int, seed: int,
-) -> Subject:  # fmt: skip
+    source: str,
+    local: bool,
+    data: Any,
+    text_column: str | None,
+    label_column: str | None,
+    image_column: str | None,
+    task: str | None,
+    tokenizer: Any,
+    name: str,
+    max_length: int,
+    max_examples: int,
+    seed: int,
+) -> Subject:
     config = read_config(source, local)
     guessed = task or guess_task(config, text_column, label_column, image_column)
     if guessed not in TASKS:
@@ -107,23 +139,44 @@ def from_checkpoint(
     if data is None:
         if guessed not in ("causal-lm", "masked-lm", "seq2seq-lm", "embedding") or tokenizer is None:
             missing = "no tokenizer" if tokenizer is None else f"the task {guessed}"
-            raise BadInput(f"data: {name!r} needs data (it has {missing}); give --data FILE with the column names, or --data random for shape and speed work")
-        rows, note = text.builtin_rows(max_examples), "built-in text: Python standard library source and documentation"
+            raise BadInput(
+                f"data: {name!r} needs data (it has {missing}); give --data FILE with the column names, or --data random for shape and speed work"
+            )
+        rows, note = (
+            text.builtin_rows(max_examples),
+            "built-in text: Python standard library source and documentation",
+        )
     elif data == "random":
         note = "random inputs: for shapes and speed only, losses mean nothing"
     else:
         rows, note = text.read_rows(data, max_examples, seed)
         text.check_columns(rows, guessed, text_column, label_column, image_column)
-    names = text.label_names(rows, label_column) if rows is not None and guessed in ("sequence-classification", "image-classification") else None
-    model, head_note = open_model(source, local=local, head=HEADS.get(guessed), labels=len(names) if names else None)
-    settings = text.Columns(text_column or "text", label_column or "label", image_column or "image", names, max_length, seed)
+    names = (
+        text.label_names(rows, label_column)
+        if rows is not None and guessed in ("sequence-classification", "image-classification")
+        else None
+    )
+    model, head_note = open_model(
+        source, local=local, head=HEADS.get(guessed), labels=len(names) if names else None
+    )
+    settings = text.Columns(
+        text_column or "text", label_column or "label", image_column or "image", names, max_length, seed
+    )
     if rows is None:
         splits = text.random_splits(model, guessed, settings)
     else:
         splits = text.encode(rows, guessed, tokenizer, model, settings)
     built: Task = TASKS[guessed]()
-    made = Subject(name, model, built, splits, tokenizer=tokenizer, labels=names,
-                   data_note=note + (f"; {head_note}" if head_note else ""), origin={"source": source if not local else "folder"})  # fmt: skip
+    made = Subject(
+        name,
+        model,
+        built,
+        splits,
+        tokenizer=tokenizer,
+        labels=names,
+        data_note=note + (f"; {head_note}" if head_note else ""),
+        origin={"source": source if not local else "folder"},
+    )
     return text.self_targets(made) if guessed == "embedding" else made
 
 
@@ -131,19 +184,34 @@ def read_config(source: str, local: bool) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"subject: {source!r} could not be opened: {str(error).strip().splitlines()[0]}") from None
+        raise BadInput(
+            f"subject: {source!r} could not be opened: {str(error).strip().splitlines()[0]}"
+        ) from None
 
 
-def guess_task(config: Any, text_column: str | None, label_column: str | None, image_column: str | None) -> str:
+def guess_task(
+    config: Any, text_column: str | None, label_column: str | None, image_column: str | None
+) -> str:
     """The task from the checkpoint's class, else from the columns given."""
     name = (getattr(config, "architectures", None) or [""])[0]
-    for ending, task in (("ForSequenceClassification", "sequence-classification"), ("ForTokenClassification", "token-classification"),
-                         ("ForImageClassification", "image-classification"), ("ForMaskedLM", "masked-lm"), ("ForPreTraining", "masked-lm"),
-                         ("ForConditionalGeneration", "seq2seq-lm"), ("ForCausalLM", "causal-lm"), ("LMHeadModel", "causal-lm")):  # fmt: skip
+    for ending, task in (
+        ("ForSequenceClassification", "sequence-classification"),
+        ("ForTokenClassification", "token-classification"),
+        ("ForImageClassification", "image-classification"),
+        ("ForMaskedLM", "masked-lm"),
+        ("ForPreTraining", "masked-lm"),
+        ("ForConditionalGeneration", "seq2seq-lm"),
+        ("ForCausalLM", "causal-lm"),
+        ("LMHeadModel", "causal-lm"),
+    ):
         if name.endswith(ending):
-            kind = getattr(config, "problem_type", None) or ("regression" if getattr(config, "num_labels", 2) == 1 else None)  # as transformers decides it
+            kind = getattr(config, "problem_type", None) or (
+                "regression" if getattr(config, "num_labels", 2) == 1 else None
+            )  # as transformers decides it
             return "regression" if task == "sequence-classification" and kind == "regression" else task
     if image_column or (label_column and hasattr(config, "num_channels")):
         return "image-classification"
@@ -170,8 +238,10 @@ def from_saved(folder: Path) -> Subject:
 
         built = skeleton(note["origin"].get("builtin", ""))
         if built is None:
-            raise BadInput(f"subject: {str(folder)!r} was saved from a plain module, whose code is not in the folder; "
-                           "build the module and pass it to workbench.subject")  # fmt: skip
+            raise BadInput(
+                f"subject: {str(folder)!r} was saved from a plain module, whose code is not in the folder; "
+                "build the module and pass it to workbench.subject"
+            )
         model, tokenizer = built, None
         load_model(model, str(folder / "model.safetensors"))
     if note.get("removed"):
@@ -181,8 +251,17 @@ def from_saved(folder: Path) -> Subject:
     if note["changes"]:
         catalog()  # importing the families registers the changes they define
         restore_changes(model, note["changes"], load_file(folder / "changes.safetensors"))
-    return Subject(note["name"], model.eval(), TASKS[note["task"]](), splits, tokenizer=tokenizer, data_note=note["data_note"],
-                   labels=note["labels"], history=note["history"], origin=note["origin"])  # fmt: skip
+    return Subject(
+        note["name"],
+        model.eval(),
+        TASKS[note["task"]](),
+        splits,
+        tokenizer=tokenizer,
+        data_note=note["data_note"],
+        labels=note["labels"],
+        history=note["history"],
+        origin=note["origin"],
+    )
 
 
 def from_file(file: Path, attribute: str) -> Subject:
@@ -194,19 +273,25 @@ def from_file(file: Path, attribute: str) -> Subject:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, attribute):
-        raise BadInput(f"subject: {str(file)!r} has no {attribute!r}; it defines {', '.join(n for n in vars(module) if not n.startswith('_'))}")
+        raise BadInput(
+            f"subject: {str(file)!r} has no {attribute!r}; it defines {', '.join(n for n in vars(module) if not n.startswith('_'))}"
+        )
     made = getattr(module, attribute)
     made = made() if callable(made) and not isinstance(made, Subject) else made
     if not isinstance(made, Subject):
-        raise BadInput(f"subject: {attribute!r} in {str(file)!r} gives {type(made).__name__}, a Subject is needed; "
-                       "build it with workbench.subject(module, data=...)")  # fmt: skip
+        raise BadInput(
+            f"subject: {attribute!r} in {str(file)!r} gives {type(made).__name__}, a Subject is needed; "
+            "build it with workbench.subject(module, data=...)"
+        )
     return made
 
 
 def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -> Subject:
     """A plain module called as `module(inputs)`; data holds tensors `inputs` and `labels`."""
     if not isinstance(data, dict) or not data:
-        raise BadInput("data: a plain module needs data={'inputs': tensor, 'labels': tensor}, or one such dict for each split")
+        raise BadInput(
+            "data: a plain module needs data={'inputs': tensor, 'labels': tensor}, or one such dict for each split"
+        )
     if not any(True for _ in module.parameters()):
         raise BadInput("subject: the module has no parameters; there is nothing to measure or compress")
     splits = data if all(isinstance(v, dict) for v in data.values()) else cut(data, seed)
@@ -217,14 +302,18 @@ def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -
     if loss is None:
         loss = "cross_entropy" if not first["labels"].is_floating_point() else "squared_error"
     if not callable(loss) and loss not in kinds:
-        raise BadInput(f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, batch) -> scalar")
+        raise BadInput(
+            f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, batch) -> scalar"
+        )
     task: Task = CustomLoss(function=loss) if callable(loss) else TASKS[kinds[loss]]()
     made = Subject(name, module.eval(), task, splits, data_note="tensors given in Python")
     try:
         with torch.no_grad():
             value = made.loss(next(made.batches(next(iter(splits)), 2)))
     except (RuntimeError, TypeError, IndexError) as error:
-        raise BadInput(f"data: the module failed on the first two examples: {str(error).splitlines()[0]}") from None
+        raise BadInput(
+            f"data: the module failed on the first two examples: {str(error).splitlines()[0]}"
+        ) from None
     if value.ndim != 0:
         raise BadInput(f"loss: must be a scalar mean over examples, got shape {tuple(value.shape)}")
     return made
@@ -238,5 +327,7 @@ def cut(columns: dict[str, Tensor], seed: int) -> dict[str, Split]:
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     sizes = [max(1, int(total * share)) for share in (0.1, 0.1, 0.2)]
     bounds = [0, total - sum(sizes), total - sizes[1] - sizes[2], total - sizes[2], total]
-    return {split: {k: v[order[bounds[i] : bounds[i + 1]]] for k, v in columns.items()}
-            for i, split in enumerate(("train", "calibration", "validation", "test"))}  # fmt: skip
+    return {
+        split: {k: v[order[bounds[i] : bounds[i + 1]]] for k, v in columns.items()}
+        for i, split in enumerate(("train", "calibration", "validation", "test"))
+    }

@@ -13,11 +13,31 @@ from workbench.subjects.tasks import TASKS
 
 # name -> (module under workbench.subjects.builtin, function, what it is)
 BUILTINS: dict[str, tuple[str, str, str]] = {
-    "digits-softmax": ("digits", "softmax", "softmax regression on scikit-learn's digits at zero weights; its Hessian is known exactly"),
-    "digits-vit": ("digits", "vit", "a small vision transformer on scikit-learn's digits, trained in seconds"),
-    "bytelm": ("bytelm", "bytelm", "a 1.8 M-parameter Llama-style byte language model trained by the project on Python's own source"),
-    "bytemoe": ("bytelm", "bytemoe", "a 1.5 M-parameter Mixtral-style byte mixture of experts (4 experts, 2 active), trained briefly on the same text"),
-    "minilm-docstrings": ("minilm", "minilm", "the 22.7 M-parameter MiniLM-L6 BERT, fine-tuned to tell packages by their docstrings"),
+    "digits-softmax": (
+        "digits",
+        "softmax",
+        "softmax regression on scikit-learn's digits at zero weights; its Hessian is known exactly",
+    ),
+    "digits-vit": (
+        "digits",
+        "vit",
+        "a small vision transformer on scikit-learn's digits, trained in seconds",
+    ),
+    "bytelm": (
+        "bytelm",
+        "bytelm",
+        "a 1.8 M-parameter Llama-style byte language model trained by the project on Python's own source",
+    ),
+    "bytemoe": (
+        "bytelm",
+        "bytemoe",
+        "a 1.5 M-parameter Mixtral-style byte mixture of experts (4 experts, 2 active), trained briefly on the same text",
+    ),
+    "minilm-docstrings": (
+        "minilm",
+        "minilm",
+        "the 22.7 M-parameter MiniLM-L6 BERT, fine-tuned to tell packages by their docstrings",
+    ),
 }
 
 
@@ -30,10 +50,20 @@ def build(name: str, progress: Progress | None = None, **options: Any) -> Subjec
     accepted = set(inspect.signature(builder).parameters) - {"progress"}
     unknown = set(options) - accepted
     if unknown:
-        raise BadInput(f"subject: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(sorted(accepted)) or 'none'}")
+        raise BadInput(
+            f"subject: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(sorted(accepted)) or 'none'}"
+        )
     parts = builder(progress=progress, **options)
-    return Subject(name, parts.model.eval(), TASKS[parts.task](), parts.splits, tokenizer=parts.tokenizer, data_note=parts.info.get("note", ""),
-                   labels=parts.info.get("labels"), origin={"builtin": name})  # fmt: skip
+    return Subject(
+        name,
+        parts.model.eval(),
+        TASKS[parts.task](),
+        parts.splits,
+        tokenizer=parts.tokenizer,
+        data_note=parts.info.get("note", ""),
+        labels=parts.info.get("labels"),
+        origin={"builtin": name},
+    )
 
 
 def skeleton(name: str) -> nn.Module | None:

@@ -49,12 +49,19 @@ class Subject:
         origin: dict[str, Any] | None = None,
     ) -> None:
         self.name, self.task, self.splits, self.tokenizer = name, task, splits, tokenizer
-        self.data_note, self.labels, self.history, self.origin = data_note, labels, history or [], origin or {}
+        self.data_note, self.labels, self.history, self.origin = (
+            data_note,
+            labels,
+            history or [],
+            origin or {},
+        )
         self._model = plain_experts(model) if isinstance(model, nn.Module) else None
         self._make = None if isinstance(model, nn.Module) else model
         self._fingerprint = fingerprint
         self._memory: dict[tuple[Any, ...], Any] = {}
-        self._seen: tuple[int, ...] | None = self._versions() if fingerprint and self._model is not None else None
+        self._seen: tuple[int, ...] | None = (
+            self._versions() if fingerprint and self._model is not None else None
+        )
         for split, columns in splits.items():
             lengths = {k: len(v) for k, v in columns.items()}
             if len(set(lengths.values())) > 1:
@@ -83,12 +90,20 @@ class Subject:
         digest = hashlib.sha256()
         model = self.model
         config = getattr(model, "config", None)
-        digest.update(repr(config.to_dict() if config is not None and hasattr(config, "to_dict") else str(model)).encode())
-        digest.update(json.dumps(describe_changes(model)[0], sort_keys=True).encode() + self.task.name.encode())
+        digest.update(
+            repr(
+                config.to_dict() if config is not None and hasattr(config, "to_dict") else str(model)
+            ).encode()
+        )
+        digest.update(
+            json.dumps(describe_changes(model)[0], sort_keys=True).encode() + self.task.name.encode()
+        )
         for group in (model.state_dict(), *self.splits.values()):
             for key, value in sorted(group.items()):
                 digest.update(key.encode() + str(tuple(value.shape)).encode() + str(value.dtype).encode())
-                digest.update(memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+                digest.update(
+                    memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                )
         self._fingerprint, self._seen = digest.hexdigest()[:24], self._versions()
         return self._fingerprint
 
@@ -107,21 +122,43 @@ class Subject:
     def copy(self) -> Subject:
         """A subject with its own copy of the weights (data is shared)."""
         # a module has a dozen empty tables of hooks; deepcopy would spend half of a small model's copy on them
-        empty = {id(table): type(table)() for module in self.model.modules() for table in vars(module).values() if type(table) in (dict, OrderedDict) and not table}
+        empty = {
+            id(table): type(table)()
+            for module in self.model.modules()
+            for table in vars(module).values()
+            if type(table) in (dict, OrderedDict) and not table
+        }
         made = self.with_model(copy.deepcopy(self.model, empty))
         made.adopt_fingerprint(self.fingerprint)
         return made
 
     def with_model(self, model: nn.Module) -> Subject:
-        made = Subject(self.name, model, self.task, self.splits, tokenizer=self.tokenizer, data_note=self.data_note, labels=self.labels,
-                       history=list(self.history), origin=self.origin)  # fmt: skip
+        made = Subject(
+            self.name,
+            model,
+            self.task,
+            self.splits,
+            tokenizer=self.tokenizer,
+            data_note=self.data_note,
+            labels=self.labels,
+            history=list(self.history),
+            origin=self.origin,
+        )
         made._memory = self._memory  # keys hold the fingerprint, so sharing is safe
         return made
 
     def with_split(self, name: str, columns: Split) -> Subject:
         """The same model with these examples as its split `name`."""
-        return Subject(self.name, self.model, self.task, self.splits | {name: columns}, tokenizer=self.tokenizer, data_note=self.data_note,
-                       labels=self.labels, origin=self.origin)  # fmt: skip
+        return Subject(
+            self.name,
+            self.model,
+            self.task,
+            self.splits | {name: columns},
+            tokenizer=self.tokenizer,
+            data_note=self.data_note,
+            labels=self.labels,
+            origin=self.origin,
+        )
 
     def prepared(self, device: str, copy: bool) -> Subject:
         """What an instrument works on: eval mode, on the device, a private copy when it will change the weights."""
@@ -141,10 +178,22 @@ class Subject:
             assert made is not None
             return made.model
 
-        return Subject(self.name, weights, self.task, self.splits, tokenizer=self.tokenizer, data_note=self.data_note, labels=self.labels,
-                       history=[*self.history, step(instrument)], fingerprint=key, origin=self.origin)  # fmt: skip
+        return Subject(
+            self.name,
+            weights,
+            self.task,
+            self.splits,
+            tokenizer=self.tokenizer,
+            data_note=self.data_note,
+            labels=self.labels,
+            history=[*self.history, step(instrument)],
+            fingerprint=key,
+            origin=self.origin,
+        )
 
-    def adopt_fingerprint(self, fingerprint: str, evaluations: Mapping[tuple[str, int], dict[str, float]] | None = None) -> None:
+    def adopt_fingerprint(
+        self, fingerprint: str, evaluations: Mapping[tuple[str, int], dict[str, float]] | None = None
+    ) -> None:
         """Take the fingerprint of the subject this one was saved from, the same weights, task and data, and what was measured on it."""
         self._fingerprint, self._seen = fingerprint, self._versions()
         for (split, examples), found in (evaluations or {}).items():
@@ -159,7 +208,9 @@ class Subject:
         self._memory[full] = found
         return found
 
-    def evaluated(self, split: str = "test", limit: int | None = None, progress: Progress | None = None) -> dict[str, float]:
+    def evaluated(
+        self, split: str = "test", limit: int | None = None, progress: Progress | None = None
+    ) -> dict[str, float]:
         """`evaluate`, remembered while the weights stay; what a stop cut short is not kept."""
         progress = progress or Progress()
         key = ("evaluate", split, min(self.size(split), limit or self.size(split)))
@@ -188,8 +239,14 @@ class Subject:
     def size(self, split: str) -> int:
         return len(next(iter(self.split(split).values())))
 
-    def batches(self, split: str, batch_size: int = 32, limit: int | None = None, device: torch.device | None = None,
-                by_length: bool = False) -> Iterator[Batch]:  # fmt: skip
+    def batches(
+        self,
+        split: str,
+        batch_size: int = 32,
+        limit: int | None = None,
+        device: torch.device | None = None,
+        by_length: bool = False,
+    ) -> Iterator[Batch]:
         """Batches of the first `limit` examples, trimmed to the longest sequence in each; in order, or shortest first."""
         columns = self.split(split)
         total = min(self.size(split), limit or self.size(split))
@@ -206,7 +263,13 @@ class Subject:
         return self.task.loss(self.model, batch)
 
     @torch.no_grad()
-    def evaluate(self, split: str = "test", batch_size: int = 64, limit: int | None = None, progress: Progress | None = None) -> dict[str, float]:
+    def evaluate(
+        self,
+        split: str = "test",
+        batch_size: int = 64,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, float]:
         """Mean loss and metrics over a split (perplexity for language models); exact whatever the batch size."""
         progress = progress or Progress()
         sums: dict[str, float] = {}
@@ -214,7 +277,9 @@ class Subject:
         self.model.eval()
         count = -(-min(self.size(split), limit or self.size(split)) // batch_size)
         with torch.nn.utils.parametrize.cached():
-            for batch in progress.track(self.batches(split, batch_size, limit, by_length=True), f"evaluate {split}", count):
+            for batch in progress.track(
+                self.batches(split, batch_size, limit, by_length=True), f"evaluate {split}", count
+            ):
                 output = self.task.output(self.model, batch)
                 weight = self.task.items(batch)
                 if weight == 0:
@@ -240,7 +305,9 @@ class Subject:
 
     def parameter_count(self) -> int:
         """Distinct parameters of the dense model (tied weights once; changes not counted)."""
-        return sum(p.numel() for p in {id(p): p for p in bake(copy.deepcopy(self.model)).parameters()}.values())
+        return sum(
+            p.numel() for p in {id(p): p for p in bake(copy.deepcopy(self.model)).parameters()}.values()
+        )
 
     # ---- disk ------------------------------------------------------------------------------------------------------
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -270,10 +337,23 @@ class Subject:
         if self.tokenizer is not None and hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)
         if tensors:
-            save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, folder / "changes.safetensors")
-        save_file({f"{s}/{k}": v.contiguous().clone() for s, c in self.splits.items() for k, v in c.items()}, folder / "splits.safetensors")
-        note = {"name": self.name, "task": self.task.name, "data_note": self.data_note, "labels": self.labels, "history": self.history,
-                "origin": self.origin, "changes": records, "removed": record_of(self.model)}  # fmt: skip
+            save_file(
+                {k: v.cpu().contiguous().clone() for k, v in tensors.items()}, folder / "changes.safetensors"
+            )
+        save_file(
+            {f"{s}/{k}": v.contiguous().clone() for s, c in self.splits.items() for k, v in c.items()},
+            folder / "splits.safetensors",
+        )
+        note = {
+            "name": self.name,
+            "task": self.task.name,
+            "data_note": self.data_note,
+            "labels": self.labels,
+            "history": self.history,
+            "origin": self.origin,
+            "changes": records,
+            "removed": record_of(self.model),
+        }
         (folder / "workbench.json").write_text(json.dumps(note, indent=1))
 
     def __repr__(self) -> str:
@@ -283,10 +363,19 @@ class Subject:
 
     def card(self, progress: Progress | None = None) -> dict[str, Any]:
         """The reproducibility card: what a reader must know to get the same numbers."""
-        test = self.evaluated("test" if "test" in self.splits else next(iter(self.splits)), progress=progress or TextProgress())
-        return {"subject": self.name, "task": self.task.name, "architecture": type(self.model).__name__, "parameters": self.parameter_count(),
-                "layers": len(self.layers()), "data": self.data_note, **{f"{k} examples": self.size(k) for k in self.splits},
-                "fingerprint": self.fingerprint} | {f"test {k}": v for k, v in test.items()}  # fmt: skip
+        test = self.evaluated(
+            "test" if "test" in self.splits else next(iter(self.splits)), progress=progress or TextProgress()
+        )
+        return {
+            "subject": self.name,
+            "task": self.task.name,
+            "architecture": type(self.model).__name__,
+            "parameters": self.parameter_count(),
+            "layers": len(self.layers()),
+            "data": self.data_note,
+            **{f"{k} examples": self.size(k) for k in self.splits},
+            "fingerprint": self.fingerprint,
+        } | {f"test {k}": v for k, v in test.items()}
 
 
 def plain_experts(model: nn.Module) -> nn.Module:

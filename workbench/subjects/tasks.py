@@ -40,7 +40,9 @@ class Task:
     def criterion(self, output: Tensor, batch: Batch) -> Tensor:
         """Mean loss over the batch's items, a scalar; in float32 or wider."""
         rows, targets = self.flat(output, batch)
-        return F.cross_entropy(rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows, targets)
+        return F.cross_entropy(
+            rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows, targets
+        )
 
     def items(self, batch: Batch) -> int:
         return int(batch[self.targets].shape[0])
@@ -143,7 +145,9 @@ class Embedding(SquaredErrorTask):
         if hidden.ndim == 2:
             return hidden
         mask = batch.get("attention_mask")
-        weights = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden.dtype)
+        weights = (
+            torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden.dtype)
+        )
         return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1)
 
 
@@ -194,9 +198,19 @@ class CustomLoss(Task):
 
 TASKS: dict[str, type[Task]] = {
     cls.name: cls
-    for cls in (SequenceClassification, TokenClassification, CausalLM, MaskedLM, Seq2SeqLM, ImageClassification, Regression,
-                Embedding, ModuleTask, ModuleRegression)
-}  # fmt: skip
+    for cls in (
+        SequenceClassification,
+        TokenClassification,
+        CausalLM,
+        MaskedLM,
+        Seq2SeqLM,
+        ImageClassification,
+        Regression,
+        Embedding,
+        ModuleTask,
+        ModuleRegression,
+    )
+}
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -37,7 +37,9 @@ def builtin_rows(limit: int, size: int = 2000) -> pd.DataFrame:
     rows = []
     for split, found in pieces.items():
         count = min(len(found), max(8, wanted[split]))
-        rows.append(pd.DataFrame({"text": [found[i * len(found) // count] for i in range(count)], "split": split}))
+        rows.append(
+            pd.DataFrame({"text": [found[i * len(found) // count] for i in range(count)], "split": split})
+        )
     return pd.concat(rows, ignore_index=True)
 
 
@@ -52,11 +54,19 @@ def read_rows(data: str | Path, limit: int, seed: int) -> tuple[pd.DataFrame, st
         from datasets import load_dataset
 
         parts = load_dataset(data.removeprefix("hf:"), trust_remote_code=False)
-        frames = [part.shuffle(seed=seed).select(range(min(limit, len(part)))).to_pandas().assign(split=name) for name, part in parts.items()]
+        frames = [
+            part.shuffle(seed=seed).select(range(min(limit, len(part)))).to_pandas().assign(split=name)
+            for name, part in parts.items()
+        ]
         return pd.concat(frames, ignore_index=True), f"hub data set {data.removeprefix('hf:')}"
     file = Path(data)
-    readers = {".csv": pd.read_csv, ".tsv": lambda f: pd.read_csv(f, sep="\t"), ".jsonl": lambda f: pd.read_json(f, lines=True),
-               ".json": lambda f: pd.read_json(f, lines=True), ".parquet": pd.read_parquet}  # fmt: skip
+    readers = {
+        ".csv": pd.read_csv,
+        ".tsv": lambda f: pd.read_csv(f, sep="\t"),
+        ".jsonl": lambda f: pd.read_json(f, lines=True),
+        ".json": lambda f: pd.read_json(f, lines=True),
+        ".parquet": pd.read_parquet,
+    }
     if file.suffix not in readers:
         raise BadInput(f"data: {file.name!r} has the ending {file.suffix!r}; accepted: {', '.join(readers)}")
     try:
@@ -68,14 +78,22 @@ def read_rows(data: str | Path, limit: int, seed: int) -> tuple[pd.DataFrame, st
     return rows.reset_index(drop=True), f"file {file.name}, {len(rows)} rows"
 
 
-def check_columns(rows: pd.DataFrame, task: str, text: str | None, label: str | None, image: str | None) -> None:
+def check_columns(
+    rows: pd.DataFrame, task: str, text: str | None, label: str | None, image: str | None
+) -> None:
     """Every column the task needs is there and filled; else an error that lists what the file has."""
     needed: dict[str, str | None] = {}
     if task == "image-classification":
         needed["image-column"] = image
     else:
         needed["text-column"] = text
-    if task in ("sequence-classification", "image-classification", "token-classification", "regression", "seq2seq-lm"):
+    if task in (
+        "sequence-classification",
+        "image-classification",
+        "token-classification",
+        "regression",
+        "seq2seq-lm",
+    ):
         needed["label-column"] = label
     have = ", ".join(map(str, rows.columns))
     for option, column in needed.items():
@@ -85,7 +103,9 @@ def check_columns(rows: pd.DataFrame, task: str, text: str | None, label: str | 
             raise BadInput(f"{option}: {column!r} is not in the data; it has the columns {have}")
         empty = rows[column].isna()
         if empty.any():
-            raise BadInput(f"{option}: row {int(empty.to_numpy().argmax()) + 1} of column {column!r} is empty ({int(empty.sum())} in all); fill or drop them")
+            raise BadInput(
+                f"{option}: row {int(empty.to_numpy().argmax()) + 1} of column {column!r} is empty ({int(empty.sum())} in all); fill or drop them"
+            )
     if len(rows) < 8:
         raise BadInput(f"data: {len(rows)} rows are too few to split; give at least 8")
 
@@ -94,21 +114,31 @@ def label_names(rows: pd.DataFrame, column: str | None) -> list[str]:
     assert column is not None
     names = sorted(rows[column].unique(), key=lambda v: (isinstance(v, str), v))
     if len(names) < 2:
-        raise BadInput(f"label-column: {column!r} holds one value only ({names[0]!r}); at least two classes are needed")
+        raise BadInput(
+            f"label-column: {column!r} holds one value only ({names[0]!r}); at least two classes are needed"
+        )
     return [str(name) for name in names]
 
 
-def encode(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module, columns: Columns) -> dict[str, Split]:
+def encode(
+    rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module, columns: Columns
+) -> dict[str, Split]:
     """Rows to tensors, split by the `split` column when there is one, else 60 / 10 / 10 / 20 % by the seed."""
     if tokenizer is None:
-        raise BadInput("subject: the checkpoint has no tokenizer (or image processor); put its files in the folder, or use --data random")
+        raise BadInput(
+            "subject: the checkpoint has no tokenizer (or image processor); put its files in the folder, or use --data random"
+        )
     if task == "image-classification":
         made = encode_images(rows, tokenizer, columns)
     else:
         made = encode_text(rows, task, tokenizer, model, columns)
     splits: dict[str, Split] = {}
     if "split" in rows.columns:
-        renamed = rows["split"].astype(str).replace({"val": "validation", "dev": "validation", "eval": "validation"})
+        renamed = (
+            rows["split"]
+            .astype(str)
+            .replace({"val": "validation", "dev": "validation", "eval": "validation"})
+        )
         for name in renamed.unique():
             keep = torch.tensor((renamed == name).to_numpy())
             splits[name] = {k: v[keep] for k, v in made.items()}
@@ -124,7 +154,9 @@ def encode(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module, colu
 
 
 def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module, columns: Columns) -> Split:
-    limit = min(columns.max_length, getattr(model.config, "max_position_embeddings", None) or columns.max_length)
+    limit = min(
+        columns.max_length, getattr(model.config, "max_position_embeddings", None) or columns.max_length
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "right"
@@ -132,7 +164,9 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
     coded = tokenizer(texts, truncation=True, max_length=limit, padding="max_length", return_tensors="pt")
     highest, size = int(coded["input_ids"].max()), model.get_input_embeddings().num_embeddings
     if highest >= size:
-        raise BadInput(f"subject: the tokenizer gives id {highest} but the model has {size} embeddings; use the tokenizer the model was trained with")
+        raise BadInput(
+            f"subject: the tokenizer gives id {highest} but the model has {size} embeddings; use the tokenizer the model was trained with"
+        )
     made: Split = {"input_ids": coded["input_ids"], "attention_mask": coded["attention_mask"]}
     if task == "sequence-classification":
         assert columns.labels is not None
@@ -145,17 +179,27 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
         try:
             made["labels"] = torch.tensor(rows[columns.label].to_numpy(dtype="float32"))
         except (TypeError, ValueError):
-            raise BadInput(f"label-column: {columns.label!r} must hold numbers, because the model predicts one; give numbers, or a checkpoint with classes") from None
+            raise BadInput(
+                f"label-column: {columns.label!r} must hold numbers, because the model predicts one; give numbers, or a checkpoint with classes"
+            ) from None
     elif task == "causal-lm":
         made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
     elif task == "masked-lm":
         made |= masked(made["input_ids"], made["attention_mask"], tokenizer, columns.seed)
     elif task == "seq2seq-lm":
-        targets = rows[columns.label].astype(str).tolist() if columns.label in rows.columns else [t[len(t) // 2 :] for t in texts]
-        target = tokenizer(targets, truncation=True, max_length=limit, padding="max_length", return_tensors="pt")
+        targets = (
+            rows[columns.label].astype(str).tolist()
+            if columns.label in rows.columns
+            else [t[len(t) // 2 :] for t in texts]
+        )
+        target = tokenizer(
+            targets, truncation=True, max_length=limit, padding="max_length", return_tensors="pt"
+        )
         made["labels"] = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
     elif task == "token-classification":
-        raise BadInput("task: token-classification from a file needs token labels; build the tensors and pass a data dict in Python")
+        raise BadInput(
+            "task: token-classification from a file needs token labels; build the tensors and pass a data dict in Python"
+        )
     return made
 
 
@@ -164,8 +208,15 @@ def masked(ids: Tensor, attention: Tensor, tokenizer: Any, seed: int, share: flo
     if tokenizer.mask_token_id is None:
         raise BadInput("task: masked-lm needs a tokenizer with a mask token")
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-    chosen = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < share) & attention.bool() & ~special
-    return {"input_ids": ids.masked_fill(chosen, tokenizer.mask_token_id), "labels": ids.masked_fill(~chosen, -100)}
+    chosen = (
+        (torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < share)
+        & attention.bool()
+        & ~special
+    )
+    return {
+        "input_ids": ids.masked_fill(chosen, tokenizer.mask_token_id),
+        "labels": ids.masked_fill(~chosen, -100),
+    }
 
 
 def encode_images(rows: pd.DataFrame, processor: Any, columns: Columns) -> Split:
@@ -179,7 +230,10 @@ def encode_images(rows: pd.DataFrame, processor: Any, columns: Columns) -> Split
         except OSError as error:
             raise BadInput(f"image-column: row {number + 1}: {error}") from None
     place = {name: i for i, name in enumerate(columns.labels)}
-    return {"pixel_values": torch.stack(pixels), "labels": torch.tensor([place[str(v)] for v in rows[columns.label]])}
+    return {
+        "pixel_values": torch.stack(pixels),
+        "labels": torch.tensor([place[str(v)] for v in rows[columns.label]]),
+    }
 
 
 def random_splits(model: nn.Module, task: str, columns: Columns, examples: int = 96) -> dict[str, Split]:
@@ -193,9 +247,14 @@ def random_splits(model: nn.Module, task: str, columns: Columns, examples: int =
         made: Split = {"pixel_values": torch.randn(examples, config.num_channels, size, size, generator=draw)}
         made["labels"] = torch.randint(config.num_labels, (examples,), generator=draw)
         return cut(made, columns.seed)
-    length = min(columns.max_length, getattr(config, "max_position_embeddings", None) or columns.max_length, 64)
+    length = min(
+        columns.max_length, getattr(config, "max_position_embeddings", None) or columns.max_length, 64
+    )
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    made = {"input_ids": torch.randint(vocabulary, (examples, length), generator=draw), "attention_mask": torch.ones(examples, length, dtype=torch.long)}
+    made = {
+        "input_ids": torch.randint(vocabulary, (examples, length), generator=draw),
+        "attention_mask": torch.ones(examples, length, dtype=torch.long),
+    }
     if task == "sequence-classification":
         made["labels"] = torch.randint(config.num_labels, (examples,), generator=draw)
     elif task == "token-classification":
@@ -206,7 +265,11 @@ def random_splits(model: nn.Module, task: str, columns: Columns, examples: int =
         keep = torch.rand(examples, length, generator=draw) < 0.15
         made["labels"] = made["input_ids"].masked_fill(~keep, -100)
     elif task != "embedding":
-        made["labels"] = made["input_ids"].clone() if task == "causal-lm" else torch.randint(vocabulary, (examples, length // 2), generator=draw)
+        made["labels"] = (
+            made["input_ids"].clone()
+            if task == "causal-lm"
+            else torch.randint(vocabulary, (examples, length // 2), generator=draw)
+        )
     return cut(made, columns.seed)
 
 

@@ -11,6 +11,17 @@ from workbench.training.sweeps import Range, Sweep, Trial
 from workbench.training.train_study import Train
 
 __all__ = [
-    "CriticalBatch", "GradientNoise", "LearningRateBatchSize", "LearningRateRange", "NormTest", "OptimizerComparison", "Range",
-    "ScheduleStudy", "Sweep", "Train", "Training", "Trial", "fit",
-]  # fmt: skip
+    "CriticalBatch",
+    "GradientNoise",
+    "LearningRateBatchSize",
+    "LearningRateRange",
+    "NormTest",
+    "OptimizerComparison",
+    "Range",
+    "ScheduleStudy",
+    "Sweep",
+    "Train",
+    "Training",
+    "Trial",
+    "fit",
+]

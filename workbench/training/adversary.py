@@ -22,9 +22,13 @@ class ConcurrentAdversary:
     examples only; the two streams are normalised apart, as AdvProp does, with shared scale and shift.
     """
 
-    def __init__(self, epsilon: float = 0.1, delay: int = 1, norm: str = "sign", column: str = "inputs") -> None:
+    def __init__(
+        self, epsilon: float = 0.1, delay: int = 1, norm: str = "sign", column: str = "inputs"
+    ) -> None:
         if not epsilon > 0 or delay < 0:
-            raise BadInput(f"epsilon: {epsilon} with delay {delay} is not accepted; epsilon must be positive and delay 0 or more")
+            raise BadInput(
+                f"epsilon: {epsilon} with delay {delay} is not accepted; epsilon must be positive and delay 0 or more"
+            )
         if norm not in ("sign", "l2"):
             raise BadInput(f"norm: {norm!r} is unknown; known: sign, l2")
         self.epsilon, self.delay, self.norm, self.column = epsilon, delay, norm, column
@@ -33,7 +37,9 @@ class ConcurrentAdversary:
     def __call__(self, subject: Subject, batch: Batch) -> Tensor:
         inputs = batch.get(self.column)
         if inputs is None or not inputs.is_floating_point():
-            raise BadInput(f"column: {self.column!r} is no continuous input of this subject; columns: {', '.join(batch)}")
+            raise BadInput(
+                f"column: {self.column!r} is no continuous input of this subject; columns: {', '.join(batch)}"
+            )
         self._past.append({k: v.detach().clone() for k, v in subject.model.named_parameters()})
         disturbed = inputs + self.epsilon * self._direction(subject, batch, inputs)
         clean = subject.loss(batch)
@@ -60,7 +66,10 @@ class Stale(nn.Module):
 
     def __init__(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        self.__dict__["live"], self.__dict__["weights"] = model, weights  # not registered: its parameters are not to be found here
+        self.__dict__["live"], self.__dict__["weights"] = (
+            model,
+            weights,
+        )  # not registered: its parameters are not to be found here
         self.training = model.training
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
@@ -70,7 +79,9 @@ class Stale(nn.Module):
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms normalise as they do, and their running statistics are left as they were."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     kept = [{k: v.clone() for k, v in m.named_buffers(recurse=False)} for m in norms]
     try:
         yield

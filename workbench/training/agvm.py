@@ -20,15 +20,26 @@ def module_groups(model: nn.Module, modules: Sequence[str], weight_decay: float 
     groups: Groups = []
     left = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for module in modules:
-        mine = {name: p for name, p in left.items() if not module or name == module or name.startswith(module + ".")}
+        mine = {
+            name: p
+            for name, p in left.items()
+            if not module or name == module or name.startswith(module + ".")
+        }
         if not mine:
-            raise BadInput(f"modules: {module!r} holds no trainable parameter that an earlier one has not; names: {', '.join(n for n, _ in model.named_children())}")
+            raise BadInput(
+                f"modules: {module!r} holds no trainable parameter that an earlier one has not; names: {', '.join(n for n, _ in model.named_children())}"
+            )
         left = {name: p for name, p in left.items() if name not in mine}
-        for decay, part in ((weight_decay, [p for p in mine.values() if p.ndim >= 2]), (0.0, [p for p in mine.values() if p.ndim < 2])):
+        for decay, part in (
+            (weight_decay, [p for p in mine.values() if p.ndim >= 2]),
+            (0.0, [p for p in mine.values() if p.ndim < 2]),
+        ):
             if part:
                 groups.append({"params": part, "module": module, "weight_decay": decay})
     if left:
-        raise BadInput(f"modules: {', '.join(sorted(left)[:3])} belong to none of {', '.join(modules)}; end the list with '' for what is left")
+        raise BadInput(
+            f"modules: {', '.join(sorted(left)[:3])} belong to none of {', '.join(modules)}; end the list with '' for what is left"
+        )
     return groups
 
 
@@ -59,12 +70,19 @@ class AGVM:
 
     def _measure(self, run: Training) -> None:
         batch, half = run.batch(), len(run.chosen) // 2
-        parts = [by_module(run, {k: v[chosen] for k, v in batch.items()}) for chosen in (slice(0, half), slice(half, None))]
-        noise = {module: float(gradient_disagreement(parts[0][module], parts[1][module])) for module in parts[0]}
+        parts = [
+            by_module(run, {k: v[chosen] for k, v in batch.items()})
+            for chosen in (slice(0, half), slice(half, None))
+        ]
+        noise = {
+            module: float(gradient_disagreement(parts[0][module], parts[1][module])) for module in parts[0]
+        }
         reference = next(iter(noise.values()))
         for module, phi in noise.items():
             ratio = min(max((reference + 1e-6) / (phi + 1e-6), 0.5), 10.0)
-            self.scales[module] = self.momentum * self.scales.get(module, 1.0) + (1 - self.momentum) * ratio**0.5
+            self.scales[module] = (
+                self.momentum * self.scales.get(module, 1.0) + (1 - self.momentum) * ratio**0.5
+            )
         self.history.append((run.step, noise, dict(self.scales)))
 
 

@@ -44,7 +44,9 @@ def noise_scale(gram: np.ndarray, size: int) -> NoiseScale:
     return NoiseScale(trace, mean - trace / (size * k))
 
 
-def noise_scale_interval(gram: np.ndarray, size: int, level: float = 0.9, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+def noise_scale_interval(
+    gram: np.ndarray, size: int, level: float = 0.9, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """Interval of B_simple by the jackknife in its logarithm: a bootstrap would count repeated groups as agreement and bias |G|^2 up."""
     from scipy import stats
 
@@ -64,14 +66,25 @@ def noise_scale_interval(gram: np.ndarray, size: int, level: float = 0.9, resamp
 def flat_gradient(subject: Subject, batch: Batch, parameters: list[nn.Parameter]) -> Tensor:
     """The gradient of the batch's mean loss over `parameters`, as one vector; unused ones are zero."""
     found = torch.autograd.grad(subject.loss(batch), parameters, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)])
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+    )
 
 
-def gradient_groups(subject: Subject, split: str = "train", groups: int = 16, size: int = 16, seed: int = 0, progress: Progress | None = None) -> np.ndarray:
+def gradient_groups(
+    subject: Subject,
+    split: str = "train",
+    groups: int = 16,
+    size: int = 16,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> np.ndarray:
     """Inner products (groups, groups), float64, of the gradients of `groups` disjoint random batches of `size` examples."""
     progress = progress or Progress()
     if groups * size > subject.size(split):
-        raise BadInput(f"groups: {groups} x {size} examples are more than the {subject.size(split)} of split {split!r}; lower groups or size")
+        raise BadInput(
+            f"groups: {groups} x {size} examples are more than the {subject.size(split)} of split {split!r}; lower groups or size"
+        )
     parameters = [p for p in subject.model.parameters() if p.requires_grad]
     rows: list[Tensor] = []
     for index in progress.track(range(groups), "gradients"):
@@ -119,7 +132,10 @@ class NormTest:
             return
         parameters = [p for p in run.subject.model.parameters() if p.requires_grad]
         sample = run.batch(self.sample)
-        rows = [flat_gradient(run.subject, {k: v[i : i + 1] for k, v in sample.items()}, parameters) for i in range(len(run.chosen[: self.sample]))]
+        rows = [
+            flat_gradient(run.subject, {k: v[i : i + 1] for k, v in sample.items()}, parameters)
+            for i in range(len(run.chosen[: self.sample]))
+        ]
         variance, _ = gradient_variance(torch.stack(rows))
         square = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)
         run.batch_size = next_batch(float(variance), square, run.batch_size, self.eta, self.largest)
@@ -134,4 +150,9 @@ def log_slope(x: Iterable[float], y: Iterable[float], level: float = 0.9) -> dic
         raise BadInput(f"points: a slope with an interval needs at least 3 points, got {len(lx)}")
     found = stats.linregress(lx, ly)
     reach = float(stats.t.ppf(0.5 + level / 2, len(lx) - 2)) * float(found.stderr)
-    return {"slope": float(found.slope), "low": float(found.slope) - reach, "high": float(found.slope) + reach, "intercept": float(found.intercept)}
+    return {
+        "slope": float(found.slope),
+        "low": float(found.slope) - reach,
+        "high": float(found.slope) + reach,
+        "intercept": float(found.intercept),
+    }

@@ -20,9 +20,27 @@ def _measured(place: str) -> Callable[[str, Progress], dict[str, Any]]:
     return measure
 
 
-def _card(name: str, row: int | None, title: str, source: str, formula: str, needs: str, claim: str, measure: str = "") -> Method:
-    return Method(name=name, family="training", title=title, source=source, formula=formula, needs=needs, claim=claim, row=row,
-                  measure=_measured(measure) if measure else None)  # fmt: skip
+def _card(
+    name: str,
+    row: int | None,
+    title: str,
+    source: str,
+    formula: str,
+    needs: str,
+    claim: str,
+    measure: str = "",
+) -> Method:
+    return Method(
+        name=name,
+        family="training",
+        title=title,
+        source=source,
+        formula=formula,
+        needs=needs,
+        claim=claim,
+        row=row,
+        measure=_measured(measure) if measure else None,
+    )
 
 
 CARDS = [

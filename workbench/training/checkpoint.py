@@ -31,7 +31,9 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return value
     if hasattr(value, "item"):
         return value.item()
-    raise BadInput(f"checkpoint: {path} holds a {type(value).__name__}, which cannot be stored without pickle")
+    raise BadInput(
+        f"checkpoint: {path} holds a {type(value).__name__}, which cannot be stored without pickle"
+    )
 
 
 def restore(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -66,7 +68,9 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
         content = json.loads((folder / "state.json").read_text())
         return restore(content["state"], load_file(folder / "state.safetensors")), content["history"]
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise BadInput(f"checkpoint: {str(folder)!r} cannot be read ({type(error).__name__}: {error}); delete it to start anew") from None
+        raise BadInput(
+            f"checkpoint: {str(folder)!r} cannot be read ({type(error).__name__}: {error}); delete it to start anew"
+        ) from None
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from workbench.figures import figure, line
 from workbench.training.schedules import sampled
 
 
-def schedule_table(names: Sequence[str], steps: int = 1000, lr: float = 1.0, warmup: float = 0.05, sampling: int = 1, phi: float = 0.5) -> pd.DataFrame:
+def schedule_table(
+    names: Sequence[str],
+    steps: int = 1000,
+    lr: float = 1.0,
+    warmup: float = 0.05,
+    sampling: int = 1,
+    phi: float = 0.5,
+) -> pd.DataFrame:
     """The learning rate of every step of each schedule, as an optimizer would see it: columns name, step, lr.
 
     `phi` goes to the UBA schedule; `one-cycle` has its own warm-up, `plateau` and `power` have no curve of their own (`BadInput`).
@@ -32,7 +39,15 @@ def schedule_areas(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name in dict.fromkeys(table.name):
         values = table.lr[table.name == name].to_numpy()
-        rows.append((name, values.mean() / values.max(), float((values > values.max() / 2).mean()), values[0], values[-1]))
+        rows.append(
+            (
+                name,
+                values.mean() / values.max(),
+                float((values > values.max() / 2).mean()),
+                values[0],
+                values[-1],
+            )
+        )
     return pd.DataFrame(rows, columns=["name", "area", "above_half", "first", "last"])
 
 

@@ -28,7 +28,13 @@ def digits_net(norm: Callable[[int], nn.Module] | None = None, hidden: int = 64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(*layers, nn.Linear(hidden, 10))
-    return Subject("digits-net", model, ModuleTask(), {k: data.split(k) for k in ("train", "validation", "test")}, data_note=data.data_note)
+    return Subject(
+        "digits-net",
+        model,
+        ModuleTask(),
+        {k: data.split(k) for k in ("train", "validation", "test")},
+        data_note=data.data_note,
+    )
 
 
 def quiet(progress: Progress) -> Progress:
@@ -42,8 +48,15 @@ def over_seeds(make: Callable[[int], float]) -> tuple[float, float, float, list[
     return (*interval(values), values)
 
 
-def tuned(on: Subject, rates: Sequence[float], arguments: dict[str, Any] | Callable[[float, int], dict[str, Any]], progress: Progress, label: str = "tune", metric: str = "loss",
-          fresh: Callable[[Subject, int], Subject] = reinitialised) -> Record:  # fmt: skip
+def tuned(
+    on: Subject,
+    rates: Sequence[float],
+    arguments: dict[str, Any] | Callable[[float, int], dict[str, Any]],
+    progress: Progress,
+    label: str = "tune",
+    metric: str = "loss",
+    fresh: Callable[[Subject, int], Subject] = reinitialised,
+) -> Record:
     """The best of `rates` by validation loss at the first seed, then its test metric over all seeds; `arguments`, or what it returns for (lr, seed), go to `fit`.
 
     Returns lr, test (mean), low, high, values, at_end, validation and the trained subjects and runs under "done".
@@ -63,8 +76,16 @@ def tuned(on: Subject, rates: Sequence[float], arguments: dict[str, Any] | Calla
     limit = given(best, SEEDS[0]).get("evaluate_limit")
     values = [mine.evaluate("test", limit=limit)[metric] for _, mine in done]
     mean, low, high = interval(values)
-    return {"lr": best, "at_end": best in (min(rates), max(rates)), "validation": [r.validation for r, _ in done], "test": mean, "low": low, "high": high,
-            "values": values, "done": done}  # fmt: skip
+    return {
+        "lr": best,
+        "at_end": best in (min(rates), max(rates)),
+        "validation": [r.validation for r, _ in done],
+        "test": mean,
+        "low": low,
+        "high": high,
+        "values": values,
+        "done": done,
+    }
 
 
 def told(found: dict[str, Record]) -> dict[str, Record]:

@@ -25,9 +25,29 @@ class GaLore(GroupOptimizer):
     matrix, m <= n: 2 n r for the moments and m r for P, where Adam keeps 2 m n. Moments are kept across refreshes, as the authors do.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-                 rank: int = 32, refresh: int = 200, alpha: float = 0.25) -> None:  # fmt: skip
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, refresh=refresh, alpha=alpha))
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rank: int = 32,
+        refresh: int = 200,
+        alpha: float = 0.25,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                rank=rank,
+                refresh=refresh,
+                alpha=alpha,
+            ),
+        )
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
         rank = group["rank"]
@@ -36,7 +56,10 @@ class GaLore(GroupOptimizer):
                 if p.ndim == 2 and min(p.shape) > rank:
                     self.state[p]["projection"], _ = projection(gradient, rank)
         bases = [self.state[p].get("projection") for p in weights]
-        reduced = [g if basis is None else basis.mT @ g if len(basis) == len(g) else g @ basis for g, basis in zip(gradients, bases, strict=True)]
+        reduced = [
+            g if basis is None else basis.mT @ g if len(basis) == len(g) else g @ basis
+            for g, basis in zip(gradients, bases, strict=True)
+        ]
         first, second = self.kept("exp_avg", weights, reduced), self.kept("exp_avg_sq", weights, reduced)
         updates, scale = adam_direction(first, second, reduced, group["betas"], group["eps"], group["step"])
         lr = group["lr"] * scale

@@ -48,8 +48,15 @@ class GroupOptimizer(Optimizer, ABC):
         return [self.state[weight][name] for weight in weights]
 
 
-def adam_direction(first: list[Tensor], second: list[Tensor], gradients: list[Tensor], betas: tuple[float, float], eps: float, step: int,
-                   bias_correction: bool = True) -> tuple[list[Tensor], float]:  # fmt: skip
+def adam_direction(
+    first: list[Tensor],
+    second: list[Tensor],
+    gradients: list[Tensor],
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+    bias_correction: bool = True,
+) -> tuple[list[Tensor], float]:
     """Update both moments in place; new tensors and a scale whose product is m_hat / (sqrt(v_hat) + eps) (Kingma & Ba 2015, algorithm 1).
 
     The scale belongs to the caller's learning rate, which saves a pass over the tensors.

@@ -33,7 +33,11 @@ def left_times(factor: Tensor, values: Tensor) -> Tensor:
 
 def left_solved(factor: Tensor, values: Tensor) -> Tensor:
     """Q^-T X."""
-    return torch.linalg.solve_triangular(factor.mT, values, upper=False) if factor.ndim == 2 else values / factor[:, None]
+    return (
+        torch.linalg.solve_triangular(factor.mT, values, upper=False)
+        if factor.ndim == 2
+        else values / factor[:, None]
+    )
 
 
 def fitted(factor: Tensor, above: Tensor, below: Tensor, lr: float) -> Tensor:
@@ -52,9 +56,29 @@ class Kron(GroupOptimizer):
     with V normal, every step at first (`flat` steps), then ever more seldom, down to `least` of the steps.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0, factor_lr: float = 0.1,
-                 largest: int = 2048, flat: int = 500, least: float = 0.03) -> None:  # fmt: skip
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, factor_lr=factor_lr, largest=largest, flat=flat, least=least))
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        factor_lr: float = 0.1,
+        largest: int = 2048,
+        flat: int = 500,
+        least: float = 0.03,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                factor_lr=factor_lr,
+                largest=largest,
+                flat=flat,
+                least=least,
+            ),
+        )
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
         momenta = self.kept("momentum", weights)
@@ -71,17 +95,28 @@ class Kron(GroupOptimizer):
                 noise = torch.randn_like(m)
                 above = left_times(second, left_times(first, m).mT).mT
                 below = left_solved(second, left_solved(first, noise).mT).mT
-                first, second = fitted(first, above, below, group["factor_lr"]), fitted(second, above.mT, below.mT, group["factor_lr"])
+                first, second = (
+                    fitted(first, above, below, group["factor_lr"]),
+                    fitted(second, above.mT, below.mT, group["factor_lr"]),
+                )
                 self.state[p]["first"], self.state[p]["second"] = first, second
-            image = left_times(second.mT if second.ndim == 2 else second, left_times(second, left_times(first, m).mT)).mT
+            image = left_times(
+                second.mT if second.ndim == 2 else second, left_times(second, left_times(first, m).mT)
+            ).mT
             update = left_times(first.mT if first.ndim == 2 else first, image).view_as(p)
             update *= (1.1 / (update.square().mean().sqrt() + 1e-6)).clamp(max=1.0)
-            p.mul_(1 - group["lr"] * (group["weight_decay"] if p.ndim >= 2 else 0.0)).sub_(update, alpha=group["lr"])
+            p.mul_(1 - group["lr"] * (group["weight_decay"] if p.ndim >= 2 else 0.0)).sub_(
+                update, alpha=group["lr"]
+            )
 
     def _factors(self, p: Tensor, m: Tensor, largest: int) -> tuple[Tensor, Tensor]:
         state = self.state[p]
         if "first" not in state:
             for name, size in (("first", m.shape[0]), ("second", m.shape[1])):
                 whole = p.ndim >= 2 and 1 < size <= largest
-                state[name] = torch.eye(size, dtype=p.dtype, device=p.device) if whole else torch.ones(size, dtype=p.dtype, device=p.device)
+                state[name] = (
+                    torch.eye(size, dtype=p.dtype, device=p.device)
+                    if whole
+                    else torch.ones(size, dtype=p.dtype, device=p.device)
+                )
         return state["first"], state["second"]

@@ -13,8 +13,15 @@ from workbench.training.group_optimizer import GroupOptimizer, adam_direction
 
 def trust_ratios(weights: list[Tensor], updates: list[Tensor], scale: float, largest: float) -> list[Tensor]:
     """phi(|w|) / |scale u| per tensor with phi(z) = min(z, largest); 1 where either norm is zero. Scalars of the weights' dtype."""
-    above, below = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates)) * scale
-    return list(torch.where((above > 0) & (below > 0), above.clamp(max=largest) / below, torch.ones_like(above)).unbind())
+    above, below = (
+        torch.stack(torch._foreach_norm(weights)),
+        torch.stack(torch._foreach_norm(updates)) * scale,
+    )
+    return list(
+        torch.where(
+            (above > 0) & (below > 0), above.clamp(max=largest) / below, torch.ones_like(above)
+        ).unbind()
+    )
 
 
 class LAMB(GroupOptimizer):
@@ -26,13 +33,33 @@ class LAMB(GroupOptimizer):
     `state[p]["trust_ratio"]` holds the last ratio of each tensor. bias_correction=False gives the variant of the authors' code.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
-                 weight_decay: float = 0.01, largest: float = 10.0, bias_correction: bool = True) -> None:  # fmt: skip
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, largest=largest, bias_correction=bias_correction))
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        largest: float = 10.0,
+        bias_correction: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                largest=largest,
+                bias_correction=bias_correction,
+            ),
+        )
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
         first, second = self.kept("exp_avg", weights), self.kept("exp_avg_sq", weights)
-        updates, scale = adam_direction(first, second, gradients, group["betas"], group["eps"], group["step"], group["bias_correction"])
+        updates, scale = adam_direction(
+            first, second, gradients, group["betas"], group["eps"], group["step"], group["bias_correction"]
+        )
         if group["weight_decay"]:
             torch._foreach_add_(updates, weights, alpha=group["weight_decay"] / scale)
         ratios = trust_ratios(weights, updates, scale, group["largest"])
@@ -47,7 +74,14 @@ class LARS(GroupOptimizer):
     u = g + wd w;  m <- momentum m + lr eta |w| / (|g| + wd |w|) u;  w <- w - m. Ratio 1 when a norm is 0.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1.0, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+    ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:

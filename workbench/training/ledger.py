@@ -22,13 +22,28 @@ from workbench.instruments import plain
 
 Value = TypeVar("Value")
 META = sql.MetaData()
-STUDIES = sql.Table("workbench_studies", META, sql.Column("study", sql.String(200), primary_key=True), sql.Column("spec", sql.Text),
-                    sql.Column("optuna", sql.String(255)), sql.Column("stopped", sql.Boolean, default=False))  # fmt: skip
+STUDIES = sql.Table(
+    "workbench_studies",
+    META,
+    sql.Column("study", sql.String(200), primary_key=True),
+    sql.Column("spec", sql.Text),
+    sql.Column("optuna", sql.String(255)),
+    sql.Column("stopped", sql.Boolean, default=False),
+)
 TRIALS = sql.Table(
-    "workbench_trials", META, sql.Column("study", sql.String(200), primary_key=True), sql.Column("number", sql.Integer, primary_key=True),
-    sql.Column("state", sql.String(16)), sql.Column("owner", sql.String(200)), sql.Column("beat", sql.Float), sql.Column("attempts", sql.Integer),
-    sql.Column("optuna", sql.Integer), sql.Column("params", sql.Text), sql.Column("result", sql.Text), sql.Column("seconds", sql.Float),
-)  # fmt: skip
+    "workbench_trials",
+    META,
+    sql.Column("study", sql.String(200), primary_key=True),
+    sql.Column("number", sql.Integer, primary_key=True),
+    sql.Column("state", sql.String(16)),
+    sql.Column("owner", sql.String(200)),
+    sql.Column("beat", sql.Float),
+    sql.Column("attempts", sql.Integer),
+    sql.Column("optuna", sql.Integer),
+    sql.Column("params", sql.Text),
+    sql.Column("result", sql.Text),
+    sql.Column("seconds", sql.Float),
+)
 #: A claim without a heartbeat for this long is abandoned (a dead process of this machine is noticed at once).
 STALE = 30.0
 PATIENCE = 90.0
@@ -90,7 +105,9 @@ class Ledger:
         self.url, self.study = url, study
         self.engine = sql.create_engine(url, **engine_options(url))
         if url.startswith("sqlite"):
-            sql.event.listen(self.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=NORMAL"))
+            sql.event.listen(
+                self.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=NORMAL")
+            )
         patiently(self._prepare)
 
     def _prepare(self) -> None:
@@ -100,7 +117,9 @@ class Ledger:
         try:
             META.create_all(self.engine, checkfirst=True)
         except (IntegrityError, sql.exc.ProgrammingError, sql.exc.OperationalError):
-            META.create_all(self.engine, checkfirst=True)  # somebody created them between the check and the creation
+            META.create_all(
+                self.engine, checkfirst=True
+            )  # somebody created them between the check and the creation
 
     def close(self) -> None:
         self.engine.dispose()
@@ -110,20 +129,36 @@ class Ledger:
 
         def read() -> Any:
             with self.engine.connect() as connection:
-                return connection.execute(sql.select(STUDIES.c.spec, STUDIES.c.optuna).where(STUDIES.c.study == self.study)).first()
+                return connection.execute(
+                    sql.select(STUDIES.c.spec, STUDIES.c.optuna).where(STUDIES.c.study == self.study)
+                ).first()
 
         found = patiently(read)
         return None if found is None else (found[0], found[1])
 
     def create(self, spec: str, optuna: str, points: list[tuple[dict[str, Any] | None, int | None]]) -> bool:
         """Write the study and all its trials in one transaction; False when another process was first."""
-        rows = [{"study": self.study, "number": i, "state": "waiting", "owner": "", "beat": 0.0, "attempts": 0, "optuna": number,
-                 "params": None if params is None else json.dumps(params)} for i, (params, number) in enumerate(points)]  # fmt: skip
+        rows = [
+            {
+                "study": self.study,
+                "number": i,
+                "state": "waiting",
+                "owner": "",
+                "beat": 0.0,
+                "attempts": 0,
+                "optuna": number,
+                "params": None if params is None else json.dumps(params),
+            }
+            for i, (params, number) in enumerate(points)
+        ]
 
         def write() -> bool:
             try:
                 with self.engine.begin() as connection:
-                    connection.execute(sql.insert(STUDIES), {"study": self.study, "spec": spec, "optuna": optuna, "stopped": False})
+                    connection.execute(
+                        sql.insert(STUDIES),
+                        {"study": self.study, "spec": spec, "optuna": optuna, "stopped": False},
+                    )
                     connection.execute(sql.insert(TRIALS), rows)
                 return True
             except IntegrityError:
@@ -144,13 +179,26 @@ class Ledger:
                     continue
                 found = True
                 same = (TRIALS.c.study == self.study) & (TRIALS.c.number == row.number)
-                unchanged = (TRIALS.c.state == row.state) & (TRIALS.c.owner == row.owner) & (TRIALS.c.attempts == row.attempts)
+                unchanged = (
+                    (TRIALS.c.state == row.state)
+                    & (TRIALS.c.owner == row.owner)
+                    & (TRIALS.c.attempts == row.attempts)
+                )
                 if row.state == "running":
                     unchanged &= TRIALS.c.beat == row.beat
                 with self.engine.begin() as connection:
-                    change = sql.update(TRIALS).where(same & unchanged).values(state="running", owner=owner, beat=now, attempts=row.attempts + 1)
+                    change = (
+                        sql.update(TRIALS)
+                        .where(same & unchanged)
+                        .values(state="running", owner=owner, beat=now, attempts=row.attempts + 1)
+                    )
                     if connection.execute(change).rowcount == 1:
-                        return Claim(row.number, json.loads(row.params) if row.params else None, row.optuna, row.attempts + 1)
+                        return Claim(
+                            row.number,
+                            json.loads(row.params) if row.params else None,
+                            row.optuna,
+                            row.attempts + 1,
+                        )
             return found  # True: lost every race, look again
 
         while True:
@@ -161,7 +209,12 @@ class Ledger:
                 return None
 
     def _mine(self, number: int, owner: str) -> Any:
-        return (TRIALS.c.study == self.study) & (TRIALS.c.number == number) & (TRIALS.c.owner == owner) & (TRIALS.c.state == "running")
+        return (
+            (TRIALS.c.study == self.study)
+            & (TRIALS.c.number == number)
+            & (TRIALS.c.owner == owner)
+            & (TRIALS.c.state == "running")
+        )
 
     def _update(self, where: Any, **values: Any) -> bool:
         def write() -> bool:
@@ -179,7 +232,9 @@ class Ledger:
 
     def finish(self, number: int, owner: str, state: str, result: dict[str, Any], seconds: float) -> bool:
         """Record the one result of a trial; False when the claim was lost, and then nothing is recorded."""
-        return self._update(self._mine(number, owner), state=state, result=json.dumps(result, default=plain), seconds=seconds)
+        return self._update(
+            self._mine(number, owner), state=state, result=json.dumps(result, default=plain), seconds=seconds
+        )
 
     def give_back(self, number: int, owner: str) -> bool:
         return self._update(self._mine(number, owner), state="waiting", owner="")
@@ -189,7 +244,11 @@ class Ledger:
 
         def write() -> None:
             with self.engine.begin() as connection:
-                where = (TRIALS.c.study == self.study) & (TRIALS.c.state == "running") & TRIALS.c.owner.like(f"%|{driver}")
+                where = (
+                    (TRIALS.c.study == self.study)
+                    & (TRIALS.c.state == "running")
+                    & TRIALS.c.owner.like(f"%|{driver}")
+                )
                 connection.execute(sql.update(TRIALS).where(where).values(state="waiting", owner=""))
 
         patiently(write)
@@ -197,20 +256,30 @@ class Ledger:
     def stop(self, value: bool) -> None:
         def write() -> None:
             with self.engine.begin() as connection:
-                connection.execute(sql.update(STUDIES).where(STUDIES.c.study == self.study).values(stopped=value))
+                connection.execute(
+                    sql.update(STUDIES).where(STUDIES.c.study == self.study).values(stopped=value)
+                )
 
         patiently(write)
 
     def stopped(self) -> bool:
         def read() -> bool:
             with self.engine.connect() as connection:
-                return bool(connection.execute(sql.select(STUDIES.c.stopped).where(STUDIES.c.study == self.study)).scalar())
+                return bool(
+                    connection.execute(
+                        sql.select(STUDIES.c.stopped).where(STUDIES.c.study == self.study)
+                    ).scalar()
+                )
 
         return patiently(read)
 
     def rows(self) -> list[Any]:
         def read() -> list[Any]:
             with self.engine.connect() as connection:
-                return list(connection.execute(sql.select(TRIALS).where(TRIALS.c.study == self.study).order_by(TRIALS.c.number)).all())
+                return list(
+                    connection.execute(
+                        sql.select(TRIALS).where(TRIALS.c.study == self.study).order_by(TRIALS.c.number)
+                    ).all()
+                )
 
         return patiently(read)

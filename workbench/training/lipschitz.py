@@ -18,7 +18,9 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x), is_causal=True, scale=1 / x.shape[-1])
+        mixed = F.scaled_dot_product_attention(
+            self.query(x), self.key(x), self.value(x), is_causal=True, scale=1 / x.shape[-1]
+        )
         return self.out(mixed)
 
     def bound(self, radius: float) -> tuple[float, float]:
@@ -57,7 +59,9 @@ class LipschitzTransformer(nn.Module):
     def __init__(self, vocabulary: int, width: int = 32, layers: int = 2, context: int = 64) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(nn.ModuleList([Attention(width), Perceptron(width)]) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([Attention(width), Perceptron(width)]) for _ in range(layers)
+        )
         self.head = nn.Linear(width, vocabulary, bias=False)
         for part in self.blocks.modules():
             if isinstance(part, nn.Linear):
@@ -108,5 +112,7 @@ def largest_slope(model: LipschitzTransformer, input_ids: Tensor, ascents: int =
         ratios = image.norm(dim=-1).amax(1)
         best = max(best, float(ratios.detach().max()))
         (gradient,) = torch.autograd.grad(ratios.sum(), v)
-        v = (v + gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-12)).detach()  # every token at full length may help
+        v = (
+            v + gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        ).detach()  # every token at full length may help
     return best

@@ -54,7 +54,9 @@ class Training:
     rows: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     split: str = "train"
-    chosen: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # the examples of the step in progress, of this process
+    chosen: Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.int64)
+    )  # the examples of the step in progress, of this process
 
     @property
     def lr(self) -> float:
@@ -63,7 +65,10 @@ class Training:
     def batch(self, limit: int | None = None) -> Batch:
         """The examples of the step in progress, on the device; the first `limit` of them."""
         columns = self.subject.split(self.split)
-        return {k: v.to(self.subject.device) for k, v in trim({k: v[self.chosen[:limit]] for k, v in columns.items()}).items()}
+        return {
+            k: v.to(self.subject.device)
+            for k, v in trim({k: v[self.chosen[:limit]] for k, v in columns.items()}).items()
+        }
 
     @property
     def history(self) -> pd.DataFrame:
@@ -129,9 +134,15 @@ def fit(
     """
     progress = progress or Progress()
     size = subject.size(split)
-    steps = steps if steps is not None else math.ceil((epochs if epochs is not None else 1.0) * size / max(batch_size, 1))
+    steps = (
+        steps
+        if steps is not None
+        else math.ceil((epochs if epochs is not None else 1.0) * size / max(batch_size, 1))
+    )
     if steps < 1 or batch_size < 1:
-        raise BadInput(f"steps: {steps} steps of batch_size {batch_size} are nothing to train; both must be at least 1")
+        raise BadInput(
+            f"steps: {steps} steps of batch_size {batch_size} are nothing to train; both must be at least 1"
+        )
     if not any(p.requires_grad for p in subject.model.parameters()):
         raise BadInput("subject: no parameter requires a gradient; unfreeze the ones to train")
     device, model = subject.device, subject.model
@@ -141,9 +152,15 @@ def fit(
         model = accelerator.prepare_model(model)
     placed = subject if model is subject.model else subject.with_model(model)
 
-    maker = optimizer if callable(optimizer) else make_optimizer(optimizer, lr, weight_decay, **(optimizer_options or {}))
+    maker = (
+        optimizer
+        if callable(optimizer)
+        else make_optimizer(optimizer, lr, weight_decay, **(optimizer_options or {}))
+    )
     stepper = maker(subject.model)
-    planner = schedule if callable(schedule) else make_schedule(schedule, warmup=warmup, **(schedule_options or {}))
+    planner = (
+        schedule if callable(schedule) else make_schedule(schedule, warmup=warmup, **(schedule_options or {}))
+    )
     run = Training(subject, model, stepper, planner(stepper, steps), steps, batch_size, split=split)
     # an optimizer that needs more than gradients asks for it here, once they are complete
     prepared = (*before_step, *([stepper.prepare] if hasattr(stepper, "prepare") else []))
@@ -166,9 +183,16 @@ def fit(
             # ---- gradient of the mean loss over the batch, micro-batch by micro-batch
             used = run.batch_size  # callbacks may set another for the next step
             run.chosen = take(size, seed, run.position, used)[rank::world]
-            micro = [{k: v[part] for k, v in columns.items()} for part in run.chosen.split(micro_batch or max(len(run.chosen), 1))]
+            micro = [
+                {k: v[part] for k, v in columns.items()}
+                for part in run.chosen.split(micro_batch or max(len(run.chosen), 1))
+            ]
             counts = [subject.task.items(batch) for batch in micro]
-            total = sum(counts) if not accelerator else int(accelerator.reduce(torch.tensor(sum(counts), device=device), "sum"))
+            total = (
+                sum(counts)
+                if not accelerator
+                else int(accelerator.reduce(torch.tensor(sum(counts), device=device), "sum"))
+            )
             mean = torch.zeros((), device=device)
             for index, (batch, count) in enumerate(zip(micro, counts, strict=True)):
                 if count == 0:
@@ -176,7 +200,9 @@ def fit(
                 quiet = accelerator is not None and index + 1 < len(micro)
                 with accelerator.no_sync(model) if quiet else contextlib.nullcontext():  # type: ignore[union-attr]
                     with arithmetic:
-                        part = compute(placed, {k: v.to(device) for k, v in trim(batch).items()}) * (count / total)
+                        part = compute(placed, {k: v.to(device) for k, v in trim(batch).items()}) * (
+                            count / total
+                        )
                     scaler.scale(part * world).backward()  # distributed gradients are averaged over processes
                 mean += part.detach()
             if accelerator:
@@ -194,7 +220,9 @@ def fit(
                 run.averaged.update_parameters(subject.model)
             run.step, run.position, run.items = run.step + 1, run.position + used, run.items + total
             run.seconds = time.perf_counter() - began
-            pending.append((row | {"examples": run.position, "items": run.items, "seconds": run.seconds}, mean, norm))
+            pending.append(
+                (row | {"examples": run.position, "items": run.items, "seconds": run.seconds}, mean, norm)
+            )
             last = run.step == steps
             evaluating = last if evaluate_every == 0 else last or run.step % evaluate_every == 0
             if evaluating or len(pending) == 16 or callbacks or checkpoint_every:
@@ -208,14 +236,22 @@ def fit(
                 run.schedule.step(run.validation)
             for callback in callbacks:
                 callback(run)
-            if folder and checkpoint_every and run.step % checkpoint_every == 0 and not run.diverged and rank == 0:
+            if (
+                folder
+                and checkpoint_every
+                and run.step % checkpoint_every == 0
+                and not run.diverged
+                and rank == 0
+            ):
                 save_checkpoint(folder, run, scaler, device)
             if run.stop or run.diverged:
                 break
         settle(run, pending, skipping=precision == "fp16")
     if run.averaged is not None:
         with torch.no_grad():
-            for target, source in zip(subject.model.parameters(), run.averaged.module.parameters(), strict=True):
+            for target, source in zip(
+                subject.model.parameters(), run.averaged.module.parameters(), strict=True
+            ):
                 target.copy_(source)
     subject.model.eval()
     return run
@@ -230,8 +266,14 @@ def arithmetic_of(subject: Subject, precision: str, rotation: int) -> contextlib
 
         return QuantizedProducts(subject.layers("blocks"), precision, rotation)
     if rotation:
-        raise BadInput(f"rotation: {rotation} rotates the operands of quantized products; with precision {precision} there are none, set it to 0")
-    return torch.autocast(subject.device.type, AUTOCAST[precision]) if precision in AUTOCAST else contextlib.nullcontext()
+        raise BadInput(
+            f"rotation: {rotation} rotates the operands of quantized products; with precision {precision} there are none, set it to 0"
+        )
+    return (
+        torch.autocast(subject.device.type, AUTOCAST[precision])
+        if precision in AUTOCAST
+        else contextlib.nullcontext()
+    )
 
 
 def settle(run: Training, pending: list[tuple[dict[str, Any], Tensor, Tensor]], skipping: bool) -> None:
@@ -244,7 +286,9 @@ def settle(run: Training, pending: list[tuple[dict[str, Any], Tensor, Tensor]], 
         if run.diverged:
             break
         run.rows.append(row | values)
-        run.diverged = not math.isfinite(values["loss"]) or not (skipping or math.isfinite(values["gradient_norm"]))
+        run.diverged = not math.isfinite(values["loss"]) or not (
+            skipping or math.isfinite(values["gradient_norm"])
+        )
     pending.clear()
 
 
@@ -265,9 +309,19 @@ def make_accelerator(device: torch.device) -> Any:
 
 
 def save_checkpoint(folder: Path, run: Training, scaler: Any, device: torch.device) -> None:
-    state = {"model": run.subject.model.state_dict(), "optimizer": run.optimizer.state_dict(), "schedule": run.schedule.state_dict(),
-             "scaler": scaler.state_dict(), "rng": checkpoint.rng_state(device), "step": run.step, "position": run.position, "items": run.items,
-             "batch_size": run.batch_size, "seconds": run.seconds, "steps": run.steps}  # fmt: skip
+    state = {
+        "model": run.subject.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "schedule": run.schedule.state_dict(),
+        "scaler": scaler.state_dict(),
+        "rng": checkpoint.rng_state(device),
+        "step": run.step,
+        "position": run.position,
+        "items": run.items,
+        "batch_size": run.batch_size,
+        "seconds": run.seconds,
+        "steps": run.steps,
+    }
     if run.averaged is not None:
         state["averaged"] = run.averaged.state_dict()
     checkpoint.save(folder, state, run.rows)
@@ -276,7 +330,9 @@ def save_checkpoint(folder: Path, run: Training, scaler: Any, device: torch.devi
 def load_checkpoint(folder: Path, run: Training, scaler: Any, device: torch.device) -> None:
     state, run.rows = checkpoint.load(folder)
     if state["steps"] != run.steps:
-        raise BadInput(f"steps: the checkpoint in {str(folder)!r} is of a run of {state['steps']} steps, not {run.steps}; delete it or ask for the same")
+        raise BadInput(
+            f"steps: the checkpoint in {str(folder)!r} is of a run of {state['steps']} steps, not {run.steps}; delete it or ask for the same"
+        )
     run.subject.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])

@@ -36,15 +36,45 @@ class MKOR(Together):
     Layers with a side above `largest` keep that side unpreconditioned; biases, embeddings and norms go to the inner optimizer as they are.
     """
 
-    def __init__(self, model: nn.Module, inner: Optimizer, decay: float = 0.9, every: int = 10, stabiliser: float = 0.1, threshold: float = 100.0,
-                 largest: int = 4096, stall: float = 0.0, window: int = 20) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: Optimizer,
+        decay: float = 0.9,
+        every: int = 10,
+        stabiliser: float = 0.1,
+        threshold: float = 100.0,
+        largest: int = 4096,
+        stall: float = 0.0,
+        window: int = 20,
+    ) -> None:
         super().__init__([inner])
         self.stall, self.window = stall, window
-        self.watched: dict[str, Any] = {"seen": 0, "sum": 0.0, "count": 0, "mean": None, "fall": 0.0, "switched": 0}
-        self.decay, self.every, self.stabiliser, self.threshold, self.largest, self.steps = decay, every, stabiliser, threshold, largest, 0
-        self.layers = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m.weight.requires_grad}
-        self.inverses: dict[str, list[Tensor | None]] = {name: [self._eye(m.weight, side) for side in (0, 1)] for name, m in self.layers.items()}
-        self._means: dict[str, list[Any]] = {name: [0.0, 0.0, 0] for name in self.layers}  # sums of g and a, forward passes
+        self.watched: dict[str, Any] = {
+            "seen": 0,
+            "sum": 0.0,
+            "count": 0,
+            "mean": None,
+            "fall": 0.0,
+            "switched": 0,
+        }
+        self.decay, self.every, self.stabiliser, self.threshold, self.largest, self.steps = (
+            decay,
+            every,
+            stabiliser,
+            threshold,
+            largest,
+            0,
+        )
+        self.layers = {
+            name: m for name, m in model.named_modules() if type(m) is nn.Linear and m.weight.requires_grad
+        }
+        self.inverses: dict[str, list[Tensor | None]] = {
+            name: [self._eye(m.weight, side) for side in (0, 1)] for name, m in self.layers.items()
+        }
+        self._means: dict[str, list[Any]] = {
+            name: [0.0, 0.0, 0] for name in self.layers
+        }  # sums of g and a, forward passes
         for name, module in self.layers.items():
             module.register_forward_hook(self._watch(name))
 
@@ -59,7 +89,9 @@ class MKOR(Together):
             means = self._means[name]
 
             def arrived(gradient: Tensor) -> None:
-                means[0] = means[0] + gradient.detach().reshape(-1, gradient.shape[-1]).sum(0)  # of a mean loss: already the mean
+                means[0] = means[0] + gradient.detach().reshape(-1, gradient.shape[-1]).sum(
+                    0
+                )  # of a mean loss: already the mean
 
             means[1] = means[1] + inputs[0].detach().reshape(-1, inputs[0].shape[-1]).mean(0)
             means[2] += 1
@@ -110,7 +142,9 @@ class MKOR(Together):
             left, right = self.inverses[name]
             direction = gradient if left is None else left @ gradient
             direction = direction if right is None else direction @ right
-            gradient.copy_(direction * (gradient.norm() / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny)))
+            gradient.copy_(
+                direction * (gradient.norm() / direction.norm().clamp_min(torch.finfo(direction.dtype).tiny))
+            )
         self.steps += 1
         super().step()
         return loss if closure is not None else None
@@ -125,13 +159,19 @@ class MKOR(Together):
         pair[side] = inverse
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"steps": self.steps, "inverses": self.inverses, "watched": dict(self.watched)}
+        return super().state_dict() | {
+            "steps": self.steps,
+            "inverses": self.inverses,
+            "watched": dict(self.watched),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.steps, self.watched = state_dict["steps"], dict(state_dict["watched"])
         for name, pair in state_dict["inverses"].items():
-            self.inverses[name] = [None if value is None else value.to(self.layers[name].weight.device) for value in pair]
+            self.inverses[name] = [
+                None if value is None else value.to(self.layers[name].weight.device) for value in pair
+            ]
 
     def kept_state(self) -> list[Any]:
         return [*super().kept_state(), self.inverses]

@@ -50,7 +50,9 @@ def soft_cap_strength(cap: float, growth: float) -> float:
 
     high = 1 / float(xs[-1]) ** 2  # y reaches 0 there
     if not holds(high * (1 - 1e-9)):
-        raise BadInput(f"lr: a step of spectral norm {growth:.3g} is too long for a cap of {cap:.3g}; lower lr or raise cap")
+        raise BadInput(
+            f"lr: a step of spectral norm {growth:.3g} is too long for a cap of {cap:.3g}; lower lr or raise cap"
+        )
     low, high = 0.0, high * (1 - 1e-9)
     for _ in range(60):
         middle = (low + high) / 2
@@ -82,20 +84,43 @@ class Muon(GroupOptimizer):
     "decay" w - lr wd sigma u v^T (spectral weight decay).
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 0.02, momentum: float = 0.95, nesterov: bool = True, weight_decay: float = 0.0, steps: int = 5,
-                 scale: str = "rms", weight_map: str = "none", cap: float = 1.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        steps: int = 5,
+        scale: str = "rms",
+        weight_map: str = "none",
+        cap: float = 1.0,
+    ) -> None:
         if scale not in ("spectral", "rms", "none"):
             raise BadInput(f"scale: {scale!r} is unknown; known: spectral, rms, none")
         if weight_map not in MAPS:
             raise BadInput(f"weight_map: {weight_map!r} is unknown; known: {', '.join(MAPS)}")
         if weight_map == "soft-cap" and scale != "none":
             raise BadInput("weight_map: soft-cap bounds the step by lr alone, so it needs scale='none'")
-        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, steps=steps, scale=scale,
-                                      weight_map=weight_map, cap=cap))  # fmt: skip
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                momentum=momentum,
+                nesterov=nesterov,
+                weight_decay=weight_decay,
+                steps=steps,
+                scale=scale,
+                weight_map=weight_map,
+                cap=cap,
+            ),
+        )
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
-                    raise BadInput(f"params: Muon takes matrices, got a parameter of shape {tuple(p.shape)}; give it to AdamW")
+                    raise BadInput(
+                        f"params: Muon takes matrices, got a parameter of shape {tuple(p.shape)}; give it to AdamW"
+                    )
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
         momenta, mu = self.kept("momentum", weights), group["momentum"]
@@ -105,8 +130,19 @@ class Muon(GroupOptimizer):
         if group["weight_map"] != "decay":
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         for p, direction in zip(weights, directions, strict=True):
-            factor = {"spectral": max(1.0, p.shape[0] / p.shape[1]) ** 0.5, "rms": 0.2 * max(p.shape) ** 0.5, "none": 1.0}[group["scale"]]
-            p.sub_(orthogonalise(direction, group["steps"], torch.bfloat16 if p.is_cuda and p.dtype == torch.float32 else None), alpha=group["lr"] * factor)
+            factor = {
+                "spectral": max(1.0, p.shape[0] / p.shape[1]) ** 0.5,
+                "rms": 0.2 * max(p.shape) ** 0.5,
+                "none": 1.0,
+            }[group["scale"]]
+            p.sub_(
+                orthogonalise(
+                    direction,
+                    group["steps"],
+                    torch.bfloat16 if p.is_cuda and p.dtype == torch.float32 else None,
+                ),
+                alpha=group["lr"] * factor,
+            )
             self._map(p, group, self.state[p])
 
     def _map(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:

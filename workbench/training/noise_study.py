@@ -30,23 +30,43 @@ class GradientNoise(SubjectInstrument):
 
     def check(self, on: Subject) -> None:
         if self.groups * self.size > on.size(self.split):
-            raise BadInput(f"groups: {self.groups} x {self.size} examples are more than the {on.size(self.split)} of split {self.split!r}; lower groups or size")
+            raise BadInput(
+                f"groups: {self.groups} x {self.size} examples are more than the {on.size(self.split)} of split {self.split!r}; lower groups or size"
+            )
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         gram = gradient_groups(on, self.split, self.groups, self.size, self.seed, progress)
         found = noise_scale(gram, self.size)
         low, high = noise_scale_interval(gram, self.size, self.level)
-        facts: dict[str, Any] = {"noise_scale": found.simple, "noise_scale_low": low, "noise_scale_high": high, "gradient_square_norm": found.square_norm,
-                                 "covariance_trace": found.trace, "at_20_percent_overhead": 0.2 * found.simple}  # fmt: skip
+        facts: dict[str, Any] = {
+            "noise_scale": found.simple,
+            "noise_scale_low": low,
+            "noise_scale_high": high,
+            "gradient_square_norm": found.square_norm,
+            "covariance_trace": found.trace,
+            "at_20_percent_overhead": 0.2 * found.simple,
+        }
         batches = np.unique(np.round(np.geomspace(1, max(4 * min(found.simple, 1e6), 64), 60)).astype(int))
         # eq. 2.11 and 2.12 of the source: steps 1 + B_noise / B over the least, examples 1 + B / B_noise over the least
-        table = pd.DataFrame({"batch_size": batches, "steps_over_least": 1 + found.simple / batches, "examples_over_least": 1 + batches / found.simple})
+        table = pd.DataFrame(
+            {
+                "batch_size": batches,
+                "steps_over_least": 1 + found.simple / batches,
+                "examples_over_least": 1 + batches / found.simple,
+            }
+        )
         return self.result(table, facts, arrays={"gram": gram})
 
 
 class NoiseResult(Result):
     def figure(self, **view: Any) -> go.Figure:
-        fig = figure("What a batch size costs, by the noise scale", x="batch size (examples)", y="multiple of the least", xaxis_type="log", yaxis_type="log")
+        fig = figure(
+            "What a batch size costs, by the noise scale",
+            x="batch size (examples)",
+            y="multiple of the least",
+            xaxis_type="log",
+            yaxis_type="log",
+        )
         for axis in (fig.layout.xaxis, fig.layout.yaxis):
             axis.update(dtick="D2", exponentformat="none")
         line(fig, self.table.batch_size, self.table.steps_over_least, "optimizer steps", mode="lines")

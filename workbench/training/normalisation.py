@@ -36,19 +36,51 @@ class GhostBatchNorm(nn.Module):
         """Put ghost batch norms in the place of a model's batch norms, with their weights and statistics; in place."""
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.affine and child.track_running_stats:
-                    made = cls(child.num_features, ghost, child.eps, child.momentum if child.momentum is not None else 0.1)
-                    made.load_state_dict({k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"})
+                if (
+                    isinstance(child, nn.modules.batchnorm._BatchNorm)
+                    and child.affine
+                    and child.track_running_stats
+                ):
+                    made = cls(
+                        child.num_features,
+                        ghost,
+                        child.eps,
+                        child.momentum if child.momentum is not None else 0.1,
+                    )
+                    made.load_state_dict(
+                        {k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"}
+                    )
                     setattr(module, name, made.train(child.training))
         return model
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.training:
-            return F.batch_norm(inputs, self.running_mean, self.running_var, self.weight, self.bias, False, self.momentum, self.eps)
+            return F.batch_norm(
+                inputs,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                False,
+                self.momentum,
+                self.eps,
+            )
         parts = list(inputs.split(self.ghost))
         if len(parts) > 1 and len(parts[-1]) == 1 and parts[-1][0].numel() == len(self.weight):
             parts[-2:] = [torch.cat(parts[-2:])]  # one value per feature has no variance
-        done = [F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps) for part in parts]
+        done = [
+            F.batch_norm(
+                part,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                True,
+                self.momentum,
+                self.eps,
+            )
+            for part in parts
+        ]
         return torch.cat(done)
 
 
@@ -75,10 +107,17 @@ class BatchChannelNorm(nn.Module):
         if self.training:
             with torch.no_grad():
                 values = inputs.detach().transpose(0, 1).flatten(1)
-                spread = values.var(1, unbiased=True) if values.shape[1] > 1 else (values[:, 0] - self.running_mean).square()
+                spread = (
+                    values.var(1, unbiased=True)
+                    if values.shape[1] > 1
+                    else (values[:, 0] - self.running_mean).square()
+                )
                 self.running_mean.lerp_(values.mean(1), self.rate)
                 self.running_var.lerp_(spread, self.rate)
-        mean, var = self.running_mean.clone(), self.running_var.clone()  # the next call changes them before this one's backward
+        mean, var = (
+            self.running_mean.clone(),
+            self.running_var.clone(),
+        )  # the next call changes them before this one's backward
         return self.channel(F.batch_norm(inputs, mean, var, self.weight, self.bias, False, 0.0, self.eps))
 
 

@@ -36,7 +36,9 @@ def reinitialised(on: Subject, seed: int) -> Subject:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
             elif any(True for _ in module.parameters(recurse=False)):
-                raise BadInput(f"start: {type(module).__name__} cannot re-initialise itself; use start='weights'")
+                raise BadInput(
+                    f"start: {type(module).__name__} cannot re-initialise itself; use start='weights'"
+                )
         return on.with_model(model)
 
 
@@ -88,12 +90,27 @@ class TrainingObjective:
             if every and run.step % every == 0 and "validation_loss" in run.rows[-1]:
                 run.stop = trial.report(run.rows[-1]["validation_loss"], run.step)
 
-        run = fit(mine, **arguments, evaluate_every=every, callbacks=[report] if every else (), progress=trial.progress)
-        facts: dict[str, Any] = {"value": run.validation, "diverged": run.diverged, "steps": run.step, "train_seconds": run.seconds, 
-                 "state_bytes": state_bytes(run.optimizer),
-                 "train_loss": float(run.history.loss.iloc[-max(1, run.step // 20) :].mean())}  # fmt: skip
+        run = fit(
+            mine,
+            **arguments,
+            evaluate_every=every,
+            callbacks=[report] if every else (),
+            progress=trial.progress,
+        )
+        facts: dict[str, Any] = {
+            "value": run.validation,
+            "diverged": run.diverged,
+            "steps": run.step,
+            "train_seconds": run.seconds,
+            "state_bytes": state_bytes(run.optimizer),
+            "train_loss": float(run.history.loss.iloc[-max(1, run.step // 20) :].mean()),
+        }
         if every:
-            facts["curve"] = [[row["step"], row["items"], row["validation_loss"]] for row in run.rows if "validation_loss" in row]
+            facts["curve"] = [
+                [row["step"], row["items"], row["validation_loss"]]
+                for row in run.rows
+                if "validation_loss" in row
+            ]
         if self.test and not run.diverged and "test" in mine.splits and not trial.progress.stopped:
             facts["test"] = mine.evaluate("test", limit=arguments.get("evaluate_limit"))["loss"]
         return facts
@@ -112,12 +129,32 @@ def prepared_folder(on: Subject, workers: int) -> str:
     return str(folder)
 
 
-def swept(instrument: Instrument, on: Subject, label: str, space: dict[str, Any], objective: TrainingObjective, progress: Progress, workers: int,
-          storage: str = "", backend: str = "loky", sampling: Sampling = "grid", trials: int | None = None,
-          on_change: Callable[[pd.DataFrame], None] | None = None) -> pd.DataFrame:  # fmt: skip
+def swept(
+    instrument: Instrument,
+    on: Subject,
+    label: str,
+    space: dict[str, Any],
+    objective: TrainingObjective,
+    progress: Progress,
+    workers: int,
+    storage: str = "",
+    backend: str = "loky",
+    sampling: Sampling = "grid",
+    trials: int | None = None,
+    on_change: Callable[[pd.DataFrame], None] | None = None,
+) -> pd.DataFrame:
     """Run (or go on with) one sweep of an instrument's runs; its name holds the instrument's key, so the same request finds it again."""
     note = json.dumps({"fixed": objective.fixed, "start": objective.start}, default=str, sort_keys=True)
-    sweep = Sweep(f"{label}-{instrument.key(on)[:12]}", space, objective, sampling=sampling, trials=trials, storage=storage or None, seed=instrument.seed, note=note)
+    sweep = Sweep(
+        f"{label}-{instrument.key(on)[:12]}",
+        space,
+        objective,
+        sampling=sampling,
+        trials=trials,
+        storage=storage or None,
+        seed=instrument.seed,
+        note=note,
+    )
     table = sweep.run(workers=workers, backend=backend, progress=progress, on_change=on_change)
     for column in ("value", "test", "diverged"):
         if column not in table:
@@ -130,21 +167,51 @@ def language_subject(width: int = 48, layers: int = 2, context: int = 64, corpus
     from transformers import LlamaConfig, LlamaForCausalLM
 
     base = subject(corpus)
-    splits = {name: {k: v[:, : v.shape[1] // context * context].reshape(-1, context) for k, v in columns.items()} for name, columns in base.splits.items()}
+    splits = {
+        name: {k: v[:, : v.shape[1] // context * context].reshape(-1, context) for k, v in columns.items()}
+        for name, columns in base.splits.items()
+    }
     given = base.model.config.to_dict()
-    kept = {k: given[k] for k in ("vocab_size", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id") if k in given}
+    kept = {
+        k: given[k]
+        for k in (
+            "vocab_size",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        )
+        if k in given
+    }
     heads = max(1, width // 16)
-    config = LlamaConfig(**kept, hidden_size=width, intermediate_size=width * 8 // 3 // 8 * 8, num_hidden_layers=layers, num_attention_heads=heads,
-                         num_key_value_heads=heads, max_position_embeddings=context)  # fmt: skip
+    config = LlamaConfig(
+        **kept,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = LlamaForCausalLM(config)
-    return Subject(f"{corpus}-{width}x{layers}", model, base.task, splits, tokenizer=base.tokenizer, data_note=base.data_note)
+    return Subject(
+        f"{corpus}-{width}x{layers}",
+        model,
+        base.task,
+        splits,
+        tokenizer=base.tokenizer,
+        data_note=base.data_note,
+    )
 
 
 def axis(low: float, high: float, points: int) -> Range:
     if not 0 < low <= high:
-        raise BadInput(f"lr_high: the range {low:g} to {high:g} is empty; lr_low must be positive and at most lr_high")
+        raise BadInput(
+            f"lr_high: the range {low:g} to {high:g} is empty; lr_low must be positive and at most lr_high"
+        )
     return Range(low, high, log=True, points=points)
 
 

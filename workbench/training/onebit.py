@@ -20,7 +20,9 @@ def compress(values: Tensor) -> Tensor:
 
 def packed(values: Tensor) -> tuple[Tensor, Tensor]:
     """(signs as bits, (ceil(d / 8),) uint8; scale, scalar) of a compressed tensor: what crosses the wire."""
-    bits = torch.nn.functional.pad((~values.flatten().signbit()).to(torch.uint8), (0, -values.numel() % 8)).view(-1, 8)
+    bits = torch.nn.functional.pad(
+        (~values.flatten().signbit()).to(torch.uint8), (0, -values.numel() % 8)
+    ).view(-1, 8)
     places = 2 ** torch.arange(8, dtype=torch.uint8, device=values.device)
     return (bits * places).sum(1, dtype=torch.uint8), values.norm() / values.numel() ** 0.5
 
@@ -45,10 +47,21 @@ class OneBitAdam(GroupOptimizer):
     feedback=False drops the error memories, for comparison. `bytes_sent` counts what a worker has sent.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-                 freeze: int = 100, workers: int = 0, feedback: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        freeze: int = 100,
+        workers: int = 0,
+        feedback: bool = True,
+    ) -> None:
         if freeze < 1:
-            raise BadInput(f"freeze: {freeze} is not accepted; Adam needs at least one step before its second moment can be frozen")
+            raise BadInput(
+                f"freeze: {freeze} is not accepted; Adam needs at least one step before its second moment can be frozen"
+            )
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.freeze, self.workers, self.feedback, self.bytes_sent = freeze, workers, feedback, 0
         self._seen: dict[Tensor, list[Tensor]] = {}
@@ -69,7 +82,9 @@ class OneBitAdam(GroupOptimizer):
             return [p.grad]
         seen = self._seen.pop(p, [])
         if len(seen) != self.workers:
-            raise BadInput(f"workers: {self.workers} were promised and {len(seen)} backward passes came; set micro_batch to batch_size / workers")
+            raise BadInput(
+                f"workers: {self.workers} were promised and {len(seen)} backward passes came; set micro_batch to batch_size / workers"
+            )
         return [g * self.workers for g in seen]
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
@@ -79,11 +94,16 @@ class OneBitAdam(GroupOptimizer):
         if t <= self.freeze:
             means = [averaged(torch.stack(part).mean(0)) for part in parts]
             self.bytes_sent += sum(g.numel() * g.element_size() for g in gradients)
-            updates, scale = adam_direction(first, self.kept("exp_avg_sq", weights), means, group["betas"], group["eps"], t)
+            updates, scale = adam_direction(
+                first, self.kept("exp_avg_sq", weights), means, group["betas"], group["eps"], t
+            )
         else:
             for p, m, part in zip(weights, first, parts, strict=True):
                 m.copy_(self._exchange(p, [torch.lerp(m, g, 1 - beta1) for g in part]))
-            updates, scale = list(torch._foreach_mul(first, [self._inverse_root(p, group) for p in weights])), 1 / (1 - beta1**t)
+            updates, scale = (
+                list(torch._foreach_mul(first, [self._inverse_root(p, group) for p in weights])),
+                1 / (1 - beta1**t),
+            )
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(weights, updates, alpha=group["lr"] * scale)

@@ -62,32 +62,62 @@ class Recipe:
 def _fused(model: nn.Module) -> bool:
     """torch's fused kernels: the fastest on CPU and CUDA, for parameters of one floating dtype on one device."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return len({(p.dtype, p.device) for p in trained}) == 1 and trained[0].device.type in ("cpu", "cuda") and trained[0].is_floating_point()
+    return (
+        len({(p.dtype, p.device) for p in trained}) == 1
+        and trained[0].device.type in ("cpu", "cuda")
+        and trained[0].is_floating_point()
+    )
 
 
-def _adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8) -> Optimizer:
-    return torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=_fused(model))
+def _adamw(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> Optimizer:
+    return torch.optim.AdamW(
+        decay_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=_fused(model)
+    )
 
 
-def _sgd(model: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, nesterov: bool = False) -> Optimizer:
-    return torch.optim.SGD(decay_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov, fused=_fused(model))
+def _sgd(
+    model: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, nesterov: bool = False
+) -> Optimizer:
+    return torch.optim.SGD(
+        decay_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov, fused=_fused(model)
+    )
 
 
 def _adafactor(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
     return torch.optim.Adafactor(decay_groups(model, weight_decay), lr=lr)
 
 
-def _lion(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.99)) -> Optimizer:
+def _lion(
+    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.99)
+) -> Optimizer:
     from pytorch_optimizer import Lion
 
     return Lion(decay_groups(model, weight_decay), lr=lr, betas=betas)
 
 
-def _soap(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.95, 0.95), precondition_frequency: int = 10) -> Optimizer:
+def _soap(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.95, 0.95),
+    precondition_frequency: int = 10,
+) -> Optimizer:
     from pytorch_optimizer import SOAP
 
     # embeddings and heads of a vocabulary keep one side undecomposed: its square would not fit
-    return SOAP(decay_groups(model, weight_decay), lr=lr, betas=betas, precondition_frequency=precondition_frequency, max_precondition_dim=2048)
+    return SOAP(
+        decay_groups(model, weight_decay),
+        lr=lr,
+        betas=betas,
+        precondition_frequency=precondition_frequency,
+        max_precondition_dim=2048,
+    )
 
 
 def _lamb(model: nn.Module, lr: float, weight_decay: float, **options: Any) -> Optimizer:
@@ -98,7 +128,14 @@ def _lars(model: nn.Module, lr: float, weight_decay: float, **options: Any) -> O
     return LARS(decay_groups(model, weight_decay), lr=lr, **options)
 
 
-def _muon(model: nn.Module, lr: float, weight_decay: float, adamw_ratio: float = 1.0, betas: tuple[float, float] = (0.9, 0.95), **options: Any) -> Optimizer:
+def _muon(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    adamw_ratio: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    **options: Any,
+) -> Optimizer:
     matrices, rest = hidden_matrices(model)
     parts: list[Optimizer] = [Muon(matrices, lr=lr, weight_decay=weight_decay, **options)] if matrices else []
     if rest:
@@ -108,7 +145,10 @@ def _muon(model: nn.Module, lr: float, weight_decay: float, adamw_ratio: float =
 
 def _galore(model: nn.Module, lr: float, weight_decay: float, **options: Any) -> Optimizer:
     matrices, rest = hidden_matrices(model)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0, "rank": 2**31}]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0, "rank": 2**31},
+    ]
     return GaLore([group for group in groups if group["params"]], lr=lr, **options)
 
 
@@ -120,17 +160,37 @@ def _kron(model: nn.Module, lr: float, weight_decay: float, **options: Any) -> O
     return Kron(decay_groups(model, weight_decay), lr=lr, **options)
 
 
-def _mars(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.95, 0.99), gamma: float = 0.025) -> Optimizer:
+def _mars(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.95, 0.99),
+    gamma: float = 0.025,
+) -> Optimizer:
     from pytorch_optimizer import MARS
 
-    return MARS(decay_groups(model, weight_decay), lr=lr, betas=betas, gamma=gamma, lr_1d=lr, weight_decay_1d=0.0)
+    return MARS(
+        decay_groups(model, weight_decay), lr=lr, betas=betas, gamma=gamma, lr_1d=lr, weight_decay_1d=0.0
+    )
 
 
-def _scion(model: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, radius: float = 1.0, edge_radius: float = 10.0) -> Optimizer:
+def _scion(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+    radius: float = 1.0,
+    edge_radius: float = 10.0,
+) -> Optimizer:
     matrices, rest = hidden_matrices(model)
     groups = [
         {"params": matrices, "norm": "spectral", "radius": radius, "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim >= 2], "norm": "sign", "radius": edge_radius, "weight_decay": weight_decay},
+        {
+            "params": [p for p in rest if p.ndim >= 2],
+            "norm": "sign",
+            "radius": edge_radius,
+            "weight_decay": weight_decay,
+        },
         {"params": [p for p in rest if p.ndim < 2], "norm": "rms", "radius": radius, "weight_decay": 0.0},
     ]
     return Scion([group for group in groups if group["params"]], lr=lr, momentum=momentum)
@@ -140,11 +200,31 @@ def _onebit(model: nn.Module, lr: float, weight_decay: float, **options: Any) ->
     return OneBitAdam(decay_groups(model, weight_decay), lr=lr, **options)
 
 
-def _mkor(model: nn.Module, lr: float, weight_decay: float, inner: str = "sgd", decay: float = 0.9, every: int = 10, stabiliser: float = 0.1,
-          threshold: float = 100.0, stall: float = 0.0, window: int = 20, **options: Any) -> Optimizer:  # fmt: skip
+def _mkor(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    inner: str = "sgd",
+    decay: float = 0.9,
+    every: int = 10,
+    stabiliser: float = 0.1,
+    threshold: float = 100.0,
+    stall: float = 0.0,
+    window: int = 20,
+    **options: Any,
+) -> Optimizer:
     if inner == "mkor":
         raise BadInput("inner: MKOR cannot be its own inner optimizer; use sgd or lamb")
-    return MKOR(model, make_optimizer(inner, lr, weight_decay, **options)(model), decay, every, stabiliser, threshold, stall=stall, window=window)
+    return MKOR(
+        model,
+        make_optimizer(inner, lr, weight_decay, **options)(model),
+        decay,
+        every,
+        stabiliser,
+        threshold,
+        stall=stall,
+        window=window,
+    )
 
 
 OPTIMIZERS: dict[str, Recipe] = {
@@ -154,29 +234,47 @@ OPTIMIZERS: dict[str, Recipe] = {
     "lamb": Recipe(_lamb, "You et al. 2020", 1e-2, ("betas", "eps", "largest", "bias_correction")),
     "lars": Recipe(_lars, "You, Gitman & Ginsburg 2017", 1.0, ("momentum", "trust")),
     "lion": Recipe(_lion, "Chen et al. 2023; pytorch_optimizer", 1e-4, ("betas",)),
-    "muon": Recipe(_muon, "Jordan et al. 2024, Liu et al. 2025", 1e-3, ("adamw_ratio", "betas", "momentum", "nesterov", "steps", "scale", "weight_map", "cap")),
+    "muon": Recipe(
+        _muon,
+        "Jordan et al. 2024, Liu et al. 2025",
+        1e-3,
+        ("adamw_ratio", "betas", "momentum", "nesterov", "steps", "scale", "weight_map", "cap"),
+    ),
     "soap": Recipe(_soap, "Vyas et al. 2024; pytorch_optimizer", 3e-3, ("betas", "precondition_frequency")),
     "sophia": Recipe(_sophia, "Liu et al. 2023", 1e-3, ("betas", "gamma", "eps", "every", "examples")),
     "kron": Recipe(_kron, "Li 2018, PSGD", 1e-3, ("momentum", "factor_lr", "largest", "flat", "least")),
     "mars": Recipe(_mars, "Yuan et al. 2024; pytorch_optimizer", 3e-3, ("betas", "gamma")),
     "scion": Recipe(_scion, "Pethick et al. 2025", 1e-2, ("momentum", "radius", "edge_radius")),
-    "one-bit-adam": Recipe(_onebit, "Tang et al. 2021", 1e-3, ("betas", "eps", "freeze", "workers", "feedback")),
-    "mkor": Recipe(_mkor, "Mozaffari et al. 2023", 1e-1, ("inner", "decay", "every", "stabiliser", "threshold", "stall", "window", "momentum", "nesterov")),
+    "one-bit-adam": Recipe(
+        _onebit, "Tang et al. 2021", 1e-3, ("betas", "eps", "freeze", "workers", "feedback")
+    ),
+    "mkor": Recipe(
+        _mkor,
+        "Mozaffari et al. 2023",
+        1e-1,
+        ("inner", "decay", "every", "stabiliser", "threshold", "stall", "window", "momentum", "nesterov"),
+    ),
     "galore": Recipe(_galore, "Zhao et al. 2024", 1e-2, ("betas", "eps", "rank", "refresh", "alpha")),
 }
 
 
-def make_optimizer(name: str, lr: float, weight_decay: float = 0.0, **options: Any) -> Callable[[nn.Module], Optimizer]:
+def make_optimizer(
+    name: str, lr: float, weight_decay: float = 0.0, **options: Any
+) -> Callable[[nn.Module], Optimizer]:
     """A factory model -> optimizer; `BadInput` for an unknown name or option."""
     import difflib
 
     if name not in OPTIMIZERS:
         close = difflib.get_close_matches(name, OPTIMIZERS, 1)
-        raise BadInput(f"optimizer: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(OPTIMIZERS)}")
+        raise BadInput(
+            f"optimizer: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(OPTIMIZERS)}"
+        )
     recipe = OPTIMIZERS[name]
     unknown = set(options) - set(recipe.options)
     if unknown:
-        raise BadInput(f"optimizer: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(recipe.options) or 'none'}")
+        raise BadInput(
+            f"optimizer: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(recipe.options) or 'none'}"
+        )
     if not lr > 0:
         raise BadInput(f"lr: {lr} is not accepted, it should be positive")
     return lambda model: recipe.build(model, lr, weight_decay, **options)

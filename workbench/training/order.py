@@ -39,9 +39,13 @@ class StreamBatchSampler(Sampler[list[int]]):
     `batch_size` may be set between batches (the batch-size rules do); `position` is all the state there is.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int = 0, epochs: float = 1.0, position: int = 0) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int = 0, epochs: float = 1.0, position: int = 0
+    ) -> None:
         if size < 1 or batch_size < 1:
-            raise BadInput(f"batch_size: {batch_size} of {size} examples cannot be drawn; both must be at least 1")
+            raise BadInput(
+                f"batch_size: {batch_size} of {size} examples cannot be drawn; both must be at least 1"
+            )
         self.size, self.batch_size, self.seed, self.position = size, batch_size, seed, position
         self.total = round(epochs * size)
 

@@ -82,11 +82,24 @@ def weight_gradient(error: Tensor, x: Tensor, format: Format | None) -> Tensor:
 def relative_errors(x: Tensor, weight: Tensor, error: Tensor, format: Format) -> dict[str, float]:
     """Relative errors ||found - exact|| / ||exact|| (Frobenius) by name: "X", "W", "E" of the operands rounded as they are, "XH", "WH", "KE"
     rounded after their rotation; "Y", "dX", "dW" of the products without rotation, "Y rotated", "dX rotated" with it."""
-    pairs = {"X": x, "W": weight, "E": error, "XH": over_features(x), "WH": over_features(weight), "KE": over_tokens(filled(error))}
+    pairs = {
+        "X": x,
+        "W": weight,
+        "E": error,
+        "XH": over_features(x),
+        "WH": over_features(weight),
+        "KE": over_tokens(filled(error)),
+    }
     found = {name: (rounded(value, format), value) for name, value in pairs.items()}
-    found |= {"Y": (output(x, weight, format, 0), x @ weight.mT), "dX": (input_gradient(error, weight, format, 0), error @ weight),
-              "dW": (weight_gradient(error, x, format), error.mT @ x)}  # fmt: skip
-    found |= {"Y rotated": (output(x, weight, format, 1), found["Y"][1]), "dX rotated": (input_gradient(error, weight, format, 2), found["dX"][1])}
+    found |= {
+        "Y": (output(x, weight, format, 0), x @ weight.mT),
+        "dX": (input_gradient(error, weight, format, 0), error @ weight),
+        "dW": (weight_gradient(error, x, format), error.mT @ x),
+    }
+    found |= {
+        "Y rotated": (output(x, weight, format, 1), found["Y"][1]),
+        "dX rotated": (input_gradient(error, weight, format, 2), found["dX"][1]),
+    }
     return {name: float((value - exact).norm() / exact.norm()) for name, (value, exact) in found.items()}
 
 
@@ -103,7 +116,11 @@ class QuantizedLinear(Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         error = upstream[0].flatten(0, -2)
-        by_input = input_gradient(error, weight, ctx.format, ctx.level).unflatten(0, x.shape[:-1]) if ctx.needs_input_grad[0] else None
+        by_input = (
+            input_gradient(error, weight, ctx.format, ctx.level).unflatten(0, x.shape[:-1])
+            if ctx.needs_input_grad[0]
+            else None
+        )
         by_weight = weight_gradient(error, x.flatten(0, -2), ctx.format) if ctx.needs_input_grad[1] else None
         return by_input, by_weight, None, None
 
@@ -118,12 +135,20 @@ class QuantizedProducts(WeightCalls):
     def __init__(self, layers: Sequence[Layer], format: str, level: int = 0) -> None:
         super().__init__(layers)
         if level not in LEVELS:
-            raise BadInput(f"rotation: {level} is no level; accepted: 0 (none), 1 (forward), 2 (forward and input gradient)")
+            raise BadInput(
+                f"rotation: {level} is no level; accepted: 0 (none), 1 (forward), 2 (forward and input gradient)"
+            )
         if stacked := [layer.name for layer in layers if len(layer.shape) == 3]:
-            raise BadInput(f"precision: {stacked[0]} is a stack of experts; {format} products need plain linear layers")
+            raise BadInput(
+                f"precision: {stacked[0]} is a stack of experts; {format} products need plain linear layers"
+            )
         self.format, self.level = (named(format) if format else None), level
-        if self.format is not None and (self.format.scale != "real" or self.format.affine or self.format.block):
-            raise BadInput(f"precision: {format} is no format of one scale a tensor without zero point; accepted: int2 to int16 and ExMy as e4m3fn")
+        if self.format is not None and (
+            self.format.scale != "real" or self.format.affine or self.format.block
+        ):
+            raise BadInput(
+                f"precision: {format} is no format of one scale a tensor without zero point; accepted: int2 to int16 and ExMy as e4m3fn"
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -131,7 +156,9 @@ class QuantizedProducts(WeightCalls):
         if name == "linear":
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             if self.found(given["weight"]) is not None:
-                product: Tensor = QuantizedLinear.apply(given["input"], given["weight"], self.format, self.level)
+                product: Tensor = QuantizedLinear.apply(
+                    given["input"], given["weight"], self.format, self.level
+                )
                 return product if given.get("bias") is None else product + given["bias"]
         elif name == "addmm" and len(args) == 3 and self.found(args[2]) is not None:
             return QuantizedLinear.apply(args[1], args[2].mT, self.format, self.level) + args[0]

@@ -34,7 +34,9 @@ class LearningRateRange(SubjectInstrument):
     loss rises twice the noise above its first value.
     """
 
-    summary_line = "learning-rate range test: loss against a growing rate, the steepest descent and where it diverges"
+    summary_line = (
+        "learning-rate range test: loss against a growing rate, the steepest descent and where it diverges"
+    )
 
     lr_low: float = parameter(1e-5, "learning rate of the first step", gt=0, le=100, scale="log")
     lr_high: float = parameter(1.0, "learning rate of the last step", gt=0, le=1e4, scale="log")
@@ -60,10 +62,25 @@ class LearningRateRange(SubjectInstrument):
             found = smoothed(np.array([row["loss"] for row in run.rows]), self.memory)
             run.stop = len(found) > 10 and found[-1] > 2 * found[0]
 
-        run = fit(mine, steps=self.steps, batch_size=self.batch_size, lr=self.lr_low, optimizer=self.optimizer, weight_decay=self.weight_decay,
-                  schedule=lambda optimizer, total: ExponentialRise(optimizer, total, self.lr_high / self.lr_low), clip=None, seed=self.seed,
-                  callbacks=[hopeless], evaluate_limit=1, progress=progress)  # fmt: skip
-        table = run.history[["step", "lr", "loss"]].copy() if run.rows else pd.DataFrame(columns=["step", "lr", "loss"])
+        run = fit(
+            mine,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr_low,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            schedule=lambda optimizer, total: ExponentialRise(optimizer, total, self.lr_high / self.lr_low),
+            clip=None,
+            seed=self.seed,
+            callbacks=[hopeless],
+            evaluate_limit=1,
+            progress=progress,
+        )
+        table = (
+            run.history[["step", "lr", "loss"]].copy()
+            if run.rows
+            else pd.DataFrame(columns=["step", "lr", "loss"])
+        )
         facts: dict[str, Any] = {"steps": run.step, "diverged": run.diverged}
         finite = table[np.isfinite(table.loss.astype(float))].copy()
         if len(finite) >= 3:
@@ -71,17 +88,31 @@ class LearningRateRange(SubjectInstrument):
             table["smooth"] = finite.smooth
             lowest = int(np.argmin(finite.smooth.to_numpy()))
             slope = np.gradient(finite.smooth.to_numpy(), np.log(finite.lr.to_numpy(float)))
-            noise = float((finite.loss.astype(float) - finite.smooth).iloc[: max(lowest, len(finite) // 4) + 1].std(ddof=0))
-            beyond = finite[(finite.index > finite.index[lowest]) & (finite.smooth > finite.smooth.iloc[0] + 2 * noise)]
-            facts |= {"lr_steepest": float(finite.lr.iloc[int(np.argmin(slope[: lowest + 1]))]), "lr_lowest": float(finite.lr.iloc[lowest]),
-                      "lr_diverges": float(beyond.lr.iloc[0]) if len(beyond) else (float(finite.lr.iloc[-1]) if run.diverged else math.nan),
-                      "fall": float(finite.smooth.iloc[0] - finite.smooth.iloc[lowest]), "noise": noise}  # fmt: skip
+            noise = float(
+                (finite.loss.astype(float) - finite.smooth)
+                .iloc[: max(lowest, len(finite) // 4) + 1]
+                .std(ddof=0)
+            )
+            beyond = finite[
+                (finite.index > finite.index[lowest]) & (finite.smooth > finite.smooth.iloc[0] + 2 * noise)
+            ]
+            facts |= {
+                "lr_steepest": float(finite.lr.iloc[int(np.argmin(slope[: lowest + 1]))]),
+                "lr_lowest": float(finite.lr.iloc[lowest]),
+                "lr_diverges": float(beyond.lr.iloc[0])
+                if len(beyond)
+                else (float(finite.lr.iloc[-1]) if run.diverged else math.nan),
+                "fall": float(finite.smooth.iloc[0] - finite.smooth.iloc[lowest]),
+                "noise": noise,
+            }
         return self.result(table, facts)
 
 
 class RangeResult(Result):
     def figure(self, **view: Any) -> go.Figure:
-        fig = figure("Learning-rate range test", x="learning rate", y="loss (nats)", xaxis_type="log", xaxis_dtick=1)
+        fig = figure(
+            "Learning-rate range test", x="learning rate", y="loss (nats)", xaxis_type="log", xaxis_dtick=1
+        )
         if "smooth" not in self.table:
             return fig
         line(fig, self.table.lr, self.table.loss, "training batch", mode="markers")

@@ -85,10 +85,21 @@ def wsd(p: float, decay: float = 0.2, shape: str = "linear", final: float = 0.0)
     q = (p - (1 - decay)) / decay
     if shape == "exponential":
         return max(final, 1e-2) ** q
-    return {"linear": linear(q, final), "sqrt": final + (1 - final) * (1 - math.sqrt(q)), "cosine": cosine(q, final)}[shape]
+    return {
+        "linear": linear(q, final),
+        "sqrt": final + (1 - final) * (1 - math.sqrt(q)),
+        "cosine": cosine(q, final),
+    }[shape]
 
 
-def infinite(p: float, cooldown: float = 0.3, constant: float = 0.3, anneal: float = 0.15, final: float = 0.01, shape: str = "cosine") -> float:
+def infinite(
+    p: float,
+    cooldown: float = 0.3,
+    constant: float = 0.3,
+    anneal: float = 0.15,
+    final: float = 0.01,
+    shape: str = "cosine",
+) -> float:
     """Cool down to `constant`, hold it while data keep coming, anneal exponentially in the last `anneal` (Singh et al. 2025).
 
     Values are fractions of the peak: at p = cooldown it is `constant`, from 1 - anneal on constant (final / constant)^q, at 1 `final`.
@@ -105,9 +116,19 @@ def infinite(p: float, cooldown: float = 0.3, constant: float = 0.3, anneal: flo
 
 
 PROFILES: dict[str, Callable[..., float]] = {
-    "constant": constant, "linear": linear, "cosine": cosine, "rex": rex, "uba": uba, "delayed-linear": delayed_linear,
-    "polynomial": polynomial, "step": step, "exponential": exponential, "inverse-sqrt": inverse_sqrt, "wsd": wsd, "infinite": infinite,
-}  # fmt: skip
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "rex": rex,
+    "uba": uba,
+    "delayed-linear": delayed_linear,
+    "polynomial": polynomial,
+    "step": step,
+    "exponential": exponential,
+    "inverse-sqrt": inverse_sqrt,
+    "wsd": wsd,
+    "infinite": infinite,
+}
 SCHEDULES = (*PROFILES, "one-cycle", "plateau", "power")
 
 
@@ -117,7 +138,15 @@ class ProfileLR(LRScheduler):
     Warm-up step t (from 0) runs at (t + 1) / (warmup + 1) of the peak, so that the peak is first used at step `warmup`.
     """
 
-    def __init__(self, optimizer: Optimizer, profile: Profile, total: int, warmup: int = 0, sampling: int = 1, last_epoch: int = -1) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        profile: Profile,
+        total: int,
+        warmup: int = 0,
+        sampling: int = 1,
+        last_epoch: int = -1,
+    ) -> None:
         self._profile, self.total, self.warmup, self.sampling = profile, total, warmup, sampling
         super().__init__(optimizer, last_epoch)
 
@@ -155,7 +184,14 @@ class TimeBudgetLR(ProfileLR):
     (2023) reference-system time is a clock that adds each step's time on the reference machine.
     """
 
-    def __init__(self, optimizer: Optimizer, profile: Profile, total: float, warmup: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        profile: Profile,
+        total: float,
+        warmup: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._clock = clock
         self.began = clock()
         super().__init__(optimizer, profile, total, warmup)  # type: ignore[arg-type]
@@ -191,8 +227,19 @@ class PowerLR(LRScheduler):
     through the final decay over the last `decay` fraction, to `final` x the value it started from.
     """
 
-    def __init__(self, optimizer: Optimizer, total: int, batch: int, tokens: float, a: float = 4.0, b: float = -0.51, warmup: int = 0,
-                 decay: float = 0.1, final: float = 0.01, last_epoch: int = -1) -> None:  # fmt: skip
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total: int,
+        batch: int,
+        tokens: float,
+        a: float = 4.0,
+        b: float = -0.51,
+        warmup: int = 0,
+        decay: float = 0.1,
+        final: float = 0.01,
+        last_epoch: int = -1,
+    ) -> None:
         self.total, self.batch, self.tokens, self.a, self.b = total, batch, tokens, a, b
         self.warmup, self.decay, self.final = warmup, decay, final
         super().__init__(optimizer, last_epoch)
@@ -203,7 +250,11 @@ class PowerLR(LRScheduler):
         body = min(peak, self.batch * self.a * ((min(t, starts) + 1) * self.tokens) ** self.b)
         if t < self.warmup:
             return body * (t + 1) / (self.warmup + 1)
-        return body if t <= starts or self.decay <= 0 else body * self.final ** ((t - starts) / (self.total - starts))
+        return (
+            body
+            if t <= starts or self.decay <= 0
+            else body * self.final ** ((t - starts) / (self.total - starts))
+        )
 
     def get_lr(self) -> list[Any]:
         return [self.rate(float(base), self.last_epoch) for base in self.base_lrs]
@@ -215,43 +266,59 @@ def profile(name: str, **options: Any) -> Profile:
 
     if name not in PROFILES:
         close = difflib.get_close_matches(name, SCHEDULES, 1)
-        raise BadInput(f"schedule: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(SCHEDULES)}")
+        raise BadInput(
+            f"schedule: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(SCHEDULES)}"
+        )
     check_options("schedule", name, PROFILES[name], options, skip=1)
     return functools.partial(PROFILES[name], **options)
 
 
-def check_options(field: str, name: str, function: Callable[..., Any], options: dict[str, Any], skip: int) -> None:
+def check_options(
+    field: str, name: str, function: Callable[..., Any], options: dict[str, Any], skip: int
+) -> None:
     accepted = list(inspect.signature(function).parameters)[skip:]
     unknown = set(options) - set(accepted)
     if unknown:
-        raise BadInput(f"{field}: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(accepted) or 'none'}")
+        raise BadInput(
+            f"{field}: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(accepted) or 'none'}"
+        )
 
 
-def make_schedule(name: str, warmup: float = 0.0, sampling: int = 1, **options: Any) -> Callable[[Optimizer, int], LRScheduler | ReduceLROnPlateau]:
+def make_schedule(
+    name: str, warmup: float = 0.0, sampling: int = 1, **options: Any
+) -> Callable[[Optimizer, int], LRScheduler | ReduceLROnPlateau]:
     """A factory (optimizer, steps) -> scheduler. `warmup` is a fraction of the steps; one-cycle and plateau have none of it."""
     if not 0 <= warmup < 1:
         raise BadInput(f"warmup: {warmup} is not accepted, it should be a fraction of the run in [0, 1)")
     if name == "one-cycle":
         check_options("schedule", name, OneCycleLR.__init__, options, skip=1)
-        return lambda optimizer, steps: OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=steps + 1, **options)
+        return lambda optimizer, steps: OneCycleLR(
+            optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=steps + 1, **options
+        )
     if name == "plateau":
         check_options("schedule", name, ReduceLROnPlateau.__init__, options, skip=1)
         return lambda optimizer, steps: ReduceLROnPlateau(optimizer, **options)
     if name == "power":
         check_options("schedule", name, PowerLR.__init__, options, skip=3)
         if not {"batch", "tokens"} <= set(options):
-            raise BadInput("schedule: 'power' needs the options batch (sequences a step) and tokens (tokens a step)")
+            raise BadInput(
+                "schedule: 'power' needs the options batch (sequences a step) and tokens (tokens a step)"
+            )
         return lambda optimizer, steps: PowerLR(optimizer, steps, warmup=round(warmup * steps), **options)
     chosen = profile(name, **options)
     return lambda optimizer, steps: ProfileLR(optimizer, chosen, steps, round(warmup * steps), sampling)
 
 
-def sampled(name: str, steps: int, warmup: float = 0.0, sampling: int = 1, lr: float = 1.0, **options: Any) -> np.ndarray:
+def sampled(
+    name: str, steps: int, warmup: float = 0.0, sampling: int = 1, lr: float = 1.0, **options: Any
+) -> np.ndarray:
     """The learning rate of every step, (steps,) float64, read off the scheduler itself as an optimizer would see it."""
     import torch
 
     if name == "plateau":
-        raise BadInput("schedule: 'plateau' depends on the losses, so it has no curve of its own; train with it")
+        raise BadInput(
+            "schedule: 'plateau' depends on the losses, so it has no curve of its own; train with it"
+        )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     scheduler = make_schedule(name, warmup=warmup, sampling=sampling, **options)(optimizer, steps)
     values = np.empty(steps)

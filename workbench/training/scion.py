@@ -33,9 +33,18 @@ class Scion(GroupOptimizer):
     Each group names its `norm` (spectral for hidden matrices, sign for the first and last, rms for vectors) and its `radius`.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-2, momentum: float = 0.9, weight_decay: float = 0.0, radius: float = 1.0,
-                 norm: str = "spectral") -> None:  # fmt: skip
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, radius=radius, norm=norm))
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        radius: float = 1.0,
+        norm: str = "spectral",
+    ) -> None:
+        super().__init__(
+            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, radius=radius, norm=norm)
+        )
         for group in self.param_groups:
             if group["norm"] not in NORMS:
                 raise BadInput(f"norm: {group['norm']!r} is unknown; known: {', '.join(NORMS)}")
@@ -44,4 +53,6 @@ class Scion(GroupOptimizer):
         averages = self.kept("average", weights)
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_sub_(weights, [steepest(d, group["norm"]) for d in averages], alpha=group["lr"] * group["radius"])
+        torch._foreach_sub_(
+            weights, [steepest(d, group["norm"]) for d in averages], alpha=group["lr"] * group["radius"]
+        )

@@ -73,12 +73,20 @@ class SelfTuningLinear(nn.Module):
     def __init__(self, layer: nn.Linear, setting: Setting) -> None:
         super().__init__()
         outputs, count = layer.weight.shape[0], len(setting.hyperparameters)
-        self.weight, self.response = nn.Parameter(layer.weight.detach().clone()), nn.Parameter(torch.zeros_like(layer.weight))
+        self.weight, self.response = (
+            nn.Parameter(layer.weight.detach().clone()),
+            nn.Parameter(torch.zeros_like(layer.weight)),
+        )
         self.gate = nn.Parameter(torch.randn(outputs, count, dtype=layer.weight.dtype) / max(count, 1) ** 0.5)
         self.bias: nn.Parameter | None = None
         if layer.bias is not None:
-            self.bias, self.bias_response = nn.Parameter(layer.bias.detach().clone()), nn.Parameter(torch.zeros_like(layer.bias))
-            self.bias_gate = nn.Parameter(torch.randn(outputs, count, dtype=layer.weight.dtype) / max(count, 1) ** 0.5)
+            self.bias, self.bias_response = (
+                nn.Parameter(layer.bias.detach().clone()),
+                nn.Parameter(torch.zeros_like(layer.bias)),
+            )
+            self.bias_gate = nn.Parameter(
+                torch.randn(outputs, count, dtype=layer.weight.dtype) / max(count, 1) ** 0.5
+            )
         self.__dict__["setting"] = setting  # shared by all layers, owned by none
 
     def responding(self) -> Tensor:
@@ -86,7 +94,11 @@ class SelfTuningLinear(nn.Module):
         return self.weight + (self.gate @ self.setting.drawn)[:, None] * self.response
 
     def forward(self, inputs: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias + (self.bias_gate @ self.setting.drawn) * self.bias_response
+        bias = (
+            None
+            if self.bias is None
+            else self.bias + (self.bias_gate @ self.setting.drawn) * self.bias_response
+        )
         return F.linear(inputs, self.responding(), bias)
 
 
@@ -113,16 +125,33 @@ def self_tuning(model: nn.Module, setting: Setting) -> nn.Module:
 
 def squared_weights(model: nn.Module) -> Tensor:
     """Sum of squares of the responding weights, for an L2 penalty."""
-    return torch.stack([m.responding().square().sum() for m in model.modules() if isinstance(m, SelfTuningLinear)]).sum()
+    return torch.stack(
+        [m.responding().square().sum() for m in model.modules() if isinstance(m, SelfTuningLinear)]
+    ).sum()
 
 
 #: (model, batch, hyperparameters) -> mean loss over the batch
 Loss = Callable[[nn.Module, Batch, dict[str, Tensor]], Tensor]
 
 
-def tune(model: nn.Module, setting: Setting, train: Batch, validation: Batch, training_loss: Loss, validation_loss: Loss, steps: int = 500,
-         batch_size: int = 32, lr: float = 1e-3, setting_lr: float = 3e-3, train_steps: int = 2, warmup: int = 50, entropy_weight: float = 1e-3,
-         tune_spread: bool = True, seed: int = 0, progress: Progress | None = None) -> pd.DataFrame:  # fmt: skip
+def tune(
+    model: nn.Module,
+    setting: Setting,
+    train: Batch,
+    validation: Batch,
+    training_loss: Loss,
+    validation_loss: Loss,
+    steps: int = 500,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    setting_lr: float = 3e-3,
+    train_steps: int = 2,
+    warmup: int = 50,
+    entropy_weight: float = 1e-3,
+    tune_spread: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
     """Algorithm 1: `train_steps` steps of Adam on weights and responses at drawn hyperparameters, then one on the setting by the
     validation loss minus `entropy_weight` x entropy; the first `warmup` rounds leave the setting alone.
 
@@ -135,7 +164,11 @@ def tune(model: nn.Module, setting: Setting, train: Batch, validation: Batch, tr
 
     def batch(columns: Batch, position: int) -> Batch:
         size = len(next(iter(columns.values())))
-        return columns if batch_size >= size else {k: v[take(size, seed, position * batch_size, batch_size)] for k, v in columns.items()}
+        return (
+            columns
+            if batch_size >= size
+            else {k: v[take(size, seed, position * batch_size, batch_size)] for k, v in columns.items()}
+        )
 
     def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
         optimizer.zero_grad()
@@ -149,14 +182,25 @@ def tune(model: nn.Module, setting: Setting, train: Batch, validation: Batch, tr
             model.train()
             for k in range(train_steps):
                 setting.draw()
-                fitted = step(inner, training_loss(model, batch(train, index * train_steps + k), setting.values()))
+                fitted = step(
+                    inner, training_loss(model, batch(train, index * train_steps + k), setting.values())
+                )
             model.eval()
             measured = math.nan
             if index >= warmup:
                 setting.draw()
-                measured = step(outer, validation_loss(model, batch(validation, index), setting.values()) - entropy_weight * setting.entropy())
+                measured = step(
+                    outer,
+                    validation_loss(model, batch(validation, index), setting.values())
+                    - entropy_weight * setting.entropy(),
+                )
             setting.settle()
             values = {name: float(value.detach()) for name, value in setting.values().items()}
-            spreads = {f"spread_{h.name}": float(s) for h, s in zip(setting.hyperparameters, setting.log_spread.detach().exp(), strict=True)}
-            rows.append({"round": index, "train_loss": fitted, "validation_loss": measured, **values, **spreads})
+            spreads = {
+                f"spread_{h.name}": float(s)
+                for h, s in zip(setting.hyperparameters, setting.log_spread.detach().exp(), strict=True)
+            }
+            rows.append(
+                {"round": index, "train_loss": fitted, "validation_loss": measured, **values, **spreads}
+            )
     return pd.DataFrame(rows)

@@ -23,8 +23,17 @@ class Sophia(GroupOptimizer):
     Where h is not positive the step is the sign of m, as the authors mean it.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.96, 0.99), gamma: float = 0.01, eps: float = 1e-12,
-                 weight_decay: float = 0.0, every: int = 10, examples: int = 32) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.96, 0.99),
+        gamma: float = 0.01,
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+        every: int = 10,
+        examples: int = 32,
+    ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, gamma=gamma, eps=eps, weight_decay=weight_decay))
         self.every, self.examples = every, examples
 
@@ -39,8 +48,13 @@ class Sophia(GroupOptimizer):
             found = torch.autograd.grad(loss(), weights, create_graph=True, allow_unused=True)
             used = [(w, g) for w, g in zip(weights, found, strict=True) if g is not None and g.requires_grad]
             probes = [torch.randint(0, 2, w.shape, device=w.device).to(w.dtype) * 2 - 1 for w, _ in used]
-            products = torch.autograd.grad([g for _, g in used], [w for w, _ in used], probes, allow_unused=True)
-        self.average([w for w, _ in used], [torch.zeros_like(u) if h is None else u * h for u, h in zip(probes, products, strict=True)])
+            products = torch.autograd.grad(
+                [g for _, g in used], [w for w, _ in used], probes, allow_unused=True
+            )
+        self.average(
+            [w for w, _ in used],
+            [torch.zeros_like(u) if h is None else u * h for u, h in zip(probes, products, strict=True)],
+        )
 
     @torch.no_grad()
     def average(self, weights: Sequence[Tensor], diagonals: Sequence[Tensor]) -> None:

@@ -68,25 +68,59 @@ class Sweep:
     by default an SQLite file in the cache folder. The same name, space and settings go on where they stopped; others are refused.
     """
 
-    def __init__(self, name: str, space: Mapping[str, Sequence[Any] | Range], objective: Objective, sampling: Sampling = "grid", trials: int | None = None,
-                 halving: bool = False, storage: str | None = None, seed: int = 0, note: str = "") -> None:  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        space: Mapping[str, Sequence[Any] | Range],
+        objective: Objective,
+        sampling: Sampling = "grid",
+        trials: int | None = None,
+        halving: bool = False,
+        storage: str | None = None,
+        seed: int = 0,
+        note: str = "",
+    ) -> None:
         if not space or any(not isinstance(values, Range) and len(values) == 0 for values in space.values()):
             raise BadInput("space: every field of a sweep needs at least one value")
         if sampling not in ("grid", "random", "tpe"):
             raise BadInput(f"sampling: {sampling!r} is unknown; known: grid, random, tpe")
         if sampling != "grid" and not trials:
             raise BadInput(f"trials: {sampling} sampling needs a number of trials")
-        self.name, self.space, self.objective, self.sampling, self.halving, self.seed = name, dict(space), objective, sampling, halving, seed
+        self.name, self.space, self.objective, self.sampling, self.halving, self.seed = (
+            name,
+            dict(space),
+            objective,
+            sampling,
+            halving,
+            seed,
+        )
         if storage is None:
             folder = cache_folder() / "sweeps"
             folder.mkdir(parents=True, exist_ok=True)
             storage = f"sqlite:///{folder / 'sweeps.sqlite'}"
         self.storage, self._shown = storage, -1
-        grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*(v.grid() if isinstance(v, Range) else v for v in space.values()))]
+        grid = [
+            dict(zip(space, values, strict=True))
+            for values in itertools.product(
+                *(v.grid() if isinstance(v, Range) else v for v in space.values())
+            )
+        ]
         self.points = grid if sampling == "grid" else None
         self.trials = len(grid) if sampling == "grid" else int(trials or 0)
-        shown = {k: [v.low, v.high, v.log, v.points] if isinstance(v, Range) else list(v) for k, v in space.items()}
-        self.spec = json.dumps({"space": shown, "sampling": sampling, "trials": self.trials, "halving": halving, "seed": seed, "note": note}, sort_keys=True)
+        shown = {
+            k: [v.low, v.high, v.log, v.points] if isinstance(v, Range) else list(v) for k, v in space.items()
+        }
+        self.spec = json.dumps(
+            {
+                "space": shown,
+                "sampling": sampling,
+                "trials": self.trials,
+                "halving": halving,
+                "seed": seed,
+                "note": note,
+            },
+            sort_keys=True,
+        )
 
     # ---- set-up ----------------------------------------------------------------------------------------------------
     def _optuna(self, study: str, create: bool = False) -> Any:
@@ -94,7 +128,11 @@ class Sweep:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         store = optuna.storages.RDBStorage(self.storage, engine_kwargs=engine_options(self.storage))
-        sampler = optuna.samplers.RandomSampler(self.seed) if self.sampling == "random" else optuna.samplers.TPESampler(seed=self.seed, constant_liar=True)
+        sampler = (
+            optuna.samplers.RandomSampler(self.seed)
+            if self.sampling == "random"
+            else optuna.samplers.TPESampler(seed=self.seed, constant_liar=True)
+        )
         pruner = optuna.pruners.SuccessiveHalvingPruner() if self.halving else optuna.pruners.NopPruner()
         make = optuna.create_study if create else optuna.load_study
         return make(study_name=study, storage=store, sampler=sampler, pruner=pruner)
@@ -102,7 +140,12 @@ class Sweep:
     def _distributions(self) -> dict[str, Any]:
         from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-        return {k: FloatDistribution(v.low, v.high, log=v.log) if isinstance(v, Range) else CategoricalDistribution(list(v)) for k, v in self.space.items()}
+        return {
+            k: FloatDistribution(v.low, v.high, log=v.log)
+            if isinstance(v, Range)
+            else CategoricalDistribution(list(v))
+            for k, v in self.space.items()
+        }
 
     def open(self) -> Ledger:
         """The ledger, with the study in it; `BadInput` when the name is taken by a different sweep."""
@@ -115,7 +158,10 @@ class Sweep:
             if self.points is not None:
                 points = [(point, None) for point in self.points]
             elif self.sampling == "random":
-                points = [(t.params, t.number) for t in (study.ask(self._distributions()) for _ in range(self.trials))]
+                points = [
+                    (t.params, t.number)
+                    for t in (study.ask(self._distributions()) for _ in range(self.trials))
+                ]
             if not ledger.create(self.spec, label, points):
                 import optuna
 
@@ -124,11 +170,19 @@ class Sweep:
         assert found is not None
         if found[0] != self.spec:
             ledger.close()
-            raise BadInput(f"name: {self.name!r} is a different sweep in this storage ({found[0]}); give this one another name")
+            raise BadInput(
+                f"name: {self.name!r} is a different sweep in this storage ({found[0]}); give this one another name"
+            )
         return ledger
 
     # ---- running ---------------------------------------------------------------------------------------------------
-    def run(self, workers: int = 2, backend: str = "loky", progress: Progress | None = None, on_change: Callable[[pd.DataFrame], None] | None = None) -> pd.DataFrame:
+    def run(
+        self,
+        workers: int = 2,
+        backend: str = "loky",
+        progress: Progress | None = None,
+        on_change: Callable[[pd.DataFrame], None] | None = None,
+    ) -> pd.DataFrame:
         """Run what is left and return `table()`. Ends early on Stop, keeping what is finished; run again to go on.
 
         workers : 1 runs here, more run in joblib's `backend`: "loky" (processes), "dask" (joins the current `dask.distributed.Client`)
@@ -139,7 +193,11 @@ class Sweep:
         ledger.stop(False)
         if workers == 1:
             with watching(ledger, progress):
-                self.work(uuid.uuid4().hex[:12], on_done=lambda: self._show(ledger, progress, on_change), progress=progress)
+                self.work(
+                    uuid.uuid4().hex[:12],
+                    on_done=lambda: self._show(ledger, progress, on_change),
+                    progress=progress,
+                )
         else:
             self._pool(ledger, workers, backend, progress, on_change)
         if progress.stopped:
@@ -149,7 +207,14 @@ class Sweep:
         ledger.close()
         return table
 
-    def _pool(self, ledger: Ledger, workers: int, backend: str, progress: Progress, on_change: Callable[[pd.DataFrame], None] | None) -> None:
+    def _pool(
+        self,
+        ledger: Ledger,
+        workers: int,
+        backend: str,
+        progress: Progress,
+        on_change: Callable[[pd.DataFrame], None] | None,
+    ) -> None:
         import joblib
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
@@ -186,7 +251,9 @@ class Sweep:
         if errors:
             raise errors[0]
 
-    def _show(self, ledger: Ledger, progress: Progress, on_change: Callable[[pd.DataFrame], None] | None) -> None:
+    def _show(
+        self, ledger: Ledger, progress: Progress, on_change: Callable[[pd.DataFrame], None] | None
+    ) -> None:
         rows = ledger.rows()
         done = sum(row.state in ("done", "failed") for row in rows)
         progress.show("trials", done, len(rows))
@@ -194,7 +261,9 @@ class Sweep:
             on_change(frame(rows))
         self._shown = done
 
-    def work(self, driver: str, on_done: Callable[[], None] | None = None, progress: Progress | None = None) -> int:
+    def work(
+        self, driver: str, on_done: Callable[[], None] | None = None, progress: Progress | None = None
+    ) -> int:
         """What one worker does: claim, run, record, until nothing is left. Returns how many results it recorded."""
         ledger, owner, recorded = self.open(), owner_name(driver), 0
         found = ledger.spec()
@@ -235,7 +304,9 @@ class Sweep:
             ledger.give_back(claim.number, owner)
             return 0
         value = float(facts.get("value", math.nan))
-        facts["diverged"] = bool(facts.get("diverged", False)) or (state == "done" and not math.isfinite(value))
+        facts["diverged"] = bool(facts.get("diverged", False)) or (
+            state == "done" and not math.isfinite(value)
+        )
         if not ledger.finish(claim.number, owner, state, facts, time.perf_counter() - began):
             return 0
         self._tell(study, number, params, facts, state)
@@ -244,25 +315,43 @@ class Sweep:
     def _handle(self, study: Any, number: int) -> Any:
         import optuna
 
-        return optuna.trial.Trial(study, study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
+        return optuna.trial.Trial(
+            study, study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+        )
 
-    def _tell(self, study: Any, number: int | None, params: dict[str, Any], facts: dict[str, Any], state: str) -> None:
+    def _tell(
+        self, study: Any, number: int | None, params: dict[str, Any], facts: dict[str, Any], state: str
+    ) -> None:
         """Let optuna know, for its sampler and its dashboards; the ledger is what counts."""
         from optuna.trial import TrialState, create_trial
 
         value = float(facts.get("value", math.nan))
         good = state == "done" and math.isfinite(value)
         if number is None:
-            made = create_trial(params=params, distributions=self._distributions_of_grid(), state=TrialState.COMPLETE if good else TrialState.FAIL,
-                                value=value if good else None)  # fmt: skip
+            made = create_trial(
+                params=params,
+                distributions=self._distributions_of_grid(),
+                state=TrialState.COMPLETE if good else TrialState.FAIL,
+                value=value if good else None,
+            )
             patiently(lambda: study.add_trial(made))
         else:
-            patiently(lambda: study.tell(number, value if good else None, state=None if good else TrialState.FAIL, skip_if_finished=True))
+            patiently(
+                lambda: study.tell(
+                    number,
+                    value if good else None,
+                    state=None if good else TrialState.FAIL,
+                    skip_if_finished=True,
+                )
+            )
 
     def _distributions_of_grid(self) -> dict[str, Any]:
         from optuna.distributions import CategoricalDistribution
 
-        return {k: CategoricalDistribution(v.grid() if isinstance(v, Range) else list(v)) for k, v in self.space.items()}
+        return {
+            k: CategoricalDistribution(v.grid() if isinstance(v, Range) else list(v))
+            for k, v in self.space.items()
+        }
 
     def _reconcile(self, ledger: Ledger) -> None:
         """Tell optuna about results whose worker died between the ledger and optuna."""
@@ -287,8 +376,19 @@ class Sweep:
 
 def frame(rows: list[Any]) -> pd.DataFrame:
     """Rows of the ledger as a table."""
-    return pd.DataFrame([{"trial": r.number, "state": r.state, **(json.loads(r.params) if r.params else {}), **(json.loads(r.result) if r.result else {}),
-                          "attempts": r.attempts, "seconds": r.seconds} for r in rows])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "trial": r.number,
+                "state": r.state,
+                **(json.loads(r.params) if r.params else {}),
+                **(json.loads(r.result) if r.result else {}),
+                "attempts": r.attempts,
+                "seconds": r.seconds,
+            }
+            for r in rows
+        ]
+    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,10 @@ from workbench.subjects.builtin import bytelm, corpora, data_folder
 NAMES = ["bytelm", "bytemoe"]
 
 
-@pytest.mark.parametrize("text", ["", "def f(x):\n\treturn 'é → ü'  \n  ", "\x00\x7f\u00ad 漢字 🙂", "".join(map(chr, range(0x250)))])
+@pytest.mark.parametrize(
+    "text",
+    ["", "def f(x):\n\treturn 'é → ü'  \n  ", "\x00\x7f\u00ad 漢字 🙂", "".join(map(chr, range(0x250)))],
+)
 def test_the_tokenizer_is_utf8(tmp_path, text):
     bytelm.byte_tokenizer().save_pretrained(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -36,7 +39,9 @@ def test_the_loss_of_zero_embeddings_is_the_logarithm_of_the_vocabulary():
 def test_the_loss_is_the_one_transformers_computes():
     torch.manual_seed(0)
     model, windows = bytelm.byte_model(), torch.randint(256, (2, 33))
-    assert bytelm.next_byte_loss(model, windows).item() == pytest.approx(model(input_ids=windows, labels=windows).loss.item(), rel=1e-5)
+    assert bytelm.next_byte_loss(model, windows).item() == pytest.approx(
+        model(input_ids=windows, labels=windows).loss.item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("experts", [2, 4])
@@ -53,7 +58,9 @@ def test_the_balance_loss_is_the_one_transformers_computes():
 
     logits = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     # transformers counts both chosen slots as one token each, so its value is the number of slots times ours
-    assert 2 * bytelm.routing_imbalance([logits]).item() == pytest.approx(load_balancing_loss_func((logits,), 4, 2).item(), rel=1e-5)
+    assert 2 * bytelm.routing_imbalance([logits]).item() == pytest.approx(
+        load_balancing_loss_func((logits,), 4, 2).item(), rel=1e-5
+    )
 
 
 def test_a_pass_sees_every_window_once_and_targets_follow_inputs():
@@ -79,7 +86,12 @@ def test_training_writes_a_folder_that_transformers_opens(tmp_path, monkeypatch,
     windows = corpora.byte_windows([d for d in some_documents() if d.split == "test"], 256, 256)
     assert bytelm.bits_per_byte(model, windows) == pytest.approx(record["bits_per_byte"]["test"], abs=1e-4)
     assert {f.name for f in tmp_path.iterdir() if "token" not in f.name} <= {
-        "config.json", "generation_config.json", "model.safetensors", "log.csv", "training.json"}  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "log.csv",
+        "training.json",
+    }
 
 
 def some_documents():
@@ -91,14 +103,20 @@ def test_the_shipped_weights_are_small_and_hold_no_optimizer_state(name):
     file = data_folder() / name / "model.safetensors"
     assert file.stat().st_size < 8e6
     with safe_open(file, "pt") as tensors:
-        assert set(tensors.keys()) <= set(bytelm.byte_model(experts=4 if name == "bytemoe" else 0).state_dict()) | expert_names()
+        assert (
+            set(tensors.keys())
+            <= set(bytelm.byte_model(experts=4 if name == "bytemoe" else 0).state_dict()) | expert_names()
+        )
 
 
 def expert_names():
     """Mixtral checkpoints keep every expert's three matrices apart; the model in memory stacks them."""
-    return {f"model.layers.{i}.block_sparse_moe.experts.{e}.w{w}.weight" for i in range(4) for e in range(4) for w in (1, 2, 3)} | {
-        f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(4)
-    }
+    return {
+        f"model.layers.{i}.block_sparse_moe.experts.{e}.w{w}.weight"
+        for i in range(4)
+        for e in range(4)
+        for w in (1, 2, 3)
+    } | {f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(4)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,7 +124,12 @@ def test_the_shipped_model_reaches_its_recorded_loss(name):
     parts = getattr(bytelm, name)()
     assert parts.task == "causal-lm"
     sizes = {split: tuple(columns["input_ids"].shape) for split, columns in parts.splits.items()}
-    assert sizes == {"train": (4096, 256), "calibration": (128, 256), "validation": (256, 256), "test": (256, 256)}
+    assert sizes == {
+        "train": (4096, 256),
+        "calibration": (128, 256),
+        "validation": (256, 256),
+        "test": (256, 256),
+    }
     test = parts.splits["test"]["input_ids"]
     recorded = parts.info["bits_per_byte"]["test"]
     if parts.info["same_corpus"]:

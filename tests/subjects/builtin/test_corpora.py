@@ -23,7 +23,9 @@ def test_the_library_is_there_and_each_document_once():
     assert sum(len(document.text) for document in library()) > 5e6
 
 
-@pytest.mark.parametrize("part", ["/test/", "/tests/", "site-packages", "dist-packages", "_sysconfigdata", "topics.py"])
+@pytest.mark.parametrize(
+    "part", ["/test/", "/tests/", "site-packages", "dist-packages", "_sysconfigdata", "topics.py"]
+)
 def test_what_does_not_belong_is_left_out(part):
     assert not [d.name for d in library() if part in f"/{d.name}"]
 
@@ -38,12 +40,20 @@ def test_the_split_depends_on_the_name_alone():
     shares = Counter(corpora.split_of(f"module{i}.py") for i in range(20_000))
     for split, share in (("train", 0.9), ("validation", 0.05), ("test", 0.05)):
         assert shares[split] / 20_000 == pytest.approx(share, abs=4 * (share * (1 - share) / 20_000) ** 0.5)
-    assert corpora.split_of("x", validation=0, test=1) == "test" and corpora.split_of("x", validation=0, test=0) == "train"
+    assert (
+        corpora.split_of("x", validation=0, test=1) == "test"
+        and corpora.split_of("x", validation=0, test=0) == "train"
+    )
 
 
 def test_digest_sees_names_texts_and_their_border():
     base = [Document("a", b"bc"), Document("d", b"e")]
-    others = [[Document("ab", b"c"), base[1]], [Document("a", b"b"), Document("cd", b"e")], base[::-1], base[:1]]
+    others = [
+        [Document("ab", b"c"), base[1]],
+        [Document("a", b"b"), Document("cd", b"e")],
+        base[::-1],
+        base[:1],
+    ]
     assert len({corpora.digest(documents) for documents in [base, *others]}) == 5
     assert corpora.digest(base) == corpora.digest(list(base))
 
@@ -57,14 +67,20 @@ def test_byte_stream_is_the_bytes_with_a_start_token():
 def test_windows_are_slices_of_the_stream_at_even_spacing():
     documents = [Document("a", bytes(range(100)))]
     every = corpora.byte_windows(documents, 10)
-    assert torch.equal(every.flatten(), torch.from_numpy(corpora.byte_stream(documents)[:100].astype(np.int64)))
+    assert torch.equal(
+        every.flatten(), torch.from_numpy(corpora.byte_stream(documents)[:100].astype(np.int64))
+    )
     assert torch.equal(corpora.byte_windows(documents, 10, 5), every[::2])
     assert len(corpora.byte_windows(documents, 10, 1000)) == 10
 
 
 def test_texts_cover_the_library_once():
     parts = {split: corpora.texts(split) for split in ("train", "calibration", "validation", "test")}
-    assert Counter(text for part in parts.values() for text in part) == Counter(d.text.decode("utf-8", "replace") for d in library())
+    assert Counter(text for part in parts.values() for text in part) == Counter(
+        d.text.decode("utf-8", "replace") for d in library()
+    )
     assert 0.05 < len(parts["calibration"]) / len(parts["train"]) < 0.2
     names = {d.text.decode("utf-8", "replace"): d.split for d in library()}
-    assert {names[text] for text in parts["calibration"]} == {"train"} and {names[text] for text in parts["test"]} == {"test"}
+    assert {names[text] for text in parts["calibration"]} == {"train"} and {
+        names[text] for text in parts["test"]
+    } == {"test"}

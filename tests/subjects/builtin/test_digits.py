@@ -19,14 +19,18 @@ def test_hessian_at_zero_weights_has_the_published_spectrum():
     assert values[:9] == pytest.approx([1.0455299687] * 9, abs=1e-9)
     assert values[9:27].tolist() == pytest.approx([0.0698833] * 9 + [0.0638585] * 9, abs=1e-7)
     assert values.sum().item() == pytest.approx(13.5127791110, abs=1e-9)
-    assert (values.abs() < 1e-12).sum() == 91  # 64 for the shift of all classes, 27 for pixels that span nothing
+    assert (
+        values.abs() < 1e-12
+    ).sum() == 91  # 64 for the shift of all classes, 27 for pixels that span nothing
 
 
 def test_trained_weights_are_stationary():
     parts = digits.softmax(trained=True)
     train = parts.splits["train"]
     weight = parts.model.weight.detach().double().requires_grad_()
-    (F.cross_entropy(train["inputs"].double() @ weight.T, train["labels"]) + 0.5e-4 * weight.square().sum()).backward()
+    (
+        F.cross_entropy(train["inputs"].double() @ weight.T, train["labels"]) + 0.5e-4 * weight.square().sum()
+    ).backward()
     assert weight.grad.abs().max() < 1e-6
     test = parts.splits["test"]
     assert (parts.model(test["inputs"]).argmax(1) == test["labels"]).float().mean() > 0.94
@@ -65,7 +69,9 @@ def test_vit_learns(tmp_path, monkeypatch):
     parts = digits.vit(progress=Progress())
     test = parts.splits["test"]
     with torch.no_grad():
-        accuracy = (parts.model(pixel_values=test["pixel_values"]).logits.argmax(1) == test["labels"]).float().mean()
+        accuracy = (
+            (parts.model(pixel_values=test["pixel_values"]).logits.argmax(1) == test["labels"]).float().mean()
+        )
     assert accuracy > 0.93
 
 

@@ -22,7 +22,9 @@ def test_no_module_is_in_two_splits_and_limits_hold(collected):
         homes.setdefault(text.module, set()).add(text.split)
         assert text.module.startswith(text.package + "/")
     assert all(len(splits) == 1 for splits in homes.values())
-    assert set(Counter((t.package, t.split) for t in collected).values()) == set(LIMITS.values())  # every class is full
+    assert set(Counter((t.package, t.split) for t in collected).values()) == set(
+        LIMITS.values()
+    )  # every class is full
     assert max(Counter(t.module for t in collected).values()) <= 6
     assert len({t.package for t in collected}) == 8
 
@@ -65,8 +67,13 @@ def test_parsing_skips_duplicates_tests_and_broken_files_without_importing(made_
 
 
 def test_giveaways_are_words_or_prefixes_not_parts_of_words():
-    cleaned = docstrings.clean("np.mean of a  NumPy ndarray,\n torch.Tensor or torchvision; go.Figure; go on, input pandas.DataFrame")
-    assert cleaned == "package.mean of a package package, package.Tensor or package; package.Figure; go on, input package.package"
+    cleaned = docstrings.clean(
+        "np.mean of a  NumPy ndarray,\n torch.Tensor or torchvision; go.Figure; go on, input pandas.DataFrame"
+    )
+    assert (
+        cleaned
+        == "package.mean of a package package, package.Tensor or package; package.Figure; go on, input package.package"
+    )
 
 
 def test_a_missing_package_is_named_before_anything_is_read():

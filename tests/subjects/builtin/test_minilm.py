@@ -29,8 +29,12 @@ def test_the_sha256_is_checked(tmp_path):
     with pytest.raises(BadInput, match=r"model.safetensors is missing from .*reinstall"):
         minilm.check_sha256(file, minilm.WEIGHTS_SHA256)
     file.write_bytes(b"abc")
-    minilm.check_sha256(file, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")  # FIPS 180-2, appendix B.1
-    with pytest.raises(BadInput, match=r"has the SHA-256 ba7816bf8f01cfea..., expected 53aa51172d142c89.*reinstall"):
+    minilm.check_sha256(
+        file, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )  # FIPS 180-2, appendix B.1
+    with pytest.raises(
+        BadInput, match=r"has the SHA-256 ba7816bf8f01cfea..., expected 53aa51172d142c89.*reinstall"
+    ):
         minilm.check_sha256(file, minilm.WEIGHTS_SHA256)
 
 
@@ -70,7 +74,9 @@ minilm.minilm(progress=Killer())
 def test_a_kill_leaves_nothing_that_is_taken_for_a_subject(kept, in_training):
     script = KILLED.format(in_training=in_training, limits=SMALL)
     environment = {"WORKBENCH_CACHE": str(kept), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not list((kept / "subjects").glob("minilm-docstrings-*"))
 
@@ -85,13 +91,19 @@ def test_the_next_call_completes_and_the_one_after_loads(small):
     first, second = Counting(), Counting()
     made, loaded = minilm.minilm(progress=first), minilm.minilm(progress=second)
     assert first.steps == SMALL["train"] * 8 // 16 and second.steps == 0
-    assert all(torch.equal(value, loaded.model.state_dict()[key]) for key, value in made.model.state_dict().items())
+    assert all(
+        torch.equal(value, loaded.model.state_dict()[key]) for key, value in made.model.state_dict().items()
+    )
     sizes = {name: len(split["labels"]) for name, split in made.splits.items()}
     assert sizes == {"train": 64, "validation": 16, "test": 24, "calibration": 64}
     for split in made.splits.values():
-        assert split["input_ids"].shape == split["attention_mask"].shape == (len(split["labels"]), minilm.LENGTH)
+        assert (
+            split["input_ids"].shape == split["attention_mask"].shape == (len(split["labels"]), minilm.LENGTH)
+        )
         assert set(split["labels"].tolist()) == set(range(8))
-    assert made.info["test"]["accuracy"] == pytest.approx(minilm.measure(loaded.model, loaded.splits["test"])["accuracy"])
+    assert made.info["test"]["accuracy"] == pytest.approx(
+        minilm.measure(loaded.model, loaded.splits["test"])["accuracy"]
+    )
     assert made.info["labels"] == list(docstrings.PACKAGES) and "test accuracy" in made.info["note"]
 
 
@@ -128,12 +140,18 @@ def test_the_halves_of_a_batch_add_up_to_its_gradient(small):
     parts = minilm.minilm(progress=Progress())
     train = {column: value[:6] for column, value in parts.splits["train"].items()}
     model = parts.model.train()
-    loss = torch.nn.functional.cross_entropy(model(input_ids=train["input_ids"], attention_mask=train["attention_mask"]).logits, train["labels"])
+    loss = torch.nn.functional.cross_entropy(
+        model(input_ids=train["input_ids"], attention_mask=train["attention_mask"]).logits, train["labels"]
+    )
     expected = torch.autograd.grad(loss, model.classifier.weight)[0]
     before = model.classifier.weight.detach().clone()
     threads = torch.get_num_threads()
-    minilm.fit(model, train, epochs=1, progress=Progress(), batch=6, peak=1e-9)  # a step too small to matter, gradients stay
+    minilm.fit(
+        model, train, epochs=1, progress=Progress(), batch=6, peak=1e-9
+    )  # a step too small to matter, gradients stay
     assert torch.get_num_threads() == threads
     assert torch.allclose(model.classifier.weight, before, atol=1e-6)
     scale = model.classifier.weight.grad.norm() / expected.norm()  # clipping scales, it does not turn
-    assert torch.allclose(model.classifier.weight.grad, scale * expected, atol=1e-5 * expected.abs().max().item())
+    assert torch.allclose(
+        model.classifier.weight.grad, scale * expected, atol=1e-5 * expected.abs().max().item()
+    )

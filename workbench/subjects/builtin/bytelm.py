@@ -61,7 +61,9 @@ def shipped(name: str) -> Parts:
     note = "Python standard library source and help topics as bytes, split by file"
     if not same:
         note += f" (trained on Python {record['versions']['python']}'s, evaluated on {platform.python_version()}'s)"
-    return Parts(model, "causal-lm", window_splits(documents), tokenizer, {"note": note, "same_corpus": same} | record)
+    return Parts(
+        model, "causal-lm", window_splits(documents), tokenizer, {"note": note, "same_corpus": same} | record
+    )
 
 
 def window_splits(documents: list[corpora.Document]) -> dict[str, dict[str, Tensor]]:
@@ -88,7 +90,11 @@ def byte_tokenizer() -> Any:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, bos_token="<start>", eos_token="<start>", pad_token="<pad>", clean_up_tokenization_spaces=False
+        tokenizer_object=fast,
+        bos_token="<start>",
+        eos_token="<start>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -109,7 +115,9 @@ def byte_model(experts: int = 0) -> Any:
     )
     if experts == 0:
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(intermediate_size=512, **common))
-    config = transformers.MixtralConfig(intermediate_size=192, num_local_experts=experts, num_experts_per_tok=2, sliding_window=None, **common)
+    config = transformers.MixtralConfig(
+        intermediate_size=192, num_local_experts=experts, num_experts_per_tok=2, sliding_window=None, **common
+    )
     return transformers.MixtralForCausalLM(config)
 
 
@@ -122,7 +130,9 @@ def next_byte_loss(model: Any, windows: Tensor, balance: float = 0.0) -> Tensor:
         output = model(input_ids=windows[:, :-1], use_cache=False, output_router_logits=True)
     else:
         output = model(input_ids=windows[:, :-1], use_cache=False)
-    loss = F.cross_entropy(output.logits.flatten(0, 1), windows[:, 1:].flatten())  # (batch * length, vocabulary)
+    loss = F.cross_entropy(
+        output.logits.flatten(0, 1), windows[:, 1:].flatten()
+    )  # (batch * length, vocabulary)
     return loss + balance * routing_imbalance(output.router_logits) if balance else loss
 
 
@@ -192,7 +202,9 @@ def train(
     seen, step, loss_sum, loss_count, start = 0, 0, 0.0, 0, time.perf_counter()
     with open(folder / "log.csv", "w", newline="") as log_file:
         log = csv.writer(log_file)
-        log.writerow(["step", "tokens", "seconds", "learning_rate", "train_bits_per_byte", "validation_bits_per_byte"])
+        log.writerow(
+            ["step", "tokens", "seconds", "learning_rate", "train_bits_per_byte", "validation_bits_per_byte"]
+        )
         for windows in training_batches(stream, batch, seed):
             seconds = time.perf_counter() - start
             done = max(seen / tokens, seconds / (60 * minutes))

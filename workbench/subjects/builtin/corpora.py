@@ -24,7 +24,15 @@ PADDING = 257
 BYTE_VOCABULARY = 258
 
 #: Folders of the standard library that hold tests, other people's packages, or files that are built per machine.
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "lib-dynload",
+    "__pycache__",
+}
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,13 @@ def digit_splits(images: str, flat: bool) -> dict[str, dict[str, Tensor]]:
     labels = torch.tensor(found.target, dtype=torch.long)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     first, second = int(0.6 * len(order)), int(0.8 * len(order))
-    rows = {"train": order[:first], "calibration": order[:256], "validation": order[first:second], "test": order[second:],
-            "all": torch.arange(len(order))}  # fmt: skip
+    rows = {
+        "train": order[:first],
+        "calibration": order[:256],
+        "validation": order[first:second],
+        "test": order[second:],
+        "all": torch.arange(len(order)),
+    }
     return {name: {images: pixels[chosen], "labels": labels[chosen]} for name, chosen in rows.items()}
 
 
@@ -61,7 +66,9 @@ def fit_softmax(pixels: Tensor, labels: Tensor, penalty: float = 1e-4) -> Tensor
     """
     weight = torch.zeros(10, pixels.shape[1], dtype=torch.float64, requires_grad=True)
     inputs = pixels.double()
-    optimizer = torch.optim.LBFGS([weight], max_iter=2000, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight], max_iter=2000, tolerance_grad=1e-7, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -73,7 +80,9 @@ def fit_softmax(pixels: Tensor, labels: Tensor, penalty: float = 1e-4) -> Tensor
     return weight.detach().float()
 
 
-def vit(hidden: int = 48, layers: int = 3, epochs: int = 30, seed: int = 0, progress: Progress | None = None) -> Parts:
+def vit(
+    hidden: int = 48, layers: int = 3, epochs: int = 30, seed: int = 0, progress: Progress | None = None
+) -> Parts:
     """A vision transformer (Dosovitskiy et al. 2021): 2 x 2 patches, so 16 tokens and a class token.
 
     Trained once in seconds and kept in the cache folder; the same settings and seed give the same weights.
@@ -86,17 +95,38 @@ def vit(hidden: int = 48, layers: int = 3, epochs: int = 30, seed: int = 0, prog
         train_vit(folder, splits["train"], hidden, layers, epochs, seed, progress or TextProgress())
     with quiet_transformers():
         model = transformers.ViTForImageClassification.from_pretrained(folder, local_files_only=True).eval()
-    return Parts(model, "image-classification", splits, info={"note": "scikit-learn digits, pixels / 16", "labels": LABELS})
+    return Parts(
+        model,
+        "image-classification",
+        splits,
+        info={"note": "scikit-learn digits, pixels / 16", "labels": LABELS},
+    )
 
 
-def train_vit(folder: Path, train: dict[str, Tensor], hidden: int, layers: int, epochs: int, seed: int, progress: Progress) -> None:
+def train_vit(
+    folder: Path,
+    train: dict[str, Tensor],
+    hidden: int,
+    layers: int,
+    epochs: int,
+    seed: int,
+    progress: Progress,
+) -> None:
     import transformers
 
     config = transformers.ViTConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=max(1, hidden // 16), intermediate_size=2 * hidden,
-        image_size=8, patch_size=2, num_channels=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        id2label=dict(enumerate(LABELS)), label2id={label: i for i, label in enumerate(LABELS)},
-    )  # fmt: skip
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 16),
+        intermediate_size=2 * hidden,
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: i for i, label in enumerate(LABELS)},
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.ViTForImageClassification(config).train()

@@ -62,7 +62,12 @@ def collect(limits: dict[str, int], packages: Sequence[str] = PACKAGES, per_modu
             taken = 0
             for docstring in module_docstrings(path):
                 text, key = clean(docstring), duplicate_key(docstring)
-                if len(text.split()) < 8 or key in seen or taken == per_module or counts[split] == limits[split]:
+                if (
+                    len(text.split()) < 8
+                    or key in seen
+                    or taken == per_module
+                    or counts[split] == limits[split]
+                ):
                     continue
                 seen.add(key)
                 found.append(Text(text, package, module, split))
@@ -76,11 +81,15 @@ def modules(package: str) -> list[tuple[str, Path]]:
     """(name, file) of every module of an installed package, in the order of the hash of the name."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise BadInput(f"subject: the package {package!r} is not installed; 'minilm-docstrings' needs {', '.join(PACKAGES)}")
+        raise BadInput(
+            f"subject: the package {package!r} is not installed; 'minilm-docstrings' needs {', '.join(PACKAGES)}"
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     named = {path.relative_to(root.parent).as_posix(): path for path in root.rglob("*.py")}
     kept = [name for name in named if not _SKIPPED_FOLDERS.intersection(name.split("/"))]
-    return [(name, named[name]) for name in sorted(kept, key=lambda name: hashlib.sha256(name.encode()).digest())]
+    return [
+        (name, named[name]) for name in sorted(kept, key=lambda name: hashlib.sha256(name.encode()).digest())
+    ]
 
 
 def module_docstrings(path: Path) -> Iterator[str]:

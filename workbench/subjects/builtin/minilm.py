@@ -42,13 +42,17 @@ def minilm(epochs: int = 1, seed: int = 0, progress: Progress | None = None) -> 
     docstrings are a class is not installed.
     """
     key = json.dumps([RECIPE, epochs, seed, WEIGHTS_SHA256, docstrings.versions()])
-    folder = cache_folder() / "subjects" / f"minilm-docstrings-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = (
+        cache_folder() / "subjects" / f"minilm-docstrings-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    )
     if not (folder / "finetune.json").is_file():
         finetune(folder, epochs, seed, progress or TextProgress())
     import transformers
 
     with quiet_transformers():
-        model = transformers.BertForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()
+        model = transformers.BertForSequenceClassification.from_pretrained(
+            folder, local_files_only=True
+        ).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     record = json.loads((folder / "finetune.json").read_text())
     splits: dict[str, dict[str, Tensor]] = {}
@@ -58,14 +62,22 @@ def minilm(epochs: int = 1, seed: int = 0, progress: Progress | None = None) -> 
     note = f"docstrings of {len(docstrings.PACKAGES)} installed packages by module, names masked; fine-tuned to {record['test']['accuracy']:.1%} test accuracy"
     if record["test"]["accuracy"] < 0.7:
         note += " (below the 70 % this recipe is meant to reach)"
-    return Parts(model, "sequence-classification", splits, tokenizer, {"note": note, "labels": list(docstrings.PACKAGES)} | record)
+    return Parts(
+        model,
+        "sequence-classification",
+        splits,
+        tokenizer,
+        {"note": note, "labels": list(docstrings.PACKAGES)} | record,
+    )
 
 
 def carrier_folder() -> Path:
     """The model folder inside the installed carrier package, its weights checked; found without importing the package."""
     spec = importlib.util.find_spec(CARRIER.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise BadInput(f"subject: 'minilm-docstrings' needs the package {CARRIER}, which is not installed; install model-workbench[builtin]")
+        raise BadInput(
+            f"subject: 'minilm-docstrings' needs the package {CARRIER}, which is not installed; install model-workbench[builtin]"
+        )
     folder = Path(spec.origin).parent / "model"
     check_sha256(folder / "model.safetensors", WEIGHTS_SHA256)
     return folder
@@ -90,9 +102,19 @@ def encode(texts: list[Text], tokenizer: Any) -> dict[str, dict[str, Tensor]]:
     for split in ("train", "validation", "test"):
         rows = [text for text in texts if text.split == split]
         rows.sort(key=lambda row: hashlib.sha256(row.text.encode()).digest())
-        coded = tokenizer([row.text for row in rows], truncation=True, max_length=LENGTH, padding="max_length", return_tensors="pt")
+        coded = tokenizer(
+            [row.text for row in rows],
+            truncation=True,
+            max_length=LENGTH,
+            padding="max_length",
+            return_tensors="pt",
+        )
         labels = torch.tensor([docstrings.PACKAGES.index(row.package) for row in rows])
-        splits[split] = {"input_ids": coded["input_ids"], "attention_mask": coded["attention_mask"], "labels": labels}
+        splits[split] = {
+            "input_ids": coded["input_ids"],
+            "attention_mask": coded["attention_mask"],
+            "labels": labels,
+        }
     splits["calibration"] = {column: value[:CALIBRATION].clone() for column, value in splits["train"].items()}
     return splits
 
@@ -110,9 +132,14 @@ def finetune(folder: Path, epochs: int, seed: int, progress: Progress) -> None:
         torch.manual_seed(seed)
         with quiet_transformers():
             model = transformers.BertForSequenceClassification.from_pretrained(
-                source, local_files_only=True, num_labels=len(labels), id2label=dict(enumerate(labels)),
-                label2id={name: i for i, name in enumerate(labels)}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-            )  # fmt: skip
+                source,
+                local_files_only=True,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={name: i for i, name in enumerate(labels)},
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
         fit(model, splits["train"], epochs, progress)
     if progress.stopped:
         raise KeyboardInterrupt("the fine-tuning of minilm-docstrings was stopped; nothing was kept")
@@ -129,7 +156,10 @@ def finetune(folder: Path, epochs: int, seed: int, progress: Progress) -> None:
     with replacing(folder) as draft, quiet_transformers():
         model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
-        save_file({f"{s}/{k}": v.contiguous() for s, split in splits.items() for k, v in split.items()}, draft / "splits.safetensors")
+        save_file(
+            {f"{s}/{k}": v.contiguous() for s, split in splits.items() for k, v in split.items()},
+            draft / "splits.safetensors",
+        )
         (draft / "finetune.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -154,7 +184,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def fit(model: Any, train: dict[str, Tensor], epochs: int, progress: Progress, batch: int = 16, peak: float = 1.5e-4) -> None:
+def fit(
+    model: Any,
+    train: dict[str, Tensor],
+    epochs: int,
+    progress: Progress,
+    batch: int = 16,
+    peak: float = 1.5e-4,
+) -> None:
     """AdamW with the embeddings frozen: 10 % warm-up, linear decay; the fresh head learns ten times faster.
 
     Each half of a batch runs in its own single-threaded worker: on two cores that is nearly twice as fast, where
@@ -165,16 +202,23 @@ def fit(model: Any, train: dict[str, Tensor], epochs: int, progress: Progress, b
     for parameter in model.bert.embeddings.parameters():
         parameter.requires_grad_(False)
     head = list(model.classifier.parameters())
-    encoder = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("classifier")]
+    encoder = [
+        p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("classifier")
+    ]
     groups: list[dict[str, Any]] = [{"params": encoder}, {"params": head, "lr": 10 * peak}]
     optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=0.01, fused=True)
     batches = [chosen for _ in range(epochs) for chosen in length_batches(train, batch)]
     total = len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / (0.1 * total), (total - step) / (0.9 * total)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.1 * total), (total - step) / (0.9 * total))
+    )
 
     def gradients(rows: Tensor, count: int) -> tuple[Tensor, ...]:
         longest = int(train["attention_mask"][rows].sum(1).max())
-        logits = model(input_ids=train["input_ids"][rows, :longest], attention_mask=train["attention_mask"][rows, :longest]).logits
+        logits = model(
+            input_ids=train["input_ids"][rows, :longest],
+            attention_mask=train["attention_mask"][rows, :longest],
+        ).logits
         loss = nn.functional.cross_entropy(logits, train["labels"][rows], reduction="sum") / count
         return torch.autograd.grad(loss, encoder + head)
 
@@ -198,6 +242,11 @@ def measure(model: nn.Module, split: dict[str, Tensor]) -> dict[str, float]:
         return model(input_ids=ids, attention_mask=mask).logits
 
     with one_thread(), ThreadPoolExecutor(2) as pool:
-        logits = torch.cat(list(pool.map(answers, split["input_ids"].split(64), split["attention_mask"].split(64))))
+        logits = torch.cat(
+            list(pool.map(answers, split["input_ids"].split(64), split["attention_mask"].split(64)))
+        )
     loss = nn.functional.cross_entropy(logits, split["labels"])
-    return {"loss": round(float(loss), 4), "accuracy": round(float((logits.argmax(1) == split["labels"]).float().mean()), 4)}
+    return {
+        "loss": round(float(loss), 4),
+        "accuracy": round(float((logits.argmax(1) == split["labels"]).float().mean()), 4),
+    }
