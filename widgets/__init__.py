@@ -1,4 +1,6 @@
-"""Interactive views: `panel` for any instrument, `Bench` to pick one, `PlotView` for figures, `Bitmap` for large matrices."""
+"""Interactive views: `panel` for any instrument, `Bench` to pick one, `PlotView` for figures,
+`Bitmap` for large matrices.
+"""
 
 from widgets.bench import Bench
 from widgets.bitmap import Bitmap

@@ -14,7 +14,9 @@ from workbench.subjects.registry import BUILTINS
 
 
 class Bench(ipywidgets.VBox):
-    """A choice of subject (a built-in, a folder, a hub id; for instruments on runs, a table's file) and instrument; Open shows the panel below."""
+    """A choice of subject (a built-in, a folder, a hub id; for instruments on runs, a table's file)
+    and instrument; Open shows the panel below.
+    """
 
     def __init__(self, subject: str = "digits-vit", instrument: str | None = None) -> None:
         names = list(catalog())

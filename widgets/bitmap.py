@@ -2,11 +2,13 @@
 
     Bitmap(layer.weight != 0, "sparsity pattern of blocks.0.mlp.fc1")
     Bitmap(error, "absolute error", unit="1e-3")
-    Bitmap(codes, "two masks", classes={"only one": "#0072B2", "only the other": "#D55E00", "both": BOTH_COLOR})
+    Bitmap(codes, "two masks", classes={"only one": "#0072B2", "only the other": "#D55E00", "both":
+    BOTH_COLOR})
 
-The cells cross to the page as one byte each: 0 is "no value" (or False), 1 to 255 run linearly from `low` to `high`, so a value
-read out is exact to 1/508 of that range. Wheel, + and - zoom; dragging moves, shift and dragging zooms into a box; arrow keys
-move a cursor whose cell is read out; 0 or a double click shows everything.
+The cells cross to the page as one byte each: 0 is "no value" (or False), 1 to 255 run linearly from `low` to
+`high`, so a value read out is exact to 1/508 of that range. Wheel, + and - zoom; dragging moves, shift
+and dragging zooms into a box; arrow keys move a cursor whose cell is read out;
+0 or a double click shows everything.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ STATIC_PIXELS = 1000  # the static twin's longer side
 
 @functools.cache
 def palette(kind: str) -> bytes:
-    """256 RGBA entries: "mask" (a set cell in blue, an empty one transparent) or "magnitude" (transparent, then cividis)."""
+    """256 RGBA entries: "mask" (a set cell in blue, an empty one transparent) or "magnitude"
+    (transparent, then cividis).
+    """
     if kind == "mask":
         return bytes((0, 0, 0, 0)) + bytes(MASK_COLOR) * 255
     colors = sample_colorscale("Cividis", np.linspace(0, 1, 255), colortype="tuple")
@@ -48,13 +52,14 @@ def encoded(
 ) -> tuple[NDArray[np.uint8], float, float]:
     """A matrix (rows, columns) as one byte a cell, and the values that bytes 1 and 255 stand for.
 
-    Values that are not finite become 0, values outside [low, high] its ends. `low` and `high` default to the smallest and the
-    largest finite value.
+    Values that are not finite become 0, values outside [low, high] its ends. `low` and `high` default to
+    the smallest and the largest finite value.
     """
     cells = np.asarray(matrix)
     if cells.ndim != 2 or cells.size == 0:
         raise BadInput(
-            f"matrix: expected rows and columns, got shape {cells.shape}; reshape it, or pick one layer's weight"
+            f"matrix: expected rows and columns, got shape {cells.shape}; "
+            "reshape it, or pick one layer's weight"
         )
     if cells.dtype == np.bool_:
         return cells.astype(np.uint8), 0.0, 1.0
@@ -82,16 +87,20 @@ def class_codes(matrix: ArrayLike, count: int) -> NDArray[np.uint8]:
     cells = np.asarray(matrix)
     if cells.ndim != 2 or cells.size == 0 or cells.min() < 0 or cells.max() > min(count, 255):
         raise BadInput(
-            f"matrix: expected rows and columns of class numbers 0 to {min(count, 255)}, got shape {cells.shape}"
+            f"matrix: expected rows and columns of class numbers 0 to {min(count, 255)}, "
+            f"got shape {cells.shape}"
         )
     return cells.astype(np.uint8)
 
 
 class Bitmap(anywidget.AnyWidget):
-    """A live view of one matrix; `show` puts another one in its place, keeping zoom when the shape is the same.
+    """A live view of one matrix; `show` puts another one in its place,
+    keeping zoom when the shape is the same.
 
-    label : says what is seen. unit : of the values. low, high : values of the palette's ends. height : pixels, at most.
-    classes : names and hex colours; the matrix then holds whole numbers, 0 for none of them and i for the i-th name.
+    label : says what is seen. unit : of the values. low, high : values of the palette's ends.
+        height : pixels, at most.
+    classes : names and hex colours; the matrix then holds whole numbers,
+        0 for none of them and i for the i-th name.
     """
 
     _esm = _HERE / "bitmap.js"
@@ -165,7 +174,9 @@ class Bitmap(anywidget.AnyWidget):
                 self.label = label
 
     def png(self) -> bytes:
-        """The picture as PNG, averaged down to at most `STATIC_PIXELS` on its longer side; small matrices are enlarged."""
+        """The picture as PNG, averaged down to at most `STATIC_PIXELS` on its longer side;
+        small matrices are enlarged.
+        """
         from PIL import Image
 
         codes = np.frombuffer(self.cells, np.uint8).reshape(self.rows, self.columns)

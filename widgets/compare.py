@@ -1,4 +1,6 @@
-"""Two results of one instrument held against each other: one figure over the other, and what differs in numbers."""
+"""Two results of one instrument held against each other:
+one figure over the other, and what differs in numbers.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,8 @@ def differences(current: Result, other: Result, name: str) -> str:
         return "<p>Same settings, same numbers.</p>"
     return (
         '<div class="wb-table"><table><thead><tr><th></th><th scope="col">now</th>'
-        f'<th scope="col">{html.escape(name)}</th><th scope="col">change</th></tr></thead><tbody>{cells}</tbody></table></div>'
+        f'<th scope="col">{html.escape(name)}</th><th '
+        f'scope="col">change</th></tr></thead><tbody>{cells}</tbody></table></div>'
     )
 
 

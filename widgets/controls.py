@@ -1,12 +1,14 @@
-"""Controls for the fields of a pydantic model: the field's type, bounds, choices, unit and help decide what is shown.
+"""Controls for the fields of a pydantic model: the field's type, bounds, choices,
+unit and help decide what is shown.
 
     panel_controls = Controls(Prune)            # or a result's view settings
     panel_controls.values                       # {"sparsity": 0.5, ...}, as JSON would hold them
     panel_controls.values = {"sparsity": 0.7}
 
-Two-sided numbers become sliders (logarithmic where the field says so), choices a list, truth values a box to tick, one-sided
-numbers a number field; everything else (texts, tuples, mappings, optional numbers) is a line of text, read as YAML unless the
-field is text. Values survive the way there and back unchanged: what a slider cannot show widens it.
+Two-sided numbers become sliders (logarithmic where the field says so), choices a list, truth values a box to
+tick, one-sided numbers a number field; everything else (texts, tuples, mappings, optional numbers) is a line
+of text, read as YAML unless the field is text. Values survive the way there and back unchanged:
+what a slider cannot show widens it.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Control:
 
 
 class Controls(ipywidgets.Box):
-    """One control for each field of `model`; `changed()` is called after the user (or `values`) changed any."""
+    """One control for each field of `model`; `changed()` is called after the user (or `values`)
+    changed any.
+    """
 
     def __init__(
         self,
@@ -89,7 +93,9 @@ def help_html(fields: Mapping[str, FieldInfo]) -> str:
 
 
 def control(name: str, info: FieldInfo, live: bool = False) -> Control:
-    """The control of one field. `live`: sliders report while they move (for settings of a view, which are cheap)."""
+    """The control of one field. `live`: sliders report while they move
+    (for settings of a view, which are cheap).
+    """
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     unit = extra.get("unit") or ""
     words = name.replace("_", " ")
@@ -189,7 +195,8 @@ def _choice(options: list[tuple[str, Any]], look: dict[str, Any]) -> Control:
         found = [i for i, v in enumerate(values) if v == value and type(v) is type(value)]
         if not found:
             raise BadInput(
-                f"{look['description']}: {value!r} is not accepted, it should be one of {', '.join(label for label, _ in options)}"
+                f"{look['description']}: {value!r} is not accepted, "
+                f"it should be one of {', '.join(label for label, _ in options)}"
             )
         widget.value = found[0]
 

@@ -1,7 +1,8 @@
 """Run, Stop and a progress bar for work that takes longer than a moment.
 
-The work runs in a thread, so the kernel keeps answering: Stop, sliders and other cells work while it runs. What goes wrong
-is said in words beside the bar; a traceback is there to unfold, never spread over the notebook.
+The work runs in a thread, so the kernel keeps answering: Stop, sliders and other cells work while it runs.
+What goes wrong is said in words beside the bar; a traceback is there to unfold,
+never spread over the notebook.
 """
 
 from __future__ import annotations
@@ -42,13 +43,16 @@ class Note(ipywidgets.HTML):
         message = " ".join(str(error).split()) or "no message"
         trace = "".join(traceback.format_exception(error))
         self.value = (
-            f'<span role="alert" class="wb-error">{html.escape(type(error).__name__)}: {html.escape(message)}</span>'
+            f'<span role="alert" class="wb-error">{html.escape(type(error).__name__)}: '
+            f"{html.escape(message)}</span>"
             f"<details><summary>where it happened</summary><pre>{html.escape(trace)}</pre></details>"
         )
 
 
 def guarded(note: Note, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, with any exception shown in `note`: JupyterLab shows nothing of an error in a widget's callback."""
+    """`function`, with any exception shown in `note`: JupyterLab shows nothing of an error in a widget's
+    callback.
+    """
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
@@ -90,10 +94,11 @@ class WidgetProgress(Progress):
 
 
 class Job(ipywidgets.HBox):
-    """A row of Run, Stop, bar and state for `work(progress) -> value`; `finished(value)` is called with what it returned.
+    """A row of Run, Stop, bar and state for `work(progress) -> value`;
+    `finished(value)` is called with what it returned.
 
-    `preview` receives unfinished results while it runs. `start()` and `wait()` are what the buttons do, for scripts and tests.
-    `after(call)` is for what is asked while work is running: it comes next.
+    `preview` receives unfinished results while it runs. `start()` and `wait()` are what the buttons do, for
+    scripts and tests. `after(call)` is for what is asked while work is running: it comes next.
     """
 
     def __init__(
@@ -141,7 +146,9 @@ class Job(ipywidgets.HBox):
         self._thread.start()
 
     def after(self, call: Callable[[], None]) -> bool:
-        """Call now, or when the work that is running has ended; of several waiting the last one is kept. True when it waits."""
+        """Call now, or when the work that is running has ended; of several waiting the last one is kept.
+        True when it waits.
+        """
         with self._lock:
             if self._going:
                 self._waiting = call
@@ -158,7 +165,9 @@ class Job(ipywidgets.HBox):
             self.note.say("stopping")
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the work, and what was to come after it, to end; True when it did within `timeout` seconds."""
+        """Wait for the work, and what was to come after it, to end;
+        True when it did within `timeout` seconds.
+        """
         until = None if timeout is None else time.monotonic() + timeout
         while (thread := self._thread) is not None and thread.is_alive():
             thread.join(None if until is None else max(until - time.monotonic(), 0))

@@ -1,14 +1,16 @@
-"""The panel of an instrument: its fields as controls, Run and Stop, its figure live, and the way into a report.
+"""The panel of an instrument: its fields as controls, Run and Stop, its figure live,
+and the way into a report.
 
     import widgets, workbench
     from workbench.pruning import Prune
 
     widgets.panel(Prune, workbench.subject("digits-vit"), sparsity=0.7)
     widgets.panel(Prune, "digits-vit")                        # opened on the first run
-    widgets.panel.from_parameters("reports/prune.yaml")       # exactly the settings that were sent to a report
+    widgets.panel.from_parameters("reports/prune.yaml")
+        # exactly the settings that were sent to a report
 
-Everything is derived: fields give the controls, the result gives the figure and what can be changed about its view. In a
-headless report the same cell runs at once and shows the result.
+Everything is derived: fields give the controls, the result gives the figure and what can be changed about its
+view. In a headless report the same cell runs at once and shows the result.
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ KNOWN = ("instrument", "subject", "settings", "view", "fingerprint")
 class Panel(ipywidgets.VBox):
     """An interactive view of one instrument on one subject.
 
-    instrument : an `Instrument` class, or an instance whose settings to start from. on : a Subject, what `workbench.subject`
-    opens, or Runs. view : settings of the figure. reports : folder for what is sent to a report. fields : settings.
+    instrument : an `Instrument` class, or an instance whose settings to start from. on : a Subject, what
+        `workbench.subject` opens, or Runs. view : settings of the figure.
+        reports : folder for what is sent to a report. fields : settings.
 
-    `.instrument` holds the settings now (validated), `.result` the last result, `.results` all of them, `.parameters` what
-    Send to report writes.
+    `.instrument` holds the settings now (validated), `.result` the last result, `.results` all of them,
+    `.parameters` what Send to report writes.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Panel(ipywidgets.VBox):
         if os.environ.get("WORKBENCH_HEADLESS"):
             self.job.now(TextProgress())
 
-    # ---- settings --------------------------------------------------------------------------------------------------
+    # ---- settings ------------------------------------------------------------------------------------------
     @property
     def instrument(self) -> Instrument:
         """The instrument with the settings shown; `BadInput` when they contradict each other."""
@@ -137,7 +140,8 @@ class Panel(ipywidgets.VBox):
             file = Path(source)
             if not file.is_file():
                 raise BadInput(
-                    f"parameters: {str(source)!r} is not a file; give one that Send to report wrote, or a mapping"
+                    f"parameters: {str(source)!r} is not a file; "
+                    "give one that Send to report wrote, or a mapping"
                 )
             try:
                 given = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -166,7 +170,7 @@ class Panel(ipywidgets.VBox):
         else:
             self.job.note.say("ready")
 
-    # ---- running ---------------------------------------------------------------------------------------------------
+    # ---- running -------------------------------------------------------------------------------------------
     def _work(self, progress: Progress) -> Result:
         instrument = self.instrument
         if isinstance(self.on, str):
@@ -188,9 +192,11 @@ class Panel(ipywidgets.VBox):
         self._offer_comparisons()
         self._draw()
 
-    # ---- the figure ------------------------------------------------------------------------------------------------
+    # ---- the figure ----------------------------------------------------------------------------------------
     def _show_view_controls(self, result: Result) -> None:
-        """Controls for what this result lets the viewer change; choices made before stay where they still exist."""
+        """Controls for what this result lets the viewer change;
+        choices made before stay where they still exist.
+        """
         model = result.view_model()
         if model is None:
             self.view_controls = None
@@ -243,7 +249,7 @@ class Panel(ipywidgets.VBox):
         if self.table.value != table:
             self.table.value = table
 
-    # ---- comparison ------------------------------------------------------------------------------------------------
+    # ---- comparison ----------------------------------------------------------------------------------------
     def _make_comparison(self) -> None:
         style = {"description_width": "initial"}
         self.compare = ipywidgets.Dropdown(
@@ -292,7 +298,7 @@ class Panel(ipywidgets.VBox):
         number = self.compare.value
         return (f"run {number}", self.results[number - self._runs - 1]) if number else None
 
-    # ---- report ----------------------------------------------------------------------------------------------------
+    # ---- report --------------------------------------------------------------------------------------------
     def _make_report_row(self) -> None:
         self.sender = ipywidgets.Button(
             description="Send to report",
@@ -310,7 +316,9 @@ class Panel(ipywidgets.VBox):
         self.report_row.add_class("wb-section")
 
     def send_to_report(self) -> Report:
-        """Write the settings as a file of parameters and start the headless report; returns it without waiting."""
+        """Write the settings as a file of parameters and start the headless report;
+        returns it without waiting.
+        """
         self.report = Report(self.parameters, self._folder, guarded(self.report_note, self._told))
         return self.report
 
@@ -319,20 +327,28 @@ class Panel(ipywidgets.VBox):
         if report.state == "done":
             self.report_note.value = f'<span role="status">report: {report.link()} &nbsp; {settings}</span>'
         elif report.error:
-            text = f'<span role="alert" class="wb-error">report failed: {html.escape(report.error)}</span> {settings}'
+            text = (
+                '<span role="alert" class="wb-error">report failed: '
+                f"{html.escape(report.error)}</span> {settings}"
+            )
             self.report_note.value = text + (
                 f" &nbsp; partial: {report.link()}" if report.html.exists() else ""
             )
         else:
             self.report_note.value = f'<span role="status">{html.escape(report.state)}</span>'
 
-    # ---- elsewhere -------------------------------------------------------------------------------------------------
+    # ---- elsewhere -----------------------------------------------------------------------------------------
     def _title(self) -> str:
         about = (self.kind.__doc__ or "").strip().split("\n\n")[0]
-        return f"<h3>{html.escape(self.kind.name())} on {html.escape(Path(self._name).name)}</h3><p>{html.escape(' '.join(about.split()))}</p>"
+        return (
+            f"<h3>{html.escape(self.kind.name())} on "
+            f"{html.escape(Path(self._name).name)}</h3><p>{html.escape(' '.join(about.split()))}</p>"
+        )
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Any]]:
-        """The live view, and beside it what other viewers, reports and the exporter show: figure, summary and table."""
+        """The live view, and beside it what other viewers, reports and the exporter show:
+        figure, summary and table.
+        """
         twin = {"text/plain": f"panel of {self.kind.name()} on {self._name}", **self.plot.static_twin()}
         twin["text/html"] = (
             self.result._repr_html_()

@@ -3,9 +3,10 @@
     view = PlotView(result.figure())
     view.figure = result.figure(cut=0.1)      # redrawn in place, zoom kept
 
-The whole figure is the widget's state, drawn with `Plotly.react`: the last one wins, so no update can be lost or pile up.
-Arrays cross as binary buffers. plotly.js itself (4.8 MB) crosses gzipped and once for a page, in a model all views share.
-Without a kernel, in a report or in another viewer, the static twin in the mime bundle shows instead.
+The whole figure is the widget's state, drawn with `Plotly.react`: the last one wins, so no update can be lost
+or pile up. Arrays cross as binary buffers. plotly.js itself (4.8 MB) crosses gzipped and once for a page, in
+a model all views share. Without a kernel, in a report or in another viewer,
+the static twin in the mime bundle shows instead.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class PlotlyLibrary(anywidget.AnyWidget):
 
 
 def packed(value: Any, _widget: Any = None) -> Any:
-    """A figure's tree with its arrays as {"buffer", "dtype", "shape"}, which ipywidgets sends as binary messages.
+    """A figure's tree with its arrays as {"buffer", "dtype", "shape"},
+    which ipywidgets sends as binary messages.
 
     JavaScript has no 64-bit integer arrays that Plotly takes, so those become float64 (exact up to 2**53).
     """
@@ -86,9 +88,9 @@ def _spec(figure: go.Figure | None) -> dict[str, Any]:
 class PlotView(anywidget.AnyWidget):
     """A live view of one Plotly figure; assign `figure` to change it.
 
-    figure : what is drawn. alt : text for screen readers (default: the figure's title). clicked : the last point clicked,
-    {"trace", "point", "x", "y"} or None. Set the figure in the constructor when there is one: the first state a page
-    receives is then complete.
+    figure : what is drawn. alt : text for screen readers (default: the figure's title). clicked : the last
+        point clicked, {"trace", "point", "x", "y"} or None. Set the figure in the constructor when there is
+        one: the first state a page receives is then complete.
     """
 
     _esm = _HERE / "plot.js"

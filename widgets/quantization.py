@@ -1,10 +1,12 @@
-"""The quantization panel: a number format drawn on a layer's real weights, and a walk along an allocation's Pareto front.
+"""The quantization panel: a number format drawn on a layer's real weights,
+and a walk along an allocation's Pareto front.
 
     import widgets.quantization
     widgets.quantization.FormatPanel(workbench.subject("minilm-docstrings"))
     widgets.quantization.AllocationPanel(Allocate().run(subject))
 
-Everything redraws while a slider moves: nothing is run on the model but one forward pass when the panel opens.
+Everything redraws while a slider moves: nothing is run on the model but one forward pass when the panel
+opens.
 """
 
 from __future__ import annotations
@@ -200,7 +202,8 @@ class FormatPanel(ipywidgets.VBox):
 
 
 class AllocationPanel(ipywidgets.VBox):
-    """Walk the Pareto front of an `Allocate` result: the slider is the average width, the picture each layer's width.
+    """Walk the Pareto front of an `Allocate` result: the slider is the average width,
+    the picture each layer's width.
 
     `.widths` is what `Quantize(layer_bits=...)` takes.
     """
@@ -227,7 +230,8 @@ class AllocationPanel(ipywidgets.VBox):
         )
         self.note.layout.flex = "0 0 auto"
         title = ipywidgets.HTML(
-            f"<h3>Widths of the layers of {html.escape(str((result.provenance or {}).get('on', 'the subject')))}</h3>"
+            "<h3>Widths of the layers of "
+            f"{html.escape(str((result.provenance or {}).get('on', 'the subject')))}</h3>"
             "<p>The best allocation of each average width, by the integer program.</p>"
         )
         title.add_class("wb-title")

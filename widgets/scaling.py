@@ -1,10 +1,12 @@
-"""The scaling panel: a law on the runs, refitted while you move the cut-off, drop points by clicking, and spend a budget.
+"""The scaling panel: a law on the runs, refitted while you move the cut-off, drop points by clicking,
+and spend a budget.
 
     import widgets.scaling
     widgets.scaling.ScalingPanel("runs.csv", columns="params=n_params, loss=eval/loss")
 
-Runs below the compute cut-off are fitted, those above are predicted and their error is shown. Clicking a run leaves it out,
-clicking it again brings it back. The budget slider moves over the fitted law and its resamples without refitting.
+Runs below the compute cut-off are fitted, those above are predicted and their error is shown. Clicking a run
+leaves it out, clicking it again brings it back. The budget slider moves over the fitted law and its resamples
+without refitting.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ VIEWS = ("fit", "residuals", "isoflop", "contour", "draws")
 class ScalingPanel(ipywidgets.VBox):
     """An interactive scaling-law fit.
 
-    runs : Runs, a DataFrame, or anything `load_runs` opens. law : the law to start with, by name or formula. `.result` is the
-    last fit, `.dropped` the rows left out by hand, `.instrument` the exact settings for a report.
+    runs : Runs, a DataFrame, or anything `load_runs` opens. law : the law to start with, by name or formula.
+        `.result` is the last fit, `.dropped` the rows left out by hand,
+        `.instrument` the exact settings for a report.
     """
 
     def __init__(self, runs: Any, columns: Any = None, law: str = "chinchilla") -> None:
@@ -47,7 +50,8 @@ class ScalingPanel(ipywidgets.VBox):
         if law not in fits and law in LAWS:
             missing = [c for c in (*LAWS[law].columns, LAWS[law].target) if c not in self.runs.table]
             raise BadInput(
-                f"law {law}: needs column {', '.join(missing)}; the runs have {', '.join(map(str, self.runs.table))}"
+                f"law {law}: needs column {', '.join(missing)}; "
+                f"the runs have {', '.join(map(str, self.runs.table))}"
             )
 
         wide = {
@@ -155,7 +159,10 @@ class ScalingPanel(ipywidgets.VBox):
         self.facts.value = (
             '<dl class="wb-facts">'
             + "".join(
-                f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)} <small>{html.escape(c)}</small></dd></div>"
+                (
+                    f"<div><dt>{html.escape(a)}</dt><dd>{html.escape(b)} "
+                    f"<small>{html.escape(c)}</small></dd></div>"
+                )
                 for a, b, c in rows
             )
             + "</dl>"
@@ -188,7 +195,10 @@ class ScalingPanel(ipywidgets.VBox):
         plan = compute_optimal(draws, self.budget.value, fixed=other)
         shown = {r["quantity"]: r for r in plan.table.to_dict("records")}
         parts = [
-            f"{label} <b>{short(shown[q]['estimate'])}</b> ({short(shown[q]['low'])} to {short(shown[q]['high'])})"
+            (
+                f"{label} <b>{short(shown[q]['estimate'])}</b> ({short(shown[q]['low'])} to "
+                f"{short(shown[q]['high'])})"
+            )
             for q, label in (
                 ("params", "N*"),
                 ("tokens", "D*"),

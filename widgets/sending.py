@@ -1,4 +1,6 @@
-"""Send to report: a panel's exact settings as a file of parameters, and the headless report made from it in the background."""
+"""Send to report: a panel's exact settings as a file of parameters,
+and the headless report made from it in the background.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ NOTEBOOK = "instrument"
 
 
 def source_of(on: Any) -> str:
-    """What opens exactly this subject again: a built-in's name, or the folder it is saved in. For runs, the file of their table."""
+    """What opens exactly this subject again: a built-in's name, or the folder it is saved in.
+    For runs, the file of their table.
+    """
     if hasattr(on, "table"):
         file = cache_folder() / "sent" / f"{on.fingerprint}.parquet"
         with replacing(file) as draft:
@@ -36,7 +40,9 @@ def source_of(on: Any) -> str:
 
 
 class Report:
-    """One report on its way: `parameters` (the file), `html` (where it will be), `state` and, once it ended, `error`."""
+    """One report on its way: `parameters` (the file), `html` (where it will be), `state` and, once it ended,
+    `error`.
+    """
 
     def __init__(self, parameters: Mapping[str, Any], folder: Path, told: Callable[[Report], None]) -> None:
         stem = f"{parameters['instrument']}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -84,11 +90,16 @@ class Report:
         self._told(self)
 
     def link(self) -> str:
-        """HTML that opens the report: through the notebook server when it serves that folder, else the path to copy."""
+        """HTML that opens the report: through the notebook server when it serves that folder,
+        else the path to copy.
+        """
         address = server_address(self.html)
         if address is None:
             return f"<code>{html.escape(str(self.html))}</code>"
-        return f'<a href="{html.escape(address)}" target="_blank" rel="noopener">{html.escape(self.html.name)}</a>'
+        return (
+            f'<a href="{html.escape(address)}" target="_blank" '
+            f'rel="noopener">{html.escape(self.html.name)}</a>'
+        )
 
 
 def _unused(file: Path) -> Path:
@@ -100,7 +111,9 @@ def _unused(file: Path) -> Path:
 
 
 def server_address(file: Path) -> str | None:
-    """The address path under which the Jupyter server that started this kernel serves `file`; None when it does not."""
+    """The address path under which the Jupyter server that started this kernel serves `file`;
+    None when it does not.
+    """
     import os
 
     try:

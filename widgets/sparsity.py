@@ -3,8 +3,8 @@
     import widgets.sparsity
     widgets.sparsity.SparsityPanel("digits-vit")
 
-Run computes the saliencies of the chosen methods once; after that the slider only moves thresholds over their ranks. Measure puts
-the masks on a copy of the model and evaluates it beside the prediction.
+Run computes the saliencies of the chosen methods once; after that the slider only moves thresholds over their
+ranks. Measure puts the masks on a copy of the model and evaluates it beside the prediction.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ VIEWS = (
 class SparsityPanel(ipywidgets.VBox):
     """Look at masks before making them.
 
-    on : a Subject or anything `workbench.subject` opens. `.result` is the computed saliency map, `.measured` the list of measurements.
+    on : a Subject or anything `workbench.subject` opens.
+        `.result` is the computed saliency map, `.measured` the list of measurements.
     """
 
     def __init__(self, on: Any, methods: str = "magnitude,wanda,obd,obert", **fields: Any) -> None:
@@ -75,7 +76,8 @@ class SparsityPanel(ipywidgets.VBox):
         )
         controls.add_class("wb-controls")
         title = ipywidgets.HTML(
-            f"<h3>Sparsity of {html.escape(self.on.name)}</h3><p>{len(names)} layers; move the slider to re-threshold</p>"
+            f"<h3>Sparsity of {html.escape(self.on.name)}</h3><p>{len(names)} layers; "
+            "move the slider to re-threshold</p>"
         )
         title.add_class("wb-title")
         super().__init__(

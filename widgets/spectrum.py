@@ -1,11 +1,12 @@
-"""The spectrum panel: the density live, layers to click, another subject laid over, and the batch size on a slider.
+"""The spectrum panel: the density live, layers to click, another subject laid over,
+and the batch size on a slider.
 
     from widgets.spectrum import SpectrumPanel
     SpectrumPanel(dense, others={"pruned": pruned, "4 bits": quantized})
 
-Clicking a layer in the heat map measures that layer's own spectrum; *All layers* comes back. *Lay over* measures another
-subject with the same settings. What is asked while a run is going on comes next. The batch slider marks where random matrix
-theory puts the largest eigenvalue and the noise.
+Clicking a layer in the heat map measures that layer's own spectrum; *All layers* comes back. *Lay over*
+measures another subject with the same settings. What is asked while a run is going on comes next. The batch
+slider marks where random matrix theory puts the largest eigenvalue and the noise.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from workbench.subjects import Subject
 class SpectrumPanel(Panel):
     """`Panel(Spectrum, on)` with a heat map of layers and an overlay of other subjects.
 
-    others : name -> Subject that can be laid over the spectrum (a pruned, quantized or recovered one). Further arguments as
-    for `Panel`. `.overlaid` holds the spectra measured of them with the settings of the last run.
+    others : name -> Subject that can be laid over the spectrum (a pruned, quantized or recovered one).
+        Further arguments as for `Panel`. `.overlaid` holds the spectra measured of them with the settings
+        of the last run.
     """
 
     children: Any
@@ -73,7 +75,7 @@ class SpectrumPanel(Panel):
         self.children = (*self.children[:place], self.layers_plot, row, *self.children[place:])
         self.add_class("wb-panel-spectrum")
 
-    # ---- layers ----------------------------------------------------------------------------------------------------
+    # ---- layers --------------------------------------------------------------------------------------------
     def measure_layer(self, name: str) -> None:
         """Measure the spectrum of one layer (or of layers by glob) with the other settings as they are."""
 
@@ -103,7 +105,7 @@ class SpectrumPanel(Panel):
         if name is not None:
             self.measure_layer(name)
 
-    # ---- other subjects --------------------------------------------------------------------------------------------
+    # ---- other subjects ------------------------------------------------------------------------------------
     def lay_over(self, name: str) -> None:
         """Draw the spectrum of another subject over this one; measured first when it has not been."""
         if name == "nothing" or name in self.overlaid:
@@ -168,11 +170,16 @@ class SpectrumPanel(Panel):
             self.plot.figure = self._over(found.figure(**self._valid_view(found)))
             if "top_eigenvalue" in found.facts and "top_eigenvalue" in self.result.facts:
                 ratio = found.facts["top_eigenvalue"] / self.result.facts["top_eigenvalue"]
-                text = f"top eigenvalue of {self.other.value}: {found.facts['top_eigenvalue']:.4g}, {ratio:.3g} times this one's"
+                text = (
+                    f"top eigenvalue of {self.other.value}: {found.facts['top_eigenvalue']:.4g}, "
+                    f"{ratio:.3g} times this one's"
+                )
                 self.layer_note.value = f'<span role="status">{html.escape(text)}</span>'
 
     def _over(self, other: go.Figure) -> go.Figure:
-        """The drawn spectrum with another over it, told apart by colour on light and dark pages, and labels thinned for both."""
+        """The drawn spectrum with another over it, told apart by colour on light and dark pages,
+        and labels thinned for both.
+        """
         merged = overlay(self.plot.figure, other, self.other.value)
         for trace in merged.data[len(self.plot.figure.data) :]:
             trace.opacity = 1.0

@@ -2,7 +2,8 @@
 
 import widgets.training
 widgets.training.SchedulePanel()                       # drawing only
-widgets.training.SchedulePanel("digits-vit")           # and a training panel below, with the chosen schedule's settings
+widgets.training.SchedulePanel("digits-vit")
+    # and a training panel below, with the chosen schedule's settings
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class SchedulePanel(ipywidgets.VBox):
         self.note.layout.flex = "0 0 auto"  # below each other, not beside
         self.areas.add_class("wb-table")
         title = ipywidgets.HTML(
-            "<h3>learning-rate schedules</h3><p>Choose several (Ctrl or Shift); the area is the mean rate over the peak.</p>"
+            "<h3>learning-rate schedules</h3><p>Choose several (Ctrl or Shift); "
+            "the area is the mean rate over the peak.</p>"
         )
         title.add_class("wb-title")
         controls = [self.names, self.steps, self.lr, self.warmup, self.sampling, self.phi]

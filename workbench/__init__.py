@@ -1,4 +1,6 @@
-"""A bench for people who train and compress transformers: one subject, many instruments, every number beside its prediction."""
+"""A bench for people who train and compress transformers:
+one subject, many instruments, every number beside its prediction.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 

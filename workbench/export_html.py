@@ -2,12 +2,12 @@
 
 `page(notebook)` returns the file's text. What makes it self-contained and safe to pass on:
 
-- plotly.js is embedded once, gzipped (1.5 MB instead of 4.8), and unpacked by the browser (`DecompressionStream`); the
-  figures stay data until then. Formulas become MathML. Figures and text follow the reader's light or dark setting and
-  turn dark-on-light for printing.
-- A content security policy in the page forbids every request, and every script but the page's own (named by their SHA-256), so
-  that nothing from a data set, a file name or an error message can run. Outputs are sanitised besides; raw HTML in
-  Markdown is shown as text.
+- plotly.js is embedded once, gzipped (1.5 MB instead of 4.8), and unpacked by the browser
+  (`DecompressionStream`); the figures stay data until then. Formulas become MathML. Figures and text follow
+  the reader's light or dark setting and turn dark-on-light for printing.
+- A content security policy in the page forbids every request, and every script but the page's own
+  (named by their SHA-256), so that nothing from a data set, a file name or an error message can run. Outputs
+  are sanitised besides; raw HTML in Markdown is shown as text.
 - Code is folded away but there; progress bars, kernel state of widgets and ANSI colours are left out.
 """
 
@@ -46,7 +46,8 @@ _STYLE = (_HERE / "report_page.css").read_text(encoding="utf-8")
 _SCRIPT = (_HERE / "report_page.js").read_text(encoding="utf-8")
 
 _TAGS = set(bleach.sanitizer.ALLOWED_TAGS) | set(
-    "table thead tbody tfoot tr th td caption colgroup col div span p pre br hr h1 h2 h3 h4 h5 h6 dl dt dd figure figcaption "
+    "table thead tbody tfoot tr th td caption colgroup col div span p pre br hr h1 h2 h3 h4 h5 h6 dl dt dd "
+    "figure figcaption "
     "details summary sub sup small s u kbd samp var mark meter progress img".split()
 )
 _ATTRIBUTES = {
@@ -66,8 +67,8 @@ _PROGRESS_LINE = re.compile(r"^.*\d+%\|.*\|.*$")
 def page(notebook: NotebookNode, title: str | None = None) -> str:
     """The whole HTML document of an executed notebook.
 
-    Title: the argument, else the notebook's first level-1 heading, else "Report". Parameters, times and the state of the
-    run are read from the metadata papermill leaves.
+    Title: the argument, else the notebook's first level-1 heading, else "Report". Parameters, times
+    and the state of the run are read from the metadata papermill leaves.
     """
     body, headings, found_title = _body(notebook)
     title = title or found_title or "Report"
@@ -75,7 +76,8 @@ def page(notebook: NotebookNode, title: str | None = None) -> str:
     plotly, plotly_hash = _plotly() if has_figures else ("", "")
     scripts = [_hash(_SCRIPT)] + ([plotly_hash] if has_figures else [])
     policy = (
-        f"default-src 'none'; script-src {' '.join(scripts)}; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"default-src 'none'; script-src {' '.join(scripts)}; style-src 'unsafe-inline'; img-src data: "
+        "blob:; "
         "font-src data:; base-uri 'none'; form-action 'none'"
     )
     packed = (
@@ -87,12 +89,15 @@ def page(notebook: NotebookNode, title: str | None = None) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n"
-        f"{_header(notebook, title, headings)}\n<main>\n{body}</main>\n{packed}\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        f"{_header(notebook, title, headings)}\n<main>\n{body}</main>\n{packed}\n"
+        f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
 def sanitize(markup: str) -> str:
-    """`markup` with everything that could run, load or restyle the page taken out; tables and text formatting stay."""
+    """`markup` with everything that could run, load or restyle the page taken out;
+    tables and text formatting stay.
+    """
     markup = re.sub(r"(?is)<(script|style)\b.*?</\1\s*>", "", markup)
     return bleach.clean(
         markup,
@@ -158,7 +163,9 @@ def _hash(script: str) -> str:
 
 
 def _body(notebook: NotebookNode) -> tuple[str, list[tuple[str, str]], str | None]:
-    """Returns the cells' HTML, the level-2 headings as (anchor, text), and the first level-1 heading, which is taken out."""
+    """Returns the cells' HTML, the level-2 headings as (anchor, text), and the first level-1 heading,
+    which is taken out.
+    """
     parts: list[str] = []
     headings: list[tuple[str, str]] = []
     title: str | None = None
@@ -206,7 +213,8 @@ def _output(output: NotebookNode, figures: Iterator[int]) -> str:
     if output.output_type == "error":
         trace = html.escape(_ANSI.sub("", "\n".join(output.get("traceback", []))))
         return (
-            f'<div class="failure" role="alert"><strong>{html.escape(output.ename)}</strong>: {html.escape(output.evalue)}'
+            f'<div class="failure" role="alert"><strong>{html.escape(output.ename)}</strong>: '
+            f"{html.escape(output.evalue)}"
             f"<details><summary>Where it happened</summary><pre>{trace}</pre></details></div>\n"
         )
     if output.output_type == "stream":
@@ -264,7 +272,9 @@ def _finite(value: Any) -> Any:
 
 
 def settled(text: str | list[str]) -> str:
-    """What a terminal would show in the end: carriage returns overwrite, ANSI codes and progress bars are gone."""
+    """What a terminal would show in the end: carriage returns overwrite,
+    ANSI codes and progress bars are gone.
+    """
     lines = [
         line.rsplit("\r", 1)[-1] for line in _ANSI.sub("", _joined(text)).replace("\r\n", "\n").split("\n")
     ]
@@ -304,7 +314,8 @@ def _header(notebook: NotebookNode, title: str, headings: list[tuple[str, str]])
         )
     return (
         f"<header><h1>{_markdown_inline(title)}</h1>{failure}<dl>{rows}</dl>{settings}{contents}"
-        '<p class="tools"><button type="button" id="toggle-code" aria-pressed="false">Show code</button></p></header>'
+        '<p class="tools"><button type="button" id="toggle-code" aria-pressed="false">Show '
+        "code</button></p></header>"
     )
 
 

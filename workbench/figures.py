@@ -1,10 +1,11 @@
 """The look of every figure: one slim Plotly template, and the few traces the instruments share.
 
-Figures are pure functions of results. They are drawn in three places: live in a notebook panel, by JupyterLab's own
-Plotly renderer, and in an exported report, each of them on a light or a dark page. So backgrounds are transparent,
-grids are translucent, text is a grey that reads on both (the live view and the report replace it by the page's own ink),
-and lines are told apart by colour *and* dash *and* marker: the colours are Okabe and Ito's (2008), whose first four keep a
-distance for every common kind of colour blindness; magnitudes use cividis (Nuñez, Anderton and Renslow, 2018).
+Figures are pure functions of results. They are drawn in three places: live in a notebook panel, by
+JupyterLab's own Plotly renderer, and in an exported report, each of them on a light or a dark page. So
+backgrounds are transparent, grids are translucent, text is a grey that reads on both (the live view
+and the report replace it by the page's own ink), and lines are told apart by colour *and* dash *and* marker:
+the colours are Okabe and Ito's (2008), whose first four keep a distance for every common kind of colour
+blindness; magnitudes use cividis (Nuñez, Anderton and Renslow, 2018).
 
 >>> fig = figure("Loss against sparsity", x="sparsity", y="loss (nats)")
 >>> line(fig, [0.5, 0.7, 0.9], [1.0, 1.2, 2.0], "oBERT", band=([0.9, 1.1, 1.8], [1.1, 1.3, 2.2]))
@@ -69,7 +70,8 @@ def _template() -> go.layout.Template:
         margin=dict(l=60, r=16, t=48, b=48),
         height=400,
         hovermode="closest",
-        # At the bottom of the container, where room is made for as many rows as it takes; above the plot it would run into the title.
+        # At the bottom of the container, where room is made for as many rows as it takes;
+        # above the plot it would run into the title.
         legend=dict(
             orientation="h",
             x=0,
@@ -92,7 +94,9 @@ pio.templates["workbench"] = TEMPLATE
 
 
 def color(index: int, alpha: float | None = None) -> str:
-    """Palette colour number `index` (the palette repeats), as hex, or as rgba with an opacity `alpha` in [0, 1]."""
+    """Palette colour number `index` (the palette repeats), as hex,
+    or as rgba with an opacity `alpha` in [0, 1].
+    """
     value = COLORS[index % len(COLORS)]
     if alpha is None:
         return value
@@ -103,8 +107,8 @@ def color(index: int, alpha: float | None = None) -> str:
 def figure(title: str, x: str = "", y: str = "", **layout: Any) -> go.Figure:
     """An empty figure in the workbench's look.
 
-    `x` and `y` are axis titles *with their unit* ("sparsity", "loss (nats)"); everything else is passed to the Plotly
-    layout unchanged (`xaxis_type="log"`, `height=300`, `barmode="group"`, ...).
+    `x` and `y` are axis titles *with their unit* ("sparsity", "loss (nats)"); everything else is passed to
+    the Plotly layout unchanged (`xaxis_type="log"`, `height=300`, `barmode="group"`, ...).
     """
     fig = go.Figure(
         layout={
@@ -121,11 +125,12 @@ def figure(title: str, x: str = "", y: str = "", **layout: Any) -> go.Figure:
 def thin(x: ArrayLike, y: ArrayLike, points: int = MAX_POINTS) -> tuple[NDArray[Any], NDArray[Any]]:
     """Reduce a curve to at most `points` points without losing a peak.
 
-    The curve is cut into `points // 2 - 1` runs of consecutive points; of each the smallest and the largest finite `y` are
-    kept, and the curve's two ends. Order is kept. Runs that hold no finite value keep their first point, so a gap stays
-    a gap. Curves that are short enough are returned as they are (as arrays).
+    The curve is cut into `points // 2 - 1` runs of consecutive points; of each the smallest and the largest
+    finite `y` are kept, and the curve's two ends. Order is kept. Runs that hold no finite value keep their
+    first point, so a gap stays a gap. Curves that are short enough are returned as they are (as arrays).
 
-    x, y : one-dimensional, equal length n. Returns (x', y') of length <= points. ValueError if the lengths differ.
+    x, y : one-dimensional, equal length n. Returns (x', y') of length <= points.
+        ValueError if the lengths differ.
     """
     xs, ys = np.asarray(x), np.asarray(y)
     if xs.ndim != 1 or xs.shape != ys.shape:
@@ -167,8 +172,9 @@ def line(
 ) -> None:
     """Add a curve to `fig`, with its interval (`band = (low, high)`) as a shaded strip.
 
-    `index` picks colour, dash and marker together, so the same method keeps its look across figures; by default the next
-    one not used in this figure. Curves of up to 40 points show markers; longer ones are lines, thinned to `MAX_POINTS`.
+    `index` picks colour, dash and marker together, so the same method keeps its look across figures; by
+    default the next one not used in this figure. Curves of up to 40 points show markers;
+    longer ones are lines, thinned to `MAX_POINTS`.
     """
     if index is None:
         index = len({t.legendgroup for t in fig.data if t.legendgroup})
@@ -220,9 +226,11 @@ def points(
 
 
 def rule(fig: go.Figure, text: str, x: float | None = None, y: float | None = None) -> None:
-    """Add a thin dashed reference line across the plot at `x` or at `y`, in the axis's own units, labelled `text`.
+    """Add a thin dashed reference line across the plot at `x` or at `y`, in the axis's own units,
+    labelled `text`.
 
-    Set the axis's type first: on a logarithmic axis Plotly takes a line's place as the value and a label's as its logarithm.
+    Set the axis's type first: on a logarithmic axis Plotly takes a line's place as the value and a label's as
+    its logarithm.
     """
     if (x is None) == (y is None):
         raise ValueError("rule: give exactly one of x and y")
@@ -260,7 +268,8 @@ def heat(
     unit: str = "",
     **trace: Any,
 ) -> None:
-    """Add a heat map of `z` (rows, columns) in cividis, with `unit` on its colour bar; row 0 is drawn at the top.
+    """Add a heat map of `z` (rows, columns) in cividis, with `unit` on its colour bar;
+    row 0 is drawn at the top.
 
     For tables and small grids. Weight matrices (10^5 cells and more) belong on `widgets.Bitmap`.
     """
@@ -278,8 +287,8 @@ def heat(
 def table_figure(table: pd.DataFrame, title: str) -> go.Figure:
     """The default picture of a tidy table: its first numeric column across, every other one as a curve.
 
-    A table whose first column is text (layer names, methods) becomes grouped bars over it. Instruments that know what
-    their numbers mean override `Result.figure` instead.
+    A table whose first column is text (layer names, methods) becomes grouped bars over it. Instruments that
+    know what their numbers mean override `Result.figure` instead.
     """
     numeric = [
         str(name)

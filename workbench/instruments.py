@@ -1,7 +1,9 @@
-"""The contract every study implements: an `Instrument` is a frozen set of parameters, `run` turns it into a `Result`.
+"""The contract every study implements: an `Instrument` is a frozen set of parameters,
+`run` turns it into a `Result`.
 
     spectrum = curvature.Spectrum(probes=4)          # parameters, validated on construction
-    result = spectrum.run(subject)                   # cached under (fields, subject fingerprint, code version)
+    result = spectrum.run(subject)
+        # cached under (fields, subject fingerprint, code version)
     result.table, result.summary(), result.figure(), result.save("folder")
 
 Fields are the only place where a parameter is declared: controls, command-line options, papermill parameters,
@@ -50,7 +52,9 @@ FAMILIES = ("curvature", "pruning", "quantization", "latency", "training", "scal
 
 
 class BadInput(ValueError):
-    """The user asked for something that cannot be done; one line names the field, the value, what is accepted and the fix."""
+    """The user asked for something that cannot be done; one line names the field, the value,
+    what is accepted and the fix.
+    """
 
 
 def parameter(
@@ -68,10 +72,12 @@ def parameter(
 
 
 class Instrument(BaseModel):
-    """A study with parameters. Subclass, declare fields with `parameter(...)`, implement `_run(on, progress) -> Result`.
+    """A study with parameters. Subclass, declare fields with `parameter(...)`,
+    implement `_run(on, progress) -> Result`.
 
-    `_run` gets a Subject (or Runs, as `on` declares) already on the right device with a private copy of its model when
-    `changes_model` is True, and returns `self.result(...)`; everything else (cache, provenance, seed, stop) is done here.
+    `_run` gets a Subject (or Runs, as `on` declares) already on the right device with a private copy of its
+    model when `changes_model` is True, and returns `self.result(...)`;
+    everything else (cache, provenance, seed, stop) is done here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -90,7 +96,9 @@ class Instrument(BaseModel):
 
     @classmethod
     def name(cls) -> str:
-        """The command-line name: the class name in lower-kebab case (`TopEigenvalues` -> `top-eigenvalues`)."""
+        """The command-line name: the class name in lower-kebab case
+        (`TopEigenvalues` -> `top-eigenvalues`).
+        """
         return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
 
     @classmethod
@@ -114,7 +122,9 @@ class Instrument(BaseModel):
         return self.result_class()(instrument=self, table=table, facts=facts or {}, **more)
 
     def run(self, on: Any, progress: Progress | None = None, cache: bool = True) -> Result:
-        """Run on a Subject (or Runs). The same fields on the same subject with the same code come from the cache."""
+        """Run on a Subject (or Runs). The same fields on the same subject with the same code come from
+        the cache.
+        """
         progress = progress or TextProgress()
         key = self.key(on)
         slot = cache_folder() / "results" / key
@@ -243,10 +253,12 @@ def provenance(on: Any, seconds: float) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class Result:
-    """What a run returned: a tidy `table`, one-line `facts`, further `tables` and `arrays`, provenance, and a figure.
+    """What a run returned: a tidy `table`, one-line `facts`, further `tables` and `arrays`, provenance,
+    and a figure.
 
-    Subclasses override `figure(**view)` (pure: draws, never computes anew) and `view_model()` (what the viewer may change
-    without running again). A result of an instrument that changes a model has `.subject`.
+    Subclasses override `figure(**view)` (pure: draws, never computes anew) and `view_model()` (what
+    the viewer may change without running again). A result of an instrument that changes a model has
+    `.subject`.
     """
 
     instrument: Instrument
@@ -270,7 +282,9 @@ class Result:
         return table_figure(self.table, title=type(self.instrument).__name__)
 
     def view_model(self) -> type[BaseModel] | None:
-        """Settings of `figure(**view)` as a pydantic model (choices may depend on this result); a panel makes controls of them."""
+        """Settings of `figure(**view)` as a pydantic model (choices may depend on this result);
+        a panel makes controls of them.
+        """
         return None
 
     def summary(self) -> str:
@@ -294,7 +308,9 @@ class Result:
         return f"<p>{html.escape(self.summary())}</p>{rows}{more}"
 
     def save(self, folder: str | os.PathLike[str], with_subject: bool = True) -> Path:
-        """Write Parquet + JSON + safetensors to `folder` (made by renaming a finished draft); never pickle."""
+        """Write Parquet + JSON + safetensors to `folder` (made by renaming a finished draft);
+        never pickle.
+        """
         from safetensors.numpy import save_file
 
         folder = Path(folder)
@@ -328,7 +344,8 @@ class Result:
         folder = Path(folder)
         if not (folder / "result.json").is_file():
             raise BadInput(
-                f"folder: {str(folder)!r} holds no saved result (no result.json); give a folder written by Result.save"
+                f"folder: {str(folder)!r} holds no saved result (no result.json); "
+                "give a folder written by Result.save"
             )
         content = json.loads((folder / "result.json").read_text())
         instrument = find(content["instrument"])(**content["fields"])
@@ -409,7 +426,9 @@ class Method:
     measure: Callable[..., dict[str, Any]] | None = None  # (name, progress) -> evidence record
 
     def evidence(self) -> dict[str, Any] | None:
-        """The stored measurement (`data/evidence/FAMILY/NAME.json`), or None when nothing was measured yet."""
+        """The stored measurement (`data/evidence/FAMILY/NAME.json`),
+        or None when nothing was measured yet.
+        """
         from workbench.subjects.builtin import data_folder
 
         file = data_folder() / "evidence" / self.family / f"{self.name}.json"

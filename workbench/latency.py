@@ -1,7 +1,8 @@
 """What a subject costs to run on this device: measured milliseconds, memory, bytes, parameters and FLOPs.
 
-Timings are of the baked model (masks and number formats multiplied in), in inference mode, on one real batch. Every layer is
-also timed alone, dense and in the sparse formats the device has, so that sparsity that makes things slower says so.
+Timings are of the baked model (masks and number formats multiplied in), in inference mode, on one real batch.
+Every layer is also timed alone, dense and in the sparse formats the device has,
+so that sparsity that makes things slower says so.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 
 class Latency(SubjectInstrument):
-    """Median latency with quartiles, peak memory, bytes (dense and sparse-packed), parameters and FLOPs on this device."""
+    """Median latency with quartiles, peak memory, bytes (dense and sparse-packed),
+    parameters and FLOPs on this device.
+    """
 
     summary_line: ClassVar[str] = "measured milliseconds, memory, bytes and FLOPs of a subject"
 
@@ -160,7 +163,9 @@ class MemoryWatch(TorchDispatchMode):
 
 @torch.no_grad()
 def peak_memory(subject: Subject, batch: dict[str, Tensor]) -> int:
-    """Bytes at the highest point of one forward pass: parameters and buffers plus the intermediate tensors alive together."""
+    """Bytes at the highest point of one forward pass: parameters and buffers plus the intermediate tensors
+    alive together.
+    """
     if subject.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(subject.device)
         subject.task.output(subject.model, batch)
@@ -172,7 +177,9 @@ def peak_memory(subject: Subject, batch: dict[str, Tensor]) -> int:
 
 @torch.no_grad()
 def count_flops(subject: Subject, batch: dict[str, Tensor]) -> int:
-    """Floating-point operations of the matrix products of one forward pass (a multiply-add is 2), attention included."""
+    """Floating-point operations of the matrix products of one forward pass (a multiply-add is 2),
+    attention included.
+    """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         subject.task.output(subject.model, batch)
     return counter.get_total_flops()
@@ -221,7 +228,9 @@ def saved_bytes(layers: list[Layer]) -> int:
 def layer_rows(
     subject: Subject, layers: list[Layer], batch: dict[str, Tensor], repeats: int, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Each layer's shape, density and, with repeats > 0, its milliseconds alone in every format the device multiplies."""
+    """Each layer's shape, density and, with repeats > 0, its milliseconds alone in every format the device
+    multiplies.
+    """
     rows = tokens_of(subject, layers, batch)
     found = []
     for layer in progress.track(layers, "layers alone"):
@@ -245,10 +254,11 @@ def layer_rows(
 
 
 def formats_of(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Products x -> x W^T of a matrix in every format this device has; sparse ones only when the matrix has zeros.
+    """Products x -> x W^T of a matrix in every format this device has;
+    sparse ones only when the matrix has zeros.
 
-    BSR needs square blocks that divide the shape (other shapes are refused by the CPU library); 2:4 needs CUDA, half
-    precision and a matrix that has the pattern.
+    BSR needs square blocks that divide the shape (other shapes are refused by the CPU library); 2:4 needs
+    CUDA, half precision and a matrix that has the pattern.
     """
     made: dict[str, Callable[[Tensor], Tensor]] = {"dense": lambda x: torch.nn.functional.linear(x, weight)}
     if bool((weight != 0).all()):
@@ -269,7 +279,9 @@ def formats_of(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def format_times(weight: Tensor, rows: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a product with `rows` random inputs, by format; formats take turns, so noise falls on all alike."""
+    """Median seconds of a product with `rows` random inputs, by format;
+    formats take turns, so noise falls on all alike.
+    """
     import warnings
 
     with warnings.catch_warnings(), torch.no_grad():

@@ -21,8 +21,8 @@ Item = TypeVar("Item")
 class Progress:
     """Progress and Stop for anything over a second.
 
-    `track` yields items until they end or `stop` is set; then `partial` is True and the caller keeps what it has.
-    Subclasses draw: override `show(label, done, total)` and, for live figures, `preview(result)`.
+    `track` yields items until they end or `stop` is set; then `partial` is True and the caller keeps what it
+    has. Subclasses draw: override `show(label, done, total)` and, for live figures, `preview(result)`.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,9 @@ class Progress:
 
 
 class TextProgress(Progress):
-    """tqdm bars in a terminal or a notebook, one per label; in a headless report the text goes to the file named by `WORKBENCH_PROGRESS_FILE`."""
+    """tqdm bars in a terminal or a notebook, one per label;
+    in a headless report the text goes to the file named by `WORKBENCH_PROGRESS_FILE`.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,15 +1,17 @@
-"""Reports: a parameterised notebook, run headless by papermill with strict parameters, exported to one HTML file.
+"""Reports: a parameterised notebook, run headless by papermill with strict parameters,
+exported to one HTML file.
 
     render("compress", {"subject": "digits-vit"}, Path("reports"))
 
-Stricter than papermill itself, where an unknown name only warns and "true" stays text: names and values are checked against
-the declarations in the notebook's cell tagged `parameters` before a kernel starts.
+Stricter than papermill itself, where an unknown name only warns and "true" stays text: names and values are
+checked against the declarations in the notebook's cell tagged `parameters` before a kernel starts.
 
     subject: str = "minilm-docstrings"  # the model to compress
     sparsities: list[float] = [0.5, 0.7]  # fractions of weights to remove
 
-The kernel is always this interpreter, whatever kernels are registered, and is spoken to over a private socket. Output files
-appear under their names when they are complete; after a failure they hold what was finished, and the error.
+The kernel is always this interpreter, whatever kernels are registered, and is spoken to over a private
+socket. Output files appear under their names when they are complete;
+after a failure they hold what was finished, and the error.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Parameter:
     help: str
 
     def accept(self, value: Any) -> Any:
-        """`value` as the declared type, without guessing: 7 is not text, "7" not a number. Raises `BadInput`."""
+        """`value` as the declared type, without guessing: 7 is not text, "7" not a number.
+        Raises `BadInput`.
+        """
         if self.annotation is Any:
             return value
         try:
@@ -71,7 +75,9 @@ class Parameter:
 
 
 def notebooks_folder() -> Path:
-    """Where the project's notebooks are: beside the packages in a checkout, inside the package once installed."""
+    """Where the project's notebooks are: beside the packages in a checkout,
+    inside the package once installed.
+    """
     here = Path(__file__).parent
     for folder in (here / "_notebooks", here.parent / "notebooks"):
         if folder.is_dir():
@@ -102,7 +108,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         close = difflib.get_close_matches(str(name_or_path), available(), 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise BadInput(
-            f"report: {str(name_or_path)!r} is unknown; {hint}known: {', '.join(available())}, or a path to an .ipynb file"
+            f"report: {str(name_or_path)!r} is unknown; {hint}known: "
+            f"{', '.join(available())}, or a path to an .ipynb file"
         )
     return file
 
@@ -113,13 +120,15 @@ def parameters_of(name_or_path: str | os.PathLike[str]) -> dict[str, Parameter]:
     cell = _parameters_cell(nbformat.read(path, 4))
     if cell is None:
         raise BadInput(
-            f"report: {path.name} takes no parameters (it has no cell tagged 'parameters'), so it is not a report"
+            f"report: {path.name} takes no parameters (it has no cell tagged 'parameters'), "
+            "so it is not a report"
         )
     try:
         return {p.name: p for p in _declarations(cell.source)}
     except (SyntaxError, ValueError) as error:
         raise BadInput(
-            f"report: the cell of parameters of {path.name} is not a list of `name: type = value  # help`: {error}"
+            f"report: the cell of parameters of {path.name} is not a list of `name: type = value  # help`: "
+            f"{error}"
         ) from None
 
 
@@ -157,13 +166,16 @@ def check(name_or_path: str | os.PathLike[str], parameters: Mapping[str, Any]) -
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise BadInput(
-                f"{name}: unknown parameter of {Path(name_or_path).stem}{hint} (parameters: {', '.join(known)})"
+                f"{name}: unknown parameter of {Path(name_or_path).stem}{hint} (parameters: "
+                f"{', '.join(known)})"
             )
     return {name: known[name].accept(value) for name, value in parameters.items()}
 
 
 def write_parameters(file: Path, parameters: Mapping[str, Any]) -> Path:
-    """Write parameters as YAML that papermill, `workbench report --parameters` and `widgets.panel` read back identically."""
+    """Write parameters as YAML that papermill, `workbench report --parameters` and `widgets.panel` read back
+    identically.
+    """
     with replacing(Path(file)) as draft:
         draft.write_text(
             yaml.safe_dump(dict(parameters), sort_keys=False, allow_unicode=True), encoding="utf-8"
@@ -176,14 +188,15 @@ def reopen(
 ) -> Any:
     """What an instrument of this kind works on: a subject, or the runs in a file.
 
-    With a `fingerprint`, exactly that state of it (as a panel's Send to report asks) or `BadInput`. `data`, `text_column` and
-    `label_column` are those of `workbench.subject`; empty ones are left out.
+    With a `fingerprint`, exactly that state of it (as a panel's Send to report asks) or `BadInput`. `data`,
+    `text_column` and `label_column` are those of `workbench.subject`; empty ones are left out.
     """
     given: dict[str, Any] = {name: value for name, value in data.items() if value}
     if kind.on == "runs":
         if given:
             raise BadInput(
-                f"{next(iter(given))}: the instrument {kind.name()} works on runs, which bring their own; leave it out"
+                f"{next(iter(given))}: the instrument {kind.name()} works on runs, which bring their own; "
+                "leave it out"
             )
 
         from workbench.scaling.runs import Runs
@@ -197,7 +210,8 @@ def reopen(
             on.adopt_fingerprint(fingerprint)  # the folder is named after the state that was saved in it
     if fingerprint and on.fingerprint != fingerprint:
         raise BadInput(
-            f"subject: {source!r} has changed since these settings were written (fingerprint {on.fingerprint}, not {fingerprint})"
+            f"subject: {source!r} has changed since these settings were written (fingerprint "
+            f"{on.fingerprint}, not {fingerprint})"
         )
     return on
 
@@ -212,12 +226,13 @@ def render(
 ) -> ReportPaths:
     """Run a notebook with these parameters and export it.
 
-    out : a folder (the files take the notebook's name) or the path of the .html file (the notebook lies beside it).
+    out : a folder (the files take the notebook's name) or the path of the .html file
+        (the notebook lies beside it).
     show : called with (what is being done, cells done, cells in all); default: a bar on the terminal.
     timeout : seconds a single cell may take; None: no limit.
 
-    `BadInput` before anything starts when the request is wrong. A failing cell is no exception: the returned paths hold
-    what was finished, and `.error` says in one line what happened.
+    `BadInput` before anything starts when the request is wrong. A failing cell is no exception: the returned
+    paths hold what was finished, and `.error` says in one line what happened.
     """
     source = find(name_or_path)
     # Defaults too: the report states every setting, and keeps its meaning when a default changes.
@@ -306,8 +321,9 @@ def _tidy(notebook: nbformat.NotebookNode, source: Path, target: Path, error: st
 def _kernel_manager(private: Path) -> type:
     """A kernel manager for this interpreter, no registry of kernels asked.
 
-    It talks over a unix socket in a private folder (TCP on loopback where paths are too long or there are none): no port can be
-    taken by somebody else between choosing and binding it, and no other user can connect.
+    It talks over a unix socket in a private folder (TCP on loopback where paths are too long or there are
+    none): no port can be taken by somebody else between choosing and binding it, and no other user can
+    connect.
     """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -392,7 +408,9 @@ class _Watch:
 
 
 class TerminalBar:
-    """The default progress: one line that rewrites itself on a terminal, one line for each section anywhere else."""
+    """The default progress: one line that rewrites itself on a terminal,
+    one line for each section anywhere else.
+    """
 
     def __init__(self, name: str) -> None:
         self.name, self._last = name, ""

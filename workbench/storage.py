@@ -13,14 +13,18 @@ import platformdirs
 
 
 def cache_folder() -> Path:
-    """Where fine-tuned subjects and finished results are kept; `WORKBENCH_CACHE` overrides the per-user default."""
+    """Where fine-tuned subjects and finished results are kept;
+    `WORKBENCH_CACHE` overrides the per-user default.
+    """
     folder = os.environ.get("WORKBENCH_CACHE") or platformdirs.user_cache_dir("model-workbench")
     return Path(folder)
 
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Write to a temporary sibling (file or folder) that takes `target`'s place only when the block ends without error."""
+    """Write to a temporary sibling (file or folder) that takes `target`'s place only when the block ends
+    without error.
+    """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -1,4 +1,6 @@
-"""Comparing many runs on one subject: a tidy table of their facts, computed in parallel through the result cache, and their figures."""
+"""Comparing many runs on one subject: a tidy table of their facts,
+computed in parallel through the result cache, and their figures.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,15 @@ def sweep(
     jobs: int = 0,
     beside: Sequence[Instrument] = (),
 ) -> pd.DataFrame:
-    """Run every instrument (or chain of them) on one subject; one row a run: `series` (its key), the last instrument's fields, its facts,
-    and `size`, the bytes of the compressed layers (values, scales, and what says where they are).
+    """Run every instrument (or chain of them) on one subject; one row a run: `series` (its key), the last
+    instrument's fields, its facts, and `size`, the bytes of the compressed layers
+    (values, scales, and what says where they are).
 
-    A series is dealt out to the workers, and each keeps the statistics it measured for the runs that share them; chains of any series
-    that begin with the same run go to the worker that computes it. `jobs` worker processes (0: one per core, never more than the runs
-    that are not cached); rows come in the order given, and a sweep that is stopped returns the finished ones. `beside`: instruments
-    that give no row; they are computed first, beside the others, for a later `run` to find in the cache.
+    A series is dealt out to the workers, and each keeps the statistics it measured for the runs that share
+    them; chains of any series that begin with the same run go to the worker that computes it. `jobs` worker
+    processes (0: one per core, never more than the runs that are not cached); rows come in the order given,
+    and a sweep that is stopped returns the finished ones. `beside`: instruments that give no row; they are
+    computed first, beside the others, for a later `run` to find in the cache.
     """
     progress = progress or TextProgress()
     if not runs or not all(runs.values()):
@@ -69,7 +73,8 @@ def sweep(
 def run_chain(on: Subject, chain: Chain, progress: Progress, last: dict[str, Subject]) -> Result:
     """Each instrument on the subject the one before it returned; the last result.
 
-    `last` holds the subject that the latest beginning of a chain ended with, so chains that begin alike compute it once.
+    `last` holds the subject that the latest beginning of a chain ended with,
+    so chains that begin alike compute it once.
     """
     for instrument in chain[:-1]:
         key = instrument.key(on)
@@ -125,7 +130,9 @@ def row(series: str, result: Result) -> dict[str, Any]:
 
 
 def families(on: Subject, chains: Mapping[str, Sequence[Chain]]) -> list[list[list[Chain]]]:
-    """By series, its chains in families: those that begin with the same run, the short ones first, in the series that has the first of them."""
+    """By series, its chains in families: those that begin with the same run, the short ones first,
+    in the series that has the first of them.
+    """
     series: list[list[list[Chain]]] = []
     known: dict[str, list[Chain]] = {}
     for group in chains.values():
@@ -143,7 +150,9 @@ def families(on: Subject, chains: Mapping[str, Sequence[Chain]]) -> list[list[li
 
 
 def dealt(group: list[list[Chain]], workers: int) -> list[list[Chain]]:
-    """A series in as many consecutive parts as there are workers, families kept together: neighbours share statistics and beginnings."""
+    """A series in as many consecutive parts as there are workers, families kept together:
+    neighbours share statistics and beginnings.
+    """
     ends = np.cumsum([0, *map(len, group)])
     parts = np.searchsorted(np.linspace(0, ends[-1], workers + 1)[1:-1], (ends[:-1] + ends[1:]) / 2)
     return [
@@ -164,7 +173,8 @@ def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress:
             joblib.delayed(one_group)(str(place), on.fingerprint, on.evaluations, group) for group in groups
         )
         with warnings.catch_warnings():
-            # a worker that has grown by much is replaced by a new one between two parts: its statistics are measured again, nothing is lost
+            # a worker that has grown by much is replaced by a new one between two parts:
+            # its statistics are measured again, nothing is lost
             warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
             done = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(tasks)
             for _ in progress.track(done, "parts of series", len(groups)):
@@ -179,7 +189,9 @@ _opened: dict[
 def one_group(
     folder: str, fingerprint: str, evaluations: dict[tuple[str, int], dict[str, float]], group: list[Chain]
 ) -> int:
-    """In a worker: run one series on the saved subject under the caller's fingerprint, with what the caller measured on it."""
+    """In a worker: run one series on the saved subject under the caller's fingerprint,
+    with what the caller measured on it.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -216,7 +228,8 @@ def curves(
 def predicted_beside_measured(
     table: pd.DataFrame, title: str, predicted: str = "predicted_change", measured: str = "measured_change"
 ) -> go.Figure:
-    """Second-order prediction against measured loss change, both axes logarithmic, with the line where they agree.
+    """Second-order prediction against measured loss change, both axes logarithmic,
+    with the line where they agree.
 
     Points where either is not positive cannot be drawn on logarithmic axes; their number is in the title.
     """
@@ -240,7 +253,9 @@ def predicted_beside_measured(
 
 
 def frontier(table: pd.DataFrame, dense: Card, title: str) -> go.Figure:
-    """Quality against the compressed layers' bytes for every run, with the runs that no smaller run beats joined."""
+    """Quality against the compressed layers' bytes for every run,
+    with the runs that no smaller run beats joined.
+    """
     fig = figure(
         title, "size of the compressed layers (MB)", f"test {dense.score}", xaxis_type="log", height=480
     )
@@ -289,7 +304,9 @@ def overview(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def findings(table: pd.DataFrame, dense: Card) -> pd.DataFrame:
-    """What the runs say, each with the numbers behind it: orderings the literature expects, whether they held here, and how far."""
+    """What the runs say, each with the numbers behind it: orderings the literature expects,
+    whether they held here, and how far.
+    """
     rows = []
 
     def ordering(claim: str, better: str, worse: str, column: str, at: float) -> None:
@@ -326,7 +343,9 @@ def findings(table: pd.DataFrame, dense: Card) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Card:
-    """The subject before anything is done to it: its reproducibility card and the numbers every comparison starts from."""
+    """The subject before anything is done to it: its reproducibility card and the numbers every comparison
+    starts from.
+    """
 
     facts: dict[str, Any]
     loss: float

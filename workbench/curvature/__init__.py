@@ -1,4 +1,6 @@
-"""Curvature: Hessian, Gauss-Newton and Fisher operators, their spectra and traces, and what they predict a change will cost."""
+"""Curvature: Hessian, Gauss-Newton and Fisher operators, their spectra and traces,
+and what they predict a change will cost.
+"""
 
 from workbench.curvature.attention import twice_differentiable
 from workbench.curvature.batch_size import BatchSizeTheory

@@ -1,4 +1,6 @@
-"""A path through every stock layer that has a second derivative, switched on inside a context and restored after it."""
+"""A path through every stock layer that has a second derivative,
+switched on inside a context and restored after it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ _open = contextlib.ExitStack()
 def twice_differentiable() -> Iterator[None]:
     """Run `scaled_dot_product_attention` as plain matrix products and recurrent layers without cuDNN.
 
-    Fused attention and cuDNN's recurrent kernels have no second derivative. The switches are process-wide, so the context
-    counts its users: runs in several threads share it, and the last one out restores what was set before.
+    Fused attention and cuDNN's recurrent kernels have no second derivative. The switches are process-wide, so
+    the context counts its users: runs in several threads share it,
+    and the last one out restores what was set before.
     """
     global _users
     with _lock:

@@ -1,4 +1,6 @@
-"""Batch-size theory against measurement: top eigenvalue, and largest stable learning rate, as a function of the batch size."""
+"""Batch-size theory against measurement: top eigenvalue, and largest stable learning rate,
+as a function of the batch size.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def with_rows(on: Subject, split: str, rows: torch.Tensor) -> Subject:
 def trains(
     on: Subject, split: str, optimizer: str, rate: float, batch: int, steps: int, start: float, seed: int
 ) -> bool:
-    """Whether `steps` of training at this rate keep the mean loss of the last quarter within half a nat above `start`."""
+    """Whether `steps` of training at this rate keep the mean loss of the last quarter within half a nat above
+    `start`.
+    """
     model = copy.deepcopy(on.model).eval()
     weights = [p for p in model.parameters() if p.requires_grad]
     rule: torch.optim.Optimizer = (
@@ -88,9 +92,14 @@ def largest_rate(
 
 
 class BatchSizeTheory(CurvatureInstrument):
-    """Top eigenvalue of batches of several sizes beside spiked random matrix theory; optionally the largest stable rates of SGD and Adam."""
+    """Top eigenvalue of batches of several sizes beside spiked random matrix theory;
+    optionally the largest stable rates of SGD and Adam.
+    """
 
-    summary_line = "batch size against top eigenvalue and noise edge: random matrix theory beside measurement, and learning-rate limits"
+    summary_line = (
+        "batch size against top eigenvalue and noise edge: "
+        "random matrix theory beside measurement, and learning-rate limits"
+    )
 
     split: str = parameter("train", "data split whose first examples stand for the full data", min_length=1)
     examples: int = parameter(256, "examples that count as the full batch", ge=8, le=65536, scale="log")
@@ -112,7 +121,8 @@ class BatchSizeTheory(CurvatureInstrument):
         super().check(on)
         if self.smallest >= min(self.examples, on.size(self.split)):
             raise BadInput(
-                f"smallest: {self.smallest} is not below the full batch of {min(self.examples, on.size(self.split))} examples; lower it"
+                f"smallest: {self.smallest} is not below the full batch of "
+                f"{min(self.examples, on.size(self.split))} examples; lower it"
             )
 
     def _run(self, on: Subject, progress: Progress) -> Result:
@@ -158,7 +168,8 @@ class BatchSizeTheory(CurvatureInstrument):
             noise = operator.noise(operator.matmat(probes))
             if noise is None:
                 raise BadInput(
-                    f"batch_size: {self.batch_size} leaves one micro-batch; the noise needs at least 2, so lower it"
+                    f"batch_size: {self.batch_size} leaves one micro-batch; "
+                    "the noise needs at least 2, so lower it"
                 )
             facts |= {
                 "full_top": self._top(operator),

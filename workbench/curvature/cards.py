@@ -1,4 +1,6 @@
-"""Catalog cards of the curvature methods, with measurements on small exactly known or quickly trained subjects."""
+"""Catalog cards of the curvature methods, with measurements on small exactly known or quickly trained
+subjects.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def coverage(method: str) -> Callable[[str, Progress], dict[str, Any]]:
             "root_mean_square_error": error,
             "products": 48,
             "repeats": 100,
-            "note": f"exact trace within two standard errors in {hits:.0%} of 100 repeats; error {error / DIGITS_TRACE:.2%} with 48 products",
+            "note": (
+                f"exact trace within two standard errors in {hits:.0%} of 100 repeats; "
+                f"error {error / DIGITS_TRACE:.2%} with 48 products"
+            ),
         }
 
     return measure
@@ -64,9 +69,11 @@ def measure_lanczos(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def measure_batch_theory(name: str, progress: Progress) -> dict[str, Any]:
-    """Digits at zero weights (Gauss-Newton = Hessian) and a small trained vision transformer; tuned on nothing.
+    """Digits at zero weights (Gauss-Newton = Hessian) and a small trained vision transformer;
+    tuned on nothing.
 
-    The claim needs the formula with the noise that was measured; a fit of the noise's level shows whether the shape 1 / b alone is right.
+    The claim needs the formula with the noise that was measured;
+    a fit of the noise's level shows whether the shape 1 / b alone is right.
     """
     import workbench
     from workbench.curvature.batch_size import BatchSizeTheory
@@ -95,12 +102,16 @@ def measure_batch_theory(name: str, progress: Progress) -> dict[str, Any]:
         }
     holds = all(r["falls"] and (r["r2_predicted"] or 0) > 0.8 for r in records.values())
     note = "; ".join(
-        f"{k}: {'falls' if r['falls'] else 'does not fall'}, R2 {r['r2_predicted']:.2f} with measured noise, {r['r2_fitted']:.2f} with "
+        f"{k}: {'falls' if r['falls'] else 'does not fall'}, "
+        f"R2 {r['r2_predicted']:.2f} with measured noise, {r['r2_fitted']:.2f} with "
         f"{r['fitted_over_measured_noise']:.0f} times that noise"
         for k, r in records.items()
     )
     rates = records["digits-softmax"]
-    note += f"; log-log slope of the largest stable rate, digits-softmax: SGD {rates['sgd_limit_slope']:.2f}, Adam {rates['adam_limit_slope']:.2f}"
+    note += (
+        "; log-log slope of the largest stable rate, digits-softmax: "
+        f"SGD {rates['sgd_limit_slope']:.2f}, Adam {rates['adam_limit_slope']:.2f}"
+    )
     return {"holds": holds, "subjects": records, "note": note}
 
 
@@ -114,8 +125,10 @@ def measure_flatness(name: str, progress: Progress) -> dict[str, Any]:
         "holds": holds,
         **found,
         "rows": table.to_dict("records"),
-        "note": f"{found['models']:.0f} models at loss {found['loss']:.3f}: rank correlation of trace and probe accuracy "
-        f"{found['trace_correlation']:.2f} (p {found['trace_p']:.2g}), of top eigenvalue {found['top_eigenvalue_correlation']:.2f}",
+        "note": f"{found['models']:.0f} models at loss {found['loss']:.3f}: "
+        "rank correlation of trace and probe accuracy "
+        f"{found['trace_correlation']:.2f} (p {found['trace_p']:.2g}), "
+        f"of top eigenvalue {found['top_eigenvalue_correlation']:.2f}",
     }
 
 
@@ -123,7 +136,9 @@ PREDICTED = ("minilm-docstrings", "bytelm")
 
 
 def measure_prediction(name: str, progress: Progress) -> dict[str, Any]:
-    """4-bit rounding and 50 % pruning of every layer, one at a time, on the same few examples for prediction and measurement."""
+    """4-bit rounding and 50 % pruning of every layer, one at a time,
+    on the same few examples for prediction and measurement.
+    """
     import workbench
     from workbench.curvature.prediction_study import QuadraticPrediction
 
@@ -143,7 +158,8 @@ def measure_prediction(name: str, progress: Progress) -> dict[str, Any]:
             }
     holds = all(r["rank_correlation"] > 0.8 for r in records.values())
     note = "; ".join(
-        f"{k}: rank correlation {r['rank_correlation']:.2f}, {r['within_factor_2']:.0%} of layers within a factor of 2, median radius "
+        f"{k}: rank correlation {r['rank_correlation']:.2f}, "
+        f"{r['within_factor_2']:.0%} of layers within a factor of 2, median radius "
         f"{r['median_radius']:.2g}, of all together {r['joint_radius']:.2g}"
         for k, r in records.items()
     )
@@ -156,7 +172,8 @@ CARDS = [
         "curvature",
         "Stochastic Lanczos quadrature",
         "Lin, Saad and Yang 2016; Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019",
-        r"p(\lambda) \approx \frac{1}{k}\sum_{i=1}^k \sum_{j=1}^m (e_1^T u_{ij})^2\, N(\lambda; \theta_{ij}, s^2)",
+        r"p(\lambda) \approx \frac{1}{k}\sum_{i=1}^k \sum_{j=1}^m (e_1^T u_{ij})^2\, N(\lambda; "
+        r"\theta_{ij}, s^2)",
         "data, gradients",
         "30 steps resolve the largest eigenvalue to 1e-4",
         None,
@@ -180,7 +197,8 @@ CARDS = [
         "Meyer, Musco, Musco and Woodruff 2021",
         r"\operatorname{tr}(Q^T H Q) + \frac{1}{k}\sum_i g_i^T (I - QQ^T) H (I - QQ^T) g_i",
         "data, gradients",
-        "needs fewer products than Hutchinson where few eigenvalues carry the trace; the interval covers at its rate",
+        "needs fewer products than Hutchinson where few eigenvalues carry the trace; "
+        "the interval covers at its rate",
         None,
         coverage("hutch++"),
     ),
@@ -189,7 +207,8 @@ CARDS = [
         "curvature",
         "XTrace",
         "Epperly, Tropp and Webber 2024",
-        r"\frac{1}{m}\sum_i \left[\operatorname{tr}(Q_i^T H Q_i) + w_i^T (I - Q_iQ_i^T) H (I - Q_iQ_i^T) w_i\right]",
+        r"\frac{1}{m}\sum_i \left[\operatorname{tr}(Q_i^T H Q_i) + w_i^T (I - Q_iQ_i^T) H (I - Q_iQ_i^T) "
+        r"w_i\right]",
         "data, gradients",
         "as Hutch++, each probe doing both jobs; the interval covers at its rate",
         None,
@@ -200,7 +219,8 @@ CARDS = [
         "curvature",
         "Learning rates as a function of batch size: a random matrix theory approach",
         "Granziol, Zohren and Roberts 2022",
-        r"\lambda_i' = \lambda_i + \frac{P}{b}\frac{\sigma^2}{\lambda_i} \text{ if } \lambda_i > \sqrt{P/b}\,\sigma, \text{ else } 2\sqrt{P/b}\,\sigma",
+        r"\lambda_i' = \lambda_i + \frac{P}{b}\frac{\sigma^2}{\lambda_i} \text{ if } \lambda_i > "
+        r"\sqrt{P/b}\,\sigma, \text{ else } 2\sqrt{P/b}\,\sigma",
         "data, gradients",
         "the top eigenvalue of a batch falls to the full one as the formula says",
         115,
@@ -213,7 +233,8 @@ CARDS = [
         "Liu, Xie, Li and Ma 2023",
         r"\operatorname{tr}(\nabla^2 L) \text{ anti-correlates with downstream accuracy at equal } L",
         "training",
-        "among models of equal pre-training loss, the Hessian's trace anti-correlates with downstream accuracy",
+        "among models of equal pre-training loss, the Hessian's trace anti-correlates with downstream "
+        "accuracy",
         342,
         measure_flatness,
     ),

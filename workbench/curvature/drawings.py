@@ -27,7 +27,9 @@ def density_figure(
     bulk: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
 ) -> go.Figure:
-    """Density with its 95 % band over probes on a log axis; labelled outliers, bulk edges, and further marks (position, text)."""
+    """Density with its 95 % band over probes on a log axis;
+    labelled outliers, bulk edges, and further marks (position, text).
+    """
     fig = figure(title, x="eigenvalue", y="density of eigenvalues", yaxis_type="log")
     if not len(table):
         fig.add_annotation(text="no product finished yet", showarrow=False)
@@ -64,7 +66,10 @@ def density_figure(
             cliponaxis=False,
             marker=dict(symbol="diamond", size=8, color=color(1)),
             customdata=ordered[["eigenvalue", "residual", "copies"]],
-            hovertemplate="%{customdata[0]:.6g}<br>residual %{customdata[1]:.2g}<br>about %{customdata[2]:.1f} copies<extra></extra>",
+            hovertemplate=(
+                "%{customdata[0]:.6g}<br>residual %{customdata[1]:.2g}<br>about %{customdata[2]:.1f} "
+                "copies<extra></extra>"
+            ),
         )
     if bulk is not None:
         low, high = place(bulk)
@@ -105,7 +110,9 @@ def density_figure(
 
 
 def with_room_for_labels(fig: go.Figure, share: float = 0.06, most: int = 8) -> go.Figure:
-    """The figure with at most so many text labels, the outermost kept: none nearer to another than `share` of the axis it stands on."""
+    """The figure with at most so many text labels, the outermost kept:
+    none nearer to another than `share` of the axis it stands on.
+    """
     curves = [
         np.asarray(trace.x, dtype=float)
         for trace in fig.data
@@ -127,7 +134,9 @@ def with_room_for_labels(fig: go.Figure, share: float = 0.06, most: int = 8) -> 
 
 
 def grid_of_layers(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
-    """Layers as a grid: one row per weight's name inside its block, one column per block number ('-' outside blocks)."""
+    """Layers as a grid: one row per weight's name inside its block, one column per block number
+    ('-' outside blocks).
+    """
     rows: list[str] = []
     columns: list[str] = []
     where: dict[str, tuple[int, int]] = {}

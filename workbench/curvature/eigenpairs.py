@@ -1,8 +1,9 @@
 """Eigenvalues at either end of the spectrum, with their vectors, residual norms and multiplicity.
 
-Block Lanczos with full reorthogonalisation and thick restart (Wu and Simon 2000; block form Zhou and Saad 2008). A Krylov
-space shows at most as many copies of a repeated eigenvalue as its block has vectors, so converged vectors are locked and a
-fresh random block searches what is orthogonal to them until nothing above the wanted ones is left.
+Block Lanczos with full reorthogonalisation and thick restart (Wu and Simon 2000; block form Zhou and Saad
+2008). A Krylov space shows at most as many copies of a repeated eigenvalue as its block has vectors, so
+converged vectors are locked and a fresh random block searches what is orthogonal to them until nothing above
+the wanted ones is left.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from workbench.curvature.operators import Operator, Stopped
 
 @dataclass
 class Eigenpairs:
-    """values (k,) from the end inwards; vectors (k, size) orthonormal rows; residuals ||H x - value x||; `note` on multiplicity."""
+    """values (k,) from the end inwards; vectors (k, size) orthonormal rows; residuals ||H x - value x||;
+    `note` on multiplicity.
+    """
 
     values: Tensor
     vectors: Tensor
@@ -53,9 +56,10 @@ def eigenpairs(
 ) -> Eigenpairs:
     """The `count` largest (`end="top"`) or smallest (`"bottom"`) eigenvalues.
 
-    tolerance : residual norms are below `tolerance` times the largest eigenvalue magnitude seen. basis : vectors kept in
-    memory (default 2 count + 8 block). verify : search for missed copies (costs about one more eigenvalue's search).
-    on_products(done, values) is called after every product; a stop inside keeps the converged pairs.
+    tolerance : residual norms are below `tolerance` times the largest eigenvalue magnitude seen. basis
+        : vectors kept in memory (default 2 count + 8 block). verify : search for missed copies (costs about
+        one more eigenvalue's search). on_products(done, values) is called after every product; a stop inside
+        keeps the converged pairs.
     """
     sign = 1.0 if end == "top" else -1.0
     count = min(count, operator.size)
@@ -135,16 +139,25 @@ def _note(
             f"stopped: {len(found.values)} of {count} had converged; copies of repeated values may be missing"
         )
     if len(found.values) < count:
-        return f"{len(found.values)} of {count} converged within the allowed products; allow more, or a larger tolerance"
+        return (
+            f"{len(found.values)} of {count} converged within the allowed products; "
+            "allow more, or a larger tolerance"
+        )
     if not verify:
         return f"multiplicity not checked: one search shows at most {block} copies of a repeated value"
     if not found.complete:
-        return "the search for missed copies did not finish within the allowed products: multiplicities may be larger"
+        return (
+            "the search for missed copies did not finish within the allowed products: "
+            "multiplicities may be larger"
+        )
     last = float(found.values[-1])
     if following is not None and abs(sign * following - last) <= 10 * tolerance * float(
         found.values.abs().max()
     ):
-        return f"the last value {last:.6g} has more copies than the {count} asked for: its multiplicity is not resolved"
+        return (
+            f"the last value {last:.6g} has more copies than the {count} asked for: "
+            "its multiplicity is not resolved"
+        )
     return "multiplicities are resolved"
 
 
@@ -176,7 +189,8 @@ class _Search:
         return made.to(self.operator.device, self.operator.dtype)
 
     def sweep(self, locked: Tensor, want: int, cut: float | None) -> tuple[Tensor, Tensor]:
-        """Converged largest Ritz pairs of the operator restricted to the complement of `locked`, largest first.
+        """Converged largest Ritz pairs of the operator restricted to the complement of `locked`,
+        largest first.
 
         With `cut`, it ends as soon as the largest is known to lie above it or has converged below it.
         """
@@ -230,7 +244,9 @@ class _Search:
             basis[filled : filled + width] = self._fresh(rest[:width], torch.cat([locked, basis[:filled]]))
 
     def _fresh(self, rows: Tensor, against: Tensor) -> Tensor:
-        """Orthonormal rows spanning `rows` off `against`; a direction that vanished is replaced by a random one."""
+        """Orthonormal rows spanning `rows` off `against`; a direction that vanished is replaced by a random
+        one.
+        """
         made: list[Tensor] = []
         floor = 100 * torch.finfo(rows.dtype).eps * max(self.scale, 1e-30)
         for row in rows:

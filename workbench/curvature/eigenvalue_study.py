@@ -1,4 +1,6 @@
-"""The largest and smallest eigenvalues, with residual norms, multiplicities, and the layers their vectors live in."""
+"""The largest and smallest eigenvalues, with residual norms, multiplicities,
+and the layers their vectors live in.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from workbench.subjects import Subject
 
 
 class TopEigenvalues(CurvatureInstrument):
-    """Eigenvalues at the ends of the spectrum by block Lanczos with restart, to a stated residual, with multiplicity."""
+    """Eigenvalues at the ends of the spectrum by block Lanczos with restart, to a stated residual,
+    with multiplicity.
+    """
 
     summary_line = (
         "largest / smallest eigenvalues with residuals, multiplicity and the layers their vectors live in"

@@ -1,9 +1,11 @@
-"""Flatness study: models with the same pre-training loss, their Hessian trace and top eigenvalue, and what they learned (Liu et al. 2023).
+"""Flatness study: models with the same pre-training loss, their Hessian trace and top eigenvalue,
+and what they learned (Liu et al. 2023).
 
-The corpus is a hidden Markov chain, so the downstream question has an answer: which hidden state is the chain in? Small causal
-transformers are trained with several optimizers and noise levels for the same number of steps. The loss at which they are
-compared comes from the runs themselves: the lowest validation loss of the run that got least far. Every run's checkpoint is the
-one where it first got there; then its curvature is measured and a linear probe reads the hidden state from its features.
+The corpus is a hidden Markov chain, so the downstream question has an answer: which hidden state is the chain
+in? Small causal transformers are trained with several optimizers and noise levels for the same number
+of steps. The loss at which they are compared comes from the runs themselves: the lowest validation loss
+of the run that got least far. Every run's checkpoint is the one where it first got there; then its curvature
+is measured and a linear probe reads the hidden state from its features.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Corpus:
 def hidden_markov(
     count: int, length: int = 24, states: int = 6, tokens: int = 24, seed: int = 0, rules: int = 0
 ) -> Corpus:
-    """Sequences of a sticky hidden chain whose states emit overlapping sets of tokens; `rules` seeds the chain itself."""
+    """Sequences of a sticky hidden chain whose states emit overlapping sets of tokens;
+    `rules` seeds the chain itself.
+    """
     draw, world = np.random.default_rng(seed), np.random.default_rng(rules)
     move = 0.85 * np.eye(states)[world.permutation(states)] + 0.15 * world.dirichlet(np.ones(states), states)
     emit = world.dirichlet(0.35 * np.ones(tokens), states)
@@ -91,7 +95,9 @@ class Checkpoint:
 def train(
     subject: Subject, recipe: tuple[str, float, int], seed: int, steps: int = 1500, every: int = 10
 ) -> list[Checkpoint]:
-    """Train for `steps`; a checkpoint for every evaluation (each `every` steps) that is lower than all before, so losses fall."""
+    """Train for `steps`; a checkpoint for every evaluation (each `every` steps)
+    that is lower than all before, so losses fall.
+    """
     kind, rate, batch = recipe
     weights = list(subject.model.parameters())
     rule: torch.optim.Optimizer = (
@@ -125,7 +131,9 @@ def at_one_loss(runs: Sequence[Sequence[Checkpoint]]) -> list[Checkpoint]:
 
 @torch.no_grad()
 def probe_accuracy(model: nn.Module, fit: Corpus, test: Corpus) -> float:
-    """Accuracy of a linear probe that reads the hidden state at the last position from the last layer's features."""
+    """Accuracy of a linear probe that reads the hidden state at the last position from the last layer's
+    features.
+    """
 
     def features(corpus: Corpus) -> np.ndarray:
         return model.transformer(corpus.tokens).last_hidden_state[:, -1].numpy()
@@ -137,7 +145,9 @@ def probe_accuracy(model: nn.Module, fit: Corpus, test: Corpus) -> float:
 def flatness_study(
     seeds: int = 3, steps: int = 1500, examples: int = 64, probes: int = 48, progress: Progress | None = None
 ) -> pd.DataFrame:
-    """One row a model: recipe, seed, validation loss and step of its checkpoint, trace with standard error, top eigenvalue, probe accuracy."""
+    """One row a model: recipe, seed, validation loss and step of its checkpoint, trace with standard error,
+    top eigenvalue, probe accuracy.
+    """
     progress = progress or Progress()
     parts = {
         name: hidden_markov(count, seed=i)
@@ -184,7 +194,9 @@ def flatness_study(
 
 
 def rank_correlations(table: pd.DataFrame, tolerance: float = 0.01) -> dict[str, float]:
-    """Spearman correlation of trace and top eigenvalue with the probe's accuracy, over models whose losses agree within `tolerance` of the median."""
+    """Spearman correlation of trace and top eigenvalue with the probe's accuracy,
+    over models whose losses agree within `tolerance` of the median.
+    """
     middle = float(table["loss"].median())
     matched = table[(table["loss"] - middle).abs() <= tolerance * middle]
     found = {"models": float(len(matched)), "loss": middle}

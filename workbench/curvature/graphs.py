@@ -1,7 +1,8 @@
 """One micro-batch's forward and first backward pass as a graph through which vectors pass again and again.
 
-A product with the graph at hand costs about two gradients for the Hessian (Pearlmutter 1994, by double backward) and about
-one and a third for J^T S J. Building the graph costs one more, so graphs are kept between products while memory lasts.
+A product with the graph at hand costs about two gradients for the Hessian (Pearlmutter 1994, by double
+backward) and about one and a third for J^T S J. Building the graph costs one more, so graphs are kept between
+products while memory lasts.
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ from workbench.instruments import BadInput
 
 
 class Graph(Protocol):
-    """`product` gives `scale` ** -1 times the *sum* over items of the micro-batch's matrix, applied to a vector; what its layers sent to
-    the sink is left out."""
+    """`product` gives `scale` ** -1 times the *sum* over items of the micro-batch's matrix, applied to
+    a vector; what its layers sent to the sink is left out."""
 
     scale: float
 
     def product(self, block: list[int], directions: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """The rows and columns of the weights number `block`, applied to `directions` (one tensor a weight of the model)."""
+        """The rows and columns of the weights number `block`, applied to `directions`
+        (one tensor a weight of the model).
+        """
         ...
 
 
 def edges(tensors: Sequence[Tensor | None]) -> dict[int, GradientEdge]:
-    """Where each tensor (by its number) hangs in the graph. Backward passes need no more; kept tensors would take the weights' memory in every graph."""
+    """Where each tensor (by its number) hangs in the graph.
+    Backward passes need no more; kept tensors would take the weights' memory in every graph.
+    """
     return {
         i: get_gradient_edge(tensor)
         for i, tensor in enumerate(tensors)
@@ -62,7 +67,8 @@ class HessianGraph:
             if "not implemented" in str(error) or "does not require grad" in str(error):
                 reason = str(error).splitlines()[0]
                 raise BadInput(
-                    f"operator: hessian needs second derivatives and a layer of this model has none ({reason}); use operator ggn"
+                    "operator: hessian needs second derivatives and a layer of this model has none "
+                    f"({reason}); use operator ggn"
                 ) from None
             raise
 
@@ -74,7 +80,8 @@ class OuterGraph:
 
     def __init__(self, middle: OutputCurvature, weights: Sequence[Tensor], sink: Sink) -> None:
         self.middle, self.weights, self.sink = middle, weights, sink
-        # J^T u as a function of u: its derivative in u, against v, is J v (two backward passes instead of a forward-mode one)
+        # J^T u as a function of u: its derivative in u, against v, is J v
+        # (two backward passes instead of a forward-mode one)
         self.cotangent = torch.zeros_like(middle.rows, requires_grad=True)
         self.pulled = edges(
             torch.autograd.grad(
@@ -102,7 +109,9 @@ class OuterGraph:
 
 @contextlib.contextmanager
 def weighed(model: nn.Module) -> Iterator[list[int]]:
-    """Inside, the one entry of the list that is yielded grows by the bytes of every tensor that a graph saves, the model's own left out."""
+    """Inside, the one entry of the list that is yielded grows by the bytes of every tensor that a graph
+    saves, the model's own left out.
+    """
     bytes_saved = [0]
     seen = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
 

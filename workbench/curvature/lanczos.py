@@ -1,8 +1,9 @@
 """Stochastic Lanczos quadrature: the eigenvalue density from a few probes, in lockstep where that saves work.
 
-Each probe's Lanczos process (Lanczos 1950; Golub and Welsch 1969 for the quadrature; Ubaru, Chen and Saad 2017 for the
-density) advances by one step per product, so probes in lockstep share every micro-batch's forward and first backward pass.
-Where those are kept between products there is nothing to share, and `GroupedProbes` runs large probes in small groups, in less memory.
+Each probe's Lanczos process (Lanczos 1950; Golub and Welsch 1969 for the quadrature; Ubaru, Chen and Saad
+2017 for the density) advances by one step per product, so probes in lockstep share every micro-batch's
+forward and first backward pass. Where those are kept between products there is nothing to share,
+and `GroupedProbes` runs large probes in small groups, in less memory.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from torch import Tensor
 from workbench.curvature.operators import CurvatureOperator, Operator
 from workbench.curvature.probes import skewness_factor
 
-MEMORY = (
-    2 * 1024**3
-)  # bytes of Krylov basis kept for full reorthogonalisation; a constant, so that results do not depend on the machine
-GROUP_MEMORY = (
-    256 * 1024**2
-)  # bytes of vectors up to which probes advance together although nothing is saved by it
+# bytes of Krylov basis kept for full reorthogonalisation; a constant, so that results do not depend on the
+# machine
+MEMORY = 2 * 1024**3
+# bytes of vectors up to which probes advance together although nothing is saved by it
+GROUP_MEMORY = 256 * 1024**2
 
 
 @dataclass(eq=False)
 class Quadrature:
-    """Gauss quadrature of each probe's spectral measure: eigenvalue estimates `nodes` with `weights` that add up to one.
+    """Gauss quadrature of each probe's spectral measure: eigenvalue estimates `nodes` with `weights` that add
+    up to one.
 
-    Node and weight arrays have one entry per probe (their lengths can differ when a Krylov space is exhausted).
+    Node and weight arrays have one entry per probe (their lengths can differ when a Krylov space is
+    exhausted).
     """
 
     nodes: list[NDArray[np.float64]] = field(default_factory=list)
@@ -41,7 +43,9 @@ class Quadrature:
     )  # ||H y - node y|| of each node's Ritz vector y
 
     def moment(self, power: int) -> NDArray[np.float64]:
-        """Per probe, mean of eigenvalue**power over the spectrum: power 1 is trace / P, power 2 is ||H||_F^2 / P."""
+        """Per probe, mean of eigenvalue**power over the spectrum:
+        power 1 is trace / P, power 2 is ||H||_F^2 / P.
+        """
         return np.array([float(w @ n**power) for n, w in zip(self.nodes, self.weights, strict=True)])
 
     def mass_below(self, threshold: float) -> float:
@@ -83,7 +87,9 @@ def gaussian_sum(
 def band(
     densities: NDArray[np.float64], level: float = 0.95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Pointwise mean over probes and its Student-t confidence band at `level`, widened for skewed samples; (mean, low, high). One probe: NaN."""
+    """Pointwise mean over probes and its Student-t confidence band at `level`, widened for skewed samples;
+    (mean, low, high). One probe: NaN.
+    """
     mean = densities.mean(0)
     count = len(densities)
     if count < 2:
@@ -106,14 +112,16 @@ def keeps_basis(size: int, probes: int, steps: int, bytes_each: int) -> bool:
 
 
 class Lockstep:
-    """k Lanczos processes advancing together, or k for every block of coordinates. After each `step`, `quadrature()` is the estimate so far.
+    """k Lanczos processes advancing together, or k for every block of coordinates.
+    After each `step`, `quadrature()` is the estimate so far.
 
-    With `reorthogonalise` every new vector is orthogonalised against all earlier ones (twice where needed, Daniel et al.
-    1976). Without, only the three-term recurrence is kept: converged outliers then reappear as copies whose weights add up
-    to the right total, so densities stay right and memory is three vectors a probe (Greenbaum 1989).
-    `blocks` are slices of coordinates; the operator's `block_matmat` then gives each block's own spectrum. `starts` (k, size)
-    is taken over and overwritten. After the first step `forms` (k, parts) holds z_p.(H z)_p for the starts z and the slices
-    `parts`: traces of diagonal blocks at no further cost.
+    With `reorthogonalise` every new vector is orthogonalised against all earlier ones (twice where needed,
+    Daniel et al. 1976). Without, only the three-term recurrence is kept: converged outliers then reappear as
+    copies whose weights add up to the right total, so densities stay right and memory is three vectors
+    a probe (Greenbaum 1989). `blocks` are slices of coordinates; the operator's `block_matmat` then gives
+    each block's own spectrum. `starts` (k, size) is taken over and overwritten. After the first step `forms`
+    (k, parts) holds z_p.(H z)_p for the starts z and the slices `parts`:
+    traces of diagonal blocks at no further cost.
     """
 
     def __init__(
@@ -225,7 +233,9 @@ class Lockstep:
 
 
 def probe_groups(operator: Operator, probes: int) -> list[range]:
-    """The numbers of the probes that advance together: all of them, unless their vectors (three a probe) are large and sharing saves nothing."""
+    """The numbers of the probes that advance together: all of them, unless their vectors (three a probe)
+    are large and sharing saves nothing.
+    """
     each = 3 * operator.size * operator.dtype.itemsize
     if (
         probes * each > GROUP_MEMORY
@@ -297,7 +307,9 @@ class GroupedProbes:
 
 
 def orthogonalise(vector: Tensor, basis: Tensor) -> None:
-    """Take the components along the orthonormal rows of `basis` out of `vector` (size,), in place; twice when it shrank by half or more."""
+    """Take the components along the orthonormal rows of `basis` out of `vector` (size,), in place;
+    twice when it shrank by half or more.
+    """
     before = torch.linalg.vector_norm(vector)
     vector -= basis.mT @ (basis @ vector)
     if torch.linalg.vector_norm(vector) < 0.5 * before:
@@ -316,7 +328,9 @@ def pooled(quadratures: list[Quadrature]) -> Quadrature:
 
 @dataclass(frozen=True)
 class Outlier:
-    """An eigenvalue that stands apart and has converged: its value, residual norm, and the number of copies its weight suggests."""
+    """An eigenvalue that stands apart and has converged: its value, residual norm,
+    and the number of copies its weight suggests.
+    """
 
     value: float
     residual: float
@@ -326,8 +340,9 @@ class Outlier:
 def outliers(quadrature: Quadrature, size: int, limit: int = 40) -> tuple[list[Outlier], tuple[float, float]]:
     """Resolved eigenvalues at both ends, and the edges of what remains unresolved (the bulk).
 
-    From each end inwards, a node counts when at least half of the probes have one there whose residual norm is below 1 % of
-    its magnitude. `copies` is the mean weight times `size`; it is unbiased but noisy with few probes.
+    From each end inwards, a node counts when at least half of the probes have one there whose residual norm
+    is below 1 % of its magnitude. `copies` is the mean weight times `size`;
+    it is unbiased but noisy with few probes.
     """
     edges, found = [], []
     scale = max(map(abs, quadrature.extent))

@@ -1,8 +1,8 @@
 """Linear layers whose curvature products go straight into the sum they belong to.
 
-For y = x W^T the product with the graph has two parts for W, one from the forward pass and one from the first backward pass. Autograd
-makes both as tensors of W's size, adds them, and hands the sum over to be added to the result: several passes over memory where two
-matrix products can accumulate in place.
+For y = x W^T the product with the graph has two parts for W, one from the forward pass and one from the first
+backward pass. Autograd makes both as tensors of W's size, adds them, and hands the sum over to be added to
+the result: several passes over memory where two matrix products can accumulate in place.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 class Sink:
     """Where the weights' products are summed while a vector passes through a graph.
 
-    rows : number of a weight -> its part of the sum, in the weight's shape; weights that are not there get nothing.
+    rows : number of a weight -> its part of the sum, in the weight's shape;
+        weights that are not there get nothing.
     tangents : set during a pass that asks for derivatives in the outputs alone.
     """
 

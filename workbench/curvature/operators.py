@@ -1,8 +1,9 @@
 """Curvature matrices as operators: exact products over all chosen batches, many vectors at a time.
 
-For every micro-batch the forward pass and the first backward pass are computed once, and all vectors pass through that graph
-(see `graphs`): a Hessian product then costs about two gradients, a Gauss-Newton product about one and a third, instead of three
-to four with a fresh graph. As many graphs as fit into `GRAPH_MEMORY` are kept from one product to the next.
+For every micro-batch the forward pass and the first backward pass are computed once, and all vectors pass
+through that graph (see `graphs`): a Hessian product then costs about two gradients, a Gauss-Newton product
+about one and a third, instead of three to four with a fresh graph.
+As many graphs as fit into `GRAPH_MEMORY` are kept from one product to the next.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Stopped(Exception):
 
 
 class Operator(Protocol):
-    """A symmetric matrix (size, size) that multiplies rows: `matmat` maps (k, size) to (k, size), written to `out` when that is given."""
+    """A symmetric matrix (size, size) that multiplies rows:
+    `matmat` maps (k, size) to (k, size), written to `out` when that is given.
+    """
 
     size: int
     dtype: torch.dtype
@@ -55,12 +58,13 @@ class DenseOperator:
 
 
 class CurvatureOperator:
-    """Hessian, generalised Gauss-Newton, empirical or Monte Carlo Fisher of a subject's mean loss; open it with `curvature_operator`.
+    """Hessian, generalised Gauss-Newton, empirical or Monte Carlo Fisher of a subject's mean loss;
+    open it with `curvature_operator`.
 
-    size : number P of coordinates. names, slices : the weights they belong to, in order; their values must not change between
-    products (`forget` drops the graphs that were built with them).
-    products : how many matrix-vector products were done. Under an initialised `torch.distributed` group every process takes
-    each world-size-th micro-batch and products are summed over processes.
+    size : number P of coordinates. names, slices : the weights they belong to, in order; their values must
+        not change between products (`forget` drops the graphs that were built with them).
+    products : how many matrix-vector products were done. Under an initialised `torch.distributed` group every
+        process takes each world-size-th micro-batch and products are summed over processes.
     """
 
     def __init__(
@@ -85,16 +89,19 @@ class CurvatureOperator:
         ends = torch.tensor([w.numel() for w in self.weights]).cumsum(0).tolist()
         self.slices = [slice(end - w.numel(), end) for end, w in zip(ends, self.weights, strict=True)]
         self.size, self.products = ends[-1], 0
-        # sum over micro-batches of items |H_batch v|^2, a vector: measured by the first product, and by the next one when set to None
+        # sum over micro-batches of items |H_batch v|^2, a vector:
+        # measured by the first product, and by the next one when set to None
         self.batch_squares: Tensor | None = None
         self.batch_count, self.total_items = 0, 0.0
         self._kept: dict[int, Graph] = {}
         self._sink = Sink()
         self._room: int | None = None  # how many graphs are kept; known once the first was weighed
 
-    # ---- data ------------------------------------------------------------------------------------------------------
+    # ---- data ----------------------------------------------------------------------------------------------
     def batches(self) -> Iterator[tuple[Batch, Tensor | None]]:
-        """This process's micro-batches with items, floating columns in the operator's precision, and their random draws."""
+        """This process's micro-batches with items, floating columns in the operator's precision,
+        and their random draws.
+        """
         rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
         generator = torch.Generator().manual_seed(self.seed)
         outputs = (
@@ -129,7 +136,8 @@ class CurvatureOperator:
             dist.all_reduce(count)
         if float(count) == 0:
             raise BadInput(
-                f"split: the first {self.examples} examples of {self.split!r} hold no target; check the label column"
+                f"split: the first {self.examples} examples of {self.split!r} hold no target; "
+                "check the label column"
             )
         self.total_items = float(count)
         return total.div_(float(count))
@@ -144,7 +152,7 @@ class CurvatureOperator:
         """A flat (size,) vector as views in the weights' shapes."""
         return [vector[s].view_as(w) for s, w in zip(self.slices, self.weights, strict=True)]
 
-    # ---- products --------------------------------------------------------------------------------------------------
+    # ---- products ------------------------------------------------------------------------------------------
     def gradient(self) -> tuple[Tensor, float]:
         """The mean gradient (size,) and the mean loss, over all batches."""
         total = torch.zeros(self.size + 1, dtype=self.dtype, device=self.device)
@@ -168,11 +176,15 @@ class CurvatureOperator:
         return self.matmat(vector[None])[0]
 
     def matmat(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
-        """H applied to each row of `vectors` (k, size), every micro-batch's graph built once. Raises `Stopped` on a stop."""
+        """H applied to each row of `vectors` (k, size), every micro-batch's graph built once.
+        Raises `Stopped` on a stop.
+        """
         return self._products(vectors, [list(range(len(self.weights)))], out)
 
     def block_matmat(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
-        """The block-diagonal matrix (one block a weight) applied to each row (k, size): H_ll v_l side by side, in one pass."""
+        """The block-diagonal matrix (one block a weight) applied to each row (k, size):
+        H_ll v_l side by side, in one pass.
+        """
         return self._products(vectors, [[i] for i in range(len(self.weights))], out)
 
     def _products(self, vectors: Tensor, blocks: list[list[int]], out: Tensor | None) -> Tensor:
@@ -230,16 +242,20 @@ class CurvatureOperator:
         return made
 
     def _weighed(self, batch: Batch, draws: Tensor | None) -> Graph:
-        """A graph that says how many of its kind are kept; not kept itself, as what weighs it would be called at every use."""
+        """A graph that says how many of its kind are kept; not kept itself,
+        as what weighs it would be called at every use.
+        """
         with weighed(self.subject.model) as size:
             made = self._built(batch, draws)
         self._room = GRAPH_MEMORY // max(size[0], 1)
         return made
 
     def keeps_all_graphs(self) -> bool:
-        """Whether every micro-batch's graph stays between products: vectors that go through one after the other then cost what they cost together.
+        """Whether every micro-batch's graph stays between products:
+        vectors that go through one after the other then cost what they cost together.
 
-        Builds the first graph when none was built yet. In a group of processes, the answer that is right for all of them.
+        Builds the first graph when none was built yet. In a group of processes,
+        the answer that is right for all of them.
         """
         if self._room is None:
             with torch.enable_grad(), contextlib.suppress(Stopped):  # the next product raises it again
@@ -268,7 +284,8 @@ class CurvatureOperator:
             )
         if not torch.isfinite(middle.rows).all():
             raise BadInput(
-                f"loss: the model's outputs on a batch of {self.split} are not finite; check the data and the weights"
+                f"loss: the model's outputs on a batch of {self.split} are not finite; "
+                "check the data and the weights"
             )
         return OuterGraph(middle, self.weights, self._sink)
 
@@ -277,10 +294,12 @@ class CurvatureOperator:
         self._kept.clear()
 
     def noise(self, images: Tensor) -> float | None:
-        """Per-item noise of the product that `batch_squares` is from: V with E |(H_B - H) v|^2 = V / B for a random batch of B items (None with one micro-batch).
+        """Per-item noise of the product that `batch_squares` is from: V with E |(H_B - H) v|^2 = V / B for
+        a random batch of B items (None with one micro-batch).
 
-        From the spread of the micro-batches' own products around the mean `images` (k, size), averaged over vectors; for
-        probes with unit covariance it is the sum of the variances of all entries of one item's matrix.
+        From the spread of the micro-batches' own products around the mean `images` (k, size), averaged over
+        vectors; for probes with unit covariance it is the sum of the variances of all entries of one item's
+        matrix.
         """
         if self.batch_squares is None or self.batch_count < 2:
             return None
@@ -309,10 +328,13 @@ def curvature_operator(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[CurvatureOperator]:
-    """Open an operator; inside, the model is in evaluation mode with twice differentiable attention, and as before afterwards.
+    """Open an operator; inside, the model is in evaluation mode with twice differentiable attention,
+    and as before afterwards.
 
-    kind : hessian, ggn, empirical-fisher or mc-fisher (with `samples` draws an item). layers : see `find_places`.
-    dtype : float32 or float64; another precision than the model's works on a converted copy. Raises `BadInput` first.
+    kind : hessian, ggn, empirical-fisher or mc-fisher (with `samples` draws an item).
+        layers : see `find_places`.
+    dtype : float32 or float64; another precision than the model's works on a converted copy.
+        Raises `BadInput` first.
 
     >>> import workbench
     >>> subject = workbench.subject("digits-softmax")

@@ -5,9 +5,11 @@ With z_n the outputs of item n (one row of `Task.flat`), J_n = dz_n/dw and losse
 
     ggn               S_n = d2 l_n / dz_n2; cross-entropy: diag(p) - p p^T, half squared error: I
     empirical-fisher  S_n = g_n g_n^T, g_n = dl_n/dz_n at the true target; cross-entropy: p - onehot(y)
-    mc-fisher         S_n = mean over samples y ~ p(y | z_n) of g g^T; its expectation is the GGN for these losses
+    mc-fisher         S_n = mean over samples y ~ p(y | z_n) of g g^T; its expectation is the GGN for these
+                      losses
 
-The classes below apply the block-diagonal S to (items, outputs) matrices as a *sum* over items; the operator divides by N.
+The classes below apply the block-diagonal S to (items, outputs) matrices as a *sum* over items;
+the operator divides by N.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def check_kind(kind: str, task: Task) -> None:
         raise BadInput(f"operator: {kind!r} is unknown; known: {', '.join(KINDS)}")
     if kind == "mc-fisher" and task.loss_kind == "other":
         raise BadInput(
-            "operator: mc-fisher draws targets from the model's own distribution, which this custom loss does not define; use ggn or hessian"
+            "operator: mc-fisher draws targets from the model's own distribution, "
+            "which this custom loss does not define; use ggn or hessian"
         )
 
 
@@ -98,7 +101,9 @@ class OutputCurvature:
 def draw_uniform(
     kind: str, task: Task, batch: Batch, outputs: int, samples: int, generator: torch.Generator
 ) -> Tensor | None:
-    """Uniform numbers for one micro-batch, the same for an item whatever micro-batch it falls in (None when not sampling)."""
+    """Uniform numbers for one micro-batch, the same for an item whatever micro-batch it falls in
+    (None when not sampling).
+    """
     if kind != "mc-fisher":
         return None
     items = task.items(batch)

@@ -1,4 +1,6 @@
-"""Real double precision: stock models cast some steps (norms, router and attention probabilities) down to float32 inside."""
+"""Real double precision: stock models cast some steps (norms, router and attention probabilities)
+down to float32 inside.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class KeepDouble(TorchFunctionMode):
-    """Casts of float64 tensors to a narrower float are left out, so a float64 model computes in float64 throughout."""
+    """Casts of float64 tensors to a narrower float are left out,
+    so a float64 model computes in float64 throughout.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -1,4 +1,6 @@
-"""Layer by layer: what a rounding or a pruning should cost by the quadratic expansion, what it does cost, and how far the expansion holds."""
+"""Layer by layer: what a rounding or a pruning should cost by the quadratic expansion, what it does cost,
+and how far the expansion holds.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ from workbench.subjects import Subject
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
-    """Nearest symmetric b-bit integers with one scale per output row (..., out, in): scale = max|w| / (2^(b-1) - 1)."""
+    """Nearest symmetric b-bit integers with one scale per output row (..., out, in):
+    scale = max|w| / (2^(b-1) - 1).
+    """
     most = 2 ** (bits - 1) - 1
     scale = weight.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny) / most
     return (weight / scale).round().clamp(-most, most) * scale
 
 
 def thinned(weight: Tensor, sparsity: float) -> Tensor:
-    """The weight with the smallest `sparsity` share of its entries (by magnitude, over the whole tensor) set to zero."""
+    """The weight with the smallest `sparsity` share of its entries (by magnitude, over the whole tensor)
+    set to zero.
+    """
     count = int(sparsity * weight.numel())
     kept = weight.flatten().clone()
     kept[weight.abs().flatten().argsort(stable=True)[:count]] = 0
@@ -38,9 +44,11 @@ def thinned(weight: Tensor, sparsity: float) -> Tensor:
 def validity_radius(
     predict: Callable[[float], float], measure: Callable[[float], float], noise: float, largest: float = 64.0
 ) -> float:
-    """The scale s of a change up to which measured(s) / predicted(s) stays within [1/2, 2], by doubling or halving from 1, then bisection.
+    """The scale s of a change up to which measured(s) / predicted(s) stays within [1/2, 2],
+    by doubling or halving from 1, then bisection.
 
-    Differences below `noise` (the loss's rounding) count as agreement. `inf` when it holds beyond `largest`, 0 when it never holds down to 1 / largest.
+    Differences below `noise` (the loss's rounding) count as agreement.
+    `inf` when it holds beyond `largest`, 0 when it never holds down to 1 / largest.
     """
 
     def holds(scale: float) -> bool:
@@ -70,9 +78,14 @@ def validity_radius(
 
 
 class QuadraticPrediction(CurvatureInstrument):
-    """Loss change of rounding or pruning each layer alone: predicted (g.d + 1/2 d.Hd) beside measured, with the validity radius."""
+    """Loss change of rounding or pruning each layer alone:
+    predicted (g.d + 1/2 d.Hd) beside measured, with the validity radius.
+    """
 
-    summary_line = "predicted beside measured loss change of rounding / pruning each layer, with the prediction's validity radius"
+    summary_line = (
+        "predicted beside measured loss change of rounding / pruning each layer, "
+        "with the prediction's validity radius"
+    )
 
     layers: str = parameter("blocks", "layers by glob: blocks, * or patterns such as *.query", min_length=1)
     change: Literal["round", "prune"] = parameter(

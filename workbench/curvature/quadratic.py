@@ -1,4 +1,6 @@
-"""The loss change a weight change should cost: g.d + 1/2 d.Hd, with one Hessian-vector product for all layers together."""
+"""The loss change a weight change should cost: g.d + 1/2 d.Hd,
+with one Hessian-vector product for all layers together.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from workbench.subjects import Subject, all_layers
 class Prediction:
     """Second-order prediction of the mean loss change, in the loss's unit (nats for cross-entropy).
 
-    by_layer : name -> (first, second) with first = g_l . d_l and second = 1/2 d_l . (H d)_l. Seconds contain the layer's share
-    of the interactions with the other changed layers, so they add up to 1/2 d.Hd exactly.
+    by_layer : name -> (first, second) with first = g_l . d_l and second = 1/2 d_l . (H d)_l. Seconds contain
+        the layer's share of the interactions with the other changed layers,
+        so they add up to 1/2 d.Hd exactly.
     """
 
     by_layer: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -67,9 +70,11 @@ def predicted_change(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Prediction:
-    """Predict the mean loss change of adding `deltas` (layer name -> (..., out, in)) to the effective weights, all at once.
+    """Predict the mean loss change of adding `deltas` (layer name -> (..., out, in))
+    to the effective weights, all at once.
 
-    Exact derivatives over `examples` of `split`, accumulated over micro-batches. When stopped, the batches so far are used.
+    Exact derivatives over `examples` of `split`, accumulated over micro-batches.
+    When stopped, the batches so far are used.
     """
     progress = progress or Progress()
     places, changes = changed_places(subject, deltas)
@@ -91,8 +96,10 @@ def predicted_change(
             curved = any(g.requires_grad for g, _ in used)
             slope = sum(s for s in slopes if s is not None)
             products = (
-                torch.autograd.grad(slope, weights, allow_unused=True) if curved else [None] * len(weights)
-            )  # type: ignore[arg-type]
+                torch.autograd.grad(slope, weights, allow_unused=True)  # type: ignore[arg-type]
+                if curved
+                else [None] * len(weights)
+            )
             for row, (s, product, change) in enumerate(zip(slopes, products, changes, strict=True)):
                 sums[row, 0] += 0.0 if s is None else weight * float(s.detach())
                 sums[row, 1] += 0.0 if product is None else weight * 0.5 * float((product * change).sum())
@@ -119,7 +126,9 @@ def measured_change(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> float:
-    """The mean loss change that adding `deltas` really makes, on exactly the batches of `predicted_change`."""
+    """The mean loss change that adding `deltas` really makes,
+    on exactly the batches of `predicted_change`.
+    """
     progress = progress or Progress()
     places, changes = changed_places(subject, deltas)
     with differentiable(subject.model, places) as weights:

@@ -1,4 +1,6 @@
-"""How sharp the loss is where the subject stands, and the learning rates its curvature allows, predicted and found by bisection."""
+"""How sharp the loss is where the subject stands, and the learning rates its curvature allows,
+predicted and found by bisection.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Preconditioned:
 
 
 def batch_gradients(operator: CurvatureOperator) -> tuple[Tensor, Tensor, float, list[float]]:
-    """Mean gradient, mean square of the micro-batches' gradients (both (size,)), mean loss, and each micro-batch's weight."""
+    """Mean gradient, mean square of the micro-batches' gradients (both (size,)), mean loss,
+    and each micro-batch's weight.
+    """
     total = torch.zeros(operator.size, dtype=operator.dtype, device=operator.device)
     square = torch.zeros_like(total)
     loss_sum, weights = 0.0, []
@@ -48,7 +52,8 @@ def batch_gradients(operator: CurvatureOperator) -> tuple[Tensor, Tensor, float,
             weights.append(float(weight))
     if not weights:
         raise BadInput(
-            f"split: the first {operator.examples} examples of {operator.split!r} hold no target; check the label column"
+            f"split: the first {operator.examples} examples of {operator.split!r} hold no target; "
+            "check the label column"
         )
     return total / sum(weights), square / sum(weights), loss_sum / sum(weights), weights
 
@@ -83,10 +88,12 @@ def stability_limit(
     steps: int,
     accuracy: float = 0.02,
 ) -> float:
-    """The largest learning rate at which a small displacement does not grow, by bisection in log scale to `accuracy`.
+    """The largest learning rate at which a small displacement does not grow,
+    by bisection in log scale to `accuracy`.
 
-    Iterates m <- momentum m + (1 - momentum) f(d), d <- d - rate m, where `step(d)` gives f(d): the (preconditioned) change
-    of the gradient at displacement d. Stable: |d| shrinks from the second to the last quarter of `steps` iterations.
+    Iterates m <- momentum m + (1 - momentum) f(d), d <- d - rate m, where `step(d)` gives f(d): the
+    (preconditioned) change of the gradient at displacement d. Stable:
+    |d| shrinks from the second to the last quarter of `steps` iterations.
     """
 
     def stable(rate: float) -> bool:
@@ -118,9 +125,14 @@ def stability_limit(
 
 
 class Sharpness(CurvatureInstrument):
-    """Largest eigenvalue, plain and preconditioned as Adam sees it, the learning rates it allows, and the loss rise nearby."""
+    """Largest eigenvalue, plain and preconditioned as Adam sees it, the learning rates it allows,
+    and the loss rise nearby.
+    """
 
-    summary_line = "top eigenvalue, 2/lambda for SGD and Adam beside the limits found by bisection, loss rise at radius rho"
+    summary_line = (
+        "top eigenvalue, 2/lambda for SGD and Adam beside the limits found by bisection, "
+        "loss rise at radius rho"
+    )
 
     radius: float = parameter(
         0.05,
@@ -179,7 +191,8 @@ class Sharpness(CurvatureInstrument):
             Preconditioned(operator, diagonal), progress, "preconditioned sharpness products"
         )
         facts["preconditioned_top"] = preconditioned[0]
-        # heavy-ball momentum with (1 - beta) damping is stable up to (2 + 2 beta) / ((1 - beta) lambda) (Cohen et al. 2022)
+        # heavy-ball momentum with (1 - beta) damping is stable up to (2 + 2 beta) / ((1 - beta) lambda)
+        # (Cohen et al. 2022)
         scale = (2 + 2 * self.momentum) / (1 - self.momentum)
         for name, value, vector, momentum, inverse in (
             ("SGD", *top, 0.0, None),
@@ -216,7 +229,8 @@ class Sharpness(CurvatureInstrument):
             if progress.stop.is_set():
                 raise Stopped
             raise BadInput(
-                f"tolerance: the largest eigenvalue did not converge to {self.tolerance} in 400 products; give a larger tolerance"
+                f"tolerance: the largest eigenvalue did not converge to {self.tolerance} in 400 products; "
+                "give a larger tolerance"
             )
         return float(found.values[0]), found.vectors[0]
 
@@ -231,7 +245,8 @@ class Sharpness(CurvatureInstrument):
         guess: float,
         name: str,
     ) -> float:
-        # in the coordinates D^1/2 d the preconditioned iteration is the same, and rounding is not blown up where D is tiny
+        # in the coordinates D^1/2 d the preconditioned iteration is the same,
+        # and rounding is not blown up where D is tiny
         scale = torch.ones_like(vector) if diagonal is None else diagonal.rsqrt()
         offset = vector * (1e-4 / float(torch.linalg.vector_norm(vector * scale)))
         taken = 0
@@ -242,7 +257,8 @@ class Sharpness(CurvatureInstrument):
             progress.show(f"bisection for {name}", taken, None)
             _, gradient = moved_loss_and_gradient(operator, displacement * scale)
             assert gradient is not None
-            # only along the sharpest direction: directions of negative curvature grow at every rate, and are not what is asked
+            # only along the sharpest direction: directions of negative curvature grow at every rate,
+            # and are not what is asked
             return torch.dot((gradient - mean) * scale, vector) * vector
 
         return stability_limit(step, offset, guess, momentum, self.bisect_steps)

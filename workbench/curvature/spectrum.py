@@ -1,4 +1,6 @@
-"""The eigenvalue density of a curvature matrix, with a confidence band, resolved outliers, and what it implies."""
+"""The eigenvalue density of a curvature matrix, with a confidence band, resolved outliers,
+and what it implies.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,9 @@ def layer_density(name: str, quadrature: Quadrature, fraction: float) -> pd.Data
 def layer_table(
     operator: CurvatureOperator, whole: GroupedProbes, blocks: GroupedProbes | None
 ) -> pd.DataFrame:
-    """Per weight: trace of its own block, from the first product's partial sums, and the ends of its own spectrum when measured."""
+    """Per weight: trace of its own block, from the first product's partial sums,
+    and the ends of its own spectrum when measured.
+    """
     rows = []
     for place, (name, s, forms) in enumerate(
         zip(operator.names, operator.slices, whole.forms.T, strict=True)
@@ -236,7 +240,9 @@ class SpectrumResult(Result):
         )
 
     def batch_marks(self, batch: int) -> list[tuple[float, str]]:
-        """Where a batch of so many items puts the largest eigenvalue and the edge of the noise bulk (spiked random matrix theory)."""
+        """Where a batch of so many items puts the largest eigenvalue and the edge of the noise bulk
+        (spiked random matrix theory).
+        """
         noise, size = self.facts["item_noise"], self.facts["parameters"]
         top = shifted_eigenvalue(self.facts["top_eigenvalue"], noise, size, batch, self.facts["items"])
         edge = bulk_edge(noise, size, batch, self.facts["items"])
@@ -251,9 +257,12 @@ class SpectrumResult(Result):
         f = self.facts
         note = " (partial: stopped early)" if self.partial else ""
         return (
-            f"spectrum{note}: {LABEL[f['operator']]}, {f['parameters']:,} parameters, top {f['top_eigenvalue']:.6g} (residual {f['top_residual']:.2g}), "
-            f"bottom {f['bottom_eigenvalue']:.4g}, trace {f['trace']:.5g} ± {f['trace_standard_error']:.2g} (s.e.), ‖H‖ {f['frobenius_norm']:.4g}, "
-            f"mass {f['mass']:.5f}, 2/λ {f['two_over_top']:.4g}, {f['outliers']} outlier{'' if f['outliers'] == 1 else 's'}, "
+            f"spectrum{note}: {LABEL[f['operator']]}, {f['parameters']:,} parameters, top "
+            f"{f['top_eigenvalue']:.6g} (residual {f['top_residual']:.2g}), "
+            f"bottom {f['bottom_eigenvalue']:.4g}, trace {f['trace']:.5g} ± {f['trace_standard_error']:.2g} "
+            f"(s.e.), ‖H‖ {f['frobenius_norm']:.4g}, "
+            f"mass {f['mass']:.5f}, 2/λ {f['two_over_top']:.4g}, "
+            f"{f['outliers']} outlier{'' if f['outliers'] == 1 else 's'}, "
             f"Gaussian width {f['gaussian_width']:.2g}"
         )
 

@@ -19,7 +19,9 @@ from workbench.subjects import Subject
 
 
 class Trace(CurvatureInstrument):
-    """Trace by Hutchinson (with per-layer traces, Frobenius norm and diagonal), Hutch++ or XTrace, each with a standard error."""
+    """Trace by Hutchinson (with per-layer traces, Frobenius norm and diagonal), Hutch++ or XTrace,
+    each with a standard error.
+    """
 
     summary_line = (
         "trace with a standard error (Hutchinson, Hutch++, XTrace), per layer, Frobenius norm, diagonal"
@@ -179,6 +181,7 @@ class TraceResult(Result):
         f = self.facts
         note = " (partial: stopped early)" if self.partial else ""
         return (
-            f"trace{note}: {f['trace']:.6g} ± {f['standard_error']:.2g} (standard error, {f['method']}, {f['products']} products) of the {f['operator']}, "
+            f"trace{note}: {f['trace']:.6g} ± {f['standard_error']:.2g} (standard error, {f['method']}, "
+            f"{f['products']} products) of the {f['operator']}, "
             f"{f['parameters']:,} parameters"
         )

@@ -1,4 +1,6 @@
-"""Trace, Frobenius norm and diagonal from products with random vectors, with standard errors that hold for few probes."""
+"""Trace, Frobenius norm and diagonal from products with random vectors,
+with standard errors that hold for few probes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ METHODS = ("hutchinson", "hutch++", "xtrace")
 
 @dataclass
 class TraceEstimate:
-    """`value` with `error` (see `standard_error`), from `products` matrix-vector products; `samples` are what was averaged."""
+    """`value` with `error` (see `standard_error`), from `products` matrix-vector products;
+    `samples` are what was averaged.
+    """
 
     method: str
     value: float
@@ -33,7 +37,9 @@ class TraceEstimate:
 
 @dataclass
 class ProbeSums:
-    """What Hutchinson probes accumulate: per-probe v.Hv and |Hv|^2, per block too, and the diagonal's first two moments."""
+    """What Hutchinson probes accumulate: per-probe v.Hv and |Hv|^2, per block too,
+    and the diagonal's first two moments.
+    """
 
     forms: list[float] = field(default_factory=list)
     squares: list[float] = field(default_factory=list)
@@ -64,8 +70,9 @@ def hutchinson_probes(
 ) -> Iterator[ProbeSums]:
     """Rademacher probes in groups (Hutchinson 1990); yields the sums after each group.
 
-    E v.Hv is the trace, E |Hv|^2 the squared Frobenius norm, E v * Hv the diagonal (Bekas, Kokiopoulou and Saad 2007), and
-    the partial sums over a block of coordinates that block's trace, all from the same products.
+    E v.Hv is the trace, E |Hv|^2 the squared Frobenius norm, E v * Hv the diagonal (Bekas, Kokiopoulou
+    and Saad 2007), and the partial sums over a block of coordinates that block's trace, all from the same
+    products.
     """
     sums = ProbeSums()
     for start in range(0, probes, group):
@@ -87,7 +94,8 @@ def hutchinson(
     group: int = 8,
     each: Callable[[TraceEstimate], None] | None = None,
 ) -> TraceEstimate:
-    """Hutchinson's estimate from up to `probes` products; ends early once +-2 standard errors are within `wanted` of the value.
+    """Hutchinson's estimate from up to `probes` products; ends early once +-2 standard errors are within
+    `wanted` of the value.
 
     `each` receives the estimate after every group. A stop keeps the groups so far.
     """
@@ -126,10 +134,11 @@ def orthonormal(rows: Tensor) -> Tensor:
 def hutch_plus_plus(
     operator: Operator, products: int = 48, seed: int = 0, each: Callable[[TraceEstimate], None] | None = None
 ) -> TraceEstimate:
-    """Hutch++ (Meyer, Musco, Musco and Woodruff 2021, algorithm 1): the trace on a sketched range, exactly, and Hutchinson on the rest.
+    """Hutch++ (Meyer, Musco, Musco and Woodruff 2021, algorithm 1):
+    the trace on a sketched range, exactly, and Hutchinson on the rest.
 
-    A third of the products sketch the range, a third give the trace on it, a third are probes of the rest; the standard
-    error is that of the rest (the first part is exact given the sketch).
+    A third of the products sketch the range, a third give the trace on it, a third are probes of the rest;
+    the standard error is that of the rest (the first part is exact given the sketch).
     """
     third = min(max(products // 3, 2), operator.size)
     found = TraceEstimate("hutch++", math.nan, math.nan, 0, partial=True)
@@ -156,12 +165,14 @@ def hutch_plus_plus(
 def xtrace(
     operator: Operator, products: int = 48, seed: int = 0, each: Callable[[TraceEstimate], None] | None = None
 ) -> TraceEstimate:
-    """XTrace (Epperly, Tropp and Webber 2024, section 2): every probe tests the range that all the others sketch.
+    """XTrace (Epperly, Tropp and Webber 2024, section 2): every probe tests the range that all the others
+    sketch.
 
     With m = products / 2 Gaussian probes w_i, Y = H W = Q R and Q_i spanning all columns of Y but the i-th,
-    t_i = tr(Q_i' H Q_i) + w_i'(I - Q_i Q_i') H (I - Q_i Q_i') w_i. As span(Q_i) is the complement in span(Q) of
-    s_i ~ R^-T e_i, all t_i follow from Q, H Q and R: two products a probe. The t_i share their sketches, so they are positively
-    correlated and their spread alone is too small (up to 1.3 times on decaying spectra); the error is widened by sqrt(2).
+    t_i = tr(Q_i' H Q_i) + w_i'(I - Q_i Q_i') H (I - Q_i Q_i') w_i. As span(Q_i) is the complement in span(Q)
+    of s_i ~ R^-T e_i, all t_i follow from Q, H Q and R: two products a probe. The t_i share their sketches,
+    so they are positively correlated and their spread alone is too small
+    (up to 1.3 times on decaying spectra); the error is widened by sqrt(2).
     """
     count = min(max(products // 2, 3), operator.size)
     found = TraceEstimate("xtrace", math.nan, math.nan, 0, partial=True)
@@ -212,7 +223,9 @@ def estimate(
     wanted: float = 0.0,
     each: Callable[[TraceEstimate], None] | None = None,
 ) -> TraceEstimate:
-    """The trace by name of method; sketching methods double their products until the interval is as narrow as `wanted`."""
+    """The trace by name of method; sketching methods double their products until the interval is as narrow as
+    `wanted`.
+    """
     if method == "hutchinson":
         return hutchinson(operator, products, seed, wanted, each=each)
     solve = hutch_plus_plus if method == "hutch++" else xtrace

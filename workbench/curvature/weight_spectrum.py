@@ -1,8 +1,8 @@
 """Spectra of the weight matrices themselves: no data needed.
 
-For a weight W (out, in), lambda_i = s_i^2 / max(out, in) are the eigenvalues of its correlation matrix. Noise of entry variance
-sigma^2 fills sigma^2 (1 -+ sqrt(q))^2, q = min / max of the two sizes (Marchenko and Pastur 1967); trained matrices grow a
-power-law tail p(lambda) ~ lambda^-alpha (Martin and Mahoney 2021).
+For a weight W (out, in), lambda_i = s_i^2 / max(out, in) are the eigenvalues of its correlation matrix. Noise
+of entry variance sigma^2 fills sigma^2 (1 -+ sqrt(q))^2, q = min / max of the two sizes (Marchenko and Pastur
+1967); trained matrices grow a power-law tail p(lambda) ~ lambda^-alpha (Martin and Mahoney 2021).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from workbench.subjects import Subject
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """p(x) ~ x^-exponent on [lowest, largest]: `tail` values, Kolmogorov distance, standard error (exponent - 1) / sqrt(tail)."""
+    """p(x) ~ x^-exponent on [lowest, largest]: `tail` values, Kolmogorov distance, standard error
+    (exponent - 1) / sqrt(tail).
+    """
 
     exponent: float
     lowest: float
@@ -37,7 +39,8 @@ class PowerLaw:
 
 
 def power_law(values: NDArray[np.float64], least_tail: int = 10) -> PowerLaw | None:
-    """Maximum-likelihood exponent with the start of the tail chosen by Kolmogorov distance (Clauset, Shalizi and Newman 2009).
+    """Maximum-likelihood exponent with the start of the tail chosen by Kolmogorov distance
+    (Clauset, Shalizi and Newman 2009).
 
     exponent = 1 + n / sum log(x_i / x_min). None when fewer than `least_tail` positive values are there.
     """
@@ -63,7 +66,9 @@ def power_law(values: NDArray[np.float64], least_tail: int = 10) -> PowerLaw | N
 
 
 def marchenko_pastur_density(x: NDArray[np.float64], q: float, variance: float = 1.0) -> NDArray[np.float64]:
-    """Density of the nonzero eigenvalues of noise with entry variance `variance`, 0 < q <= 1 (shape ratio)."""
+    """Density of the nonzero eigenvalues of noise with entry variance `variance`, 0 < q <= 1
+    (shape ratio).
+    """
     low, high = variance * (1 - q**0.5) ** 2, variance * (1 + q**0.5) ** 2
     inside = (x > low) & (x < high)
     out = np.zeros_like(x)
@@ -92,7 +97,9 @@ def marchenko_pastur_median(q: float) -> float:
 
 @dataclass(frozen=True)
 class NoiseFit:
-    """Marchenko-Pastur fit: entry variance, bulk edges, eigenvalues above the upper edge, and Kolmogorov distance of the rest."""
+    """Marchenko-Pastur fit: entry variance, bulk edges, eigenvalues above the upper edge,
+    and Kolmogorov distance of the rest.
+    """
 
     variance: float
     low: float
@@ -145,7 +152,9 @@ def weight_row(weight: Tensor) -> tuple[dict[str, Any], NDArray[np.float64]]:
 
 
 class WeightSpectrum(SubjectInstrument):
-    """Singular values, stable rank, Marchenko-Pastur noise fit and power-law exponent of every weight matrix; needs no data."""
+    """Singular values, stable rank, Marchenko-Pastur noise fit and power-law exponent of every weight matrix;
+    needs no data.
+    """
 
     summary_line = "singular values, stable rank, noise edge and power-law exponent of the weights (no data)"
 

@@ -1,8 +1,8 @@
 """Which weights a derivative is taken with respect to, and the state of the model while it is taken.
 
-Coordinates are *effective* weights: where a weight carries changes (mask, number format, low-rank term), the derivative is
-with respect to the value the layer multiplies with, so a pruned weight has a gradient like any other. A weight used in
-several places (tied) is one coordinate block.
+Coordinates are *effective* weights: where a weight carries changes (mask, number format, low-rank term),
+the derivative is with respect to the value the layer multiplies with, so a pruned weight has a gradient like
+any other. A weight used in several places (tied) is one coordinate block.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def trainable_places(model: nn.Module) -> list[Place]:
 
 
 def find_places(model: nn.Module, glob: str = "all") -> list[Place]:
-    """`all` or `*`: every trainable weight; else layers by glob (matrices only), or parameters by glob over their full names.
+    """`all` or `*`: every trainable weight; else layers by glob (matrices only),
+    or parameters by glob over their full names.
 
     `BadInput` when nothing matches or the model has nothing to differentiate.
     """
@@ -76,7 +77,8 @@ def find_places(model: nn.Module, glob: str = "all") -> list[Place]:
     if glob in WHOLE:
         if not everything:
             raise BadInput(
-                "subject: the model has no trainable parameter, so there is no curvature to measure; set requires_grad on some"
+                "subject: the model has no trainable parameter, so there is no curvature to measure; "
+                "set requires_grad on some"
             )
         return everything
     try:
@@ -93,7 +95,8 @@ def find_places(model: nn.Module, glob: str = "all") -> list[Place]:
 def plain_weights(
     model: nn.Module, values: dict[tuple[nn.Module, str], Tensor] | None = None
 ) -> Iterator[None]:
-    """Inside, every changed weight is an ordinary parameter holding its effective value; `values` replaces chosen ones.
+    """Inside, every changed weight is an ordinary parameter holding its effective value;
+    `values` replaces chosen ones.
 
     Originals are set aside, not written to, and come back on leaving.
     """
@@ -174,9 +177,11 @@ def check_finite(loss: Tensor, where: str) -> None:
     """`BadInput` when a batch's loss is not a finite number or carries no gradient."""
     if not loss.requires_grad:
         raise BadInput(
-            f"loss: the loss of {where} does not depend differentiably on the chosen weights; choose other layers or a differentiable loss"
+            f"loss: the loss of {where} does not depend differentiably on the chosen weights; "
+            "choose other layers or a differentiable loss"
         )
     if not torch.isfinite(loss):
         raise BadInput(
-            f"loss: the loss of {where} is {float(loss.detach())}; curvature needs a finite loss (check the data and the weights)"
+            f"loss: the loss of {where} is {float(loss.detach())}; "
+            "curvature needs a finite loss (check the data and the weights)"
         )

@@ -1,10 +1,11 @@
-"""GELU and SwiGLU whose backward reads inputs kept in 8 or 2 bits (or exactly), compressed while they are in registers.
+"""GELU and SwiGLU whose backward reads inputs kept in 8 or 2 bits (or exactly),
+compressed while they are in registers.
 
     gelu(x) = x Phi(x),              d/dx = Phi(x) + x phi(x)
     swiglu(a, b) = a sigmoid(a) b,   d/da = b s (1 + a (1 - s)),   d/db = a s,   s = sigmoid(a)
 
-The forward is exact; only the backward sees the rounding: saved bytes fall from 2 (bf16) or 4 per value to 1.03 or 0.28.
-Chen et al. (2021, ActNN); Xi et al. (2024, Jetfire) for int8 activations between operators.
+The forward is exact; only the backward sees the rounding: saved bytes fall from 2 (bf16) or 4 per value to
+1.03 or 0.28. Chen et al. (2021, ActNN); Xi et al. (2024, Jetfire) for int8 activations between operators.
 
 >>> x = torch.randn(4, 300, requires_grad=True)
 >>> y = gelu(x, saved="int8")
@@ -210,7 +211,9 @@ def _bits(saved: str, seed: int) -> int:
 
 
 def gelu(x: torch.Tensor, saved: str = "exact", seed: int = 0, backend: str = "auto") -> torch.Tensor:
-    """x Phi(x), any shape; `saved` "exact", "int8" or "2bit" is how x is kept for the backward, `seed` the 2-bit rounding's."""
+    """x Phi(x), any shape; `saved` "exact", "int8" or "2bit" is how x is kept for the backward,
+    `seed` the 2-bit rounding's.
+    """
     return _Activation.apply(
         x, None, _bits(saved, seed), seed, use_triton("activation", x.numel(), x, backend)
     )
@@ -284,7 +287,7 @@ def cases() -> list[Case]:
             n,
             (6 + 2 * bits / 8) * n,
             8.0 * n,
-            lambda device, bits=bits: make(bits, device),
-        )  # type: ignore[misc]
+            lambda device, bits=bits: make(bits, device),  # type: ignore[misc]
+        )
         for name, bits in SAVED.items()
     ]

@@ -1,12 +1,14 @@
 """Attention over packed sequences of different lengths: no padding is stored, computed or masked.
 
-    o_i = sum_j p_ij v_j,   p_ij = softmax_j(scale q_i k_j - slope |i - j|),   j in the sequence of i, -right <= i - j <= left
+    o_i = sum_j p_ij v_j,   p_ij = softmax_j(scale q_i k_j - slope |i - j|),
+        j in the sequence of i, -right <= i - j <= left
 
-One mechanism covers the encoder (left = right = None: unlimited), the decoder (right = 0) and sliding windows; ALiBi
-slopes per head (Press et al., 2022; symmetric |i - j| for encoders), grouped key heads, and rotary positions are options.
-Forward and backward follow Dao (2023, FlashAttention-2, algorithms 1 and 2): the log-sum-exp of each row is kept, the
-backward recomputes p. Work is cut into tiles of real tokens before launch (longest sequences first), so that no block is
-started for padding, as in ByteTransformer (Zhai et al., 2023).
+One mechanism covers the encoder (left = right = None: unlimited), the decoder (right = 0) and sliding
+windows; ALiBi slopes per head (Press et al., 2022; symmetric |i - j| for encoders), grouped key heads,
+and rotary positions are options. Forward and backward follow Dao (2023, FlashAttention-2, algorithms 1
+and 2): the log-sum-exp of each row is kept, the backward recomputes p. Work is cut into tiles of real tokens
+before launch (longest sequences first), so that no block is started for padding, as in ByteTransformer
+(Zhai et al., 2023).
 
 >>> from workbench.kernels.packing import pack_lengths
 >>> packing = pack_lengths([3, 5])
@@ -34,7 +36,9 @@ UNLIMITED = 2**30
 def attention_bias(
     length: int, left: int | None, right: int | None, slopes: torch.Tensor | None, device: Any = None
 ) -> torch.Tensor | None:
-    """The additive bias of one sequence, (1 or heads, length, length) fp32, or None when everything is visible."""
+    """The additive bias of one sequence, (1 or heads, length, length) fp32,
+    or None when everything is visible.
+    """
     if left is None and right is None and slopes is None:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
@@ -59,7 +63,9 @@ def attention_reference(
     slopes: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """The definition, sequence by sequence in fp32 (fp64 if the inputs are): what both fast paths are checked against."""
+    """The definition, sequence by sequence in fp32 (fp64 if the inputs are):
+    what both fast paths are checked against.
+    """
     outputs = []
     for start, end in zip(packing.cu_seqlens.tolist()[:-1], packing.cu_seqlens.tolist()[1:], strict=True):
         kind = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -84,7 +90,9 @@ def _attention_torch(
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    """PyTorch's fused attention, once per run of sequences of one length: `pack_mask` makes those runs long."""
+    """PyTorch's fused attention, once per run of sequences of one length:
+    `pack_mask` makes those runs long.
+    """
     outputs = []
     for start, count, length in packing.groups:
         qs, ks, vs = (
@@ -228,7 +236,9 @@ def _backward_keys(
     COLUMNS: tl.constexpr,
     ALIBI: tl.constexpr,
 ):
-    """dk and dv of one tile of keys: all queries that see it, all query heads that share it, in a fixed order."""
+    """dk and dv of one tile of keys: all queries that see it, all query heads that share it,
+    in a fixed order.
+    """
     sequence = tl.load(tiles_ptr + 2 * tl.program_id(0))
     first = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
     key_head = tl.program_id(1)
@@ -361,7 +371,9 @@ def _backward_queries(
 
 
 def _tile_sizes(dim: int, bits: int, kernel: str) -> tuple[dict[str, int], int]:
-    """Rows and columns of a tile, and warps: as large as registers allow without spilling (fp32 has no tensor cores here)."""
+    """Rows and columns of a tile, and warps: as large as registers allow without spilling
+    (fp32 has no tensor cores here).
+    """
     if kernel == "forward":
         return (
             ({"ROWS": 32, "COLUMNS": 32}, 4)
@@ -472,10 +484,11 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Attention of each packed sequence to itself, differentiable in q, k and v.
 
-    q (tokens, heads, dim); k, v (tokens, key heads, dim), heads a multiple of key heads; `left`, `right` how many tokens
-    before and after its own a query sees (None: all; right=0: causal); `slopes` (heads,) ALiBi; `rotation` (cos, sin)
-    tables of (length, dim / 2) applied to q and k at each token's position in its sequence; `scale` defaults to
-    dim^-0.5; `dropout` on the probabilities exists in the PyTorch path only. Returns (tokens, heads, dim).
+    q (tokens, heads, dim); k, v (tokens, key heads, dim), heads a multiple of key heads; `left`, `right` how
+    many tokens before and after its own a query sees (None: all; right=0: causal); `slopes` (heads,) ALiBi;
+    `rotation` (cos, sin) tables of (length, dim / 2) applied to q and k at each token's position in its
+    sequence; `scale` defaults to dim^-0.5; `dropout` on the probabilities exists in the PyTorch path only.
+    Returns (tokens, heads, dim).
     """
     if (
         q.ndim != 3
@@ -485,7 +498,8 @@ def varlen_attention(
         or q.shape[0] != k.shape[0]
     ):
         raise BadInput(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: need (tokens, heads, dim), k and v alike"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
+            "need (tokens, heads, dim), k and v alike"
         )
     if q.shape[1] % k.shape[1]:
         raise BadInput(
@@ -501,7 +515,8 @@ def varlen_attention(
     if fused and dropout:
         if backend == "triton":
             raise BadInput(
-                f"dropout = {dropout}: the Triton path has no dropout on probabilities; use backend='torch' or 0"
+                f"dropout = {dropout}: the Triton path has no dropout on probabilities; "
+                "use backend='torch' or 0"
             )
         fused = False
     if rotation is not None:
@@ -554,7 +569,9 @@ KERNELS = (
 
 
 def cases() -> list[Case]:
-    """64 sequences of 128 to 1024 tokens, half of the padded grid empty, against padded attention with a mask."""
+    """64 sequences of 128 to 1024 tokens, half of the padded grid empty,
+    against padded attention with a mask.
+    """
     found = []
     for heads, dim in ((12, 64), (32, 128)):
         lengths = [64 + (i * 1920) // 63 % 961 for i in range(64)]

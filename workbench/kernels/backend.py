@@ -1,9 +1,9 @@
 """Where an operation runs: Triton on a GPU, PyTorch everywhere else, Triton's interpreter in the tests.
 
-Every operation of `workbench.kernels` takes `backend="auto" | "torch" | "triton"`. "auto" means Triton for tensors on
-a CUDA device, unless a measurement committed for that device says that PyTorch is faster at the nearest size (see
-`measured_slower`), and PyTorch otherwise. Triton is never imported where it is not installed, and `import
-workbench.kernels` alone does not import it anywhere.
+Every operation of `workbench.kernels` takes `backend="auto" | "torch" | "triton"`. "auto" means Triton for
+tensors on a CUDA device, unless a measurement committed for that device says that PyTorch is faster at
+the nearest size (see `measured_slower`), and PyTorch otherwise. Triton is never imported where it is not
+installed, and `import workbench.kernels` alone does not import it anywhere.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch
 
 from workbench.instruments import BadInput
 
-#: Contracting a * b + c into one rounding is off by default from Triton 3.10 on. Pinned off here, so that the machine code
-#: rounds as PyTorch and the interpreter do: the quantizers are then equal bit for bit, and the kernels that fusion
-#: would speed up spend their time in tensor cores or in memory. A value already in the environment wins.
+#: Contracting a * b + c into one rounding is off by default from Triton 3.10 on. Pinned off here, so that
+#: the machine code rounds as PyTorch and the interpreter do: the quantizers are then equal bit for bit,
+#: and the kernels that fusion would speed up spend their time in tensor cores or in memory.
+#: A value already in the environment wins.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -37,7 +38,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    #: The interpreter keeps bfloat16 as raw 16-bit integers and multiplies those, so `mma` widens to fp32 there.
+    #: The interpreter keeps bfloat16 as raw 16-bit integers and multiplies those,
+    #: so `mma` widens to fp32 there.
     WIDEN: Any = tl.constexpr(INTERPRETED)
 else:
     triton = None
@@ -52,7 +54,9 @@ def jit(function: Callable[..., Any]) -> Any:
 
 @jit
 def mma(a, b, acc):
-    """acc + a @ b on tensor cores, fp32 accumulation; fp32 inputs are multiplied without truncation to TF32."""
+    """acc + a @ b on tensor cores, fp32 accumulation; fp32 inputs are multiplied without truncation to
+    TF32.
+    """
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -61,7 +65,9 @@ def mma(a, b, acc):
 
 @jit
 def narrow(x, KIND: tl.constexpr):
-    """fp32 block to the type it is stored in, ties to even; the interpreter would cut bfloat16 off instead."""
+    """fp32 block to the type it is stored in, ties to even;
+    the interpreter would cut bfloat16 off instead.
+    """
     if WIDEN and tl.bfloat16 == KIND:
         bits = x.to(tl.uint32, bitcast=True)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -71,14 +77,18 @@ def narrow(x, KIND: tl.constexpr):
 
 @jit
 def round_even(x):
-    """Nearest integer, ties to even, of an fp32 block: adding 1.5 * 2^23 leaves no fraction bits to keep (|x| < 2^22)."""
+    """Nearest integer, ties to even, of an fp32 block: adding 1.5 * 2^23 leaves no fraction bits to keep
+    (|x| < 2^22).
+    """
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)
 
 
 def use_triton(operation: str, size: int, tensor: torch.Tensor, backend: str = "auto") -> bool:
-    """Whether `operation` runs through Triton. `size` is the number the measurements are indexed by (elements or FLOPs).
+    """Whether `operation` runs through Triton. `size` is the number the measurements are indexed by
+    (elements or FLOPs).
 
-    Raises `BadInput` for an unknown backend, or when Triton is asked for and cannot run on the tensor's device.
+    Raises `BadInput` for an unknown backend, or when Triton is asked for and cannot run on the tensor's
+    device.
     """
     if backend == "torch":
         return False
@@ -94,7 +104,8 @@ def use_triton(operation: str, size: int, tensor: torch.Tensor, backend: str = "
         raise BadInput("backend = 'triton': Triton is not installed here (Linux only); use 'torch' or 'auto'")
     if not (tensor.is_cuda or INTERPRETED):
         raise BadInput(
-            f"backend = 'triton' on a {tensor.device.type} tensor: move it to a GPU, use 'torch' or 'auto', or set "
+            f"backend = 'triton' on a {tensor.device.type} tensor: "
+            "move it to a GPU, use 'torch' or 'auto', or set "
             "TRITON_INTERPRET=1 before Python starts"
         )
     return True

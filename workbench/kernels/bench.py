@@ -1,8 +1,8 @@
 """Measured times of every operation beside PyTorch, in one process, so that the ratios mean something.
 
-On a GPU both paths run as CUDA work timed by events after a warm-up; the table that results decides which path "auto"
-takes on that device from then on. Without a GPU only the operations that have a CPU path worth timing are run by hand
-(`tests/benchmarks`): the interpreter's seconds say nothing.
+On a GPU both paths run as CUDA work timed by events after a warm-up; the table that results decides which
+path "auto" takes on that device from then on. Without a GPU only the operations that have a CPU path worth
+timing are run by hand (`tests/benchmarks`): the interpreter's seconds say nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from workbench.kernels.registry import Case, cases
 
 
 def median_ms(call: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:
-    """Median milliseconds of `call` on the current GPU; the second-level cache is overwritten before every run."""
+    """Median milliseconds of `call` on the current GPU; the second-level cache is overwritten before every
+    run.
+    """
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     for _ in range(warmup):
         call()
@@ -69,10 +71,13 @@ def time_case(case: Case, device: torch.device, bandwidth: float) -> dict[str, A
 
 
 def run(only: str = "*", record: bool = False, say: Callable[[str], Any] = print) -> Path | None:
-    """Time every case whose operation matches the glob `only`; `record` writes the table that "auto" reads."""
+    """Time every case whose operation matches the glob `only`;
+    `record` writes the table that "auto" reads.
+    """
     if not torch.cuda.is_available():
         raise BadInput(
-            "kernels bench: no CUDA device here; run it on a machine with a GPU (`workbench kernels check` needs none)"
+            "kernels bench: no CUDA device here; run it on a machine with a GPU (`workbench kernels check` "
+            "needs none)"
         )
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
@@ -85,8 +90,10 @@ def run(only: str = "*", record: bool = False, say: Callable[[str], Any] = print
         row = time_case(case, device, bandwidth)
         rows.append(row)
         say(
-            f"{case.operation:28} {case.shape:36} triton {row['triton_ms']:9.3f} ms  {case.comparator} {row['torch_ms']:9.3f} ms  "
-            f"x {row['speedup']:.2f}  {100 * row['bandwidth_share']:.0f} % of copy  {row['tflops']:.1f} TFLOP/s"
+            f"{case.operation:28} {case.shape:36} triton {row['triton_ms']:9.3f} ms  {case.comparator} "
+            f"{row['torch_ms']:9.3f} ms  "
+            f"x {row['speedup']:.2f}  {100 * row['bandwidth_share']:.0f} % of copy  {row['tflops']:.1f} "
+            "TFLOP/s"
         )
         torch.cuda.empty_cache()
     if not record:
@@ -112,10 +119,12 @@ def unpadded_on_cpu(
     repeats: int = 5,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Padded and unpadded BERT (MiniLM's width, random weights) side by side on this CPU, over log-normal lengths.
+    """Padded and unpadded BERT (MiniLM's width, random weights) side by side on this CPU,
+    over log-normal lengths.
 
-    `spreads` are the standard deviations of log length (0: all equal, 1: web text); lengths are clipped to 4..`length`. One row each:
-    padding fraction, ideal ratio (padded / valid tokens), measured ratio (median of `repeats`, alternating), largest difference.
+    `spreads` are the standard deviations of log length (0: all equal, 1: web text); lengths are clipped to
+    4..`length`. One row each: padding fraction, ideal ratio (padded / valid tokens), measured ratio
+    (median of `repeats`, alternating), largest difference.
     """
     from transformers import BertConfig, BertModel
 

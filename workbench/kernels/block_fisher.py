@@ -1,11 +1,14 @@
-"""Empirical Fisher in diagonal blocks, and its inverse directly, from a matrix of gradients (oBERT, Kurtic et al., 2022).
+"""Empirical Fisher in diagonal blocks, and its inverse directly, from a matrix of gradients
+(oBERT, Kurtic et al., 2022).
 
     F_b = lambda I + (1/m) sum_k g_kb g_kb^T
-    F_b^-1:  start at I / lambda; for each k:  u = F^-1 g_k,  F^-1 <- F^-1 - u u^T / (m + g_k^T u)      (Woodbury, rank one)
+    F_b^-1:  start at I / lambda; for each k:  u = F^-1 g_k,  F^-1 <- F^-1 - u u^T / (m + g_k^T u)
+        (Woodbury, rank one)
 
-Gradients are (m, n); the n weights are cut into blocks of B neighbours (B <= 128; oBERT uses 50). `accumulate` is one product
-per block; `inverse` keeps a block's inverse in registers while it walks the m gradients once, so the Fisher matrix itself
-is never formed. Both can be continued with further gradients of the same pass.
+Gradients are (m, n); the n weights are cut into blocks of B neighbours (B <= 128; oBERT uses 50).
+`accumulate` is one product per block; `inverse` keeps a block's inverse in registers while it walks the m
+gradients once, so the Fisher matrix itself is never formed.
+Both can be continued with further gradients of the same pass.
 
 >>> g = torch.randn(20, 12, dtype=torch.float64)
 >>> inverse = block_fisher_inverse(g, block=4, damping=0.1)
@@ -30,7 +33,8 @@ def _blocks(gradients: torch.Tensor, block: int) -> torch.Tensor:
     """(m, blocks, B), the last block padded with zeros."""
     if gradients.ndim != 2 or not 1 <= block <= 128:
         raise BadInput(
-            f"gradients {tuple(gradients.shape)}, block = {block}: need (samples, weights) and a block of 1 to 128"
+            f"gradients {tuple(gradients.shape)}, block = {block}: "
+            "need (samples, weights) and a block of 1 to 128"
         )
     padded = torch.nn.functional.pad(gradients, (0, -gradients.shape[1] % block))
     return padded.reshape(gradients.shape[0], padded.shape[1] // block, block)
@@ -87,9 +91,11 @@ def block_fisher(
     total: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """(1 / total) sum_k g_k g_k^T per block, (blocks, B, B) fp32 (fp64 if the gradients are), added to `out` when given.
+    """(1 / total) sum_k g_k g_k^T per block, (blocks, B, B) fp32 (fp64 if the gradients are),
+    added to `out` when given.
 
-    gradients (m, n), any float type; `total` defaults to m: give the full count when gradients come in several parts.
+    gradients (m, n), any float type; `total` defaults to m:
+    give the full count when gradients come in several parts.
     """
     parts = _blocks(gradients, block)
     m, count, _ = parts.shape
@@ -128,8 +134,8 @@ def block_fisher_inverse(
 ) -> torch.Tensor:
     """Inverse of damping I + (1 / total) sum_k g_k g_k^T per block, (blocks, B, B), by rank-one updates.
 
-    Pass the result as `out` to continue with more gradients (`damping` has then done its work), and `total`, the number
-    of all gradients, each time. Padding of a short last block stays I / damping.
+    Pass the result as `out` to continue with more gradients (`damping` has then done its work), and `total`,
+    the number of all gradients, each time. Padding of a short last block stays I / damping.
     """
     parts = _blocks(gradients, block)
     m, count, _ = parts.shape

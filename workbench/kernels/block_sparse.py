@@ -1,11 +1,13 @@
-"""Block-sparse weight times dense activations: y = x W^T with W in block rows (BSR), forward and both backward products.
+"""Block-sparse weight times dense activations: y = x W^T with W in block rows (BSR),
+forward and both backward products.
 
     forward  y[:, r]  = sum over the blocks b of row r      x[:, c_b] W_b^T
     input    dx[:, c] = sum over the blocks b of column c  dy[:, r_b] W_b
     weight   dW_b     = dy[:, r_b]^T x[:, c_b]                 only where W has a block
 
-Absent blocks are neither stored nor visited. Blocks may be any size from 4 x 4; from 16 to 128 the Triton kernels run.
-Wang et al. (2022, sparse inference on CPUs); tile skipping as in block-sparse OpenAI kernels (Gray et al., 2017).
+Absent blocks are neither stored nor visited. Blocks may be any size from 4 x 4; from 16 to 128 the Triton
+kernels run. Wang et al. (2022, sparse inference on CPUs);
+tile skipping as in block-sparse OpenAI kernels (Gray et al., 2017).
 
 >>> w = torch.randn(8, 12)
 >>> w[:4, 4:] = 0
@@ -34,7 +36,9 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 
 @dataclass(frozen=True)
 class BlockSparse:
-    """Where the blocks are (`rows`, `columns`: (blocks,) int64, in row order), and their values (blocks, block, block)."""
+    """Where the blocks are (`rows`, `columns`: (blocks,) int64, in row order), and their values
+    (blocks, block, block).
+    """
 
     values: torch.Tensor
     rows: torch.Tensor
@@ -79,7 +83,9 @@ class BlockSparse:
 
 
 def block_sparse(weight: torch.Tensor, block: int, keep: torch.Tensor | None = None) -> BlockSparse:
-    """Cut `weight` (out, in) into block x block tiles and keep those with a non-zero, or those where `keep` (bool) says."""
+    """Cut `weight` (out, in) into block x block tiles and keep those with a non-zero, or those where `keep`
+    (bool) says.
+    """
     out, width = weight.shape
     if block < 4 or out % block or width % block:
         raise BadInput(f"block = {block}: at least 4, and a divisor of both sides of {tuple(weight.shape)}")
@@ -108,7 +114,9 @@ def _product(
     PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One block column of the result; w_inner and w_outer are the block's strides along the summed and the kept index."""
+    """One block column of the result; w_inner and w_outer are the block's strides along the summed
+    and the kept index.
+    """
     target = tl.program_id(0)
     tokens_here = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = tokens_here < tokens
@@ -248,14 +256,16 @@ def block_sparse_linear(
     bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """x (..., in) times the transpose of a block-sparse weight (out, in), plus bias; differentiable in x, values and bias.
+    """x (..., in) times the transpose of a block-sparse weight (out, in), plus bias;
+    differentiable in x, values and bias.
 
-    `values` (blocks, block, block) is the trainable part, `weight` says where it lies. The PyTorch path multiplies the
-    dense masked matrix: on a CPU that is faster than any sparse format below 90 % zeros.
+    `values` (blocks, block, block) is the trainable part, `weight` says where it lies. The PyTorch path
+    multiplies the dense masked matrix: on a CPU that is faster than any sparse format below 90 % zeros.
     """
     if x.shape[-1] != weight.shape[1] or values.shape != weight.values.shape:
         raise BadInput(
-            f"x {tuple(x.shape)}, values {tuple(values.shape)}: need (..., {weight.shape[1]}) and {tuple(weight.values.shape)}"
+            f"x {tuple(x.shape)}, values {tuple(values.shape)}: "
+            f"need (..., {weight.shape[1]}) and {tuple(weight.values.shape)}"
         )
     flat = x.reshape(-1, weight.shape[1])
     size = 2 * flat.shape[0] * weight.blocks * weight.block**2

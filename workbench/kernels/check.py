@@ -1,8 +1,10 @@
-"""Compile every kernel for GPUs that are not here, and hold registers, shared memory and spills to a committed table.
+"""Compile every kernel for GPUs that are not here, and hold registers,
+shared memory and spills to a committed table.
 
-`triton.compile` needs no device: `GPUTarget("cuda", 90, 32)` gives the machine code of an H100 on any Linux machine. What
-the code costs is read from the finished cubin (`cuobjdump -res-usage`, shipped with Triton): registers per thread,
-stack bytes per thread (Triton uses no local arrays, so stack means spilled registers), and the shared memory of a block.
+`triton.compile` needs no device: `GPUTarget("cuda", 90, 32)` gives the machine code of an H100 on any Linux
+machine. What the code costs is read from the finished cubin (`cuobjdump -res-usage`, shipped with Triton):
+registers per thread, stack bytes per thread (Triton uses no local arrays, so stack means spilled registers),
+and the shared memory of a block.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ REGISTER_SLACK = 8
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses: registers and spilled bytes per thread, shared-memory bytes per block."""
+    """What one compiled kernel uses: registers and spilled bytes per thread,
+    shared-memory bytes per block.
+    """
 
     registers: int
     spilled: int
@@ -48,7 +52,8 @@ def compile_kernel(kernel: Kernel, configuration: Configuration, capability: int
     from triton.compiler import ASTSource
 
     signature = kernel.signature(configuration)
-    # Pointers come from PyTorch's allocator and sizes are multiples of 16 in the shapes that matter: what the launcher would assume.
+    # Pointers come from PyTorch's allocator and sizes are multiples of 16 in the shapes that matter:
+    # what the launcher would assume.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, kind in enumerate(signature.values())
@@ -63,7 +68,9 @@ def compile_kernel(kernel: Kernel, configuration: Configuration, capability: int
 
 
 def read_cubin(cubin: bytes, shared: int) -> Resources:
-    """Registers and stack of the kernel in a cubin; `shared` (dynamic, set at launch) comes from Triton's metadata."""
+    """Registers and stack of the kernel in a cubin; `shared` (dynamic, set at launch)
+    comes from Triton's metadata.
+    """
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +107,8 @@ def measure(
 
 
 def regressions(new: dict[str, dict[str, int]], recorded: dict[str, dict[str, int]]) -> list[str]:
-    """What got worse, or is not in the recorded table, one line each; an empty list means that the check passes.
+    """What got worse, or is not in the recorded table, one line each;
+    an empty list means that the check passes.
 
     >>> before = {"k/c/sm_90": {"registers": 40, "spilled": 0, "shared": 1024}}
     >>> regressions({"k/c/sm_90": {"registers": 44, "spilled": 8, "shared": 1024}}, before)
@@ -129,7 +137,9 @@ def load_table(path: Path = TABLE) -> dict[str, Any]:
 
 
 def save_table(kernels: dict[str, dict[str, int]], path: Path = TABLE) -> None:
-    """Write the table, one kernel a line so that a diff reads well; the Triton version it holds for goes with it."""
+    """Write the table, one kernel a line so that a diff reads well;
+    the Triton version it holds for goes with it.
+    """
     import triton
 
     rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(kernels.items()))

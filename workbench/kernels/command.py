@@ -10,7 +10,9 @@ from workbench.instruments import BadInput
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the three commands; 0 when all is well, 1 when a kernel got worse, 2 for a request that cannot be met."""
+    """Run one of the three commands; 0 when all is well, 1 when a kernel got worse,
+    2 for a request that cannot be met.
+    """
     parser = argparse.ArgumentParser(
         prog="workbench kernels", description="Triton kernels: list, compile and check, time."
     )
@@ -88,7 +90,8 @@ def _check(only: str, targets: list[int] | None, record: bool) -> int:
 
     if table["triton"] != triton.__version__:
         raise BadInput(
-            f"kernels check: the table was recorded with Triton {table['triton']}, this is {triton.__version__}; "
+            f"kernels check: the table was recorded with Triton {table['triton']}, "
+            f"this is {triton.__version__}; "
             "install that version, or record anew and look at the difference"
         )
     worse = check.regressions(now, table["kernels"])

@@ -1,13 +1,15 @@
-"""Long convolution by FFTs made of small matrix products (Monarch decomposition), a study of FlashFFTConv (Fu et al., 2023).
+"""Long convolution by FFTs made of small matrix products (Monarch decomposition), a study of FlashFFTConv
+(Fu et al., 2023).
 
-With N = N1 N2, x as an N1 x N2 matrix X (n = n1 N2 + n2) and k = k1 + N1 k2, the transform is three dense steps,
+With N = N1 N2, x as an N1 x N2 matrix X (n = n1 N2 + n2) and k = k1 + N1 k2,
+the transform is three dense steps,
 
     Xhat[k1, k2] = ( (F1 X) * T ) F2,   F_N[j, k] = e^(-2 pi i j k / N),   T[k1, n2] = e^(-2 pi i k1 n2 / N)
 
-and no permutation is needed when the filter's spectrum is kept in the same order. A convolution is transform, product,
-inverse transform: eight real matrix products that a kernel can hold on the chip, where an FFT of butterflies cannot use tensor
-cores. Order 3 splits N1 once more. A frequency-sparse filter (only the first rows and columns of its spectrum matrix
-non-zero) shrinks the matrices themselves.
+and no permutation is needed when the filter's spectrum is kept in the same order. A convolution is transform,
+product, inverse transform: eight real matrix products that a kernel can hold on the chip, where an FFT
+of butterflies cannot use tensor cores. Order 3 splits N1 once more. A frequency-sparse filter (only the first
+rows and columns of its spectrum matrix non-zero) shrinks the matrices themselves.
 
 >>> u, k = torch.randn(2, 3, 64), torch.randn(3, 64)
 >>> bool(torch.allclose(fft_convolution(u, k), fft_convolution_reference(u, k), atol=1e-4))
@@ -28,7 +30,9 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 
 
 def fft_convolution_reference(u: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Causal convolution y[t] = sum_s k[s] u[t - s] by `torch.fft` on 2 L points; u (batch, channels, L), k (channels, L)."""
+    """Causal convolution y[t] = sum_s k[s] u[t - s] by `torch.fft` on 2 L points;
+    u (batch, channels, L), k (channels, L).
+    """
     n = 2 * u.shape[-1]
     return torch.fft.irfft(torch.fft.rfft(u.float(), n) * torch.fft.rfft(k.float(), n), n)[
         ..., : u.shape[-1]
@@ -57,7 +61,9 @@ def dft_matrix(n: int, device: Any = None) -> torch.Tensor:
 
 
 def monarch_transform(x: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
-    """DFT of x (..., N) by matrix products of the given sizes, in Monarch order: entry (k1, k2) of the last step's matrix, flattened."""
+    """DFT of x (..., N) by matrix products of the given sizes, in Monarch order:
+    entry (k1, k2) of the last step's matrix, flattened.
+    """
     if len(sizes) == 1:
         return x @ dft_matrix(sizes[0], x.device).to(x.dtype)
     n1, n2 = math.prod(sizes[:-1]), sizes[-1]
@@ -86,10 +92,12 @@ def monarch_order(sizes: tuple[int, ...], device: Any = None) -> torch.Tensor:
 def cost(
     n: int, order: int, batch: int, bandwidth: float, tensor: float, on_chip: float, chip_bytes: int = 2**17
 ) -> float:
-    """Seconds of one forward transform of `batch` sequences of n complex fp16 points (Fu et al., 2023, equation 2, simplified).
+    """Seconds of one forward transform of `batch` sequences of n complex fp16 points
+    (Fu et al., 2023, equation 2, simplified).
 
-    Each of the `order` steps of size N_i does 16 N N_i real operations at `tensor` FLOP/s and moves 4 N bytes at `bandwidth`
-    (bytes/s), or at `on_chip` when a sequence fits `chip_bytes`. Larger orders do less arithmetic and more moving.
+    Each of the `order` steps of size N_i does 16 N N_i real operations at `tensor` FLOP/s and moves 4 N bytes
+    at `bandwidth` (bytes/s), or at `on_chip` when a sequence fits `chip_bytes`.
+    Larger orders do less arithmetic and more moving.
     """
     per_step = [
         16.0 * n * size / tensor + 2 * 4.0 * n / (on_chip if 4 * n <= chip_bytes else bandwidth)
@@ -120,7 +128,9 @@ def _convolve(
     N2: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """One channel of one sequence. Tables hold the real part, then the imaginary part; k is the filter's spectrum / N."""
+    """One channel of one sequence. Tables hold the real part, then the imaginary part;
+    k is the filter's spectrum / N.
+    """
     program = tl.program_id(0).to(tl.int64)
     channel = program % channels
     i = tl.arange(0, N1)
@@ -217,7 +227,9 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """du is the correlation of the gradient with k, the same kernel with the conjugate spectrum; dk that of u with the gradient."""
+        """du is the correlation of the gradient with k, the same kernel with the conjugate spectrum;
+        dk that of u with the gradient.
+        """
         u, k, spectrum = ctx.saved_tensors
         g, n = grads[0], 2 * u.shape[-1]
         du = _launch(g, spectrum, ctx.sizes, conjugate=True)
@@ -226,14 +238,16 @@ class _Convolution(torch.autograd.Function):
 
 
 def fft_convolution(u: torch.Tensor, k: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-    """Causal convolution y[b, c, t] = sum_{s <= t} k[c, s] u[b, c, t - s]; u (batch, channels, L), k (channels, L), L a power of two.
+    """Causal convolution y[b, c, t] = sum_{s <= t} k[c, s] u[b, c, t - s];
+    u (batch, channels, L), k (channels, L), L a power of two.
 
-    Differentiable in both. The kernel holds a whole sequence on the chip: L from 128 to 2048, to 512 below compute
-    capability 9.0, where 2048 would spill registers.
+    Differentiable in both. The kernel holds a whole sequence on the chip: L from 128 to 2048, to 512 below
+    compute capability 9.0, where 2048 would spill registers.
     """
     if u.ndim != 3 or k.shape != u.shape[1:] or u.shape[-1] < 2 or u.shape[-1] & (u.shape[-1] - 1):
         raise BadInput(
-            f"u {tuple(u.shape)}, k {tuple(k.shape)}: need (batch, channels, L) and (channels, L), L a power of two"
+            f"u {tuple(u.shape)}, k {tuple(k.shape)}: need (batch, channels, L) and (channels, L), "
+            "L a power of two"
         )
     sizes = factors(2 * u.shape[-1], 2)
     most = 512 if u.is_cuda and torch.cuda.get_device_capability(u.device) < (9, 0) else 2048

@@ -1,10 +1,11 @@
-"""Fast Walsh-Hadamard transform of rows, orthonormal, with quantization of the result fused in (QuaRot, HALO, INT4 training).
+"""Fast Walsh-Hadamard transform of rows, orthonormal, with quantization of the result fused in
+(QuaRot, HALO, INT4 training).
 
     y = H x / sqrt(n),   H the n x n Sylvester matrix, applied to each block of n = 2^k columns
 
-A block is read once, goes through its log2 n butterflies in registers and shared memory, and is written once. H is
-symmetric and orthogonal, so the transform is its own inverse and its own backward (Hadamard quantizers: Xi et al., 2023;
-Ashkboos et al., 2025).
+A block is read once, goes through its log2 n butterflies in registers and shared memory, and is written once.
+H is symmetric and orthogonal, so the transform is its own inverse and its own backward (Hadamard quantizers:
+Xi et al., 2023; Ashkboos et al., 2025).
 
 >>> x = torch.randn(3, 64)
 >>> bool(torch.allclose(hadamard(hadamard(x)), x, atol=1e-5))
@@ -137,7 +138,8 @@ def _check(x: torch.Tensor, block: int | None) -> int:
     block = block or (x.shape[-1] & -x.shape[-1])
     if block < 2 or block & (block - 1) or x.shape[-1] % block or block > 8192:
         raise BadInput(
-            f"block = {block} with {x.shape[-1]} columns: a power of two from 2 to 8192 that divides the columns is needed"
+            f"block = {block} with {x.shape[-1]} columns: a power of two from 2 to 8192 that divides the "
+            "columns is needed"
         )
     return block
 
@@ -145,7 +147,8 @@ def _check(x: torch.Tensor, block: int | None) -> int:
 def hadamard(x: torch.Tensor, block: int | None = None, backend: str = "auto") -> torch.Tensor:
     """Orthonormal transform of each `block` columns of x (..., columns), differentiable.
 
-    `block` defaults to the largest power of two that divides the columns. Computed in fp32, returned in x's type.
+    `block` defaults to the largest power of two that divides the columns.
+    Computed in fp32, returned in x's type.
     """
     block = _check(x, block)
     if use_triton("hadamard", x.numel(), x, backend):
@@ -156,7 +159,8 @@ def hadamard(x: torch.Tensor, block: int | None = None, backend: str = "auto") -
 def hadamard_quantize(
     x: torch.Tensor, block: int, grid: Grid, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transform and quantize-dequantize each block with scale max|.| / grid.high; returns (result, scales (..., columns / block)).
+    """Transform and quantize-dequantize each block with scale max|.| / grid.high;
+    returns (result, scales (..., columns / block)).
 
     Forward only. `grid` is a symmetric integer or minifloat grid.
     """
@@ -229,8 +233,8 @@ def cases() -> list[Case]:
             n,
             4.0 * n,
             n * math.log2(block),
-            lambda device, block=block, grid=grid: make(block, grid, device),
+            lambda device, block=block, grid=grid: make(block, grid, device),  # type: ignore[misc]
             comparator="dense matmul",
-        )  # type: ignore[misc]
+        )
         for block, grid in ((4096, None), (128, Grid(0, -8, 7)))
     ]

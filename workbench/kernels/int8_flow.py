@@ -1,10 +1,13 @@
-"""GELU, residual sum and LayerNorm from int8 to int8: each 32 x 32 block has its scale, and nothing wider reaches memory.
+"""GELU, residual sum and LayerNorm from int8 to int8: each 32 x 32 block has its scale,
+and nothing wider reaches memory.
 
-    x = s_x[m / 32, n / 32] X[m, n],   y = f(x) in fp32,   s_y = max |y over the block| / 127,   Y = round(y / s_y)
+    x = s_x[m / 32, n / 32] X[m, n],   y = f(x) in fp32,   s_y = max |y over the block| / 127,
+        Y = round(y / s_y)
 
-With `scaled_matmul.blocked_linear_int8` between them, a transformer's activations and their gradients stay int8 between
-operators, half the bytes of bf16: Xi et al. (2024, Jetfire, sec. 4 and 5). The paper leaves the order of the backward's
-sums open; here the sums over a row and over rows are fp32, and weight gradients leave as fp32.
+With `scaled_matmul.blocked_linear_int8` between them, a transformer's activations and their gradients stay
+int8 between operators, half the bytes of bf16: Xi et al. (2024, Jetfire, sec. 4 and 5). The paper leaves
+the order of the backward's sums open; here the sums over a row and over rows are fp32,
+and weight gradients leave as fp32.
 
 >>> x = torch.randn(64, 96)
 >>> codes, scales = gelu_int8(*quantize_blocks(x))
@@ -81,7 +84,9 @@ def _pointwise(a_ptr, as_ptr, b_ptr, bs_ptr, y_ptr, ys_ptr, columns, STEP: tl.co
 def _norm_forward(
     x_ptr, xs_ptr, w_ptr, b_ptr, y_ptr, ys_ptr, mean_ptr, inverse_ptr, columns, eps, BLOCK: tl.constexpr
 ):
-    """One row of blocks; the variance is summed about the mean, which costs one more read of int8 and no cancellation."""
+    """One row of blocks; the variance is summed about the mean,
+    which costs one more read of int8 and no cancellation.
+    """
     row = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.float32)
     for column in range(0, columns // BLOCK):
@@ -118,7 +123,9 @@ def _norm_backward(
     columns,
     BLOCK: tl.constexpr,
 ):
-    """dx = (w g - mean(w g) - x_hat mean(w g x_hat)) / sigma, means over a row; dw and db leave summed over the block's rows."""
+    """dx = (w g - mean(w g) - x_hat mean(w g x_hat)) / sigma, means over a row;
+    dw and db leave summed over the block's rows.
+    """
     row = tl.program_id(0)
     m = row * BLOCK + tl.arange(0, BLOCK)
     mean = tl.load(mean_ptr + m)[:, None]
@@ -155,7 +162,8 @@ def _check(name: str, *coded: Coded) -> None:
             or scales.shape != (rows // BLOCK, columns // BLOCK)
         ):
             raise BadInput(
-                f"{name}: codes {codes.dtype} {tuple(codes.shape)}, scales {tuple(scales.shape)}: need int8 codes of one shape with both sides a multiple "
+                f"{name}: codes {codes.dtype} {tuple(codes.shape)}, scales {tuple(scales.shape)}: need int8 "
+                "codes of one shape with both sides a multiple "
                 f"of {BLOCK}, and a scale for each {BLOCK} x {BLOCK} block"
             )
 
@@ -210,7 +218,9 @@ def layer_norm_int8(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> tuple[Coded, torch.Tensor, torch.Tensor]:
-    """LayerNorm over each row of block-scaled int8 (rows, columns): ((codes, scales), mean (rows,), 1 / sigma (rows,)), fp32 both."""
+    """LayerNorm over each row of block-scaled int8 (rows, columns):
+    ((codes, scales), mean (rows,), 1 / sigma (rows,)), fp32 both.
+    """
     _check("layer_norm", (codes, scales))
     if codes.numel() and use_triton("int8_flow", codes.numel(), codes, backend):
         return _launch_norm(codes, scales, weight, bias, eps)
@@ -252,7 +262,9 @@ def layer_norm_int8_backward(
     inverse: torch.Tensor,
     backend: str = "auto",
 ) -> tuple[Coded, torch.Tensor, torch.Tensor]:
-    """Gradients of `layer_norm_int8`: (input as block-scaled int8, weight (columns,) fp32, bias (columns,) fp32)."""
+    """Gradients of `layer_norm_int8`: (input as block-scaled int8, weight (columns,) fp32, bias (columns,)
+    fp32).
+    """
     _check("layer_norm backward", gradient, saved)
     codes = saved[0]
     if codes.numel() and use_triton("int8_flow", codes.numel(), codes, backend):

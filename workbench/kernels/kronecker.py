@@ -1,9 +1,11 @@
-"""Kronecker-factored transform of rows with quantization fused in: y_t = A x_t B for each row x seen as an a x b matrix.
+"""Kronecker-factored transform of rows with quantization fused in:
+y_t = A x_t B for each row x seen as an a x b matrix.
 
-    y = (A kron B^T) x,   A (a, a), B (b, b), a b = columns; then y is quantized with one scale per row (per token)
+    y = (A kron B^T) x,   A (a, a), B (b, b), a b = columns;
+        then y is quantized with one scale per row (per token)
 
-Sun et al. (2025, FlatQuant): a dense n x n transform costs n^2 multiplications per row, the two factors n (a + b), and the
-row never leaves the chip between them and the quantizer.
+Sun et al. (2025, FlatQuant): a dense n x n transform costs n^2 multiplications per row, the two factors n
+(a + b), and the row never leaves the chip between them and the quantizer.
 
 >>> x, A, B = torch.randn(3, 12), torch.randn(3, 3), torch.randn(4, 4)
 >>> bool(torch.allclose(kronecker(x, A, B), x @ torch.kron(A, B.T.contiguous()).T, atol=1e-5))
@@ -111,7 +113,9 @@ class _Kronecker(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dX = A^T G B^T by the same kernel; dA = sum_t G (X B)^T and dB = sum_t (A X)^T G are two batched products."""
+        """dX = A^T G B^T by the same kernel; dA = sum_t G (X B)^T and dB = sum_t
+        (A X)^T G are two batched products.
+        """
         x, left, right = ctx.saved_tensors
         g = grads[0].contiguous()
         dx = _launch(g, left.t(), right.t(), None)[0]
@@ -125,7 +129,8 @@ def _check(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     square = all(m.ndim == 2 and m.shape[0] == m.shape[1] for m in (left, right))
     if not square or left.shape[0] * right.shape[0] != x.shape[-1]:
         raise BadInput(
-            f"factors {tuple(left.shape)}, {tuple(right.shape)} and {x.shape[-1]} columns: need square factors whose sizes multiply to the columns"
+            f"factors {tuple(left.shape)}, {tuple(right.shape)} and {x.shape[-1]} columns: "
+            "need square factors whose sizes multiply to the columns"
         )
 
 
@@ -142,7 +147,9 @@ def kronecker(
 def kronecker_quantize(
     x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, grid: Grid, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transform and quantize-dequantize each row with scale max|.| / grid.high; returns (result, scales (...)). Forward only."""
+    """Transform and quantize-dequantize each row with scale max|.| / grid.high;
+    returns (result, scales (...)). Forward only.
+    """
     _check(x, left, right)
     if grid.kind == 2:
         raise BadInput(

@@ -1,11 +1,13 @@
 """Linear layer and cross-entropy together, chunk by chunk: the (tokens, vocabulary) logits never exist.
 
-    L = mean_t [ log sum_v exp(z_tv) - (1 - a) z_t,y(t) - a / V sum_v z_tv ],   z = x W^T,   a the label smoothing
+    L = mean_t [ log sum_v exp(z_tv) - (1 - a) z_t,y(t) - a / V sum_v z_tv ],   z = x W^T,
+        a the label smoothing
     dz = (softmax(z) - (1 - a) onehot(y) - a / V) / tokens,   dx = dz W,   dW = dz^T x
 
-For each chunk of tokens the logits are one matrix product, a kernel turns them in place into the loss and dz, and two more
-products give the chunk's dx and its part of dW: memory is one chunk of logits, arithmetic that of the plain layer. The
-gradients are ready when the forward ends; the backward scales them. Luo et al. (2025, StreamBP); Hsu et al. (2024, Liger).
+For each chunk of tokens the logits are one matrix product, a kernel turns them in place into the loss and dz,
+and two more products give the chunk's dx and its part of dW: memory is one chunk of logits, arithmetic that
+of the plain layer. The gradients are ready when the forward ends; the backward scales them.
+Luo et al. (2025, StreamBP); Hsu et al. (2024, Liger).
 
 >>> x, w = torch.randn(10, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
 >>> y = torch.randint(0, 50, (10,))
@@ -167,25 +169,30 @@ def linear_cross_entropy(
     chunk: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Cross-entropy in nats of the logits x W^T + b at `labels`, without the logits; differentiable in x, weight and bias.
+    """Cross-entropy in nats of the logits x W^T + b at `labels`, without the logits;
+    differentiable in x, weight and bias.
 
-    x (tokens, width), weight (vocabulary, width), labels (tokens,) int64 with `ignore_index` left out; `reduction` "mean" (over
-    the labels kept) or "sum". `chunk` tokens at a time; by default as many as make their logits as large as x itself.
-    Computed in fp32, returned as an fp32 scalar. With no label kept the mean is 0 and so are the gradients.
+    x (tokens, width), weight (vocabulary, width), labels (tokens,) int64 with `ignore_index` left out;
+    `reduction` "mean" (over the labels kept) or "sum". `chunk` tokens at a time; by default as many as make
+    their logits as large as x itself. Computed in fp32, returned as an fp32 scalar.
+    With no label kept the mean is 0 and so are the gradients.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
         raise BadInput(
-            f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: need (tokens, width), (vocabulary, width), (tokens,)"
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: "
+            "need (tokens, width), (vocabulary, width), (tokens,)"
         )
     if reduction not in ("mean", "sum") or not 0 <= label_smoothing < 1:
         raise BadInput(
-            f"reduction = {reduction!r}, label_smoothing = {label_smoothing}: need 'mean' or 'sum', and 0 <= smoothing < 1"
+            f"reduction = {reduction!r}, label_smoothing = {label_smoothing}: "
+            "need 'mean' or 'sum', and 0 <= smoothing < 1"
         )
     if labels.numel() and not labels.is_cuda:
         kept = labels[labels != ignore_index]
         if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= weight.shape[0]):
             raise BadInput(
-                f"labels: {int(kept.min())} to {int(kept.max())}, the vocabulary has {weight.shape[0]} entries; mark what to skip with ignore_index"
+                f"labels: {int(kept.min())} to {int(kept.max())}, "
+                f"the vocabulary has {weight.shape[0]} entries; mark what to skip with ignore_index"
             )
     if chunk is None:
         chunk = max(64, power_of_two(x.numel() // max(1, weight.shape[0])))

@@ -1,11 +1,13 @@
-"""Weight-only low-bit linear: activations stay bf16, weights are 4 or 8 bits with a scale per group, decoded on the chip.
+"""Weight-only low-bit linear: activations stay bf16, weights are 4 or 8 bits with a scale per group,
+decoded on the chip.
 
     y = x W^T + b (then GELU),   W[n, k] = s[n, k // group] (decode(code[n, k]) - z[n, k // group])
 
-Formats: "int4", "int8" (two's complement, optional zero points), "nf4" (or any 16-entry codebook), "e4m3" (FP8) and "e2m1"
-(FP4; with scales that are powers of two and group 32 this is MXFP4, Rouhani et al., 2023). 4-bit codes lie two to a byte,
-the even column in the low half. The weight is read once; at batch 1 to 16 that is the whole time, so four bits run at
-up to four times the speed of bf16. Dettmers et al. (2023, QLoRA), Frantar et al. (2024).
+Formats: "int4", "int8" (two's complement, optional zero points), "nf4" (or any 16-entry codebook), "e4m3"
+(FP8) and "e2m1" (FP4; with scales that are powers of two and group 32 this is MXFP4, Rouhani et al., 2023).
+4-bit codes lie two to a byte, the even column in the low half. The weight is read once; at batch 1 to 16 that
+is the whole time, so four bits run at up to four times the speed of bf16.
+Dettmers et al. (2023, QLoRA), Frantar et al. (2024).
 
 >>> w = torch.randn(8, 64)
 >>> packed = pack_weight(w, "int8", group=32)
@@ -35,7 +37,9 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class LowBitWeight:
-    """`codes` (out, in) or, at 4 bits, (out, in / 2) uint8; `scales` (and `zeros`) (out, in / group) fp32; `codebook` (16,) for nf4."""
+    """`codes` (out, in) or, at 4 bits, (out, in / 2) uint8; `scales` (and `zeros`) (out, in / group) fp32;
+    `codebook` (16,) for nf4.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -87,17 +91,19 @@ class LowBitWeight:
 def pack_weight(
     weight: torch.Tensor, format: str, group: int = 128, zero_point: bool = False
 ) -> LowBitWeight:
-    """Nearest quantization of a weight (out, in) to `format`, one scale per `group` columns (16 or more, a power of two).
+    """Nearest quantization of a weight (out, in) to `format`, one scale per `group` columns
+    (16 or more, a power of two).
 
-    `zero_point` (int formats) fits each group's range instead of its largest magnitude. e2m1 scales are rounded up to a
-    power of two, as the MX formats have them.
+    `zero_point` (int formats) fits each group's range instead of its largest magnitude. e2m1 scales are
+    rounded up to a power of two, as the MX formats have them.
     """
     if format not in FORMATS:
         raise BadInput(f"format = {format!r}: accepted are {', '.join(FORMATS)}")
     out, width = weight.shape
     if group < 16 or group & (group - 1) or width % group:
         raise BadInput(
-            f"group = {group} with {width} columns: a power of two from 16 on that divides the columns is needed"
+            f"group = {group} with {width} columns: a power of two from 16 on that divides the columns is "
+            "needed"
         )
     if zero_point and format not in ("int4", "int8"):
         raise BadInput(f"zero_point with format = {format!r}: only int4 and int8 have zero points")
@@ -193,7 +199,9 @@ def _linear(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """DEPTH divides GROUP, so a step has one scale per output feature; split k writes its own fp32 slice of y."""
+    """DEPTH divides GROUP, so a step has one scale per output feature;
+    split k writes its own fp32 slice of y.
+    """
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(2)
@@ -240,7 +248,9 @@ def _tile(tokens: int, group: int) -> dict[str, int]:
 
 
 def _splits(tokens: int, out: int, width: int, depth: int, columns: int, processors: int) -> int:
-    """How many slices of the sum run at once: enough that few output tiles still fill the GPU, at most 16 and 4 steps each."""
+    """How many slices of the sum run at once: enough that few output tiles still fill the GPU,
+    at most 16 and 4 steps each.
+    """
     tiles = cdiv(out, columns) * cdiv(tokens, 64)
     splits = 1
     while splits < 16 and tiles * splits < 2 * processors and width // (2 * splits) >= 4 * depth:
@@ -317,7 +327,9 @@ def low_bit_linear(
     activation: str | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """x (..., in) times the transpose of a low-bit weight (out, in), plus bias, then optionally "gelu"; differentiable in x and bias."""
+    """x (..., in) times the transpose of a low-bit weight (out, in), plus bias, then optionally "gelu";
+    differentiable in x and bias.
+    """
     if x.shape[-1] != weight.shape[1]:
         raise BadInput(f"x.shape = {tuple(x.shape)}: the weight has {weight.shape[1]} input features")
     if activation not in (None, "gelu"):
@@ -395,9 +407,9 @@ def cases() -> list[Case]:
                     int(flops),
                     moved,
                     flops,
-                    lambda device, f=format, t=tokens: make(f, t, device),
+                    lambda device, f=format, t=tokens: make(f, t, device),  # type: ignore[misc]
                     "bf16",
                     "bf16 torch.mm",
                 )
-            )  # type: ignore[misc]
+            )
     return found

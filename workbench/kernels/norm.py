@@ -1,10 +1,13 @@
-"""LayerNorm and RMSNorm, optionally of x + residual, whose backward reads normalized inputs kept in 8 or 2 bits (or exactly).
+"""LayerNorm and RMSNorm, optionally of x + residual, whose backward reads normalized inputs kept in 8 or 2
+bits (or exactly).
 
     h = x + r,   xh = (h - mean h) / sqrt(var h + eps)  (RMSNorm: h / sqrt(mean h^2 + eps)),   y = w xh + b
-    dh = (w g - mean(w g) - xh mean(w g xh)) / sqrt(var h + eps)  (RMSNorm: without the middle term),   dw = sum g xh,   db = sum g
+    dh = (w g - mean(w g) - xh mean(w g xh)) / sqrt(var h + eps)  (RMSNorm: without the middle term),
+        dw = sum g xh,   db = sum g
 
-One pass forward, one backward; the weight's gradient is summed per program in a fixed order. xh is what is kept: it has unit
-variance, so groups of 256 columns compress well. Ba et al. (2016), Zhang and Sennrich (2019); add + norm: Zhai et al. (2023).
+One pass forward, one backward; the weight's gradient is summed per program in a fixed order. xh is what is
+kept: it has unit variance, so groups of 256 columns compress well.
+Ba et al. (2016), Zhang and Sennrich (2019); add + norm: Zhai et al. (2023).
 
 >>> x, w = torch.randn(5, 96, requires_grad=True), torch.ones(96)
 >>> bool(torch.allclose(layer_norm(x, w), torch.nn.functional.layer_norm(x, (96,)), atol=1e-5))
@@ -269,7 +272,8 @@ def _norm(
         or (residual is not None and residual.shape != x.shape)
     ):
         raise BadInput(
-            f"x {tuple(x.shape)}, weight {tuple(w.shape)}: weight and bias need ({x.shape[-1]},), a residual the shape of x"
+            f"x {tuple(x.shape)}, weight {tuple(w.shape)}: weight and bias need ({x.shape[-1]},), "
+            "a residual the shape of x"
         )
     if not 1 <= x.shape[-1] <= 32768:
         raise BadInput(f"x.shape = {tuple(x.shape)}: rows of 1 to 32768 columns are normalized")
@@ -289,7 +293,8 @@ def layer_norm(
     seed: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """LayerNorm over the last dimension of x, or of x + residual; `saved` "exact", "int8" or "2bit" is how xh is kept.
+    """LayerNorm over the last dimension of x, or of x + residual;
+    `saved` "exact", "int8" or "2bit" is how xh is kept.
 
     Differentiable in x, residual, weight and bias. Computed in fp32, returned in x's type.
     """
@@ -358,7 +363,7 @@ def cases() -> list[Case]:
             n,
             (4 + (bits / 8 if bits else 2)) * n,
             4.0 * n,
-            lambda device, saved=saved: make(saved, device),
-        )  # type: ignore[misc]
+            lambda device, saved=saved: make(saved, device),  # type: ignore[misc]
+        )
         for saved, bits in SAVED.items()
     ]

@@ -1,14 +1,16 @@
 """One pass over memory per optimizer step: AdamW, LAMB and Lion with fp32, bf16 or 8-bit states.
 
     m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2
-    AdamW (Loshchilov and Hutter, 2019)   u = (m' / c1) / (sqrt(v' / c2) + eps) + wd p,     p' = p - lr u,   c_i = 1 - b_i^step
-    LAMB (You et al., 2020)               u as AdamW,                                       p' = p - lr |p| / |u| u, per tensor
+    AdamW (Loshchilov and Hutter, 2019)   u = (m' / c1) / (sqrt(v' / c2) + eps) + wd p,   p' = p - lr u,
+                                          c_i = 1 - b_i^step
+    LAMB (You et al., 2020)               u as AdamW,   p' = p - lr |p| / |u| u, per tensor
     Lion (Chen et al., 2023)              u = sign(b1 m + (1 - b1) g) + wd p,  m' = b2 m + (1 - b2) g
 
-States ("fp32", "bf16", "int8", "fp8") are quantized in groups of 128 with one scale each. int8 keeps m linearly and sqrt(v)
-rounded up, so that no denominator vanishes. fp8 is COAT (Xi et al., 2025): E4M3 after the dynamic range expansion
-|x|^k, k = log R(E4M3) / log R(group), R = largest / smallest magnitude; codes and k are stored. With bf16 parameters a bf16
-compensation buffer (Kahan, 1965) keeps what the last addition lost, so small steps are not rounded away.
+States ("fp32", "bf16", "int8", "fp8") are quantized in groups of 128 with one scale each. int8 keeps m
+linearly and sqrt(v) rounded up, so that no denominator vanishes. fp8 is COAT (Xi et al., 2025): E4M3 after
+the dynamic range expansion |x|^k, k = log R(E4M3) / log R(group), R = largest / smallest magnitude; codes
+and k are stored. With bf16 parameters a bf16 compensation buffer (Kahan, 1965)
+keeps what the last addition lost, so small steps are not rounded away.
 
 >>> p = torch.zeros(300)
 >>> state = new_state(p, "adamw", states="int8")
@@ -38,7 +40,9 @@ _LOG_RANGE = 17.807354922057604
 
 @dataclass
 class State:
-    """Moments in their storage type; scales and exponents (groups,) fp32 of the quantized ones; the bf16 compensation."""
+    """Moments in their storage type; scales and exponents (groups,) fp32 of the quantized ones;
+    the bf16 compensation.
+    """
 
     moments: list[torch.Tensor]
     scales: list[torch.Tensor]
@@ -62,7 +66,8 @@ def new_state(parameter: torch.Tensor, optimizer: str, states: str = "fp32") -> 
     """Zero moments for one parameter tensor. bf16 and fp16 parameters get a compensation buffer."""
     if optimizer not in OPTIMIZERS or states not in STATES:
         raise BadInput(
-            f"optimizer = {optimizer!r}, states = {states!r}: accepted are {', '.join(OPTIMIZERS)} and {', '.join(STATES)}"
+            f"optimizer = {optimizer!r}, states = {states!r}: "
+            f"accepted are {', '.join(OPTIMIZERS)} and {', '.join(STATES)}"
         )
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8, "fp8": torch.uint8}[states]
     n, device, count = parameter.numel(), parameter.device, 1 if optimizer == "lion" else 2
@@ -80,7 +85,7 @@ def new_state(parameter: torch.Tensor, optimizer: str, states: str = "fp32") -> 
     )
 
 
-# The reference ---------------------------------------------------------------------------------------------------------
+# The reference ----------------------------------------------------------------------------------------------
 
 
 def _grouped(x: torch.Tensor) -> torch.Tensor:
@@ -162,7 +167,7 @@ def reference_step(
     parameter.copy_(new.view(parameter.shape))
 
 
-# The kernel ------------------------------------------------------------------------------------------------------------
+# The kernel -------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -250,7 +255,9 @@ def _step(
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """PHASE 0: moments and parameters in one pass. LAMB: 1 updates the moments and sums |p|^2 and |u|^2, 2 moves the parameters."""
+    """PHASE 0: moments and parameters in one pass. LAMB: 1 updates the moments and sums |p|^2 and |u|^2,
+    2 moves the parameters.
+    """
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = at < n
@@ -371,16 +378,20 @@ def optimizer_step(
     weight_decay: float = 0.0,
     backend: str = "auto",
 ) -> None:
-    """One step on one parameter tensor, in place, state included. `step` counts from 1. No synchronisation with the GPU."""
+    """One step on one parameter tensor, in place, state included. `step` counts from 1.
+    No synchronisation with the GPU.
+    """
     if optimizer not in OPTIMIZERS:
         raise BadInput(f"optimizer = {optimizer!r}: accepted are {', '.join(OPTIMIZERS)}")
     if gradient.shape != parameter.shape or step < 1 or lr < 0:
         raise BadInput(
-            f"gradient {tuple(gradient.shape)}, step = {step}, lr = {lr}: need the parameter's shape {tuple(parameter.shape)}, >= 1 and >= 0"
+            f"gradient {tuple(gradient.shape)}, step = {step}, lr = {lr}: "
+            f"need the parameter's shape {tuple(parameter.shape)}, >= 1 and >= 0"
         )
     if not parameter.is_contiguous():
         raise BadInput(
-            "parameter: not contiguous in memory; the step is in place over flat memory, so call .contiguous() when you create it"
+            "parameter: not contiguous in memory; the step is in place over flat memory, "
+            "so call .contiguous() when you create it"
         )
     if use_triton("optimizer_step", parameter.numel(), parameter, backend):
         _launch(parameter, gradient.contiguous(), state, optimizer, lr, step, betas, eps, weight_decay)

@@ -1,7 +1,9 @@
-"""Packing: padded batches (batch, length, ...) to their valid tokens (tokens, ...) and back; bin packing of sequences.
+"""Packing: padded batches (batch, length, ...) to their valid tokens (tokens, ...) and back;
+bin packing of sequences.
 
-ByteTransformer (Zhai et al., 2023) and the unpadded BERT of Zeng et al. (2022) run linears, norms and activations on the
-packed tokens and only attention per sequence; Prepacking (Zhao et al., 2024) packs prompts into rows by bin packing.
+ByteTransformer (Zhai et al., 2023) and the unpadded BERT of Zeng et al. (2022) run linears, norms
+and activations on the packed tokens and only attention per sequence;
+Prepacking (Zhao et al., 2024) packs prompts into rows by bin packing.
 
 >>> mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
 >>> packing = pack_mask(mask)
@@ -33,8 +35,9 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 class Packing:
     """Where each packed token comes from. Sequences lie in order of length, so equal lengths are neighbours.
 
-    `indices` (tokens,) are flat positions in the (batch, length) grid, `cu_seqlens` (sequences + 1,) int32 the starts of
-    the sequences; both on the mask's device. `lengths` are on the host and never need a synchronisation again.
+    `indices` (tokens,) are flat positions in the (batch, length) grid, `cu_seqlens` (sequences + 1,) int32
+    the starts of the sequences; both on the mask's device.
+    `lengths` are on the host and never need a synchronisation again.
     """
 
     indices: torch.Tensor
@@ -75,7 +78,9 @@ class Packing:
         return tuple(runs)
 
     def tiles(self, rows: int) -> torch.Tensor:
-        """(tiles, 2) int32 on the tokens' device: sequence and first row of each tile of `rows` tokens, longest sequences first."""
+        """(tiles, 2) int32 on the tokens' device: sequence and first row of each tile of `rows` tokens,
+        longest sequences first.
+        """
         pairs = [
             (sequence, start)
             for sequence in range(len(self.lengths) - 1, -1, -1)
@@ -85,7 +90,9 @@ class Packing:
 
 
 def pack_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
-    """A packing of sequences that are already one after the other, in the given order; the grid is the packed row itself."""
+    """A packing of sequences that are already one after the other, in the given order;
+    the grid is the packed row itself.
+    """
     kept = tuple(int(n) for n in lengths)
     if any(n <= 0 for n in kept):
         raise BadInput(
@@ -96,7 +103,9 @@ def pack_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> 
 
 
 def pack_mask(mask: torch.Tensor) -> Packing:
-    """Packing of the positions where `mask` (batch, length) is non-zero; padding may be anywhere, empty rows are left out."""
+    """Packing of the positions where `mask` (batch, length) is non-zero;
+    padding may be anywhere, empty rows are left out.
+    """
     if mask.ndim != 2:
         raise BadInput(f"mask.shape = {tuple(mask.shape)}: a (batch, length) mask of 0 and 1 is needed")
     valid = mask != 0
@@ -176,7 +185,8 @@ def unpack(x: torch.Tensor, packing: Packing, backend: str = "auto") -> torch.Te
 
 
 def bin_pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of at most `capacity` tokens: best fit, longest first (at most 11/9 of the fewest rows, Johnson 1973).
+    """Rows of at most `capacity` tokens: best fit, longest first
+    (at most 11/9 of the fewest rows, Johnson 1973).
 
     Returns the indices of the sequences in each row. Raises `BadInput` for a sequence longer than a row.
 
@@ -202,7 +212,8 @@ def bin_pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def balance(lengths: Sequence[int], ranks: int, cost: Callable[[int], float] = float) -> list[list[int]]:
-    """Sequences to `ranks` workers of about equal total cost: heaviest first to the least loaded (Graham 1969, <= 4/3 of the best).
+    """Sequences to `ranks` workers of about equal total cost:
+    heaviest first to the least loaded (Graham 1969, <= 4/3 of the best).
 
     `cost(n)` may be anything increasing, e.g. `lambda n: n + n * n / 4096` for linears plus attention.
 

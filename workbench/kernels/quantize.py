@@ -1,15 +1,18 @@
-"""Quantize-dequantize: integers, small floats and codebooks, per group of any kind, nearest or stochastic, in one pass.
+"""Quantize-dequantize: integers, small floats and codebooks, per group of any kind, nearest or stochastic,
+in one pass.
 
     integer    q = clamp(round(x / s) + z, lo, hi),        y = s (q - z)
-    minifloat  y = s E(x / s), E the nearest number with `exponent` and `mantissa` bits (subnormals included, saturating)
+    minifloat  y = s E(x / s), E the nearest number with `exponent` and `mantissa` bits (subnormals included,
+               saturating)
     codebook   y = s c_k, c_k the entry nearest to x / s
 
-x is a matrix cut into equal blocks by its scales (and zero points) of shape (r, groups): (1, 1) is per tensor, (rows, 1)
-per channel, (rows, columns / 128) per group of 128, (rows / 32, columns / 32) per 32 x 32 block (Jetfire).
-Rounding is to nearest even or stochastic, up with probability equal
-to the fraction, from `random_bits` (seed, element). The backward is the straight-through estimator (Bengio et al., 2013):
-the gradient passes where x was representable and stops where it was clipped. The Triton kernel and the reference agree
-bit for bit, which is why division is by IEEE rules and fused multiply-add is off.
+x is a matrix cut into equal blocks by its scales (and zero points) of shape (r, groups): (1, 1) is per
+tensor, (rows, 1) per channel, (rows, columns / 128) per group of 128, (rows / 32, columns / 32) per 32 x 32
+block (Jetfire). Rounding is to nearest even or stochastic, up with probability equal
+to the fraction, from `random_bits` (seed, element). The backward is the straight-through estimator
+(Bengio et al., 2013): the gradient passes where x was representable and stops where it was clipped. The
+Triton kernel and the reference agree bit for bit, which is why division is by IEEE rules and fused
+multiply-add is off.
 
 >>> x = torch.tensor([[0.24, -0.76, 1.2, 9.0]])
 >>> quantize_integer(x, torch.tensor([[0.5]]), low=-8, high=7)
@@ -35,8 +38,8 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 
 @dataclass(frozen=True)
 class Grid:
-    """What numbers there are before scaling. Kind 0: integers low..high; 1: minifloat with `exponent` and `mantissa` bits,
-    largest `high`; 2: the sorted entries of `codebook`."""
+    """What numbers there are before scaling. Kind 0: integers low..high; 1: minifloat with `exponent`
+    and `mantissa` bits, largest `high`; 2: the sorted entries of `codebook`."""
 
     kind: int
     low: float = 0.0
@@ -47,7 +50,8 @@ class Grid:
 
 
 def minifloat_max(exponent: int, mantissa: int, reserved: str = "none") -> float:
-    """Largest value of a minifloat: `reserved` codes "none" (E2M1, E3M2, E2M3), "nan" (E4M3: one mantissa), "ieee" (E5M2: top exponent).
+    """Largest value of a minifloat: `reserved` codes "none" (E2M1, E3M2, E2M3), "nan" (E4M3: one mantissa),
+    "ieee" (E5M2: top exponent).
 
     >>> minifloat_max(2, 1), minifloat_max(4, 3, "nan"), minifloat_max(5, 2, "ieee")
     (6.0, 448.0, 57344.0)
@@ -73,7 +77,9 @@ def quantize_reference(
     group: int,
     seed: int | None = None,
 ) -> torch.Tensor:
-    """The definition. x (rows, columns); scale and zero (rows, ceil(columns / group)) fp32; returns x's type."""
+    """The definition. x (rows, columns); scale and zero (rows, ceil(columns / group)) fp32;
+    returns x's type.
+    """
     s = scale.repeat_interleave(group, 1)[:, : x.shape[1]]
     u = x.float() / s
     unit = None if seed is None else uniform(seed, x.numel(), x.device).view(x.shape)
@@ -123,7 +129,9 @@ def quantize_block(
     CODES: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """Quantize-dequantize an fp32 block with fp32 scales; shared with the kernels that quantize what they have just computed."""
+    """Quantize-dequantize an fp32 block with fp32 scales; shared with the kernels that quantize what they
+    have just computed.
+    """
     u = tl.div_rn(x, s)
     if KIND == 0:
         q = _round(u, unit, STOCHASTIC) + z
@@ -296,7 +304,8 @@ def _quantized(
         or (columns % groups and groups != cdiv(columns, cdiv(columns, groups)))
     ):
         raise BadInput(
-            f"scale.shape = {tuple(scale.shape)}: need (r, groups) that cut {rows} rows and {columns} columns into equal blocks"
+            f"scale.shape = {tuple(scale.shape)}: need (r, groups) that cut {rows} rows and {columns} "
+            "columns into equal blocks"
         )
     if zero is not None and zero.shape != scale.shape:
         raise BadInput(
@@ -320,9 +329,11 @@ def quantize_integer(
     seed: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Round x (..., columns) to the integers low..high times scale (r, groups), around an optional zero point.
+    """Round x (..., columns) to the integers low..high times scale (r, groups),
+    around an optional zero point.
 
-    `seed` makes the rounding stochastic. Differentiable in x (straight-through). Symmetric int4: low=-8, high=7.
+    `seed` makes the rounding stochastic. Differentiable in x (straight-through). Symmetric int4:
+    low=-8, high=7.
     """
     if not low < high or high - low > 2**20:
         raise BadInput(f"low = {low}, high = {high}: need low < high with at most 2^20 steps")
@@ -338,13 +349,16 @@ def quantize_minifloat(
     seed: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Round x (..., columns) to floats of `exponent` (2 to 6) and `mantissa` (0 to 10) bits times scale (r, groups); saturates.
+    """Round x (..., columns) to floats of `exponent` (2 to 6) and `mantissa` (0 to 10) bits times scale
+    (r, groups); saturates.
 
-    `reserved` says which codes are no numbers, see `minifloat_max`. E4M3 is (4, 3, "nan"), E5M2 (5, 2, "ieee"), E2M1 (2, 1).
+    `reserved` says which codes are no numbers, see `minifloat_max`.
+    E4M3 is (4, 3, "nan"), E5M2 (5, 2, "ieee"), E2M1 (2, 1).
     """
     if not (2 <= exponent <= 6 and 0 <= mantissa <= 10) or reserved not in ("none", "nan", "ieee"):
         raise BadInput(
-            f"exponent = {exponent}, mantissa = {mantissa}, reserved = {reserved!r}: need 2..6, 0..10, none | nan | ieee"
+            f"exponent = {exponent}, mantissa = {mantissa}, reserved = {reserved!r}: "
+            "need 2..6, 0..10, none | nan | ieee"
         )
     return _quantized(
         x,
@@ -363,7 +377,9 @@ def quantize_codebook(
     seed: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Round x (..., columns) to the entries of an increasing codebook (2 to 256) times scale (r, groups); NF4 is `NF4`."""
+    """Round x (..., columns) to the entries of an increasing codebook (2 to 256) times scale (r, groups);
+    NF4 is `NF4`.
+    """
     if not 2 <= len(codebook) <= 256 or any(a >= b for a, b in itertools.pairwise(codebook)):
         raise BadInput(f"codebook of {len(codebook)} entries: need 2 to 256, strictly increasing")
     return _quantized(
@@ -372,7 +388,8 @@ def quantize_codebook(
 
 
 def normal_float_codebook(bits: int = 4, offset: float = 0.9677083) -> tuple[float, ...]:
-    """NF-`bits` of Dettmers et al. (2023): normal quantiles, half the codes negative, one more positive, 0 exact, scaled to [-1, 1].
+    """NF-`bits` of Dettmers et al. (2023): normal quantiles, half the codes negative, one more positive,
+    0 exact, scaled to [-1, 1].
 
     >>> [round(c, 4) for c in normal_float_codebook()[:3]], len(normal_float_codebook())
     ([-1.0, -0.6962, -0.5251], 16)
@@ -439,7 +456,7 @@ def cases() -> list[Case]:
             rows * columns,
             4.0 * rows * columns,
             10.0 * rows * columns,
-            lambda device, name=name: make(name, device),
-        )  # type: ignore[misc]
+            lambda device, name=name: make(name, device),  # type: ignore[misc]
+        )
         for name in ("int4", "e4m3")
     ]

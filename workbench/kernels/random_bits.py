@@ -1,7 +1,9 @@
-"""Random numbers that are a function of (seed, element): the same on every device, in every order, in Triton and in PyTorch.
+"""Random numbers that are a function of (seed, element):
+the same on every device, in every order, in Triton and in PyTorch.
 
-The integer hash is two rounds of the "lowbias32" mixer (Wellons, 2018): xor-shifts and odd multiplications modulo 2^32. A
-tensor rounded stochastically on a GPU, in the interpreter or by the reference is then the same tensor, bit for bit.
+The integer hash is two rounds of the "lowbias32" mixer (Wellons, 2018): xor-shifts and odd multiplications
+modulo 2^32. A tensor rounded stochastically on a GPU, in the interpreter or by the reference is then the same
+tensor, bit for bit.
 
 >>> uniform(seed=1, count=4)
 tensor([...])

@@ -1,7 +1,8 @@
 """Every kernel with the configurations it is compiled in, and every operation with the shapes it is timed at.
 
-A module of `workbench.kernels` that owns Triton kernels lists them in `KERNELS`, and what its operations must move and
-compute in `cases()`; everything else (compilation check, list, benchmark, roofline notebook) is derived from those two.
+A module of `workbench.kernels` that owns Triton kernels lists them in `KERNELS`, and what its operations must
+move and compute in `cases()`; everything else (compilation check, list, benchmark, roofline notebook)
+is derived from those two.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ MODULES: tuple[str, ...] = (
 class Configuration:
     """One way to compile a kernel.
 
-    `types` gives the Triton type of every pointer and float argument ("*bf16", "fp32"); arguments not named here or in
-    `constants` are 32-bit integers. `capability` is the least compute capability the configuration is meant for.
+    `types` gives the Triton type of every pointer and float argument ("*bf16", "fp32"); arguments not named
+    here or in `constants` are 32-bit integers. `capability` is the least compute capability the configuration
+    is meant for.
     """
 
     name: str
@@ -78,9 +80,10 @@ class Kernel:
 class Case:
     """One operation at one shape.
 
-    `bytes` and `flops` are the least it must move and compute, `peak` the unit that computes it ("fp32", "bf16", "fp8",
-    "int8"), `size` the number its measurements are indexed by. `make(device)` returns the Triton call and the PyTorch
-    call that does the same work the usual way; it draws its inputs on `device`.
+    `bytes` and `flops` are the least it must move and compute, `peak` the unit that computes it ("fp32",
+    "bf16", "fp8", "int8"), `size` the number its measurements are indexed by. `make(device)` returns
+    the Triton call and the PyTorch call that does the same work the usual way;
+    it draws its inputs on `device`.
     """
 
     operation: str

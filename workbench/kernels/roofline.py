@@ -1,7 +1,8 @@
-"""Least possible time of an operation on a device: max(bytes / bandwidth, FLOPs / peak), and how full a compiled kernel keeps it.
+"""Least possible time of an operation on a device: max(bytes / bandwidth, FLOPs / peak),
+and how full a compiled kernel keeps it.
 
-Williams, Waterman and Patterson (2009). Device figures are the manufacturer's published peaks (dense, without sparsity);
-a time computed from them is a prediction and is labelled so wherever it is shown.
+Williams, Waterman and Patterson (2009). Device figures are the manufacturer's published peaks (dense, without
+sparsity); a time computed from them is a prediction and is labelled so wherever it is shown.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from workbench.kernels.registry import Case
 
 @dataclass(frozen=True)
 class Device:
-    """Published peaks: bandwidth in GB/s, arithmetic in TFLOP/s (TOP/s for int8); `capability` as in sm_90; SM limits per multiprocessor."""
+    """Published peaks: bandwidth in GB/s, arithmetic in TFLOP/s (TOP/s for int8); `capability` as in sm_90;
+    SM limits per multiprocessor.
+    """
 
     name: str
     capability: int
@@ -84,7 +87,8 @@ def predicted_ms(case: Case, device: Device) -> float:
 
 
 def occupancy(registers: int, shared: int, warps: int, device: Device) -> float:
-    """Share of the multiprocessor's warp slots that blocks of `warps` warps can fill, by registers and shared memory.
+    """Share of the multiprocessor's warp slots that blocks of `warps` warps can fill,
+    by registers and shared memory.
 
     Registers are given out per warp in units of 256, shared memory per block with 1 KiB of the system's own.
 
@@ -102,7 +106,9 @@ def occupancy(registers: int, shared: int, warps: int, device: Device) -> float:
 
 
 def roofline_table(cases: list[Case], device: Device) -> pd.DataFrame:
-    """One row per operation and shape: bytes, FLOPs, intensity (FLOP per byte), what binds, predicted milliseconds."""
+    """One row per operation and shape: bytes, FLOPs, intensity (FLOP per byte), what binds,
+    predicted milliseconds.
+    """
     rows = []
     for case in cases:
         memory = case.bytes / (device.bandwidth * 1e9)
@@ -125,9 +131,11 @@ def roofline_table(cases: list[Case], device: Device) -> pd.DataFrame:
 
 
 def resource_table(device: Device) -> pd.DataFrame:
-    """Compiled resources of every kernel configuration for the device's architecture, from the committed table, with occupancy.
+    """Compiled resources of every kernel configuration for the device's architecture,
+    from the committed table, with occupancy.
 
-    Registers and spilled bytes are per thread, shared memory in KiB per block, occupancy the share of warp slots filled.
+    Registers and spilled bytes are per thread, shared memory in KiB per block,
+    occupancy the share of warp slots filled.
     """
     rows = []
     for key, used in check.load_table()["kernels"].items():
@@ -148,7 +156,9 @@ def resource_table(device: Device) -> pd.DataFrame:
 
 
 def measured_table() -> pd.DataFrame:
-    """Every measurement that was committed, with the name of its GPU and the date; empty where no GPU was at hand."""
+    """Every measurement that was committed, with the name of its GPU and the date;
+    empty where no GPU was at hand.
+    """
     rows = []
     for file in sorted(backend.DATA.glob("measured_*.json")):
         table = json.loads(file.read_text())
@@ -169,7 +179,9 @@ def measured_table() -> pd.DataFrame:
 
 
 def roofline_figure(table: pd.DataFrame, device: Device, measured: pd.DataFrame | None = None) -> go.Figure:
-    """Attainable arithmetic against intensity: the device's roofs, each operation at its prediction, measurements where there are any."""
+    """Attainable arithmetic against intensity: the device's roofs, each operation at its prediction,
+    measurements where there are any.
+    """
     fig = figures.figure(
         f"Predicted roofline, {device.name}: published peaks, nothing measured"
         if measured is None or measured.empty

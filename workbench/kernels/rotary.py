@@ -1,6 +1,8 @@
-"""Rotary position embedding of packed queries and keys (Su et al., 2021; halves layout of Llama), forward and backward.
+"""Rotary position embedding of packed queries and keys (Su et al., 2021; halves layout of Llama),
+forward and backward.
 
-    y1 = x1 cos - s x2 sin,   y2 = x2 cos + s x1 sin,   x = [x1, x2],   s = 1 forward, -1 backward (the transposed rotation)
+    y1 = x1 cos - s x2 sin,   y2 = x2 cos + s x1 sin,   x = [x1, x2],
+        s = 1 forward, -1 backward (the transposed rotation)
 
 >>> x = torch.randn(5, 2, 8)
 >>> cos, sin = rotary_tables(16, 8)
@@ -24,7 +26,9 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 def rotary_tables(
     length: int, head_dim: int, theta: float = 10000.0, device: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each (length, head_dim / 2) fp32: angle of position p and pair i is p * theta^(-2 i / head_dim)."""
+    """cos and sin, each (length, head_dim / 2) fp32: angle of position p and pair i is p * theta^(-2
+    i / head_dim).
+    """
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * inverse
     return angles.cos().float(), angles.sin().float()
@@ -118,10 +122,13 @@ class _Rotary(torch.autograd.Function):
 def rotary(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, backend: str = "auto"
 ) -> torch.Tensor:
-    """Rotate x (tokens, heads, head_dim) by the angles at `positions` (tokens,); tables (length, head_dim / 2) fp32."""
+    """Rotate x (tokens, heads, head_dim) by the angles at `positions` (tokens,);
+    tables (length, head_dim / 2) fp32.
+    """
     if x.ndim != 3 or x.shape[-1] % 2 or cos.shape[-1] * 2 != x.shape[-1]:
         raise BadInput(
-            f"x.shape = {tuple(x.shape)}, cos.shape = {tuple(cos.shape)}: need (tokens, heads, even dim) and (length, dim / 2)"
+            f"x.shape = {tuple(x.shape)}, cos.shape = {tuple(cos.shape)}: "
+            "need (tokens, heads, even dim) and (length, dim / 2)"
         )
     if use_triton("rotary", x.numel(), x, backend):
         return _Rotary.apply(x, cos.contiguous(), sin.contiguous(), positions)

@@ -1,10 +1,12 @@
-"""Activations kept for the backward in 8 or 2 bits: groups of 256 neighbours, each with its least value and its step.
+"""Activations kept for the backward in 8 or 2 bits: groups of 256 neighbours,
+each with its least value and its step.
 
     q = round((x - low) / step),   step = (high - low) / (2^bits - 1),   x ~ low + step q
 
-2 bits round stochastically, so that the gradients computed from them are unbiased (Chen et al., 2021, ActNN); 8 bits round to
-nearest. Four 2-bit codes share a byte. Storage is 8.25 or 2.25 bits per value beside 16 or 32. The device functions here
-are shared by the norms and the activation functions, which compress what they have in registers.
+2 bits round stochastically, so that the gradients computed from them are unbiased (Chen et al., 2021, ActNN);
+8 bits round to nearest. Four 2-bit codes share a byte. Storage is 8.25 or 2.25 bits per value beside 16
+or 32. The device functions here are shared by the norms and the activation functions,
+which compress what they have in registers.
 
 >>> x = torch.randn(2, 512)
 >>> saved = compress(x, bits=8)
@@ -28,7 +30,9 @@ BITS = (2, 8)
 
 @dataclass(frozen=True)
 class Saved:
-    """`codes` uint8, (groups, 256) at 8 bits and (groups, 64) at 2; `low`, `step` (groups,) fp16-sized fp32; `shape` of the original."""
+    """`codes` uint8, (groups, 256) at 8 bits and (groups, 64) at 2; `low`, `step` (groups,) fp16-sized fp32;
+    `shape` of the original.
+    """
 
     codes: torch.Tensor
     low: torch.Tensor
@@ -58,7 +62,9 @@ def empty(shape: torch.Size, bits: int, device: torch.device) -> Saved:
 
 
 def compress(x: torch.Tensor, bits: int, seed: int = 0) -> Saved:
-    """The definition. Groups run through the flattened tensor; the last one may be short. NaN and inf spoil their group only."""
+    """The definition. Groups run through the flattened tensor; the last one may be short.
+    NaN and inf spoil their group only.
+    """
     if bits not in BITS:
         raise BadInput(f"bits = {bits}: 2 or 8")
     n = x.numel()
@@ -84,7 +90,9 @@ def compress(x: torch.Tensor, bits: int, seed: int = 0) -> Saved:
 def save_groups(
     x, at, inside, group, live, codes_ptr, low_ptr, step_ptr, seed, BITS: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """Compress an fp32 block (GROUPS, 256) of neighbours at int64 element numbers `at`; groups beyond the end are not `live`."""
+    """Compress an fp32 block (GROUPS, 256) of neighbours at int64 element numbers `at`;
+    groups beyond the end are not `live`.
+    """
     low = tl.min(tl.where(inside, x, float("inf")), 1)
     high = tl.max(tl.where(inside, x, float("-inf")), 1)
     low = tl.where(live, low, 0.0)

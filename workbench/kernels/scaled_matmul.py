@@ -1,11 +1,13 @@
 """8-bit times 8-bit matrix product with dequantization, bias and GELU fused: int8 x int8 and FP8 x FP8.
 
     per row       y = s_x[m] s_w[n] sum_k X[m, k] W[n, k] + b[n]
-    per block     y = sum_K s_x[m / B, K] s_w[n / B, K] sum_{k in K} X[m, k] W[n, k] + b[n]      (Jetfire: B = 32)
+    per block     y = sum_K s_x[m / B, K] s_w[n / B, K] sum_{k in K} X[m, k] W[n, k] + b[n]
+        (Jetfire: B = 32)
 
-int8 products are summed exactly in int32, over all of k or over one block of it, and scaled in fp32. FP8 is E4M3 and needs
-compute capability 9.0. With blocks the result can leave the chip as int8 with its own block scales, so that tensors stay
-int8 between operators: Xi et al. (2024, Jetfire: int8 data flow with 32 x 32 blocks).
+int8 products are summed exactly in int32, over all of k or over one block of it, and scaled in fp32. FP8 is
+E4M3 and needs compute capability 9.0. With blocks the result can leave the chip as int8 with its own block
+scales, so that tensors stay int8 between operators: Xi et al. (2024, Jetfire: int8 data flow with 32 x 32
+blocks).
 
 >>> x, w = torch.randn(4, 64), torch.randn(6, 64)
 >>> y = scaled_matmul(*quantize_rows(x), *quantize_rows(w))
@@ -36,7 +38,9 @@ def quantize_rows(x: torch.Tensor, kind: torch.dtype = torch.int8) -> tuple[torc
 
 
 def quantize_blocks(x: torch.Tensor, block: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 of each block x block tile of x (rows, columns): (codes, scales (rows / block, columns / block) fp32)."""
+    """Symmetric int8 of each block x block tile of x (rows, columns):
+    (codes, scales (rows / block, columns / block) fp32).
+    """
     rows, columns = x.shape
     if rows % block or columns % block:
         raise BadInput(f"block = {block}: must divide both sides of {tuple(x.shape)}")
@@ -207,14 +211,17 @@ def scaled_matmul(
     kind: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """x (rows, k) times w (columns, k) transposed, both int8 or both float8_e4m3fn, scaled, plus bias, then optionally "gelu".
+    """x (rows, k) times w (columns, k) transposed, both int8 or both float8_e4m3fn, scaled, plus bias,
+    then optionally "gelu".
 
-    Scales are per row, (rows,) and (columns,), or per square block, (rows / B, k / B) and (columns / B, k / B) with B in 32, 64,
+    Scales are per row, (rows,) and (columns,), or per square block, (rows / B, k / B) and
+    (columns / B, k / B) with B in 32, 64,
     128. Returns (rows, columns) of type `kind`. Forward only.
     """
     if x.dtype != w.dtype or x.dtype not in (torch.int8, torch.float8_e4m3fn) or x.shape[1] != w.shape[1]:
         raise BadInput(
-            f"x {x.dtype} {tuple(x.shape)}, w {w.dtype} {tuple(w.shape)}: need two int8 or two float8_e4m3fn matrices of one width"
+            f"x {x.dtype} {tuple(x.shape)}, w {w.dtype} {tuple(w.shape)}: "
+            "need two int8 or two float8_e4m3fn matrices of one width"
         )
     if x_scale.ndim != w_scale.ndim or x_scale.ndim not in (1, 2):
         raise BadInput(
@@ -225,7 +232,8 @@ def scaled_matmul(
         expected = [(m.shape[0] // block, m.shape[1] // block) for m in (x, w)]
         if block not in (32, 64, 128) or [tuple(x_scale.shape), tuple(w_scale.shape)] != expected:
             raise BadInput(
-                f"x_scale {tuple(x_scale.shape)}, w_scale {tuple(w_scale.shape)}: one scale per square block of 32, 64 or 128"
+                f"x_scale {tuple(x_scale.shape)}, w_scale {tuple(w_scale.shape)}: "
+                "one scale per square block of 32, 64 or 128"
             )
     if activation not in (None, "gelu"):
         raise BadInput(f"activation = {activation!r}: None or 'gelu'")
@@ -250,7 +258,9 @@ def blocked_linear_int8(
     activation: str | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`scaled_matmul` of block-scaled int8 matrices whose result is block-scaled int8 again: (codes, scales), never wider in memory."""
+    """`scaled_matmul` of block-scaled int8 matrices whose result is block-scaled int8 again:
+    (codes, scales), never wider in memory.
+    """
     if x_scale.ndim != 2 or x.dtype != torch.int8:
         raise BadInput(
             f"x {x.dtype}, x_scale {tuple(x_scale.shape)}: need int8 with one scale per square block"
@@ -316,9 +326,9 @@ def cases() -> list[Case]:
             2 * n**3,
             4.0 * n * n,
             2.0 * n**3,
-            lambda device, k=kind: make(k, device),
+            lambda device, k=kind: make(k, device),  # type: ignore[misc]
             name,
             "bf16 torch.mm",
-        )  # type: ignore[misc]
+        )
         for name, kind in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn))
     ]

@@ -1,13 +1,17 @@
-"""2:4 sparsity: of every four neighbouring weights two are kept, stored as their values and two 2-bit positions.
+"""2:4 sparsity: of every four neighbouring weights two are kept,
+stored as their values and two 2-bit positions.
 
-A row of K weights becomes K/2 values and K/4 half-bytes: 9/16 of the memory of bf16. The kernel expands tiles on the chip and
-multiplies on dense tensor cores (Triton does not reach the sparse ones), so it wins where the weight's bytes are the
-time: small batches. Mishra et al. (2021); training with it: Mozaffari et al. (2025, SLoPe), Huang et al. (2025, AST).
+A row of K weights becomes K/2 values and K/4 half-bytes: 9/16 of the memory of bf16. The kernel expands tiles
+on the chip and multiplies on dense tensor cores (Triton does not reach the sparse ones), so it wins where
+the weight's bytes are the time: small batches. Mishra et al. (2021); training with it:
+Mozaffari et al. (2025, SLoPe), Huang et al. (2025, AST).
 
 >>> w = torch.tensor([[1.0, -3.0, 0.5, 2.0, 0.0, 0.0, 4.0, 0.1]])
 >>> compressed = compress_2_4(w)
->>> compressed.values, compressed.dense()
-(tensor([[-3.0000,  2.0000,  4.0000,  0.1000]]), tensor([[ 0.0000, -3.0000,  0.0000,  2.0000,  0.0000,  0.0000,  4.0000,  0.1000]]))
+>>> compressed.values
+tensor([[-3.0000,  2.0000,  4.0000,  0.1000]])
+>>> compressed.dense()
+tensor([[ 0.0000, -3.0000,  0.0000,  2.0000,  0.0000,  0.0000,  4.0000,  0.1000]])
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 
 @dataclass(frozen=True)
 class SemiStructured:
-    """`values` (out, in / 2); `positions` (out, in / 4) uint8: first | second << 2, each 0..3, first < second."""
+    """`values` (out, in / 2); `positions` (out, in / 4) uint8:
+    first | second << 2, each 0..3, first < second.
+    """
 
     values: torch.Tensor
     positions: torch.Tensor
@@ -45,14 +51,18 @@ class SemiStructured:
 
 
 def mask_2_4(weight: torch.Tensor, saliency: torch.Tensor | None = None) -> torch.Tensor:
-    """Bool mask that keeps the two most salient of every four (magnitude by default; of equal ones the first)."""
+    """Bool mask that keeps the two most salient of every four
+    (magnitude by default; of equal ones the first).
+    """
     score = (weight.abs() if saliency is None else saliency).reshape(-1, 4)
     order = torch.argsort(score, dim=1, descending=True, stable=True)
     return torch.zeros_like(score, dtype=torch.bool).scatter(1, order[:, :2], True).view(weight.shape)
 
 
 def compress_2_4(weight: torch.Tensor, mask: torch.Tensor | None = None) -> SemiStructured:
-    """Compress a weight (out, in), in a multiple of 4; `mask` (two of each four) defaults to the larger magnitudes."""
+    """Compress a weight (out, in), in a multiple of 4; `mask` (two of each four)
+    defaults to the larger magnitudes.
+    """
     if weight.ndim != 2 or weight.shape[1] % 4:
         raise BadInput(f"weight.shape = {tuple(weight.shape)}: need (out, in) with in a multiple of 4")
     mask = mask_2_4(weight) if mask is None else mask
@@ -167,10 +177,13 @@ def semi_structured_linear(
     bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """x (..., in) times the transpose of a 2:4 weight, plus bias; differentiable in x, values (out, in / 2) and bias."""
+    """x (..., in) times the transpose of a 2:4 weight, plus bias;
+    differentiable in x, values (out, in / 2) and bias.
+    """
     if x.shape[-1] != weight.shape[1] or values.shape != weight.values.shape:
         raise BadInput(
-            f"x {tuple(x.shape)}, values {tuple(values.shape)}: need (..., {weight.shape[1]}) and {tuple(weight.values.shape)}"
+            f"x {tuple(x.shape)}, values {tuple(values.shape)}: "
+            f"need (..., {weight.shape[1]}) and {tuple(weight.values.shape)}"
         )
     flat = x.reshape(-1, weight.shape[1])
     if use_triton("semi_structured", 2 * flat.shape[0] * weight.shape[0] * weight.shape[1], x, backend):
@@ -214,9 +227,9 @@ def cases() -> list[Case]:
             2 * t * out * width,
             1.25 * out * width + 2.0 * t * (width + out),
             2.0 * t * out * width,
-            lambda device, t=t: make(t, device),
+            lambda device, t=t: make(t, device),  # type: ignore[misc]
             "bf16",
             "dense matmul",
-        )  # type: ignore[misc]
+        )
         for t in (1, 16)
     ]

@@ -1,8 +1,9 @@
 """The exact k-th largest saliency over any number of weights, without sorting and without a copy.
 
-The bits of a non-negative fp32 number, read as an integer, are ordered like the number. Three histograms of 11, 11 and 10
-bits, each over the values that share the digits found so far, pin all 32 bits down: a radix select. Tensors are read three
-times and nothing of their size is written; counts are int64, so 10^9 weights and several tensors are fine.
+The bits of a non-negative fp32 number, read as an integer, are ordered like the number. Three histograms
+of 11, 11 and 10 bits, each over the values that share the digits found so far, pin all 32 bits down: a radix
+select. Tensors are read three times and nothing of their size is written;
+counts are int64, so 10^9 weights and several tensors are fine.
 
 >>> w = [torch.tensor([0.1, -3.0, 2.0]), torch.tensor([[0.5, -2.5]])]
 >>> kth_largest(w, 2)
@@ -40,7 +41,9 @@ def _histogram(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Counts of one digit of |x| among the values whose higher digits equal `prefix`; NaN counts as the largest."""
+    """Counts of one digit of |x| among the values whose higher digits equal `prefix`;
+    NaN counts as the largest.
+    """
     counts = tl.zeros([1 << BITS], tl.int32)
     for step in range(STEPS):
         at = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
@@ -83,7 +86,8 @@ def histogram(x: torch.Tensor, digit: int, prefix: int, counts: torch.Tensor, ba
 
 
 def kth_largest(tensors: Sequence[torch.Tensor], k: int, backend: str = "auto") -> float:
-    """The k-th largest magnitude (k from 1) over all tensors together, exactly; fp32, bf16 or fp16. NaN counts as infinite.
+    """The k-th largest magnitude (k from 1) over all tensors together, exactly; fp32, bf16 or fp16.
+    NaN counts as infinite.
 
     Three synchronisations with the device, of 16 kB each.
     """
@@ -108,7 +112,9 @@ def kth_largest(tensors: Sequence[torch.Tensor], k: int, backend: str = "auto") 
 
 
 def keep_largest(tensors: Sequence[torch.Tensor], k: int, backend: str = "auto") -> list[torch.Tensor]:
-    """Bool masks that keep exactly the k largest magnitudes over all tensors; of equal ones those that come first."""
+    """Bool masks that keep exactly the k largest magnitudes over all tensors;
+    of equal ones those that come first.
+    """
     if k == 0:
         return [torch.zeros_like(t, dtype=torch.bool) for t in tensors]
     threshold = kth_largest(tensors, k, backend)

@@ -1,12 +1,14 @@
-"""Drop-in unpadded execution of Hugging Face BERT and Llama models: same weights, same call, same outputs, no work on padding.
+"""Drop-in unpadded execution of Hugging Face BERT and Llama models:
+same weights, same call, same outputs, no work on padding.
 
-`unpad(model)` changes how the model's trunk runs: tokens are packed by the attention mask (sorted by length), embeddings,
-linears and norms see (1, tokens, hidden), attention runs per sequence (`varlen_attention`), and the result is unpacked to
-the padded shape with zeros at the padding. The heads on top are untouched. Zeng et al. (2022); prepacked prompts with the
-key-value cache handed back per sequence: Zhao et al. (2024).
+`unpad(model)` changes how the model's trunk runs: tokens are packed by the attention mask (sorted by length),
+embeddings, linears and norms see (1, tokens, hidden), attention runs per sequence (`varlen_attention`),
+and the result is unpacked to the padded shape with zeros at the padding. The heads on top are untouched. Zeng
+et al. (2022); prepacked prompts with the key-value cache handed back per sequence: Zhao et al. (2024).
 
 >>> from transformers import BertConfig, BertModel
->>> config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+>>> sizes = {"hidden_size": 32, "intermediate_size": 64}
+>>> config = BertConfig(vocab_size=50, num_hidden_layers=2, num_attention_heads=4, **sizes)
 >>> model = BertModel(config).eval()
 >>> ids, mask = torch.randint(0, 50, (2, 6)), torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
 >>> padded = model(ids, attention_mask=mask).last_hidden_state
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-#: Trunks whose attention goes through the transformers attention interface with nothing but q, k, v, scaling and dropout.
+#: Trunks whose attention goes through the transformers attention interface with nothing but q, k, v,
+#: scaling and dropout.
 TRUNKS = ("BertModel", "RobertaModel", "LlamaModel", "MistralModel", "Qwen2Model")
 _ATTENTION = "workbench_packed"
 _REPLACED = (
@@ -82,11 +85,14 @@ def _register() -> None:
 
 
 def trunk_of(model: torch.nn.Module) -> torch.nn.Module:
-    """The one BERT-like or Llama-like trunk inside `model`; `BadInput` when there is none, or a decoder BERT."""
+    """The one BERT-like or Llama-like trunk inside `model`;
+    `BadInput` when there is none, or a decoder BERT.
+    """
     found = [module for module in model.modules() if type(module).__name__ in TRUNKS]
     if len(found) != 1:
         raise BadInput(
-            f"{type(model).__name__}: has {len(found)} trunks that can be unpadded; exactly one of {', '.join(TRUNKS)} is needed"
+            f"{type(model).__name__}: has {len(found)} trunks that can be unpadded; "
+            f"exactly one of {', '.join(TRUNKS)} is needed"
         )
     config = found[0].config
     if type(found[0]).__name__ in TRUNKS[:2] and (
@@ -121,7 +127,9 @@ def _positions(trunk: Any, packing: Packing, input_ids: torch.Tensor | None) -> 
 
 
 def _unpack_cache(cache: Any, packing: Packing) -> Any:
-    """Each layer's keys and values (1, heads, tokens, dim) -> (batch, heads, length, dim), as decoding expects them."""
+    """Each layer's keys and values (1, heads, tokens, dim) -> (batch, heads, length, dim),
+    as decoding expects them.
+    """
     for layer in cache.layers:
         for name in ("keys", "values"):
             packed = getattr(layer, name).squeeze(0).transpose(0, 1)  # (tokens, heads, dim)
@@ -145,13 +153,15 @@ def _packed_forward(trunk: Any, padded: Any, signature: inspect.Signature, *args
         return padded(*args, **kwargs)  # one new token per sequence has no padding to leave out
     if call.get("output_attentions") or getattr(trunk.config, "output_attentions", False):
         raise BadInput(
-            "output_attentions = True: unpadded attention never forms the attention matrices; call repad(model) first"
+            "output_attentions = True: unpadded attention never forms the attention matrices; "
+            "call repad(model) first"
         )
     if mask is None:
         mask = torch.ones(grid.shape[:2], dtype=torch.long, device=grid.device)
     if mask.ndim != 2 or mask.shape != grid.shape[:2]:
         raise BadInput(
-            f"attention_mask.shape = {tuple(mask.shape)}: a {tuple(grid.shape[:2])} mask of 0 and 1 is needed to unpad"
+            f"attention_mask.shape = {tuple(mask.shape)}: a {tuple(grid.shape[:2])} mask of 0 and 1 is "
+            "needed to unpad"
         )
     packing = pack_mask(mask)
     if not packing.tokens:
@@ -181,17 +191,18 @@ def _packed_forward(trunk: Any, padded: Any, signature: inspect.Signature, *args
 def unpad(model: Model) -> Model:
     """Make `model` skip its padding from now on, in place; returns it. `repad` undoes it.
 
-    Outputs equal the padded model's at every valid token to rounding (fp32: 1e-5) and are zero at the padding.
-    Training works (dropout draws different random numbers than the padded model). Prefill fills the key-value cache in
-    the padded layout; decoding steps run as before. Raises `BadInput` for other architectures,
-    for an attention of one's own (quantized operands, say) and for attention matrices.
+    Outputs equal the padded model's at every valid token to rounding (fp32: 1e-5) and are zero at
+    the padding. Training works (dropout draws different random numbers than the padded model). Prefill fills
+    the key-value cache in the padded layout; decoding steps run as before. Raises `BadInput` for other
+    architectures, for an attention of one's own (quantized operands, say) and for attention matrices.
     """
     trunk: Any = trunk_of(model)
     if "_padded_forward" in trunk.__dict__:
         return model
     if (attention := trunk.config._attn_implementation) not in _REPLACED:
         raise BadInput(
-            f"attention {attention!r} is not the library's own and would be left out; unpad a model whose attention is one of {_REPLACED[1:]}"
+            f"attention {attention!r} is not the library's own and would be left out; "
+            f"unpad a model whose attention is one of {_REPLACED[1:]}"
         )
     _register()
     padded = trunk.forward

@@ -1,8 +1,10 @@
-"""Activation-based importance (Muralidharan et al. 2024, Minitron): how large the activations of heads, neurons and channels are.
+"""Activation-based importance (Muralidharan et al. 2024, Minitron):
+how large the activations of heads, neurons and channels are.
 
-A unit's activation on a token is the L2 norm of what it hands on: a head's output, a neuron's activation (its absolute value), a
-channel's norm output. It is averaged over the tokens of an example and its root mean square taken over examples, the
-aggregation the authors found best (mean over the sequence, L2 over the batch).
+A unit's activation on a token is the L2 norm of what it hands on: a head's output, a neuron's activation
+(its absolute value), a channel's norm output. It is averaged over the tokens of an example and its root mean
+square taken over examples, the aggregation the authors found best
+(mean over the sequence, L2 over the batch).
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def unit_activations(
     examples: int = 128,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Group name -> (experts, units) importance, from what the group's consumers receive; several consumers (T5's tied heads) are added up."""
+    """Group name -> (experts, units) importance, from what the group's consumers receive;
+    several consumers (T5's tied heads) are added up.
+    """
     progress = progress or Progress()
     members = {m.layer.name: (g, m) for g in groups for m in g.consumers}
     sums = {name: torch.zeros(g.experts, g.units) for name, (g, _) in members.items()}
@@ -58,7 +62,9 @@ def unit_activations(
 def channel_activations(
     on: Subject, size: int, split: str = "calibration", examples: int = 128, progress: Progress | None = None
 ) -> Tensor:
-    """(size,) importance of the channels: the same aggregation of every norm's output, added up over the norms."""
+    """(size,) importance of the channels: the same aggregation of every norm's output,
+    added up over the norms.
+    """
     progress = progress or Progress()
     norms = channel_norms(on.model, size)
     squares = torch.zeros(len(norms), size)

@@ -18,7 +18,9 @@ def uniform(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
 
 
 def erdos_renyi(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
-    """Densities proportional to (in + out) / (in x out), scaled to the total and capped at 1 (Mocanu et al. 2018; Evci et al. 2020)."""
+    """Densities proportional to (in + out) / (in x out), scaled to the total and capped at 1
+    (Mocanu et al. 2018; Evci et al. 2020).
+    """
     count = torch.tensor([float(layer.original.numel()) for layer in layers], dtype=torch.float64)
     shape = torch.tensor(
         [(sum(layer.shape[-2:])) / (layer.shape[-1] * layer.shape[-2]) for layer in layers],

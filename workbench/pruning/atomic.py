@@ -1,13 +1,15 @@
-"""Atomic experts (Li et al. 2025, HEAPr): second-order importance of one neuron of an expert, in the space of the expert's outputs.
+"""Atomic experts (Li et al. 2025, HEAPr): second-order importance of one neuron of an expert,
+in the space of the expert's outputs.
 
-Neuron k of an expert adds e_k(x) = W_down[:, k] h_k(x) to its output. Without it the loss changes, to second order and with the
-empirical Fisher G = E[g g^T], g = dL / d(expert output), in place of the Hessian, by
+Neuron k of an expert adds e_k(x) = W_down[:, k] h_k(x) to its output. Without it the loss changes, to second
+order and with the empirical Fisher G = E[g g^T], g = dL / d(expert output), in place of the Hessian, by
 
     s_k = 1/2 E[e_k^T G e_k] = 1/2 E[h_k^2] W_down[:, k]^T G W_down[:, k]
 
-so an expert needs one (hidden x hidden) matrix and the mean squares of its neurons. The expectations are over the tokens routed
-to the expert, g includes the router's weight, and s_k is multiplied by the share of tokens the expert sees, so that scores of all
-experts and layers are changes of the mean loss and compare. (How the authors weight experts could not be checked.)
+so an expert needs one (hidden x hidden) matrix and the mean squares of its neurons. The expectations are over
+the tokens routed to the expert, g includes the router's weight, and s_k is multiplied by the share of tokens
+the expert sees, so that scores of all experts and layers are changes of the mean loss and compare.
+(How the authors weight experts could not be checked.)
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from workbench.subjects import Layer, Subject
 
 
 class OutputGradients(InputCapture):
-    """Calls `handler(layer, expert, gradients)` with dL / d(output) (..., out) of every multiplication by a layer, on the way back."""
+    """Calls `handler(layer, expert, gradients)` with dL / d(output) (..., out)
+    of every multiplication by a layer, on the way back.
+    """
 
     def __init__(self, layers: Sequence[Layer], handler: Callable[[Layer, int, Tensor], None]) -> None:
         super().__init__(layers, self._remember)
@@ -52,7 +56,9 @@ def atomic_scores(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Group of neurons -> s (experts, units), changes of the mean loss in the loss's unit; a dense feed-forward is one expert."""
+    """Group of neurons -> s (experts, units), changes of the mean loss in the loss's unit;
+    a dense feed-forward is one expert.
+    """
     progress = progress or Progress()
     consumers = {g.consumers[0].layer.name: g for g in groups}
     layers = [g.consumers[0].layer for g in groups]

@@ -1,7 +1,8 @@
-"""Terms that stand beside a sparse weight, after its mask: W' = W * M + term. The sparse weight and the term are stored apart.
+"""Terms that stand beside a sparse weight, after its mask: W' = W * M + term.
+The sparse weight and the term are stored apart.
 
-A low-rank term *under* the mask (`LowRank`) is merged without losing a zero; the terms here are not merged: they keep a few
-dense or scattered parameters next to a matrix whose zeros stay.
+A low-rank term *under* the mask (`LowRank`) is merged without losing a zero; the terms here are not merged:
+they keep a few dense or scattered parameters next to a matrix whose zeros stay.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from workbench.subjects.changes import LowRank
 
 
 class SideLowRank(LowRank):
-    """Adds up @ down after the mask; `blend` 0 keeps it out and still, 1 lets it in (SLoPe's lazy adapters, Mozaffari et al. 2024)."""
+    """Adds up @ down after the mask; `blend` 0 keeps it out and still, 1 lets it in
+    (SLoPe's lazy adapters, Mozaffari et al. 2024).
+    """
 
     order = 95
     blend: Tensor
@@ -32,7 +35,8 @@ class SideLowRank(LowRank):
 
 
 class SideBlocks(Change):
-    """SLoRB of AST (Huang et al. 2024): Y += (X P) S^T with P fixed, the sum over every `group` consecutive inputs; S is (..., out, groups).
+    """SLoRB of AST (Huang et al. 2024): Y += (X P) S^T with P fixed,
+    the sum over every `group` consecutive inputs; S is (..., out, groups).
 
     On the weight: every input of a group gets its output's S.
     """
@@ -51,10 +55,11 @@ class SideBlocks(Change):
 
 
 def block_means(weight: Tensor, mask: Tensor, group: int) -> Tensor:
-    """SLoRB's start: the mean over each group of inputs of what the mask removes, (..., out, ceil(in / group)).
+    """SLoRB's start: the mean over each group of inputs of what the mask removes,
+    (..., out, ceil(in / group)).
 
-    Of all constants added to a group this one is the nearest to the removed weights in the least squares of the dense
-    weight, counting the kept ones as zeros.
+    Of all constants added to a group this one is the nearest to the removed weights in the least squares
+    of the dense weight, counting the kept ones as zeros.
     """
     lost = torch.where(mask, 0.0, weight)
     padded = nn.functional.pad(lost, (0, -weight.shape[-1] % group))
@@ -66,7 +71,9 @@ def block_means(weight: Tensor, mask: Tensor, group: int) -> Tensor:
 
 
 class SideEntries(Change):
-    """DSEE's S2 (Chen et al. 2021): a few free entries on a fixed support. `places` (entries,) count through the flattened matrix."""
+    """DSEE's S2 (Chen et al. 2021): a few free entries on a fixed support.
+    `places` (entries,) count through the flattened matrix.
+    """
 
     order = 94
     places: Tensor
@@ -83,10 +90,12 @@ class SideEntries(Change):
 def low_rank_plus_sparse(
     matrix: Tensor, rank: int, entries: int, rounds: int = 20
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """matrix = low rank + sparse + rest: the best rank-`rank` part of what is not in S, then the `entries` largest of the rest, in turns.
+    """matrix = low rank + sparse + rest: the best rank-`rank` part of what is not in S,
+    then the `entries` largest of the rest, in turns.
 
-    GoDec's alternation (Zhou and Tao 2011), which DSEE's greedy variant approximates; both steps are exact minimisers, so the
-    squared rest never rises. Returns low (out, in), places (entries,) of the support, and the squared rest after each round.
+    GoDec's alternation (Zhou and Tao 2011), which DSEE's greedy variant approximates; both steps are exact
+    minimisers, so the squared rest never rises. Returns low (out, in), places (entries,) of the support,
+    and the squared rest after each round.
     """
     sparse = torch.zeros_like(matrix)
     low, rests = sparse, []
@@ -111,7 +120,9 @@ def low_rank_plus_sparse(
 def add_low_rank(
     layers: Sequence[Layer], rank: int, beside: bool, generator: torch.Generator, off: bool = False
 ) -> None:
-    """Adapters on every layer: `up` zero, `down` normal / sqrt(in); under the mask, or beside it (`off`: not yet let in)."""
+    """Adapters on every layer: `up` zero, `down` normal / sqrt(in);
+    under the mask, or beside it (`off`: not yet let in).
+    """
     for layer in layers:
         *stack, out, width = layer.shape
         size, device = min(rank, out, width), layer.original.device

@@ -28,9 +28,9 @@ BYTES = 2 << 30  # statistics of as many neighbouring layers as fit are collecte
 class Calibration:
     """Statistics of a subject's weights, as they are when this is made, on its calibration split.
 
-    They are kept with the subject (`Subject.memo`), so a sweep over sparsities measures them once. When they take more than `memory`
-    bytes they are measured a group of neighbouring layers at a time, each when it is asked for, and only one group is held. Everything
-    asked for must be asked before the weights are changed.
+    They are kept with the subject (`Subject.memo`), so a sweep over sparsities measures them once. When they
+    take more than `memory` bytes they are measured a group of neighbouring layers at a time, each when it is
+    asked for, and only one group is held. Everything asked for must be asked before the weights are changed.
     """
 
     subject: Subject
@@ -60,7 +60,9 @@ class Calibration:
         return found
 
     def scores(self, saliency: str, pattern: Any, layer: Layer, compute: Callable[[Layer], Tensor]) -> Tensor:
-        """A layer's saliencies, kept like every other statistic: they do not depend on the sparsity asked for."""
+        """A layer's saliencies, kept like every other statistic:
+        they do not depend on the sparsity asked for.
+        """
         key = (
             "scores",
             saliency,
@@ -97,7 +99,9 @@ class Calibration:
         layer: Layer,
         measure: Callable[[list[Layer]], Any],
     ) -> Any:
-        """What is measured for the group that a layer is in; when there are several groups, the others' is let go."""
+        """What is measured for the group that a layer is in;
+        when there are several groups, the others' is let go.
+        """
         group = next(g for g in groups if layer.name in [other.name for other in g])
         key = (what, examples, group[0].name)
         if len(groups) > 1 and key not in self.store:  # too much to keep it all
@@ -106,7 +110,9 @@ class Calibration:
         return self.remember(key, lambda: measure(group))
 
     def gram(self, layer: Layer) -> Tensor:
-        """(experts, in, in) mean of x x^T over the tokens; the mean over all experts' tokens for an expert that saw fewer than 2."""
+        """(experts, in, in) mean of x x^T over the tokens; the mean over all experts' tokens for an expert
+        that saw fewer than 2.
+        """
         moments = self.moments(layer)
         assert moments.gram is not None
         tokens = moments.tokens.reshape(-1, 1, 1)
@@ -128,7 +134,9 @@ class Calibration:
         return (self.norm(layer).square() - self.mean(layer).square()).clamp_min(0)
 
     def groups(self, what: str, bytes_of: Callable[[Layer], int]) -> list[list[Layer]]:
-        """Neighbouring layers that are measured in one pass over the data; plain matrices and stacks of experts apart."""
+        """Neighbouring layers that are measured in one pass over the data;
+        plain matrices and stacks of experts apart.
+        """
         if what in self.passes:
             return self.passes[what]
         made: list[list[Layer]] = []
@@ -148,7 +156,9 @@ class Calibration:
         return made
 
     def collect(self, layers: Sequence[Layer]) -> dict[str, fisher.Gradients]:
-        """Gradients of some layers, each the mean of `gradient_batch` examples' (for stacked experts: of the mean loss of so many)."""
+        """Gradients of some layers, each the mean of `gradient_batch` examples'
+        (for stacked experts: of the mean loss of so many).
+        """
         size, examples = self.gradient_batch, self.gradients * self.gradient_batch
         if len(layers[0].shape) == 3:
             rows = list(example_gradients(self.subject, layers, self.split, examples, size, self.progress))

@@ -1,8 +1,8 @@
 """Catalog cards of the pruning methods, and the measurements behind them.
 
-Evidence is taken on `digits-vit` (three networks from three seeds, seconds each) for every composition, so that a claim can be
-checked again anywhere, and on `minilm-docstrings` where a card says so. Choices are made on the validation split, numbers are from
-the test split, and a claim that fails is stored as failed.
+Evidence is taken on `digits-vit` (three networks from three seeds, seconds each) for every composition, so
+that a claim can be checked again anywhere, and on `minilm-docstrings` where a card says so. Choices are made
+on the validation split, numbers are from the test split, and a claim that fails is stored as failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def digits(seed: int, progress: Progress) -> Any:
 def losses(
     fields: dict[str, Any], progress: Progress, subject: str = "digits-vit", seeds: Sequence[int] = SEEDS
 ) -> dict[str, Any]:
-    """Test loss and accuracy of one pruning for every seed, with mean and the half width of a 95 % t interval."""
+    """Test loss and accuracy of one pruning for every seed,
+    with mean and the half width of a 95 % t interval.
+    """
     import workbench
     from workbench.pruning.prune import Prune
 
@@ -71,7 +73,9 @@ def compare(
     subject: str = "digits-vit",
     seeds: Sequence[int] = SEEDS,
 ) -> dict[str, Any]:
-    """Run all arms; a claim (better, worse) holds when the better arm's mean loss is lower. Paired by seed."""
+    """Run all arms; a claim (better, worse) holds when the better arm's mean loss is lower.
+    Paired by seed.
+    """
     measured = {label: losses(fields, progress, subject, seeds) for label, fields in arms.items()}
     checked = []
     for better, worse in claims:

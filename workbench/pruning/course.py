@@ -1,4 +1,6 @@
-"""One run of `train-sparse`: what happens to a subject's masks, terms and trainable parameters, stage by stage and step by step."""
+"""One run of `train-sparse`: what happens to a subject's masks, terms and trainable parameters,
+stage by stage and step by step.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ RECORDS = 50  # times a run that its masks are looked at
 
 
 class Course:
-    """What happens to one subject over a run: its masks, its terms, what learns, and the records of all that."""
+    """What happens to one subject over a run: its masks, its terms, what learns,
+    and the records of all that.
+    """
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class Course:
     records: list[dict[str, float]]
     progress: Progress
 
-    # ---- masks -----------------------------------------------------------------------------------------------------
+    # ---- masks ---------------------------------------------------------------------------------------------
     def prepare(self, sparsity: float) -> None:
         """Put the masks of this run on the layers."""
         plan, form = self.plan, self.masks
@@ -118,9 +122,11 @@ class Course:
             progress=progress,
         )
 
-    # ---- terms -----------------------------------------------------------------------------------------------------
+    # ---- terms ---------------------------------------------------------------------------------------------
     def add_terms(self, stage: int) -> None:
-        """Attach the terms before the first stage; the second mask of a double-pruned backward pass is chosen then as well."""
+        """Attach the terms before the first stage; the second mask of a double-pruned backward pass is chosen
+        then as well.
+        """
         if stage:
             return
         plan, terms = self.plan, self.plan.axis("terms")
@@ -145,7 +151,7 @@ class Course:
                 self.layers, plan.rank, terms != "low-rank", self.generator, off=self.backward is not None
             )
 
-    # ---- training --------------------------------------------------------------------------------------------------
+    # ---- training ------------------------------------------------------------------------------------------
     def train(self, stage: int, progress: Progress) -> dict[str, Any]:
         """One stage; returns its row of the table of stages, with the history of its steps."""
         plan, self.progress = self.plan, progress
@@ -205,8 +211,8 @@ class Course:
         compute: Callable[[], Tensor] = (
             (lambda: on.loss(batch))
             if self.teacher is None
-            else (lambda: distilled_loss(on, self.teacher, batch, hidden_states=False))
-        )  # type: ignore[arg-type]
+            else (lambda: distilled_loss(on, self.teacher, batch, hidden_states=False))  # type: ignore[arg-type]
+        )
         if self.backward is not None:
             with self.backward:
                 return compute()
@@ -215,7 +221,9 @@ class Course:
         )
 
     def exchange(self, run: Training) -> None:
-        """Prune and regrow before a step: at every period, none in the last quarter, so that what came back can learn."""
+        """Prune and regrow before a step: at every period, none in the last quarter,
+        so that what came back can learn.
+        """
         plan, last = self.plan, max(int(0.75 * self.plan.steps), 1)
         if self.done == 0 or self.done % plan.period or self.done >= last:
             return
@@ -239,7 +247,9 @@ class Course:
         )
 
     def after_step(self, run: Training) -> None:
-        """Move what moves with the step: the ramp of chosen masks, the pull on what they prune, lazy adapters; keep a record."""
+        """Move what moves with the step: the ramp of chosen masks, the pull on what they prune,
+        lazy adapters; keep a record.
+        """
         plan = self.plan
         self.done += 1
         share = self.done / plan.steps
@@ -265,7 +275,7 @@ class Course:
                     )
                 )
 
-    # ---- records ---------------------------------------------------------------------------------------------------
+    # ---- records -------------------------------------------------------------------------------------------
     def record(self) -> None:
         now = {layer.name: mask for layer in self.layers if (mask := mask_in_force(layer)) is not None}
         weights = max(sum(m.numel() for m in now.values()), 1)
@@ -301,7 +311,9 @@ class Course:
         )
 
     def finish(self) -> None:
-        """Masks become plain ones, adapters under them are merged, and what gates have emptied is taken out."""
+        """Masks become plain ones, adapters under them are merged,
+        and what gates have emptied is taken out.
+        """
         for layer in self.layers:
             freeze(layer)
             merge(layer)
@@ -321,7 +333,8 @@ class Course:
             "nonzero": round(self.weights * (1 - self.final)),
             "side_parameters": self.side,
             "trained_parameters": self.learning,
-            # Multiply-adds of the matrices in training as a share of the dense model's, were every masked product skipped.
+            # Multiply-adds of the matrices in training as a share of the dense model's,
+            # were every masked product skipped.
             "matmul_share": 1
             - mean * self.weights / max(sum(layer.original.numel() for layer in all_layers(self.on.model)), 1)
             if not self.removed
@@ -343,7 +356,9 @@ class Course:
 
 
 def megabatch(on: Subject, index: int, count: int, replay: bool) -> Subject:
-    """The same model with one of `count` consecutive parts of the training split, or with all parts up to it."""
+    """The same model with one of `count` consecutive parts of the training split,
+    or with all parts up to it.
+    """
     bounds = np.linspace(0, on.size("train"), count + 1).round().astype(int)
     first = 0 if replay else int(bounds[index])
     part = {key: value[first : int(bounds[index + 1])] for key, value in on.split("train").items()}

@@ -1,7 +1,9 @@
-"""The damp doctor: what a layer's calibration second moment looks like, and which damp the second-order methods need.
+"""The damp doctor: what a layer's calibration second moment looks like,
+and which damp the second-order methods need.
 
-SparseGPT, GPTQ and ZipLM factorise H = X X^T + damp x mean diagonal. Too little calibration data or dead inputs make H
-singular ("not positive definite"); too much damp throws its information away. This shows where a model stands.
+SparseGPT, GPTQ and ZipLM factorise H = X X^T + damp x mean diagonal. Too little calibration data or dead
+inputs make H singular ("not positive definite"); too much damp throws its information away.
+This shows where a model stands.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ SMALLEST, LARGEST = 1e-10, 10.0
 
 
 class DampDoctor(SubjectInstrument):
-    """Spectrum and condition of every layer's input second moment, dead inputs, the smallest damp that factorises, and what damp costs."""
+    """Spectrum and condition of every layer's input second moment, dead inputs,
+    the smallest damp that factorises, and what damp costs.
+    """
 
     summary_line: ClassVar[str] = (
         "which damp the second-order methods need, layer by layer, and what it does to the loss"
@@ -125,7 +129,9 @@ class DampDoctor(SubjectInstrument):
 
 
 def examine(gram: Tensor, values: Tensor) -> dict[str, Any]:
-    """Dead inputs, rank, effective dimension, condition number and the smallest damp of one second moment (in, in)."""
+    """Dead inputs, rank, effective dimension, condition number and the smallest damp of one second moment
+    (in, in).
+    """
     top = float(values[0])
     live = values[values > top * len(values) * torch.finfo(torch.float32).eps]
     return {
@@ -145,7 +151,9 @@ def factorises(gram: Tensor, damp: float) -> bool:
 
 
 def smallest_damp(gram: Tensor, steps: int = 12) -> float:
-    """The smallest damp (a share of the mean diagonal) with which H and its inverse factorise in float32, by bisection in its logarithm."""
+    """The smallest damp (a share of the mean diagonal) with which H and its inverse factorise in float32,
+    by bisection in its logarithm.
+    """
     if factorises(gram, SMALLEST):
         return SMALLEST
     if not factorises(gram, LARGEST):

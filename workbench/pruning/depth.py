@@ -1,7 +1,8 @@
-"""Which blocks of a stack can go: how far each moves the hidden state (Gromov et al. 2024; Men et al. 2024; Muralidharan et al. 2024).
+"""Which blocks of a stack can go: how far each moves the hidden state
+(Gromov et al. 2024; Men et al. 2024; Muralidharan et al. 2024).
 
-angular distance   d(x^l, x^l+n) = arccos(cos(x^l, x^l+n)) / pi, for the n consecutive blocks from l on; on the last token of a
-                   causal language model's text, on all tokens otherwise
+angular distance   d(x^l, x^l+n) = arccos(cos(x^l, x^l+n)) / pi, for the n consecutive blocks from l on; on
+                   the last token of a causal language model's text, on all tokens otherwise
 block influence    BI_l = 1 - E[cos(x^l, x^l+1)] over all tokens
 loss               how much the loss rises when the block alone is left out
 deepest            the simple rule: the last blocks but one go
@@ -30,7 +31,9 @@ DEPTH = ("angular", "block-influence", "loss", "deepest")
 
 @dataclass
 class Stack:
-    """Hidden states of one list of blocks: angular (L + 1, L + 1), d(x^l, x^m) for l <= m, and influence (L,)."""
+    """Hidden states of one list of blocks: angular (L + 1, L + 1), d(x^l, x^m) for l <= m, and influence
+    (L,).
+    """
 
     path: str
     angular: Tensor
@@ -39,7 +42,9 @@ class Stack:
 
 @contextmanager
 def block_states(on: Subject) -> Iterator[dict[str, list[Tensor]]]:
-    """While entered, path of a stack -> the hidden states x^0 .. x^L (batch, tokens, hidden) of the latest forward pass."""
+    """While entered, path of a stack -> the hidden states x^0 ..
+    x^L (batch, tokens, hidden) of the latest forward pass.
+    """
     found: dict[str, list[Tensor]] = {}
     handles = []
     for path, names in stacks(on.model).items():
@@ -121,7 +126,9 @@ def table_of(found: list[Stack]) -> pd.DataFrame:
 
 
 def runs(found: list[Stack], remove: int) -> list[Tensor]:
-    """One run of consecutive blocks for each stack, `remove` in all, with the smallest summed angular distance; (L,) kept each."""
+    """One run of consecutive blocks for each stack, `remove` in all,
+    with the smallest summed angular distance; (L,) kept each.
+    """
     sizes = [len(s.influence) for s in found]
     best: tuple[float, list[tuple[int, int]]] | None = None
     for counts in itertools.product(*(range(size) for size in sizes)):  # each stack keeps at least one
@@ -149,7 +156,9 @@ def runs(found: list[Stack], remove: int) -> list[Tensor]:
 
 
 def weakest(scores: list[Tensor], remove: int) -> list[Tensor]:
-    """The `remove` smallest scores go, one after the other, each stack keeping at least one; (L,) kept each."""
+    """The `remove` smallest scores go, one after the other, each stack keeping at least one;
+    (L,) kept each.
+    """
     kept = [torch.ones(len(s), dtype=torch.bool) for s in scores]
     order = sorted((float(value), number, i) for number, s in enumerate(scores) for i, value in enumerate(s))
     for _, number, i in order:
@@ -177,5 +186,7 @@ def losses_without(on: Subject, split: str, examples: int, progress: Progress) -
 
 
 def deepest(sizes: list[int]) -> list[Tensor]:
-    """Scores by which the last block but one goes first, then the one before it; the last stays to the end."""
+    """Scores by which the last block but one goes first, then the one before it;
+    the last stays to the end.
+    """
     return [torch.tensor([*(float(size - i) for i in range(size - 1)), float(size + 1)]) for size in sizes]

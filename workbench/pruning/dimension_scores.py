@@ -1,4 +1,6 @@
-"""Which channels, layers or experts stay: scores of whole units of a dimension, from weights, activations, depth or routing."""
+"""Which channels, layers or experts stay: scores of whole units of a dimension, from weights, activations,
+depth or routing.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,17 @@ def check_saliency(kind: str, saliency: str) -> None:
 
 
 def weight_scores(layer: Layer, saliency: str, calibration: Calibration) -> Tensor:
-    """The layer's scores, in the orientation in which its module keeps the weight; `BadInput` when they are not finite."""
+    """The layer's scores, in the orientation in which its module keeps the weight;
+    `BadInput` when they are not finite.
+    """
     pattern = Dimension("channels")
     score = calibration.scores(
         saliency, pattern, layer, lambda a: SALIENCIES[saliency].score(a, calibration, pattern).float()
     )
     if not bool(torch.isfinite(score).all()):
         raise BadInput(
-            f"layers: {layer.name} has NaN or infinite saliencies; its weights or its calibration inputs hold NaN or infinity"
+            f"layers: {layer.name} has NaN or infinite saliencies; "
+            "its weights or its calibration inputs hold NaN or infinity"
         )
     return (score.mT if layer.transposed else score).cpu()
 

@@ -1,11 +1,14 @@
-"""Dimensions of an architecture that its configuration names: hidden channels, layers, experts; cut for the whole model at once.
+"""Dimensions of an architecture that its configuration names: hidden channels, layers, experts;
+cut for the whole model at once.
 
-Which axis of which parameter belongs to a dimension is found by building the stock class, without memory, at another size
-and comparing shapes. The smaller model is the stock class built from the smaller configuration with the kept slices loaded
-into it, so that configuration and weights agree by construction and `from_pretrained` opens it as it is.
+Which axis of which parameter belongs to a dimension is found by building the stock class, without memory, at
+another size and comparing shapes. The smaller model is the stock class built from the smaller configuration
+with the kept slices loaded into it, so that configuration and weights agree by construction
+and `from_pretrained` opens it as it is.
 
-Where BERT and GPT-2 tie a head's size to hidden size / heads, the heads are turned into their principal axes first (queries
-with keys, values with outputs; an identity as long as nothing is cut) and lose their last axes.
+Where BERT and GPT-2 tie a head's size to hidden size / heads, the heads are turned into their principal axes
+first (queries with keys, values with outputs; an identity as long as nothing is cut)
+and lose their last axes.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ SKELETONS: dict[
 
 
 def skeleton(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters and saved buffers that the model's class has for a configuration; no memory is taken."""
+    """Shapes of the parameters and saved buffers that the model's class has for a configuration;
+    no memory is taken.
+    """
     key = (type(model), config.to_json_string(use_diff=False))
     if key not in SKELETONS:
         while len(SKELETONS) >= 32:
@@ -52,7 +57,8 @@ def config_of(model: nn.Module, kind: str) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise BadInput(
-            f"pattern: {kind} are cut by the model's transformers configuration, and {type(model).__name__} has none; use rows or columns instead"
+            f"pattern: {kind} are cut by the model's transformers configuration, "
+            f"and {type(model).__name__} has none; use rows or columns instead"
         )
     return config
 
@@ -70,13 +76,14 @@ def moved_axes(model: nn.Module, before: Any, after: Any) -> Axes:
     return found
 
 
-# ---- channels ------------------------------------------------------------------------------------------------------
+# ---- channels ----------------------------------------------------------------------------------------------
 def channels(model: nn.Module) -> int:
     """Width of the residual stream."""
     size = getattr(config_of(model, "channels"), "hidden_size", None)
     if not isinstance(size, int):
         raise BadInput(
-            f"pattern: channels need a configuration with one hidden_size, and that of {type(model).__name__} has none"
+            "pattern: channels need a configuration with one hidden_size, "
+            f"and that of {type(model).__name__} has none"
         )
     return size
 
@@ -91,7 +98,9 @@ def channel_step(model: nn.Module) -> int:
 
 
 def fixed_config(model: nn.Module) -> Any:
-    """A copy of the configuration in which what would follow from the hidden size is said by itself, where there is a field for it."""
+    """A copy of the configuration in which what would follow from the hidden size is said by itself,
+    where there is a field for it.
+    """
     config = copy.deepcopy(config_of(model, "channels"))
     if own_head_size(model):
         group = discover(model, ("heads",))[0]
@@ -120,12 +129,14 @@ def head_axes(model: nn.Module) -> Axes:
 def channel_axes(model: nn.Module) -> tuple[Axes, Axes]:
     """(axes that run along the residual stream, axes that run inside heads whose size follows from it).
 
-    `BadInput` when an axis grows with the hidden size without being of that length, or when the model scales by a function of it.
+    `BadInput` when an axis grows with the hidden size without being of that length,
+    or when the model scales by a function of it.
     """
     config = fixed_config(model)
     if any(float(getattr(m, "embed_scale", 1.0)) != 1.0 for m in model.modules()):
         raise BadInput(
-            f"pattern: channels of {type(model).__name__} cannot go: its embeddings are scaled by the square root of the hidden size"
+            f"pattern: channels of {type(model).__name__} cannot go: "
+            "its embeddings are scaled by the square root of the hidden size"
         )
     wider = copy.deepcopy(config)
     wider.hidden_size = config.hidden_size + 2 * channel_step(model)
@@ -136,18 +147,22 @@ def channel_axes(model: nn.Module) -> tuple[Axes, Axes]:
         residual[name] = tuple(a for a in axes if a not in inner[name])
         if any(shapes[name][a] != config.hidden_size for a in residual[name]):
             raise BadInput(
-                f"pattern: channels of {type(model).__name__} cannot go: {name} has an axis that depends on the hidden size in another way"
+                f"pattern: channels of {type(model).__name__} cannot go: "
+                f"{name} has an axis that depends on the hidden size in another way"
             )
     inner = {name: axes for name, axes in inner.items() if axes}
     if inner and any("rotary" in name for name, _ in model.named_modules()):
         raise BadInput(
-            f"pattern: channels of {type(model).__name__} cannot go: its head size follows from the hidden size and carries rotary positions"
+            f"pattern: channels of {type(model).__name__} cannot go: "
+            "its head size follows from the hidden size and carries rotary positions"
         )
     return {name: axes for name, axes in residual.items() if axes}, inner
 
 
 def principal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a (d, n), b (d, m) -> the pair with the same a^T b whose rows are its singular directions, largest first."""
+    """a (d, n), b (d, m) -> the pair with the same a^T b whose rows are its singular directions,
+    largest first.
+    """
     left, right = torch.linalg.qr(a.T), torch.linalg.qr(b.T)
     u, s, vh = torch.linalg.svd(left.R @ right.R.T)
     return (left.Q @ u * s.sqrt()).T, (right.Q @ vh.T * s.sqrt()).T
@@ -169,7 +184,9 @@ def projections(group: Group) -> list[tuple[Member, Tensor]]:
 
 @torch.no_grad()
 def align_heads(model: nn.Module) -> None:
-    """Turn every head into its principal axes, in place: queries with keys (biases included), values with outputs. Computes the same."""
+    """Turn every head into its principal axes, in place: queries with keys (biases included),
+    values with outputs. Computes the same.
+    """
     for group in discover(model, ("heads",)):
         query, key, value, output = projections(group)
         matrices = {
@@ -294,7 +311,7 @@ def rebuilt(model: nn.Module, config: Any, state: dict[str, Tensor]) -> nn.Modul
     return plain_experts(made).train(model.training)
 
 
-# ---- layers --------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 def stacks(model: nn.Module) -> dict[str, list[str]]:
     """Path of each list of blocks -> the paths of its blocks, in forward order."""
     found: dict[str, list[str]] = {}
@@ -304,7 +321,9 @@ def stacks(model: nn.Module) -> dict[str, list[str]]:
 
 
 def count_fields(model: nn.Module) -> dict[str, str]:
-    """Path of each list of blocks -> the configuration field that counts it; `BadInput` when there is none."""
+    """Path of each list of blocks -> the configuration field that counts it;
+    `BadInput` when there is none.
+    """
     config = config_of(model, "layers")
     sizes = {path: len(names) for path, names in stacks(model).items()}
     if not sizes:
@@ -326,7 +345,8 @@ def count_fields(model: nn.Module) -> dict[str, str]:
                 found.setdefault(path, field)
     if missing := sorted(set(sizes) - set(found)):
         raise BadInput(
-            f"pattern: layers of {type(model).__name__} cannot go: no field of its configuration counts {missing[0]}"
+            f"pattern: layers of {type(model).__name__} cannot go: "
+            f"no field of its configuration counts {missing[0]}"
         )
     return found
 
@@ -377,9 +397,11 @@ def shrink_layers(model: nn.Module, kept: Tensor) -> nn.Module:
     return rebuilt(model, config, state)
 
 
-# ---- experts -------------------------------------------------------------------------------------------------------
+# ---- experts -----------------------------------------------------------------------------------------------
 def expert_modules(model: nn.Module) -> list[str]:
-    """Paths of the modules that hold a router and its stack of experts, in forward order; `BadInput` when there is none."""
+    """Paths of the modules that hold a router and its stack of experts, in forward order;
+    `BadInput` when there is none.
+    """
     found = []
     for layer in all_layers(model):
         path = layer.name.rsplit(".", 2)[0]
@@ -397,13 +419,15 @@ def expert_count(model: nn.Module) -> tuple[str, int]:
         if isinstance(getattr(config, field, None), int):
             return field, getattr(config, field)
     raise BadInput(
-        f"pattern: experts: the configuration of {type(model).__name__} has no number of experts ({', '.join(EXPERT_COUNTS)})"
+        f"pattern: experts: the configuration of {type(model).__name__} has no number of experts "
+        f"({', '.join(EXPERT_COUNTS)})"
     )
 
 
 @torch.no_grad()
 def shrink_experts(model: nn.Module, kept: Tensor) -> nn.Module:
-    """The model without the experts that kept (layers with experts, experts) says False for; equally many stay everywhere.
+    """The model without the experts that kept (layers with experts, experts) says False for;
+    equally many stay everywhere.
 
     The router chooses among those left; it chooses all of them when fewer are left than it used to choose.
     """
@@ -411,7 +435,8 @@ def shrink_experts(model: nn.Module, kept: Tensor) -> nn.Module:
     left = {int(n) for n in kept.sum(-1)}
     if len(left) != 1 or left == {0}:
         raise BadInput(
-            f"kept: {sorted(left)} experts in different layers; the configuration has one number for all, at least 1"
+            f"kept: {sorted(left)} experts in different layers; "
+            "the configuration has one number for all, at least 1"
         )
     config = copy.deepcopy(model.config)
     more = copy.deepcopy(config)
@@ -421,7 +446,8 @@ def shrink_experts(model: nn.Module, kept: Tensor) -> nn.Module:
         owner = next((i for i, path in enumerate(paths) if name.startswith(path + ".")), None)
         if owner is None:
             raise BadInput(
-                f"pattern: experts of {type(model).__name__} cannot go: {name} depends on their number and belongs to no layer of experts"
+                f"pattern: experts of {type(model).__name__} cannot go: "
+                f"{name} depends on their number and belongs to no layer of experts"
             )
         slices[name] = {axis: kept[owner].nonzero().flatten() for axis in axes}
     count = left.pop()
@@ -432,12 +458,14 @@ def shrink_experts(model: nn.Module, kept: Tensor) -> nn.Module:
     return rebuilt(model, config, sliced(model, slices))
 
 
-# ---- all three -----------------------------------------------------------------------------------------------------
+# ---- all three ---------------------------------------------------------------------------------------------
 SHRINK = {"channels": shrink_channels, "layers": shrink_layers, "experts": shrink_experts}
 
 
 def extent(model: nn.Module, kind: str) -> tuple[int, int]:
-    """(units, step in which they go): channels, blocks, or experts of one layer. `BadInput` when the model has none."""
+    """(units, step in which they go): channels, blocks, or experts of one layer.
+    `BadInput` when the model has none.
+    """
     if kind == "channels":
         return channels(model), channel_step(model)
     if kind == "layers":
@@ -458,13 +486,16 @@ def check_shrinkable(model: nn.Module, kind: str) -> None:
 
 
 def shrink(model: nn.Module, kind: str, kept: Tensor) -> nn.Module:
-    """A smaller model of the same class; masks and other changes are baked in first. `kept` as the three functions above say.
+    """A smaller model of the same class; masks and other changes are baked in first.
+    `kept` as the three functions above say.
 
-    `BadInput` for a model whose heads or neurons were removed in a way its configuration cannot say: cut dimensions first.
+    `BadInput` for a model whose heads or neurons were removed in a way its configuration cannot say:
+    cut dimensions first.
     """
     if getattr(model, RECORD, None):
         raise BadInput(
-            f"pattern: {kind} have to go before heads or neurons: this model has removed some that its configuration cannot express"
+            f"pattern: {kind} have to go before heads or neurons: "
+            "this model has removed some that its configuration cannot express"
         )
     model = bake(copy.deepcopy(model))
     return SHRINK[kind](model, kept.cpu())

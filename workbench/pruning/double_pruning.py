@@ -1,10 +1,12 @@
 """SLoPe's double-pruned backward pass (Mozaffari et al. 2024): both products of training see an N:M matrix.
 
     Y = X W_R^T          W_R: N:M along the inputs
-    dX = dY W_RC         W_RC: W_R with N:M along the outputs as well, so that the transposed product is sparse too
+    dX = dY W_RC         W_RC: W_R with N:M along the outputs as well, so that the transposed product is
+                         sparse too
     dW = dY^T X * mask
 
-The forward pass is exact; the gradient that goes on to earlier layers misses the entries W_R has and W_RC has not.
+The forward pass is exact; the gradient that goes on to earlier layers misses the entries W_R has and W_RC has
+not.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from workbench.subjects import Layer, Mask
 
 
 def extra_zero_share(keep: int, of: int) -> float:
-    """Expected share of all weights that pruning a random N:M matrix once more along the other side removes (the paper's lemma 2.1).
+    """Expected share of all weights that pruning a random N:M matrix once more along the other side removes
+    (the paper's lemma 2.1).
 
-    A group of M along the other side holds j non-zeros with probability C(M, j) s^j (1 - s)^(M - j), s = N / M, and loses j - N of
-    them when j > N. 0.09375 for 2:4.
+    A group of M along the other side holds j non-zeros with probability C(M, j) s^j (1 - s)^(M - j),
+    s = N / M, and loses j - N of them when j > N. 0.09375 for 2:4.
     """
     s = keep / of
     return sum(
@@ -36,12 +39,16 @@ def extra_zero_share(keep: int, of: int) -> float:
 
 
 def second_mask(weight: Tensor, keep: int, of: int) -> Tensor:
-    """Where a row-pruned weight (..., out, in) stays non-zero when its columns are pruned to N:M as well, by magnitude."""
+    """Where a row-pruned weight (..., out, in) stays non-zero when its columns are pruned to N:M as well,
+    by magnitude.
+    """
     return nm_mask(weight.abs(), NM(keep, of, -2)) & (weight != 0)
 
 
 class BackwardWeight(Function):
-    """x (..., in), weight (out, in), back (out, in) -> x weight^T (..., out), whose gradient by x is dY back."""
+    """x (..., in), weight (out, in), back (out, in) -> x weight^T (..., out),
+    whose gradient by x is dY back.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, back: Tensor) -> Tensor:
@@ -56,7 +63,8 @@ class BackwardWeight(Function):
 
 
 class DoublePruned(WeightCalls):
-    """While entered, every product with a layer's weight has the backward pass above. The second masks are chosen once, when made.
+    """While entered, every product with a layer's weight has the backward pass above.
+    The second masks are chosen once, when made.
 
     Terms beside a sparse weight (adapters) go back in full: only the sparse part is pruned twice.
     """

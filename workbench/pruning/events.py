@@ -30,7 +30,9 @@ def prune_once(
     movement: dict[str, Tensor] | None = None,
     refine: bool = False,
 ) -> None:
-    """Prune to `sparsity` in all; what is gone already stays gone and counts. Stopped before the end, nothing is written."""
+    """Prune to `sparsity` in all; what is gone already stays gone and counts.
+    Stopped before the end, nothing is written.
+    """
     gone = {layer.name: removed(layer) for layer in layers}
     sweeping = saliency == "obs" and compensation == "obs" and on_the_way(pattern)
     scores: dict[str, Tensor] = {}
@@ -76,10 +78,15 @@ def prune_once(
 
 def refined(layer: Layer, mask: Tensor, score: Tensor, calibration: Calibration) -> Tensor:
     """iCBS: exchange weights near the boundary as long as the predicted loss falls."""
-    rows = [rows_of(t) for t in (layer.weight.detach(), mask, score)]
-    return icbs.refine(*rows, calibration.factors(layer), calibration.absolute_damp(), seed=calibration.seed)[
-        0
-    ].reshape(mask.shape)  # type: ignore[misc,arg-type]
+    found, *_ = icbs.refine(
+        rows_of(layer.weight.detach()),
+        rows_of(mask),
+        rows_of(score),
+        calibration.factors(layer),
+        calibration.absolute_damp(),
+        seed=calibration.seed,
+    )
+    return found.reshape(mask.shape)
 
 
 def write(layer: Layer, weight: Tensor, mask: Tensor, compensation: str, shift: Tensor | None) -> None:
@@ -91,7 +98,8 @@ def write(layer: Layer, weight: Tensor, mask: Tensor, compensation: str, shift: 
         with torch.no_grad():
             bias.add_(shift)
     elif compensation != "none":
-        # Written as a difference, so that low-rank terms and number formats on the same weight keep their meaning.
+        # Written as a difference, so that low-rank terms and number formats on the same weight keep their
+        # meaning.
         stored = layer.original.detach()
         layer.write((stored.mT if layer.transposed else stored) + (weight - old * mask))
     layer.attach(Mask(mask.contiguous()))
@@ -128,7 +136,8 @@ def removed(layer: Layer) -> Tensor:
 def check_finite(layer: Layer, score: Tensor) -> None:
     if not bool(torch.isfinite(score).all()):
         raise BadInput(
-            f"layers: {layer.name} has NaN or infinite saliencies; its weights or its calibration inputs hold NaN or infinity"
+            f"layers: {layer.name} has NaN or infinite saliencies; "
+            "its weights or its calibration inputs hold NaN or infinity"
         )
 
 

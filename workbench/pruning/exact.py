@@ -1,6 +1,8 @@
-"""Exact answers for a few weights, to judge the approximations by: brute force and the full OBS path of a quadratic.
+"""Exact answers for a few weights, to judge the approximations by:
+brute force and the full OBS path of a quadratic.
 
-The quadratic is L(v) = 1/2 (v - w)^T H (v - w): its minimum w is the dense weight, and a pruned weight may be refitted.
+The quadratic is L(v) = 1/2 (v - w)^T H (v - w): its minimum w is the dense weight,
+and a pruned weight may be refitted.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ LIMIT = 20  # 2^20 subsets
 
 
 def refit(weight: Tensor, hessian: Tensor, kept: Tensor) -> tuple[Tensor, float]:
-    """The best weight with zeros outside `kept` and its loss: H_KK v_K = H_K: w. weight (n,), hessian (n, n), kept bool (n,)."""
+    """The best weight with zeros outside `kept` and its loss: H_KK v_K = H_K: w.
+    weight (n,), hessian (n, n), kept bool (n,).
+    """
     found = torch.zeros_like(weight)
     index = kept.nonzero().flatten()
     if len(index):
@@ -26,7 +30,9 @@ def refit(weight: Tensor, hessian: Tensor, kept: Tensor) -> tuple[Tensor, float]
 
 
 def best_subset(weight: Tensor, hessian: Tensor, keep: int, update: bool = True) -> tuple[Tensor, float]:
-    """The mask of `keep` weights with the smallest loss by trying all of them, with or without refitting the survivors."""
+    """The mask of `keep` weights with the smallest loss by trying all of them,
+    with or without refitting the survivors.
+    """
     n = len(weight)
     if n > LIMIT:
         raise BadInput(f"weight: {n} weights have too many subsets to try; at most {LIMIT} are accepted")
@@ -43,7 +49,8 @@ def best_subset(weight: Tensor, hessian: Tensor, keep: int, update: bool = True)
 
 
 def obs_path(weight: Tensor, hessian: Tensor) -> list[tuple[int, float]]:
-    """Remove all weights one by one, always the one with the smallest w_q^2 / [H^-1]_qq, updating the rest (Hassibi and Stork 1993).
+    """Remove all weights one by one, always the one with the smallest w_q^2 / [H^-1]_qq, updating the rest
+    (Hassibi and Stork 1993).
 
     Returns (weight removed, loss after it), in order.
     """

@@ -1,12 +1,14 @@
-"""oBERT: optimal brain surgery with a block-diagonal empirical Fisher (Kurtic et al. 2022; Singh and Alistarh 2020).
+"""oBERT: optimal brain surgery with a block-diagonal empirical Fisher
+(Kurtic et al. 2022; Singh and Alistarh 2020).
 
     F = damp I + (1/m) sum_k g_k g_k^T,  kept in blocks of about 50 consecutive weights of one row
     saliency of a group Q of a block:      rho_Q = 1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q            (eq. 3)
     update of the survivors S of a block:  F_SS delta_S = F_SQ w_Q                           (eq. 4)
 
-The update is solved jointly for everything removed from a block; for one weight it is -w_q F^-1[:, q] / [F^-1]_qq. The
-blocks of a chunk of rows are formed, factorised and used together, so memory holds one chunk of one layer.
-When there are fewer gradients than weights in a block, F^-1 comes from the Woodbury identity in the gradients' space.
+The update is solved jointly for everything removed from a block; for one weight it is -w_q F^-1[:,
+q] / [F^-1]_qq. The blocks of a chunk of rows are formed, factorised and used together, so memory holds one
+chunk of one layer. When there are fewer gradients than weights in a block,
+F^-1 comes from the Woodbury identity in the gradients' space.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ CHUNK = 4 << 20  # floats of gradients formed at once: few enough to stay near t
 
 
 def block_width(inputs: int, block: int) -> int:
-    """The largest divisor of the row length in (block / 2, block], else `block` itself (the last block is then padded)."""
+    """The largest divisor of the row length in (block / 2, block], else `block` itself
+    (the last block is then padded).
+    """
     for width in range(min(block, inputs), block // 2, -1):
         if inputs % width == 0:
             return width
@@ -40,7 +44,9 @@ def chunks(rows: int, inputs: int, examples: int) -> Iterator[tuple[int, int]]:
 
 
 def gradient_blocks(gradients: Gradients, start: int, stop: int, width: int) -> Tensor:
-    """Gradients of rows start..stop cut into blocks: (blocks, examples, width), zero-padded at the end of a row."""
+    """Gradients of rows start..stop cut into blocks: (blocks, examples, width),
+    zero-padded at the end of a row.
+    """
     g = gradients.rows(start, stop)  # (examples, rows, in)
     if rest := -g.shape[-1] % width:  # padding by nothing would copy
         g = F.pad(g, (0, rest))
@@ -68,8 +74,8 @@ def fisher_blocks(g: Tensor, damp: float) -> Tensor:
 def inverse_blocks(g: Tensor, damp: float) -> Tensor:
     """(damp I + G^T G / m)^-1 for every block, (blocks, B, B).
 
-    With m >= B the matrix is formed and factorised; with m < B the Woodbury identity needs only an m x m system:
-    (I - G^T (m damp I + G G^T)^-1 G) / damp.
+    With m >= B the matrix is formed and factorised; with m < B the Woodbury identity needs only an m x m
+    system: (I - G^T (m damp I + G G^T)^-1 G) / damp.
     """
     m, width = g.shape[1:]
     if m >= width:
@@ -89,10 +95,12 @@ def absolute_damp(gradients: list[Gradients], weights: int, fraction: float) -> 
 
 
 def greedy_costs(weight: Tensor, inverse: Tensor) -> Tensor:
-    """Remove weights one by one inside each block, always the cheapest, with exact updates; the cost at each removal.
+    """Remove weights one by one inside each block, always the cheapest, with exact updates;
+    the cost at each removal.
 
     weight (blocks, B), inverse (blocks, B, B), overwritten. Returns (blocks, B): the running maximum of
-    w_q^2 / (2 [F^-1]_qq) at the removal of q, so any threshold cuts a prefix of the removal order of every block.
+    w_q^2 / (2 [F^-1]_qq) at the removal of q, so any threshold cuts a prefix of the removal order of every
+    block.
     """
     weight = weight.clone()
     blocks, width = weight.shape
@@ -116,7 +124,9 @@ def greedy_costs(weight: Tensor, inverse: Tensor) -> Tensor:
 
 
 def saliency(weight: Tensor, gradients: Gradients, damp: float, block: int, greedy: bool = False) -> Tensor:
-    """rho of every single weight, (rows, in); `greedy` updates each block after each removal (see `greedy_costs`)."""
+    """rho of every single weight, (rows, in); `greedy` updates each block after each removal
+    (see `greedy_costs`).
+    """
     inputs = weight.shape[-1]
     width = block_width(inputs, block)
     found = torch.empty_like(weight)
@@ -133,7 +143,8 @@ def saliency(weight: Tensor, gradients: Gradients, damp: float, block: int, gree
 
 
 def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pattern: NM) -> Tensor:
-    """Scores whose N:M mask is the exact one: in each M-group, the joint rho_Q of every possible set of removals is compared.
+    """Scores whose N:M mask is the exact one: in each M-group,
+    the joint rho_Q of every possible set of removals is compared.
 
     The cheapest set gets rho 0, the rest 1. Needs a block width that M divides; groups run along the inputs.
     """

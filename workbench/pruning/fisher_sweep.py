@@ -1,4 +1,6 @@
-"""The `fisher-sweep` instrument: oBERT's loss over damp, number of gradients and block size, which its authors ask users to sweep by hand."""
+"""The `fisher-sweep` instrument: oBERT's loss over damp, number of gradients and block size,
+which its authors ask users to sweep by hand.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class FisherSweep(SubjectInstrument):
         return FisherSweepResult
 
     def grid(self) -> list[tuple[float, int, int]]:
-        """All (damp, gradients, block) in the order in which statistics can be kept; `BadInput` naming a value that is no number."""
+        """All (damp, gradients, block) in the order in which statistics can be kept;
+        `BadInput` naming a value that is no number.
+        """
         axes = []
         for field, whole in (("damps", False), ("gradients", True), ("blocks", True)):
             values = []
@@ -58,7 +62,8 @@ class FisherSweep(SubjectInstrument):
                     ) from None
                 if value <= 0 or (whole and value != int(value)):
                     raise BadInput(
-                        f"{field}: {word.strip()} is not accepted; give positive {'whole ' if whole else ''}numbers separated by commas"
+                        f"{field}: {word.strip()} is not accepted; give positive "
+                        f"{'whole ' if whole else ''}numbers separated by commas"
                     )
                 values.append(int(value) if whole else value)
             axes.append(sorted(set(values)))
@@ -91,7 +96,8 @@ class FisherSweep(SubjectInstrument):
         most = max(gradients for _, gradients, _ in self.grid())
         if most > on.size(self.calibration_split):
             raise BadInput(
-                f"gradients: {most} are more than the {on.size(self.calibration_split)} examples of split {self.calibration_split}"
+                f"gradients: {most} are more than the {on.size(self.calibration_split)} examples of split "
+                f"{self.calibration_split}"
             )
 
     def _run(self, on: Subject, progress: Progress) -> Result:

@@ -1,8 +1,9 @@
 """Where the gates of block movement pruning sit, and what they leave to be removed (Lagunas et al. 2021).
 
-`hybrid RxC` has a gate for every R by C block of the attention's matrices and one for every feed-forward neuron, shared by the
-neuron's rows and its column; any other layer gets blocks as well. A neuron whose gate is shut, or a head of whose output columns none is
-left, is then taken out of the matrices: the outputs are the same.
+`hybrid RxC` has a gate for every R by C block of the attention's matrices and one for every feed-forward
+neuron, shared by the neuron's rows and its column; any other layer gets blocks as well. A neuron whose gate
+is shut, or a head of whose output columns none is left, is then taken out of the matrices:
+the outputs are the same.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def gate_pattern(pattern: str) -> Tiles:
     tiles = hybrid_tiles(pattern) or parse(pattern)
     if not isinstance(tiles, Tiles):
         raise BadInput(
-            f"pattern: gates are trained for tiles or as a hybrid and {pattern!r} is neither; use block 16x16, row, column or hybrid 16x16"
+            f"pattern: gates are trained for tiles or as a hybrid and {pattern!r} is neither; "
+            "use block 16x16, row, column or hybrid 16x16"
         )
     return tiles
 
@@ -88,7 +90,9 @@ def open_share(layers: Sequence[Layer]) -> Tensor:
 
 
 def remove_dead(on: Subject) -> dict[str, Tensor]:
-    """Take out the heads and neurons that no column of their consumers reads; group name -> kept (1, units)."""
+    """Take out the heads and neurons that no column of their consumers reads;
+    group name -> kept (1, units).
+    """
     kept: dict[str, Tensor] = {}
     for kind in ("heads", "neurons"):
         for group in safe(on.model, kind):

@@ -1,12 +1,15 @@
-"""Mask refinement by block coordinate descent: the combinatorial brain surgeon solved a block at a time (iCBS, Rosenberg et al. 2024).
+"""Mask refinement by block coordinate descent: the combinatorial brain surgeon solved a block at a time
+(iCBS, Rosenberg et al. 2024).
 
-With x_i = 1 for a removed weight (dw_i = -w_i x_i) and the empirical Fisher of m gradients as the Hessian, the predicted loss is
+With x_i = 1 for a removed weight (dw_i = -w_i x_i) and the empirical Fisher of m gradients as the Hessian,
+the predicted loss is
 
     q(x) = sum_i (-gbar_i w_i + damp w_i^2 / 2) x_i + 1/(2m) sum_k (sum_i g_ki w_i x_i)^2,
 
-a quadratic over 0/1 vectors with a fixed number of ones. A block of candidates near the keep / remove boundary is improved by
-swaps, everything else held fixed; then the next block. Only improvements are taken, so q never rises. (The authors anneal each
-block; here a block is brought to a swap optimum by steepest descent, restarted from annealed swaps.)
+a quadratic over 0/1 vectors with a fixed number of ones. A block of candidates near the keep / remove
+boundary is improved by swaps, everything else held fixed; then the next block. Only improvements are taken,
+so q never rises. (The authors anneal each block; here a block is brought to a swap optimum by steepest
+descent, restarted from annealed swaps.)
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def solve_block(
 def anneal(
     interactions: Tensor, linear: Tensor, removed: Tensor, generator: torch.Generator, sweeps: int = 4
 ) -> Tensor:
-    """Random swaps accepted with probability exp(-change / T), T falling geometrically from the typical change to a hundredth of it."""
+    """Random swaps accepted with probability exp(-change / T),
+    T falling geometrically from the typical change to a hundredth of it.
+    """
     x = removed.clone()
     field = interactions @ x + linear
     diagonal = interactions.diagonal()
@@ -97,9 +102,9 @@ def refine(
 ) -> tuple[Tensor, list[float]]:
     """Improve a layer's mask (rows, in), True = keep, without changing how many it keeps.
 
-    Candidates are the weights whose scores are nearest to the boundary between kept and removed. Returns the new mask and q after each
-    block. Without `slope` the first-order term is left out, as at a minimum: a mean gradient that is not zero would otherwise be
-    followed far beyond where it holds, layer by layer.
+    Candidates are the weights whose scores are nearest to the boundary between kept and removed. Returns
+    the new mask and q after each block. Without `slope` the first-order term is left out, as at a minimum:
+    a mean gradient that is not zero would otherwise be followed far beyond where it holds, layer by layer.
     """
     generator = torch.Generator().manual_seed(seed)
     flat, gone = scores.flatten(), ~mask.flatten()

@@ -1,7 +1,9 @@
-"""The `saliency-map` instrument: several methods' scores on one model, kept as ranks, so that any sparsity is only a threshold.
+"""The `saliency-map` instrument: several methods' scores on one model, kept as ranks,
+so that any sparsity is only a threshold.
 
-A weight's rank is the sparsity at which its method removes it, in 65,536 steps, counted inside the method's own comparison group
-(all layers, one layer, or one row). So masks, densities, overlaps and predicted losses at any sparsity need no new computation.
+A weight's rank is the sparsity at which its method removes it, in 65,536 steps, counted inside the method's
+own comparison group (all layers, one layer, or one row).
+So masks, densities, overlaps and predicted losses at any sparsity need no new computation.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ KNOWN = tuple(
 
 
 class SaliencyMap(SubjectInstrument):
-    """Which weights several methods would remove at any sparsity, how far they agree, and what a diagonal Fisher says it costs."""
+    """Which weights several methods would remove at any sparsity, how far they agree,
+    and what a diagonal Fisher says it costs.
+    """
 
     cached: ClassVar[bool] = False  # two bytes a weight and method; quicker to compute again than to keep
     summary_line: ClassVar[str] = (
@@ -143,7 +147,9 @@ class SaliencyMap(SubjectInstrument):
 
 
 def ranked(scores: dict[str, Tensor], allocation: str) -> dict[str, NDArray[np.uint16]]:
-    """The sparsity (0 to 65535) at which each weight goes, inside its comparison group; equal scores in order."""
+    """The sparsity (0 to 65535) at which each weight goes, inside its comparison group;
+    equal scores in order.
+    """
     if allocation == "global":
         flat = torch.cat([s.flatten() for s in scores.values()])
         every = order_statistics(flat[None])[0]
@@ -170,8 +176,10 @@ def order_statistics(scores: Tensor) -> Tensor:
 def by_head(
     on: Subject, ranks: dict[str, NDArray[np.uint16]], methods: list[str]
 ) -> tuple[pd.DataFrame, dict[str, NDArray[np.int64]]]:
-    """A table of the attention heads that lie inside the ranked layers, and for each method ("METHOD heads") how many weights of each head go at
-    each of `BINS` sparsities: (heads, BINS). A head of several query heads with one key and value counts once, with all its weights."""
+    """A table of the attention heads that lie inside the ranked layers, and for each method ("METHOD heads")
+    how many weights of each head go at each of `BINS` sparsities: (heads, BINS). A head of several query
+    heads with one key and value counts once, with all its weights.
+    """
     done = [m for m in methods if any(key.startswith(f"{m}/") for key in ranks)]
     groups = [
         g
@@ -202,10 +210,13 @@ def by_head(
 
 
 def overlaps(ranks: dict[str, NDArray[np.uint16]], methods: list[str], layers: list[str]) -> pd.DataFrame:
-    """Jaccard index of the kept weights of every two methods, at each sparsity of the grid: |A and B| / |A or B|."""
+    """Jaccard index of the kept weights of every two methods, at each sparsity of the grid:
+    |A and B| / |A or B|.
+    """
     rows = []
     for a, b in combinations(methods, 2):
-        # A pair is kept by both while s < min rank, by either while s < max rank: two histograms answer every sparsity.
+        # A pair is kept by both while s < min rank, by either while s < max rank:
+        # two histograms answer every sparsity.
         low, high = np.zeros(BINS), np.zeros(BINS)
         for name in layers:
             x, y = ranks[f"{a}/{name}"].ravel() >> 8, ranks[f"{b}/{name}"].ravel() >> 8

@@ -1,4 +1,6 @@
-"""Many pruning methods on one subject under equal budgets: loss and accuracy against sparsity, with intervals over seeds."""
+"""Many pruning methods on one subject under equal budgets:
+loss and accuracy against sparsity, with intervals over seeds.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def leaderboard(
     progress: Progress | None = None,
     **fields: Any,
 ) -> pd.DataFrame:
-    """One row for each method, sparsity and seed: test loss, accuracy and the dense loss; `fields` go to every `Prune` alike.
+    """One row for each method, sparsity and seed: test loss, accuracy and the dense loss;
+    `fields` go to every `Prune` alike.
 
     The seed is the network's own for `digits-vit` (trained anew for each) and the pruning's otherwise.
     """
@@ -34,11 +37,11 @@ def leaderboard(
         raise BadInput("leaderboard: give at least one method, one sparsity and one seed")
     shared: dict[str, Any] = {"predict_examples": 0} | fields
     plan = [
-        (seed, Prune(method=m, sparsity=s, seed=seed, **shared))
+        (seed, Prune(method=m, sparsity=s, seed=seed, **shared))  # type: ignore[arg-type]
         for seed in seeds
         for m in methods
         for s in sparsities
-    ]  # type: ignore[arg-type]
+    ]
     subjects = {
         seed: workbench.subject(source, seed=seed) if source == "digits-vit" else workbench.subject(source)
         for seed in seeds
@@ -64,7 +67,9 @@ def leaderboard(
 
 
 def summary(board: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
-    """Mean over seeds and half width of the 95 % t interval (NaN for a single seed), best first at the largest sparsity."""
+    """Mean over seeds and half width of the 95 % t interval (NaN for a single seed),
+    best first at the largest sparsity.
+    """
     from scipy.stats import t
 
     grouped = board.groupby(["method", "asked"])[value].agg(["mean", "std", "count"]).reset_index()

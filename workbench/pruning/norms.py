@@ -1,7 +1,7 @@
 """Norms over some of the channels: what a LayerNorm or RMSNorm computes once the other channels are removed.
 
-Removing a channel changes a norm's statistics by definition. A model whose norms are restricted to the kept channels is
-therefore the masked model that a physically smaller one has to equal.
+Removing a channel changes a norm's statistics by definition. A model whose norms are restricted to the kept
+channels is therefore the masked model that a physically smaller one has to equal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ EPSILON = ("eps", "variance_epsilon", "epsilon")
 
 
 def channel_norms(model: nn.Module, size: int) -> list[nn.Module]:
-    """Modules with one scale for each of `size` channels and nothing else but a shift: LayerNorm, RMSNorm and their kin."""
+    """Modules with one scale for each of `size` channels and nothing else but a shift:
+    LayerNorm, RMSNorm and their kin.
+    """
     found = []
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
@@ -32,7 +34,8 @@ def channel_norms(model: nn.Module, size: int) -> list[nn.Module]:
 def restricted(module: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
     """The norm of x (..., channels) over the channels weighted by keep (channels,), zero outside them.
 
-    keep may lie between 0 and 1; with zeros and ones the kept channels hold exactly what the smaller norm computes.
+    keep may lie between 0 and 1; with zeros and ones the kept channels hold exactly what the smaller norm
+    computes.
     """
     count = keep.sum()
     bias = getattr(module, "bias", None)
@@ -45,7 +48,9 @@ def restricted(module: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
 
 @contextmanager
 def restrict(model: nn.Module, keep: Callable[[], Tensor]) -> Iterator[None]:
-    """While entered, every norm over the channels computes over `keep()` alone; keep() is asked at every call."""
+    """While entered, every norm over the channels computes over `keep()` alone;
+    keep() is asked at every call.
+    """
     handles = []
     for module in channel_norms(model, len(keep())):
         handles.append(

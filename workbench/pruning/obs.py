@@ -1,7 +1,8 @@
-"""Optimal brain surgery on a layer's outputs: SparseGPT (Frantar and Alistarh 2023) and least squares on the inputs.
+"""Optimal brain surgery on a layer's outputs: SparseGPT (Frantar and Alistarh 2023)
+and least squares on the inputs.
 
-The loss is the squared change of a layer's outputs on calibration inputs, ||(W - W') X||^2, whose Hessian is the same for
-every output row: H = X X^T (the factor 2 changes nothing).
+The loss is the squared change of a layer's outputs on calibration inputs, ||(W - W') X||^2, whose Hessian is
+the same for every output row: H = X X^T (the factor 2 changes nothing).
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     """U upper triangular with H^-1 = U^T U. Raises `BadInput` naming the damp when H does not factorise.
 
-    H = R R^T with R upper triangular is a Cholesky factorisation from the last row to the first, and U is R's inverse: neither H^-1
-    nor a second factorisation is needed.
+    H = R R^T with R upper triangular is a Cholesky factorisation from the last row to the first, and U is R's
+    inverse: neither H^-1 nor a second factorisation is needed.
     """
     lower, failed = torch.linalg.cholesky_ex(damped(gram, damp).flip(0, 1))
     if int(failed):
         raise BadInput(
-            f"damp: {damp:g} is too small for the calibration Hessian to factorise; raise it (damp-doctor finds the smallest that works)"
+            f"damp: {damp:g} is too small for the calibration Hessian to factorise; "
+            "raise it (damp-doctor finds the smallest that works)"
         )
     return triangular_inverse(lower.flip(0, 1))
 
@@ -79,12 +81,14 @@ def sweep(
     block: int = 128,
     inner: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """One pass over the columns from left to right: remove, and let the columns to the right absorb the error.
+    """One pass over the columns from left to right: remove,
+    and let the columns to the right absorb the error.
 
-    weight (out, in), gram (in, in). With `mask` (True = keep) the removals are fixed; otherwise they are chosen on the way:
-    for N:M when a group is reached, else the `sparsity` share of smallest w^2 / U_jj^2 of every block of columns, where U_jj is
-    the factor's diagonal, the inverse Hessian of what is still to come (SparseGPT, algorithm 1). `removed` marks weights that are
-    already gone and stay so. Returns (new weight, mask). The result does not depend on `inner`, which only sizes matrix products.
+    weight (out, in), gram (in, in). With `mask` (True = keep) the removals are fixed; otherwise they are
+    chosen on the way: for N:M when a group is reached, else the `sparsity` share of smallest w^2 / U_jj^2
+    of every block of columns, where U_jj is the factor's diagonal, the inverse Hessian of what is still to
+    come (SparseGPT, algorithm 1). `removed` marks weights that are already gone and stay so. Returns
+    (new weight, mask). The result does not depend on `inner`, which only sizes matrix products.
     """
     upper = inverse_factor(gram, damp)
     out, width = weight.shape
@@ -133,10 +137,12 @@ def sweep(
 def least_squares(
     weight: Tensor, gram: Tensor, mask: Tensor, damp: float, iterations: int = 200, tolerance: float = 1e-6
 ) -> Tensor:
-    """The masked weight nearest to the dense layer's outputs: min_V ||(W - V) X||^2 with V = 0 outside the mask, row by row.
+    """The masked weight nearest to the dense layer's outputs:
+    min_V ||(W - V) X||^2 with V = 0 outside the mask, row by row.
 
-    Conjugate gradients on M * (V H) = M * (W H), all rows at once, preconditioned by the diagonal of H; the start is the
-    masked weight, so the error never grows. Stops when every row's residual has fallen by `tolerance`.
+    Conjugate gradients on M * (V H) = M * (W H), all rows at once, preconditioned by the diagonal of H;
+    the start is the masked weight, so the error never grows.
+    Stops when every row's residual has fallen by `tolerance`.
     """
     hessian = damped(gram, damp)
     keep = mask.to(weight.dtype)

@@ -1,7 +1,8 @@
-"""Sparsity patterns: which weights must be zero together, and how a matrix of scores becomes a mask that obeys that.
+"""Sparsity patterns: which weights must be zero together,
+and how a matrix of scores becomes a mask that obeys that.
 
-A pattern divides a matrix (out, in) into *units*. Scores of a unit's members are reduced to one, and the units with the
-smallest scores go. Ragged edges are units of their own, so any shape works.
+A pattern divides a matrix (out, in) into *units*. Scores of a unit's members are reduced to one,
+and the units with the smallest scores go. Ragged edges are units of their own, so any shape works.
 
 unstructured        every weight by itself
 N:M [outputs]       exactly N non-zeros in every M consecutive weights along the inputs (or the outputs)
@@ -10,7 +11,8 @@ row, column         one output's weights; one input's weights
 heads, neurons, heads+neurons
                     coupled structures that span several matrices (see `workbench.pruning.structures`)
 channels, layers, experts
-                    dimensions of the architecture, cut for the whole model at once (see `workbench.pruning.dimensions`)
+                    dimensions of the architecture, cut for the whole model at once
+                    (see `workbench.pruning.dimensions`)
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from workbench.instruments import BadInput
 
 STRUCTURES = ("heads", "neurons")
 DIMENSIONS = ("channels", "layers", "experts")
-ACCEPTED = "unstructured, N:M (2:4), N:M outputs, block RxC (block 16x16), row, column, heads, neurons, heads+neurons, channels, layers, experts"
+ACCEPTED = (
+    "unstructured, N:M (2:4), N:M outputs, block RxC (block 16x16), row, column, heads, neurons, "
+    "heads+neurons, channels, layers, experts"
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Tiles:
 
 @dataclass(frozen=True)
 class NM:
-    """`keep` non-zeros in every `of` consecutive weights along the inputs (`along` = -1) or the outputs (-2)."""
+    """`keep` non-zeros in every `of` consecutive weights along the inputs (`along` = -1) or the outputs
+    (-2).
+    """
 
     keep: int
     of: int
@@ -156,10 +163,11 @@ def nm_mask(scores: Tensor, pattern: NM) -> Tensor:
 
 
 def tile_mask(scores: Tensor, tiles: Tiles, sparsity: float, within: str = "matrix") -> Tensor:
-    """Remove the tiles of the smallest mean score until round(sparsity x weights) are zero, to within half a tile.
+    """Remove the tiles of the smallest mean score until round(sparsity x weights) are zero,
+    to within half a tile.
 
-    `within` is the comparison group: a "row" of tiles (Wanda's; a pattern of whole rows has one tile there, so it is compared over
-    the matrix), a "matrix" (each expert by itself) or the "stack" of all experts.
+    `within` is the comparison group: a "row" of tiles (Wanda's; a pattern of whole rows has one tile there,
+    so it is compared over the matrix), a "matrix" (each expert by itself) or the "stack" of all experts.
     """
     shape = tuple(scores.shape)
     start = {"row": -1, "matrix": -2, "stack": 0}[within if tiles.columns or within != "row" else "matrix"]
@@ -193,7 +201,9 @@ def make_mask(scores: Tensor, pattern: Tiles | NM, sparsity: float, within: str 
 
 
 def yield_to(scores: Tensor, gone: Tensor, pattern: Tiles | NM) -> Tensor:
-    """Scores in which weights that are `gone` already are the first to go again, so a second pruning adds to the first."""
+    """Scores in which weights that are `gone` already are the first to go again,
+    so a second pruning adds to the first.
+    """
     if isinstance(pattern, NM) or pattern.single:
         return scores.masked_fill(gone, -1)
     empty = expand(reduce((~gone).float(), pattern) == 0, pattern, tuple(scores.shape))

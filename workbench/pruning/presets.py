@@ -1,4 +1,6 @@
-"""Published methods as compositions: a preset fixes the saliency, the compensation and the allocation its paper uses."""
+"""Published methods as compositions: a preset fixes the saliency,
+the compensation and the allocation its paper uses.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ STRUCTURED = {
     "obert-greedy": Preset("fisher-greedy", "none", "global"),
 }
 
-#: Methods whose point is what the remaining weights of the same matrix do; nothing of it is left when a whole dimension goes.
+#: Methods whose point is what the remaining weights of the same matrix do;
+#: nothing of it is left when a whole dimension goes.
 NOT_DIMENSIONAL = ("sparsegpt", "icbs", "movement", "flap", "ziplm")
 
 
@@ -79,14 +82,16 @@ def preset_for(method: str, pattern: Pattern) -> Preset:
     )
     if preset.only and not (kinds and set(kinds) <= set(preset.only)):
         raise BadInput(
-            f"method: {method} removes {', '.join(preset.only)}; choose one of them as the pattern, or another method"
+            f"method: {method} removes {', '.join(preset.only)}; "
+            "choose one of them as the pattern, or another method"
         )
     if isinstance(pattern, Structures):
         return STRUCTURED.get(method, preset)
     if isinstance(pattern, Dimension):
         if method in NOT_DIMENSIONAL:
             raise BadInput(
-                f"method: {method} has no form for whole {pattern.kind}; choose magnitude, taylor2, minitron or another that scores them"
+                f"method: {method} has no form for whole {pattern.kind}; "
+                "choose magnitude, taylor2, minitron or another that scores them"
             )
         saliency = "block-influence" if (method, pattern.kind) == ("minitron", "layers") else preset.saliency
         return Preset(saliency, source=preset.source)

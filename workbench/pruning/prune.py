@@ -1,4 +1,6 @@
-"""The `prune` instrument: saliency x pattern x allocation x compensation x schedule x recovery on one subject."""
+"""The `prune` instrument: saliency x pattern x allocation x compensation x schedule x recovery on one
+subject.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ Allocation = Literal["preset", "row", "layer", "global", "erdos-renyi", "latency
 
 
 class Prune(SubjectInstrument):
-    """Remove weights by a published method or a composition of one's own; the loss predicted stands beside the loss measured."""
+    """Remove weights by a published method or a composition of one's own;
+    the loss predicted stands beside the loss measured.
+    """
 
     changes_model: ClassVar[bool] = True
     summary_line: ClassVar[str] = (
@@ -87,7 +91,8 @@ class Prune(SubjectInstrument):
     sparsity: float = parameter(0.5, "share of the weights to remove", ge=0, lt=1, step=0.01)
     pattern: str = parameter(
         "unstructured",
-        "what goes together: unstructured, 2:4, 2:4 outputs, block 16x16, row, column, heads, neurons, heads+neurons, "
+        "what goes together: unstructured, 2:4, 2:4 outputs, block 16x16, row, column, heads, neurons, "
+        "heads+neurons, "
         "channels, layers, experts",
     )
     layers: str = parameter(
@@ -138,7 +143,8 @@ class Prune(SubjectInstrument):
     rank: int = parameter(8, "rank of the adapters of a low-rank recovery", ge=1)
     remove: bool = parameter(
         True,
-        "take pruned heads and neurons out of the matrices, so that the model is smaller; otherwise they are masked",
+        "take pruned heads and neurons out of the matrices, so that the model is smaller; "
+        "otherwise they are masked",
     )
     predict_examples: int = parameter(
         32, "examples for predicted and measured loss change (0: leave them out)", ge=0, unit="examples"
@@ -172,7 +178,8 @@ class Prune(SubjectInstrument):
             check_dimension(self, on, pattern)
         elif not isinstance(pattern, Structures) and saliency not in SALIENCIES and saliency != "movement":
             raise BadInput(
-                f"saliency: {saliency} scores whole structures and dimensions, not single weights; choose another, or such a pattern"
+                f"saliency: {saliency} scores whole structures and dimensions, not single weights; "
+                "choose another, or such a pattern"
             )
         if allocation == "adaptive" and not isinstance(pattern, Structures):
             raise BadInput(
@@ -181,19 +188,23 @@ class Prune(SubjectInstrument):
         if isinstance(pattern, NM):
             if not math.isclose(self.sparsity, pattern.sparsity, abs_tol=1e-6) and self.sparsity != 0.5:
                 raise BadInput(
-                    f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, which fixes it at {pattern.sparsity:g}; leave sparsity out"
+                    f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, "
+                    f"which fixes it at {pattern.sparsity:g}; leave sparsity out"
                 )
             if self.schedule != "one-shot":
                 raise BadInput(
-                    "schedule: an N:M pattern has one sparsity, so it cannot be reached gradually; use one-shot"
+                    "schedule: an N:M pattern has one sparsity, so it cannot be reached gradually; "
+                    "use one-shot"
                 )
         if self.schedule == "one-shot" and self.steps != 1:
             raise BadInput(
-                f"steps: {self.steps} makes no sense with schedule one-shot; choose cubic or linear, or leave steps at 1"
+                f"steps: {self.steps} makes no sense with schedule one-shot; "
+                "choose cubic or linear, or leave steps at 1"
             )
         if (self.recovery == "none") != (self.recovery_steps == 0):
             raise BadInput(
-                f"recovery_steps: {self.recovery_steps} makes no sense with recovery {self.recovery}; give both or neither"
+                f"recovery_steps: {self.recovery_steps} makes no sense with recovery {self.recovery}; "
+                "give both or neither"
             )
         if PRESETS[self.method].refine and pattern != Tiles(1, 1):
             raise BadInput(
@@ -210,15 +221,18 @@ class Prune(SubjectInstrument):
             )
         if allocation == "latency" and self.schedule != "one-shot":
             raise BadInput(
-                "schedule: allocation latency is one-shot; prune again with a larger speed-up to go on gradually"
+                "schedule: allocation latency is one-shot; prune again with a larger speed-up to go on "
+                "gradually"
             )
         if saliency == "movement" and (self.recovery == "none" or self.schedule == "one-shot"):
             raise BadInput(
-                "saliency: movement is collected while training; it needs a gradual schedule, a recovery and recovery_steps"
+                "saliency: movement is collected while training; "
+                "it needs a gradual schedule, a recovery and recovery_steps"
             )
         if saliency == "movement" and not self.steps_between(self.steps):
             raise BadInput(
-                f"recovery_steps: {self.recovery_steps} leave no training before the first of {self.steps} pruning steps, and movement is collected there; "
+                f"recovery_steps: {self.recovery_steps} leave no training before the first of {self.steps} "
+                "pruning steps, and movement is collected there; "
                 f"give at least {math.ceil(self.steps / TRAINED_BEFORE_LAST)}"
             )
         if (
@@ -227,7 +241,8 @@ class Prune(SubjectInstrument):
             and not isinstance(pattern, Structures)
         ):
             raise BadInput(
-                f"allocation: global compares scores across layers and {saliency} scores do not compare; use layer, row or a loss-like saliency"
+                f"allocation: global compares scores across layers and {saliency} scores do not compare; "
+                "use layer, row or a loss-like saliency"
             )
         if isinstance(pattern, Structures):
             check_structures(on, layers, pattern, saliency, compensation, allocation)
@@ -235,7 +250,8 @@ class Prune(SubjectInstrument):
             for layer in layers:
                 if layer.bias is None or len(layer.shape) != 2:
                     raise BadInput(
-                        f"compensation: bias needs a bias in every layer and {layer.name} has none; use obs, least-squares or none"
+                        f"compensation: bias needs a bias in every layer and {layer.name} has none; "
+                        "use obs, least-squares or none"
                     )
 
     def steps_between(self, events: int) -> int:
@@ -346,7 +362,8 @@ class Prune(SubjectInstrument):
         if recovery is not None:
             recovery.advance(self.recovery_steps - recovery.done)
             recovery.finish()
-        # The dense model's statistics: still held when they fit in memory, otherwise measured on the copy again, a group of layers at a time.
+        # The dense model's statistics: still held when they fit in memory,
+        # otherwise measured on the copy again, a group of layers at a time.
         table = layer_table(
             layers,
             before,
@@ -394,5 +411,8 @@ class Prune(SubjectInstrument):
             "nonzero": weights - zeros,
             "dense_bytes": weights * 4,
             "packed_bytes": packed_bytes(weights, weights - zeros, parse(self.pattern)),
-            "composition": f"{saliency} x {self.pattern} x {allocation} x {compensation} x {self.schedule} x {self.recovery}",
+            "composition": (
+                f"{saliency} x {self.pattern} x {allocation} x {compensation} x {self.schedule} x "
+                f"{self.recovery}"
+            ),
         }

@@ -1,18 +1,21 @@
-"""Pruning-aware tuning (Liu et al. 2024, PAT): hidden channels are chosen and the model adapted to their loss in one training run.
+"""Pruning-aware tuning (Liu et al. 2024, PAT): hidden channels are chosen and the model adapted to their loss
+in one training run.
 
 Every module that writes to the residual stream gets a hybrid sparsification module,
 
     y = s * (I + U V) (W x + b),      U V of low rank, s one scale a channel,
 
-which is a change of W and b and is merged into them at the end. One mask over the channels is shared by the whole model,
-m = sigmoid(T M) + c, where the temperature T = 1 / (1 - log t / log n) grows and the shift c = max(1/2 - t / n, 0) vanishes over the n
-steps. To the task's loss are added 10 |kept - target| / target (straight through the threshold at 0), the mean of (M - 1/2)^2 over the
-channels kept and of (M + 1/2)^2 over the others, and the identity loss mean (V V^T - I)^2.
+which is a change of W and b and is merged into them at the end. One mask over the channels is shared by
+the whole model, m = sigmoid(T M) + c, where the temperature T = 1 / (1 - log t / log n) grows and the shift
+c = max(1/2 - t / n, 0) vanishes over the n steps. To the task's loss are added 10 |kept - target| / target
+(straight through the threshold at 0), the mean of (M - 1/2)^2 over the channels kept and of
+(M + 1/2)^2 over the others, and the identity loss mean (V V^T - I)^2.
 
-Where this departs from the authors: the mask also restricts the norms (`workbench.pruning.norms`), so that the masked model computes what the
-smaller one will, with LayerNorm too; and in the last fifth of the run, where they freeze the soft mask, the channels of the
-largest M are kept exactly, so that what is trained is what is cut. (Where a configuration ties the heads' size to the hidden size, as
-BERT's and GPT-2's do, the heads lose their last principal axes on top of that, and the run has not seen it.)
+Where this departs from the authors: the mask also restricts the norms (`workbench.pruning.norms`), so that
+the masked model computes what the smaller one will, with LayerNorm too; and in the last fifth of the run,
+where they freeze the soft mask, the channels of the largest M are kept exactly, so that what is trained is
+what is cut. (Where a configuration ties the heads' size to the hidden size, as BERT's and GPT-2's do,
+the heads lose their last principal axes on top of that, and the run has not seen it.)
 """
 
 from __future__ import annotations
@@ -119,7 +122,8 @@ def learn_channels(
     seed: int,
     progress: Progress,
 ) -> tuple[Tensor, list[dict[str, float]]]:
-    """Train, in place, and merge; returns (kept (hidden,), curve). The model computes its outputs over the kept channels once they are cut.
+    """Train, in place, and merge; returns (kept (hidden,), curve).
+    The model computes its outputs over the kept channels once they are cut.
 
     `kind` low-rank trains the modules, biases and norms; finetune all weights but the embeddings besides.
     """

@@ -1,10 +1,11 @@
-"""Recovery: training after and between pruning steps, with the masks in force, so that what is zero stays zero.
+"""Recovery: training after and between pruning steps, with the masks in force,
+so that what is zero stays zero.
 
 finetune   all weights but the embeddings, on the task's loss
-distil     the same, plus Kullback-Leibler to the dense model's softened outputs (Hinton et al. 2015) and, for models that
-           show them, squared distance of hidden states
-low-rank   masked adapters, biases and norms only: W = M * (W_p + B A), merged at the end without losing a zero
-           (Zimmer et al. 2023, PERP; Munoz et al. 2024, SQFT's SparsePEFT)
+distil     the same, plus Kullback-Leibler to the dense model's softened outputs (Hinton et al. 2015) and, for
+           models that show them, squared distance of hidden states
+low-rank   masked adapters, biases and norms only: W = M * (W_p + B A), merged at the end without losing a
+           zero (Zimmer et al. 2023, PERP; Munoz et al. 2024, SQFT's SparsePEFT)
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ class Recovery:
         self.on.model.eval()
 
     def _accumulate(self) -> None:
-        """Movement scores S = -sum of lr g w over the steps (Sanh et al. 2020): weights that move away from zero grow."""
+        """Movement scores S = -sum of lr g w over the steps (Sanh et al. 2020):
+        weights that move away from zero grow.
+        """
         for layer in self.layers:
             parameter = layer.original
             if parameter.grad is not None:
@@ -131,7 +134,9 @@ class Recovery:
 def distilled_loss(
     on: Subject, teacher: Subject, batch: Batch, temperature: float = 2.0, hidden_states: bool = True
 ) -> Tensor:
-    """Task's loss + t^2 KL(teacher || student) of outputs softened by t (Hinton et al. 2015) + mean relative squared distance of hidden states."""
+    """Task's loss + t^2 KL(teacher || student) of outputs softened by t (Hinton et al. 2015)
+    + mean relative squared distance of hidden states.
+    """
     hidden, taught = HiddenStates(on.model), HiddenStates(teacher.model)
     with hidden:
         output = on.task.output(on.model, batch)
@@ -164,7 +169,9 @@ def distilled_loss(
 
 @torch.no_grad()
 def merge(layer: Layer) -> None:
-    """Fold a low-rank term into the weight underneath; number formats and masks stay on top, so no zero is lost."""
+    """Fold a low-rank term into the weight underneath; number formats and masks stay on top,
+    so no zero is lost.
+    """
     for term in [c for c in layer.changes if type(c) is LowRank]:
         stored = layer.original.detach()
         weight = term.change(stored.mT if layer.transposed else stored)

@@ -1,8 +1,9 @@
 """Prune and regrow at a constant budget: masks that move while a sparse model trains.
 
-Every `period` steps a share of the kept weights with the smallest magnitudes is given up and as many others come back at zero,
-chosen by the size of the dense gradient (Evci et al. 2020; DSL, Wang et al. 2024) or at random (Mocanu et al. 2018). The share falls
-as alpha/2 (1 + cos(pi t / T)). Compared over all layers at once, so the density of each layer moves while their sum does not.
+Every `period` steps a share of the kept weights with the smallest magnitudes is given up and as many others
+come back at zero, chosen by the size of the dense gradient (Evci et al. 2020; DSL, Wang et al. 2024) or at
+random (Mocanu et al. 2018). The share falls as alpha/2 (1 + cos(pi t / T)). Compared over all layers at once,
+so the density of each layer moves while their sum does not.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from workbench.subjects import Batch, Layer, Mask, Subject
 
 
 def exchanged_share(first: float, step: int, steps: int) -> float:
-    """Share of the kept weights exchanged at `step`: first/2 (1 + cos(pi step / steps)) (Evci et al. 2020, eq. 3)."""
+    """Share of the kept weights exchanged at `step`: first/2 (1 + cos(pi step / steps))
+    (Evci et al. 2020, eq. 3).
+    """
     return first / 2 * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 
 def dense_gradients(on: Subject, layers: Sequence[Layer], batch: Batch) -> dict[str, Tensor]:
-    """Gradient of the batch's loss by every weight as the forward pass sees it, the pruned ones included: name -> (..., out, in)."""
+    """Gradient of the batch's loss by every weight as the forward pass sees it, the pruned ones included:
+    name -> (..., out, in).
+    """
     with torch.enable_grad(), parametrize.cached():
         seen = [getattr(layer.module, layer.tensor) for layer in layers]
         found = torch.autograd.grad(on.loss(batch), seen)
@@ -39,10 +44,11 @@ def exchange(
     share: float,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
-    """Give up round(share x kept) weights, the smallest of all layers, and bring back as many of the pruned ones with the largest `wanted`.
+    """Give up round(share x kept) weights, the smallest of all layers,
+    and bring back as many of the pruned ones with the largest `wanted`.
 
-    What was given up does not come back in the same exchange. What comes back starts at zero with empty optimizer moments.
-    Returns the number exchanged: the budget is the same before and after.
+    What was given up does not come back in the same exchange. What comes back starts at zero with empty
+    optimizer moments. Returns the number exchanged: the budget is the same before and after.
     """
     masks = [mask_in_force(layer) for layer in layers]
     assert all(m is not None for m in masks), "prune and regrow needs a mask on every layer"

@@ -1,9 +1,10 @@
 """Physical removal: smaller matrices, and a checkpoint that opens to the same outputs.
 
-Where the stock configuration can say what is left (equally many heads or neurons everywhere, and a head size of its own), it
-is updated and `from_pretrained` opens the small model. Where it cannot (different widths by layer; BERT's and GPT-2's head size is
-hidden size / heads), the checkpoint is written in the stock shapes with zeros in the removed places, so that `transformers`
-computes the same outputs, and `workbench.subject(folder)` removes them again from the record beside it.
+Where the stock configuration can say what is left (equally many heads or neurons everywhere, and a head size
+of its own), it is updated and `from_pretrained` opens the small model. Where it cannot (different widths by
+layer; BERT's and GPT-2's head size is hidden size / heads), the checkpoint is written in the stock shapes
+with zeros in the removed places, so that `transformers` computes the same outputs, and
+`workbench.subject(folder)` removes them again from the record beside it.
 """
 
 from __future__ import annotations
@@ -94,11 +95,13 @@ def remove(model: nn.Module, kept: Kept) -> nn.Module:
             )
         if int(counts.min()) < 1:
             raise BadInput(
-                f"kept: {name} would be left without a unit; every attention and feed-forward keeps at least one"
+                f"kept: {name} would be left without a unit; every attention and feed-forward keeps at "
+                "least one"
             )
         if int(counts.min()) != int(counts.max()):
             raise BadInput(
-                f"kept: the experts of {name} would keep different numbers of neurons; equally many are needed"
+                f"kept: the experts of {name} would keep different numbers of neurons; "
+                "equally many are needed"
             )
     bake(model)
     for name, mask in kept.items():
@@ -165,7 +168,9 @@ def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept) 
 
 
 def accepted(config: Any) -> bool:
-    """Whether transformers opens a configuration: Llama's wants heads that divide the hidden size, though its heads have a size of their own."""
+    """Whether transformers opens a configuration: Llama's wants heads that divide the hidden size,
+    though its heads have a size of their own.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -183,7 +188,9 @@ def own_head_size(model: nn.Module) -> bool:
 
 
 def stock(model: nn.Module) -> nn.Module:
-    """A model of the stock shapes with the same outputs: zeros where units were removed. The model itself when nothing has to be filled."""
+    """A model of the stock shapes with the same outputs: zeros where units were removed.
+    The model itself when nothing has to be filled.
+    """
     record = getattr(model, RECORD, None)
     if not record:
         return model

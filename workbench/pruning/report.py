@@ -1,4 +1,6 @@
-"""The numbers a pruning reports: per-layer errors, bytes, and the predicted loss change beside the measured one."""
+"""The numbers a pruning reports: per-layer errors, bytes,
+and the predicted loss change beside the measured one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from workbench.subjects import Layer, Subject
 
 
 def packed_bytes(weights: int, nonzero: int, pattern: Pattern) -> int:
-    """Bytes of the non-zeros in float32 and of what says where they are: a bitmap, indices inside M, or a bitmap of tiles."""
+    """Bytes of the non-zeros in float32 and of what says where they are:
+    a bitmap, indices inside M, or a bitmap of tiles.
+    """
     if isinstance(pattern, NM):
         index = math.ceil(math.log2(pattern.of)) * nonzero / 8
     else:
@@ -27,9 +31,11 @@ def packed_bytes(weights: int, nonzero: int, pattern: Pattern) -> int:
 def layer_table(
     layers: Sequence[Layer], before: dict[str, Tensor], gram: Callable[[Layer], Tensor] | None
 ) -> pd.DataFrame:
-    """One row a layer: size, sparsity, relative error of the weight and of its outputs on the calibration inputs.
+    """One row a layer: size, sparsity, relative error of the weight and of its outputs on the calibration
+    inputs.
 
-    gram : a layer's second moment of inputs (experts, in, in), asked for one layer at a time; None leaves the outputs' error open.
+    gram : a layer's second moment of inputs (experts, in, in), asked for one layer at a time;
+        None leaves the outputs' error open.
     """
     rows = []
     for layer in layers:
@@ -64,7 +70,9 @@ def add_prediction(
     examples: int,
     progress: Progress,
 ) -> None:
-    """Second-order prediction beside the measurement, on the same batches; both go into the table and the facts."""
+    """Second-order prediction beside the measurement, on the same batches;
+    both go into the table and the facts.
+    """
     from workbench.curvature.quadratic import measured_change, predicted_change
 
     prediction = predicted_change(dense, deltas, split=split, examples=examples, progress=progress)

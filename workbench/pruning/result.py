@@ -31,7 +31,9 @@ AXES = {
 
 
 class PruneResult(Result):
-    """Per-layer bars of sparsity, errors or predicted loss; for pruned layers also the angular distance over every run of blocks; the recovery's curve."""
+    """Per-layer bars of sparsity, errors or predicted loss;
+    for pruned layers also the angular distance over every run of blocks; the recovery's curve.
+    """
 
     def view_model(self) -> type[BaseModel]:
         return PruneView
@@ -68,7 +70,9 @@ def recovery_curve(recovery: pd.DataFrame) -> go.Figure:
 
 
 def distance_map(distances: pd.DataFrame) -> go.Figure:
-    """Angular distance between the input of block l and that of block l + n; several stacks below one another."""
+    """Angular distance between the input of block l and that of block l + n;
+    several stacks below one another.
+    """
     from workbench.figures import figure, heat
 
     label = (

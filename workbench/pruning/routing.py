@@ -1,9 +1,11 @@
-"""What the routers of a mixture of experts choose: usage, and the task-conditioned expected selection score (Pei et al. 2025, PreMoe).
+"""What the routers of a mixture of experts choose: usage, and the task-conditioned expected selection score
+(Pei et al. 2025, PreMoe).
 
     TCESS_e = E over tokens of z_e [e among the token's K largest logits] [softmax over those K of z_e >= r]
 
-with z the router's logits. Experts of small score are not needed for the task the calibration text stands for; the scores
-of all layers are its pattern, and a new text gets the experts of the stored pattern nearest to its own (Euclidean distance).
+with z the router's logits. Experts of small score are not needed for the task the calibration text stands
+for; the scores of all layers are its pattern, and a new text gets the experts of the stored pattern nearest
+to its own (Euclidean distance).
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from workbench.subjects import Batch, Layer, Subject
 
 @dataclass
 class Routing:
-    """Per layer with experts and expert: (layers, experts) TCESS and share of the tokens that choose the expert."""
+    """Per layer with experts and expert: (layers, experts)
+    TCESS and share of the tokens that choose the expert.
+    """
 
     tcess: Tensor
     usage: Tensor
@@ -63,7 +67,9 @@ def chosen(on: Subject) -> int:
 
 
 def selection(logits: Tensor, local: int, threshold: float = 0.0) -> Tensor:
-    """logits (tokens, experts) -> the logits counted by TCESS, zero elsewhere: among the `local` largest and confident enough."""
+    """logits (tokens, experts) -> the logits counted by TCESS, zero elsewhere:
+    among the `local` largest and confident enough.
+    """
     values, index = logits.topk(local, dim=-1)
     counted = torch.where(values.softmax(-1) >= threshold, values, 0.0)
     return torch.zeros_like(logits).scatter(-1, index, counted)
@@ -80,7 +86,9 @@ def routing(
     progress: Progress | None = None,
     batches: Sequence[Batch] | None = None,
 ) -> Routing:
-    """One streaming pass over `examples` of a split (or over the given batches); `local` is the model's own top-k unless it is given."""
+    """One streaming pass over `examples` of a split (or over the given batches);
+    `local` is the model's own top-k unless it is given.
+    """
     progress = progress or Progress()
     layers, top = routers(on), chosen(on)
     size = layers[0].shape[0]
@@ -115,12 +123,15 @@ class ExpertPatterns:
     scores: dict[str, Tensor] = field(default_factory=dict)
 
     def nearest(self, query: Tensor) -> str:
-        """The task whose pattern is nearest to the query's scores (layers, experts); `BadInput` when none is stored or the shapes differ."""
+        """The task whose pattern is nearest to the query's scores (layers, experts);
+        `BadInput` when none is stored or the shapes differ.
+        """
         if not self.scores:
             raise BadInput("patterns: none is stored; add one for each task first")
         if wrong := [name for name, s in self.scores.items() if s.shape != query.shape]:
             raise BadInput(
-                f"patterns: {wrong[0]} is of {tuple(self.scores[wrong[0]].shape)} experts and the query of {tuple(query.shape)}; use one model for both"
+                f"patterns: {wrong[0]} is of {tuple(self.scores[wrong[0]].shape)} experts and the query of "
+                f"{tuple(query.shape)}; use one model for both"
             )
         return min(self.scores, key=lambda name: float((self.scores[name] - query).square().sum()))
 

@@ -1,7 +1,8 @@
-"""Saliencies: what removing one weight is thought to cost. Larger stays; every score is >= 0 and adds up over a unit.
+"""Saliencies: what removing one weight is thought to cost.
+Larger stays; every score is >= 0 and adds up over a unit.
 
-Scores of a unit (a block, a row, a head) are the sums of its weights' scores, so each saliency works with every pattern
-whose units it can be summed over; magnitude and Wanda are summed as they are (an L1 norm).
+Scores of a unit (a block, a row, a head) are the sums of its weights' scores, so each saliency works with
+every pattern whose units it can be summed over; magnitude and Wanda are summed as they are (an L1 norm).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from workbench.subjects import Layer
 
 @dataclass(frozen=True)
 class Saliency:
-    """A scoring rule: (layer, calibration, pattern) -> scores (..., out, in); `needs` inputs or gradients, or nothing."""
+    """A scoring rule: (layer, calibration, pattern) -> scores (..., out, in);
+    `needs` inputs or gradients, or nothing.
+    """
 
     score: Callable[[Layer, Calibration, Pattern], Tensor]
     formula: str

@@ -13,7 +13,8 @@ def cubic(start: float, final: float, step: int, steps: int) -> float:
 
 
 def geometric(final: float, steps: int, factor: float = 0.8) -> list[float]:
-    """Densities factor^n with n spaced evenly from 1 to the target over the steps (Misra et al. 2022, APP); the last one leaves 1 - final.
+    """Densities factor^n with n spaced evenly from 1 to the target over the steps (Misra et al. 2022, APP);
+    the last one leaves 1 - final.
 
     A single step goes to `final` at once; when `final` is denser than one factor, so do all of them.
     """
@@ -42,7 +43,8 @@ def sparsities(schedule: str, final: float, steps: int, start: float = 0.0) -> l
 
 
 def annealed(peak: float, share: float, rise: float = 0.25, hold: float = 0.75) -> float:
-    """Rises to `peak` until `rise` of the run, holds until `hold`, then is zero: masks move early and rest late (Huang et al. 2024, AST).
+    """Rises to `peak` until `rise` of the run, holds until `hold`, then is zero:
+    masks move early and rest late (Huang et al. 2024, AST).
 
     The paper names the three parts; the places of the bends are this project's choice.
     """

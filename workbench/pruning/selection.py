@@ -1,12 +1,15 @@
-"""Masks that are chosen while training: every forward pass turns scores into a mask, and gradients go straight through the choice.
+"""Masks that are chosen while training: every forward pass turns scores into a mask,
+and gradients go straight through the choice.
 
     W' = W * M,  M = choice(scores)
     dL/dscores = dL/dW' * W                          (so a score shared by a block gets the block's sum)
     dL/dW = dL/dW' * M                               (`through` False: only what is kept learns), or
-    dL/dW = dL/dW' + decay (1 - M) * W               (`through` True: what is pruned learns too, and is pulled towards zero)
+    dL/dW = dL/dW' + decay (1 - M) * W
+        (`through` True: what is pruned learns too, and is pulled towards zero)
 
-The first rule is movement pruning's (Sanh et al. 2020, eq. 4), the last one SR-STE's (Zhou et al. 2021, eq. 9). A method says what
-its scores are and how they are compared; when training ends the mask in force becomes a plain `Mask`.
+The first rule is movement pruning's (Sanh et al. 2020, eq. 4), the last one SR-STE's (Zhou et al. 2021,
+eq. 9). A method says what its scores are and how they are compared; when training ends the mask in force
+becomes a plain `Mask`.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ class Choose(Function):
 
 
 class Selection(Change):
-    """A mask chosen anew at every use of the weight. Subclasses say what the scores are and, if not by rank, how they choose."""
+    """A mask chosen anew at every use of the weight. Subclasses say what the scores are and, if not by rank,
+    how they choose.
+    """
 
     order = 90
     through: ClassVar[bool] = False
@@ -79,7 +84,9 @@ class Selection(Change):
 
 
 class AdaptiveMask(Selection):
-    """The mask follows the weights: scores |w| times `norm`, the inputs' root mean square or ones (Huang et al. 2024, AST)."""
+    """The mask follows the weights: scores |w| times `norm`, the inputs' root mean square or ones
+    (Huang et al. 2024, AST).
+    """
 
     through = True
     norm: Tensor
@@ -93,10 +100,12 @@ class AdaptiveMask(Selection):
 
 
 class Gates(Selection):
-    """Block movement pruning (Lagunas et al. 2021): a trained score S for every tile, which stays while sigmoid(S) > threshold.
+    """Block movement pruning (Lagunas et al. 2021): a trained score S for every tile,
+    which stays while sigmoid(S) > threshold.
 
-    score : (tile rows, tile columns). With `turned` the score belongs to another matrix and is read transposed, so that a neuron's
-    row in one matrix and its column in the next have one score between them.
+    score : (tile rows, tile columns). With `turned` the score belongs to another matrix and is read
+        transposed, so that a neuron's row in one matrix and its column in the next have one score between
+        them.
     """
 
     def __init__(
@@ -128,10 +137,11 @@ class Gates(Selection):
 
 
 class LowRankScores(Selection):
-    """PST (Li et al. 2022): scores |w| + a1 A B + a2 (R + C), of which only A (out, rank), B (rank, in), R (out, 1), C (1, in) are trained.
+    """PST (Li et al. 2022): scores |w| + a1 A B + a2 (R + C), of which only A (out, rank), B (rank, in), R
+    (out, 1), C (1, in) are trained.
 
-    |w| is data-free and lets no gradient through; the rest stands for movement's accumulated -dL/dw w, whose large entries
-    lie in few rows and columns and whose remainder is nearly of low rank (section 3.2).
+    |w| is data-free and lets no gradient through; the rest stands for movement's accumulated -dL/dw w, whose
+    large entries lie in few rows and columns and whose remainder is nearly of low rank (section 3.2).
     """
 
     def __init__(

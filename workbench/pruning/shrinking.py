@@ -1,9 +1,11 @@
-"""Pruning of channels, layers and experts: units are chosen, the model is built smaller, and training goes on with it.
+"""Pruning of channels, layers and experts: units are chosen, the model is built smaller,
+and training goes on with it.
 
-There are no masks: a norm's statistics change with its channels, and a block that is left out is not a block of zeros where the
-norm follows the sum. So every event of a schedule makes a smaller model, and the optimizer of the recovery starts anew
-with it (its learning rate goes on along one schedule). The second-order prediction that stands beside other prunings is of
-changes of weights and has no meaning here; the loss on the calibration examples is measured before and after.
+There are no masks: a norm's statistics change with its channels, and a block that is left out is not a block
+of zeros where the norm follows the sum. So every event of a schedule makes a smaller model, and the optimizer
+of the recovery starts anew with it (its learning rate goes on along one schedule). The second-order
+prediction that stands beside other prunings is of changes of weights and has no meaning here;
+the loss on the calibration examples is measured before and after.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ TRAINED_BEFORE_LAST = 0.6  # share of the recovery steps spent before the last e
 
 
 class ShrunkRecovery(Recovery):
-    """Recovery of a model with fewer blocks: the teacher's hidden states belong to other blocks, so only its outputs are matched."""
+    """Recovery of a model with fewer blocks: the teacher's hidden states belong to other blocks,
+    so only its outputs are matched.
+    """
 
     def loss(self, batch: Batch) -> Tensor:
         if self.kind != "distil" or self.teacher is None:
@@ -48,11 +52,13 @@ def check_dimension(prune: Prune, on: Any, pattern: Dimension) -> None:
     check_saliency(kind, saliency)
     if compensation != "none":
         raise BadInput(
-            f"compensation: {compensation} refits single matrices, and {kind} go from all of them at once; leave it out"
+            f"compensation: {compensation} refits single matrices, and {kind} go from all of them at once; "
+            "leave it out"
         )
     if prune.allocation != "preset":
         raise BadInput(
-            f"allocation: {prune.allocation} makes no sense for {kind}, which are compared over the whole model (experts: in each layer); leave it out"
+            f"allocation: {prune.allocation} makes no sense for {kind}, "
+            "which are compared over the whole model (experts: in each layer); leave it out"
         )
     if prune.layers != "blocks":
         raise BadInput(
@@ -62,17 +68,20 @@ def check_dimension(prune: Prune, on: Any, pattern: Dimension) -> None:
         raise BadInput(f"remove: {kind} cannot be masked, only removed; leave remove at true")
     if record_of(on.model):
         raise BadInput(
-            f"pattern: {kind} have to go before heads or neurons: this model has removed some that its configuration cannot express"
+            f"pattern: {kind} have to go before heads or neurons: "
+            "this model has removed some that its configuration cannot express"
         )
     if prune.sparsity > 0 and left_at(on, kind, prune.sparsity) == total:
         raise BadInput(
-            f"sparsity: {prune.sparsity:g} of {total} {kind} in steps of {step} is none; the smallest is about {step / total:.2f}"
+            f"sparsity: {prune.sparsity:g} of {total} {kind} in steps of {step} is none; "
+            f"the smallest is about {step / total:.2f}"
         )
     if saliency == "learned" and (
         prune.recovery not in ("finetune", "low-rank") or prune.schedule != "one-shot"
     ):
         raise BadInput(
-            "saliency: learned channels are found by training; give recovery finetune or low-rank, recovery_steps and schedule one-shot"
+            "saliency: learned channels are found by training; "
+            "give recovery finetune or low-rank, recovery_steps and schedule one-shot"
         )
 
 
@@ -85,7 +94,9 @@ def left_at(on: Any, kind: str, sparsity: float) -> int:
 def train(
     prune: Prune, on: Subject, teacher: Subject | None, done: int, steps: int, progress: Progress
 ) -> tuple[list[dict[str, float]], float]:
-    """`steps` of recovery after `done` earlier ones, on one learning-rate schedule; returns (curve, trained share)."""
+    """`steps` of recovery after `done` earlier ones, on one learning-rate schedule;
+    returns (curve, trained share).
+    """
     run = ShrunkRecovery(
         on,
         on.layers(prune.layers),
@@ -105,7 +116,9 @@ def train(
 
 
 def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Progress) -> Result:
-    """The `prune` instrument for a dimension: events of choosing and rebuilding, with recovery before, between and after."""
+    """The `prune` instrument for a dimension: events of choosing and rebuilding, with recovery before,
+    between and after.
+    """
     kind, saliency = pattern.kind, prune.composition()[0]
     facts = {f"dense_{k}": v for k, v in on.evaluated(prune.test_split, progress=progress).items()}
     dense = on.copy()

@@ -1,8 +1,11 @@
-"""Published ways to train with masks, as compositions: each names what differs from plain training along the axes of `TrainSparse`.
+"""Published ways to train with masks, as compositions: each names what differs from plain training along
+the axes of `TrainSparse`.
 
-masks      none, kept (those there are), lifted, static, adaptive (chosen from the weights at every step), gates (a trained score for
-           each block), scores (trained low-rank scores), regrow (pruned and regrown at a constant budget)
-schedule   from-start, cubic (inside the run, for masks that are chosen at every step), geometric and late (from stage to stage)
+masks      none, kept (those there are), lifted, static, adaptive (chosen from the weights at every step),
+           gates (a trained score for each block), scores (trained low-rank scores), regrow
+           (pruned and regrown at a constant budget)
+schedule   from-start, cubic (inside the run, for masks that are chosen at every step), geometric and late
+           (from stage to stage)
 trainable  all, body (no embeddings), adapters, half, blocks, head
 terms      none, low-rank (under the mask), side-low-rank, side-blocks, side-low-rank+entries (beside it)
 objective  task, distil

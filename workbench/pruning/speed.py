@@ -1,7 +1,9 @@
-"""Pruning to a speed-up: a measured latency table and the search for what each group may keep (Kurtic et al. 2023, ZipLM).
+"""Pruning to a speed-up: a measured latency table and the search for what each group may keep
+(Kurtic et al. 2023, ZipLM).
 
-The table holds, for heads and for neurons, how much faster the whole model runs when every group has lost so many units, so
-it contains whatever the device makes of the smaller shapes. A group's share of that saving is its part in the sum.
+The table holds, for heads and for neurons, how much faster the whole model runs when every group has lost so
+many units, so it contains whatever the device makes of the smaller shapes.
+A group's share of that saving is its part in the sum.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ BUCKETS = 400
 
 @dataclass
 class LatencyTable:
-    """Seconds of one forward pass: `dense`, and `seconds[kind][i]` with `removed[kind][i]` of a group's units gone everywhere."""
+    """Seconds of one forward pass: `dense`, and `seconds[kind][i]` with `removed[kind][i]` of a group's units
+    gone everywhere.
+    """
 
     dense: float
     removed: dict[str, list[int]]
@@ -35,7 +39,9 @@ class LatencyTable:
     groups: dict[str, int]
 
     def saved(self, kind: str) -> np.ndarray:
-        """Seconds one group of this kind saves at each level; never negative and never falling with more removed."""
+        """Seconds one group of this kind saves at each level;
+        never negative and never falling with more removed.
+        """
         gain = (self.dense - np.asarray(self.seconds[kind])) / self.groups[kind]
         return np.maximum.accumulate(np.maximum(gain - gain[0], 0.0))
 
@@ -55,7 +61,9 @@ def measure_table(
     split: str = "calibration",
     progress: Progress | None = None,
 ) -> LatencyTable:
-    """Time the model with units removed from all groups of one kind; all variants take turns, so noise falls on all alike."""
+    """Time the model with units removed from all groups of one kind;
+    all variants take turns, so noise falls on all alike.
+    """
     progress = progress or Progress()
     batch = next(on.batches(split, batch_size))
     found = discover(on.model, kinds)
@@ -65,7 +73,8 @@ def measure_table(
         mine = [g for g in found if g.kind == kind]
         if len({g.units for g in mine}) != 1:
             raise BadInput(
-                f"allocation: latency needs groups of equal size to start from, and the {kind} of this model differ between layers"
+                "allocation: latency needs groups of equal size to start from, "
+                f"and the {kind} of this model differ between layers"
             )
         removed[kind] = levels(mine[0])
         for count in removed[kind]:
@@ -92,11 +101,12 @@ def measure_table(
 def choose(
     scored: Sequence[Scored], table: LatencyTable, speedup: float, weights: Sequence[float] | None = None
 ) -> list[int]:
-    """How many units each group loses so that the table's time is at most dense / speedup and the summed relative cost is least.
+    """How many units each group loses so that the table's time is at most dense / speedup and the summed
+    relative cost is least.
 
-    Dynamic programming over groups and discretised savings; a group's cost is divided by that of removing all of it (for
-    `obs` this is the relative output error). `weights` scale the groups' costs (SPDY's sensitivities). `BadInput` when
-    even the largest removals are not fast enough.
+    Dynamic programming over groups and discretised savings; a group's cost is divided by that of removing all
+    of it (for `obs` this is the relative output error). `weights` scale the groups' costs (SPDY's
+    sensitivities). `BadInput` when even the largest removals are not fast enough.
     """
     needed = table.dense * (1 - 1 / speedup)
     unit = needed / BUCKETS if needed > 0 else 1.0
@@ -129,7 +139,8 @@ def choose(
         most = sum(float(table.saved(s.group.kind)[-1]) for s in scored)
         limit = table.dense / max(table.dense - most, 0.01 * table.dense)
         raise BadInput(
-            f"speedup: {speedup:g} cannot be reached by removing {' and '.join(table.seconds)}; the most is {limit:.2f}"
+            f"speedup: {speedup:g} cannot be reached by removing {' and '.join(table.seconds)}; "
+            f"the most is {limit:.2f}"
         )
     picked, at = [], BUCKETS
     for s, choice in zip(reversed(scored), reversed(back), strict=True):
@@ -158,9 +169,9 @@ def reach(
 ) -> tuple[list[int], float]:
     """`choose`, corrected by timing the model it leads to; returns (counts, measured speed-up).
 
-    The table adds up what groups save by themselves, which leaves out what they do together. So the small model is timed in turns
-    with the dense one, and the speed-up that is asked of the table is scaled until the measured one is within `tolerance` or the
-    rounds are over; the nearest is kept.
+    The table adds up what groups save by themselves, which leaves out what they do together. So the small
+    model is timed in turns with the dense one, and the speed-up that is asked of the table is scaled until
+    the measured one is within `tolerance` or the rounds are over; the nearest is kept.
     """
     asked, best = speedup, ([0] * len(scored), 1.0)
     for _ in range(rounds):

@@ -1,4 +1,6 @@
-"""How the structural methods are measured, where one comparison of prunings is not enough: domains, stages, fresh starts, targets."""
+"""How the structural methods are measured, where one comparison of prunings is not enough:
+domains, stages, fresh starts, targets.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def verdict(
 
 
 def below(arms: Mapping[str, Sequence[float]], better: str, worse: str) -> dict[str, Any]:
-    """The claim that one arm's values are smaller than another's on average, paired by seed; a single run is compared with each of the other's."""
+    """The claim that one arm's values are smaller than another's on average, paired by seed;
+    a single run is compared with each of the other's.
+    """
     difference = np.subtract(arms[better], arms[worse])
     return {
         "claim": f"{better} < {worse}",
@@ -65,7 +69,9 @@ def language_model(
     claims: Sequence[tuple[str, str]],
     windows: int = 64,
 ) -> dict[str, Any]:
-    """Prunings of one byte model on a part of its test windows: three seeds for what is drawn or trained, one run for what is determined."""
+    """Prunings of one byte model on a part of its test windows:
+    three seeds for what is drawn or trained, one run for what is determined.
+    """
     on = with_windows(source, windows, progress)
     losses: dict[str, list[float]] = {}
     for label, fields in arms.items():
@@ -98,8 +104,8 @@ def gap_closed(arms: Arms, pruned: str, healed: str) -> dict[str, Any]:
 def on_several(
     name: str, progress: Progress, parts: dict[str, dict[str, Any]], closes: tuple[str, str]
 ) -> dict[str, Any]:
-    """The same kind of comparison on several subjects, and the share of the gap to dense that the second arm of `closes` wins back from the first;
-    holds when everything holds on all."""
+    """The same kind of comparison on several subjects, and the share of the gap to dense that the second arm
+    of `closes` wins back from the first; holds when everything holds on all."""
     found = {
         label: (language_model if "source" in fields else compared)(name, progress, **fields)
         for label, fields in parts.items()
@@ -135,7 +141,9 @@ def rates_compared(
     claims: Sequence[tuple[str, str]],
     rates: Sequence[float] = (2e-3, 6e-3),
 ) -> dict[str, Any]:
-    """Arms with a learning rate each, chosen on validation among the same few, on three networks of `digits-vit`."""
+    """Arms with a learning rate each, chosen on validation among the same few,
+    on three networks of `digits-vit`.
+    """
     import workbench
 
     found: dict[str, list[dict[str, Any]]] = {label: [] for label in arms}
@@ -159,7 +167,9 @@ def rates_compared(
 
 
 def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 60) -> dict[str, Any]:
-    """Half the channels: pruned and distilled, pruned and fine-tuned, and the small configuration from random weights; equal steps."""
+    """Half the channels: pruned and distilled, pruned and fine-tuned,
+    and the small configuration from random weights; equal steps.
+    """
     import workbench
     from workbench.pruning.shrinking import train
 
@@ -220,7 +230,9 @@ def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 
 
 
 def with_windows(source: str, windows: int, progress: Progress) -> Subject:
-    """A built-in byte model with the first `windows` of its validation and test windows: minutes instead of a quarter of an hour."""
+    """A built-in byte model with the first `windows` of its validation and test windows:
+    minutes instead of a quarter of an hour.
+    """
     import workbench
 
     on = workbench.subject(source, progress=progress)
@@ -239,7 +251,9 @@ def with_windows(source: str, windows: int, progress: Progress) -> Subject:
 
 
 def heapr(name: str, progress: Progress, examples: int = 32, windows: int = 64) -> dict[str, Any]:
-    """bytemoe without 25 % and 50 % of its experts' neurons, by several scores, beside as many whole experts; and the score against the loss."""
+    """bytemoe without 25 % and 50 % of its experts' neurons, by several scores, beside as many whole experts;
+    and the score against the loss.
+    """
     from workbench.pruning.calibration import Calibration
     from workbench.pruning.structured import UNIT_SALIENCIES
     from workbench.pruning.structures import discover
@@ -299,7 +313,9 @@ def heapr(name: str, progress: Progress, examples: int = 32, windows: int = 64) 
 
 
 def domains(split: str, windows: int, length: int = 256) -> dict[str, dict[str, torch.Tensor]]:
-    """Three kinds of text of the byte models' corpus: help topics, asynchronous and network code, graphical applications."""
+    """Three kinds of text of the byte models' corpus: help topics, asynchronous and network code,
+    graphical applications.
+    """
     from workbench.subjects.builtin import corpora
 
     folders = {
@@ -316,7 +332,9 @@ def domains(split: str, windows: int, length: int = 256) -> dict[str, dict[str, 
 
 
 def premoe(name: str, progress: Progress, windows: int = 32, queries: int = 12) -> dict[str, Any]:
-    """bytemoe with half of its experts, chosen for each of three domains; loss on held-out text, and which pattern a query of one window finds."""
+    """bytemoe with half of its experts, chosen for each of three domains;
+    loss on held-out text, and which pattern a query of one window finds.
+    """
     import workbench
 
     on = workbench.subject("bytemoe", progress=progress)
@@ -390,7 +408,9 @@ def speed_targets(
     within: float = 0.1,
     source: str = "minilm-docstrings",
 ) -> dict[str, Any]:
-    """ZipLM, FLAP and magnitude pruned to measured speed-ups on this device: reached within a tenth, and the accuracy at each."""
+    """ZipLM, FLAP and magnitude pruned to measured speed-ups on this device:
+    reached within a tenth, and the accuracy at each.
+    """
     import workbench
 
     on = workbench.subject(source, progress=progress)

@@ -1,4 +1,6 @@
-"""Pruning by heads and neurons: scores of units, how many each group keeps, and what the consumers do about it."""
+"""Pruning by heads and neurons: scores of units, how many each group keeps,
+and what the consumers do about it.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,17 @@ from workbench.pruning.saliencies import SALIENCIES
 from workbench.pruning.structures import Group, discover
 from workbench.subjects import Layer, Subject
 
-#: Saliencies of a layer's inputs say what a unit is worth where it is consumed; the others are summed over all its weights.
+#: Saliencies of a layer's inputs say what a unit is worth where it is consumed;
+#: the others are summed over all its weights.
 CONSUMER_ONLY = ("wanda", "fluctuation", "obs")
 EXPERT_STEP = 8  # grouped matrix products of experts want widths in steps of 16 bytes
 
 
 @dataclass(frozen=True)
 class UnitSaliency:
-    """A rule that scores whole units of all groups at once: (calibration, groups) -> group name -> (experts, units)."""
+    """A rule that scores whole units of all groups at once:
+    (calibration, groups) -> group name -> (experts, units).
+    """
 
     score: Callable[[Calibration, Sequence[Group]], dict[str, Tensor]]
     kinds: tuple[str, ...]
@@ -122,7 +127,8 @@ def score(group: Group, saliency: str, calibration: Calibration, pattern: Struct
         units = group.unit_scores(scores, members)
     if not bool(torch.isfinite(units).all()):
         raise BadInput(
-            f"layers: {group.name} has NaN or infinite saliencies; its weights or its calibration inputs hold NaN or infinity"
+            f"layers: {group.name} has NaN or infinite saliencies; "
+            "its weights or its calibration inputs hold NaN or infinity"
         )
     units = units.masked_fill(~group.alive(), -1)
     values, order = units.sort(dim=1)
@@ -133,7 +139,8 @@ def score(group: Group, saliency: str, calibration: Calibration, pattern: Struct
 def consumer(group: Group):  # type: ignore[no-untyped-def]
     if len(group.consumers) != 1:
         raise BadInput(
-            f"saliency: obs needs one consumer for each group and {group.name} ties several together; use magnitude, wanda or gradient"
+            f"saliency: obs needs one consumer for each group and {group.name} ties several together; "
+            "use magnitude, wanda or gradient"
         )
     return group.consumers[0]
 
@@ -144,7 +151,9 @@ def uniform(scored: Sequence[Scored], sparsity: float) -> list[int]:
 
 
 def across(scored: Sequence[Scored], sparsity: float, standardise: bool) -> list[int]:
-    """One threshold over all groups on the units' scores per weight; `standardise` first turns them into z-scores by group (FLAP)."""
+    """One threshold over all groups on the units' scores per weight;
+    `standardise` first turns them into z-scores by group (FLAP).
+    """
     values, weights, owner = [], [], []
     for number, s in enumerate(scored):
         marginal = s.cost.diff().cummax(0).values
@@ -164,7 +173,9 @@ def across(scored: Sequence[Scored], sparsity: float, standardise: bool) -> list
 
 
 def block_importance(calibration: Calibration) -> dict[str, float]:
-    """Path of each block -> how much it changes its input (1 - cosine), centred and divided by the largest deviation (Wang et al. 2025)."""
+    """Path of each block -> how much it changes its input (1 - cosine),
+    centred and divided by the largest deviation (Wang et al. 2025).
+    """
     key = ("stacks", calibration.examples)
     found: list[Stack] = calibration.remember(
         key,
@@ -181,9 +192,11 @@ def block_importance(calibration: Calibration) -> dict[str, float]:
 def adaptive(
     scored: Sequence[Scored], sparsity: float, amplitude: float, calibration: Calibration
 ) -> list[int]:
-    """Sparsity of a block = sparsity - amplitude x its importance, in [0, 0.99] (Wang et al. 2025, Adapt-Pruner).
+    """Sparsity of a block = sparsity - amplitude x its importance, in [0, 0.99]
+    (Wang et al. 2025, Adapt-Pruner).
 
-    A common shift makes up for what the bounds cut off, so that the weights removed are the asked share of all.
+    A common shift makes up for what the bounds cut off, so that the weights removed are the asked share
+    of all.
     """
     importance = block_importance(calibration)
     own = torch.tensor(
@@ -209,7 +222,9 @@ def adaptive(
 
 
 def compensate(group: Group, kept: Tensor, compensation: str, calibration: Calibration) -> None:
-    """Change the consumers (or their biases) for the units about to go; `fisher` has no structured form here."""
+    """Change the consumers (or their biases) for the units about to go;
+    `fisher` has no structured form here.
+    """
     if compensation == "none":
         return
     for member in group.consumers:

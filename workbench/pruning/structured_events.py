@@ -1,4 +1,6 @@
-"""One pruning event of heads and neurons: scores of units, how many each group keeps, and the new weights of their consumers."""
+"""One pruning event of heads and neurons: scores of units, how many each group keeps,
+and the new weights of their consumers.
+"""
 
 from __future__ import annotations
 
@@ -35,35 +37,42 @@ def check_structures(
     groups = groups_of(on, layers, pattern)
     if compensation == "fisher":
         raise BadInput(
-            "compensation: fisher updates blocks along a row, which whole heads and neurons cut through; use least-squares, bias or none"
+            "compensation: fisher updates blocks along a row, which whole heads and neurons cut through; "
+            "use least-squares, bias or none"
         )
     if compensation == "obs":
         raise BadInput(
-            "compensation: obs chooses weight by weight; for heads and neurons the same optimum is called least-squares"
+            "compensation: obs chooses weight by weight; for heads and neurons the same optimum is called "
+            "least-squares"
         )
     if saliency == "movement":
         raise BadInput(
-            "saliency: movement is collected for single weights; use gradient, taylor2 or obs for heads and neurons"
+            "saliency: movement is collected for single weights; "
+            "use gradient, taylor2 or obs for heads and neurons"
         )
     if saliency in UNIT_SALIENCIES and not set(pattern.kinds) <= set(UNIT_SALIENCIES[saliency].kinds):
         accepted = " or ".join(UNIT_SALIENCIES[saliency].kinds)
         raise BadInput(
-            f"saliency: {saliency} scores {accepted}, not {'+'.join(pattern.kinds)}; choose another saliency or that pattern"
+            f"saliency: {saliency} scores {accepted}, not {'+'.join(pattern.kinds)}; "
+            "choose another saliency or that pattern"
         )
     if allocation == "erdos-renyi":
         raise BadInput(
-            "allocation: erdos-renyi is a rule for densities of matrices; use layer or global for heads and neurons"
+            "allocation: erdos-renyi is a rule for densities of matrices; "
+            "use layer or global for heads and neurons"
         )
     for group in groups:
         if saliency == "obs" and len(group.consumers) != 1:
             raise BadInput(
-                f"saliency: obs needs one consumer for each group and {group.name} ties several together; use magnitude, wanda or gradient"
+                f"saliency: obs needs one consumer for each group and {group.name} ties several together; "
+                "use magnitude, wanda or gradient"
             )
         if compensation == "bias" and any(
             m.layer.bias is None or len(m.layer.shape) == 3 for m in group.consumers
         ):
             raise BadInput(
-                f"compensation: bias needs a bias and the output of {group.name} has none; use least-squares or none"
+                f"compensation: bias needs a bias and the output of {group.name} has none; "
+                "use least-squares or none"
             )
 
 
@@ -82,7 +91,9 @@ def prune_units(
     batch_size: int = 16,
     facts: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """The same event for heads and neurons; returns what each group keeps. A speed-up's expectation is put into `facts`."""
+    """The same event for heads and neurons; returns what each group keeps.
+    A speed-up's expectation is put into `facts`.
+    """
     groups = groups_of(on, layers, pattern)
     scored = [
         score(g, saliency, calibration, pattern) for g in progress.track(groups, f"units by {saliency}")

@@ -1,9 +1,10 @@
 """Coupled structures: which rows and columns of which matrices belong to one head or one feed-forward neuron.
 
-A *group* is one attention or one feed-forward module; its *units* are heads (with grouped queries: a key-value head and its
-query heads) or neurons. Removing a unit removes rows of the matrices that produce it and columns of the one that consumes
-it. Modules are recognised by the names of their projections, which covers the stock transformers classes; a stack of experts
-is a feed-forward group in which every expert keeps its own neurons, equally many.
+A *group* is one attention or one feed-forward module; its *units* are heads (with grouped queries:
+a key-value head and its query heads) or neurons. Removing a unit removes rows of the matrices that produce it
+and columns of the one that consumes it. Modules are recognised by the names of their projections, which
+covers the stock transformers classes; a stack of experts is a feed-forward group in which every expert keeps
+its own neurons, equally many.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class Group:
 
 
 def child(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, or None. Asked of every module for every known form, so without `get_submodule`'s exceptions."""
+    """The submodule at a dotted path, or None. Asked of every module for every known form,
+    so without `get_submodule`'s exceptions.
+    """
     found: nn.Module | None = module
     for part in path.split("."):
         found = None if found is None else found._modules.get(part)
@@ -180,7 +183,9 @@ def feed_forward_group(
 
 
 def discover(model: nn.Module, kinds: Sequence[str] = ("heads", "neurons")) -> list[Group]:
-    """All groups of the asked kinds, in forward order. `BadInput` when the model has none that is recognised."""
+    """All groups of the asked kinds, in forward order. `BadInput` when the model has none that is
+    recognised.
+    """
     every = all_layers(model)
     layers = {id(layer.module): layer for layer in every if layer.tensor == "weight"}
     stacks = {layer.name: layer for layer in every if len(layer.shape) == 3}
@@ -196,13 +201,15 @@ def discover(model: nn.Module, kinds: Sequence[str] = ("heads", "neurons")) -> l
     for kind in kinds:
         if kind in ("heads", "neurons") and not any(g.kind == kind for g in found):
             raise BadInput(
-                f"pattern: {kind} were not recognised in {type(model).__name__}; use a pattern of rows, columns or blocks instead"
+                f"pattern: {kind} were not recognised in {type(model).__name__}; "
+                "use a pattern of rows, columns or blocks instead"
             )
     return found
 
 
 def tie_position_biases(model: nn.Module, groups: list[Group]) -> list[Group]:
-    """T5 adds one position bias, made in the first block, to all self-attentions of a stack: their heads go together.
+    """T5 adds one position bias, made in the first block, to all self-attentions of a stack:
+    their heads go together.
 
     The cross-attentions share a bias of zeros in the same way.
     """

@@ -1,4 +1,6 @@
-"""The `subtune` instrument: which blocks of a trained model are worth fine-tuning on a new task (Kaplun et al. 2023, SubTuning)."""
+"""The `subtune` instrument: which blocks of a trained model are worth fine-tuning on a new task
+(Kaplun et al. 2023, SubTuning).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class Subtune(SubjectInstrument):
-    """Fine-tune only a few blocks: each block alone first (the profile), then greedily the one whose addition helps most."""
+    """Fine-tune only a few blocks: each block alone first (the profile),
+    then greedily the one whose addition helps most.
+    """
 
     changes_model: ClassVar[bool] = True
     summary_line: ClassVar[str] = (
@@ -41,7 +45,8 @@ class Subtune(SubjectInstrument):
             on.split(split)
         if self.choose_on == self.test_split:
             raise BadInput(
-                f"choose_on: blocks chosen on {self.choose_on!r} would be judged on the split they were chosen on; give another"
+                f"choose_on: blocks chosen on {self.choose_on!r} would be judged on the split they were "
+                "chosen on; give another"
             )
         if not on.blocks():
             raise BadInput("subject: the model has no repeated blocks to choose from")

@@ -1,4 +1,6 @@
-"""The `train-sparse` instrument: masks x schedule x trainable parameters x terms x objective x backward, on one subject."""
+"""The `train-sparse` instrument: masks x schedule x trainable parameters x terms x objective x backward,
+on one subject.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,14 @@ Masks = Literal["preset", "none", "kept", "lifted", "static", "adaptive", "gates
 
 
 class TrainSparse(SubjectInstrument):
-    """Train with masks: kept, lifted, chosen at every step, learned, or pruned and regrown; all parameters or a part of them."""
+    """Train with masks: kept, lifted, chosen at every step, learned, or pruned and regrown;
+    all parameters or a part of them.
+    """
 
     changes_model: ClassVar[bool] = True
     summary_line: ClassVar[str] = (
-        "train with masks that stay, move or are learned; choose what is trainable and what stands beside the sparse weights"
+        "train with masks that stay, move or are learned; choose what is trainable and what stands beside "
+        "the sparse weights"
     )
 
     method: Method = parameter("static", "published method: fixes what is left at preset below")
@@ -52,7 +57,8 @@ class TrainSparse(SubjectInstrument):
     )
     pattern: str = parameter(
         "unstructured",
-        "unstructured, 2:4, block 16x16, row, column; gates also: hybrid 16x16 (blocks in attention, whole neurons elsewhere)",
+        "unstructured, 2:4, block 16x16, row, column; gates also: "
+        "hybrid 16x16 (blocks in attention, whole neurons elsewhere)",
     )
     layers: str = parameter("blocks", "which layers carry masks: blocks or globs over names")
     masks: Masks = parameter("preset", "what the masks do while training")
@@ -138,11 +144,13 @@ class TrainSparse(SubjectInstrument):
             on.split(split)
         if self.axis("saliency") not in SALIENCIES:
             raise BadInput(
-                f"saliency: {self.saliency!r} is not accepted; it should be preset or one of {', '.join(SALIENCIES)}"
+                f"saliency: {self.saliency!r} is not accepted; "
+                f"it should be preset or one of {', '.join(SALIENCIES)}"
             )
         if masks == "adaptive" and self.axis("saliency") not in ("magnitude", "wanda"):
             raise BadInput(
-                f"saliency: {self.saliency} cannot follow the weights at every step; adaptive masks take magnitude or wanda"
+                f"saliency: {self.saliency} cannot follow the weights at every step; "
+                "adaptive masks take magnitude or wanda"
             )
         if (
             self.allocation == "global"
@@ -150,7 +158,8 @@ class TrainSparse(SubjectInstrument):
             and self.axis("saliency") in ("wanda", "obs", "fluctuation", "random")
         ):
             raise BadInput(
-                f"allocation: global compares scores across layers and {self.axis('saliency')} scores do not compare; use layer or a loss-like saliency"
+                f"allocation: global compares scores across layers and {self.axis('saliency')} scores do "
+                "not compare; use layer or a loss-like saliency"
             )
         if masks == "gates":
             gating.gate_pattern(self.pattern)
@@ -158,11 +167,13 @@ class TrainSparse(SubjectInstrument):
             form = parse(self.pattern)
             if not isinstance(form, (NM, Tiles)):
                 raise BadInput(
-                    f"pattern: {self.pattern} spans several matrices; prune it with `prune`, or train gates with pattern hybrid 16x16"
+                    f"pattern: {self.pattern} spans several matrices; "
+                    "prune it with `prune`, or train gates with pattern hybrid 16x16"
                 )
             if isinstance(form, NM) and abs(self.sparsity - form.sparsity) > 1e-6 and self.sparsity != 0.5:
                 raise BadInput(
-                    f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, which fixes it at {form.sparsity:g}; leave sparsity out"
+                    f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, "
+                    f"which fixes it at {form.sparsity:g}; leave sparsity out"
                 )
             if masks == "regrow" and (isinstance(form, NM) or not form.single):
                 raise BadInput(
@@ -174,26 +185,31 @@ class TrainSparse(SubjectInstrument):
                 and not (schedule == "late" and self.stages > 1)
             ):
                 raise BadInput(
-                    f"schedule: an N:M pattern has one sparsity, so {schedule} cannot reach it; use from-start"
+                    f"schedule: an N:M pattern has one sparsity, so {schedule} cannot reach it; "
+                    "use from-start"
                 )
         masked = [
             layer.name for layer in layers if any(isinstance(c, (Mask, Selection)) for c in layer.changes)
         ]
         if masks in ("kept", "lifted") and not masked:
             raise BadInput(
-                f"masks: {masks} needs a subject with masks and this one has none; prune it first, or use static"
+                f"masks: {masks} needs a subject with masks and this one has none; "
+                "prune it first, or use static"
             )
         if masks in ("adaptive", "gates", "scores") and masked:
             raise BadInput(
-                f"masks: {masked[0]} is masked already; {masks} chooses masks of its own, so start from the dense subject"
+                f"masks: {masked[0]} is masked already; {masks} chooses masks of its own, "
+                "so start from the dense subject"
             )
         if (schedule == "cubic") and masks not in ("adaptive", "scores"):
             raise BadInput(
-                f"schedule: cubic rises inside the run, which masks {masks} cannot; use geometric with stages, or `prune` with schedule cubic"
+                f"schedule: cubic rises inside the run, which masks {masks} cannot; "
+                "use geometric with stages, or `prune` with schedule cubic"
             )
         if schedule in ("geometric", "late") and (masks != "static" or self.stages < 2):
             raise BadInput(
-                f"stages: schedule {schedule} prunes from stage to stage; it needs masks static and at least 2 stages, not {self.stages}"
+                f"stages: schedule {schedule} prunes from stage to stage; "
+                f"it needs masks static and at least 2 stages, not {self.stages}"
             )
         if (self.axis("trainable") == "blocks") != bool(self.blocks):
             raise BadInput(
@@ -205,7 +221,8 @@ class TrainSparse(SubjectInstrument):
             masks in ("static", "kept") and isinstance(parse(self.pattern), NM)
         ):
             raise BadInput(
-                f"backward: double-pruned needs static masks of an N:M pattern such as 2:4, not masks {masks} of {self.pattern}"
+                "backward: double-pruned needs static masks of an N:M pattern such as 2:4, "
+                f"not masks {masks} of {self.pattern}"
             )
         if self.stages > self.steps or (
             self.axis("data") == "megabatches" and self.stages > on.size("train")

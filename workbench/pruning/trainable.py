@@ -2,10 +2,12 @@
 
 all        everything
 body       everything but the embeddings
-adapters   low-rank terms, biases, norms (Zimmer et al. 2023) and whatever a change on a weight brought with it
-half       in every block half of the attention matrices, half of the feed-forward matrices and half of the norms, drawn anew for
-           every stage (Hui et al. 2024, HFT); everything outside the blocks
-blocks     the blocks that are named and the head: whatever comes after the last block (Kaplun et al. 2023, SubTuning)
+adapters   low-rank terms, biases, norms (Zimmer et al. 2023) and whatever a change on a weight brought with
+           it
+half       in every block half of the attention matrices, half of the feed-forward matrices and half of the
+           norms, drawn anew for every stage (Hui et al. 2024, HFT); everything outside the blocks
+blocks     the blocks that are named and the head: whatever comes after the last block (Kaplun et al. 2023,
+           SubTuning)
 head       the head alone
 """
 
@@ -68,13 +70,16 @@ def modules_by_category(block: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def frozen_half(on: Subject, seed: int) -> set[int]:
-    """Ids of the parameters of the half that rests. A category of odd size freezes the smaller half in one block, the larger in the next."""
+    """Ids of the parameters of the half that rests. A category of odd size freezes the smaller half in one
+    block, the larger in the next.
+    """
     generator = torch.Generator().manual_seed(seed)
     resting: set[int] = set()
     found = blocks(on.model)
     if not found:
         raise BadInput(
-            f"trainable: half is drawn inside repeated blocks and {type(on.model).__name__} has none; use all or adapters"
+            f"trainable: half is drawn inside repeated blocks and {type(on.model).__name__} has none; "
+            "use all or adapters"
         )
     for index, (_, block) in enumerate(found):
         for modules in modules_by_category(block).values():

@@ -1,9 +1,9 @@
 """Catalog cards of the methods that train with masks or train a part, and of recovery on a pretrained BERT.
 
-Digits: a vision transformer trained on upright digits, one for each seed, goes on with the same digits lying on their sides, a task it
-has not seen. Bytes: a Llama-style model of 57 k weights on Python's source, one for each seed; its second corpus is the prose of Python's
-reference. Rates are those of the arms without masks, the same for all but low-rank terms, which start at zero and take 3e-3; nothing was
-chosen on the test split.
+Digits: a vision transformer trained on upright digits, one for each seed, goes on with the same digits lying
+on their sides, a task it has not seen. Bytes: a Llama-style model of 57 k weights on Python's source, one for
+each seed; its second corpus is the prose of Python's reference. Rates are those of the arms without masks,
+the same for all but low-rank terms, which start at zero and take 3e-3; nothing was chosen on the test split.
 """
 
 from __future__ import annotations
@@ -131,9 +131,11 @@ CARDS: list[Method] = [
         "Kurtic et al. 2022; Mishra et al. 2021; Kurtic, Frantar and Alistarh 2023",
         "gradual oBERT, SparseGPT at 2:4, and ZipLM's structures, each with distillation",
         "fine-tuning",
-        "80 % of the weights within 1 accuracy point of dense, 2:4 within 1, half of heads and neurons within 3 at a measured 1.4x",
+        "80 % of the weights within 1 accuracy point of dense, 2:4 within 1, "
+        "half of heads and neurons within 3 at a measured 1.4x",
         0,
-        # The rate for 2:4: of 1e-4, 2e-4 and 5e-4 the one with the lowest loss on the validation split after 60 steps (0.700, 0.726, 0.767).
+        # The rate for 2:4: of 1e-4, 2e-4 and 5e-4 the one with the lowest loss on the validation split after
+        # 60 steps (0.700, 0.726, 0.767).
         functools.partial(
             recovered_accuracy,
             targets={
@@ -176,7 +178,8 @@ CARDS: list[Method] = [
         "Lagunas et al. 2021",
         "M = sigmoid(S) > tau, dL/dS = sum over a block of dL/dW' W, + lambda mean sigmoid(S)",
         "fine-tuning",
-        "hybrid blocks beat magnitude blocks of the same density, and removing what is empty makes the model faster",
+        "hybrid blocks beat magnitude blocks of the same density, "
+        "and removing what is empty makes the model faster",
         195,
         make=digits,
         extra=measured_gains,
@@ -210,7 +213,8 @@ CARDS: list[Method] = [
         "Huang et al. 2024",
         "W' = W m(|W|), dW += lambda(t) (1 - m) W, task + KL, + (X P) S^T",
         "fine-tuning and a dense teacher",
-        "2:4: adaptive masks beat a fixed mask retrained as long; distillation and block sums help; masks come to rest",
+        "2:4: adaptive masks beat a fixed mask retrained as long; distillation and block sums help; "
+        "masks come to rest",
         240,
         make=small_language_model,
         keep=("moved_first", "moved_last"),
@@ -241,7 +245,8 @@ CARDS: list[Method] = [
         "Mozaffari et al. 2024",
         "Y = X W_R^T + (X L) R, dX = dY W_RC; extra zeros 9.375 % at 2:4",
         "training",
-        "2:4 from the start: pruning the backward pass twice costs less than the mask itself, and adapters in the last tenth win some back",
+        "2:4 from the start: pruning the backward pass twice costs less than the mask itself, "
+        "and adapters in the last tenth win some back",
         204,
         make=small_language_model,
         arms={
@@ -263,7 +268,8 @@ CARDS: list[Method] = [
         "Wang et al. 2024",
         "alpha/2 (1 + cos(pi t/T)) of the kept weights make room for as many others",
         "training",
-        "90 % from the start: moving masks beat a mask that stays; regrowth by gradient beats random regrowth (layers here; the paper's are embedding tables)",
+        "90 % from the start: moving masks beat a mask that stays; regrowth by gradient beats random "
+        "regrowth (layers here; the paper's are embedding tables)",
         158,
         make=small_language_model,
         arms={
@@ -298,7 +304,8 @@ CARDS: list[Method] = [
         "Thangarasa et al. 2024",
         "the same, on a field's own texts",
         "training",
-        "75 %: less than half of the pre-training gap is left after dense fine-tuning, for less than half of the matrix work",
+        "75 %: less than half of the pre-training gap is left after dense fine-tuning, "
+        "for less than half of the matrix work",
         318,
         make=small_language_model,
         arms={k: v for k, v in SPARSE_THEN_DENSE.items() if k != "75 % throughout"},
@@ -313,7 +320,8 @@ CARDS: list[Method] = [
         "Misra et al. 2022",
         "density 0.8^n before each megabatch, n from 1 to the target",
         "training",
-        "90 % over five megabatches: pruning progressively makes fewer errors in all than pruning once at the start, by |g w|",
+        "90 % over five megabatches: pruning progressively makes fewer errors in all than pruning once at "
+        "the start, by |g w|",
         341,
         make=digits,
         keep=("cumulative_error",),
@@ -333,7 +341,8 @@ CARDS: list[Method] = [
         "Li et al. 2022",
         "M = top of |W + B A| + a1 A' B' + a2 (R + C)",
         "fine-tuning",
-        "80 %: within 1 accuracy point of movement pruning and above magnitude, with fewer trained parameters",
+        "80 %: within 1 accuracy point of movement pruning and above magnitude, "
+        "with fewer trained parameters",
         16,
         make=digits,
         arms={
@@ -352,7 +361,8 @@ CARDS: list[Method] = [
         "Chen et al. 2021",
         "W = W0 * S1 + U V + S2",
         "fine-tuning",
-        "half of the frozen weights away: within 1 accuracy point of adapters on all of them; the decomposition's support beats a random one",
+        "half of the frozen weights away: within 1 accuracy point of adapters on all of them; "
+        "the decomposition's support beats a random one",
         33,
         make=digits,
         arms={
@@ -374,7 +384,8 @@ CARDS: list[Method] = [
         "Hui et al. 2024",
         "in every block half of each kind of matrix learns, the other half rests",
         "fine-tuning",
-        "a second task: less of the first is forgotten than by full fine-tuning, at most 1 accuracy point behind on the second",
+        "a second task: less of the first is forgotten than by full fine-tuning, "
+        "at most 1 accuracy point behind on the second",
         189,
         make=digits,
         extra=on_the_first_task,
@@ -396,7 +407,8 @@ CARDS: list[Method] = [
         "Kaplun et al. 2023",
         "greedy choice of the blocks whose training lowers the validation loss most",
         "fine-tuning",
-        "100 labels of a second task: chosen blocks do no worse than full fine-tuning, the last block or the head alone",
+        "100 labels of a second task: chosen blocks do no worse than full fine-tuning, "
+        "the last block or the head alone",
         257,
         make=digits,
         arms={

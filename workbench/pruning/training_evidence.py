@@ -1,4 +1,6 @@
-"""How training with masks is measured: chains of runs on one subject for every seed, compared pair by pair."""
+"""How training with masks is measured: chains of runs on one subject for every seed,
+compared pair by pair.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def digits(seed: int) -> Subject:
 
 
 def lying_digits(on: Subject, labels: int = 0) -> Subject:
-    """The same model before another task: the digits lying on their sides (transposed), `labels` of them at most to train on (0: all)."""
+    """The same model before another task: the digits lying on their sides (transposed),
+    `labels` of them at most to train on (0: all).
+    """
     splits = {
         name: {k: v.mT.contiguous() if k == "pixel_values" else v for k, v in columns.items()}
         for name, columns in on.splits.items()
@@ -56,7 +60,9 @@ def small_language_model(seed: int) -> Subject:
 
 
 def reference_prose(on: Subject) -> Subject:
-    """The same model before a second corpus: the text of Python's language reference (English prose), in windows of the same length."""
+    """The same model before a second corpus: the text of Python's language reference (English prose),
+    in windows of the same length.
+    """
     from pydoc_data.topics import topics
 
     width = on.split("train")["input_ids"].shape[1]
@@ -99,7 +105,9 @@ CHANGES: dict[str, Callable[[Subject], Subject]] = {
 
 @dataclass(frozen=True)
 class Claim:
-    """The weighted sum of arms' values is below `margin` in the mean over seeds; {better: 1, worse: -1} says better < worse."""
+    """The weighted sum of arms' values is below `margin` in the mean over seeds; {better: 1, worse:
+    -1} says better < worse.
+    """
 
     says: str
     weights: dict[str, float]
@@ -159,8 +167,10 @@ def compare_arms(
     seeds: Sequence[int] = SEEDS,
     extra: Callable[[Subject, dict[str, Subject]], dict[str, dict[str, float]]] | None = None,
 ) -> dict[str, Any]:
-    """Run all arms for every seed and judge the claims, paired by seed. `keep` are further facts to store; `extra` measures more of each arm
-    from the seed's first subject and the arms' last ones."""
+    """Run all arms for every seed and judge the claims, paired by seed.
+    `keep` are further facts to store; `extra` measures more of each arm from the seed's first subject
+    and the arms' last ones.
+    """
     facts: dict[str, list[dict[str, Any]]] = {label: [] for label in arms}
     about = ""
     for seed in progress.track(seeds, name):
@@ -212,7 +222,8 @@ def recovered_accuracy(
     targets: dict[str, tuple[dict[str, Any], float, float]],
     subject: str = "minilm-docstrings",
 ) -> dict[str, Any]:
-    """Prunings with recovery against the dense model's accuracy. targets: label -> (fields of `Prune`, points allowed, speed-up asked, 0 for none).
+    """Prunings with recovery against the dense model's accuracy.
+    targets: label -> (fields of `Prune`, points allowed, speed-up asked, 0 for none).
 
     One seed: a run takes minutes. The standard error of an accuracy on the test split is stored beside it.
     """

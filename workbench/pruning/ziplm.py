@@ -1,9 +1,11 @@
-"""Structured OBS on a consumer matrix (Kurtic, Frantar and Alistarh 2023, ZipLM): remove units of columns, refit the rest.
+"""Structured OBS on a consumer matrix (Kurtic, Frantar and Alistarh 2023, ZipLM):
+remove units of columns, refit the rest.
 
     rho_S = sum over rows of W_S ([H^-1]_SS)^-1 W_S^T,   W <- W - W_S ([H^-1]_SS)^-1 [H^-1]_S:
 
-with H = X X^T of the consumer's inputs. Removing one unit after the other with these updates ends, for any set of removals, at
-the least-squares refit of the remaining columns, so the sweep only has to give the order and the error of every level.
+with H = X X^T of the consumer's inputs. Removing one unit after the other with these updates ends, for any
+set of removals, at the least-squares refit of the remaining columns,
+so the sweep only has to give the order and the error of every level.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ def removal_order(
 ) -> tuple[Tensor, Tensor]:
     """The order in which units go, and the squared output error after each.
 
-    weight (out, in), gram (in, in), index (units, width): the columns of each unit. Returns (order (units,), error (units,)).
-    `at_once` units are taken between updates (0: one up to 128 units, else a 128th of them); inside such a batch the errors
-    are added up, which leaves out the batch's own interactions.
+    weight (out, in), gram (in, in), index (units, width): the columns of each unit. Returns (order (units,),
+    error (units,)). `at_once` units are taken between updates (0: one up to 128 units, else a 128th
+    of them); inside such a batch the errors are added up, which leaves out the batch's own interactions.
     """
     units, width = index.shape
     at_once = at_once or max(1, units // 128)
@@ -55,7 +57,9 @@ def removal_order(
 
 
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, damp: float) -> Tensor:
-    """Least squares on the kept columns, all rows at once: W H[:, K] H_KK^-1, zeros elsewhere. kept bool (in,)."""
+    """Least squares on the kept columns, all rows at once: W H[:, K] H_KK^-1, zeros elsewhere.
+    kept bool (in,).
+    """
     hessian = damped(gram, damp)
     columns = kept.nonzero().flatten()
     found = torch.zeros_like(weight)

@@ -1,4 +1,6 @@
-"""Activations: ranges seen in calibration, and changes that keep what a layer reads (or the keys and values it writes) on a grid."""
+"""Activations: ranges seen in calibration, and changes that keep what a layer reads
+(or the keys and values it writes) on a grid.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from workbench.subjects.changes import Change
 
 @dataclass
 class InputRanges:
-    """Extremes and power sums of a layer's inputs over the calibration tokens, per input feature; shapes (experts, in)."""
+    """Extremes and power sums of a layer's inputs over the calibration tokens, per input feature;
+    shapes (experts, in).
+    """
 
     low: Tensor
     high: Tensor
@@ -40,7 +44,9 @@ class InputRanges:
         return (self.fourth.sum(-1) / count) / (self.second.sum(-1) / count).square().clamp_min(1e-30)
 
     def outliers(self, factor: float = 6.0) -> Tensor:
-        """(experts,) number of features whose largest magnitude exceeds `factor` times the median feature's."""
+        """(experts,) number of features whose largest magnitude exceeds `factor` times the median
+        feature's.
+        """
         return (self.largest > factor * self.largest.median(-1, keepdim=True).values).sum(-1)
 
 
@@ -54,7 +60,9 @@ def input_ranges(
     progress: Progress | None = None,
     transforms: Mapping[str, Transform | None] | None = None,
 ) -> dict[str, InputRanges]:
-    """name -> ranges of the layer's inputs, in one streaming pass; padding positions are left out. With `transforms`, of T^-1 x."""
+    """name -> ranges of the layer's inputs, in one streaming pass; padding positions are left out.
+    With `transforms`, of T^-1 x.
+    """
     progress = progress or Progress()
     found = {}
     for layer in layers:
@@ -91,9 +99,10 @@ def input_ranges(
 class ActivationQuant(Change):
     """Rounds the inputs of a linear layer; its weight is left alone.
 
-    granularity "token": a scale for every token, found as it comes (dynamic); "tensor" and "channel": from the stored `low` and
-    `high`, one number or one a feature (static). Features marked in `wide` (in,) are rounded apart from the others, to `wide_format`
-    (with "tensor", each part has its own range). Gradients pass straight through inside the range.
+    granularity "token": a scale for every token, found as it comes (dynamic); "tensor" and "channel": from
+    the stored `low` and `high`, one number or one a feature (static). Features marked in `wide` (in,) are
+    rounded apart from the others, to `wide_format` (with "tensor", each part has its own range).
+    Gradients pass straight through inside the range.
     """
 
     order = 80
@@ -192,7 +201,9 @@ class ActivationQuant(Change):
 
 
 def rounded_inputs(work: Tensor, format: Format, low: Tensor | None, high: Tensor | None) -> Tensor:
-    """Inputs (..., features) on the grid that spans [low, high], or each token's own range; straight-through gradients."""
+    """Inputs (..., features) on the grid that spans [low, high], or each token's own range;
+    straight-through gradients.
+    """
     if low is None or high is None:
         low, high = work.detach().amin(-1, keepdim=True), work.detach().amax(-1, keepdim=True)
     grid = spanning(low, high, format, work.shape[-1])
@@ -223,7 +234,9 @@ class SignInputs(ActivationQuant):
 
 
 class KeyValueQuant(ActivationQuant):
-    """Rounds what a key or value projection writes, as a quantized key-value cache would keep it: per token, in groups of one head."""
+    """Rounds what a key or value projection writes, as a quantized key-value cache would keep it:
+    per token, in groups of one head.
+    """
 
     place = "output"
 
@@ -256,7 +269,9 @@ def quantize_activations(
     transform: Transform | None = None,
     wide: Tensor | None = None,
 ) -> None:
-    """Attach an `ActivationQuant` to a linear layer; static granularities take their range from `ranges`, in transformed coordinates."""
+    """Attach an `ActivationQuant` to a linear layer; static granularities take their range from `ranges`,
+    in transformed coordinates.
+    """
     low = high = None
     if granularity != "token":
         assert ranges is not None
@@ -284,7 +299,9 @@ def quantize_activations(
 
 
 def widest(gram: Tensor, share: float) -> Tensor:
-    """(in,) True for the `share` of features with the most energy in a second moment: those a mixed-precision rounding keeps wide."""
+    """(in,) True for the `share` of features with the most energy in a second moment:
+    those a mixed-precision rounding keeps wide.
+    """
     energy = gram.diagonal()
     found = torch.zeros_like(energy, dtype=torch.bool)
     found[energy.argsort(descending=True, stable=True)[: max(1, round(share * len(energy)))]] = True

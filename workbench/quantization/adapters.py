@@ -1,6 +1,7 @@
 """A low-rank term beside a rounded weight: QLoRA's start (Dettmers et al. 2023) and LoftQ's (Li et al. 2024).
 
-The effective weight is Q + A B, with Q on a grid and A B in full precision; training then moves A and B alone.
+The effective weight is Q + A B, with Q on a grid and A B in full precision;
+training then moves A and B alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def zero_term(
 
 
 def best_term(gap: Tensor, rank: int) -> Term:
-    """The closest up @ down to a matrix (out, in) in the Frobenius norm, by truncated singular values (Eckart and Young 1936), split evenly."""
+    """The closest up @ down to a matrix (out, in) in the Frobenius norm, by truncated singular values
+    (Eckart and Young 1936), split evenly.
+    """
     left, values, right = torch.linalg.svd(gap, full_matrices=False)
     root = values[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
@@ -46,10 +49,11 @@ def best_term(gap: Tensor, rank: int) -> Term:
 def with_term(
     problem: Problem, rounder: Callable[[Problem], tuple[Tensor, Grid]], rank: int, alternations: int
 ) -> tuple[Tensor, Grid, Term]:
-    """LoftQ: Q_t = q(W - A B), then (A, B) = the best rank-r fit of W - Q_t, `alternations` times from A B = 0 (Li et al. 2024, algorithm 1).
+    """LoftQ: Q_t = q(W - A B), then (A, B) = the best rank-r fit of W - Q_t,
+    `alternations` times from A B = 0 (Li et al. 2024, algorithm 1).
 
-    The pair with the least ||W - Q - A B||_F is taken: scales are fitted anew to every W - A B, so a step can make it worse.
-    With no alternation, QLoRA: q(W) and a zero term.
+    The pair with the least ||W - Q - A B||_F is taken: scales are fitted anew to every W - A B, so a step can
+    make it worse. With no alternation, QLoRA: q(W) and a zero term.
     """
     weight, rank = problem.weight, min(rank, *problem.weight.shape)
     if alternations == 0:

@@ -1,4 +1,6 @@
-"""Allocate: choose every layer's width by an integer program over measured sensitivities, quantize, and compare."""
+"""Allocate: choose every layer's width by an integer program over measured sensitivities, quantize,
+and compare.
+"""
 
 from __future__ import annotations
 
@@ -80,13 +82,16 @@ class AllocateResult(Result):
         return choices("AllocateView", view=("front", "widths", "strategies"))
 
     def widths_for(self, average_bits: float) -> dict[str, int]:
-        """layer -> width on the front's point of at most `average_bits`: what `Quantize(layer_bits=...)` takes."""
+        """layer -> width on the front's point of at most `average_bits`:
+        what `Quantize(layer_bits=...)` takes.
+        """
         assert self.tables is not None
         table = self.tables["front"]
         fitting = table[table["average_bits"] <= average_bits + 1e-9]
         if fitting.empty:
             raise BadInput(
-                f"average_bits: {average_bits:g} is below the smallest allocation, {table['average_bits'].min():g}"
+                f"average_bits: {average_bits:g} is below the smallest allocation, "
+                f"{table['average_bits'].min():g}"
             )
         chosen = fitting.iloc[-1]
         return {
@@ -97,7 +102,9 @@ class AllocateResult(Result):
 
 
 class Allocate(SubjectInstrument):
-    """Give each layer its width: sensitivities -> integer program -> quantized subject, against uniform, random and reversed allocations."""
+    """Give each layer its width: sensitivities -> integer program -> quantized subject, against uniform,
+    random and reversed allocations.
+    """
 
     changes_model: ClassVar[bool] = True
 
@@ -105,19 +112,22 @@ class Allocate(SubjectInstrument):
     budget: float = parameter(3.0, "average width of the codes", ge=1, le=8, unit="bits", step=0.25)
     average: Literal["weights", "multiplications", "latency"] = parameter(
         "weights",
-        "what the budget limits: bits of the weights (size); bits times multiplications (bit operations at one activation width: a layer counts for the "
+        "what the budget limits: bits of the weights (size); "
+        "bits times multiplications (bit operations at one activation width: a layer counts for the "
         "tokens it sees); or the layers' measured times, up to that of all layers at the budget's width",
     )
     times: str = parameter(
         "",
-        "CSV of times on the target device, with columns layer (a glob), width and milliseconds; for average latency",
+        "CSV of times on the target device, with columns layer (a glob), width and milliseconds; "
+        "for average latency",
     )
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
     sensitivity: Literal[
         "gauss-newton", "curvature", "trace", "eigenvalue", "variance", "output", "measured"
     ] = parameter(
         "gauss-newton",
-        "a width's cost: 1/2 d.Gd of its rounding error d with Gauss-Newton's matrix, or the Hessian's; mean trace or top eigenvalue of H x |d|^2; "
+        "a width's cost: 1/2 d.Gd of its rounding error d with Gauss-Newton's matrix, or the Hessian's; "
+        "mean trace or top eigenvalue of H x |d|^2; "
         "mean trace x variance x 4^-width; output error; measured change",
     )
     interactions: bool = parameter(
@@ -133,7 +143,8 @@ class Allocate(SubjectInstrument):
     predict_examples: int = parameter(64, "calibration examples of the sensitivities", ge=1, unit="examples")
     probes: int = parameter(
         4,
-        "targets drawn for each example (gauss-newton); random probes of the trace; shares of the data for the top eigenvalue",
+        "targets drawn for each example (gauss-newton); random probes of the trace; "
+        "shares of the data for the top eigenvalue",
         ge=2,
         le=1000,
     )
@@ -161,23 +172,28 @@ class Allocate(SubjectInstrument):
     def check(self, on: Subject) -> None:
         if not min(self.widths) <= self.budget <= max(self.widths):
             raise BadInput(
-                f"budget: {self.budget:g} bits lies outside the widths {self.widths}; ask for something between them"
+                f"budget: {self.budget:g} bits lies outside the widths {self.widths}; "
+                "ask for something between them"
             )
         if len(set(self.widths)) != len(self.widths):
             raise BadInput(f"widths: {self.widths} repeats a width")
         if (self.average == "latency") != bool(self.times):
             raise BadInput(
-                f"times: average {self.average} {'needs a CSV of measured times' if not self.times else 'takes none; leave it empty or set average latency'}"
+                f"times: average {self.average} needs a CSV of measured times"
+                if not self.times
+                else f"times: average {self.average} takes none; leave it empty or set average latency"
             )
         if self.times:
             layer_times(self.times, on.layers(self.layers), self.widths)
         if self.interactions and self.sensitivity != "gauss-newton":
             raise BadInput(
-                f"interactions: pairs of layers are costed by Gauss-Newton's matrix, not by {self.sensitivity}; set sensitivity gauss-newton"
+                "interactions: pairs of layers are costed by Gauss-Newton's matrix, not by "
+                f"{self.sensitivity}; set sensitivity gauss-newton"
             )
         if self.sensitivity == "gauss-newton" and on.task.loss_kind == "other":
             raise BadInput(
-                "sensitivity: gauss-newton draws targets from the model's own distribution, which this custom loss does not define; use curvature"
+                "sensitivity: gauss-newton draws targets from the model's own distribution, "
+                "which this custom loss does not define; use curvature"
             )
         for width in self.widths:
             self.quantizer(bits=width).check(on)
@@ -373,9 +389,11 @@ class Allocate(SubjectInstrument):
 
 
 def layer_times(path: str, layers: Sequence[Layer], widths: Sequence[int]) -> Costs:
-    """(layers, widths) milliseconds from a CSV with columns layer (a glob; the last row that matches wins), width and milliseconds.
+    """(layers, widths) milliseconds from a CSV with columns layer (a glob; the last row that matches wins),
+    width and milliseconds.
 
-    `BadInput` when the file cannot be read, lacks a column, holds a time that is not positive, or leaves a layer and width out.
+    `BadInput` when the file cannot be read, lacks a column, holds a time that is not positive,
+    or leaves a layer and width out.
     """
     try:
         table = pd.read_csv(path)
@@ -389,7 +407,8 @@ def layer_times(path: str, layers: Sequence[Layer], widths: Sequence[int]) -> Co
     good = np.isfinite(values) & (values > 0)
     if not good.all():
         raise BadInput(
-            f"times: {path} holds milliseconds that are not positive numbers, the first in line {int(np.argmin(good)) + 2}"
+            f"times: {path} holds milliseconds that are not positive numbers, "
+            f"the first in line {int(np.argmin(good)) + 2}"
         )
     found = np.full((len(layers), len(widths)), np.nan)
     for glob, width, value in zip(table["layer"].astype(str), table["width"], values, strict=True):
@@ -398,7 +417,8 @@ def layer_times(path: str, layers: Sequence[Layer], widths: Sequence[int]) -> Co
                 found[i, list(widths).index(width)] = value
     if len(gaps := np.argwhere(np.isnan(found))):
         raise BadInput(
-            f"times: {path} has no time of {layers[gaps[0][0]].name} at width {widths[gaps[0][1]]}; every layer needs one at each of {list(widths)}"
+            f"times: {path} has no time of {layers[gaps[0][0]].name} at width {widths[gaps[0][1]]}; "
+            f"every layer needs one at each of {list(widths)}"
         )
     return found
 

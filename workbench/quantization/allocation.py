@@ -1,7 +1,8 @@
 """Which layer gets which width: an exact integer program over per-layer choices, and its whole Pareto front.
 
-minimise sum_l cost[l, c(l)] subject to sum_l size[l, c(l)] <= budget: one binary variable for each layer and choice
-(Yao et al. 2021, HAWQ-V3, who ask for the best of two widths; here any number), solved to proven optimality by HiGHS.
+minimise sum_l cost[l, c(l)] subject to sum_l size[l, c(l)] <= budget: one binary variable for each layer
+and choice (Yao et al. 2021, HAWQ-V3, who ask for the best of two widths; here any number),
+solved to proven optimality by HiGHS.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from workbench.instruments import BadInput
 
 @dataclass(frozen=True)
 class Allocation:
-    """One choice for each layer. `bound` is the solver's proven lower bound on the cost; equal to `cost` at an optimum."""
+    """One choice for each layer. `bound` is the solver's proven lower bound on the cost;
+    equal to `cost` at an optimum.
+    """
 
     choice: NDArray[np.int64]
     cost: float
@@ -66,7 +69,8 @@ def allocate(
     )
     if found.x is None:
         raise BadInput(
-            f"budget: {budget:.6g} cannot be met; the smallest choice of every layer already takes {sizes.min(1).sum():.6g}"
+            f"budget: {budget:.6g} cannot be met; the smallest choice of every layer already takes "
+            f"{sizes.min(1).sum():.6g}"
         )
     choice = found.x.reshape(layers, choices).argmax(1)
     rows = np.arange(layers)
@@ -79,13 +83,17 @@ def allocate(
 def log_variance(
     sensitivity: ArrayLike, variance: ArrayLike, weights: ArrayLike, average: float
 ) -> NDArray[np.float64]:
-    """Real-valued widths b_l = average + 1/2 log2(s_l v_l / G), with G the geometric mean of s_l v_l over the weights.
+    """Real-valued widths b_l = average + 1/2 log2(s_l v_l / G),
+    with G the geometric mean of s_l v_l over the weights.
 
-    sensitivity : (layers,) loss for a unit of squared error on one weight, as a Hessian block's trace over its size
-    variance : (layers,) of the layer's weights;  weights : (layers,) how many there are;  average : bits a weight over all layers
-    They minimise sum_l n_l s_l v_l 4^-b_l, the loss when rounding noise is a fixed share of the variance and falls fourfold a bit, subject
-    to sum_l n_l b_l = average sum_l n_l (Lagrange; for layers of one size the rule of transform coding, Huang and Schultheiss 1963). No
-    width is kept from being negative. `BadInput` for what is not finite and positive; traces that noise made negative must be raised first.
+    sensitivity : (layers,) loss for a unit of squared error on one weight,
+        as a Hessian block's trace over its size
+    variance : (layers,) of the layer's weights;  weights : (layers,) how many there are;
+        average : bits a weight over all layers They minimise sum_l n_l s_l v_l 4^-b_l, the loss when rounding
+            noise is a fixed share of the variance and falls fourfold a bit, subject to sum_l n_l b_l =
+            average sum_l n_l (Lagrange; for layers of one size the rule of transform coding, Huang
+            and Schultheiss 1963). No width is kept from being negative. `BadInput` for what is not finite
+            and positive; traces that noise made negative must be raised first.
     """
     s, v, n = (np.asarray(a, dtype=float) for a in (sensitivity, variance, weights))
     for name, found in (("sensitivity", s), ("variance", v), ("weights", n)):
@@ -98,7 +106,9 @@ def log_variance(
 def front(
     cost: ArrayLike, size: ArrayLike, points: int = 40, equal: Sequence[tuple[int, int]] = ()
 ) -> list[Allocation]:
-    """The Pareto front: the optimum at `points` budgets between the smallest and the largest size, without repeats."""
+    """The Pareto front: the optimum at `points` budgets between the smallest and the largest size,
+    without repeats.
+    """
     sizes = np.asarray(size, dtype=float)
     found: list[Allocation] = []
     for budget in np.linspace(sizes.min(1).sum(), sizes.max(1).sum(), points):
@@ -111,10 +121,11 @@ def front(
 def with_interactions(
     interactions: ArrayLike, size: ArrayLike, budget: float, start: Sequence[int], sweeps: int = 50
 ) -> Allocation:
-    """Lower sum_ij I[i, c(i), j, c(j)], costs that depend on pairs of layers, by single changes and exchanges from `start`.
+    """Lower sum_ij I[i, c(i), j, c(j)], costs that depend on pairs of layers,
+    by single changes and exchanges from `start`.
 
-    interactions : (layers, choices, layers, choices), symmetric; the diagonal blocks hold each layer's own cost
-    A local optimum (no bound is proven: `bound` is -inf); every move keeps the budget.
+    interactions : (layers, choices, layers, choices), symmetric; the diagonal blocks hold each layer's own
+        cost A local optimum (no bound is proven: `bound` is -inf); every move keeps the budget.
     """
     table, sizes = np.asarray(interactions, dtype=float), np.asarray(size, dtype=float)
     layers, choices = sizes.shape

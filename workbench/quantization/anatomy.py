@@ -78,7 +78,9 @@ VIEWS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # view -> title, unit, c
 
 
 class ErrorAnatomyResult(Result):
-    """Noise of weights, inputs and outputs by layer, the inherited part, and the weights' histograms with the grid on them."""
+    """Noise of weights, inputs and outputs by layer, the inherited part,
+    and the weights' histograms with the grid on them.
+    """
 
     def figure(self, view: str = "noise", layer: str = "", **more: Any) -> go.Figure:
         """view : one of VIEWS, or "weights and grid" of one `layer` (default: the first)."""
@@ -107,7 +109,10 @@ class ErrorAnatomyResult(Result):
         if view == "loss" and "predicted_change" in self.facts:
             facts = self.facts
             fig.update_layout(
-                title_text=f"{title}; all together: predicted {facts['predicted_change']:.3g}, measured {facts['measured_change']:.3g} nats"
+                title_text=(
+                    f"{title}; all together: predicted {facts['predicted_change']:.3g}, "
+                    f"measured {facts['measured_change']:.3g} nats"
+                )
             )
         short_names(fig, [str(name) for name in names])
         return fig
@@ -137,7 +142,9 @@ class ErrorAnatomyResult(Result):
 
 
 class ErrorAnatomy(Quantize):
-    """Where quantization error is made: by layer the noise of weights and outputs, the part inherited from earlier layers, tails, and the loss."""
+    """Where quantization error is made: by layer the noise of weights and outputs,
+    the part inherited from earlier layers, tails, and the loss.
+    """
 
     changes_model: ClassVar[bool] = False
     summary_line: ClassVar[str] = ""
@@ -223,7 +230,9 @@ class ErrorAnatomy(Quantize):
         table: pd.DataFrame,
         progress: Progress,
     ) -> dict[str, Any]:
-        """Predicted and measured, each layer's weights alone and all together, on the same batches. Rounded inputs are in what is measured together."""
+        """Predicted and measured, each layer's weights alone and all together, on the same batches.
+        Rounded inputs are in what is measured together.
+        """
         deltas = {layer.name: after[layer.name].weight.detach() - layer.weight.detach() for layer in layers}
         single = alone(
             on, layers, {k: [v] for k, v in deltas.items()}, examples=self.predict_examples, progress=progress
@@ -269,10 +278,13 @@ def away_from_nearest(weight: Tensor, rounded: Tensor, grid: Grid, mask: Tensor 
 
 @dataclass
 class Noise:
-    """Energies at one layer, summed over calibration tokens. `outputs` and what follows: x W^T of the dense input x and weight W."""
+    """Energies at one layer, summed over calibration tokens.
+    `outputs` and what follows: x W^T of the dense input x and weight W.
+    """
 
     inputs: float = 0.0
-    arriving: float = 0.0  # what the quantized model multiplies with instead of the dense input, rounded where inputs are rounded
+    # what the quantized model multiplies with instead of the dense input, rounded where inputs are rounded
+    arriving: float = 0.0
     rounding: float = 0.0  # the layer's own rounding of the dense input alone
     outputs: float = 0.0
     made: float = 0.0  # dense input, quantized weight
@@ -305,7 +317,8 @@ def output_noise(
 ) -> dict[str, Noise]:
     """name -> the noise at a layer's inputs and outputs.
 
-    A stack of experts is compared on tokens routed to it in both models, and left out (zeros) when the numbers differ.
+    A stack of experts is compared on tokens routed to it in both models, and left out (zeros)
+    when the numbers differ.
     """
     twins = {layer.name: layer for layer in quantized.layers("*")}
     names = [layer.name for layer in layers]

@@ -1,7 +1,9 @@
-"""Attention, seen and changed where a stock transformers model multiplies: queries, keys, values and maps, whatever the architecture.
+"""Attention, seen and changed where a stock transformers model multiplies:
+queries, keys, values and maps, whatever the architecture.
 
-The library's models hand their queries (after rotary positions), keys and values to a function that is chosen by name. The one registered
-here calls the model's own plain ("eager") function, records the call for whoever is `watching`, and lets an `AttentionChange` act on it.
+The library's models hand their queries (after rotary positions), keys and values to a function that is chosen
+by name. The one registered here calls the model's own plain ("eager") function, records the call for whoever
+is `watching`, and lets an `AttentionChange` act on it.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ NAME = "workbench_plain"
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention of a forward pass. query (batch, heads, tokens, dim), key and value (batch, key heads, keys, dim), maps (batch, heads, tokens,
-    keys); keep (batch, tokens) False at padding, None where there is none."""
+    """One attention of a forward pass. query (batch, heads, tokens, dim), key and value (batch, key heads,
+    keys, dim), maps (batch, heads, tokens, keys); keep (batch,
+    tokens) False at padding, None where there is none.
+    """
 
     module: nn.Module
     query: Tensor
@@ -40,7 +44,8 @@ class AttentionCall:
     keep: Tensor | None
 
 
-#: What a forward pass inside `watching` went through, in order: attentions, and with `order_of` the layers before and between them.
+#: What a forward pass inside `watching` went through, in order:
+#: attentions, and with `order_of` the layers before and between them.
 _seen: ContextVar[list[AttentionCall | Layer] | None] = ContextVar("seen", default=None)
 
 
@@ -52,7 +57,9 @@ def plain_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The attention interface of transformers: (output (batch, tokens, heads, dim), maps (batch, heads, tokens, keys))."""
+    """The attention interface of transformers: (output (batch, tokens, heads, dim), maps (batch, heads,
+    tokens, keys)).
+    """
     eager = eager_of(type(module))
     change, keep = change_inside(module), kept_tokens(attention_mask)
     if change is not None:
@@ -79,17 +86,22 @@ def plain_attention(
 
 
 def eager_of(kind: type[nn.Module]) -> Any:
-    """The plain attention function of the file that defines this module's class, or one that it derives from."""
+    """The plain attention function of the file that defines this module's class,
+    or one that it derives from.
+    """
     for parent in kind.__mro__:
         if (found := getattr(sys.modules[parent.__module__], "eager_attention_forward", None)) is not None:
             return found
     raise BadInput(
-        f"subject: {kind.__name__} has no plain attention function beside it, through which its attention could be seen"
+        f"subject: {kind.__name__} has no plain attention function beside it, "
+        "through which its attention could be seen"
     )
 
 
 def kept_tokens(mask: Tensor | None) -> Tensor | None:
-    """(batch, keys) True where some query may look: everywhere but at padding. mask (batch, 1, queries, keys), added to scores."""
+    """(batch, keys) True where some query may look: everywhere but at padding.
+    mask (batch, 1, queries, keys), added to scores.
+    """
     return None if mask is None else (mask[:, 0] == 0).any(-2)
 
 
@@ -123,7 +135,9 @@ def configurations(model: nn.Module) -> list[Any]:
 
 
 def use_plain_attention(model: nn.Module) -> None:
-    """Let the model multiply in `plain_attention` from now on (also after a deep copy; a saved subject asks for it again)."""
+    """Let the model multiply in `plain_attention` from now on
+    (also after a deep copy; a saved subject asks for it again).
+    """
     register()
     for config in configurations(model):
         config._attn_implementation = NAME
@@ -131,7 +145,9 @@ def use_plain_attention(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def watching(model: nn.Module) -> Iterator[list[AttentionCall | Layer]]:
-    """The attentions of the forward passes inside, in order, with their graphs; the model's own implementation is back afterwards."""
+    """The attentions of the forward passes inside, in order, with their graphs;
+    the model's own implementation is back afterwards.
+    """
     configs = configurations(model)
     before = [config._attn_implementation for config in configs]
     use_plain_attention(model)
@@ -147,9 +163,11 @@ def watching(model: nn.Module) -> Iterator[list[AttentionCall | Layer]]:
 
 @torch.no_grad()
 def order_of(on: Subject, layers: Sequence[Layer], examples: int = 1) -> list[AttentionCall | Layer]:
-    """The way of a few examples through the model: these layers and the attentions, in the order they are called.
+    """The way of a few examples through the model: these layers and the attentions,
+    in the order they are called.
 
-    `BadInput` when the model computes attention by itself (an own module, or an architecture outside the library's attention interface).
+    `BadInput` when the model computes attention by itself
+    (an own module, or an architecture outside the library's attention interface).
     """
 
     def note(layer: Layer) -> Any:
@@ -164,13 +182,16 @@ def order_of(on: Subject, layers: Sequence[Layer], examples: int = 1) -> list[At
                 handle.remove()
     if not any(isinstance(step, AttentionCall) for step in found):
         raise BadInput(
-            f"subject: {type(on.model).__name__} computes attention by itself; this needs a model that goes through transformers' attention interface"
+            f"subject: {type(on.model).__name__} computes attention by itself; "
+            "this needs a model that goes through transformers' attention interface"
         )
     return found
 
 
 def attention_sites(order: Sequence[AttentionCall | Layer]) -> dict[str, AttentionCall]:
-    """For every attention the name of the first of the layers inside it that is called before it multiplies: where its `AttentionChange` is kept."""
+    """For every attention the name of the first of the layers inside it that is called before it multiplies:
+    where its `AttentionChange` is kept.
+    """
     sites: dict[str, AttentionCall] = {}
     for position, call in enumerate(order):
         if isinstance(call, AttentionCall):
@@ -208,10 +229,12 @@ class AttentionChange(Change):
 
 
 class AttentionQuant(AttentionChange):
-    """Rounds queries, keys and values (a scale for every token and head) and maps (one for every row), straight through.
+    """Rounds queries, keys and values (a scale for every token and head) and maps (one for every row),
+    straight through.
 
-    With a `share` below 1 only that share of the tokens is in `wide_format` and the others are in `format`: queries and keys by the attention
-    before this one, values by this one; maps are wide (Shen et al. 2024). `first`: no attention comes before.
+    With a `share` below 1 only that share of the tokens is in `wide_format` and the others are in `format`:
+    queries and keys by the attention before this one, values by this one; maps are wide (Shen et al. 2024).
+    `first`: no attention comes before.
     """
 
     def __init__(self, *, format: str, wide_format: str, share: float, first: bool) -> None:
@@ -244,8 +267,10 @@ class AttentionQuant(AttentionChange):
 def round_activations(
     on: Subject, layers: Sequence[Layer], bits: int, wide_share: float, attention: bool
 ) -> None:
-    """Inputs of these layers in `bits` bits, a scale for every token; 8 bits for the `wide_share` of tokens that attention finds important.
-    With `attention` its operands and maps as well. Gradients pass straight through."""
+    """Inputs of these layers in `bits` bits, a scale for every token; 8 bits for the `wide_share` of tokens
+    that attention finds important. With `attention` its operands and maps as well.
+    Gradients pass straight through.
+    """
     narrow, wide = (activation_format("int", width).name for width in (bits, 8 if wide_share else bits))
     order = order_of(on, layers) if wide_share or attention else []
     first = next((i for i, step in enumerate(order) if isinstance(step, AttentionCall)), 0)

@@ -1,4 +1,6 @@
-"""Quantization-aware training: the loss is minimised through the rounding, whatever of it is learned (see `trainable.py`)."""
+"""Quantization-aware training: the loss is minimised through the rounding, whatever of it is learned
+(see `trainable.py`).
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ class TrainQuantizedResult(Result):
 
 
 class TrainQuantized(SubjectInstrument):
-    """Train through the rounding: learned steps (LSQ), ternary / binary weights and attention, learned widths or formats, adapters; with a teacher, after a dense part."""
+    """Train through the rounding: learned steps (LSQ), ternary / binary weights and attention, learned widths
+    or formats, adapters; with a teacher, after a dense part.
+    """
 
     changes_model: ClassVar[bool] = True
 
@@ -94,7 +98,8 @@ class TrainQuantized(SubjectInstrument):
         "adapters",
     ] = parameter(
         "lsq",
-        "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit planes; formats by policy; LoRA inside the rounding; "
+        "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit "
+        "planes; formats by policy; LoRA inside the rounding; "
         "several widths of one stored integer; fixed point with a learned binary point; LoRA beside it",
     )
     bits: int = parameter(3, "width for lsq, l4q and fixed", ge=2, le=8, unit="bits")
@@ -162,7 +167,8 @@ class TrainQuantized(SubjectInstrument):
     )
     wide_tokens: float = parameter(
         0.0,
-        "share of the tokens, those that attend most to the first one, rounded to 8 bits in place of activation_bits",
+        "share of the tokens, those that attend most to the first one, "
+        "rounded to 8 bits in place of activation_bits",
         ge=0,
         lt=1,
         step=0.05,
@@ -199,11 +205,13 @@ class TrainQuantized(SubjectInstrument):
             raise BadInput(f"ramp: phasing in is for ternary and binary, not {self.method}; leave it at 0")
         if self.ramp + self.switch_at > 1:
             raise BadInput(
-                f"ramp: {self.ramp:g} after a switch at {self.switch_at:g} ends beyond the last step; the two must add up to at most 1"
+                f"ramp: {self.ramp:g} after a switch at {self.switch_at:g} ends beyond the last step; "
+                "the two must add up to at most 1"
             )
         if self.method in ("l4q", "adapters") and (self.switch_at or self.from_scratch):
             raise BadInput(
-                f"method: {self.method} trains low-rank terms of frozen weights from the first step; set switch_at 0 and from_scratch false"
+                f"method: {self.method} trains low-rank terms of frozen weights from the first step; "
+                "set switch_at 0 and from_scratch false"
             )
         if self.method == "double-rounding":
             check_widths(self)
@@ -215,7 +223,8 @@ class TrainQuantized(SubjectInstrument):
             for name in self.formats:
                 if named(name).scale != "real":
                     raise BadInput(
-                        f"formats: {name!r} fixes its own scale; fliqs chooses among formats with real scales, as int4, e2m1 or nf4"
+                        f"formats: {name!r} fixes its own scale; fliqs chooses among formats with real "
+                        "scales, as int4, e2m1 or nf4"
                     )
         if self.method == "adapters":
             if bare := [
@@ -229,17 +238,20 @@ class TrainQuantized(SubjectInstrument):
         if self.method == "bipft":
             if on.task.name == "seq2seq-lm":
                 raise BadInput(
-                    "method: bipft estimates queries and keys from one input, and a decoder's cross-attention has two; use bibert"
+                    "method: bipft estimates queries and keys from one input, "
+                    "and a decoder's cross-attention has two; use bibert"
                 )
             if not attention_sites(order_of(on, layers)):
                 raise BadInput(
-                    f"layers: {self.layers!r} holds no query, key or value projection, whose attention bipft makes binary"
+                    f"layers: {self.layers!r} holds no query, key or value projection, "
+                    "whose attention bipft makes binary"
                 )
         if self.method in ("bibert", "bipft") and (
             fused := [layer.name for layer in layers if len(layer.shape) == 3]
         ):
             raise BadInput(
-                f"layers: {fused[0]} reads its inputs inside a fused expert kernel; {self.method} needs plain linears"
+                f"layers: {fused[0]} reads its inputs inside a fused expert kernel; "
+                f"{self.method} needs plain linears"
             )
         self._check_activations(on, layers)
         if self.from_scratch and not hasattr(on.model, "config"):
@@ -249,16 +261,19 @@ class TrainQuantized(SubjectInstrument):
         if not self.activation_bits:
             if self.rounded_attention or self.wide_tokens:
                 raise BadInput(
-                    "activation_bits: rounded_attention and wide_tokens round to it, but it is 0; choose 2 to 8"
+                    "activation_bits: rounded_attention and wide_tokens round to it, but it is 0; "
+                    "choose 2 to 8"
                 )
             return
         if self.activation_bits == 1 or self.method in ("bibert", "bipft"):
             raise BadInput(
-                f"activation_bits: {self.activation_bits} does not go with method {self.method}; it takes 2 to 8, and inputs of bibert and bipft are signs"
+                f"activation_bits: {self.activation_bits} does not go with method {self.method}; it takes 2 "
+                "to 8, and inputs of bibert and bipft are signs"
             )
         if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
             raise BadInput(
-                f"activation_bits: {fused[0]} reads its inputs inside a fused expert kernel; choose layers without experts, or 0"
+                f"activation_bits: {fused[0]} reads its inputs inside a fused expert kernel; "
+                "choose layers without experts, or 0"
             )
         if self.wide_tokens and on.task.name == "seq2seq-lm":
             raise BadInput(
@@ -301,7 +316,8 @@ class TrainQuantized(SubjectInstrument):
             loss = objective(on, batch)
             if not bool(torch.isfinite(loss)):
                 raise BadInput(
-                    f"learning_rate: the loss was no longer finite at step {step}; {self.learning_rate:g} is too large here"
+                    f"learning_rate: the loss was no longer finite at step {step}; "
+                    f"{self.learning_rate:g} is too large here"
                 )
             extra = type(roundings[0]).extra(roundings, sizes, loss, course) if roundings else None
             (loss if extra is None else loss + extra).backward()
@@ -343,7 +359,9 @@ class TrainQuantized(SubjectInstrument):
     def _switch_on(
         self, on: Subject, layers: Sequence[Layer], optimizer: torch.optim.Optimizer
     ) -> list[TrainedRounding]:
-        """Put the roundings on and give the optimizer what they learn. Methods that train low-rank terms freeze everything else."""
+        """Put the roundings on and give the optimizer what they learn.
+        Methods that train low-rank terms freeze everything else.
+        """
         if self.method in ("l4q", "adapters"):
             for tensor in on.model.parameters():
                 tensor.requires_grad_(False)
@@ -392,7 +410,9 @@ class TrainQuantized(SubjectInstrument):
 
     @torch.no_grad()
     def _freeze(self, layers: Sequence[Layer]) -> pd.DataFrame:
-        """Replace the trained roundings by the grid they ended on, with the values that were trained; one row a layer with its width."""
+        """Replace the trained roundings by the grid they ended on, with the values that were trained;
+        one row a layer with its width.
+        """
         rows = []
         for layer in layers:
             for change in layer.changes:

@@ -1,4 +1,6 @@
-"""One stored integer tensor that is read at several widths, and training for all of them at once (Huang et al. 2025)."""
+"""One stored integer tensor that is read at several widths, and training for all of them at once
+(Huang et al. 2025).
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,17 @@ PROBES, EXAMPLES = 4, 32  # of the Hessian traces
 
 
 class DoubleRounding(TrainedRounding):
-    """W_h = clip(round(W / s)) at the widest of several widths, and W_l = clip(round(W_h / 2^(h-l))) at a step s 2^(h-l) for a narrower one.
+    """W_h = clip(round(W / s)) at the widest of several widths, and W_l = clip(round(W_h / 2^(h-l)))
+    at a step s 2^(h-l) for a narrower one.
 
-    Every step of training reads one width: the widths in turn (joint training), or for each layer one drawn with a probability that follows
-    its Hessian trace (HASB). Gradients pass straight through both roundings inside the narrower range; d/ds is LSQ's (Esser et al. 2020).
+    Every step of training reads one width: the widths in turn (joint training), or for each layer one drawn
+    with a probability that follows its Hessian trace (HASB). Gradients pass straight through both roundings
+    inside the narrower range; d/ds is LSQ's (Esser et al. 2020).
 
-    Gradients of s at width l are 2^(h-l) times those of a step of that width's own, so the lowest width would drown the others. The paper's
-    adaptive scaling of the step's learning rate by width (ALRS) could not be read; here that factor is taken out, which is derived: at every
-    width s then gets the gradient that LSQ gives to a step of its own. log s is learned. s starts where W_h just holds a group's largest weight.
+    Gradients of s at width l are 2^(h-l) times those of a step of that width's own, so the lowest width would
+    drown the others. The paper's adaptive scaling of the step's learning rate by width (ALRS) could not be
+    read; here that factor is taken out, which is derived: at every width s then gets the gradient that LSQ
+    gives to a step of its own. log s is learned. s starts where W_h just holds a group's largest weight.
     """
 
     rate = 10.0
@@ -57,7 +62,9 @@ class DoubleRounding(TrainedRounding):
     def survey(
         cls, on: Subject, layers: Sequence[Layer], settings: TrainQuantized
     ) -> dict[str, dict[str, float]]:
-        """Each layer's Hessian trace and its place between the least and the largest, on a logarithmic axis; nothing where widths take turns."""
+        """Each layer's Hessian trace and its place between the least and the largest, on a logarithmic axis;
+        nothing where widths take turns.
+        """
         from workbench.quantization.sensitivity import traces
 
         if settings.switching == "in turn":
@@ -109,8 +116,8 @@ class DoubleRounding(TrainedRounding):
         settings: TrainQuantized,
         progress: Progress,
     ) -> dict[str, pd.DataFrame]:
-        """ "readings": test metrics at each width of the one stored tensor, and the bytes of that width alone; "switching": each layer's trace
-        beside the mean of the widths it drew."""
+        """ "readings": test metrics at each width of the one stored tensor, and the bytes of that width
+        alone; "switching": each layer's trace beside the mean of the widths it drew."""
         rows = []
         for width in progress.track(sorted(settings.widths, reverse=True), "reading widths"):
             read = at_width(on, width, layers=settings.layers)
@@ -136,8 +143,10 @@ class DoubleRounding(TrainedRounding):
 
 
 def chances_of(place: float, count: int) -> Tensor:
-    """Probabilities of `count` widths, widest first, of a layer whose trace lies at `place` in [0, 1]: linear in the width's rank, rising
-    with the width at 1, falling at 0, equal at 1/2. How the paper weighs them could not be read; this is the simplest such rule."""
+    """Probabilities of `count` widths, widest first, of a layer whose trace lies at `place` in [0, 1]: linear
+    in the width's rank, rising with the width at 1, falling at 0, equal at 1/2.
+    How the paper weighs them could not be read; this is the simplest such rule.
+    """
     up = torch.arange(count, 0, -1, dtype=torch.float64)
     return (place * up + (1 - place) * up.flip(0)) / up.sum()
 
@@ -158,15 +167,17 @@ def at_width(
 ) -> Subject:
     """The subject with its stored integers read at fewer bits: one width, or one for each layer by name.
 
-    W_l = clip(round(W_h / 2^(h-l))), or with `truncate` clip(floor(W_h / 2^(h-l))), the leading bits alone. Layers that have fewer bits already,
-    or are not named, stay. `BadInput` for a layer on a format other than symmetric integers with real scales, or in a transform's coordinates.
+    W_l = clip(round(W_h / 2^(h-l))), or with `truncate` clip(floor(W_h / 2^(h-l))), the leading bits alone.
+    Layers that have fewer bits already, or are not named, stay. `BadInput` for a layer on a format other than
+    symmetric integers with real scales, or in a transform's coordinates.
     """
     found = on.copy()
     for layer in found.layers(layers):
         grid = quantizer_of(layer).grid
         if not grid.format.name.startswith("int") or type(grid) is not Grid or grid.transform is not None:
             raise BadInput(
-                f"layers: {layer.name} is on {grid.format.name}; widths are read from symmetric integers alone"
+                f"layers: {layer.name} is on {grid.format.name}; "
+                "widths are read from symmetric integers alone"
             )
         stored_bits = grid.format.element.bits
         width = widths if isinstance(widths, int) else widths.get(layer.name, stored_bits)

@@ -1,4 +1,6 @@
-"""Learned roundings of a whole block, or of several in a sliding window, against the dense output (Li et al. 2021, BRECQ; Ding et al. 2025, CBQ)."""
+"""Learned roundings of a whole block, or of several in a sliding window, against the dense output
+(Li et al. 2021, BRECQ; Ding et al. 2025, CBQ).
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,17 @@ def reconstruct(
     divergence: bool = False,
     angular: bool = False,
 ) -> None:
-    """Minimise the mean squared error of what consecutive blocks put out together over their calls; moves `modules` (by layer name).
+    """Minimise the mean squared error of what consecutive blocks put out together over their calls;
+    moves `modules` (by layer name).
 
-    calls : for every batch, each block's call;  targets : one or several kinds of the last block's wanted outputs, whose errors are added.
-    One random batch a step.
-    divergence : add KL(softmax(target) || softmax(output)) of the hidden states, as CBQ does (Ding et al. 2025)
+    calls : for every batch, each block's call;
+        targets : one or several kinds of the last block's wanted outputs, whose errors are added.
+            One random batch a step.
+    divergence : add KL(softmax(target) || softmax(output)) of the hidden states, as CBQ does
+        (Ding et al. 2025)
     angular : add -log cos(output, target) of the hidden states, as PTQ1.61 does (Zhao et al. 2025)
-    The state with the least error over all calls, looked at eight times, the one at the start included, is left in the modules
-    (error to the first kind of target).
+    The state with the least error over all calls, looked at eight times, the one at the start included, is
+    left in the modules (error to the first kind of target).
     """
     parts = [model.get_submodule(block) for block in blocks]
     with plain_weights(model), torch.enable_grad():
@@ -91,7 +96,8 @@ def reconstruct(
                     )
             penalties = [p for m in every if (p := m.penalty(step / steps)) is not None]
             if penalties:
-                # The layer objective counts errors in squared steps, of order 1/12 a weight; this keeps the same balance.
+                # The layer objective counts errors in squared steps, of order 1/12 a weight;
+                # this keeps the same balance.
                 count = sum(m.problem.weight.numel() for m in every)
                 loss = loss + torch.stack(penalties).sum() * (least / count)
             loss.backward()
@@ -106,7 +112,9 @@ def reconstruct(
 def output_of(
     parts: Sequence[nn.Module], weights: Sequence[dict[str, Tensor]], calls: Sequence[Call]
 ) -> Tensor:
-    """What consecutive blocks put out: the first on its call's inputs, each other on what the one before it put out."""
+    """What consecutive blocks put out: the first on its call's inputs,
+    each other on what the one before it put out.
+    """
     hidden: Tensor | None = None
     for part, values, call in zip(parts, weights, calls, strict=True):
         args, kwargs = call.args, call.kwargs
@@ -120,7 +128,9 @@ def output_of(
 
 
 def windows(count: int, width: int, overlap: int) -> list[range]:
-    """Runs of `width` consecutive blocks, each sharing `overlap` with the one before, that cover all `count`: (4, 2, 1) -> 01, 12, 23."""
+    """Runs of `width` consecutive blocks, each sharing `overlap` with the one before, that cover all `count`:
+    (4, 2, 1) -> 01, 12, 23.
+    """
     width = min(width, count)
     starts = [*range(0, count - width, max(width - overlap, 1)), count - width]
     return [range(s, s + width) for s in dict.fromkeys(starts)]

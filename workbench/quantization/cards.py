@@ -179,7 +179,8 @@ CARDS = [
     card(
         "outlier-split",
         "LLM.int8(): outlier features apart",
-        "Dettmers et al. 2022; here chosen by energy in calibration and kept in 8 bits, theirs by magnitude and in 16",
+        "Dettmers et al. 2022; here chosen by energy in calibration and kept in 8 bits, "
+        "theirs by magnitude and in 16",
         r"Q(X_{\setminus O})W_{\setminus O} + Q_8(X_O)W_O",
         "calibration inputs",
         "a sixteenth of the features apart: lower loss than none, 4-bit weights and activations",
@@ -200,7 +201,8 @@ CARDS = [
         "Nagel et al. 2020, section 3.4",
         r"\min_Q \|W X - Q \hat X\|^2",
         "calibration inputs",
-        "GPTQ against the dense output on quantized inputs has lower loss than GPTQ on dense inputs at 2 bits",
+        "GPTQ against the dense output on quantized inputs has lower loss than GPTQ on dense inputs at 2 "
+        "bits",
         against(
             {"rounding": "gptq", "bits": 2, "range": "mse", "sequential": True},
             {"rounding": "gptq", "bits": 2, "range": "mse"},
@@ -337,7 +339,8 @@ CARDS = [
         "Saxena et al. 2025",
         r"U = [P_l R_l,\ P_h R_h]",
         "calibration inputs",
-        "lower loss than keeping an eighth of the features wide after a Hadamard rotation, 4-bit weights and activations",
+        "lower loss than keeping an eighth of the features wide after a Hadamard rotation, "
+        "4-bit weights and activations",
         against(
             FOUR | {"transform": "resq", "wide_share": 0.125},
             FOUR | {"transform": "hadamard", "wide_share": 0.125},
@@ -417,7 +420,8 @@ CARDS = [
         "Ashkboos, Nikdan, Tabesh et al. 2025",
         r"Q(XH)\,Q(WH)^\top,\ K^\top(Q(K E_Y)\,Q(W)),\ Q(E_Y)^\top Q(X)",
         "training",
-        "int6 operands, equal steps and tuning: both levels of rotation end nearer to the full-precision loss than no rotation",
+        "int6 operands, equal steps and tuning: both levels of rotation end nearer to the full-precision "
+        "loss than no rotation",
         rotated_products,
         221,
     ),
@@ -426,9 +430,11 @@ CARDS = [
         "ptq1.61",
         "PTQ1.61: salient input features, the rest binary with learned scales",
         "Zhao et al. 2025",
-        r"r_i c_j(\alpha_i\,\mathrm{sign}(w_{ij} - \mu_i) + \mu_i),\ \min \sum_t \|h_t - h_q\|^2 - \log\cos(h_t, h_q)",
+        r"r_i c_j(\alpha_i\,\mathrm{sign}(w_{ij} - \mu_i) + \mu_i),\ \min \sum_t \|h_t - h_q\|^2 - "
+        r"\log\cos(h_t, h_q)",
         "calibration inputs, gradients",
-        "every step lowers the loss (salient columns, learned scales, restored weights), columns beat single weights at equal bits, and the learned scales "
+        "every step lowers the loss (salient columns, learned scales, restored weights), columns beat "
+        "single weights at equal bits, and the learned scales "
         "nearest rounding to 2 bits",
         binarised,
         374,
@@ -439,7 +445,8 @@ CARDS = [
         "Huang et al. 2025; the step's learning-rate scaling is derived here",
         r"W_l = \mathrm{clip}(\mathrm{round}(W_h / 2^{h-l})),\ s_l = 2^{h-l} s_h",
         "training",
-        "accuracy within a point of separate LSQ trainings of as many steps in all at 8, 6 and 4 bits, and at 2 bits a lower loss than truncated 8-bit training",
+        "accuracy within a point of separate LSQ trainings of as many steps in all at 8, 6 and 4 bits, and "
+        "at 2 bits a lower loss than truncated 8-bit training",
         one_for_all,
         207,
     ),
@@ -449,7 +456,8 @@ CARDS = [
         "after Huang et al. 2025 (HASB); the probabilities are derived here",
         r"p_l(b_k) \propto t_l\,k + (1 - t_l)(n + 1 - k)",
         "training, Hessian-vector products",
-        "read at mixed widths of 4 bits on average, lower loss than after training all layers at one width in turn",
+        "read at mixed widths of 4 bits on average, lower loss than after training all layers at one width "
+        "in turn",
         drawn_by_trace,
         207,
     ),

@@ -1,8 +1,9 @@
 """Measurements that test the claims of the quantization methods' cards.
 
-Comparisons share everything but the method: subject, layers, bits, granularity, calibration examples, test examples. The
-three seeds draw three calibration sets from the training split (and seed the roundings); intervals are Student's t over the
-seeds' paired differences. Nothing is tuned on the test split; learned roundings get the steps written in the record.
+Comparisons share everything but the method: subject, layers, bits, granularity, calibration examples, test
+examples. The three seeds draw three calibration sets from the training split (and seed the roundings);
+intervals are Student's t over the seeds' paired differences. Nothing is tuned on the test split;
+learned roundings get the steps written in the record.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def drawn(name: str, seed: int) -> Subject:
 
 
 def loss_of(fields: Mapping[str, Any], subject: str, seed: int, test_examples: int = TEST) -> float:
-    """Test loss after quantizing with one calibration draw; the result cache shares comparators between cards."""
+    """Test loss after quantizing with one calibration draw;
+    the result cache shares comparators between cards.
+    """
     common = {
         "examples": CALIBRATION,
         "predict_examples": 0,
@@ -79,7 +82,9 @@ def against(
     subjects: tuple[str, ...] = ("minilm-docstrings", "bytelm"),
     test_examples: int = TEST,
 ) -> Callable[[str, Progress], dict[str, Any]]:
-    """A measurement: test loss of one setting minus another's on the same draws; holds when it is lower on every subject."""
+    """A measurement: test loss of one setting minus another's on the same draws;
+    holds when it is lower on every subject.
+    """
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
         rows, holds, notes = [], True, []
@@ -135,7 +140,9 @@ def allocations(
     subjects: tuple[str, ...] = ("bytelm", "minilm-docstrings"),
     seeds: tuple[int, ...] = SEEDS,
 ) -> Callable[[str, Progress], dict[str, Any]]:
-    """Average of 3 bits, GPTQ with a zero point and a scale a row: the allocation against uniform, random and reversed at the same size."""
+    """Average of 3 bits, GPTQ with a zero point and a scale a row:
+    the allocation against uniform, random and reversed at the same size.
+    """
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
         rows = []
@@ -171,7 +178,9 @@ def allocations(
 
 
 def interactions(name: str, progress: Progress) -> dict[str, Any]:
-    """Average of 3 bits on the bytelm: the allocation that knows what pairs of layers cost against the additive one of the same size."""
+    """Average of 3 bits on the bytelm: the allocation that knows what pairs of layers cost against
+    the additive one of the same size.
+    """
     rows = []
     settings: dict[str, Any] = ALLOCATED | dict(interactions=True, draws=0)
     for seed in progress.track(SEEDS, name):
@@ -184,7 +193,10 @@ def interactions(name: str, progress: Progress) -> dict[str, Any]:
     mean, low, high = interval([r["joint"] - r["additive"] for r in rows])
     return {
         "holds": mean < 0,
-        "note": f"bytelm at 3 bits on average, minus the additive allocation {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats",
+        "note": (
+            f"bytelm at 3 bits on average, minus the additive allocation {mean:+.4f} [{low:+.4f}, "
+            f"{high:+.4f}] nats"
+        ),
         "rows": rows,
         "settings": settings,
         "seeds": list(SEEDS),
@@ -192,7 +204,9 @@ def interactions(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def number_formats(name: str, progress: Progress) -> dict[str, Any]:
-    """Weight noise of 8-bit formats over the bytelm's matrices, one scale a tensor, with the input noise of the heavy-tailed activations."""
+    """Weight noise of 8-bit formats over the bytelm's matrices, one scale a tensor,
+    with the input noise of the heavy-tailed activations.
+    """
     from workbench.quantization.activations import ActivationQuant
 
     on = opened("bytelm")
@@ -293,7 +307,9 @@ def small_bytelm() -> Subject:
 
 
 def switch_over(name: str, progress: Progress) -> dict[str, Any]:
-    """Test loss of a small byte language model with ternary blocks, trained from scratch, against the share of steps in full precision first."""
+    """Test loss of a small byte language model with ternary blocks, trained from scratch,
+    against the share of steps in full precision first.
+    """
     rows: list[dict[str, Any]] = []
     shares = (0.0, 0.2, 0.4, 0.6, 0.8)
     settings: dict[str, Any] = dict(
@@ -318,7 +334,10 @@ def switch_over(name: str, progress: Progress) -> dict[str, Any]:
     mean, low, high = (
         interval([a - b for a, b in zip(at[best], at[0.0], strict=True)]) if best else (0.0, 0.0, 0.0)
     )
-    note = f"ternary bytelm of 0.1 M parameters, best switch at {best:g} of the steps; minus switching at once {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats"
+    note = (
+        f"ternary bytelm of 0.1 M parameters, best switch at {best:g} of the steps; "
+        f"minus switching at once {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats"
+    )
     return {
         "holds": 0 < best < 0.8 and high < 0,
         "note": note,
@@ -347,9 +366,11 @@ def continued(rate: float, seed: int) -> Subject:
 
 
 def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]:
-    """Training through the rounding against as many steps in full precision and then the clipping of least squared error at the same width.
+    """Training through the rounding against as many steps in full precision and then the clipping of least
+    squared error at the same width.
 
-    Both sides train with AdamW and a linearly decaying rate; each takes the rate with the lower validation loss of its first seed.
+    Both sides train with AdamW and a linearly decaying rate;
+    each takes the rate with the lower validation loss of its first seed.
     """
     format = {"format": "int", "bits": bits} if method == "lsq" else {"format": method}
     settings: dict[str, Any] = TRAINED | {"method": method, "bits": bits}
@@ -405,7 +426,9 @@ def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]
 def compared(
     method: Mapping[str, Any], comparator: Mapping[str, Any]
 ) -> Callable[[str, Progress], dict[str, Any]]:
-    """Training of the digits transformer through one rounding minus another, same steps, batches and seeds; lower is better."""
+    """Training of the digits transformer through one rounding minus another, same steps, batches and seeds;
+    lower is better.
+    """
     shared: dict[str, Any] = dict(steps=150, batch_size=64, learning_rate=1e-3, test_examples=512)
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
@@ -427,7 +450,10 @@ def compared(
             )
         mean, low, high = interval([r["method_loss"] - r["comparator_loss"] for r in rows])
         width = float(np.mean([r["method_average_width"] for r in rows]))
-        note = f"digits-vit, minus the comparator {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats at {width:.2f} bits on average against {dict(comparator)}"
+        note = (
+            f"digits-vit, minus the comparator {mean:+.4f} [{low:+.4f}, "
+            f"{high:+.4f}] nats at {width:.2f} bits on average against {dict(comparator)}"
+        )
         return {
             "holds": mean < 0,
             "note": note,
@@ -441,7 +467,9 @@ def compared(
 
 
 def merged(name: str, progress: Progress) -> dict[str, Any]:
-    """L4Q against adapters beside a rounded weight that are merged and rounded again: both end as 2-bit integers and scales."""
+    """L4Q against adapters beside a rounded weight that are merged and rounded again:
+    both end as 2-bit integers and scales.
+    """
     rows, on = [], opened("digits-vit")
     rounding: dict[str, Any] = dict(
         bits=2, granularity="channel", range="mse", predict_examples=0, test_examples=512
@@ -462,7 +490,9 @@ def merged(name: str, progress: Progress) -> dict[str, Any]:
     mean, low, high = interval([r["l4q"] - r["merged"] for r in rows])
     return {
         "holds": mean < 0,
-        "note": f"digits-vit, 2 bits, minus QLoRA merged and rounded {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats",
+        "note": (
+            f"digits-vit, 2 bits, minus QLoRA merged and rounded {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats"
+        ),
         "rows": rows,
         "settings": training,
         "seeds": list(SEEDS),
@@ -470,7 +500,9 @@ def merged(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def above_majority(name: str, progress: Progress) -> dict[str, Any]:
-    """Accuracy of the digits transformer with binary weights and inputs in its blocks, above always naming the commonest class."""
+    """Accuracy of the digits transformer with binary weights and inputs in its blocks,
+    above always naming the commonest class.
+    """
     rows, on = [], opened("digits-vit")
     labels = on.split("test")["labels"]
     majority = float(labels.bincount().max() / len(labels))
@@ -498,7 +530,9 @@ def above_majority(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
-    """Four-bit weights and activations of the bytelm after a learned rotation of the stream, against the Hadamard rotation it started from."""
+    """Four-bit weights and activations of the bytelm after a learned rotation of the stream,
+    against the Hadamard rotation it started from.
+    """
     rows, on = [], opened("bytelm")
     settings = Quantize(
         bits=4,
@@ -523,7 +557,10 @@ def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
     mean, low, high = interval([r["learned"] - r["hadamard"] for r in rows])
     return {
         "holds": mean < 0,
-        "note": f"bytelm W4A4, {ROUNDED_INPUTS} test examples, learned minus Hadamard {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats",
+        "note": (
+            f"bytelm W4A4, {ROUNDED_INPUTS} test examples, learned minus Hadamard {mean:+.4f} [{low:+.4f}, "
+            f"{high:+.4f}] nats"
+        ),
         "rows": rows,
         "settings": learning,
         "test_examples": ROUNDED_INPUTS,

@@ -1,4 +1,5 @@
-"""Quantized subjects for other programs: compressed-tensors checkpoints (transformers, vLLM) and ONNX files (ONNX Runtime).
+"""Quantized subjects for other programs: compressed-tensors checkpoints (transformers, vLLM) and ONNX files
+(ONNX Runtime).
 
 Values are carried over exactly. What a target cannot express is refused by name before anything is written.
 """
@@ -58,7 +59,8 @@ def check_exportable(layers: Sequence[Layer], target: str, formats: tuple[str, .
 
 
 def to_compressed_tensors(subject: Subject, folder: str | os.PathLike[str]) -> Path:
-    """Write a checkpoint that `transformers` and vLLM open: packed int2..int8, or FP8 E4M3 with tensor or channel scales.
+    """Write a checkpoint that `transformers` and vLLM open:
+    packed int2..int8, or FP8 E4M3 with tensor or channel scales.
 
     `BadInput` for anything else, by layer. Needs the package `compressed-tensors` (extra `export`).
     """
@@ -79,7 +81,8 @@ def to_compressed_tensors(subject: Subject, folder: str | os.PathLike[str]) -> P
         if layer.transposed:
             refuse(layer, "is a transposed Conv1D", "compressed-tensors")
         arguments = scheme_of(layer, grid)
-        # Packed zero points do not survive loading (their placeholder is made unpacked), so affine integers take a byte each.
+        # Packed zero points do not survive loading (their placeholder is made unpacked),
+        # so affine integers take a byte each.
         storage = (
             "float-quantized"
             if arguments["type"] == "float"
@@ -133,7 +136,9 @@ def scheme_of(layer: Layer, grid: Grid) -> dict[str, Any]:
 
 
 def fill_parameters(module: nn.Module, grid: Grid) -> None:
-    """Put our scales and zero points where compressed-tensors looks for them; its codes are signed, so zero points shift by half the range."""
+    """Put our scales and zero points where compressed-tensors looks for them;
+    its codes are signed, so zero points shift by half the range.
+    """
     scale: Tensor = module.weight_scale  # type: ignore[assignment]
     with torch.no_grad():
         scale.copy_(
@@ -147,9 +152,11 @@ def fill_parameters(module: nn.Module, grid: Grid) -> None:
 
 
 def to_onnx(subject: Subject, file: str | os.PathLike[str]) -> Path:
-    """Write an ONNX file whose quantized weights are 8-bit integers with `DequantizeLinear` (opset 21: one scale a tensor, channel or group).
+    """Write an ONNX file whose quantized weights are 8-bit integers with `DequantizeLinear`
+    (opset 21: one scale a tensor, channel or group).
 
-    Inputs are the task's columns, with a free batch size. Needs the packages `onnx` and `onnxscript` (extra `export`).
+    Inputs are the task's columns, with a free batch size.
+    Needs the packages `onnx` and `onnxscript` (extra `export`).
     """
     import onnx
     from onnx import numpy_helper
@@ -184,7 +191,8 @@ def to_onnx(subject: Subject, file: str | os.PathLike[str]) -> Path:
             name = f"model.{layer.name}.{layer.tensor}"
             if name not in known:
                 raise BadInput(
-                    f"onnx: the exporter changed {layer.name} beyond recognition; export the dense model instead"
+                    f"onnx: the exporter changed {layer.name} beyond recognition; "
+                    "export the dense model instead"
                 )
             integers, scale, zero, attributes = dequantize_inputs(layer, grids[layer.name], codes[layer.name])
             graph.graph.initializer.remove(known[name])
@@ -219,7 +227,9 @@ class Outputs(nn.Module):
 def dequantize_inputs(
     layer: Layer, grid: Grid, codes: Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-    """(codes, scales, zero points, attributes) of `DequantizeLinear` for a weight in the module's own orientation."""
+    """(codes, scales, zero points, attributes) of `DequantizeLinear` for a weight in the module's own
+    orientation.
+    """
     signed = grid.zero is None
     half = 2 ** (grid.format.element.bits - 1)
     integers = (((codes + half) % (2 * half)) - half if signed else codes).cpu()

@@ -17,9 +17,9 @@ from workbench.subjects.changes import Change
 class FakeQuant(Change):
     """Rounds a weight to the nearest value of a stored grid.
 
-    Values that are already on the grid stay as they are, so roundings other than nearest (GPTQ, AdaRound, ...) write their
-    choice into the weight underneath and this keeps it there. In training the gradient passes straight through, and is
-    zero where the weight lies outside the grid's range (Bengio et al. 2013).
+    Values that are already on the grid stay as they are, so roundings other than nearest (GPTQ, AdaRound,
+    ...) write their choice into the weight underneath and this keeps it there. In training the gradient
+    passes straight through, and is zero where the weight lies outside the grid's range (Bengio et al. 2013).
     """
 
     order = 50

@@ -1,4 +1,6 @@
-"""Fixed-point weights whose binary point is trained, and weights made of a few signed powers of two (Dai et al. 2024, QFX)."""
+"""Fixed-point weights whose binary point is trained, and weights made of a few signed powers of two
+(Dai et al. 2024, QFX).
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ MOST = 24  # fraction bits
 
 
 def few_powers(units: Tensor, terms: int, highest: float) -> Tensor:
-    """Integers nearest to `units` among sums of at most `terms` signed powers of two that stay within `highest` = 2^n - 1, found term by term: what is
-    left, to its nearest power; the last one is halved where the sum would leave the word."""
+    """Integers nearest to `units` among sums of at most `terms` signed powers of two that stay within
+    `highest` = 2^n - 1, found term by term: what is left, to its nearest power;
+    the last one is halved where the sum would leave the word.
+    """
     left, found = units.clamp(-highest, highest), torch.zeros_like(units)
     for term in range(terms):
         size = left.abs()
@@ -34,10 +38,12 @@ def few_powers(units: Tensor, terms: int, highest: float) -> Tensor:
 
 
 class LearnedPoint(TrainedRounding):
-    """clip(round(w 2^f), -2^(b-1), 2^(b-1) - 1) 2^-f with b bits in all and the fraction bits f of a tensor learned, straight through both roundings.
+    """clip(round(w 2^f), -2^(b-1), 2^(b-1) - 1) 2^-f with b bits in all and the fraction bits f of a tensor
+    learned, straight through both roundings.
 
-    With `terms` a weight keeps at most so many nonzero signed bits, so that a product is that many shifts. f starts where the squared error is
-    least. Only weights are rounded here; the paper's fixed-point norms and its hardware library are not part of this.
+    With `terms` a weight keeps at most so many nonzero signed bits, so that a product is that many shifts. f
+    starts where the squared error is least. Only weights are rounded here;
+    the paper's fixed-point norms and its hardware library are not part of this.
     """
 
     rate = 30.0

@@ -1,4 +1,6 @@
-"""FlatQuant: an invertible Kronecker transform learned for every layer, so that weights and activations lose less when rounded (Sun et al. 2025)."""
+"""FlatQuant: an invertible Kronecker transform learned for every layer,
+so that weights and activations lose less when rounded (Sun et al. 2025).
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,12 @@ def factors_of(width: int) -> tuple[int, int]:
 
 
 def flat(problem: Problem, alpha: float) -> Transform:
-    """T = diag(c) (P1 kron P2), P1 and P2 any invertible matrices, that minimises ||Q(X T^-T) Q(W T)^T - X W^T||^2 (Sun et al. 2025, eq. 4).
+    """T = diag(c) (P1 kron P2), P1 and P2 any invertible matrices, that minimises ||Q(X T^-T)
+    Q(W T)^T - X W^T||^2 (Sun et al. 2025, eq. 4).
 
-    With exact activations X may be any factor of the second moment. The error of a rounding is (its distance in steps, held fixed) x
-    (the step, which moves with T); Adam, from the better of the identity and a random rotation, keeping the best. The paper's learned
-    clipping thresholds are the grid's own rule here.
+    With exact activations X may be any factor of the second moment. The error of a rounding is (its distance
+    in steps, held fixed) x (the step, which moves with T); Adam, from the better of the identity and a random
+    rotation, keeping the best. The paper's learned clipping thresholds are the grid's own rule here.
     """
     weight, rows = problem.weight, problem.rows if problem.rows is not None else factor(problem.gram)
     exact = rows @ weight.T
@@ -91,7 +94,9 @@ def factor(gram: Tensor) -> Tensor:
 def input_rows(
     on: Subject, layers: Sequence[Layer], examples: int, generator: torch.Generator, count: int = ROWS
 ) -> dict[str, Tensor]:
-    """name -> (at most `count`, in) inputs of the layer, drawn at random from the tokens of up to 16 calibration examples."""
+    """name -> (at most `count`, in) inputs of the layer, drawn at random from the tokens of up to 16
+    calibration examples.
+    """
     found: dict[str, Tensor] = {}
     for batch in on.batches("calibration", 16, min(examples, 16)):
         mask = batch.get("attention_mask")

@@ -1,7 +1,9 @@
-"""Number formats as data: integers, minifloats ExMy, fixed point, codebooks, and the block formats built from them.
+"""Number formats as data: integers, minifloats ExMy, fixed point, codebooks,
+and the block formats built from them.
 
-A format is a finite set of values in units of a scale. It rounds (nearest, ties to even; or stochastically), encodes to
-codes and decodes codes to values, all exactly. Where the scale comes from is `workbench.quantization.grid`'s business.
+A format is a finite set of values in units of a scale. It rounds (nearest, ties to even; or stochastically),
+encodes to codes and decodes codes to values, all exactly.
+Where the scale comes from is `workbench.quantization.grid`'s business.
 
 >>> e2m1 = named("e2m1").element
 >>> e2m1.round(torch.tensor([0.25, 0.75, 2.5, 5.0, 100.0])).tolist()
@@ -37,9 +39,11 @@ class Element:
         raise TypeError(f"{type(self).__name__} has no highest")
 
     def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
-        """The value nearest to each x (ties to the even code), or with `generator` one of its two neighbours at random,
-        with expectation x (stochastic rounding). Beyond the range: the bound, or with `saturate=False` what the format
-        defines (inf or nan; the bound when it has neither). Same dtype as x, which is float32 or float64."""
+        """The value nearest to each x (ties to the even code), or with `generator` one of its two neighbours
+        at random, with expectation x (stochastic rounding). Beyond the range: the bound, or with
+        `saturate=False` what the format defines (inf or nan; the bound when it has neither).
+        Same dtype as x, which is float32 or float64.
+        """
         raise TypeError(f"{type(self).__name__} has no round")
 
     def encode(self, x: Tensor) -> Tensor:
@@ -58,7 +62,9 @@ class Element:
 
 @dataclass(frozen=True)
 class Integer(Element):
-    """Integers. Signed ones are symmetric about zero, -(2^(b-1)-1) .. 2^(b-1)-1, in two's complement; the others are 0 .. 2^b-1."""
+    """Integers. Signed ones are symmetric about zero, -(2^(b-1)-1) .. 2^(b-1)-1, in two's complement;
+    the others are 0 .. 2^b-1.
+    """
 
     signed: bool = True
 
@@ -111,9 +117,11 @@ class Fixed(Element):
 
 @dataclass(frozen=True)
 class Minifloat(Element):
-    """Sign, `exponent` bits, `mantissa` bits; value (-1)^s 2^(e-bias) 1.m, subnormal at e = 0 (Micikevicius et al. 2022).
+    """Sign, `exponent` bits, `mantissa` bits; value (-1)^s 2^(e-bias) 1.m, subnormal at e = 0
+    (Micikevicius et al. 2022).
 
-    `special` says what the top codes mean: "ieee" (the whole top exponent is inf / nan), "fn" (only all ones is nan), "finite" (all are numbers).
+    `special` says what the top codes mean: "ieee" (the whole top exponent is inf / nan), "fn"
+    (only all ones is nan), "finite" (all are numbers).
     """
 
     exponent: int = 4
@@ -132,9 +140,9 @@ class Minifloat(Element):
     def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
         if saturate:
             x = x.clamp(self.lowest, self.highest)
-        # Adding 1.5 * 2^(digits - M) * 2^e pushes everything below the last mantissa bit of x off the end of the wider
-        # type, which rounds to nearest even in hardware; subtracting it again is exact. float32 has room while the
-        # format's exponents are far from its ends.
+        # Adding 1.5 * 2^(digits - M) * 2^e pushes everything below the last mantissa bit of x off the end
+        # of the wider type, which rounds to nearest even in hardware; subtracting it again is exact. float32
+        # has room while the format's exponents are far from its ends.
         wide = (
             x.double()
             if self.exponent > 6 or self.mantissa > 10 or x.dtype == torch.float64 or not saturate
@@ -242,9 +250,10 @@ class Codebook(Element):
 def buckets(
     values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
-    """A codebook's range cut into so many equal buckets that none holds two of the midpoints between values: (midpoint of each bucket,
-    infinite where there is none; the values below and above it, two a bucket). Midpoints keep clear of the buckets' ends, where rounding
-    could put a number into the neighbour. None when a thousand buckets do not do.
+    """A codebook's range cut into so many equal buckets that none holds two of the midpoints between values:
+    (midpoint of each bucket, infinite where there is none; the values below and above it, two a bucket).
+    Midpoints keep clear of the buckets' ends, where rounding could put a number into the neighbour.
+    None when a thousand buckets do not do.
     """
     table = torch.tensor(values, dtype=dtype)
     middles = (table[1:] + table[:-1]) / 2
@@ -268,7 +277,8 @@ class Format:
     """An element format and how it wants to be scaled.
 
     block : weights that share a scale when the standard fixes it (0: the user's granularity)
-    scale : "real" (any positive number, kept in 16 bits), "e8m0" (power of two), "e4m3" (with one float32 per tensor), "none" (no scale)
+    scale : "real" (any positive number, kept in 16 bits), "e8m0" (power of two), "e4m3"
+        (with one float32 per tensor), "none" (no scale)
     rule  : how a scale is found when nothing is asked: "minmax" or "mean" (of magnitudes)
     """
 
@@ -289,7 +299,9 @@ class Format:
 
 
 def normal_float(bits: int = 4) -> tuple[float, ...]:
-    """NormalFloat codebook (Dettmers et al. 2023): quantiles of N(0,1) with an exact zero, one more value above it than below, over their maximum."""
+    """NormalFloat codebook (Dettmers et al. 2023): quantiles of N(0,1) with an exact zero,
+    one more value above it than below, over their maximum.
+    """
     half = 2 ** (bits - 1)
     offset = 0.5 * ((1 - 1 / (4 * half)) + (1 - 1 / (4 * half - 2)))  # 0.9677083 for 4 bits
     above = norm.ppf(np.linspace(offset, 0.5, half + 1)[:-1])
@@ -300,7 +312,9 @@ def normal_float(bits: int = 4) -> tuple[float, ...]:
 
 @functools.lru_cache
 def lloyd_max(bits: int) -> tuple[float, ...]:
-    """The codebook of 2^bits values with the least squared error for N(0,1) (Lloyd 1957, Max 1960); unscaled, sorted."""
+    """The codebook of 2^bits values with the least squared error for N(0,1) (Lloyd 1957, Max 1960);
+    unscaled, sorted.
+    """
     values = norm.ppf((np.arange(2**bits) + 0.5) / 2**bits)
     for _ in range(20000):
         edges = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2, [np.inf]])
@@ -314,13 +328,16 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
 
 
 def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    """U[0,1) noise drawn on the generator's device, so the same seed gives the same rounding wherever it is used."""
+    """U[0,1) noise drawn on the generator's device, so the same seed gives the same rounding wherever it is
+    used.
+    """
     return torch.rand(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(
         like.device
     )
 
 
-#: Formats with a fixed name; `named` also reads int2..int8, uint2..uint8, ExMy[fn|ieee], fixedW.F, nfB and quantileB.
+#: Formats with a fixed name; `named` also reads int2..int8, uint2..uint8, ExMy[fn|ieee], fixedW.F,
+#: nfB and quantileB.
 NAMED: dict[str, Format] = {
     f.name: f
     for f in (
@@ -351,7 +368,9 @@ ACCEPTED = (
 
 @functools.lru_cache
 def named(name: str, bits: int = 4, symmetric: bool = True) -> Format:
-    """A format by name; "int" takes its width and symmetry from `bits` and `symmetric`. `BadInput` for an unknown one."""
+    """A format by name; "int" takes its width and symmetry from `bits` and `symmetric`.
+    `BadInput` for an unknown one.
+    """
     if name == "int":
         return Format(f"int{bits}" if symmetric else f"uint{bits}", Integer(bits, symmetric))
     if name in NAMED:
@@ -369,7 +388,8 @@ def named(name: str, bits: int = 4, symmetric: bool = True) -> Format:
             or (special == "ieee" and exponent < 2)
         ):
             raise BadInput(
-                f"format: {name!r} is too wide or has no room for special codes; ExMy needs 1+x+y <= 16, fn and ieee need y >= 1"
+                f"format: {name!r} is too wide or has no room for special codes; "
+                "ExMy needs 1+x+y <= 16, fn and ieee need y >= 1"
             )
         return Format(name, Minifloat(1 + exponent + mantissa, exponent, mantissa, special))
     if (found := re.fullmatch(r"fixed(\d{1,2})\.(\d{1,2})", name)) and 2 <= int(found[1]) <= 16:

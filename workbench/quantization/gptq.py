@@ -12,7 +12,9 @@ LEAF = 16  # columns handled one by one between two matrix updates
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
-    """A copy of the inputs' second moment that can be inverted: unseen inputs get 1, the diagonal gains `damp` times its mean."""
+    """A copy of the inputs' second moment that can be inverted:
+    unseen inputs get 1, the diagonal gains `damp` times its mean.
+    """
     found = gram.clone()
     diagonal = found.diagonal()
     unseen = diagonal == 0
@@ -22,11 +24,13 @@ def damped(gram: Tensor, damp: float) -> Tensor:
 
 
 def linear_feedback(gram: Tensor, damp: float) -> Tensor:
-    """Unit upper triangular F with F D F^T the damped second moment, D diagonal: column i of F holds how the rounding errors of the
-    columns before i are best answered in column i (Chee et al. 2023, QuIP, equation 4 and theorem 6, who show that this is GPTQ).
+    """Unit upper triangular F with F D F^T the damped second moment, D diagonal: column i of F holds how
+    the rounding errors of the columns before i are best answered in column i (Chee et al. 2023, QuIP,
+    equation 4 and theorem 6, who show that this is GPTQ).
 
-    F is the inverse of GPTQ's factor, its rows divided by their diagonal, so that one Cholesky factorisation, from the last column to the
-    first, replaces two and an inverse. Damping grows tenfold while the matrix is numerically singular.
+    F is the inverse of GPTQ's factor, its rows divided by their diagonal, so that one Cholesky factorisation,
+    from the last column to the first, replaces two and an inverse.
+    Damping grows tenfold while the matrix is numerically singular.
     """
     while True:
         lower, failed = torch.linalg.cholesky_ex(damped(gram, damp).flip(0, 1))
@@ -37,7 +41,9 @@ def linear_feedback(gram: Tensor, damp: float) -> Tensor:
 
 
 def column_order(gram: Tensor) -> Tensor:
-    """Columns by decreasing input energy ("act-order"): the costly ones are rounded while many can still compensate."""
+    """Columns by decreasing input energy ("act-order"): the costly ones are rounded while many can still
+    compensate.
+    """
     return torch.argsort(gram.diagonal(), descending=True, stable=True)
 
 
@@ -46,7 +52,8 @@ def gptq(
 ) -> Tensor:
     """Round a matrix (out, in) to `grid`, each column's error compensated by the columns not yet rounded.
 
-    feedback : (in, in) from `linear_feedback` (of the permuted second moment when `order` is given), shared by every layer with these inputs
+    feedback : (in, in) from `linear_feedback` (of the permuted second moment when `order` is given),
+        shared by every layer with these inputs
     mask : weights that must stay zero; what a compensation puts there counts as error and is passed on
     Returns values on the grid, float32.
     """
@@ -70,7 +77,9 @@ def gptq(
 
 
 def in_columns(weight: Tensor, order: Tensor | None) -> Tensor:
-    """(out, in) -> (in, out), float32: a column of the weight is a contiguous row, and the updates are products with rows."""
+    """(out, in) -> (in, out), float32: a column of the weight is a contiguous row,
+    and the updates are products with rows.
+    """
     return (weight.float().T if order is None else weight.float().T[order]).contiguous()
 
 
@@ -90,11 +99,13 @@ def solve(
     rounded: Tensor,
     errors: Tensor,
 ) -> None:
-    """Fill `rounded` and `errors` = weight - rounded, all (columns, out), the columns in the order in which they are rounded.
+    """Fill `rounded` and `errors` = weight - rounded, all (columns, out),
+    the columns in the order in which they are rounded.
 
-    work : the weight with the answers to the columns before these, overwritten;  feedback : (columns, columns);  errors : zeros at first
-    The paper updates lazily in blocks; here the blocks are halved recursively, so all but `LEAF` columns' worth of the
-    work is matrix products.
+    work : the weight with the answers to the columns before these, overwritten;
+        feedback : (columns, columns);  errors : zeros at first The paper updates lazily in blocks; here
+            the blocks are halved recursively, so all but `LEAF` columns' worth of the work is matrix
+            products.
     """
     width = len(work)
     if width > LEAF:
@@ -148,8 +159,10 @@ def gptq_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
 def gptq_with_moving_scales(
     weight: Tensor, feedback: Tensor, format: Format, group: int, rule: str, mask: Tensor | None = None
 ) -> tuple[Tensor, Grid]:
-    """GPTQ whose group scales are found when the group is reached, from the weights as compensated so far (the paper's
-    grouped variant); returns the values and the grid they are on. `group` must divide the columns."""
+    """GPTQ whose group scales are found when the group is reached, from the weights as compensated so far
+    (the paper's grouped variant); returns the values and the grid they are on.
+    `group` must divide the columns.
+    """
     columns, feedback = in_columns(weight, None), feedback.float()
     keep = None if mask is None else in_columns(mask, None)
     rounded, errors = torch.empty_like(columns), torch.zeros_like(columns)
@@ -158,7 +171,8 @@ def gptq_with_moving_scales(
         part = slice(start, start + group)
         square = feedback[part, part]
         answers = feedback[:start, part].T @ errors[:start]  # (group, out)
-        # What the weights have become, all that follow being free, is their answers through the inverse of the group's own feedback.
+        # What the weights have become, all that follow being free,
+        # is their answers through the inverse of the group's own feedback.
         moved = (
             columns[part]
             + torch.linalg.solve_triangular(square.T, eye, upper=False, unitriangular=True) @ answers

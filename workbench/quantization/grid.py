@@ -1,4 +1,6 @@
-"""A format placed on a weight: one scale (and zero point) per tensor, channel or group, and rounding to the resulting grid."""
+"""A format placed on a weight: one scale (and zero point) per tensor, channel or group,
+and rounding to the resulting grid.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ class Grid:
 
     @property
     def zeros_are_codes(self) -> bool:
-        """True when the zero points are whole numbers within the format's codes, which is where they are stored; others take 16 bits."""
+        """True when the zero points are whole numbers within the format's codes,
+        which is where they are stored; others take 16 bits.
+        """
         assert self.zero is not None
         return bool(
             (
@@ -107,7 +111,8 @@ class Grid:
         )
 
     def bytes(self, shape: tuple[int, ...], kept: int | None = None) -> float:
-        """Bytes of the packed weight: codes, scales (16 bits, or 8 for E8M0 and E4M3), zero points, the transform.
+        """Bytes of the packed weight: codes, scales (16 bits, or 8 for E8M0 and E4M3), zero points,
+        the transform.
 
         Of a pruned weight only the `kept` codes are stored, with a bitmap, where that is smaller.
         """
@@ -126,16 +131,20 @@ class Grid:
 
 
 def group_of(format: Format, granularity: str, group_size: int, width: int) -> int:
-    """Columns that share a scale. `BadInput` when the format fixes its own block and another granularity is asked."""
+    """Columns that share a scale. `BadInput` when the format fixes its own block and another granularity is
+    asked.
+    """
     if format.block:
         if granularity not in ("auto", "block"):
             raise BadInput(
-                f"granularity: {granularity!r} does not go with {format.name}, whose standard fixes blocks of {format.block}; use auto"
+                f"granularity: {granularity!r} does not go with {format.name}, "
+                f"whose standard fixes blocks of {format.block}; use auto"
             )
         return min(format.block, width)
     if granularity == "block":
         raise BadInput(
-            f"granularity: 'block' is for formats with a fixed block (mxfp*, nvfp4), not {format.name}; use tensor, channel or group"
+            f"granularity: 'block' is for formats with a fixed block (mxfp*, nvfp4), not {format.name}; "
+            "use tensor, channel or group"
         )
     if format.scale == "none" or granularity in ("tensor", "channel"):
         return width
@@ -143,7 +152,9 @@ def group_of(format: Format, granularity: str, group_size: int, width: int) -> i
 
 
 def in_groups(weight: Tensor, group: int) -> Tensor:
-    """(..., out, in) -> (..., out, groups, group); a short last group is filled with its first value, which changes no range."""
+    """(..., out, in) -> (..., out, groups, group); a short last group is filled with its first value,
+    which changes no range.
+    """
     width = weight.shape[-1]
     short = -width % group
     if short:
@@ -163,10 +174,11 @@ def fit(
 ) -> Grid:
     """The grid of a format on a weight (..., out, in).
 
-    rule : "minmax" (the largest magnitude is representable), "mse" (the clipping with least squared error, each column weighted by
-    `importance` (in,) or (out, in) when given), "mean" (of magnitudes, for ternary and binary), "centred" (binary: m + s sign(w - m) with m the
-    mean and s the mean of |w - m|, the best s for that m; the zero point is -m / s), "auto" (the format's own).
-    All-zero groups get scale 1. Scales are positive float32, already rounded to what the format stores.
+    rule : "minmax" (the largest magnitude is representable), "mse" (the clipping with least squared error,
+        each column weighted by `importance` (in,) or (out, in) when given), "mean" (of magnitudes, for
+        ternary and binary), "centred" (binary: m + s sign(w - m) with m the mean and s the mean of |w - m|,
+        the best s for that m; the zero point is -m / s), "auto" (the format's own). All-zero groups get scale
+        1. Scales are positive float32, already rounded to what the format stores.
     """
     work = weight.detach().to(torch.float32)
     if not bool(torch.isfinite(work).all()):
@@ -245,8 +257,10 @@ def spanning(low: Tensor, high: Tensor, format: Format, group: int) -> Grid:
 
 
 def stored(scale: Tensor, format: Format, size: Tensor | None = None) -> Tensor:
-    """Round scales to what is stored: 16-bit floats, powers of two (OCP MX: floor(log2 max) - the format's top exponent), or E4M3 times
-    one float32 per matrix (NVFP4). Scales that are zero there become 1: such a group holds only (near) zeros."""
+    """Round scales to what is stored: 16-bit floats, powers of two (OCP MX: floor(log2 max) - the format's
+    top exponent), or E4M3 times one float32 per matrix (NVFP4). Scales that are zero there become 1: such
+    a group holds only (near) zeros.
+    """
     if format.scale == "e8m0":
         top = torch.frexp(torch.tensor(format.element.highest)).exponent - 1
         exponent = torch.frexp(scale * format.element.highest if size is None else size).exponent - 1 - top

@@ -1,4 +1,6 @@
-"""Many quantization methods on one subject at equal widths and calibration: loss against width, with intervals over calibration draws."""
+"""Many quantization methods on one subject at equal widths and calibration:
+loss against width, with intervals over calibration draws.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from workbench.subjects import Subject
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-#: Compositions with a name of their own. Every other rounding and transform of `Quantize` is on the leaderboard under the name of its choice.
+#: Compositions with a name of their own. Every other rounding and transform of `Quantize` is on
+#: the leaderboard under the name of its choice.
 COMPOSED: dict[str, dict[str, Any]] = {
     "nearest": {},
     "clipping": {"range": "mse"},
@@ -35,7 +38,9 @@ NEEDS: dict[str, dict[str, Any]] = {"hqq": {"symmetric": False}}
 
 
 def every_method() -> dict[str, dict[str, Any]]:
-    """Name -> what it sets of `Quantize`; everything else is shared. A rounding or transform that is new there is new here."""
+    """Name -> what it sets of `Quantize`; everything else is shared.
+    A rounding or transform that is new there is new here.
+    """
     single = {
         choice: {field: choice} | NEEDS.get(choice, {})
         for field, plain in (("rounding", "nearest"), ("transform", "none"))
@@ -49,7 +54,9 @@ METHODS = every_method()
 
 
 def accepted(on: Subject, bits: Sequence[int], **fields: Any) -> tuple[list[str], dict[str, str]]:
-    """(methods that can run at all these widths with these shared settings, name -> why not of the others)."""
+    """(methods that can run at all these widths with these shared settings, name -> why not
+    of the others).
+    """
     taken, refused = [], {}
     for name, own in METHODS.items():
         try:
@@ -76,12 +83,15 @@ def leaderboard(
     block_steps: int = 0,
     **fields: Any,
 ) -> pd.DataFrame:
-    """One row for each method, width and seed: test loss, accuracy, bits with scales counted; `fields` go to every `Quantize` alike.
+    """One row for each method, width and seed: test loss, accuracy, bits with scales counted;
+    `fields` go to every `Quantize` alike.
 
-    block_steps : iterations of the methods that learn a block at a time, each of which costs as much as dozens of a layer's (0: `steps`).
+    block_steps : iterations of the methods that learn a block at a time,
+        each of which costs as much as dozens of a layer's (0: `steps`).
 
-    A seed draws the calibration examples (all methods see the same) and seeds what is random in a method. `BadInput` for a name that
-    is not in METHODS, or a setting that a method refuses, before anything runs. A leaderboard that is stopped returns the finished rows.
+    A seed draws the calibration examples (all methods see the same) and seeds what is random in a method.
+    `BadInput` for a name that is not in METHODS, or a setting that a method refuses, before anything runs. A
+    leaderboard that is stopped returns the finished rows.
     """
     progress = progress or TextProgress()
     if unknown := [m for m in methods if m not in METHODS]:
@@ -114,7 +124,9 @@ def leaderboard(
 
 
 def summary(board: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
-    """By width, best first: mean over seeds and half width of the 95 % t interval (NaN for a single seed), bits with scales, seconds of a run."""
+    """By width, best first: mean over seeds and half width of the 95 % t interval (NaN for a single seed),
+    bits with scales, seconds of a run.
+    """
     from scipy.stats import t
 
     grouped = (
@@ -139,7 +151,9 @@ def summary(board: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
 
 
 def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure:
-    """Mean over seeds against bits (scales counted), with intervals: the `most` methods that are best at the smallest width, and nearest rounding."""
+    """Mean over seeds against bits (scales counted), with intervals:
+    the `most` methods that are best at the smallest width, and nearest rounding.
+    """
     from workbench.figures import figure, line, rule
 
     table = summary(board, value)
@@ -174,7 +188,9 @@ def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure
 
 
 def heat_map(board: pd.DataFrame) -> go.Figure:
-    """Every method at every width: loss above the dense model's, the best at the smallest width on top; colour on a logarithmic scale."""
+    """Every method at every width: loss above the dense model's, the best at the smallest width on top;
+    colour on a logarithmic scale.
+    """
     from workbench.figures import figure
 
     table = summary(board)

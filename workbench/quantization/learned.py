@@ -1,8 +1,10 @@
-"""Learned roundings: what may move (rounding bits, divisors, offsets, weights), each as a small module with gradients.
+"""Learned roundings: what may move (rounding bits, divisors, offsets, weights),
+each as a small module with gradients.
 
-A rounding's `soft()` is differentiable and is what the optimizer sees; `hard()` is on the grid. The layer objective
-needs only the inputs' second moment: d tr((Q-W) G (Q-W)^T) / dQ = 2 (Q-W) G, so a step costs one product (out, in, in)
-whatever the number of calibration tokens. `blockwise.py` uses the same modules on a whole block's output.
+A rounding's `soft()` is differentiable and is what the optimizer sees; `hard()` is on the grid. The layer
+objective needs only the inputs' second moment: d tr((Q-W) G (Q-W)^T) / dQ = 2 (Q-W) G, so a step costs one
+product (out, in, in) whatever the number of calibration tokens.
+`blockwise.py` uses the same modules on a whole block's output.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ class LearnedRounding(nn.Module):
     learning_rate: ClassVar[float] = 1e-2
     signed: ClassVar[bool] = False  # signed gradient descent instead of Adam
     exact: ClassVar[bool] = True  # soft() is on the grid already, with a straight-through gradient
-    angular: ClassVar[bool] = (
-        False  # a block's objective counts angles, and the dense block on the quantized prefix's inputs as a second target
-    )
+    # a block's objective counts angles, and the dense block on the quantized prefix's inputs as a second
+    # target
+    angular: ClassVar[bool] = False
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -68,7 +70,9 @@ class LearnedRounding(nn.Module):
 
 
 class AdaRound(LearnedRounding):
-    """Up or down, learned: s clip(floor(W/s) + h(V)), h a stretched sigmoid pushed to 0 or 1 (Nagel et al. 2020, eqs. 22 to 24)."""
+    """Up or down, learned: s clip(floor(W/s) + h(V)), h a stretched sigmoid pushed to 0 or 1
+    (Nagel et al. 2020, eqs. 22 to 24).
+    """
 
     learning_rate: ClassVar[float] = 5e-2
     exact: ClassVar[bool] = False
@@ -109,7 +113,8 @@ class AdaRound(LearnedRounding):
 
 
 class LowRankAdaRound(AdaRound):
-    """AdaRound whose logits are moved by a product of two thin matrices, V = V_0 + A_1 A_2 (Ding et al. 2025, CBQ's LoRA-rounding; rank 5).
+    """AdaRound whose logits are moved by a product of two thin matrices, V = V_0 + A_1 A_2
+    (Ding et al. 2025, CBQ's LoRA-rounding; rank 5).
 
     V_0, held fixed, leaves the weights as they are, as in AdaRound.
     """
@@ -130,7 +135,8 @@ class LowRankAdaRound(AdaRound):
 
 
 class FlexRound(LearnedRounding):
-    """A learned divisor for every weight: s1 round(W / (s1 S2 s3)) (Lee et al. 2023, eq. 2); the grid's own step s1 is learned too.
+    """A learned divisor for every weight: s1 round(W / (s1 S2 s3)) (Lee et al. 2023, eq. 2);
+    the grid's own step s1 is learned too.
 
     d/dS2 is proportional to W, so large weights can move by more than one step.
     """
@@ -157,7 +163,9 @@ class FlexRound(LearnedRounding):
 
 
 class SignRound(LearnedRounding):
-    """A learned offset V in [-1/2, 1/2] before rounding and learned clipping, by signed gradient descent (Cheng et al. 2023, eqs. 3 to 5)."""
+    """A learned offset V in [-1/2, 1/2] before rounding and learned clipping, by signed gradient descent
+    (Cheng et al. 2023, eqs. 3 to 5).
+    """
 
     signed: ClassVar[bool] = True
 
@@ -176,7 +184,9 @@ class SignRound(LearnedRounding):
             )
 
     def grid_soft(self) -> tuple[Tensor, Tensor | None]:
-        """(scale, zero point) per group, with straight-through gradients in the clipping factors, which stay within [1/2, 1]."""
+        """(scale, zero point) per group, with straight-through gradients in the clipping factors,
+        which stay within [1/2, 1].
+        """
         alpha, beta = (straight_through(f.detach().clamp(0.5, 1.0), f) for f in (self.alpha, self.beta))
         if self.range is None:
             learned = self.base.scale * alpha
@@ -204,7 +214,9 @@ class SignRound(LearnedRounding):
 
 
 class AdaQuant(LearnedRounding):
-    """The weights themselves and the step move freely: Q_s(W + V) (Hubara et al. 2021, eq. 5, with the inputs not quantized)."""
+    """The weights themselves and the step move freely: Q_s(W + V)
+    (Hubara et al. 2021, eq. 5, with the inputs not quantized).
+    """
 
     learning_rate: ClassVar[float] = 1e-2
 
@@ -226,10 +238,12 @@ class AdaQuant(LearnedRounding):
 
 
 class Scales(LearnedRounding):
-    """Codes stay nearest; scales of groups, factors of rows and factors of columns are learned: r_i c_j (s (code - zero)).
+    """Codes stay nearest; scales of groups, factors of rows and factors of columns are learned:
+    r_i c_j (s (code - zero)).
 
-    PTQ1.61's (Zhao et al. 2025) row scale and two factors, which start at 1; a binary row's mean moves with its row factor alone. Factors
-    are learned as logarithms; those of columns are kept as the grid's transform, in 16 bits each. What is on a wider grid stays as it is.
+    PTQ1.61's (Zhao et al. 2025) row scale and two factors, which start at 1; a binary row's mean moves with
+    its row factor alone. Factors are learned as logarithms; those of columns are kept as the grid's
+    transform, in 16 bits each. What is on a wider grid stays as it is.
     """
 
     learning_rate: ClassVar[float] = 1e-2
@@ -277,12 +291,16 @@ class Scales(LearnedRounding):
 
 
 def descend(module: LearnedRounding, steps: int) -> list[torch.optim.Optimizer]:
-    """The method's optimizer: signed descent with a linearly decaying rate of 1/steps per step is done by hand (no optimizer)."""
+    """The method's optimizer: signed descent with a linearly decaying rate of 1/steps per step is done by
+    hand (no optimizer).
+    """
     return [] if module.signed else [torch.optim.Adam(module.parameters(), module.learning_rate)]
 
 
 def advance(module: LearnedRounding, optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
-    """One update from the gradients in `.grad`, with the learning rate decaying linearly to zero; clears them."""
+    """One update from the gradients in `.grad`, with the learning rate decaying linearly to zero;
+    clears them.
+    """
     remaining = 1 - step / steps
     if module.signed:
         with torch.no_grad():
@@ -303,8 +321,8 @@ def advance(module: LearnedRounding, optimizers: list[torch.optim.Optimizer], st
 
 
 def learn(problem: Problem, kind: type[LearnedRounding]) -> tuple[Tensor, Grid]:
-    """Minimise one layer's reconstruction error. Rows are independent, so each keeps the best values it ever had, nearest
-    rounding included (all rows together when the whole matrix shares a learned scale)."""
+    """Minimise one layer's reconstruction error. Rows are independent, so each keeps the best values it ever
+    had, nearest rounding included (all rows together when the whole matrix shares a learned scale)."""
     gram = problem.gram / problem.gram.diagonal().mean().clamp_min(1e-30)
     with torch.enable_grad():
         module = kind(problem)
@@ -342,7 +360,9 @@ def row_errors(gap: Tensor, gram: Tensor) -> Tensor:
 def keep_best(
     best: Tensor, grid: Grid, error: Tensor, values: Tensor, new_grid: Grid, new_error: Tensor
 ) -> tuple[Tensor, Grid, Tensor]:
-    """Row by row the better of two solutions, with its row of scales; as a whole when rows share scales or column factors that differ."""
+    """Row by row the better of two solutions, with its row of scales;
+    as a whole when rows share scales or column factors that differ.
+    """
     shared = new_grid.transform is not None or (
         len(grid.scale) == 1 and not torch.equal(grid.scale, new_grid.scale)
     )
@@ -407,10 +427,12 @@ def scales(problem: Problem) -> tuple[Tensor, Grid]:
 def half_quadratic(
     problem: Problem, norm: float = 0.7, beta: float = 10.0, growth: float = 1.01, iterations: int = 20
 ) -> tuple[Tensor, Grid]:
-    """Half-quadratic quantization (Badri and Shaji 2023): zero points that minimise a robust norm of the weight error, without data.
+    """Half-quadratic quantization (Badri and Shaji 2023): zero points that minimise a robust norm
+    of the weight error, without data.
 
-    Alternates the proximal step of |.|^p on the error (generalised soft threshold) with the mean that fits the zero point. It starts
-    from the zero point that spans each group exactly, as the authors' code does, and from the grid's whole one; the better is kept.
+    Alternates the proximal step of |.|^p on the error (generalised soft threshold) with the mean that fits
+    the zero point. It starts from the zero point that spans each group exactly, as the authors' code does,
+    and from the grid's whole one; the better is kept.
     """
     grid = problem.grid()
     assert grid.zero is not None, "half-quadratic quantization moves zero points"

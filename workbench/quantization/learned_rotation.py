@@ -1,5 +1,5 @@
-"""Rotations of the residual stream that are found, not drawn: learned on the Stiefel manifold (Liu et al. 2025, SpinQuant), or from
-principal components (Saxena et al. 2025, ResQ)."""
+"""Rotations of the residual stream that are found, not drawn: learned on the Stiefel manifold (Liu et
+al. 2025, SpinQuant), or from principal components (Saxena et al. 2025, ResQ)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from workbench.subjects.tasks import Batch
 
 
 def cayley_step(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """One descent step that stays orthogonal: R' = (I + a/2 Y)^-1 (I - a/2 Y) R with the skew Y = G^ - G^^T, G^ = G R^T - 1/2 R R^T G R^T
-    (Liu et al. 2025, section 3.2). <G, -Y R> = -|Y|^2/2 <= 0, so it descends for a small rate a > 0.
+    """One descent step that stays orthogonal: R' = (I + a/2 Y)^-1 (I - a/2 Y) R with the skew Y = G^ - G^^T,
+    G^ = G R^T - 1/2 R R^T G R^T (Liu et al. 2025, section 3.2).
+    <G, -Y R> = -|Y|^2/2 <= 0, so it descends for a small rate a > 0.
 
-    rotation, gradient : (n, n), one dtype. The rate is in units of 1 / |Y| (Frobenius), so it is an angle, whatever the loss's scale.
+    rotation, gradient : (n, n), one dtype. The rate is in units of 1 / |Y| (Frobenius), so it is an angle,
+        whatever the loss's scale.
     """
     half = gradient @ rotation.T
     half = half - 0.5 * rotation @ (rotation.T @ half)
@@ -47,10 +49,12 @@ def learned_rotation(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Subject, list[float]]:
-    """(rotated subject, loss at every step): the rotation of the stream, and one of each block's heads, that minimise the loss
-    with the inputs of the blocks' layers rounded per token, weights exact (SpinQuant's R1 and R2). Mini-batches of the calibration split; the rate decays linearly.
+    """(rotated subject, loss at every step): the rotation of the stream, and one of each block's heads, that
+    minimise the loss with the inputs of the blocks' layers rounded per token, weights exact
+    (SpinQuant's R1 and R2). Mini-batches of the calibration split; the rate decays linearly.
 
-    The rotations with the least such loss over all `examples`, the start included, looked at five times, are taken.
+    The rotations with the least such loss over all `examples`, the start included, looked at five times,
+    are taken.
     """
     progress = progress or Progress()
     model = bake(subject.copy().model)
@@ -119,8 +123,10 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def principal(gram: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """U = [P_low R_low, P_high R_high] (n, n), float64: principal components of a second moment, turned at random within the `share` of
-    largest variance and within the rest (Saxena et al. 2025, ResQ). Coordinates are U^T x; the last ones hold the most energy."""
+    """U = [P_low R_low, P_high R_high] (n, n), float64: principal components of a second moment, turned at
+    random within the `share` of largest variance and within the rest (Saxena et al. 2025, ResQ).
+    Coordinates are U^T x; the last ones hold the most energy.
+    """
     _, vectors = torch.linalg.eigh(gram.double())  # ascending
     high = max(1, round(share * len(gram)))
     parts = [vectors[:, : len(gram) - high], vectors[:, len(gram) - high :]]
@@ -135,7 +141,9 @@ def principal_rotation(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Subject:
-    """The subject with its stream in ResQ's coordinates: one PCA over what all norms hand to the layers that read them."""
+    """The subject with its stream in ResQ's coordinates: one PCA over what all norms hand to the layers that
+    read them.
+    """
     model = bake(subject.copy().model)
     with torch.no_grad():
         stream = folded(model)

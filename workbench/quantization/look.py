@@ -1,4 +1,6 @@
-"""One matrix under one format: its histogram with the grid on it, and its errors, fast enough to follow a slider."""
+"""One matrix under one format: its histogram with the grid on it, and its errors,
+fast enough to follow a slider.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ BINS = 161
 
 @dataclass(frozen=True)
 class Look:
-    """What the picture shows. Histogram over weight / scale; errors as shares of energy; `bits` with scales counted."""
+    """What the picture shows. Histogram over weight / scale; errors as shares of energy;
+    `bits` with scales counted.
+    """
 
     centres: Tensor
     share: Tensor
@@ -39,7 +43,9 @@ class Look:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight (out, in) and its inputs' second moment (in, in), in the coordinates that are rounded, with what no format changes."""
+    """A weight (out, in) and its inputs' second moment (in, in), in the coordinates that are rounded,
+    with what no format changes.
+    """
 
     weight: Tensor
     gram: Tensor
@@ -64,7 +70,9 @@ def prepared(weight: Tensor, gram: Tensor, rotate: bool = False) -> Matrix:
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> float:
-    """tr(W G W^T): the mean squared norm of the outputs of a weight (out, in) whose inputs have the second moment G (in, in)."""
+    """tr(W G W^T): the mean squared norm of the outputs of a weight (out, in)
+    whose inputs have the second moment G (in, in).
+    """
     return float(torch.dot((weight @ gram).flatten(), weight.flatten()))
 
 
@@ -134,7 +142,9 @@ def histogram_figure(centres: NDArray[Any], share: NDArray[Any], grid: NDArray[A
 
 
 def spread_figure(matrices: Mapping[str, Matrix]) -> go.Figure:
-    """What a rotation is for: root mean square of each input feature, and largest weight that meets it, both largest first, by label."""
+    """What a rotation is for: root mean square of each input feature, and largest weight that meets it,
+    both largest first, by label.
+    """
     from workbench.figures import figure, line
 
     fig = figure(

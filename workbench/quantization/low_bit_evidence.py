@@ -29,7 +29,9 @@ RATES = (3e-4, 1e-3, 3e-3)
 
 
 def share_of_single_weights(layers: Sequence[Layer], columns: float = 0.2) -> float:
-    """The largest share of weights, chosen one by one, that takes no more bits on these layers than a share of whole input features."""
+    """The largest share of weights, chosen one by one, that takes no more bits on these layers than a share
+    of whole input features.
+    """
     sizes = [(layer.shape[-2], layer.shape[-1]) for layer in layers]
 
     def average(share: float, pattern: str) -> float:
@@ -47,7 +49,9 @@ def share_of_single_weights(layers: Sequence[Layer], columns: float = 0.2) -> fl
 
 
 def restored(on: Subject, rate: float, seed: int) -> tuple[Subject, float]:
-    """(the subject with low-rank terms trained beside its binarised weights and added to them, their validation loss)."""
+    """(the subject with low-rank terms trained beside its binarised weights and added to them, their
+    validation loss).
+    """
     start = Quantize(**BINARISED, adapter_rank=8, adapter_steps=0, seed=seed).run(on, Progress()).subject
     tuned = TrainQuantized(**RESTORING, learning_rate=rate, seed=seed).run(start, Progress())
     assert tuned.subject is not None
@@ -55,8 +59,9 @@ def restored(on: Subject, rate: float, seed: int) -> tuple[Subject, float]:
 
 
 def binarised(name: str, progress: Progress) -> dict[str, Any]:
-    """Test loss and bits a weight of the bytelm: two bits by nearest rounding, then PTQ1.61's steps one by one, and single salient weights at the
-    same bits. The rate of the restoring adapters is the one with the least validation loss of the first seed.
+    """Test loss and bits a weight of the bytelm: two bits by nearest rounding, then PTQ1.61's steps one by
+    one, and single salient weights at the same bits. The rate of the restoring adapters is the one with
+    the least validation loss of the first seed.
     """
     rows: list[dict[str, Any]] = []
     tuning: dict[str, float] = {}

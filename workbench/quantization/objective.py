@@ -1,4 +1,6 @@
-"""What training through the rounding minimises: the task's loss, the dense subject's outputs or a mixture, and what attention should look like."""
+"""What training through the rounding minimises: the task's loss, the dense subject's outputs or a mixture,
+and what attention should look like.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 def teacher_loss(
     on: Subject, output: Tensor, target: Tensor, batch: Batch, temperature: float = 1.0
 ) -> Tensor:
-    """What a student's `output` is worth against a teacher's `target` (both as the task returns them), a mean over the batch's items.
+    """What a student's `output` is worth against a teacher's `target` (both as the task returns them),
+    a mean over the batch's items.
 
-    Cross-entropy tasks: -T^2 sum_c p_c(target / T) log p_c(output / T) (Hinton et al. 2015; at T = 1 the autoregressive distillation of
-    Ma et al. 2024, eq. 5): the teacher's entropy where the two agree. Squared-error tasks: half the squared distance to the target.
+    Cross-entropy tasks: -T^2 sum_c p_c(target / T) log p_c(output / T) (Hinton et al. 2015; at T = 1
+    the autoregressive distillation of Ma et al. 2024, eq. 5): the teacher's entropy where the two agree.
+    Squared-error tasks: half the squared distance to the target.
     """
     rows, _ = on.task.flat(output, batch)
     goals, _ = on.task.flat(target, batch)
@@ -38,10 +42,12 @@ def teacher_loss(
 
 
 def information(calls: Sequence[AttentionCall]) -> Tensor:
-    """-log of the mean of log(1 + var q) and log(1 + var k) over layers, heads and tokens, var over a head's features (Shen et al. 2024, EdgeQAT).
+    """-log of the mean of log(1 + var q) and log(1 + var k) over layers, heads and tokens,
+    var over a head's features (Shen et al. 2024, EdgeQAT).
 
-    Of a Gaussian, log var is twice the entropy but for a constant, so falling means queries and keys that carry more. The paper sums where
-    this takes the mean: the gradient is the same, and the value does not depend on the batch's size. Padding is left out.
+    Of a Gaussian, log var is twice the entropy but for a constant, so falling means queries and keys that
+    carry more. The paper sums where this takes the mean:
+    the gradient is the same, and the value does not depend on the batch's size. Padding is left out.
     """
     found = []
     for call in calls:
@@ -57,10 +63,12 @@ def information(calls: Sequence[AttentionCall]) -> Tensor:
 
 
 def map_distance(calls: Sequence[AttentionCall], taught: Sequence[AttentionCall]) -> Tensor:
-    """1 - cos between a head's attention map and the teacher's, each as one vector, on average over examples, heads and layers.
+    """1 - cos between a head's attention map and the teacher's, each as one vector, on average over examples,
+    heads and layers.
 
-    Shen et al. (2024) name the cosine similarity; their code adds its logarithm to the loss, which drives the maps apart, so the distance
-    that falls as they agree stands here in its place. Rows of padding are left out.
+    Shen et al. (2024) name the cosine similarity; their code adds its logarithm to the loss, which drives
+    the maps apart, so the distance that falls as they agree stands here in its place.
+    Rows of padding are left out.
     """
     found = []
     for call, goal in zip(calls, taught, strict=True):
@@ -72,8 +80,8 @@ def map_distance(calls: Sequence[AttentionCall], taught: Sequence[AttentionCall]
 
 
 class Objective:
-    """(1 - d) task + d teacher + e information + m map distance, with the settings' `distillation` d, `entropy` e and `attention_match` m; the
-    teacher is the subject before training.
+    """(1 - d) task + d teacher + e information + m map distance, with the settings' `distillation` d,
+    `entropy` e and `attention_match` m; the teacher is the subject before training.
 
     `parts` holds the last step's terms as numbers, for the table.
     """
@@ -87,7 +95,8 @@ class Objective:
     def check(settings: TrainQuantized, on: Subject) -> None:
         if settings.distillation and on.task.loss_kind == "other":
             raise BadInput(
-                f"distillation: the loss of a {on.task.name} task is the user's own, so a teacher's output has no known place in it; set it to 0"
+                f"distillation: the loss of a {on.task.name} task is the user's own, "
+                "so a teacher's output has no known place in it; set it to 0"
             )
         if settings.entropy or settings.attention_match:
             order_of(on, [])

@@ -28,7 +28,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes (int64) of `pack`'s bytes. `BadInput` when there are too few bytes."""
     if packed.numel() != math.ceil(count * bits / 8):
         raise BadInput(
-            f"packed: {packed.numel()} bytes do not hold {count} codes of {bits} bits, which take {math.ceil(count * bits / 8)}"
+            f"packed: {packed.numel()} bytes do not hold {count} codes of {bits} bits, "
+            f"which take {math.ceil(count * bits / 8)}"
         )
     flat = ((packed.reshape(-1, 1).to(torch.int64) >> torch.arange(8, device=packed.device)) & 1).reshape(-1)
     return (flat[: count * bits].reshape(count, bits) << torch.arange(bits, device=packed.device)).sum(1)
@@ -43,8 +44,10 @@ def quantizer_of(layer: Layer) -> FakeQuant:
 
 
 def packed_layer(layer: Layer) -> dict[str, Tensor]:
-    """What has to be stored of a quantized layer: codes, scale, zero (when there is one), the transform's tensors; of salient weights the same
-    once more, and their mask, one bit each (for single weights `SplitGrid.bytes` counts the shorter enumerative code)."""
+    """What has to be stored of a quantized layer: codes, scale, zero (when there is one), the transform's
+    tensors; of salient weights the same once more, and their mask, one bit each (for single weights
+    `SplitGrid.bytes` counts the shorter enumerative code).
+    """
     return packed_matrix(layer.weight.detach(), quantizer_of(layer).grid)
 
 
@@ -81,7 +84,9 @@ def packed_matrix(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
 
 
 def unpacked_layer(stored: dict[str, Tensor], change: FakeQuant, shape: tuple[int, ...]) -> Tensor:
-    """The weight (..., out, in), float32, from `packed_layer`'s tensors and the format's name and geometry in `change`."""
+    """The weight (..., out, in), float32, from `packed_layer`'s tensors and the format's name and geometry in
+    `change`.
+    """
     transform, grid = Transform.of(stored, change.block, change.orthogonal), change.grid
     if isinstance(grid, SplitGrid):
         mask = unpack(stored["mask"], 1, grid.mask.numel()).bool().reshape(grid.mask.shape)
@@ -100,7 +105,9 @@ def unpacked_layer(stored: dict[str, Tensor], change: FakeQuant, shape: tuple[in
 
 
 def unpacked_matrix(stored: dict[str, Tensor], grid: Grid, shape: tuple[int, ...]) -> Tensor:
-    """Values in the transform's coordinates. Of `grid` only the format and the geometry are read, and the scales of a format that has none."""
+    """Values in the transform's coordinates. Of `grid` only the format and the geometry are read,
+    and the scales of a format that has none.
+    """
     format, count = grid.format, math.prod(shape)
     codes = unpack(stored["codes"], format.element.bits, count).reshape(shape)
     if format.scale == "e8m0":

@@ -1,8 +1,9 @@
 """Calibration block by block, with the inputs that an already quantized prefix produces.
 
-One block's statistics are in memory at a time. The dense and the quantized model run the same batches up to the block,
-so the target of the block's rounding can be the dense model's output on its own inputs (asymmetric calibration,
-Nagel et al. 2020): min ||Q X^ - W X||^2 = min ||(Q - W*) X^||^2 + constant, with W* = W (X X^^T) (X^ X^^T)^-1.
+One block's statistics are in memory at a time. The dense and the quantized model run the same batches up to
+the block, so the target of the block's rounding can be the dense model's output on its own inputs
+(asymmetric calibration, Nagel et al. 2020): min ||Q X^ - W X||^2 = min ||(Q - W*) X^||^2 + constant,
+with W* = W (X X^^T) (X^ X^^T)^-1.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from workbench.subjects.tasks import Batch
 
 
 def grouped(subject: Subject, layers: Sequence[Layer]) -> list[tuple[str, list[Layer]]]:
-    """Layers by the block that holds them, in forward order; layers outside the blocks come last, under the name ""."""
+    """Layers by the block that holds them, in forward order;
+    layers outside the blocks come last, under the name "".
+    """
     rest, found = list(layers), []
     for name, _ in subject.blocks():
         inside = [layer for layer in rest if layer.name.startswith(name + ".")]
@@ -75,7 +78,8 @@ def paired_moments(
     batch_size: int = 16,
     progress: Progress | None = None,
 ) -> tuple[dict[str, InputMoments], dict[str, Tensor]]:
-    """(second moments of the quantized prefix's inputs, cross moments X X^^T with the dense model's) for one block's layers.
+    """(second moments of the quantized prefix's inputs, cross moments X X^^T with the dense model's)
+    for one block's layers.
 
     Cross moments are (in, in) and missing for stacked experts, whose two models may route tokens differently.
     """
@@ -116,7 +120,9 @@ def paired_moments(
 
 
 def target(weight: Tensor, gram: Tensor, cross: Tensor, damp: float) -> Tensor:
-    """W* (out, in): the weight whose outputs on the quantized prefix's inputs are closest to the dense layer's, damped towards W."""
+    """W* (out, in): the weight whose outputs on the quantized prefix's inputs are closest to the dense
+    layer's, damped towards W.
+    """
     lift = damped(gram, damp) - gram
     solved = torch.linalg.solve(
         damped(gram, damp).double(), (cross + lift).T.double()

@@ -1,4 +1,6 @@
-"""The measurement behind HALO's card: training with quantized products by level of rotation, and the operands of a real model's products."""
+"""The measurement behind HALO's card: training with quantized products by level of rotation,
+and the operands of a real model's products.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ FORMATS = ("int6", "int4")
 
 
 def rotated_products(name: str, progress: Progress) -> dict[str, Any]:
-    """Card measurement: the digits transformer from random weights, every arm with as many learning rates tuned on validation, test loss over
-    three seeds; beside it the relative errors of the operands and products of the MiniLM's encoder, one batch.
+    """Card measurement: the digits transformer from random weights, every arm with as many learning rates
+    tuned on validation, test loss over three seeds; beside it the relative errors of the operands
+    and products of the MiniLM's encoder, one batch.
 
-    The claim holds when at int6 both levels end nearer to the full-precision loss than no rotation, paired by seed, beyond a 95 % interval.
+    The claim holds when at int6 both levels end nearer to the full-precision loss than no rotation,
+    paired by seed, beyond a 95 % interval.
     """
     on = opened("digits-vit")
     arms: dict[str, dict[str, Any]] = {"fp32": {}} | {
@@ -55,10 +59,15 @@ def rotated_products(name: str, progress: Progress) -> dict[str, Any]:
     holds = all(gains[f"int6 level {level} minus level 0"][2] < 0 for level in LEVELS[1:])
     errors = {f: operand_errors(opened("minilm-docstrings"), f) for f in ("int8", *FORMATS, "e4m3fn")}
     note = (
-        f"digits-vit from random weights, {STEPS} steps of {BATCH}, learning rates {', '.join(f'{r:g}' for r in RATES)} tuned on validation at the first seed, "
-        f"test loss, three seeds, 95 % intervals of paired differences; fp32 {found['fp32']['test']:.3f}; gap to it: "
+        f"digits-vit from random weights, {STEPS} steps of {BATCH}, learning rates "
+        f"{', '.join(f'{r:g}' for r in RATES)} tuned on validation at the first seed, "
+        f"test loss, three seeds, 95 % intervals of paired differences; fp32 {found['fp32']['test']:.3f}; "
+        "gap to it: "
         + "; ".join(f"{arm} {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for arm, (mean, low, high) in gaps.items())
-        + ". One batch of minilm-docstrings, mean relative error over the encoder's linears as they are and rotated: "
+        + (
+            ". One batch of minilm-docstrings, mean relative error over the encoder's linears as they are "
+            "and rotated: "
+        )
         + "; ".join(
             f"{f} X {e['X']:.3f} {e['XH']:.3f}, W {e['W']:.3f} {e['WH']:.3f}, E {e['E']:.3f} {e['KE']:.3f}"
             for f, e in errors.items()
@@ -76,7 +85,9 @@ def rotated_products(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def operand_errors(on: Subject, format: str, examples: int = 8) -> dict[str, float]:
-    """Mean over the linears of the blocks of `relative_errors`, with the kurtosis of X, W and E, on one batch of the training split (padding left out)."""
+    """Mean over the linears of the blocks of `relative_errors`, with the kurtosis of X, W and E,
+    on one batch of the training split (padding left out).
+    """
     layers, batch = on.layers("blocks"), next(on.batches("train", examples))
     keep = batch["attention_mask"].bool()
     inputs: dict[str, Tensor] = {}

@@ -45,12 +45,16 @@ if TYPE_CHECKING:
 
 
 def choices(name: str, **fields: tuple[str, ...]) -> type[BaseModel]:
-    """A pydantic model with one choice a field, the first being the default: the view settings of a result."""
+    """A pydantic model with one choice a field, the first being the default:
+    the view settings of a result.
+    """
     return create_model(name, **{k: (Literal[v], Field(v[0], description=k)) for k, v in fields.items()})  # type: ignore[call-overload]
 
 
 def short_names(fig: go.Figure, names: Sequence[str]) -> None:
-    """Layers along the x axis in this order, their labels without the parts of the name that all of them begin with."""
+    """Layers along the x axis in this order, their labels without the parts of the name that all of them
+    begin with.
+    """
     parts = [name.split(".") for name in names]
     same = 0
     while parts and all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
@@ -66,7 +70,9 @@ def short_names(fig: go.Figure, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What some transforms ask about a layer's inputs besides the second moment: ranges, and sampled rows, by layer."""
+    """What some transforms ask about a layer's inputs besides the second moment:
+    ranges, and sampled rows, by layer.
+    """
 
     ranges: dict[str, InputRanges]
     rows: dict[str, Tensor]
@@ -78,7 +84,9 @@ class QuantizeResult(Result):
     def figure(
         self, column: str = "output_error", sort: str = "model order", only: str = "", **view: Any
     ) -> go.Figure:
-        """Bars by layer. sort : "model order" or "largest first"; only : layers whose name holds this text."""
+        """Bars by layer. sort : "model order" or "largest first";
+        only : layers whose name holds this text.
+        """
         from workbench.figures import color, figure
 
         table = self.table if sort == "model order" else self.table.sort_values(column, ascending=False)
@@ -115,7 +123,9 @@ class QuantizeResult(Result):
 
 
 class Quantize(SubjectInstrument):
-    """Put layers on a number format (integer, minifloat, codebook, block format) with a rounding of your choice; returns the quantized subject."""
+    """Put layers on a number format (integer, minifloat, codebook, block format)
+    with a rounding of your choice; returns the quantized subject.
+    """
 
     changes_model: ClassVar[bool] = True
     summary_line: ClassVar[str] = "number format x granularity x rounding, with predicted and measured loss"
@@ -126,7 +136,8 @@ class Quantize(SubjectInstrument):
     )
     format: str = parameter(
         "int",
-        "number format: int, e4m3fn, e5m2, e2m1, ExMy, bf16, nf4, mxfp4, nvfp4, ternary, binary, fixedW.F, quantileB, ...",
+        "number format: int, e4m3fn, e5m2, e2m1, ExMy, bf16, nf4, mxfp4, nvfp4, ternary, binary, fixedW.F, "
+        "quantileB, ...",
     )
     bits: int = parameter(4, "width of the integer format", ge=2, le=8, unit="bits")
     symmetric: bool = parameter(True, "integers symmetric about zero; otherwise with a zero point")
@@ -138,7 +149,8 @@ class Quantize(SubjectInstrument):
     )
     range: Literal["auto", "minmax", "mse", "mean", "centred"] = parameter(
         "auto",
-        "how scales are found: largest magnitude, least squared error, mean magnitude, or (binary) with the mean as zero point",
+        "how scales are found: largest magnitude, least squared error, mean magnitude, "
+        "or (binary) with the mean as zero point",
     )
     rounding: Literal[
         "nearest",
@@ -238,16 +250,19 @@ class Quantize(SubjectInstrument):
             )
         if self.rounding in ("adaround", "lowrank-adaround") and not format.uniform:
             raise BadInput(
-                f"rounding: {self.rounding} chooses floor or ceiling of integers, {format.name} has no equal steps; use format int, or another rounding"
+                f"rounding: {self.rounding} chooses floor or ceiling of integers, {format.name} has no "
+                "equal steps; use format int, or another rounding"
             )
         if self.rounding == "hqq" and not format.affine:
             raise BadInput(
-                f"rounding: hqq moves zero points and {format.name} has none; use format int with symmetric false"
+                f"rounding: hqq moves zero points and {format.name} has none; "
+                "use format int with symmetric false"
             )
         check_salient(self, layers, format)
         if self.rounding in ("flexround", "signround", "adaquant", "scales") and format.scale != "real":
             raise BadInput(
-                f"rounding: {self.rounding} learns real scales and {format.name} has none; use an int, ExMy or codebook format"
+                f"rounding: {self.rounding} learns real scales and {format.name} has none; "
+                "use an int, ExMy or codebook format"
             )
         if self.rounding == "scales" and self.transform != "none":
             raise BadInput(
@@ -255,45 +270,53 @@ class Quantize(SubjectInstrument):
             )
         if self.objective == "block" and self.transform != "none":
             raise BadInput(
-                "objective: 'block' learns in the model's own coordinates; use transform none, or objective layer"
+                "objective: 'block' learns in the model's own coordinates; "
+                "use transform none, or objective layer"
             )
         if self.transform in ("hadamard", "resq", "flatquant") and (
             masked := [layer.name for layer in layers if mask_of(layer) is not None]
         ):
             raise BadInput(
-                f"transform: {self.transform} mixes inputs, so the zeros of pruned layers ({masked[0]}, ...) would be lost; use smooth, awq or teq"
+                f"transform: {self.transform} mixes inputs, so the zeros of pruned layers ({masked[0]}, "
+                "...) would be lost; use smooth, awq or teq"
             )
         if self.activations != "none":
             activation_format(self.activation_format, self.activation_bits)
             if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
                 raise BadInput(
-                    f"activations: {fused[0]} reads its inputs inside a fused expert kernel; choose layers without experts, or activations none"
+                    f"activations: {fused[0]} reads its inputs inside a fused expert kernel; "
+                    "choose layers without experts, or activations none"
                 )
         if self.wide_share and self.activations == "none":
             raise BadInput(
-                f"wide_share: {self.wide_share:g} of the activations are to stay wide, but activations is none; choose token, tensor or channel"
+                f"wide_share: {self.wide_share:g} of the activations are to stay wide, "
+                "but activations is none; choose token, tensor or channel"
             )
         if self.kv_bits == 1:
             raise BadInput("kv_bits: 1 bit is not accepted; it should be 0 (left alone) or 2 to 8")
         if self.kv_bits and not key_value_layers(layers):
             raise BadInput(
-                f"kv_bits: no layer of {self.layers!r} is a key or value projection (names ending in {', '.join(KEY_VALUE)})"
+                f"kv_bits: no layer of {self.layers!r} is a key or value projection (names ending in "
+                f"{', '.join(KEY_VALUE)})"
             )
         if self.objective == "block" and self.rounding not in LEARNED:
             raise BadInput(
-                f"objective: 'block' is for learned roundings ({', '.join(LEARNED)}), not {self.rounding}; use layer"
+                f"objective: 'block' is for learned roundings ({', '.join(LEARNED)}), not {self.rounding}; "
+                "use layer"
             )
         if self.adapter_rank and self.objective == "block":
             raise BadInput("adapter_rank: a low-rank term is fitted layer by layer; use objective layer")
         if self.window > 1 and (self.objective != "block" or self.overlap >= self.window):
             raise BadInput(
-                f"window: {self.window} blocks with overlap {self.overlap} need objective block and an overlap smaller than the window"
+                f"window: {self.window} blocks with overlap {self.overlap} need objective block and an "
+                "overlap smaller than the window"
             )
         if self.range == "mean" and format.affine:
             raise BadInput("range: 'mean' needs a format symmetric about zero; use minmax or mse")
         if self.range == "centred" and format.name != "binary":
             raise BadInput(
-                f"range: 'centred' makes a row's mean the zero point of binary weights, not of {format.name}; use minmax or mse"
+                "range: 'centred' makes a row's mean the zero point of binary weights, "
+                f"not of {format.name}; use minmax or mse"
             )
         group_of(format, self.granularity, self.group_size, layers[0].shape[-1])
         for glob, bits in self.layer_bits.items():
@@ -370,7 +393,9 @@ class Quantize(SubjectInstrument):
         seen: Inputs,
         progress: Progress,
     ) -> Iterator[tuple[Layer, Tensor, Grid, Term | None]]:
-        """Each layer with its values and grid. With `sequential` a block's statistics are taken once those before it are in place."""
+        """Each layer with its values and grid. With `sequential` a block's statistics are taken once those
+        before it are in place.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         factors = Factors()
         if self.objective == "layer" and not self.sequential:
@@ -408,7 +433,9 @@ class Quantize(SubjectInstrument):
         factors: Factors,
         progress: Progress,
     ) -> Iterator[tuple[Layer, Tensor, Grid, Term | None]]:
-        """Blocks learned in windows; a block's rounding is final once the window has left it, and those after it go on from where they are."""
+        """Blocks learned in windows; a block's rounding is final once the window has left it,
+        and those after it go on from where they are.
+        """
         kind, modules, done = LEARNED[self.rounding], dict[str, list[LearnedRounding]](), 0
         spans = windows(len(groups), self.window, self.overlap)
         for span, following in zip(spans, [*spans[1:], range(len(groups), len(groups))], strict=True):
@@ -510,7 +537,9 @@ class Quantize(SubjectInstrument):
         cross: Tensor | None = None,
         seen: Inputs | None = None,
     ) -> tuple[Tensor, Grid, Term | None]:
-        """Values (..., out, in), float32, in the model's coordinates, their grid, and the low-rank term beside them, if any."""
+        """Values (..., out, in), float32, in the model's coordinates, their grid,
+        and the low-rank term beside them, if any.
+        """
         problems = self.problems(layer, moments, generator, factors, cross, seen)
         if not self.adapter_rank:
             return *stacked([self.round(problem) for problem in problems]), None
@@ -631,7 +660,9 @@ def effective(values: Tensor, term: Term | None) -> Tensor:
 
 @torch.no_grad()
 def put(layer: Layer, values: Tensor, grid: Grid, term: Term | None = None) -> None:
-    """Write values and keep them on their grid, with a low-rank term beside them. What was added before is part of `values` now."""
+    """Write values and keep them on their grid, with a low-rank term beside them.
+    What was added before is part of `values` now.
+    """
     layer.attach(FakeQuant.of(grid))
     stack = layer.module.parametrizations[layer.tensor]
     kept = [c for c in stack if c.order >= FakeQuant.order and not isinstance(c, Adapter)]

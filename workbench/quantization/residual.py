@@ -23,21 +23,27 @@ SMALLEST = 1e-5  # of a learned scale
 
 
 def scaled_signs(x: Tensor, scale: Tensor) -> Tensor:
-    """s sign(x), straight through where |x| <= s; d/ds is sign(x), divided by the root of their number (Liu et al. 2022, BiT, elastic binarisation)."""
+    """s sign(x), straight through where |x| <= s; d/ds is sign(x), divided by the root of their number
+    (Liu et al. 2022, BiT, elastic binarisation).
+    """
     s = slowed(scale.clamp_min(SMALLEST), x.numel() ** -0.5)
     clipped = torch.minimum(torch.maximum(x, -s.detach()), s.detach())
     return s * signs(x) + (clipped - clipped.detach())
 
 
 def scaled_steps(x: Tensor, scale: Tensor) -> Tensor:
-    """s where x > s / 2, else 0, for x >= 0 (an attention map); straight through where x <= s, d/ds as for a learned step of one bit (Esser et al. 2020)."""
+    """s where x > s / 2, else 0, for x >= 0 (an attention map);
+    straight through where x <= s, d/ds as for a learned step of one bit (Esser et al. 2020).
+    """
     s = slowed(scale.clamp_min(SMALLEST), x.numel() ** -0.5)
     units = (x / s).clamp(max=1.0)
     return (units + (units.detach().round() - units.detach())) * s
 
 
 class ElasticSigns(SignInputs):
-    """Inputs as s sign(x + shift), both learned: one scale for the layer, one shift for each feature (Liu et al. 2022, BiT)."""
+    """Inputs as s sign(x + shift), both learned: one scale for the layer, one shift for each feature
+    (Liu et al. 2022, BiT).
+    """
 
     def __init__(self, shift: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -48,15 +54,19 @@ class ElasticSigns(SignInputs):
 
 
 class BinaryAttention(AttentionChange):
-    """Queries, keys and values as s sign(x), maps as s or 0, with low-rank estimates of the residual polynomials (Xing et al. 2024, BiPFT).
+    """Queries, keys and values as s sign(x), maps as s or 0,
+    with low-rank estimates of the residual polynomials (Xing et al. 2024, BiPFT).
 
-    With Q = Q_b + R_q and K = K_b + R_k, Q K^T - Q_b K_b^T = Q_b R_k^T + R_q K_b^T + R_q R_k^T. Each factor on the right is estimated by a linear
-    map of the attention's input x to `rank` numbers, shared by the heads, and the three products are added to the binary scores; R_v is
-    estimated likewise and added to the binary values before the binary maps weigh them: A_b V_b + A_b R_v. The terms are those of the paper's
-    published code, which has rank 1 and one number for all of a value's features; here `up` (rank, features) spreads it, starting at ones.
-    What a map loses is not estimated, as there. Estimates of residuals start at zero: at first attention is binary and nothing else.
+    With Q = Q_b + R_q and K = K_b + R_k, Q K^T - Q_b K_b^T = Q_b R_k^T + R_q K_b^T + R_q R_k^T. Each factor
+    on the right is estimated by a linear map of the attention's input x to `rank` numbers, shared by
+    the heads, and the three products are added to the binary scores; R_v is estimated likewise and added to
+    the binary values before the binary maps weigh them: A_b V_b + A_b R_v. The terms are those of the paper's
+    published code, which has rank 1 and one number for all of a value's features; here `up` (rank, features)
+    spreads it, starting at ones. What a map loses is not estimated, as there.
+    Estimates of residuals start at zero: at first attention is binary and nothing else.
 
-    scales (4,) of queries, keys, values and maps; estimators (5, rank, in) and offsets (5, rank) of Q_b, K_b, R_q, R_k and R_v; None without.
+    scales (4,) of queries, keys, values and maps; estimators (5, rank, in) and offsets (5, rank) of Q_b, K_b,
+    R_q, R_k and R_v; None without.
     """
 
     estimators: nn.Parameter | None
@@ -78,8 +88,10 @@ class BinaryAttention(AttentionChange):
 
     @classmethod
     def begin(cls, call: AttentionCall, width: int, rank: int, generator: torch.Generator) -> BinaryAttention:
-        """On the inputs (..., width) of an attention like this one. A scale starts at mean |x|, the best for signs (Rastegari et al. 2016), and a
-        map's at 4 mean, as in the published code."""
+        """On the inputs (..., width) of an attention like this one.
+        A scale starts at mean |x|, the best for signs (Rastegari et al. 2016), and a map's at 4 mean,
+        as in the published code.
+        """
         device = call.query.device
         scales = torch.stack(
             [call.query.abs().mean(), call.key.abs().mean(), call.value.abs().mean(), 4 * call.maps.mean()]
@@ -136,7 +148,9 @@ class BinaryAttention(AttentionChange):
 def binarise(
     on: Subject, layers: Sequence[Layer], rank: int, generator: torch.Generator, examples: int = 8
 ) -> None:
-    """Put signs on what these layers read, and binary attention with estimators of this rank (0: none) around those that project for one."""
+    """Put signs on what these layers read, and binary attention with estimators of this rank (0: none)
+    around those that project for one.
+    """
     size: dict[str, Tensor] = {}
 
     def note(layer: Layer) -> Any:

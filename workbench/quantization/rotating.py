@@ -1,4 +1,6 @@
-"""Rotate: fold a rotation of the residual stream into a model's weights, and show what it does to what its layers read."""
+"""Rotate: fold a rotation of the residual stream into a model's weights,
+and show what it does to what its layers read.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,9 @@ class RotateResult(Result):
             "kurtosis": "kurtosis of the inputs (3 is Gaussian)",
             "spread": "largest over root mean square input",
         }[column]
-        fig = figure(
-            f"What each layer reads, before and after the {self.instrument.kind} rotation",
-            "layer",
-            words,
-            yaxis_type="log",
-        )  # type: ignore[attr-defined]
+        kind = self.instrument.kind  # type: ignore[attr-defined]
+        title = f"What each layer reads, before and after the {kind} rotation"
+        fig = figure(title, "layer", words, yaxis_type="log")
         names = self.table["layer"].to_numpy()
         for label, name in (("as trained", column), ("rotated", f"{column}_rotated")):
             line(fig, names, self.table[name].to_numpy(), label, mode="lines+markers")
@@ -45,13 +44,16 @@ class RotateResult(Result):
 
 
 class Rotate(SubjectInstrument):
-    """Fold a rotation of the residual stream into a pre-norm causal model, drawn, learned (SpinQuant) or principal (ResQ); its function stays."""
+    """Fold a rotation of the residual stream into a pre-norm causal model, drawn, learned (SpinQuant)
+    or principal (ResQ); its function stays.
+    """
 
     changes_model: ClassVar[bool] = True
 
     kind: Literal["hadamard", "orthogonal", "learned", "principal"] = parameter(
         "hadamard",
-        "random signs times Hadamard blocks; Haar; learned for rounded activations; principal components, the widest features last",
+        "random signs times Hadamard blocks; Haar; learned for rounded activations; "
+        "principal components, the widest features last",
     )
     steps: int = parameter(
         50, "learned: descent steps on the orthogonal matrices", ge=1, le=10000, scale="log"

@@ -1,10 +1,12 @@
-"""Rotations of the residual stream, folded into the weights (Ashkboos et al. 2024, QuaRot; Liu et al. 2025, SpinQuant's R1).
+"""Rotations of the residual stream, folded into the weights
+(Ashkboos et al. 2024, QuaRot; Liu et al. 2025, SpinQuant's R1).
 
-RMSNorm without its scale commutes with rotations: norm(R x) = R norm(x). So with the norms' scales moved into the layers that
-read them, every reader becomes W R^T and every writer R W, and the function is unchanged for any orthogonal R. LayerNorm also
-subtracts the mean: that projection, I - 11'/d, is moved into the writers first (Ashkboos et al. 2024, SliceGPT), and R is made to
-keep the direction of ones, so that the mean stays zero. Post-norm models (BERT) add the normalised state back to the stream, so their norms'
-scales cannot move and nothing can be folded: there, use `Quantize(transform="hadamard")`, which stays online.
+RMSNorm without its scale commutes with rotations: norm(R x) = R norm(x). So with the norms' scales moved into
+the layers that read them, every reader becomes W R^T and every writer R W, and the function is unchanged for
+any orthogonal R. LayerNorm also subtracts the mean: that projection, I - 11'/d, is moved into the writers
+first (Ashkboos et al. 2024, SliceGPT), and R is made to keep the direction of ones, so that the mean stays
+zero. Post-norm models (BERT) add the normalised state back to the stream, so their norms' scales cannot move
+and nothing can be folded: there, use `Quantize(transform="hadamard")`, which stays online.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from workbench.subjects.changes import bake
 
 @dataclass
 class Stream:
-    """What reads and writes the residual stream. `heads` holds, for each block, the value projection, its rows and the output projection."""
+    """What reads and writes the residual stream. `heads` holds, for each block, the value projection,
+    its rows and the output projection.
+    """
 
     embeddings: list[nn.Embedding]
     blocks: list[list[tuple[Any, list[Any], Any]]]  # (norm, its readers, the writer)
@@ -36,7 +40,9 @@ class Stream:
 
 
 def stream_of(model: Any) -> Stream:
-    """The residual stream of a Llama- or GPT-2-like causal language model; `BadInput` (saying why) for any other."""
+    """The residual stream of a Llama- or GPT-2-like causal language model;
+    `BadInput` (saying why) for any other.
+    """
     name = type(model).__name__
     if hasattr(model, "transformer") and hasattr(model.transformer, "wte"):
         inner = model.transformer
@@ -56,7 +62,8 @@ def stream_of(model: Any) -> Stream:
         or not hasattr(getattr(first, "mlp", None), "down_proj")
     ):
         raise BadInput(
-            f"subject: {name} has no residual stream that rotations can be folded into (a pre-norm causal model with RMSNorm or "
+            f"subject: {name} has no residual stream that rotations can be folded into (a pre-norm causal "
+            "model with RMSNorm or "
             "LayerNorm is needed); use quantize with transform hadamard, which stays online"
         )
     blocks, heads = [], []
@@ -75,7 +82,9 @@ def stream_of(model: Any) -> Stream:
 
 
 def random_rotation(width: int, kind: str, generator: torch.Generator) -> Tensor:
-    """An orthogonal (width, width), float64: "hadamard" (block Hadamard with random signs), "orthogonal" (Haar), "identity"."""
+    """An orthogonal (width, width), float64: "hadamard" (block Hadamard with random signs), "orthogonal"
+    (Haar), "identity".
+    """
     if kind == "identity":
         return torch.eye(width, dtype=torch.float64)
     if kind == "hadamard":
@@ -88,7 +97,9 @@ def random_rotation(width: int, kind: str, generator: torch.Generator) -> Tensor
 
 
 def keep_mean(matrix: Tensor) -> Tensor:
-    """The rotation followed by the reflection that brings the direction of ones back to itself: LayerNorm's mean stays zero."""
+    """The rotation followed by the reflection that brings the direction of ones back to itself:
+    LayerNorm's mean stays zero.
+    """
     ones = torch.full((len(matrix),), len(matrix) ** -0.5, dtype=matrix.dtype, device=matrix.device)
     across = matrix @ ones - ones
     size = across.square().sum()
@@ -105,10 +116,12 @@ def rotate(
     rotation: Tensor | None = None,
     heads: Sequence[Tensor] = (),
 ) -> Subject:
-    """A subject with the same function whose residual stream is rotated by an orthogonal (width, width) matrix.
+    """A subject with the same function whose residual stream is rotated by an orthogonal (width, width)
+    matrix.
 
-    heads : an orthogonal (head size, head size) for each block, which turns what its heads read and write (SpinQuant's R2)
-    Changes on its weights are baked in first; a head tied to the embedding is untied (its norm's scale moves into it).
+    heads : an orthogonal (head size, head size) for each block, which turns what its heads read and write
+        (SpinQuant's R2) Changes on its weights are baked in first;
+        a head tied to the embedding is untied (its norm's scale moves into it).
     """
     made = subject.copy()
     model: Any = bake(made.model)
@@ -139,8 +152,10 @@ def rotate(
 
 @torch.no_grad()
 def folded(model: Any) -> Stream:
-    """The stream of a model after its norms' scales and biases went into the layers that read them (in place), and LayerNorm's centring
-    into the layers that write: from here on any rotation leaves the function alone."""
+    """The stream of a model after its norms' scales and biases went into the layers that read them
+    (in place), and LayerNorm's centring into the layers that write:
+    from here on any rotation leaves the function alone.
+    """
     stream = stream_of(model)
     untie(model, stream)
     centre = isinstance(stream.norm, nn.LayerNorm)
@@ -164,7 +179,9 @@ def folded(model: Any) -> Stream:
 def turned(
     stream: Stream, matrix: Tensor, heads: Sequence[Tensor] = ()
 ) -> dict[tuple[nn.Module, str], Tensor]:
-    """(module, tensor) -> its value in the rotated stream: readers W R^T, writers R W. Differentiable in the rotations, in their dtype."""
+    """(module, tensor) -> its value in the rotated stream: readers W R^T, writers R W.
+    Differentiable in the rotations, in their dtype.
+    """
     if isinstance(stream.norm, nn.LayerNorm):
         matrix = keep_mean(matrix)
     found: dict[tuple[nn.Module, str], Tensor] = {

@@ -1,7 +1,8 @@
-"""Roundings: how a weight (out, in) is put on a grid. One `Problem` in, values on a grid out, whatever the method.
+"""Roundings: how a weight (out, in) is put on a grid.
+One `Problem` in, values on a grid out, whatever the method.
 
-Every method here minimises (or ignores) the layer's reconstruction error ||(Q - W) X||_F^2 = tr((Q - W) G (Q - W)^T), which
-needs nothing of the calibration data but the second moment G = X X^T.
+Every method here minimises (or ignores) the layer's reconstruction error ||(Q - W) X||_F^2 = tr((Q - W) G
+(Q - W)^T), which needs nothing of the calibration data but the second moment G = X X^T.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ ROUNDINGS: dict[str, Rounding] = {}
 
 @dataclass
 class Factors:
-    """Linear feedback of the second moments seen last: layers with the same inputs (query, key, value) share one."""
+    """Linear feedback of the second moments seen last: layers with the same inputs (query, key, value)
+    share one.
+    """
 
     gram: Tensor | None = None
     made: dict[tuple[float, bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
@@ -46,11 +49,13 @@ class Factors:
 class Problem:
     """One matrix to round.
 
-    weight : (out, in) float32, zeros where pruned;  gram : (in, in) second moment of the inputs the quantized layer will see
+    weight : (out, in) float32, zeros where pruned;
+        gram : (in, in) second moment of the inputs the quantized layer will see
     mask : True where a weight is kept, or None;  generator : the source of every random choice
     largest : (in,) largest magnitude of each input in calibration, for transforms that ask for it
     salient : weights that stay on a wider grid, or None
-    rows, activation : (tokens, in) sampled inputs and the format they will be rounded to per token, for transforms that minimise both errors
+    rows, activation : (tokens, in) sampled inputs and the format they will be rounded to per token,
+        for transforms that minimise both errors
     """
 
     weight: Tensor
@@ -81,7 +86,9 @@ class Problem:
         )
 
     def grid(self) -> Grid:
-        """The format's grid on this weight; clipping searches weigh each column's error by its inputs' energy."""
+        """The format's grid on this weight; clipping searches weigh each column's error by its inputs'
+        energy.
+        """
         if self.salient is not None:
             return self.salient.grid(
                 self.weight, self.gram, self.format, self.granularity, self.group_size, self.rule

@@ -1,4 +1,6 @@
-"""Salient weights kept on a wider grid than the rest: whole input features (a one-dimensional mask) or single weights (a mask entry each)."""
+"""Salient weights kept on a wider grid than the rest: whole input features (a one-dimensional mask)
+or single weights (a mask entry each).
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ ROUNDINGS = ("nearest", "stochastic", "scales")  # those that ask a grid for not
 
 @dataclass(frozen=True)
 class Salient:
-    """Which weights stay wide. share : of a row, the same number in every row;  bits : their width, with a zero point
+    """Which weights stay wide. share : of a row, the same number in every row;
+    bits : their width, with a zero point
 
-    pattern : "columns", the input features with the most energy (Zhao et al. 2025, PTQ1.61); "weights", in each row those with the largest
-    |w_ij| (G_jj)^1/2, as Sun et al. (2023) rank them, where only their place costs more
+    pattern : "columns", the input features with the most energy (Zhao et al. 2025, PTQ1.61); "weights", in
+        each row those with the largest |w_ij| (G_jj)^1/2, as Sun et al. (2023) rank them,
+        where only their place costs more
     """
 
     share: float
@@ -34,7 +38,9 @@ class Salient:
     pattern: str = "columns"
 
     def mask(self, weight: Tensor, gram: Tensor) -> Tensor:
-        """(1, in) or (out, in), True where a weight (out, in) stays wide, for inputs of second moment (in, in)."""
+        """(1, in) or (out, in), True where a weight (out, in) stays wide, for inputs of second moment
+        (in, in).
+        """
         energy = gram.diagonal().clamp_min(0)
         score = energy[None] if self.pattern == "columns" else weight.abs() * energy.sqrt()
         found = torch.zeros_like(score, dtype=torch.bool)
@@ -78,9 +84,11 @@ def taken(table: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitGrid(Grid):
-    """A grid of the weights outside `mask`, moved together, and another, `wide`, of those inside. Rows, not experts.
+    """A grid of the weights outside `mask`, moved together, and another, `wide`, of those inside.
+    Rows, not experts.
 
-    mask : (1, in) or (out, in), the same number of True in every row;  transform : acts on the whole weight, before the split
+    mask : (1, in) or (out, in), the same number of True in every row;
+        transform : acts on the whole weight, before the split
     """
 
     mask: Tensor
@@ -139,8 +147,10 @@ class SplitGrid(Grid):
         return low, high
 
     def bytes(self, shape: tuple[int, ...], kept: int | None = None) -> float:
-        """Both parts in full, the transform, and the mask: a bit a feature, or for single weights the index of each row's choice among all
-        of its size, which takes no more bits than the choices' logarithm (enumerative coding, Cover 1973)."""
+        """Both parts in full, the transform, and the mask: a bit a feature, or for single weights the index
+        of each row's choice among all of its size, which takes no more bits than the choices' logarithm
+        (enumerative coding, Cover 1973).
+        """
         rows, width = shape
         inside = int(self.mask[0].sum())
         place = width if len(self.mask) == 1 else rows * index_bits(width, inside)
@@ -156,8 +166,10 @@ def index_bits(width: int, inside: int) -> int:
 def effective_bits(
     rows: int, width: int, share: float, bits: int = 4, pattern: str = "columns", column_factors: bool = False
 ) -> float:
-    """Bits a weight of a binarised matrix with a mean and a scale a row (16 bits each), the salient share in `bits` with a 16-bit scale and a
-    zero point a row, the mask, and 16 bits a feature for column factors. PTQ1.61's count for wide rows: 0.8 + 0.2 x 4 and next to nothing."""
+    """Bits a weight of a binarised matrix with a mean and a scale a row (16 bits each), the salient share in
+    `bits` with a 16-bit scale and a zero point a row, the mask, and 16 bits a feature for column factors.
+    PTQ1.61's count for wide rows: 0.8 + 0.2 x 4 and next to nothing.
+    """
     inside = Salient(share, bits, pattern).count(width)
     place = width / rows if pattern == "columns" else index_bits(width, inside)
     return (
@@ -171,14 +183,17 @@ def check_salient(settings: Quantize, layers: Sequence[Layer], format: Format) -
         return
     if settings.rounding not in ROUNDINGS:
         raise BadInput(
-            f"salient_share: {settings.rounding} rounds on one grid; use {', '.join(ROUNDINGS)}, or salient_share 0"
+            f"salient_share: {settings.rounding} rounds on one grid; "
+            f"use {', '.join(ROUNDINGS)}, or salient_share 0"
         )
     if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
         raise BadInput(
-            f"salient_share: {fused[0]} is a stack of experts, each with salient weights of its own; choose other layers, or salient_share 0"
+            f"salient_share: {fused[0]} is a stack of experts, each with salient weights of its own; "
+            "choose other layers, or salient_share 0"
         )
     if format.scale == "none":
         raise BadInput(
-            f"salient_share: {format.name} has no scales; use an int, ExMy, codebook, block, ternary or binary format"
+            f"salient_share: {format.name} has no scales; use an int, ExMy, codebook, block, "
+            "ternary or binary format"
         )
     group_of(format, settings.granularity, settings.group_size, layers[0].shape[-1])

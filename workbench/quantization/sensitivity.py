@@ -48,7 +48,8 @@ def alone(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
-    """(g.d, 1/2 d.H d) of the mean loss for each layer's candidate changes d taken alone, without the interactions between layers.
+    """(g.d, 1/2 d.H d) of the mean loss for each layer's candidate changes d taken alone,
+    without the interactions between layers.
 
     One graph of the gradient serves every layer and candidate of a batch.
     """
@@ -93,16 +94,19 @@ def gauss_newton_scores(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """(examples x samples, layers, candidates): how far each layer's candidate change d moves the log-likelihood of targets that the model draws.
+    """(examples x samples, layers, candidates): how far each layer's candidate change d moves
+    the log-likelihood of targets that the model draws.
 
-    A score is s = g.d / sqrt(2 x items x samples), g an example's gradient at targets y ~ p(y | x), so that the sum of s^2 is an unbiased
-    estimate of 1/2 d.G d of the mean loss, G the generalised Gauss-Newton matrix (Martens 2020, section 9: for cross-entropy and squared error it
-    is the Fisher matrix). The sum of products of two changes' scores is likewise 1/2 d_i.G d_j, so one pass serves every layer, every
-    candidate and every pair of them (the expansion that Deng et al. 2025, CLADO, start from; the term by which Schaefer et al. 2023 augment
-    layer-wise Hessians is in their paper's body, which was not available). Never negative: no layer looks free because the loss happens to
-    curve downwards on these examples. Its relative standard error is about sqrt(2 / (examples x samples)). One backward pass a sample;
-    every layer needs as many candidates.
-    `BadInput` for a custom loss, which defines no distribution to draw from.
+    A score is s = g.d / sqrt(2 x items x samples), g an example's gradient at targets y ~ p(y | x), so that
+    the sum of s^2 is an unbiased estimate of 1/2 d.G d of the mean loss, G the generalised Gauss-Newton
+    matrix (Martens 2020, section 9: for cross-entropy and squared error it is the Fisher matrix). The sum
+    of products of two changes' scores is likewise 1/2 d_i.G d_j, so one pass serves every layer, every
+    candidate and every pair of them (the expansion that Deng et al. 2025, CLADO, start from; the term by
+    which Schaefer et al. 2023 augment layer-wise Hessians is in their paper's body, which was not
+    available). Never negative: no layer looks free because the loss happens to curve downwards on these
+    examples. Its relative standard error is about sqrt(2 / (examples x samples)). One backward pass a sample;
+    every layer needs as many candidates. `BadInput` for a custom loss,
+    which defines no distribution to draw from.
     """
     progress = progress or Progress()
     check_kind("mc-fisher", subject.task)
@@ -180,9 +184,11 @@ def traces(
     split: str = "calibration",
     progress: Progress | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """(trace, standard error) of each layer's Hessian block by Hutchinson's estimator with Rademacher probes drawn for all layers at once.
+    """(trace, standard error) of each layer's Hessian block by Hutchinson's estimator with Rademacher probes
+    drawn for all layers at once.
 
-    z_l.(Hz)_l is unbiased for Tr(H_ll): the other layers' probes are independent of z_l. One Hessian-vector product a probe.
+    z_l.(Hz)_l is unbiased for Tr(H_ll): the other layers' probes are independent of z_l.
+    One Hessian-vector product a probe.
     """
     draws: dict[str, list[float]] = {layer.name: [] for layer in layers}
     for _ in range(probes):
@@ -212,10 +218,12 @@ def top_eigenvalues(
     iterations: int = 10,
     progress: Progress | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """(mean, standard deviation) over `parts` disjoint shares of the calibration examples of the eigenvalue of largest magnitude of each
-    layer's Hessian block, by power iteration on all blocks side by side (Dong et al. 2019, HAWQ; Shen et al. 2020, Q-BERT, section 3.1).
+    """(mean, standard deviation) over `parts` disjoint shares of the calibration examples of the eigenvalue
+    of largest magnitude of each layer's Hessian block, by power iteration on all blocks side by side
+    (Dong et al. 2019, HAWQ; Shen et al. 2020, Q-BERT, section 3.1).
 
-    A Rayleigh quotient's magnitude never exceeds the eigenvalue's: with few iterations the estimate is low, not high.
+    A Rayleigh quotient's magnitude never exceeds the eigenvalue's:
+    with few iterations the estimate is low, not high.
     """
     examples = min(examples, subject.size("calibration"))
     parts = min(parts, examples)
@@ -267,7 +275,9 @@ class LayerSensitivityResult(Result):
 
 
 class LayerSensitivity(SubjectInstrument):
-    """Quantize each layer alone: predicted (gradient and curvature) beside measured loss change, for one or more widths."""
+    """Quantize each layer alone: predicted (gradient and curvature) beside measured loss change,
+    for one or more widths.
+    """
 
     layers: str = parameter("blocks", "layers, comma-separated globs")
     format: str = parameter("int", "number format, as in quantize")
@@ -331,7 +341,9 @@ class LayerSensitivity(SubjectInstrument):
         return self.result(table, facts)
 
     def _agreement(self, table: pd.DataFrame) -> dict[str, Any]:
-        """Spearman's rank correlation of predicted and measured, the worst over the widths, with a bootstrap interval over layers."""
+        """Spearman's rank correlation of predicted and measured, the worst over the widths,
+        with a bootstrap interval over layers.
+        """
         from workbench.studies import rank_correlation
 
         def agreement(pairs: np.ndarray) -> float:

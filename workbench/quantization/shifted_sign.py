@@ -1,4 +1,6 @@
-"""Binary weights with a learned scale and a learned offset: two values a column (or row), wherever they are best."""
+"""Binary weights with a learned scale and a learned offset:
+two values a column (or row), wherever they are best.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ SMALLEST, LARGEST = 2.0**-24, 65504.0  # of 16-bit floats
 
 
 class ShiftedSign(TrainedRounding):
-    """FBI-LLM (Ma, Sun, Shen 2024): alpha sign(w) + beta with learned alpha and beta, straight through the sign for every w.
+    """FBI-LLM (Ma, Sun, Shen 2024): alpha sign(w) + beta with learned alpha and beta,
+    straight through the sign for every w.
 
-    They begin at beta = mean w and alpha = mean |w - beta| of what shares them, which is a column of the matrix (an input feature) as in
-    the paper's published code, or a group in a row. The forward pass already uses what will be stored, the 16-bit scale |alpha| and zero
-    point -beta / |alpha| of a grid of -1 and 1; the gradients are those of the formula: sum g sign(w), sum g, and alpha g.
+    They begin at beta = mean w and alpha = mean |w - beta| of what shares them, which is a column
+    of the matrix (an input feature) as in the paper's published code, or a group in a row. The forward pass
+    already uses what will be stored, the 16-bit scale |alpha| and zero point -beta / |alpha| of a grid of -1
+    and 1; the gradients are those of the formula: sum g sign(w), sum g, and alpha g.
     """
 
     def __init__(self, alpha: Tensor, beta: Tensor, *, group: int) -> None:
@@ -33,7 +37,9 @@ class ShiftedSign(TrainedRounding):
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> ShiftedSign:
-        """A column of `weight` (..., out, in) shares the two when `settings.shared` is "column", else `group` weights of a row do."""
+        """A column of `weight` (..., out, in) shares the two when `settings.shared` is "column",
+        else `group` weights of a row do.
+        """
         blocks = (
             weight.mT.unsqueeze(-3) if settings.shared == "column" else in_groups(weight, group)
         )  # (..., out or 1, groups, members)

@@ -1,4 +1,6 @@
-"""Measurements of studies rather than methods: bfloat16 training, what matters to learned roundings, learned binary points."""
+"""Measurements of studies rather than methods: bfloat16 training, what matters to learned roundings,
+learned binary points.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ LEARNED = ("adaround", "flexround", "signround", "adaquant")
 
 
 def half_precision(name: str, progress: Progress) -> dict[str, Any]:
-    """The digits transformer from random weights with forward and backward passes in bfloat16 and float32 weights, against float32 throughout."""
+    """The digits transformer from random weights with forward and backward passes in bfloat16 and float32
+    weights, against float32 throughout.
+    """
     settings: dict[str, Any] = {"steps": 300, "batch_size": 32}
     rates = (1e-3, 3e-3, 1e-2)
     found = {
@@ -32,7 +36,10 @@ def half_precision(name: str, progress: Progress) -> dict[str, Any]:
     mean, low, high = interval(
         [a - b for a, b in zip(found["bf16"]["values"], found["fp32"]["values"], strict=True)]
     )
-    note = f"digits-vit from random weights, bf16 minus fp32 {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats; fp32's standard deviation over seeds {spread:.4f}"
+    note = (
+        f"digits-vit from random weights, bf16 minus fp32 {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats; "
+        f"fp32's standard deviation over seeds {spread:.4f}"
+    )
     return {
         "holds": abs(mean) < spread,
         "note": note,
@@ -43,8 +50,8 @@ def half_precision(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def what_matters(name: str, progress: Progress) -> dict[str, Any]:
-    """Test loss of the digits transformer at 3 bits over {learned rounding} x {layer, block} x {64, 256 calibration examples} x three draws of them:
-    how far the mean moves between the levels of each factor."""
+    """Test loss of the digits transformer at 3 bits over {learned rounding} x {layer, block} x {64, 256
+    calibration examples} x three draws of them: how far the mean moves between the levels of each factor."""
     rows = []
     shared: dict[str, Any] = {
         "bits": 3,
@@ -81,8 +88,10 @@ def what_matters(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def binary_points(name: str, progress: Progress) -> dict[str, Any]:
-    """The digits transformer in fixed point of 8, 6 and 4 bits, each tensor's binary point trained, against as many dense steps and then the one binary
-    point for all tensors with the least validation loss; and at 8 bits with one, two and three signed powers of two a weight."""
+    """The digits transformer in fixed point of 8, 6 and 4 bits, each tensor's binary point trained, against
+    as many dense steps and then the one binary point for all tensors with the least validation loss; and at 8
+    bits with one, two and three signed powers of two a weight.
+    """
     on = opened("digits-vit")
     rows: list[dict[str, Any]] = []
     for seed in progress.track(SEEDS, name):

@@ -1,4 +1,6 @@
-"""Catalog cards of the methods that train through a rounding beside a teacher; `taught_evidence.py` measures their claims."""
+"""Catalog cards of the methods that train through a rounding beside a teacher;
+`taught_evidence.py` measures their claims.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ CARDS: list[Method] = [
         "quantization",
         "FBI-LLM: binary from random weights by autoregressive distillation",
         "Ma, Sun, Shen 2024",
-        r"\tilde W = \alpha\,\mathrm{sign}(W) + \beta;\ -\tfrac1n\sum_i\sum_c p_T(c \mid x_{<i})\log p(c \mid x_{<i})",
+        r"\tilde W = \alpha\,\mathrm{sign}(W) + \beta;\ -\tfrac1n\sum_i\sum_c p_T(c \mid x_{<i})\log p(c "
+        r"\mid x_{<i})",
         "training, a teacher",
-        "binary from random weights, equal steps: the teacher's distribution alone gives a lower loss on the text than the text itself",
+        "binary from random weights, equal steps: the teacher's distribution alone gives a lower loss on "
+        "the text than the text itself",
         252,
         evidence.distilled_binary,
     ),
@@ -22,9 +26,11 @@ CARDS: list[Method] = [
         "quantization",
         "EdgeQAT: informative queries and keys, the teacher's attention maps",
         "Shen et al. 2024",
-        r"-\log\sum\log(1 + \mathrm{var}\,q) + \log(1 + \mathrm{var}\,k);\ 1 - \cos(A, A_T);\ 8\ \mathrm{or}\ b\ \mathrm{bits\ by}\ q_t \cdot k_0",
+        r"-\log\sum\log(1 + \mathrm{var}\,q) + \log(1 + \mathrm{var}\,k);\ 1 - \cos(A, "
+        r"A_T);\ 8\ \mathrm{or}\ b\ \mathrm{bits\ by}\ q_t \cdot k_0",
         "training, a teacher, transformers' attention interface",
-        "4-bit weights, inputs and attention, equal steps: the two terms give a lower loss and nearer maps than distillation alone",
+        "4-bit weights, inputs and attention, equal steps: "
+        "the two terms give a lower loss and nearer maps than distillation alone",
         80,
         evidence.guided_attention,
     ),
@@ -35,7 +41,8 @@ CARDS: list[Method] = [
         "Xing et al. 2024",
         r"Q_bK_b^\top + Q_bR_k^\top + R_qK_b^\top + R_qR_k^\top,\ A_b(V_b + R_v)",
         "training, transformers' attention interface",
-        "binary weights, inputs and attention, equal steps from a dense model: estimates of rank 1 give a lower loss than none",
+        "binary weights, inputs and attention, equal steps from a dense model: "
+        "estimates of rank 1 give a lower loss than none",
         193,
         evidence.residual_estimates,
     ),

@@ -1,4 +1,6 @@
-"""Measurements that test the claims about training through a rounding beside a teacher: equal steps, rates chosen on validation, three seeds."""
+"""Measurements that test the claims about training through a rounding beside a teacher:
+equal steps, rates chosen on validation, three seeds.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ FOUR: dict[str, Any] = {
 
 @functools.cache
 def teacher() -> Subject:
-    """The byte language model of 0.1 M parameters, trained in full precision for three times as many steps as its binary students get."""
+    """The byte language model of 0.1 M parameters, trained in full precision for three times as many steps as
+    its binary students get.
+    """
     on = small_bytelm().copy()
     fit_weights(
         on, steps=3 * SCRATCH["steps"], batch_size=SCRATCH["batch_size"], lr=3e-3, weight_decay=0.0, seed=0
@@ -50,7 +54,8 @@ def tuned(
     progress: Progress,
     also: Callable[[Subject], dict[str, float]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Each arm at the learning rate with the lowest validation loss of its first seed: {arm: {rate, validation, one list a fact}}.
+    """Each arm at the learning rate with the lowest validation loss of its first seed: {arm:
+    {rate, validation, one list a fact}}.
 
     also : further facts of a trained subject.
     """
@@ -86,7 +91,9 @@ def difference(
 
 
 def distilled_binary(name: str, progress: Progress) -> dict[str, Any]:
-    """Binary students from random weights: the teacher's distribution alone against the text alone; beside them the teacher's weights as a start."""
+    """Binary students from random weights: the teacher's distribution alone against the text alone;
+    beside them the teacher's weights as a start.
+    """
     on = teacher()
     arms: dict[str, dict[str, Any]] = {
         "teacher's distribution": {"distillation": 1.0},
@@ -102,7 +109,8 @@ def distilled_binary(name: str, progress: Progress) -> dict[str, Any]:
         sum(layer.original.numel() for layer in on.layers()),
     )
     note = (
-        f"binary bytelm of 0.1 M parameters from random weights, distillation minus text {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats; "
+        "binary bytelm of 0.1 M parameters from random weights, "
+        f"distillation minus text {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats; "
         f"the teacher's weights as a start {start[0]:+.4f} [{start[1]:+.4f}, {start[2]:+.4f}]; "
         f"linears {2 * weights / found['text']['bytes'][0]:.1f} times smaller than in 16 bits"
     )
@@ -129,7 +137,9 @@ def maps_apart(on: Subject, dense: Subject) -> dict[str, float]:
 
 
 def guided_attention(name: str, progress: Progress) -> dict[str, Any]:
-    """Four-bit weights, inputs and attention: distillation with and without the two attention terms; half of the tokens in 8 bits against 6 bits for all."""
+    """Four-bit weights, inputs and attention: distillation with and without the two attention terms;
+    half of the tokens in 8 bits against 6 bits for all.
+    """
     both = {"entropy": 0.5, "attention_match": 1.0}
     arms: dict[str, dict[str, Any]] = {
         "distillation": {},
@@ -148,12 +158,16 @@ def guided_attention(name: str, progress: Progress) -> dict[str, Any]:
     alone = {arm: difference(found, arm, "distillation") for arm in ("entropy", "maps")}
     tokens = difference(found, "both, half of the tokens in 8 bits", "both, 6 bits")
     note = (
-        f"W4A4 bytelm of 0.1 M parameters, both terms minus distillation alone {loss[0]:+.4f} [{loss[1]:+.4f}, {loss[2]:+.4f}] nats, "
+        f"W4A4 bytelm of 0.1 M parameters, both terms minus distillation alone {loss[0]:+.4f} "
+        f"[{loss[1]:+.4f}, {loss[2]:+.4f}] nats, "
         f"distance of maps {maps[0]:+.4f} [{maps[1]:+.4f}, {maps[2]:+.4f}]; "
         + "; ".join(
             f"{arm} alone {m:+.4f} [{low:+.4f}, {high:+.4f}]" for arm, (m, low, high) in alone.items()
         )
-        + f"; half of the tokens in 8 bits minus 6 bits for all {tokens[0]:+.4f} [{tokens[1]:+.4f}, {tokens[2]:+.4f}]"
+        + (
+            f"; half of the tokens in 8 bits minus 6 bits for all {tokens[0]:+.4f} [{tokens[1]:+.4f}, "
+            f"{tokens[2]:+.4f}]"
+        )
     )
     return {
         "holds": loss[2] < 0 and maps[2] < 0,
@@ -166,7 +180,9 @@ def guided_attention(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def residual_estimates(name: str, progress: Progress) -> dict[str, Any]:
-    """The digits transformer with binary weights, inputs and attention: estimates of rank 0, 1 and 8, and attention left in full precision."""
+    """The digits transformer with binary weights, inputs and attention:
+    estimates of rank 0, 1 and 8, and attention left in full precision.
+    """
     on = opened("digits-vit")
     arms: dict[str, dict[str, Any]] = {
         "none": {"rank": 0},
@@ -179,9 +195,12 @@ def residual_estimates(name: str, progress: Progress) -> dict[str, Any]:
     loss, maps = difference(found, "rank 1", "none"), difference(found, "rank 1", "none", "map_distance")
     more = difference(found, "rank 8", "rank 1")
     note = (
-        f"binary digits-vit, rank 1 minus none {loss[0]:+.4f} [{loss[1]:+.4f}, {loss[2]:+.4f}] nats, distance of maps to the dense model's "
-        f"{maps[0]:+.4f} [{maps[1]:+.4f}, {maps[2]:+.4f}]; rank 8 minus rank 1 {more[0]:+.4f} [{more[1]:+.4f}, {more[2]:+.4f}] nats; "
-        f"{found['rank 1']['bytes'][0] - found['none']['bytes'][0]:.0f} more bytes on {found['none']['bytes'][0]}"
+        f"binary digits-vit, rank 1 minus none {loss[0]:+.4f} [{loss[1]:+.4f}, {loss[2]:+.4f}] nats, "
+        "distance of maps to the dense model's "
+        f"{maps[0]:+.4f} [{maps[1]:+.4f}, {maps[2]:+.4f}]; "
+        f"rank 8 minus rank 1 {more[0]:+.4f} [{more[1]:+.4f}, {more[2]:+.4f}] nats; "
+        f"{found['rank 1']['bytes'][0] - found['none']['bytes'][0]:.0f} more bytes on "
+        f"{found['none']['bytes'][0]}"
     )
     return {
         "holds": loss[2] < 0,

@@ -1,4 +1,6 @@
-"""Tokens that matter keep more bits: which ones the last attention singled out, and inputs rounded by that."""
+"""Tokens that matter keep more bits: which ones the last attention singled out,
+and inputs rounded by that.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,18 @@ from torch import Tensor, nn
 from workbench.quantization.activations import ActivationQuant, rounded_inputs
 from workbench.quantization.formats import named
 
-#: Scores (batch, tokens) of the attention that came last in this forward pass, -inf at padding; its shape says which tokens it speaks of.
+#: Scores (batch, tokens) of the attention that came last in this forward pass, -inf at padding;
+#: its shape says which tokens it speaks of.
 _importance: ContextVar[Tensor | None] = ContextVar("importance", default=None)
 
 
 def remember_importance(query: Tensor, key: Tensor, keep: Tensor | None) -> None:
-    """How much each token attends to the first one, before the softmax and on average over heads (Shen et al. 2024, EdgeQAT, section 4.4).
+    """How much each token attends to the first one, before the softmax and on average over heads
+    (Shen et al. 2024, EdgeQAT, section 4.4).
 
-    query (batch, heads, tokens, dim), key (batch, key heads, keys, dim). The published code averages over the batch as well, which would let
-    one example change the bits of another; here each example has its own order.
+    query (batch, heads, tokens, dim), key (batch, key heads, keys, dim). The published code averages over
+    the batch as well, which would let one example change the bits of another;
+    here each example has its own order.
     """
     first = key[:, :, :1].repeat_interleave(query.shape[1] // key.shape[1], 1)
     score = (query * first).sum(-1).mean(1).detach()
@@ -30,8 +35,8 @@ def remember_importance(query: Tensor, key: Tensor, keep: Tensor | None) -> None
 
 
 def important_tokens(batch: int, tokens: int, share: float) -> Tensor | None:
-    """(batch, tokens) True for the `share` that the last attention found most important, all but floor((1 - share) tokens) of those that are no
-    padding; None (all of them) when it spoke of other tokens."""
+    """(batch, tokens) True for the `share` that the last attention found most important, all but floor((1 -
+    share) tokens) of those that are no padding; None (all of them) when it spoke of other tokens."""
     score = _importance.get()
     if score is None or score.shape != (batch, tokens):
         return None
@@ -42,7 +47,9 @@ def important_tokens(batch: int, tokens: int, share: float) -> Tensor | None:
 
 
 def rounded_tokens(x: Tensor, format: str, wide_format: str, wide: Tensor | None) -> Tensor:
-    """x (batch, ..., tokens, features) on a grid for every token: `wide_format` where `wide` (batch, tokens) is True or None, else `format`."""
+    """x (batch, ..., tokens, features) on a grid for every token:
+    `wide_format` where `wide` (batch, tokens) is True or None, else `format`.
+    """
     work = x.float()
     fine = rounded_inputs(work, named(wide_format), None, None)
     if wide is None:
@@ -52,10 +59,11 @@ def rounded_tokens(x: Tensor, format: str, wide_format: str, wide: Tensor | None
 
 
 class TokenQuant(ActivationQuant):
-    """Inputs of a linear layer in `wide_format` for the `share` of tokens that matter most to the attention before it, in `format` for the others.
+    """Inputs of a linear layer in `wide_format` for the `share` of tokens that matter most to the attention
+    before it, in `format` for the others.
 
-    A layer `before_attention` comes before the first one, where nothing is known yet: all its tokens are wide, as are inputs that are not
-    (batch, tokens, features).
+    A layer `before_attention` comes before the first one, where nothing is known yet: all its tokens are
+    wide, as are inputs that are not (batch, tokens, features).
     """
 
     def __init__(self, *, format: str, wide_format: str, share: float, before_attention: bool) -> None:

@@ -1,6 +1,8 @@
-"""Roundings that are trained with the weights: what is learned, how it is rounded on the way, what it pays for its width, and the grid it ends on.
+"""Roundings that are trained with the weights: what is learned, how it is rounded on the way,
+what it pays for its width, and the grid it ends on.
 
-`TrainQuantized` puts one on every layer, asks it for `prepare` before and `extra` after every step's loss, and for `final` at the end.
+`TrainQuantized` puts one on every layer, asks it for `prepare` before and `extra` after every step's loss,
+and for `final` at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Course:
-    """Where a training stands: the share of the quantized steps done, the source of random choices, and what a method keeps between steps."""
+    """Where a training stands: the share of the quantized steps done, the source of random choices,
+    and what a method keeps between steps.
+    """
 
     settings: TrainQuantized
     generator: torch.Generator
@@ -53,7 +57,9 @@ class TrainedRounding(Change):
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> TrainedRounding:
-        """The rounding of a layer whose weight (..., out, in), float32, is this when quantization is switched on."""
+        """The rounding of a layer whose weight (..., out, in), float32,
+        is this when quantization is switched on.
+        """
         raise TypeError(f"{cls.__name__} has no begin()")
 
     def prepare(self, course: Course) -> None:
@@ -72,7 +78,9 @@ class TrainedRounding(Change):
         return None
 
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
-        """(values, grid) at the end of training; the values are what the last forward pass used, up to what became exact."""
+        """(values, grid) at the end of training; the values are what the last forward pass used,
+        up to what became exact.
+        """
         raise TypeError(f"{type(self).__name__} has no final()")
 
     @classmethod
@@ -107,8 +115,9 @@ def spread(scale: Tensor, group: int, width: int) -> Tensor:
 class LearnedStep(TrainedRounding):
     """LSQ (Esser et al. 2020): s round(clip(w / s)) with a learned step s for every group.
 
-    d/ds is round(w/s) - w/s inside the range and the bound outside (eq. 3), which is what the straight-through rounding of
-    w / s gives; it is scaled by 1 / sqrt(weights of a group x highest) (section 2.2).
+    d/ds is round(w/s) - w/s inside the range and the bound outside (eq. 3), which is what the
+    straight-through rounding of w / s gives; it is scaled by 1 / sqrt(weights of a group x highest)
+    (section 2.2).
     """
 
     def __init__(self, step: Tensor, *, format: str, group: int) -> None:
@@ -143,8 +152,10 @@ class LearnedStep(TrainedRounding):
 
 
 class MeanScaled(TrainedRounding):
-    """Ternary or binary weights that follow the mean magnitude: gamma round(clip(w / gamma)), gamma = mean |w| of a group, straight through
-    (Ma et al. 2024; Kaushal et al. 2024, TriLM). `blend` phases it in: w + blend (Q(w) - w)."""
+    """Ternary or binary weights that follow the mean magnitude: gamma round(clip(w / gamma)),
+    gamma = mean |w| of a group, straight through (Ma et al. 2024; Kaushal et al. 2024, TriLM).
+    `blend` phases it in: w + blend (Q(w) - w).
+    """
 
     blend: Tensor
 
@@ -188,8 +199,10 @@ class MeanScaled(TrainedRounding):
 
 
 class CentredSign(TrainedRounding):
-    """Binary weights with both signs equally often: mean|w| sign(w - mean w) of every row, straight through where |w - mean w| < 1
-    (Qin et al. 2022, BiBERT, whose binary attention and distillation are not part of this)."""
+    """Binary weights with both signs equally often: mean|w| sign(w - mean w) of every row, straight through
+    where |w - mean w| < 1 (Qin et al. 2022, BiBERT, whose binary attention and distillation are not part
+    of this).
+    """
 
     def __init__(self, *, group: int) -> None:
         super().__init__()
@@ -222,9 +235,9 @@ class CentredSign(TrainedRounding):
 
 
 class PseudoNoise(TrainedRounding):
-    """NIPQ (Shin et al. 2023): in training clip(w, -a, a) + D n with n uniform in [-1/2, 1/2] and the step D = a / (2^(b-1) - 1); a and the
-    real-valued width b are learned, without a straight-through estimate. Outside training w is rounded to
-    the nearest whole width.
+    """NIPQ (Shin et al. 2023): in training clip(w, -a, a) + D n with n uniform in [-1/2, 1/2] and the step
+    D = a / (2^(b-1) - 1); a and the real-valued width b are learned, without a straight-through estimate.
+    Outside training w is rounded to the nearest whole width.
 
     The penalty is strength |average width - budget|. Only weights get noise here, not activations.
     """
@@ -285,11 +298,13 @@ class PseudoNoise(TrainedRounding):
 
 
 class BitPlanes(TrainedRounding):
-    """CSQ (Xiao et al. 2023): w = s/(2^n - 1) sum_b (f(p_b) - f(q_b)) f(m_b) 2^b with gates f(m) = sigmoid(beta m), beta growing until they
-    are zeros and ones; m_b, one for a layer and plane, says which planes stay. No rounding and no straight-through estimate in training.
+    """CSQ (Xiao et al. 2023): w = s/(2^n - 1) sum_b (f(p_b) - f(q_b)) f(m_b) 2^b with gates f(m) =
+    sigmoid(beta m), beta growing until they are zeros and ones; m_b, one for a layer and plane, says which
+    planes stay. No rounding and no straight-through estimate in training.
 
-    The penalty is strength (average width - budget) sum_b f(m_b), its first factor held fixed, so a layer's width grows or shrinks.
-    The planes start at the weight's own bits, with the step enlarged by what the soft gates take away.
+    The penalty is strength (average width - budget) sum_b f(m_b), its first factor held fixed, so a layer's
+    width grows or shrinks. The planes start at the weight's own bits,
+    with the step enlarged by what the soft gates take away.
     """
 
     rate = 30.0
@@ -365,7 +380,9 @@ class BitPlanes(TrainedRounding):
         return course.settings.strength * (average.detach() - course.settings.budget) * average
 
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
-        """Integers of the open planes; a closed lowest plane doubles the step. A closed plane between open ones still takes its bit."""
+        """Integers of the open planes; a closed lowest plane doubles the step.
+        A closed plane between open ones still takes its bit.
+        """
         open_planes = [b for b in range(self.planes) if float(self.keep[b].detach()) > 0] or [self.planes - 1]
         low, high = open_planes[0], open_planes[-1]
         whole = sum(
@@ -382,10 +399,12 @@ class BitPlanes(TrainedRounding):
 
 
 class FormatPolicy(TrainedRounding):
-    """FLIQS (Dotzel et al. 2024): each layer draws a format at every step from a softmax policy; all formats share the weights (straight through).
+    """FLIQS (Dotzel et al. 2024): each layer draws a format at every step from a softmax policy;
+    all formats share the weights (straight through).
 
-    REINFORCE with an exponential-average baseline on the reward -loss - strength |bits / budget - 1| (the paper's absolute cost, with the
-    loss in the accuracy's place) and an entropy bonus that follows a cosine: exploring first, a single format at the end.
+    REINFORCE with an exponential-average baseline on the reward -loss - strength |bits / budget - 1|
+    (the paper's absolute cost, with the loss in the accuracy's place) and an entropy bonus that follows
+    a cosine: exploring first, a single format at the end.
     """
 
     rate = 100.0

@@ -1,8 +1,10 @@
-"""Equivalent transforms: W x = (W T)(T^-1 x). Rounding happens in the transformed coordinates, where outliers are smaller.
+"""Equivalent transforms: W x = (W T)(T^-1 x). Rounding happens in the transformed coordinates,
+where outliers are smaller.
 
-A transform belongs to a grid: the weight's value is Q(W T) T^-1 in the model's own coordinates, and quantized activations are
-T Q(T^-1 x), so nothing else of the model changes and any architecture can be used. On hardware T^-1 is applied to the
-activations, or folded into the layer before (`rotation.py` does that where the model's normalisation allows it).
+A transform belongs to a grid: the weight's value is Q(W T) T^-1 in the model's own coordinates, and quantized
+activations are T Q(T^-1 x), so nothing else of the model changes and any architecture can be used. On
+hardware T^-1 is applied to the activations, or folded into the layer before
+(`rotation.py` does that where the model's normalisation allows it).
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Transform:
-    """T = diag(scale), then a rotation (signs times a Sylvester-Hadamard matrix on consecutive blocks of `block` inputs), then left kron right.
+    """T = diag(scale), then a rotation (signs times a Sylvester-Hadamard matrix on consecutive blocks
+    of `block` inputs), then left kron right.
 
     scale : (..., in) positive, or None;  signs : (in,) of +-1, or None (no rotation)
     left, right : (..., a, a) and (..., b, b) invertible with a b = in, or both None; a dense matrix is a = 1
@@ -120,7 +123,9 @@ def power_of_two(width: int) -> int:
 
 
 def kronecker(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """rows (left kron right) for rows (..., n, a b), factors (..., a, a) and (..., b, b): two small products instead of one large."""
+    """rows (left kron right) for rows (..., n, a b), factors (..., a, a) and (..., b, b):
+    two small products instead of one large.
+    """
     table = rows.unflatten(-1, (left.shape[-1], right.shape[-1]))
     left, right = left.to(rows.dtype).unsqueeze(-3), right.to(rows.dtype).unsqueeze(-3)
     return (left.mT @ table @ right).flatten(-2)
@@ -141,7 +146,9 @@ Finder = Callable[["Problem", float], Transform | None]
 
 
 def smooth(problem: Problem, alpha: float) -> Transform:
-    """SmoothQuant: s_j = max|x_j|^alpha / max|w_j|^(1-alpha), weights taking over the activations' outliers (Xiao et al. 2023, eq. 4)."""
+    """SmoothQuant: s_j = max|x_j|^alpha / max|w_j|^(1-alpha), weights taking over the activations' outliers
+    (Xiao et al. 2023, eq. 4).
+    """
     assert problem.largest is not None
     weight = problem.weight.abs().amax(0).clamp_min(1e-5)
     scale = problem.largest.clamp_min(1e-5).pow(alpha) / weight.pow(1 - alpha)
@@ -149,7 +156,9 @@ def smooth(problem: Problem, alpha: float) -> Transform:
 
 
 def activation_aware(problem: Problem, alpha: float) -> Transform:
-    """AWQ: s = rms(x)^a with the a in 0, 0.05, ... 1 whose nearest rounding has the least output error (Lin et al. 2023)."""
+    """AWQ: s = rms(x)^a with the a in 0, 0.05, ... 1 whose nearest rounding has the least output error
+    (Lin et al. 2023).
+    """
     size = problem.gram.diagonal().clamp_min(1e-12).sqrt()
     best, least = Transform(), math.inf
     for step in range(21):
@@ -163,7 +172,9 @@ def activation_aware(problem: Problem, alpha: float) -> Transform:
 
 
 def trained(problem: Problem, alpha: float) -> Transform:
-    """TEQ: input scales learned by gradient through the rounding, from 1, keeping the best (Cheng et al. 2023)."""
+    """TEQ: input scales learned by gradient through the rounding, from 1, keeping the best
+    (Cheng et al. 2023).
+    """
     gram = problem.gram / problem.gram.diagonal().mean().clamp_min(1e-30)
     log_scale = torch.zeros(problem.weight.shape[1], device=problem.weight.device, requires_grad=True)
     optimizer = torch.optim.Adam([log_scale], 1e-2)
@@ -178,8 +189,8 @@ def trained(problem: Problem, alpha: float) -> Transform:
             fixed = problem.moved(Transform(scale=scale.detach()))
             grid = fixed.grid()
             rounded = fixed.masked(grid.round(fixed.weight))
-            # The grid's step is the group's largest magnitude over a constant, so it moves with the scales; the straight-through
-            # estimate (rounded - exact) / step is constant in them.
+            # The grid's step is the group's largest magnitude over a constant, so it moves with the scales;
+            # the straight-through estimate (rounded - exact) / step is constant in them.
             spread = steps_of(moved, grid)
             gap = (rounded - fixed.weight).detach() / spread.detach()
             error = gap * spread / scale
@@ -193,7 +204,9 @@ def trained(problem: Problem, alpha: float) -> Transform:
 
 
 def steps_of(weight: Tensor, grid: Grid) -> Tensor:
-    """The step each weight's group would have on a grid spanning its range, (out, in), positive; differentiable in the weight."""
+    """The step each weight's group would have on a grid spanning its range, (out, in), positive;
+    differentiable in the weight.
+    """
     from workbench.quantization.grid import in_groups
 
     blocks = in_groups(weight, grid.group)
@@ -214,8 +227,10 @@ def rotation(problem: Problem, alpha: float) -> Transform:
 
 
 def principal_components(problem: Problem, alpha: float) -> Transform:
-    """ResQ's coordinates for one layer: principal components of its inputs, turned at random within the eighth of largest variance and
-    within the rest (Saxena et al. 2025). With `wide_share` 1/8 of quantized activations that subspace keeps 8 bits."""
+    """ResQ's coordinates for one layer: principal components of its inputs, turned at random within
+    the eighth of largest variance and within the rest (Saxena et al. 2025).
+    With `wide_share` 1/8 of quantized activations that subspace keeps 8 bits.
+    """
     from workbench.quantization.learned_rotation import principal
 
     found = principal(problem.gram, 0.125, problem.generator).to(problem.weight.dtype)

@@ -1,4 +1,6 @@
-"""Measurements across widths: one training for several of them, training against rounding afterwards, widths by the logarithm of variance."""
+"""Measurements across widths: one training for several of them, training against rounding afterwards,
+widths by the logarithm of variance.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,10 @@ def chosen(train: Callable[[float, int], Result], widths: tuple[int, ...], trunc
 
 
 def one_for_all(name: str, progress: Progress) -> dict[str, Any]:
-    """Accuracy and loss of the digits transformer at 8, 6, 4 and 2 bits: one joint training of 200 steps, four LSQ trainings of 50 steps each
-    (as many in all) or of 200 each (four times as many), and a training for 8 bits alone whose integers are rounded or truncated."""
+    """Accuracy and loss of the digits transformer at 8, 6, 4 and 2 bits: one joint training of 200 steps,
+    four LSQ trainings of 50 steps each (as many in all) or of 200 each (four times as many), and a training
+    for 8 bits alone whose integers are rounded or truncated.
+    """
     joint = functools.partial(switched, method="double-rounding", switching="in turn")
     alone = functools.partial(switched, method="double-rounding", widths=(8,))
     sides: dict[str, Callable[[int], tuple[Callable[[float, int], Result], bool]]] = {
@@ -107,7 +111,10 @@ def one_for_all(name: str, progress: Progress) -> dict[str, Any]:
     note = "digits-vit, accuracy minus separate trainings of as many steps in all " + ", ".join(
         f"{w} bits {m:+.3f} [{a:+.3f}, {b:+.3f}]" for w, (m, a, b) in accuracy.items()
     )
-    note += f"; loss at 2 bits minus truncation {cut[0]:+.3f} [{cut[1]:+.3f}, {cut[2]:+.3f}] nats; stored bytes {stored['joint']:.0f} against {stored['separate']:.0f}"
+    note += (
+        f"; loss at 2 bits minus truncation {cut[0]:+.3f} [{cut[1]:+.3f}, {cut[2]:+.3f}] nats; stored bytes "
+        f"{stored['joint']:.0f} against {stored['separate']:.0f}"
+    )
     holds = all(accuracy[width][0] >= -0.01 for width in (8, 6, 4)) and cut[2] < 0
     return {
         "holds": bool(holds),
@@ -122,8 +129,10 @@ def one_for_all(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def drawn_by_trace(name: str, progress: Progress) -> dict[str, Any]:
-    """The digits transformer read at mixed widths of 4 bits on average (exact program over trace / size x squared error): trained with each
-    layer's width drawn by its Hessian trace, against all layers taking turns, as many steps."""
+    """The digits transformer read at mixed widths of 4 bits on average (exact program over trace / size
+    x squared error): trained with each layer's width drawn by its Hessian trace, against all layers taking
+    turns, as many steps.
+    """
     rows, points = [], []
     trainings = {
         side: functools.partial(switched, method="double-rounding", switching=side)
@@ -177,9 +186,9 @@ def drawn_by_trace(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def before_or_after(name: str, progress: Progress) -> dict[str, Any]:
-    """Test loss and bytes of the digits transformer at 8, 4, 3 and 2 bits: trained through the rounding (LSQ), and rounded with the clipping of
-    least squared error after as many steps in full precision. Each side takes the rate with the least validation loss of the first seed, at
-    each width."""
+    """Test loss and bytes of the digits transformer at 8, 4, 3 and 2 bits: trained through the rounding
+    (LSQ), and rounded with the clipping of least squared error after as many steps in full precision. Each
+    side takes the rate with the least validation loss of the first seed, at each width."""
     on, held = opened("digits-vit"), SWITCHED["test_examples"]
 
     @functools.cache
@@ -250,5 +259,7 @@ def before_or_after(name: str, progress: Progress) -> dict[str, Any]:
         "rates": tuned,
         "settings": SWITCHED,
         "seeds": list(SEEDS),
-        "not_measured": "latency: this bench rounds values and multiplies in full precision, so all widths take one time",
+        "not_measured": (
+            "latency: this bench rounds values and multiplies in full precision, so all widths take one time"
+        ),
     }

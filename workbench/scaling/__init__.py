@@ -4,7 +4,8 @@
     result = scaling.ScalingFit(law="chinchilla").run(runs)
     plan = scaling.ScalingPlan(flops=1e22).run(runs)
 
-Underneath, without the instruments: `fit(law("chinchilla"), runs)`, `bootstrap`, `profile`, `compute_optimal`.
+Underneath, without the instruments: `fit(law("chinchilla"), runs)`, `bootstrap`, `profile`,
+`compute_optimal`.
 """
 
 from workbench.scaling.comparison import compare, cross_validate, extrapolation, held_out

@@ -1,4 +1,6 @@
-"""Catalog cards of the scaling methods, and the measurements behind them that this project can make itself."""
+"""Catalog cards of the scaling methods, and the measurements behind them that this project can make
+itself.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from workbench.scaling.runs import OWN_SWEEP, Runs
 
 
 def measure_held_out(name: str, progress: Progress) -> dict[str, Any]:
-    """Fit the law to the project's small runs (lowest loss per size and token count) and predict the held-out larger one."""
+    """Fit the law to the project's small runs (lowest loss per size and token count)
+    and predict the held-out larger one.
+    """
     runs = Runs.open(OWN_SWEEP).table
     held = runs[runs.role == "held out"]
     if not len(held):
@@ -45,13 +49,17 @@ def measure_held_out(name: str, progress: Progress) -> dict[str, Any]:
         "seed_spread": float(seeds.loss.std() / seeds.loss.mean()),
         "parameters": found.params,
         "certificate": found.certificate.text,
-        "note": f"held-out run at {multiple:.2g} x the compute predicted within {100 * error.max():.1f} % (a power law in compute alone: "
-        f"{100 * baseline_error.max():.1f} %; the same run with another seed differs by {100 * seeds.loss.std() / seeds.loss.mean():.1f} %)",
+        "note": f"held-out run at {multiple:.2g} x the compute predicted within {100 * error.max():.1f} % (a "
+        "power law in compute alone: "
+        f"{100 * baseline_error.max():.1f} %; the same run with another seed differs by "
+        f"{100 * seeds.loss.std() / seeds.loss.mean():.1f} %)",
     }
 
 
 def measure_diffusion(name: str, progress: Progress) -> dict[str, Any]:
-    """Distance of the weights from their start against steps: a + b ln t or a t^b? Three seeds, four batch sizes, digits."""
+    """Distance of the weights from their start against steps:
+    a + b ln t or a t^b? Three seeds, four batch sizes, digits.
+    """
     import torch
     from sklearn.datasets import load_digits
 
@@ -103,7 +111,10 @@ def measure_diffusion(name: str, progress: Progress) -> dict[str, Any]:
         "r_squared": by_batch,
         "log_wins": wins,
         "of": len(table),
-        "note": f"a + b ln t fits better than a t^b in {wins} of {len(table)} runs (mean R^2 {table[:, 1].mean():.4f} against {table[:, 2].mean():.4f})",
+        "note": (
+            f"a + b ln t fits better than a t^b in {wins} of {len(table)} runs (mean R^2 "
+            f"{table[:, 1].mean():.4f} against {table[:, 2].mean():.4f})"
+        ),
     }
 
 

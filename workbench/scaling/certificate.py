@@ -1,7 +1,8 @@
 """Is this a minimum, and is it the only one? What a solver's "success" flag does not say.
 
-Three independent looks: the slope left over, measured against the pulls that must cancel there; the curvature, whose
-near-zero directions are combinations of parameters that the runs do not determine; and how many starts agree.
+Three independent looks: the slope left over, measured against the pulls that must cancel there; the
+curvature, whose near-zero directions are combinations of parameters that the runs do not determine;
+and how many starts agree.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ FLAT_LIMIT = 1e-4
 
 @dataclass(frozen=True)
 class Certificate:
-    """slope: largest relative gradient; curvature: smallest eigenvalue of the Hessian scaled to unit diagonal (positive at
-    a minimum); condition: largest over smallest; flat: parameter combinations that are hardly determined, as text;
-    starts, reached: how many starts, and the share that ended within 0.1 % of the best objective; at_bound: parameters
-    that ended on a limit of their range; idle: parameters that do not change the prediction there, so that a zero slope
-    proves nothing; gain: relative decrease that one more Newton step promises."""
+    """slope: largest relative gradient; curvature: smallest eigenvalue of the Hessian scaled to unit diagonal
+    (positive at a minimum); condition: largest over smallest; flat: parameter combinations that are hardly
+    determined, as text; starts, reached: how many starts, and the share that ended within 0.1 % of the best
+    objective; at_bound: parameters that ended on a limit of their range; idle: parameters that do not change
+    the prediction there, so that a zero slope proves nothing; gain:
+    relative decrease that one more Newton step promises.
+    """
 
     slope: float
     curvature: float
@@ -50,14 +53,20 @@ class Certificate:
     def text(self) -> str:
         """One line a reader can act on."""
         if self.idle:
-            return f"NOT converged: {', '.join(self.idle)} without any effect on the prediction here (a plateau, or a term that vanished)"
+            return (
+                f"NOT converged: {', '.join(self.idle)} without any effect on the prediction here (a "
+                "plateau, or a term that vanished)"
+            )
         if not self.converged:
             why = (
                 f"slope {self.slope:.1e} (limit {SLOPE_LIMIT:.0e})"
                 if self.slope > SLOPE_LIMIT
                 else f"curvature {self.curvature:.1e} < 0"
             )
-            return f"NOT converged: {why}; one Newton step promises to lower the objective by {100 * self.gain:.3g} %"
+            return (
+                f"NOT converged: {why}; one Newton step promises to lower the objective by "
+                f"{100 * self.gain:.3g} %"
+            )
         parts = ["converged"]
         if self.starts > 1:
             parts.append(f"{100 * self.reached:.0f} % of {self.starts} starts agree")

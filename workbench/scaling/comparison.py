@@ -1,4 +1,6 @@
-"""Which law, and how far does it reach: information criteria, cross-validation by compute, held-out extrapolation."""
+"""Which law, and how far does it reach: information criteria, cross-validation by compute,
+held-out extrapolation.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ Array = np.ndarray
 
 
 def log_likelihood(found: Fit) -> float:
-    """Maximised log-likelihood of the residuals (natural log), scale included, comparable between laws on the same rows.
+    """Maximised log-likelihood of the residuals (natural log), scale included,
+    comparable between laws on the same rows.
 
-    Squares: Gaussian. Huber: the density proportional to exp(-rho(r) / s), whose normaliser is known in closed form, with
-    the scale s at its maximum. Log-space fits are converted to the target's own units (the Jacobian -sum ln y).
+    Squares: Gaussian. Huber: the density proportional to exp(-rho(r) / s), whose normaliser is known in
+    closed form, with the scale s at its maximum. Log-space fits are converted to the target's own units
+    (the Jacobian -sum ln y).
     """
     r, n = found.residuals, found.problem.rows
     jacobian = -float(np.sum(found.problem.y)) if found.objective.space == "log" else 0.0
@@ -78,9 +82,11 @@ def _subset(table: Any, rows: Array, names: Sequence[str]) -> dict[str, Array]:
 def cross_validate(
     law: Law, runs: Any, folds: int = 5, objective: Objective | None = None, starts: int = 128, seed: int = 0
 ) -> pd.DataFrame:
-    """Leave out one band of compute at a time (neighbouring runs share their fate, so random folds would flatter the law).
+    """Leave out one band of compute at a time (neighbouring runs share their fate, so random folds would
+    flatter the law).
 
-    One row per band: lowest and highest FLOPs, rows, mean signed and mean absolute relative error of the prediction.
+    One row per band: lowest and highest FLOPs, rows, mean signed and mean absolute relative error
+    of the prediction.
     """
     table = getattr(runs, "table", runs)
     columns, target = columns_of(law, table)
@@ -93,7 +99,8 @@ def cross_validate(
         train = np.setdiff1d(order, band)
         if len(train) < len(law.free):
             raise BadInput(
-                f"folds: with {folds} bands only {len(train)} runs remain for {len(law.free)} parameters; use more bands"
+                f"folds: with {folds} bands only {len(train)} runs remain for {len(law.free)} parameters; "
+                "use more bands"
             )
         found = fit(
             law,
@@ -127,9 +134,9 @@ def held_out(
 ) -> pd.DataFrame:
     """Fit below a compute cut-off, predict every run above it.
 
-    One row per (cut-off, held-out run): cutoff, multiple (its FLOPs over the largest fitted run's), predicted, observed,
-    error (signed, relative). Default cut-offs: five spread over the middle of the runs' compute range. Cut-offs that leave
-    too few runs below are skipped; BadInput if that is all of them.
+    One row per (cut-off, held-out run): cutoff, multiple (its FLOPs over the largest fitted run's),
+    predicted, observed, error (signed, relative). Default cut-offs: five spread over the middle of the runs'
+    compute range. Cut-offs that leave too few runs below are skipped; BadInput if that is all of them.
     """
     table = getattr(runs, "table", runs)
     columns, target = columns_of(law, table)
@@ -173,7 +180,9 @@ def held_out(
 
 
 def extrapolation(held: pd.DataFrame, edges: Sequence[float] = (1, 2, 4, 10, 30, 100, 1000)) -> pd.DataFrame:
-    """Held-out error against the compute multiple: per bin rows, mean absolute, 90th percentile and signed error."""
+    """Held-out error against the compute multiple: per bin rows, mean absolute,
+    90th percentile and signed error.
+    """
     bins = pd.cut(held.multiple, [*edges, np.inf], right=False)
     grouped = held.assign(size=held.error.abs()).groupby(bins, observed=True)
     result = grouped.agg(
@@ -195,7 +204,8 @@ def compare(
     starts: int = 256,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Fit several laws to the same rows: objective, R^2, AIC, BIC, compute-band error, extrapolation error, certificate.
+    """Fit several laws to the same rows: objective, R^2, AIC, BIC, compute-band error, extrapolation error,
+    certificate.
 
     Sorted by cross-validation error. Laws whose columns are missing are left out; BadInput if none remains.
     """
@@ -225,6 +235,7 @@ def compare(
         )
     if not rows:
         raise BadInput(
-            f"laws: none of {', '.join(c.name for c in laws)} has all its columns in these runs, or there are too few rows"
+            f"laws: none of {', '.join(c.name for c in laws)} has all its columns in these runs, "
+            "or there are too few rows"
         )
     return pd.DataFrame(rows).sort_values("band_error", ignore_index=True)

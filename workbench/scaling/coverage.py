@@ -1,6 +1,7 @@
 """Do 90 % intervals hold the truth 90 % of the time? Simulate, refit, count.
 
-An interval recipe is only worth its measured coverage on the user's own grid of runs; this is how it is measured.
+An interval recipe is only worth its measured coverage on the user's own grid of runs;
+this is how it is measured.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def simulate(
     space: Literal["log", "linear"] = "log",
     tails: float = np.inf,
 ) -> Array:
-    """(datasets, rows) synthetic targets around a law: relative noise of sd `noise` in log space, absolute otherwise.
+    """(datasets, rows) synthetic targets around a law: relative noise of sd `noise` in log space,
+    absolute otherwise.
 
     `tails`: degrees of freedom of Student-t noise (scaled to the same sd), infinite for Gaussian.
     """
@@ -62,7 +64,8 @@ def coverage(
 ) -> pd.DataFrame:
     """Share of synthetic data sets whose interval holds the true value, per free parameter.
 
-    Columns: parameter, covered (share), error (binomial standard error), width (median, natural units), datasets.
+    Columns: parameter, covered (share), error (binomial standard error), width (median, natural units),
+    datasets.
     """
     objective = objective or Objective(space="log" if law.positive else "linear")
     targets = simulate(law, truth, columns, noise, datasets, seed, objective.space, tails)

@@ -129,25 +129,12 @@ def isoflop_figure(result: Result) -> go.Figure:
     lowest, highest = runs.loss.min() * 0.98, runs.loss.max() * 1.05
     for k, (flops, part) in enumerate(tables["isoflop_curves"].groupby("flops", sort=True)):
         part = part[(part.loss >= lowest) & (part.loss <= highest)]
-        line(
-            fig,
-            part.params,
-            part.loss,
-            f"{float(flops):.1e} FLOPs",
-            band=(part.low, part.high),
-            index=k,
-            mode="lines",
-        )  # type: ignore[arg-type]
-        near = runs[np.abs(np.log(runs.flops / float(flops))) < 0.25]  # type: ignore[arg-type]
+        budget = float(flops)  # type: ignore[arg-type]
+        name = f"{budget:.1e} FLOPs"
+        line(fig, part.params, part.loss, name, band=(part.low, part.high), index=k, mode="lines")
+        near = runs[np.abs(np.log(runs.flops / budget)) < 0.25]
         if len(near):
-            points(
-                fig,
-                near.params,
-                near.loss,
-                f"{float(flops):.1e} FLOPs",
-                index=k,
-                text=_hover(near),
-            )  # type: ignore[arg-type]
+            points(fig, near.params, near.loss, name, index=k, text=_hover(near))
             fig.data[-1].showlegend = False
     return fig
 
@@ -203,7 +190,9 @@ def held_out_figure(result: Result) -> go.Figure:
 
 
 def draws_figure(result: Result) -> go.Figure:
-    """Correlation of the parameters across resamples: near one means that the runs determine only a combination."""
+    """Correlation of the parameters across resamples: near one means that the runs determine only
+    a combination.
+    """
     tables = _tables(result)
     fig = figure("Correlation of parameters across resamples", height=420)
     if "correlation" not in tables:

@@ -34,10 +34,11 @@ DEFAULT_STARTS = 512
 
 @dataclass
 class Fit:
-    """A fitted law. `params`: natural values, fixed ones included; `objective_value`: as reported (see `Objective`).
+    """A fitted law. `params`: natural values, fixed ones included; `objective_value`:
+    as reported (see `Objective`).
 
-    `optima`: every distinct certified local minimum within a factor 1.5 of the best objective, best first, as natural values plus
-    `objective`. `theta`: working coordinates (p,) of the free parameters.
+    `optima`: every distinct certified local minimum within a factor 1.5 of the best objective, best first, as
+    natural values plus `objective`. `theta`: working coordinates (p,) of the free parameters.
     """
 
     law: Law
@@ -80,7 +81,9 @@ class Fit:
         return float(1.0 - np.sum((y - predicted) ** 2) / np.sum((y - y.mean()) ** 2))
 
     def gradient_of(self, columns: Mapping[str, Any]) -> Array:
-        """(points, p) derivative of the prediction (objective's space) with respect to the working coordinates."""
+        """(points, p) derivative of the prediction (objective's space)
+        with respect to the working coordinates.
+        """
         arrays = np.broadcast_arrays(
             *(np.atleast_1d(np.asarray(columns[c], dtype=np.float64)) for c in self.law.columns)
         )
@@ -92,7 +95,8 @@ class Fit:
 
 
 def columns_of(law: Law, runs: Any, target: str | None = None) -> tuple[dict[str, Array], Array]:
-    """The law's columns and its target from Runs, a DataFrame or a mapping of arrays; every row must be finite.
+    """The law's columns and its target from Runs, a DataFrame or a mapping of arrays;
+    every row must be finite.
 
     BadInput names the missing column, or the row and column of a value that is not a number.
     """
@@ -102,7 +106,8 @@ def columns_of(law: Law, runs: Any, target: str | None = None) -> tuple[dict[str
     if missing:
         have = ", ".join(str(c) for c in table)
         raise BadInput(
-            f"law {law.name}: needs column {', '.join(missing)}; the runs have {have} (map names with columns=)"
+            f"law {law.name}: needs column {', '.join(missing)}; "
+            f"the runs have {have} (map names with columns=)"
         )
     columns = {c: np.asarray(table[c], dtype=np.float64) for c in (*law.columns, target)}
     lengths = {len(v) for v in columns.values()}
@@ -128,8 +133,8 @@ def fit(
     """Minimise the objective from many starts.
 
     runs: Runs, DataFrame or mapping of equally long arrays. starts: how many Sobol points; or a full grid as
-    ``{parameter: natural values}``; or an array (s, p) of natural values. project: solve linear parameters of every start by
-    variable projection (default: for sampled starts). weights: (rows,) >= 0.
+    ``{parameter: natural values}``; or an array (s, p) of natural values. project: solve linear parameters
+    of every start by variable projection (default: for sampled starts). weights: (rows,) >= 0.
 
     BadInput for missing columns, values that are not numbers, and fewer rows than free parameters.
     """
@@ -143,7 +148,8 @@ def fit(
         )
     if count == len(law.free):
         warnings.warn(
-            f"law {law.name}: as many parameters as rows ({count}); the fit can be exact and says nothing about error",
+            f"law {law.name}: as many parameters as rows ({count}); "
+            "the fit can be exact and says nothing about error",
             stacklevel=2,
         )
     problem = Problem(law, columns, target, objective)
@@ -161,7 +167,8 @@ def solve(
     coarse = descend(problem, theta, weights, steps=60, tolerance=1e-7, stop=stop)
     if not np.isfinite(coarse.value).any():
         raise BadInput(
-            f"law {problem.law.name}: undefined (not a number) at every start; check units and parameter ranges"
+            f"law {problem.law.name}: undefined (not a number) at every start; "
+            "check units and parameter ranges"
         )
     candidates = distinct(coarse, problem, 1e-2)
     fine = polish(problem, coarse.theta[candidates], weights, stop=stop)

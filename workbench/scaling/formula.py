@@ -1,9 +1,9 @@
 """Formulas as data: parse, differentiate exactly, evaluate for many parameter vectors at once.
 
-A law arrives as text (``"E + A / params**alpha + B / tokens**beta"``) or as a Python function that is called once
-with symbols. Either way it becomes a small graph of arithmetic nodes in which equal sub-expressions are one node.
-Nothing the user wrote is ever executed: the text is parsed with :mod:`ast`, every syntax node outside a short list is
-refused, and the graph is interpreted by :mod:`workbench.scaling.program`.
+A law arrives as text (``"E + A / params**alpha + B / tokens**beta"``) or as a Python function that is called
+once with symbols. Either way it becomes a small graph of arithmetic nodes in which equal sub-expressions are
+one node. Nothing the user wrote is ever executed: the text is parsed with :mod:`ast`, every syntax node
+outside a short list is refused, and the graph is interpreted by :mod:`workbench.scaling.program`.
 
 Derivatives are symbolic and exact, so a fit never differentiates numerically.
 
@@ -65,7 +65,9 @@ CALLABLE = sorted([*FUNCTIONS, "log2", "log10", "min", "max", "where"])
 
 
 class Graph:
-    """Hash-consed arithmetic graph; a node is an integer index, its definition a tuple ``(operation, *arguments)``."""
+    """Hash-consed arithmetic graph; a node is an integer index,
+    its definition a tuple ``(operation, *arguments)``.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[tuple[Any, ...]] = []
@@ -214,7 +216,9 @@ class Graph:
         return self.call("exp", self.mul(b, self.log(a)))
 
     def log(self, a: int) -> int:
-        """log with the two rewrites that keep columns apart from parameters: log exp x = x, log(x / y) = log x - log y."""
+        """log with the two rewrites that keep columns apart from parameters:
+        log exp x = x, log(x / y) = log x - log y.
+        """
         definition = self.nodes[a]
         if definition[0] == "call" and definition[1] == "exp":
             return definition[2]
@@ -251,7 +255,9 @@ class Graph:
         return yes if yes == no else self._node("where", left, right, yes, no)
 
     def derivative(self, node: int, name: str) -> int:
-        """Exact derivative of a node with respect to a parameter (one-sided at kinks of min, max, abs, where)."""
+        """Exact derivative of a node with respect to a parameter
+        (one-sided at kinks of min, max, abs, where).
+        """
         if name not in self._parameters[node]:
             return self.const(0)
         key = (node, name)
@@ -298,16 +304,17 @@ def apply(graph: Graph, name: str, arguments: Sequence[int]) -> int:
     if name in FUNCTIONS and len(arguments) == 1:
         return graph.call(name, arguments[0])
     raise BadInput(
-        f"formula: function {name!r} with {len(arguments)} argument(s) is not available; use {', '.join(CALLABLE)}"
+        f"formula: function {name!r} with {len(arguments)} argument(s) is not available; "
+        f"use {', '.join(CALLABLE)}"
     )
 
 
 def parse(text: str, graph: Graph, columns: Iterable[str], bindings: Mapping[str, int] | None = None) -> int:
     """Turn formula text into a node. Lines ``name = expression`` may come before the final expression.
 
-    Names in `columns` are data, names in `bindings` are the given nodes, every other name becomes a parameter.
-    Raises BadInput naming what was refused; attribute access, indexing, strings, calls of unknown names and
-    anything else outside arithmetic never get past this function.
+    Names in `columns` are data, names in `bindings` are the given nodes, every other name becomes
+    a parameter. Raises BadInput naming what was refused; attribute access, indexing, strings, calls
+    of unknown names and anything else outside arithmetic never get past this function.
     """
     if len(text) > MAX_CHARACTERS:
         raise BadInput(f"formula: {len(text)} characters, at most {MAX_CHARACTERS} are accepted")
@@ -379,7 +386,8 @@ def _expression(tree: ast.expr, graph: Graph, names: Mapping[str, int], columns:
                 return comparison(part.args[0], build(part.args[1]), build(part.args[2]))
             return apply(graph, part.func.id, [build(a) for a in part.args])
         raise BadInput(
-            f"formula: {ast.unparse(part)!r} ({type(part).__name__}) is not accepted; use + - * / **, numbers, "
+            f"formula: {ast.unparse(part)!r} ({type(part).__name__}) is not accepted; "
+            "use + - * / **, numbers, "
             f"names and {', '.join(CALLABLE)}"
         )
 

@@ -1,6 +1,8 @@
-"""Learning rate and batch size: fit the laws of the best ones, judge an advice by the loss it would have cost, critical batches.
+"""Learning rate and batch size: fit the laws of the best ones,
+judge an advice by the loss it would have cost, critical batches.
 
-A *cell* is one model trained for one token count, with a grid of learning rates and batch sizes. Batch sizes are in tokens.
+A *cell* is one model trained for one token count, with a grid of learning rates and batch sizes.
+Batch sizes are in tokens.
 """
 
 from __future__ import annotations
@@ -42,10 +44,11 @@ def best_settings(
 ) -> pd.DataFrame:
     """Best learning rate and batch size of every cell.
 
-    "argmin": the best grid run. "plateau": geometric mean of the runs within `within` (default 0.05 %) of the cell's lowest
-    loss. "bowl": minimum of a quadratic in (ln lr, ln batch) through the runs within `within` (default 2 %), cells whose
-    quadratic has no minimum inside the grid fall back to the plateau and are marked. Diverged and non-finite runs never
-    count. Columns params, tokens, learning_rate, batch_tokens, loss, runs, used, fallback, r_squared.
+    "argmin": the best grid run. "plateau": geometric mean of the runs within `within` (default 0.05 %)
+    of the cell's lowest loss. "bowl": minimum of a quadratic in (ln lr, ln batch) through the runs within
+    `within` (default 2 %), cells whose quadratic has no minimum inside the grid fall back to the plateau
+    and are marked. Diverged and non-finite runs never count.
+    Columns params, tokens, learning_rate, batch_tokens, loss, runs, used, fallback, r_squared.
     """
     rows = []
     for (n, d), cell in _cells(runs):
@@ -106,10 +109,13 @@ def _bowl(near: pd.DataFrame) -> tuple[float, float, float, float] | None:
 
 
 def fit_step_law(settings: pd.DataFrame) -> dict[str, Any]:
-    """Log-linear laws of best settings (Li et al. 2025, eq. 1): lr = c N^-x D^y and batch = c D^y, as two `Fit`s."""
+    """Log-linear laws of best settings (Li et al. 2025, eq. 1):
+    lr = c N^-x D^y and batch = c D^y, as two `Fit`s.
+    """
     if settings[["params", "tokens"]].nunique().min() < 2:
         raise BadInput(
-            "cells: at least two sizes and two token counts are needed for the exponents of a learning-rate law"
+            "cells: at least two sizes and two token counts are needed for the exponents of a learning-rate "
+            "law"
         )
     squares = Objective("squares", "log")
     return {
@@ -122,12 +128,16 @@ Advice = Callable[[float, float], tuple[float, float]]
 
 
 def step_law(params: float, tokens: float) -> tuple[float, float]:
-    """Published Step Law: lr = 1.79 N^-0.713 D^0.307, batch = 0.58 D^0.571 tokens (Li et al., 2025; N without embeddings)."""
+    """Published Step Law: lr = 1.79 N^-0.713 D^0.307, batch = 0.58 D^0.571 tokens
+    (Li et al., 2025; N without embeddings).
+    """
     return 1.79 * params**-0.713 * tokens**0.307, 0.58 * tokens**0.571
 
 
 def deepseek_law(params: float, tokens: float) -> tuple[float, float]:
-    """DeepSeek's laws in compute: lr = 0.3118 C^-0.125, batch = 0.2920 C^0.3271 tokens (Bi et al., 2024), C = 6 N D."""
+    """DeepSeek's laws in compute: lr = 0.3118 C^-0.125, batch = 0.2920 C^0.3271 tokens (Bi et al., 2024),
+    C = 6 N D.
+    """
     compute = 6.0 * params * tokens
     return 0.3118 * compute**-0.125, 0.2920 * compute**0.3271
 
@@ -145,7 +155,8 @@ def advice_of(laws: dict[str, Any]) -> Advice:
 def excess_loss(runs: Any, advice: Advice) -> pd.DataFrame:
     """Relative loss above each cell's best, of the grid run nearest (in ln lr, ln batch) to the advice.
 
-    Columns params, tokens, advised_lr, advised_batch, learning_rate, batch_tokens, excess (NaN where that run diverged to nan).
+    Columns params, tokens, advised_lr, advised_batch, learning_rate, batch_tokens, excess
+    (NaN where that run diverged to nan).
     """
     rows = []
     for (n, d), cell in _cells(runs):
@@ -180,11 +191,12 @@ def critical_batch(
 ) -> dict[str, float]:
     """Steps to a fixed loss = smin + emin / B, fitted in log space; McCandlish et al. (2018), eq. 2.11.
 
-    critical: emin / smin, where steps and examples are both twice their minimum. at_overhead: the largest batch that costs at most
-    `overhead` more examples than the batch `reference` does (0: than the smallest batch), overhead x critical + (1 + overhead) x
-    reference (Zhang et al. 2024, whose reference is 256). Batch sizes in any one unit. With `resamples` also critical_low, critical_high,
-    at_overhead_low and at_overhead_high, of probability `level`, by a bootstrap of the points (at 7
-    points of 5 % scatter 90 % intervals covered the truth 94 times in 100).
+    critical: emin / smin, where steps and examples are both twice their minimum. at_overhead: the largest
+    batch that costs at most `overhead` more examples than the batch `reference` does (0: than the smallest
+    batch), overhead x critical + (1 + overhead) x reference (Zhang et al. 2024, whose reference is
+    256). Batch sizes in any one unit. With `resamples` also critical_low, critical_high, at_overhead_low
+    and at_overhead_high, of probability `level`, by a bootstrap of the points
+    (at 7 points of 5 % scatter 90 % intervals covered the truth 94 times in 100).
     """
     batch_size, steps = np.asarray(batch_size, dtype=np.float64), np.asarray(steps, dtype=np.float64)
     if len(np.unique(batch_size)) < 3:
@@ -217,25 +229,30 @@ def critical_batch(
 
 
 def steps_and_examples(loss_target_critical: float, smin: float, batch: Array) -> tuple[Array, Array]:
-    """Steps and examples at a batch size on the hyperbola (S/smin - 1)(E/emin - 1) = 1 (McCandlish et al. 2018, eq. 2.7)."""
+    """Steps and examples at a batch size on the hyperbola (S/smin - 1)(E/emin - 1) = 1
+    (McCandlish et al. 2018, eq. 2.7).
+    """
     batch = np.asarray(batch, dtype=np.float64)
     steps = smin * (1.0 + loss_target_critical / batch)
     return steps, steps * batch
 
 
 def minimum_steps(steps: Array, batch: Array, critical: Array) -> Array:
-    """Steps that the same progress would have taken at an infinite batch, S / (1 + B_crit / B) (Kaplan et al. 2020, eq. 5.4)."""
+    """Steps that the same progress would have taken at an infinite batch, S / (1 + B_crit / B)
+    (Kaplan et al. 2020, eq. 5.4).
+    """
     return np.asarray(steps, dtype=np.float64) / (
         1.0 + np.asarray(critical, dtype=np.float64) / np.asarray(batch, dtype=np.float64)
     )
 
 
 def speedup(baseline: Any, tokens: Array, loss: Array, seed: int = 0) -> pd.DataFrame:
-    """How many tokens the baseline optimizer would need for the loss another one reached, over the tokens it used.
+    """How many tokens the baseline optimizer would need for the loss another one reached,
+    over the tokens it used.
 
-    Wen et al. (2025): the baseline's L(D) = E + B D^-beta is fitted at end-of-schedule losses and inverted. Columns tokens,
-    loss, baseline_tokens, speedup; inf where the loss lies below the baseline's fitted floor, NaN-free. `extrapolated` marks
-    baseline token counts outside the measured range.
+    Wen et al. (2025): the baseline's L(D) = E + B D^-beta is fitted at end-of-schedule losses and inverted.
+    Columns tokens, loss, baseline_tokens, speedup; inf where the loss lies below the baseline's fitted floor,
+    NaN-free. `extrapolated` marks baseline token counts outside the measured range.
     """
     found = fit(law("power-data"), baseline, seed=seed)
     p = found.params

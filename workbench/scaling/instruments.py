@@ -1,4 +1,6 @@
-"""The two scaling instruments: `ScalingFit` fits a law to runs and says how far to trust it, `ScalingPlan` turns it into a plan."""
+"""The two scaling instruments: `ScalingFit` fits a law to runs and says how far to trust it,
+`ScalingPlan` turns it into a plan.
+"""
 
 from __future__ import annotations
 
@@ -62,12 +64,14 @@ class ScalingFit(Instrument):
     )
     lowest_per_cell: bool = parameter(
         False,
-        "of runs that differ only in what the law does not see (learning rate, seed), fit only the lowest loss",
+        "of runs that differ only in what the law does not see (learning rate, seed), "
+        "fit only the lowest loss",
     )
     exclude: tuple[int, ...] = parameter((), "rows to leave out, counted from 0")
     intervals: Literal["runs", "residuals", "profile"] = parameter(
         "runs",
-        "resample whole runs (no assumption on the scatter) or residuals (keeps the grid of runs), or profile the objective",
+        "resample whole runs (no assumption on the scatter) or residuals (keeps the grid of runs), "
+        "or profile the objective",
     )
     resamples: int = parameter(500, "bootstrap refits", ge=20, le=20_000, scale="log")
     level: float = parameter(0.9, "probability content of every interval", gt=0, lt=1)
@@ -101,13 +105,15 @@ class ScalingFit(Instrument):
         keep = self.kept(on)
         if keep.sum() < len(chosen.free):
             raise BadInput(
-                f"runs: {int(keep.sum())} of {len(keep)} rows remain (fit_below, drop_highest, exclude), law {chosen.name} has "
+                f"runs: {int(keep.sum())} of {len(keep)} rows remain (fit_below, drop_highest, exclude), "
+                f"law {chosen.name} has "
                 f"{len(chosen.free)} parameters; keep more runs or take a smaller law"
             )
         for name, values in columns.items():
             if len(np.unique(values[keep])) == 1 and not chosen.fixed:
                 raise BadInput(
-                    f"{name}: every fitted run has {values[keep][0]:g}, so law {chosen.name} cannot learn how the loss depends on it; "
+                    f"{name}: every fitted run has {values[keep][0]:g}, "
+                    f"so law {chosen.name} cannot learn how the loss depends on it; "
                     "add runs that differ or take a law without it"
                 )
 
@@ -255,7 +261,8 @@ class ScalingFit(Instrument):
             facts |= {k: float(v) for k, v in information(found).items() if k in ("aic", "bic")}
         else:
             facts["note"] = (
-                "as many parameters as runs: the fit passes through the points and nothing can be said about error"
+                "as many parameters as runs: the fit passes through the points and nothing can be said "
+                "about error"
             )
         if drawn is not None and drawn.dropped:
             facts["resamples_not_settled"] = drawn.dropped
@@ -309,7 +316,9 @@ class ScalingFit(Instrument):
 
 
 class ScalingPlan(ScalingFit):
-    """Compute-optimal size, tokens, epochs, precision, learning rate and batch for a budget, with intervals from the fit."""
+    """Compute-optimal size, tokens, epochs, precision, learning rate and batch for a budget,
+    with intervals from the fit.
+    """
 
     flops: float | None = parameter(
         None, "training budget in FLOPs; or give gpu_hours or money", unit="FLOPs", gt=0
@@ -343,7 +352,8 @@ class ScalingPlan(ScalingFit):
         chosen = self.chosen_law()
         if not {"params", "average_params"} & set(chosen.columns) or "tokens" not in chosen.columns:
             raise BadInput(
-                f"law: {self.law} knows not both model size and tokens, so it cannot divide a budget; take chinchilla, kaplan, "
+                f"law: {self.law} knows not both model size and tokens, so it cannot divide a budget; "
+                "take chinchilla, kaplan, "
                 "over-training, data-constrained or a precision law"
             )
         needed = (
@@ -357,7 +367,8 @@ class ScalingPlan(ScalingFit):
             needed -= {"bits"}  # chosen by the plan
         if needed:
             raise BadInput(
-                f"fixed: the plan needs a value for {', '.join(sorted(needed))}; give fixed={{{sorted(needed)[0]}: ...}}"
+                f"fixed: the plan needs a value for {', '.join(sorted(needed))}; "
+                f"give fixed={{{sorted(needed)[0]}: ...}}"
             )
 
     def _run(self, on: Runs, progress: Progress) -> Result:
@@ -430,7 +441,9 @@ class ScalingPlan(ScalingFit):
         return pd.DataFrame(rows)
 
     def _advice(self, on: Runs, params: float, tokens: float) -> pd.DataFrame:
-        """Learning rate and batch size: fitted to the runs where they hold a grid, and the published law beside it."""
+        """Learning rate and batch size: fitted to the runs where they hold a grid,
+        and the published law beside it.
+        """
         rows = [("Step Law (published, non-embedding parameters)", *step_law(params, tokens))]
         if all(c in on.table for c in REQUIRED):
             settings = best_settings(on)

@@ -1,8 +1,8 @@
 """IsoFLOP curves: parabolas through each compute budget's runs (approach 2), and how far they can be wrong.
 
-Hoffmann et al. 2022, approach 2: per budget a parabola of loss in ln N gives N*, and a line through ln N* over ln C the
-exponent. The loss is not a parabola, so the answer is biased even without noise unless the sizes straddle the optimum
-evenly; :func:`parabola_bias` shows by how much on the user's own grid.
+Hoffmann et al. 2022, approach 2: per budget a parabola of loss in ln N gives N*, and a line through ln N*
+over ln C the exponent. The loss is not a parabola, so the answer is biased even without noise unless
+the sizes straddle the optimum evenly; :func:`parabola_bias` shows by how much on the user's own grid.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ Array = np.ndarray
 
 
 def budgets_of(flops: Array, tolerance: float = 0.15) -> Array:
-    """Group number of every run: runs belong to one budget while sorted neighbours differ by less than `tolerance` in ln C."""
+    """Group number of every run: runs belong to one budget while sorted neighbours differ by less than
+    `tolerance` in ln C.
+    """
     order = np.argsort(flops, kind="stable")
     jumps = np.diff(np.log(flops[order])) > tolerance
     group = np.empty(len(flops), dtype=np.int64)
@@ -32,11 +34,12 @@ def budgets_of(flops: Array, tolerance: float = 0.15) -> Array:
 def optima(
     runs: Any, size: str = "params", window: int | None = 7, tolerance: float = 0.15, target: str = "loss"
 ) -> pd.DataFrame:
-    """Per budget: n_opt, d_opt and loss at the bottom of a parabola in ln N through the `window` runs around the lowest one.
+    """Per budget: n_opt, d_opt and loss at the bottom of a parabola in ln N through the `window` runs around
+    the lowest one.
 
-    Columns flops, n_opt, d_opt, loss, curvature, runs, inside (the optimum lies between the smallest and the largest size
-    of the window; fit exponents to those rows only). Budgets with fewer than three sizes, or whose parabola opens downwards,
-    are left out. BadInput if none remains.
+    Columns flops, n_opt, d_opt, loss, curvature, runs, inside (the optimum lies between the smallest
+    and the largest size of the window; fit exponents to those rows only). Budgets with fewer than three
+    sizes, or whose parabola opens downwards, are left out. BadInput if none remains.
     """
     table = getattr(runs, "table", runs)
     n, y = np.asarray(table[size], dtype=np.float64), np.asarray(table[target], dtype=np.float64)
@@ -77,7 +80,8 @@ def optima(
         )
     if not rows:
         raise BadInput(
-            f"{size}: no compute budget has three sizes around a minimum; IsoFLOP needs several model sizes at (nearly) equal FLOPs"
+            f"{size}: no compute budget has three sizes around a minimum; "
+            "IsoFLOP needs several model sizes at (nearly) equal FLOPs"
         )
     return pd.DataFrame(rows, columns=["flops", "n_opt", "d_opt", "loss", "curvature", "runs", "inside"])
 
@@ -87,7 +91,8 @@ def exponent(
 ) -> dict[str, float]:
     """Line through ln y over ln x: exponent, coefficient, standard error of the exponent, and R^2.
 
-    weights: (rows,), multiplying the squared residuals; none for ordinary least squares. At least two budgets are needed.
+    weights: (rows,), multiplying the squared residuals; none for ordinary least squares.
+    At least two budgets are needed.
     """
     lx, ly = np.log(np.asarray(pairs[x], dtype=np.float64)), np.log(np.asarray(pairs[y], dtype=np.float64))
     if len(np.unique(lx)) < 2:
@@ -112,7 +117,9 @@ def exponent(
 def envelope(
     curves: pd.DataFrame, flops: str = "flops", loss: str = "loss", bins: int = 30, run: str = "run"
 ) -> pd.DataFrame:
-    """Approach 1: the lowest loss that any run has reached per compute bin. Columns flops, loss, params, tokens, run."""
+    """Approach 1: the lowest loss that any run has reached per compute bin.
+    Columns flops, loss, params, tokens, run.
+    """
     log_c = np.log(curves[flops].to_numpy())
     edges = np.linspace(log_c.min(), log_c.max() + 1e-9, bins + 1)
     which = np.clip(np.digitize(log_c, edges) - 1, 0, bins - 1)
@@ -133,11 +140,12 @@ def parabola_bias(
     seed: int = 0,
     fixed: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Run approach 2 on noise-free (or noisy) losses of a known law on the user's own grid, and compare with the law itself.
+    """Run approach 2 on noise-free (or noisy) losses of a known law on the user's own grid,
+    and compare with the law itself.
 
-    sizes, flops: (runs,) the user's grid. at: budget at which N* is extrapolated. One row per repeat: true and estimated
-    exponent, N* and their ratio, and `loss_excess`: relative extra loss from training the wrong size at that budget;
-    `wasted`: share of the budget that the wrong size wastes.
+    sizes, flops: (runs,) the user's grid. at: budget at which N* is extrapolated. One row per repeat: true
+    and estimated exponent, N* and their ratio, and `loss_excess`: relative extra loss from training the wrong
+    size at that budget; `wasted`: share of the budget that the wrong size wastes.
     """
     sizes, flops = np.asarray(sizes, dtype=np.float64), np.asarray(flops, dtype=np.float64)
     tokens = flops / (6.0 * sizes)

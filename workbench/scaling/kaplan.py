@@ -1,9 +1,11 @@
-"""The whole Kaplan recipe: constants from small runs, then a large run's loss curve at any batch size before it starts.
+"""The whole Kaplan recipe: constants from small runs, then a large run's loss curve at any batch size before
+it starts.
 
-Kaplan et al. 2020, secs. 5 and 6; estimated in steps as in Su et al. 2024 ("Unraveling the Mystery of Scaling Laws"):
+Kaplan et al. 2020, secs. 5 and 6; estimated in steps as in Su et al. 2024
+("Unraveling the Mystery of Scaling Laws"):
 
-1. Constant-loss contours: runs of one size at several batch sizes reach a loss L after S = Smin + Emin / B steps, so
-   Bcrit(L) = Emin / Smin (McCandlish et al. 2018), and over many L: Bcrit = B* / L^(1/alpha_b).
+1. Constant-loss contours: runs of one size at several batch sizes reach a loss L after S = Smin + Emin / B
+   steps, so Bcrit(L) = Emin / Smin (McCandlish et al. 2018), and over many L: Bcrit = B* / L^(1/alpha_b).
 2. Every logged point becomes a minimum-steps point, Smin = S / (1 + Bcrit(L) / B), and
    L = (Nc / N)^alpha_n + (Sc / Smin)^alpha_s is fitted to them.
 3. A planned run solves both relations together: Bcrit depends on the loss that is being predicted.
@@ -28,8 +30,8 @@ NEEDED = ("params", "batch_tokens", "step", "loss")
 
 @dataclass(frozen=True)
 class KaplanRecipe:
-    """Constants of the recipe. `contours`: params, loss, smin, emin, critical, r_squared; `critical`: fit of Bcrit(L);
-    `steps`: fit of L(N, Smin)."""
+    """Constants of the recipe. `contours`: params, loss, smin, emin, critical, r_squared; `critical`: fit
+    of Bcrit(L); `steps`: fit of L(N, Smin)."""
 
     contours: pd.DataFrame
     critical: Fit
@@ -56,7 +58,9 @@ class KaplanRecipe:
 
 
 def contours(curves: Any, losses: Array) -> pd.DataFrame:
-    """Constant-loss contours: for every size and loss that at least three batch sizes reach, S = smin + emin / B."""
+    """Constant-loss contours: for every size and loss that at least three batch sizes reach,
+    S = smin + emin / B.
+    """
     table = _checked(curves)
     rows = []
     for params, group in table.groupby("params", sort=True):
@@ -70,13 +74,16 @@ def contours(curves: Any, losses: Array) -> pd.DataFrame:
             rows.append((params, loss, found["smin"], found["emin"], found["critical"], found["r_squared"]))
     if not rows:
         raise BadInput(
-            "losses: no loss is reached by three batch sizes of one model size; choose losses that the runs pass, or add batch sizes"
+            "losses: no loss is reached by three batch sizes of one model size; "
+            "choose losses that the runs pass, or add batch sizes"
         )
     return pd.DataFrame(rows, columns=["params", "loss", "smin", "emin", "critical", "r_squared"])
 
 
 def _first(run: pd.DataFrame, loss: float) -> float:
-    """Step at which a curve first passes a loss, between logged points on log-log lines; inf when never, or from the start."""
+    """Step at which a curve first passes a loss, between logged points on log-log lines;
+    inf when never, or from the start.
+    """
     run = run.sort_values("step")
     y, s = np.minimum.accumulate(run.loss.to_numpy()), run.step.to_numpy()
     i = int(np.searchsorted(-y, -loss))
@@ -91,15 +98,17 @@ def kaplan_recipe(
 ) -> KaplanRecipe:
     """Fit the recipe to logged training curves.
 
-    curves: one row per logged point with params, batch_tokens, step (>= 1), loss. losses: contour levels (default: 12 over
-    the range every size passes). after_step: drop the warm-up before it. points: at most this many points enter the last
-    fit. BadInput for missing columns, fewer than three batch sizes or fewer than three contour levels.
+    curves: one row per logged point with params, batch_tokens, step (>= 1), loss. losses: contour levels
+    (default: 12 over the range every size passes). after_step: drop the warm-up before it. points: at most
+    this many points enter the last fit. BadInput for missing columns,
+    fewer than three batch sizes or fewer than three contour levels.
     """
     table = _checked(curves)
     table = table[table.step >= max(after_step, 1.0)]
     if table.batch_tokens.nunique() < 3:
         raise BadInput(
-            f"batch_tokens: {table.batch_tokens.nunique()} different sizes, at least 3 are needed for the critical batch size"
+            f"batch_tokens: {table.batch_tokens.nunique()} different sizes, "
+            "at least 3 are needed for the critical batch size"
         )
     if losses is None:
         ends = table.groupby(["params", "batch_tokens"]).loss.agg(["min", "max"])
@@ -107,7 +116,8 @@ def kaplan_recipe(
     lines = contours(table, losses)
     if lines.loss.nunique() < 3:
         raise BadInput(
-            "losses: fewer than three contour levels are reached by three batch sizes; train longer or choose other levels"
+            "losses: fewer than three contour levels are reached by three batch sizes; "
+            "train longer or choose other levels"
         )
     critical = fit(
         law("critical-batch-loss"), {"loss": lines.loss, "batch_tokens": lines.critical}, starts=64, seed=seed

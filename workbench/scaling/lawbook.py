@@ -1,4 +1,5 @@
-"""The laws that ship: each one a formula, its parameters and where it comes from. Add your own with `Law.from_formula`.
+"""The laws that ship: each one a formula, its parameters and where it comes from.
+Add your own with `Law.from_formula`.
 
 Parameter counts and tokens enter in raw units (not millions), as in the papers, unless a law says otherwise.
 """
@@ -272,7 +273,8 @@ _add(
         _exponent("nu", "worth of a mantissa bit", (0.5, 4.0)),
     ),
     ("params", "tokens", "exponent_bits", "mantissa_bits", "block_size"),
-    r"L = \frac{n}{N^\alpha}+\frac{d}{D^\beta}+\epsilon+\frac{D^\beta}{N^\alpha}\frac{\log_2 B}{\gamma(E+.5)^\delta(M+.5)^\nu}",
+    r"L = \frac{n}{N^\alpha}+\frac{d}{D^\beta}+\epsilon+\frac{D^\beta}{N^\alpha}\frac{\log_2 "
+    r"B}{\gamma(E+.5)^\delta(M+.5)^\nu}",
     "Sun et al. 2025, eq. 2",
 )
 _add(
@@ -416,7 +418,9 @@ _add(
 
 
 def law(name: str) -> Law:
-    """The law called `name`; formula text (anything with an operator) makes a new one. BadInput with a close match otherwise."""
+    """The law called `name`; formula text (anything with an operator) makes a new one.
+    BadInput with a close match otherwise.
+    """
     if name in LAWS:
         return LAWS[name]
     if any(sign in name for sign in "+*/()="):
@@ -424,5 +428,6 @@ def law(name: str) -> Law:
     close = difflib.get_close_matches(name, LAWS, 1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise BadInput(
-        f"law: {name!r} is unknown; {hint}known: {', '.join(LAWS)}; or give a formula such as 'E + A/params**alpha'"
+        f"law: {name!r} is unknown; {hint}known: {', '.join(LAWS)}; "
+        "or give a formula such as 'E + A/params**alpha'"
     )

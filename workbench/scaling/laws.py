@@ -62,8 +62,8 @@ KNOWN_COLUMNS = (
 class Parameter:
     """One unknown of a law: where it may lie, where a search starts, and what it means.
 
-    `low`, `high` are hard limits; `start` is the interval that multi-start searches cover. A parameter on a `log` scale
-    is positive and searched, stepped and resampled in its logarithm.
+    `low`, `high` are hard limits; `start` is the interval that multi-start searches cover. A parameter on
+    a `log` scale is positive and searched, stepped and resampled in its logarithm.
     """
 
     name: str
@@ -79,7 +79,8 @@ class Parameter:
             object.__setattr__(self, "low", 0.0)
         if self.scale == "log" and (self.low < 0 or self.start[0] <= 0):
             raise BadInput(
-                f"parameter {self.name}: a log-scale parameter must be positive, got low={self.low}, start={self.start}"
+                f"parameter {self.name}: a log-scale parameter must be positive, got low={self.low}, "
+                f"start={self.start}"
             )
         if not self.low <= self.start[0] <= self.start[1] <= self.high:
             raise BadInput(
@@ -101,8 +102,9 @@ class Parameter:
 class Law:
     """A parametric prediction of one column of a run table from others.
 
-    `formula` is text in the language of :mod:`workbench.scaling.formula` or a Python function of columns and parameters.
-    `target` is what it predicts. `latex` is for people. `source` names authors, year and equation.
+    `formula` is text in the language of :mod:`workbench.scaling.formula` or a Python function of columns
+    and parameters. `target` is what it predicts. `latex` is for people.
+    `source` names authors, year and equation.
     """
 
     name: str
@@ -164,8 +166,9 @@ class Law:
     ) -> Law:
         """A law from text or a function.
 
-        Names among `columns` (default: the run table's standard columns) are data, all others parameters. `parameters`
-        may give search intervals by name; a parameter without one is searched over +-(0.01 ... 1000).
+        Names among `columns` (default: the run table's standard columns) are data, all others parameters.
+        `parameters` may give search intervals by name; a parameter without one is searched over
+        +-(0.01 ... 1000).
         """
         known = set(KNOWN_COLUMNS if columns is None else columns)
         graph = Graph()
@@ -184,11 +187,12 @@ class Law:
             unknown = set(spans) - set(found)
             if unknown:
                 raise BadInput(
-                    f"parameters: {', '.join(sorted(unknown))} not in the formula, which has {', '.join(found)}"
+                    f"parameters: {', '.join(sorted(unknown))} not in the formula, "
+                    f"which has {', '.join(found)}"
                 )
             declared = tuple(
-                Parameter(n, start=tuple(map(float, spans[n])))
-                if n in spans  # type: ignore[arg-type]
+                Parameter(n, start=tuple(map(float, spans[n])))  # type: ignore[arg-type]
+                if n in spans
                 else Parameter(n, start=(0.0, 2.0))
                 for n in found
             )
@@ -210,11 +214,14 @@ class Law:
         )
 
     def compile(self, space: Space) -> CompiledLaw:
-        """Programs for the prediction, its gradient and its second derivatives, in the solver's coordinates."""
+        """Programs for the prediction, its gradient and its second derivatives,
+        in the solver's coordinates.
+        """
         return CompiledLaw(self, space)
 
     def predict(self, values: Mapping[str, float], columns: Any) -> Array:
-        """Predicted target for given parameter values; columns (a mapping or a DataFrame) are broadcast against each other.
+        """Predicted target for given parameter values; columns (a mapping or a DataFrame)
+        are broadcast against each other.
 
         BadInput when a column the law needs is missing.
         """
@@ -232,7 +239,9 @@ class Law:
 
 
 class CompiledLaw:
-    """A law as programs over the free parameters' working coordinates (logarithms for log-scale parameters)."""
+    """A law as programs over the free parameters' working coordinates
+    (logarithms for log-scale parameters).
+    """
 
     def __init__(self, law: Law, space: Space) -> None:
         self.law, self.space = law, space
@@ -271,7 +280,9 @@ class CompiledLaw:
         return Program(self.graph, outputs, self.names).bind(columns)
 
     def linear_names(self) -> list[str]:
-        """Parameters in which the plain prediction is jointly linear (the largest set found greedily, in order)."""
+        """Parameters in which the plain prediction is jointly linear
+        (the largest set found greedily, in order).
+        """
         graph = self.graph
         plain = CompiledLaw(
             replace(

@@ -1,7 +1,8 @@
 """What a fit minimises: a sum over runs of a loss of the residual, with its gradient and two curvatures.
 
-Everything is batched: parameter matrices are ``(starts, parameters)`` and one call answers for all starts. Row weights
-are ``(rows,)`` or ``(starts, rows)``, so a bootstrap resample is just another start with its own multinomial weights.
+Everything is batched: parameter matrices are ``(starts, parameters)`` and one call answers for all starts.
+Row weights are ``(rows,)`` or ``(starts, rows)``, so a bootstrap resample is just another start with its own
+multinomial weights.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Objective:
     """Sum over rows of a loss of ``prediction - observation``.
 
     kind "huber": 0.5 r^2 up to `delta`, delta (|r| - delta / 2) beyond (Huber, 1964; Hoffmann et al. 2022 use
-    delta = 1e-3 on log losses). kind "squares": r^2. `space` "log" compares logarithms, "linear" the values themselves.
+    delta = 1e-3 on log losses). kind "squares": r^2. `space` "log" compares logarithms, "linear" the values
+    themselves.
     """
 
     kind: Literal["huber", "squares"] = "huber"
@@ -35,7 +37,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.delta > 0:
             raise BadInput(
-                f"delta: {self.delta!r} is not accepted, the Huber threshold must be positive (1e-3 is usual on log losses)"
+                f"delta: {self.delta!r} is not accepted, the Huber threshold must be positive (1e-3 is "
+                "usual on log losses)"
             )
 
     @property
@@ -50,7 +53,9 @@ class Objective:
 
 @dataclass(frozen=True)
 class Resample:
-    """Per-start data: row weights (s, rows) or None, and what is added to the observations (s, rows) or None."""
+    """Per-start data: row weights (s, rows) or None, and what is added to the observations (s, rows)
+    or None.
+    """
 
     weights: Array | None = None
     shift: Array | None = None
@@ -68,7 +73,8 @@ Weights = Array | Resample | None
 class Problem:
     """A law, its data and an objective, ready to evaluate for many parameter vectors.
 
-    columns: name -> (rows,); target: (rows,) in natural units. BadInput if the target cannot be compared in log space.
+    columns: name -> (rows,); target: (rows,) in natural units.
+    BadInput if the target cannot be compared in log space.
     """
 
     def __init__(self, law: Law, columns: Mapping[str, Array], target: Array, objective: Objective) -> None:
@@ -127,7 +133,9 @@ class Problem:
         return np.where(np.isfinite(total), total, np.inf)
 
     def linearise(self, theta: Array, weights: Weights = None) -> tuple[Array, Array, Array]:
-        """Value (s,), gradient (s, p) and the majorising Gauss-Newton curvature (s, p, p), rows weighted min(1, delta/|r|)."""
+        """Value (s,), gradient (s, p) and the majorising Gauss-Newton curvature (s, p, p),
+        rows weighted min(1, delta/|r|).
+        """
         s, p = len(theta), self.size
         value, gradient, curvature = np.empty(s), np.empty((s, p)), np.empty((s, p, p))
         d = self.objective.threshold
@@ -156,7 +164,9 @@ class Problem:
         return value, gradient, curvature
 
     def hessian(self, theta: Array, weights: Weights = None) -> Array:
-        """Exact second derivatives (s, p, p) of the objective (rows on the Huber slope bend only through the law)."""
+        """Exact second derivatives (s, p, p) of the objective
+        (rows on the Huber slope bend only through the law).
+        """
         if 2 not in self._bound:
             self._bound[2] = self.compiled.bind(self.columns, 2)
         s, p, d = len(theta), self.size, self.objective.threshold

@@ -1,7 +1,9 @@
-"""From a fitted law to a plan: model size, tokens, repeats, precision, sparsity, with the fit's doubt carried along.
+"""From a fitted law to a plan: model size, tokens, repeats, precision, sparsity,
+with the fit's doubt carried along.
 
-Everything here takes parameter *draws* (one row per bootstrap resample, the first row being the estimate) and returns an
-answer per draw, so every planned number has an interval. Compute is training FLOPs = 6 N D unless said otherwise.
+Everything here takes parameter *draws* (one row per bootstrap resample, the first row being the estimate)
+and returns an answer per draw, so every planned number has an interval.
+Compute is training FLOPs = 6 N D unless said otherwise.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Draws:
         return Program(compiled.graph, [compiled.output], compiled.names)
 
     def loss(self, columns: Mapping[str, Any]) -> Array:
-        """(draws, points): predicted target. A column is a number, (points,), or (draws, points) when every draw has its own."""
+        """(draws, points): predicted target. A column is a number, (points,), or (draws, points)
+        when every draw has its own.
+        """
         missing = [c for c in self.law.columns if c not in columns]
         if missing:
             raise BadInput(f"law {self.law.name}: planning needs {', '.join(missing)}; give a value for it")
@@ -66,8 +70,8 @@ def flops_for(
 ) -> float:
     """Training FLOPs that a budget buys: given as FLOPs, GPU-hours, or money.
 
-    peak_flops: FLOP/s of one device; utilisation: share of it reached (model FLOPs utilisation). BadInput unless exactly
-    one budget is given with what its conversion needs.
+    peak_flops: FLOP/s of one device; utilisation: share of it reached (model FLOPs utilisation). BadInput
+    unless exactly one budget is given with what its conversion needs.
     """
     given = [n for n, v in (("flops", flops), ("gpu_hours", gpu_hours), ("money", money)) if v is not None]
     if len(given) != 1:
@@ -94,8 +98,10 @@ def flops_for(
 
 
 def _minimise(values: Array, log_x: Array) -> tuple[Array, Array, Array]:
-    """Per row of values (draws, points): minimiser and minimum of the parabola through the lowest point and its neighbours,
-    and whether the minimum lies inside the grid. log_x: (points,) or (draws, points), evenly spaced."""
+    """Per row of values (draws, points): minimiser and minimum of the parabola through the lowest point
+    and its neighbours, and whether the minimum lies inside the grid. log_x:
+    (points,) or (draws, points), evenly spaced.
+    """
     log_x = np.broadcast_to(log_x, values.shape)
     index = np.nanargmin(values, axis=1)
     inside = (index > 0) & (index < values.shape[1] - 1)
@@ -123,8 +129,10 @@ def _summary(draws: dict[str, Array], level: float) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned run. `table`: quantity, estimate, low, high; `draws`: the same per parameter draw; `inside`: share of draws
-    whose optimum lies inside the searched sizes (less than all means that the law runs to a limit)."""
+    """A planned run. `table`: quantity, estimate, low, high; `draws`: the same per parameter draw; `inside`:
+    share of draws whose optimum lies inside the searched sizes
+    (less than all means that the law runs to a limit).
+    """
 
     table: pd.DataFrame
     draws: dict[str, Array]
@@ -143,7 +151,8 @@ def compute_optimal(
     size_range: tuple[float, float] = (1e3, 1e15),
     points: int = 121,
 ) -> Plan:
-    """Loss-minimising parameters and tokens on 6 N D = flops. `fixed`: values of the law's other columns (bits, unique_tokens...).
+    """Loss-minimising parameters and tokens on 6 N D = flops.
+    `fixed`: values of the law's other columns (bits, unique_tokens...).
 
     For the Chinchilla form this agrees with the closed form N = G (C/6)^(b/(a+b)), G = (aA/(bB))^(1/(a+b)).
     """
@@ -198,7 +207,8 @@ def tokens_for_loss(
     fixed: Mapping[str, float] | None = None,
     token_range: tuple[float, float] = (1e3, 1e20),
 ) -> Array:
-    """(draws, sizes): tokens at which a model of each size reaches the target loss (draws,); inf where it never does.
+    """(draws, sizes): tokens at which a model of each size reaches the target loss (draws,);
+    inf where it never does.
 
     params: (sizes,) or (draws, sizes). Bisection on ln D; the law must fall with tokens.
     """
@@ -229,7 +239,9 @@ def inference_aware(
     size_range: tuple[float, float] = (1e5, 1e14),
     fixed: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Smallest lifetime compute 6 N D + 2 N T for a wanted loss and T tokens served (Sardana et al., 2023, eq. 2)."""
+    """Smallest lifetime compute 6 N D + 2 N T for a wanted loss and T tokens served
+    (Sardana et al., 2023, eq. 2).
+    """
     if inference_tokens < 0:
         raise BadInput(f"inference_tokens: {inference_tokens} is not accepted, it must not be negative")
     wanted = np.full(len(draws.theta), float(target_loss))
@@ -244,7 +256,8 @@ def inference_aware(
     reachable = (coarse < 1e3).any(1)
     if not reachable[0]:
         raise BadInput(
-            f"target_loss: {target_loss} lies below what the fitted law reaches at any size; choose a higher loss"
+            f"target_loss: {target_loss} lies below what the fitted law reaches at any size; "
+            "choose a higher loss"
         )
     around, _, inside = _minimise(coarse, log_n)
     step = log_n[1] - log_n[0]
@@ -270,8 +283,10 @@ def over_training(
     level: float = 0.9,
     fixed: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
-    """What a smaller model costs: at the compute-optimal loss for `flops`, models `shrink` times the optimal size need more
-    tokens and more compute. Columns: shrink, params, tokens, tokens_per_param, compute_overhead (+ low, high)."""
+    """What a smaller model costs: at the compute-optimal loss for `flops`, models `shrink` times the optimal
+    size need more tokens and more compute. Columns: shrink, params, tokens, tokens_per_param,
+    compute_overhead (+ low, high).
+    """
     shrink = (
         np.array([1.0, 0.75, 0.5, 0.35, 0.25]) if shrink is None else np.asarray(shrink, dtype=np.float64)
     )
@@ -306,7 +321,9 @@ def data_constrained(
     level: float = 0.9,
     fixed: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Best size and number of epochs when only `unique_tokens` exist (Muennighoff et al., 2023). Adds `epochs`."""
+    """Best size and number of epochs when only `unique_tokens` exist (Muennighoff et al., 2023).
+    Adds `epochs`.
+    """
     if "unique_tokens" not in draws.law.columns:
         raise BadInput(f"law {draws.law.name}: does not know repeated tokens; fit the data-constrained law")
     if not unique_tokens > 0:
@@ -325,8 +342,8 @@ def best_precision(
     level: float = 0.9,
     fixed: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Weight bits that minimise loss under a memory budget (N = 8 bytes / bits, with `tokens` seen) or a compute budget in
-    which a FLOP costs bits / 16 of a 16-bit one (Kumar et al., 2024, sec. 5)."""
+    """Weight bits that minimise loss under a memory budget (N = 8 bytes / bits, with `tokens` seen)
+    or a compute budget in which a FLOP costs bits / 16 of a 16-bit one (Kumar et al., 2024, sec. 5)."""
     if (memory_bytes is None) == (flops is None):
         raise BadInput("budget: give exactly one of memory_bytes (with tokens) and flops")
     if "bits" not in draws.law.columns:
@@ -360,8 +377,8 @@ def best_precision(
 def average_parameters(params: float, final_sparsity: float, start: Array, end: Array) -> Array:
     """Mean active parameters of a cubic pruning schedule between shares `start` and `end` of training.
 
-    N(t) = N (1 - s_f + s_f (1 - x)^3) with x from 0 to 1 between start and end (Zhu and Gupta, 2017), so the ramp averages
-    N (1 - 3/4 s_f). Jin et al. (2025): loss follows this average.
+    N(t) = N (1 - s_f + s_f (1 - x)^3) with x from 0 to 1 between start and end (Zhu and Gupta, 2017), so
+    the ramp averages N (1 - 3/4 s_f). Jin et al. (2025): loss follows this average.
     """
     start, end = np.asarray(start, dtype=np.float64), np.asarray(end, dtype=np.float64)
     return params * (start + (end - start) * (1 - 0.75 * final_sparsity) + (1 - end) * (1 - final_sparsity))
@@ -370,9 +387,9 @@ def average_parameters(params: float, final_sparsity: float, start: Array, end: 
 def sparsity_schedule(
     draws: Draws, params: float, final_sparsity: float, flops: float, steps: int = 16, recovery: float = 0.25
 ) -> pd.DataFrame:
-    """Predicted loss of every cubic schedule (start, end) on a compute budget: earlier pruning buys tokens, later pruning
-    keeps parameters. At least `recovery` of training follows the last pruning step, below which the law was not measured.
-    Columns start, end, average_params, tokens, loss; best first."""
+    """Predicted loss of every cubic schedule (start, end) on a compute budget: earlier pruning buys tokens,
+    later pruning keeps parameters. At least `recovery` of training follows the last pruning step, below which
+    the law was not measured. Columns start, end, average_params, tokens, loss; best first."""
     if not 0 < final_sparsity < 1:
         raise BadInput(f"final_sparsity: {final_sparsity} is not accepted, give a share between 0 and 1")
     grid = np.linspace(0, 1, steps + 1)
@@ -396,8 +413,10 @@ def trajectory(
     level: float = 0.9,
     fixed: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Loss against tokens for one model size before it is trained: the loss of a *finished* run of each length (its
-    learning rate decayed to the end), which a run still at high learning rate lies above. Columns tokens, loss, low, high."""
+    """Loss against tokens for one model size before it is trained: the loss of a *finished* run of each
+    length (its learning rate decayed to the end), which a run still at high learning rate lies above.
+    Columns tokens, loss, low, high.
+    """
     d = np.geomspace(tokens / 100.0, tokens, points)
     loss = draws.loss({**(fixed or {}), **_model_columns(np.full(points, params), d)})
     rest = loss[1:] if len(loss) > 1 else loss

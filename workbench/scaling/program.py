@@ -1,7 +1,7 @@
 """Evaluate formula graphs for many parameter vectors at once.
 
-Shapes: a column is ``(rows,)``, a parameter matrix is ``(starts, parameters)``; a node that mixes both is ``(starts, rows)``.
-Nodes that depend on columns alone are computed once, when the data is bound.
+Shapes: a column is ``(rows,)``, a parameter matrix is ``(starts, parameters)``; a node that mixes both is
+``(starts, rows)``. Nodes that depend on columns alone are computed once, when the data is bound.
 
 >>> import numpy as np
 >>> from workbench.scaling.formula import Graph, parse
@@ -95,7 +95,9 @@ class BoundProgram:
         ]
 
     def __call__(self, theta: Array) -> list[Array]:
-        """Outputs for theta (starts, parameters), each broadcastable to (starts, rows). Never warns; inf and nan pass through."""
+        """Outputs for theta (starts, parameters), each broadcastable to (starts, rows).
+        Never warns; inf and nan pass through.
+        """
         values = dict(self.fixed)
         for node, column in self.where:
             values[node] = theta[:, column, None]

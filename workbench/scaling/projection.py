@@ -1,7 +1,8 @@
 """Variable projection: parameters that enter linearly are solved for, not searched (Golub and Pereyra, 1973).
 
-For fixed exponents a Chinchilla law is linear in E, A and B; the best non-negative ones come from a tiny least-squares
-problem per start. So the search runs over the exponents alone and a poor guess of A or B cannot ruin a start.
+For fixed exponents a Chinchilla law is linear in E, A and B; the best non-negative ones come from a tiny
+least-squares problem per start. So the search runs over the exponents alone and a poor guess of A or B cannot
+ruin a start.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Array = np.ndarray
 def non_negative_least_squares(basis: Array, target: Array, signed: Array) -> tuple[Array, Array]:
     """min ||basis c - target||^2 with c_k >= 0 unless signed[k]; exact, by trying every active set.
 
-    basis (s, rows, k), target (s, rows) or (rows,), k <= 6. Returns c (s, k) and the residual sum of squares (s,).
+    basis (s, rows, k), target (s, rows) or (rows,), k <= 6.
+    Returns c (s, k) and the residual sum of squares (s,).
     """
     s, _, k = basis.shape
     target = np.broadcast_to(target, basis.shape[:2])
@@ -73,14 +75,16 @@ class Projection:
     def complete(self, theta: Array) -> Array:
         """theta (s, p) working coordinates with the linear parameters replaced by their best values.
 
-        In a log objective rows are weighted by 1 / observation, which is the same to first order in the residual.
+        In a log objective rows are weighted by 1 / observation,
+        which is the same to first order in the residual.
         """
         if not self.linear:
             return theta
         problem = self.problem
         law = problem.law
         theta = theta.copy()
-        # at working value 0 (or 1 for logs) slopes are d f / d c times dc / d working: evaluate there, then undo
+        # at working value 0 (or 1 for logs) slopes are d f / d c times dc / d working:
+        # evaluate there, then undo
         for i in self.linear_index:
             theta[:, i] = 0.0
         scale = 1.0 / np.abs(problem.target) if problem.objective.space == "log" else np.ones(problem.rows)
@@ -112,7 +116,9 @@ class Projection:
 
 
 def sample_starts(law: Law, count: int, seed: int) -> Array:
-    """Working coordinates (count, p) spread evenly over the declared start intervals (scrambled Sobol points)."""
+    """Working coordinates (count, p) spread evenly over the declared start intervals
+    (scrambled Sobol points).
+    """
     low = np.array([p.to_working(p.start[0]) for p in law.free])
     high = np.array([p.to_working(p.start[1]) for p in law.free])
     if not len(low):

@@ -1,4 +1,6 @@
-"""Results of the scaling instruments: tables of curves prepared while running, and the view that draws them."""
+"""Results of the scaling instruments: tables of curves prepared while running,
+and the view that draws them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ class FitView(BaseModel):
 
     view: Literal["fit", "residuals", "isoflop", "contour", "held out", "draws", "profile"] = Field(
         "fit",
-        description="the law with the runs, residuals, IsoFLOP curves, contours, held-out error, correlated parameters, profiles",
+        description=(
+            "the law with the runs, residuals, IsoFLOP curves, contours, held-out error, "
+            "correlated parameters, profiles"
+        ),
     )
 
 
@@ -40,10 +45,11 @@ class PlanView(BaseModel):
 def curve_tables(
     found: Fit, drawn: Bootstrap | None, runs: pd.DataFrame, level: float, groups: int = 6, points: int = 60
 ) -> dict[str, pd.DataFrame]:
-    """What the figures draw: the law along tokens for up to six sizes (with bands), along sizes for up to six budgets, and over a grid.
+    """What the figures draw: the law along tokens for up to six sizes (with bands),
+    along sizes for up to six budgets, and over a grid.
 
-    `curves`: group, x, loss, low, high; `isoflop_curves`: flops, params, loss, low, high; `contour`: params, tokens, loss. The
-    law's other columns are held at their median.
+    `curves`: group, x, loss, low, high; `isoflop_curves`: flops, params, loss, low, high; `contour`: params,
+    tokens, loss. The law's other columns are held at their median.
     """
     law = found.law
     draws = Draws.of(drawn if drawn is not None else found)
@@ -92,7 +98,9 @@ def curve_tables(
 
 
 class ScalingFitResult(Result):
-    """A fitted law: `table` holds parameters with intervals; `tables` runs, optima, influence, held_out, extrapolation, comparison, ..."""
+    """A fitted law: `table` holds parameters with intervals;
+    `tables` runs, optima, influence, held_out, extrapolation, comparison, ...
+    """
 
     def view_model(self) -> type[BaseModel]:
         return FitView
@@ -124,7 +132,9 @@ class ScalingFitResult(Result):
 
 
 class ScalingPlanResult(Result):
-    """A plan: `table` holds quantity, estimate, low, high; `tables` frontier, over_training, trajectory, advice, isoflop_bias, ..."""
+    """A plan: `table` holds quantity, estimate, low, high;
+    `tables` frontier, over_training, trajectory, advice, isoflop_bias, ...
+    """
 
     def view_model(self) -> type[BaseModel]:
         return PlanView

@@ -1,4 +1,6 @@
-"""Read run tables from files that other tools write. Nothing is executed and databases are opened read-only."""
+"""Read run tables from files that other tools write.
+Nothing is executed and databases are opened read-only.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ SUFFIXES = (
 
 
 def read(path: str | Path, **options: str) -> pd.DataFrame:
-    """A table with one row per run. options: `experiment` (MLflow) or `study` (Optuna) by name where a database holds several.
+    """A table with one row per run. options: `experiment` (MLflow) or `study` (Optuna)
+    by name where a database holds several.
 
     BadInput for files that are missing, empty or of an unknown kind.
     """
@@ -46,7 +49,8 @@ def read(path: str | Path, **options: str) -> pd.DataFrame:
                 raise
             except (ValueError, OSError, sqlite3.Error, pd.errors.ParserError, UnicodeDecodeError) as error:
                 raise BadInput(
-                    f"runs: {path.name} cannot be read as {suffix} ({str(error).splitlines()[0]}); is it complete?"
+                    f"runs: {path.name} cannot be read as {suffix} ({str(error).splitlines()[0]}); "
+                    "is it complete?"
                 ) from None
     raise BadInput(f"runs: {path.name} has an unknown ending; accepted: {SUFFIXES}")
 
@@ -72,10 +76,11 @@ def _json(path: Path) -> pd.DataFrame:
 
 
 def weights_and_biases(table: pd.DataFrame) -> pd.DataFrame:
-    """A Weights & Biases export: the runs table as it is (unfinished runs marked by an empty loss), or a chart's history.
+    """A Weights & Biases export: the runs table as it is (unfinished runs marked by an empty loss),
+    or a chart's history.
 
-    A chart's CSV has a step column and "RUN - METRIC" columns (with __MIN and __MAX twins): its last values become one row
-    per run. Any other table is returned unchanged.
+    A chart's CSV has a step column and "RUN - METRIC" columns (with __MIN and __MAX twins): its last values
+    become one row per run. Any other table is returned unchanged.
     """
     series = [c for c in table if " - " in str(c) and not str(c).endswith(("__MIN", "__MAX", "_step"))]
     if (
@@ -133,7 +138,8 @@ def database(path: Path, experiment: str | None = None, study: str | None = None
         if {"studies", "trials", "trial_params"} <= tables:
             return _optuna(connection, study)
     raise BadInput(
-        f"runs: {path.name} is neither an MLflow nor an Optuna database (tables: {', '.join(sorted(tables)) or 'none'})"
+        f"runs: {path.name} is neither an MLflow nor an Optuna database (tables: "
+        f"{', '.join(sorted(tables)) or 'none'})"
     )
 
 

@@ -1,4 +1,5 @@
-"""Runs: a table of finished training runs with fixed column names and units, checked before anything is fitted.
+"""Runs: a table of finished training runs with fixed column names and units,
+checked before anything is fitted.
 
 >>> runs = Runs.from_table({"N": [1e7, 1e8], "D": [1e9, 1e9], "val_loss": [4.0, 3.2]})
 >>> list(runs.table.columns)
@@ -30,7 +31,9 @@ OWN_SWEEP = "scaling-sweep"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the schema: meaning, unit, accepted range, and other names it is known by (lower case)."""
+    """One column of the schema: meaning, unit, accepted range, and other names it is known by
+    (lower case).
+    """
 
     meaning: str
     unit: str = ""
@@ -175,7 +178,9 @@ assert set(KNOWN_COLUMNS) <= set(SCHEMA)
 
 @dataclass
 class Runs:
-    """Finished runs. `table`: schema columns plus whatever else came along. `notes`: what was assumed, filled or dropped."""
+    """Finished runs. `table`: schema columns plus whatever else came along.
+    `notes`: what was assumed, filled or dropped.
+    """
 
     table: pd.DataFrame
     name: str = "runs"
@@ -192,7 +197,8 @@ class Runs:
         import html
 
         notes = "".join(f"<li>{html.escape(n)}</li>" for n in self.notes)
-        return f"<p>{html.escape(repr(self))}</p><ul>{notes}</ul>{self.table.head(20).to_html(index=False, border=0)}"
+        table = self.table.head(20).to_html(index=False, border=0)
+        return f"<p>{html.escape(repr(self))}</p><ul>{notes}</ul>{table}"
 
     @property
     def fingerprint(self) -> str:
@@ -219,9 +225,11 @@ class Runs:
 
     @classmethod
     def open(cls, source: Any, columns: str | Mapping[str, str] | None = None, **reader: Any) -> Runs:
-        """Runs from a file (CSV, Parquet, JSON lines, W&B or TensorBoard export, MLflow or Optuna SQLite), a DataFrame or a mapping.
+        """Runs from a file (CSV, Parquet, JSON lines, W&B or TensorBoard export, MLflow or Optuna SQLite),
+        a DataFrame or a mapping.
 
-        "scaling-sweep" is the project's own table: byte-level models of 20 thousand to half a million parameters.
+        "scaling-sweep" is the project's own table: byte-level models of 20 thousand to half a million
+        parameters.
         """
         from workbench.scaling.run_readers import read
         from workbench.subjects.builtin import data_folder
@@ -244,7 +252,8 @@ class Runs:
     ) -> Runs:
         """Map names, check every number, fill `flops`. See :func:`mapping` for `columns`.
 
-        Warns about and drops rows without a finite loss and exact duplicates. BadInput names row and column of anything else.
+        Warns about and drops rows without a finite loss and exact duplicates.
+        BadInput names row and column of anything else.
         """
         frame = (
             table.copy()
@@ -277,7 +286,8 @@ def mapping(text: str | Mapping[str, str] | None) -> dict[str, str]:
         name, sign, value = part.partition("=")
         if not sign or not name.strip() or not value.strip():
             raise BadInput(
-                f"columns: {part!r} is not accepted, write 'params=Model Size, tokens=D*1e9' (our name = your column or a formula of columns)"
+                f"columns: {part!r} is not accepted, write 'params=Model Size, "
+                "tokens=D*1e9' (our name = your column or a formula of columns)"
             )
         result[name.strip()] = value.strip()
     return result
@@ -290,7 +300,8 @@ def _rename(frame: pd.DataFrame, wanted: dict[str, str], notes: list[str]) -> pd
 
         close = difflib.get_close_matches(unknown[0], SCHEMA, 1)
         raise BadInput(
-            f"columns: {unknown[0]!r} is not a column of the schema{f'; did you mean {close[0]}?' if close else ''} (known: {', '.join(SCHEMA)})"
+            f"columns: {unknown[0]!r} is not a column of the "
+            f"schema{f'; did you mean {close[0]}?' if close else ''} (known: {', '.join(SCHEMA)})"
         )
     made: dict[Any, Any] = {}
     for name, source in wanted.items():
@@ -317,11 +328,13 @@ def _formula(frame: pd.DataFrame, name: str, text: str) -> pd.Series:
         node = parse(text, graph, known)
     except BadInput as error:
         raise BadInput(
-            f"columns: {name}={text!r} is neither a column ({', '.join(map(str, frame))}) nor a formula of columns: {error}"
+            f"columns: {name}={text!r} is neither a column ({', '.join(map(str, frame))}) nor a formula of "
+            f"columns: {error}"
         ) from None
     if graph.parameters_in(node):
         raise BadInput(
-            f"columns: {name}={text!r} names {', '.join(sorted(graph.parameters_in(node)))}, not among the columns {', '.join(map(str, frame))}"
+            f"columns: {name}={text!r} names {', '.join(sorted(graph.parameters_in(node)))}, "
+            f"not among the columns {', '.join(map(str, frame))}"
         )
     data = {
         c: _checked(frame[c], Column("", low=-np.inf, strict=False), c).to_numpy()
@@ -339,13 +352,15 @@ def _drop(frame: pd.DataFrame, target: str, notes: list[str]) -> pd.DataFrame:
             raise BadInput(f"{target}: no row has a finite value")
         if empty.any():
             notes.append(
-                f"warning: {int(empty.sum())} rows without a finite {target} dropped (unfinished or diverged): rows {_list(np.flatnonzero(empty))}"
+                f"warning: {int(empty.sum())} rows without a finite {target} dropped (unfinished or "
+                f"diverged): rows {_list(np.flatnonzero(empty))}"
             )
             frame = frame[~empty]
     double = frame.duplicated()
     if double.any():
         notes.append(
-            f"warning: {int(double.sum())} exact duplicate rows dropped: rows {_list(np.flatnonzero(frame.index.isin(frame.index[double])))}"
+            f"warning: {int(double.sum())} exact duplicate rows dropped: rows "
+            f"{_list(np.flatnonzero(frame.index.isin(frame.index[double])))}"
         )
         frame = frame[~double]
     return frame
@@ -361,14 +376,16 @@ def _checked(series: pd.Series, column: Column, name: str) -> pd.Series:
     if text.any():
         row = int(np.flatnonzero(text)[0])
         raise BadInput(
-            f"{name}: row {series.index[row]} is {series.iloc[row]!r}, expected {column.accepted}{f' ({column.unit})' if column.unit else ''}"
+            f"{name}: row {series.index[row]} is {series.iloc[row]!r}, expected "
+            f"{column.accepted}{f' ({column.unit})' if column.unit else ''}"
         )
     values = numbers.to_numpy(dtype=np.float64)
     bad = column.bad(values)
     if bad.any():
         row = series.index[int(np.flatnonzero(bad)[0])]
         raise BadInput(
-            f"{name}: row {row} is {numbers[row]}, expected {column.accepted}{f' ({column.unit})' if column.unit else ''}; "
+            f"{name}: row {row} is {numbers[row]}, expected "
+            f"{column.accepted}{f' ({column.unit})' if column.unit else ''}; "
             "correct or drop the row"
         )
     return pd.Series(values, index=series.index)
@@ -391,22 +408,26 @@ def _plausible(frame: pd.DataFrame, notes: list[str]) -> None:
     for name, small in (("params", 1000.0), ("tokens", 1000.0)):
         if name in frame and frame[name].max() < small:
             notes.append(
-                f"warning: {name} is at most {frame[name].max():g}: in millions or billions? the schema counts {SCHEMA[name].unit} one by one; "
+                f"warning: {name} is at most {frame[name].max():g}: "
+                f"in millions or billions? the schema counts {SCHEMA[name].unit} one by one; "
                 f"map it with columns='{name}={name}*1e6' (or 1e9)"
             )
     if {"params", "tokens", "flops"} <= set(frame):
         ratio = frame.flops / (6.0 * frame.params * frame.tokens)
         if not 0.1 < ratio.median() < 10:
             notes.append(
-                f"warning: flops are {ratio.median():.3g} times 6 x params x tokens in the median: one of the three has another unit"
+                f"warning: flops are {ratio.median():.3g} times 6 x params x tokens in the median: "
+                "one of the three has another unit"
             )
     if "loss" in frame and frame.loss.median() > 20:
         notes.append(
-            f"warning: loss has median {frame.loss.median():.3g}: a perplexity? the schema wants nats per token, map it with columns='loss=log(loss)'"
+            f"warning: loss has median {frame.loss.median():.3g}: "
+            "a perplexity? the schema wants nats per token, map it with columns='loss=log(loss)'"
         )
     if "params" in frame and frame.params.nunique() == 1 and len(frame) > 1:
         notes.append(
-            f"warning: every run has {frame.params.iloc[0]:.4g} params: nothing can be learned about model size"
+            f"warning: every run has {frame.params.iloc[0]:.4g} params: "
+            "nothing can be learned about model size"
         )
 
 
@@ -420,10 +441,12 @@ def transformer_flops(
     gated: bool = True,
     causal: bool = True,
 ) -> Array:
-    """Training FLOPs of a decoder from its shape: 3 x forward, every matrix product counted (2 per multiply-add).
+    """Training FLOPs of a decoder from its shape: 3 x forward, every matrix product counted
+    (2 per multiply-add).
 
-    Per token and layer 8 w^2 for attention projections, 4 or 6 w f for the (gated) feed-forward, 4 s w for scores and values
-    (half with a causal mask, s being the sequence length); 2 w v for the head. Embedding look-ups cost nothing.
+    Per token and layer 8 w^2 for attention projections, 4 or 6 w f for the (gated) feed-forward, 4 s w for
+    scores and values (half with a causal mask, s being the sequence length); 2 w v for the head.
+    Embedding look-ups cost nothing.
     """
     width, depth, sequence = (np.asarray(a, dtype=np.float64) for a in (width, depth, sequence))
     hidden = (

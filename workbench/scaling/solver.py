@@ -1,13 +1,14 @@
 """Batched minimisation: every start and every bootstrap resample is one row of one matrix, stepped together.
 
-Two stages, both damped second-order steps with bounds (Levenberg 1944, Marquardt 1963; Moré 1978 for the scaling):
+Two stages, both damped second-order steps with bounds (Levenberg 1944, Marquardt 1963; Moré 1978 for
+the scaling):
 
-1. :func:`descend` uses the majorising curvature of the Huber loss (iteratively reweighted least squares). It cannot
-   overshoot and works far from a minimum, but ends slowly when most rows sit on the Huber slope.
+1. :func:`descend` uses the majorising curvature of the Huber loss (iteratively reweighted least squares). It
+   cannot overshoot and works far from a minimum, but ends slowly when most rows sit on the Huber slope.
 2. :func:`polish` uses the exact second derivatives and ends quadratically.
 
-A row is done when the decrease that the next step promises is negligible; what "done" proves is judged separately by
-:mod:`workbench.scaling.certificate`, never by the fact that the loop ended.
+A row is done when the decrease that the next step promises is negligible; what "done" proves is judged
+separately by :mod:`workbench.scaling.certificate`, never by the fact that the loop ended.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Array = np.ndarray
 
 @dataclass
 class Solutions:
-    """Where every start ended: theta (s, p) working coordinates, value (s,) internal objective, steps (s,) taken, and settled
-    (s,), whether the next step promised next to nothing."""
+    """Where every start ended: theta (s, p) working coordinates, value (s,) internal objective, steps (s,)
+    taken, and settled (s,), whether the next step promised next to nothing."""
 
     theta: Array
     value: Array
@@ -57,7 +58,8 @@ def _step(
     g = np.where(free, g, 0.0)
     h = h * free[:, :, None] * free[:, None, :]
     index = np.arange(p)
-    # the diagonal is one: a hundred roundings of damping keep a flat valley from being singular to the last bit
+    # the diagonal is one: a hundred roundings of damping keep a flat valley from being singular to the last
+    # bit
     h[:, index, index] += np.where(free, np.maximum(damping, 1e-13)[:, None], 1.0)
     bad = ~(np.isfinite(h).all((1, 2)) & np.isfinite(g).all(1))
     if bad.any():
@@ -82,8 +84,8 @@ def descend(
 ) -> Solutions:
     """Reweighted Levenberg-Marquardt from every row of theta (s, p); weights (rows,) or (s, rows).
 
-    `tolerance`: a row settles when the promised decrease is below tolerance x value. `bounds`: (low, high), each (s, p),
-    instead of the law's; equal entries hold a parameter still.
+    `tolerance`: a row settles when the promised decrease is below tolerance x value. `bounds`: (low, high),
+    each (s, p), instead of the law's; equal entries hold a parameter still.
     """
     low, high = _bounds(problem, len(theta), bounds)
     theta = np.clip(np.array(theta, dtype=np.float64), low, high)
@@ -136,7 +138,9 @@ def polish(
     bounds: tuple[Array, Array] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Solutions:
-    """Newton's method with exact second derivatives from every row of theta, damped until the curvature is positive."""
+    """Newton's method with exact second derivatives from every row of theta,
+    damped until the curvature is positive.
+    """
     low, high = _bounds(problem, len(theta), bounds)
     theta = np.clip(np.array(theta, dtype=np.float64), low, high)
     s, p = theta.shape
@@ -193,7 +197,9 @@ def polish(
 
 
 def distinct(solutions: Solutions, problem: Problem, tolerance: float = 1e-3) -> Array:
-    """Indices of starts that ended in different places, best first (distance in working coordinates, relative to size)."""
+    """Indices of starts that ended in different places, best first
+    (distance in working coordinates, relative to size).
+    """
     order = np.argsort(solutions.value, kind="stable")
     order = order[np.isfinite(solutions.value[order])]
     scale = 1.0 + np.abs(solutions.theta[order[0]]) if len(order) else 1.0

@@ -34,7 +34,9 @@ UFUNC_NAMES = {
 
 
 class Symbol:
-    """A graph node with operators, handed to a law written as a Python function. ``np.exp(symbol)`` works too."""
+    """A graph node with operators, handed to a law written as a Python function.
+    ``np.exp(symbol)`` works too.
+    """
 
     def __init__(self, graph: Graph, node: int) -> None:
         self.graph, self.node = graph, node
@@ -113,7 +115,8 @@ def trace(function: Callable[..., Any], graph: Graph, names: Mapping[str, int]) 
         result = function(**{name: Symbol(graph, names[name]) for name in argument_names(function)})
     except TypeError as error:
         raise BadInput(
-            f"law function: cannot be followed symbolically ({error}); use arithmetic and numpy's exp, log, sqrt, "
+            f"law function: cannot be followed symbolically ({error}); "
+            "use arithmetic and numpy's exp, log, sqrt, "
             "tanh, minimum, maximum"
         ) from None
     if not isinstance(result, Symbol):

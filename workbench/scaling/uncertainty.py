@@ -1,7 +1,7 @@
 """How far a fit can be trusted: bootstrap and profile intervals, flat valleys, the influence of single runs.
 
-Every resample, every point of a profile and every left-out run is one row of a batch, so a thousand refits cost about as
-much as a few dozen single ones.
+Every resample, every point of a profile and every left-out run is one row of a batch, so a thousand refits
+cost about as much as a few dozen single ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def refit(
 
 @dataclass
 class Bootstrap:
-    """Refits on resampled runs. theta (resamples, p) working coordinates; `dropped`: resamples that did not settle."""
+    """Refits on resampled runs. theta (resamples, p) working coordinates; `dropped`:
+    resamples that did not settle.
+    """
 
     fit: Fit
     theta: Array
@@ -98,11 +100,12 @@ def bootstrap(
 ) -> Bootstrap:
     """Refit on resampled data, starting from every known optimum.
 
-    kind "runs" assumes nothing about the scatter: rows drawn with replacement (Efron, 1979) and the spread of the parameters
-    widened by sqrt(rows / (rows - parameters)) for squares; exponential row weights (Rubin, 1981) for a Huber loss, whose
-    fit passes through points and jumps when rows vanish altogether. Both are widened by the ratio of Student's to the normal
-    quantile (Hesterberg 2015, "What teachers should know about the bootstrap", sec. 4.4), as a spread from few runs needs.
-    kind "residuals": predictions plus resampled residuals; keeps a designed grid of runs as it is.
+    kind "runs" assumes nothing about the scatter: rows drawn with replacement (Efron, 1979) and the spread
+    of the parameters widened by sqrt(rows / (rows - parameters)) for squares; exponential row weights
+    (Rubin, 1981) for a Huber loss, whose fit passes through points and jumps when rows vanish altogether.
+    Both are widened by the ratio of Student's to the normal quantile (Hesterberg 2015, "What teachers should
+    know about the bootstrap", sec. 4.4), as a spread from few runs needs. kind "residuals": predictions plus
+    resampled residuals; keeps a designed grid of runs as it is.
     Both were measured to cover the truth 86 to 94 % of the time at 90 %.
     """
     if resamples < 2:
@@ -144,11 +147,13 @@ def bootstrap(
 
 
 def _residual_noise(fit: Fit, shape: tuple[int, int], rng: np.random.Generator) -> Array:
-    """Residuals drawn with replacement from rows of similar prediction, signs at random, inflated for the parameters spent.
+    """Residuals drawn with replacement from rows of similar prediction, signs at random,
+    inflated for the parameters spent.
 
-    Drawing from a neighbourhood (a sixth of the rows, at least 15) lets the scatter differ between small and large runs. A
-    Huber fit with a threshold far below the scatter passes through as many points as it has parameters, and its residuals
-    pile up at zero; the draws are then smoothed (De Angelis, Hall and Young, 1993), or intervals would come out too narrow.
+    Drawing from a neighbourhood (a sixth of the rows, at least 15) lets the scatter differ between small
+    and large runs. A Huber fit with a threshold far below the scatter passes through as many points as it has
+    parameters, and its residuals pile up at zero; the draws are then smoothed
+    (De Angelis, Hall and Young, 1993), or intervals would come out too narrow.
     """
     problem = fit.problem
     r, n, p = fit.residuals, problem.rows, problem.size
@@ -175,11 +180,12 @@ def _residual_noise(fit: Fit, shape: tuple[int, int], rng: np.random.Generator) 
 
 @dataclass(frozen=True)
 class Profile:
-    """The objective along one parameter, the others re-optimised. `table`: value, objective, deviance, other parameters.
+    """The objective along one parameter, the others re-optimised.
+    `table`: value, objective, deviance, other parameters.
 
-    `deviance` is calibrated so that it is chi-square with one degree of freedom at the truth (F with the residual degrees
-    of freedom for squares); `interval` holds where it stays below the level. `open_low`, `open_high`: the interval runs
-    into the scanned end, so the data set no limit on that side.
+    `deviance` is calibrated so that it is chi-square with one degree of freedom at the truth (F with
+    the residual degrees of freedom for squares); `interval` holds where it stays below the level. `open_low`,
+    `open_high`: the interval runs into the scanned end, so the data set no limit on that side.
     """
 
     parameter: str
@@ -190,10 +196,12 @@ class Profile:
 
 
 def deviance_scale(fit: Fit) -> float:
-    """What one unit of internal objective difference is worth, so that `difference / scale` is chi-square (one parameter).
+    """What one unit of internal objective difference is worth, so that `difference / scale` is chi-square
+    (one parameter).
 
-    Squares: twice the objective over the residual variance. Huber: 2 E psi' / E psi^2 (Huber and Ronchetti 2009, sec.
-    7.10), where the share of rows within the threshold is smoothed when the threshold is far below the scatter.
+    Squares: twice the objective over the residual variance. Huber: 2 E psi' / E psi^2 (Huber and Ronchetti
+    2009, sec. 7.10), where the share of rows within the threshold is smoothed when the threshold is far below
+    the scatter.
     """
     problem = fit.problem
     r, n, p = fit.residuals, problem.rows, problem.size
@@ -209,8 +217,8 @@ def deviance_scale(fit: Fit) -> float:
 
 
 def profile(fit: Fit, parameter: str, level: float = 0.9, points: int = 41, span: float = 4.0) -> Profile:
-    """Profile likelihood of one parameter (Venzon and Moolgavkar, 1988), both sides, widened until it closes or `span`
-    doublings of the curvature-based width are scanned."""
+    """Profile likelihood of one parameter (Venzon and Moolgavkar, 1988), both sides, widened until it closes
+    or `span` doublings of the curvature-based width are scanned."""
     problem, law = fit.problem, fit.law
     index = [p.name for p in law.free].index(law.parameter(parameter).name)
     scale = deviance_scale(fit)
@@ -270,7 +278,9 @@ def _inverse_curvature(fit: Fit) -> Array:
 
 
 def _along(fit: Fit, index: int, grid: Array) -> tuple[Array, Array]:
-    """Re-optimise all but one parameter at each grid point, walking outwards so that each point starts from its neighbour's end."""
+    """Re-optimise all but one parameter at each grid point,
+    walking outwards so that each point starts from its neighbour's end.
+    """
     problem = fit.problem
     k = len(grid)
     low, high = np.tile(problem.low, (k, 1)), np.tile(problem.high, (k, 1))
@@ -297,8 +307,10 @@ def _along(fit: Fit, index: int, grid: Array) -> tuple[Array, Array]:
 
 
 def influence(fit: Fit, stop: Callable[[], bool] | None = None) -> pd.DataFrame:
-    """Leave every run out once: change of each parameter (natural units), of the objective, and `shift`, the largest change
-    in units of the parameter's spread across the left-out fits. Sorted, most influential first; index is the row."""
+    """Leave every run out once: change of each parameter (natural units), of the objective, and `shift`,
+    the largest change in units of the parameter's spread across the left-out fits.
+    Sorted, most influential first; index is the row.
+    """
     problem = fit.problem
     weights = np.ones((problem.rows, problem.rows)) - np.eye(problem.rows)
     theta, value, settled = refit(problem, weights, fit.theta[None], stop)

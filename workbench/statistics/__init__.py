@@ -1,4 +1,6 @@
-"""Streaming statistics of a subject: input second moments of every layer, per-example gradients, activation ranges."""
+"""Streaming statistics of a subject: input second moments of every layer, per-example gradients,
+activation ranges.
+"""
 
 from workbench.statistics.factors import GradientFactors, StackedGradients, gradient_factors
 from workbench.statistics.gradients import example_gradients

@@ -1,9 +1,9 @@
 """Per-example gradients of many layers from one batched backward pass, kept in factored form.
 
-The gradient of example k with respect to a linear weight is sum over tokens t of delta_kt x_kt^T (Goodfellow 2015): its
-inputs x and the gradients delta at its outputs. Keeping the factors costs tokens x (in + out) numbers per example instead
-of out x in, and any rows of the gradient can be formed when they are needed, so a layer's Fisher blocks are built
-without the whole model's gradients in memory.
+The gradient of example k with respect to a linear weight is sum over tokens t of delta_kt x_kt^T
+(Goodfellow 2015): its inputs x and the gradients delta at its outputs. Keeping the factors costs tokens
+x (in + out) numbers per example instead of out x in, and any rows of the gradient can be formed when they are
+needed, so a layer's Fisher blocks are built without the whole model's gradients in memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class StackedGradients:
 
 @dataclass
 class GradientFactors:
-    """Factors of one layer's gradients: lists of inputs (examples, tokens, in) and output gradients (examples, tokens, out)."""
+    """Factors of one layer's gradients: lists of inputs (examples, tokens, in) and output gradients
+    (examples, tokens, out).
+    """
 
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -53,13 +55,16 @@ class GradientFactors:
         return sum(len(x) for x in self.inputs)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Gradients of the weight's rows start..stop, one per example: (examples, stop - start, in), float32."""
+        """Gradients of the weight's rows start..stop, one per example:
+        (examples, stop - start, in), float32.
+        """
         short = (
             bool(self.inputs)
             and self.inputs[0].dtype == torch.bfloat16
             and multiplies_bfloat16(self.inputs[0].device.type)
         )
-        # The device's own bfloat16 product sums in float32 and rounds once, to as many digits as the factors have: five times faster than float32.
+        # The device's own bfloat16 product sums in float32 and rounds once,
+        # to as many digits as the factors have: five times faster than float32.
         parts = [
             d[..., start:stop].mT @ x if short else d[..., start:stop].float().mT @ x.float()
             for x, d in zip(self.inputs, self.outputs, strict=True)
@@ -68,7 +73,9 @@ class GradientFactors:
         return found if self.mask is None else found * self.mask[start:stop]
 
     def square_sum(self) -> float:
-        """Sum over examples of the squared gradient norm, from the tokens' Gram matrices: (x x^T) * (delta delta^T)."""
+        """Sum over examples of the squared gradient norm, from the tokens' Gram matrices:
+        (x x^T) * (delta delta^T).
+        """
         total = 0.0
         for x, d in zip(self.inputs, self.outputs, strict=True):
             x, d = x.float(), d.float()
@@ -86,9 +93,11 @@ class GradientFactors:
         return total if self.mask is None else total * self.mask
 
     def averaged(self, size: int) -> GradientFactors:
-        """Means of the gradients of every `size` consecutive examples; what is left over at the end of a list makes a mean of its own.
+        """Means of the gradients of every `size` consecutive examples;
+        what is left over at the end of a list makes a mean of its own.
 
-        The tokens of a group are put behind one another, so the means stay factored. Lists whose lengths `size` divides make equal groups.
+        The tokens of a group are put behind one another, so the means stay factored.
+        Lists whose lengths `size` divides make equal groups.
         """
         found = GradientFactors(mask=self.mask)
         for x, d in zip(self.inputs, self.outputs, strict=True):
@@ -132,8 +141,8 @@ def gradient_factors(
 ) -> dict[str, GradientFactors]:
     """Factored gradients of each example's own mean loss, for plain matrices (not stacked experts).
 
-    A layer called several times in one forward pass contributes all its calls. `BadInput` for stacked experts and for
-    layers whose input does not have the examples as its first dimension.
+    A layer called several times in one forward pass contributes all its calls. `BadInput` for stacked experts
+    and for layers whose input does not have the examples as its first dimension.
     """
     from workbench.subjects import Mask
 
@@ -142,7 +151,8 @@ def gradient_factors(
     for layer in layers:
         if len(layer.shape) != 2:
             raise BadInput(
-                f"layers: {layer.name} is a stack of experts, whose tokens are not sorted by example; use mini-batch gradients (example_gradients)"
+                f"layers: {layer.name} is a stack of experts, whose tokens are not sorted by example; "
+                "use mini-batch gradients (example_gradients)"
             )
         for change in layer.changes:
             if isinstance(change, Mask):

@@ -1,4 +1,6 @@
-"""Per-example gradients of layer weights, exact, through `torch.func` (Goodfellow 2015 gives the factored form for linears)."""
+"""Per-example gradients of layer weights, exact, through `torch.func`
+(Goodfellow 2015 gives the factored form for linears).
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ def example_gradients(
     group: int = 1,
     progress: Progress | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Gradients of the mean loss of `group` consecutive examples (1: per example), one list of (..., out, in) per group.
+    """Gradients of the mean loss of `group` consecutive examples (1: per example), one list of (..., out, in)
+    per group.
 
-    They are gradients of the weight underneath the changes, times the mask when there is one: a pruned weight's is zero.
+    They are gradients of the weight underneath the changes, times the mask when there is one:
+    a pruned weight's is zero.
     """
     progress = progress or Progress()
     parameters = [layer.original for layer in layers]

@@ -1,8 +1,8 @@
 """The inputs of every layer, seen where the multiplication happens.
 
-A `TorchFunctionMode` watches `linear`, `addmm`, `matmul`, `bmm` and recognises a layer's weight by its storage. So plain
-linears, GPT-2's Conv1D and the slices of fused expert weights are captured the same way, and an expert's statistics hold
-only the tokens routed to it.
+A `TorchFunctionMode` watches `linear`, `addmm`, `matmul`, `bmm` and recognises a layer's weight by its
+storage. So plain linears, GPT-2's Conv1D and the slices of fused expert weights are captured the same way,
+and an expert's statistics hold only the tokens routed to it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ Handler = Callable[[Layer, int, Tensor], None]  # layer, expert (0 for a plain m
 
 
 class WeightCalls(TorchFunctionMode):
-    """Sees the functions that the given layers' weights go through; while it is on, a weight is one tensor, known by its storage.
+    """Sees the functions that the given layers' weights go through;
+    while it is on, a weight is one tensor, known by its storage.
 
-    `seen` says what is kept of a layer and its weight; `found` gives it back for a tensor that lies in that weight's storage.
+    `seen` says what is kept of a layer and its weight; `found` gives it back for a tensor that lies in that
+    weight's storage.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -59,9 +61,11 @@ class WeightCalls(TorchFunctionMode):
 
 
 class InputCapture(WeightCalls):
-    """Calls `handler(layer, expert, inputs)` whenever a layer multiplies; inputs are detached, shape (tokens, in).
+    """Calls `handler(layer, expert, inputs)` whenever a layer multiplies;
+    inputs are detached, shape (tokens, in).
 
-    Padding is dropped when `keep` (a boolean (batch, length) mask) is set and the input has those leading dimensions.
+    Padding is dropped when `keep` (a boolean (batch, length) mask)
+    is set and the input has those leading dimensions.
     """
 
     def __init__(self, layers: Sequence[Layer], handler: Handler) -> None:
@@ -164,9 +168,11 @@ class Reached(Exception):
 
 
 def add_upper(gram: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows of rows (tokens, in) to `gram` (in, in), contiguous: the entries on and above the diagonal alone, half the work of all.
+    """Add rows^T rows of rows (tokens, in) to `gram` (in, in), contiguous:
+    the entries on and above the diagonal alone, half the work of all.
 
-    torch has no symmetric product; in memory of the processor it is BLAS's, elsewhere products of blocks of columns.
+    torch has no symmetric product; in memory of the processor it is BLAS's,
+    elsewhere products of blocks of columns.
     """
     if gram.device.type == "cpu" and gram.dtype == torch.float32 and len(rows):
         target = gram.numpy().T  # BLAS counts from the other corner: the lower part of the transpose
@@ -188,7 +194,9 @@ def mirror(gram: Tensor) -> None:
 
 
 def kept_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """(examples, positions) True where a batch holds no padding, for an encoder or a decoder alone; None where that is not one mask for all layers."""
+    """(examples, positions) True where a batch holds no padding, for an encoder or a decoder alone;
+    None where that is not one mask for all layers.
+    """
     mask = batch.get("attention_mask")
     return (
         mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
@@ -198,10 +206,11 @@ def kept_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
 class MomentSums:
     """Adds up the inputs that a capture hands over, into `sums`.
 
-    What several layers read (query, key, value) is multiplied once: `shared` holds the layers whose inputs another one was seen to read
-    too, and the product of theirs is kept until the next. Others' products are added where they belong without being held.
-    A pass may end early, by `Reached`, once every layer has had all its inputs: known when the first pass met each layer exactly once,
-    and the last layer gets as many rows as the first (an expert, or a part of the tokens, would get fewer).
+    What several layers read (query, key, value) is multiplied once: `shared` holds the layers whose inputs
+    another one was seen to read too, and the product of theirs is kept until the next. Others' products are
+    added where they belong without being held. A pass may end early, by `Reached`, once every layer has had
+    all its inputs: known when the first pass met each layer exactly once, and the last layer gets as many
+    rows as the first (an expert, or a part of the tokens, would get fewer).
     """
 
     def __init__(self, sums: dict[str, InputMoments]) -> None:
@@ -232,11 +241,11 @@ class MomentSums:
             leader = layer.name
         if own is None and leader in self.shared:
             own = InputMoments(
-                *(
+                *(  # type: ignore[arg-type]
                     None if t is None else torch.zeros_like(t[:1])
                     for t in (mine.gram, mine.square, mine.total)
                 )
-            )  # type: ignore[arg-type]
+            )
             accumulate(own, 0, rows)
         if own is None:
             accumulate(mine, expert, rows)
@@ -272,8 +281,9 @@ def second_moments(
 ) -> dict[str, InputMoments]:
     """One streaming pass over `examples` of a split: name -> input moments; padding positions are left out.
 
-    Examples go through the model shortest first, so that there is little padding to compute, and no further than to the last of the
-    layers. Layers that read the same tensor share one product, of which only the blocks on and above the diagonal are computed.
+    Examples go through the model shortest first, so that there is little padding to compute, and no further
+    than to the last of the layers. Layers that read the same tensor share one product,
+    of which only the blocks on and above the diagonal are computed.
     """
     progress = progress or Progress()
     found = {layer.name: moments_of(layer, gram) for layer in layers}

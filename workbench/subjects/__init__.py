@@ -1,4 +1,6 @@
-"""Subjects: a model, its task and its data, from the built-ins, a folder, the hub, a Python file or a plain module."""
+"""Subjects: a model, its task and its data, from the built-ins, a folder, the hub,
+a Python file or a plain module.
+"""
 
 from workbench.subjects.changes import Change, LowRank, Mask, attach, bake
 from workbench.subjects.layers import Layer, all_layers, blocks, select

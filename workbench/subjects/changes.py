@@ -1,8 +1,10 @@
-"""Changes to weights, as `torch.nn.utils.parametrize` parametrizations: they compose, train through, can be undone or baked in.
+"""Changes to weights, as `torch.nn.utils.parametrize` parametrizations:
+they compose, train through, can be undone or baked in.
 
-A change is a module whose `change(weight)` maps a matrix (..., out, in) to a matrix of the same shape. Its tensors are its
-buffers or parameters and its numbers are in `config()`, so a subject is saved as safetensors + JSON and never pickled.
-The order along a weight is fixed by `order`: low-rank terms first, then number formats, masks last, so zeros stay zeros.
+A change is a module whose `change(weight)` maps a matrix (..., out, in) to a matrix of the same shape. Its
+tensors are its buffers or parameters and its numbers are in `config()`, so a subject is saved as
+safetensors + JSON and never pickled. The order along a weight is fixed by `order`:
+low-rank terms first, then number formats, masks last, so zeros stay zeros.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ REGISTRY: dict[str, type[Change]] = {}
 class Change(nn.Module):
     """One change of a weight. Subclasses implement `change`, and `config` when they hold numbers or strings.
 
-    A subclass's constructor takes its tensors by the name they are registered under, then the entries of `config()`.
-    `transposed` is set when the module stores its weight as (in, out), as GPT-2's Conv1D does.
+    A subclass's constructor takes its tensors by the name they are registered under, then the entries
+    of `config()`. `transposed` is set when the module stores its weight as (in, out), as GPT-2's Conv1D does.
     """
 
     order: ClassVar[int] = 50
@@ -38,10 +40,14 @@ class Change(nn.Module):
         return {}
 
     def attached(self, module: nn.Module) -> None:
-        """Called when the change is put on a weight of `module`; a change that also acts on activations hooks in here."""
+        """Called when the change is put on a weight of `module`;
+        a change that also acts on activations hooks in here.
+        """
 
     def restored(self, model: nn.Module) -> None:
-        """Called when a saved change is on a model again; a change that needs more of the model than its module asks for it here."""
+        """Called when a saved change is on a model again; a change that needs more of the model than its
+        module asks for it here.
+        """
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.change(weight.mT).mT if self.transposed else self.change(weight)
@@ -62,7 +68,9 @@ class Mask(Change):
 
 
 class LowRank(Change):
-    """Adds scale * up @ down, with up (..., out, rank) and down (..., rank, in), both trainable (Hu et al. 2021)."""
+    """Adds scale * up @ down, with up (..., out, rank) and down (..., rank, in), both trainable
+    (Hu et al. 2021).
+    """
 
     order = 10
 
@@ -122,8 +130,8 @@ def detach(module: nn.Module, tensor: str, change: Change) -> None:
 def bake(model: nn.Module) -> nn.Module:
     """Replace every changed weight by its value, in place, so that no parametrization is left.
 
-    Not by `remove_parametrizations`: it deletes the property from the module's class, which a deep copy shares with the
-    model it was copied from, so baking a copy would break the original.
+    Not by `remove_parametrizations`: it deletes the property from the module's class, which a deep copy
+    shares with the model it was copied from, so baking a copy would break the original.
     """
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
@@ -139,7 +147,9 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def describe_changes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Every change in the model as (JSON records, tensors): what a saved subject needs to attach them again."""
+    """Every change in the model as (JSON records, tensors):
+    what a saved subject needs to attach them again.
+    """
     records, tensors = [], {}
     for path, module in model.named_modules():
         if not parametrize.is_parametrized(module):

@@ -16,7 +16,9 @@ from workbench.instruments import BadInput
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Loading and saving without transformers' own bars and notices; a new head is said in the subject's data note."""
+    """Loading and saving without transformers' own bars and notices;
+    a new head is said in the subject's data note.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -34,7 +36,8 @@ def check_folder(folder: Path) -> None:
     """Refuse, before anything is built, a folder that is not a complete safetensors checkpoint."""
     if not (folder / "config.json").is_file() and not (folder / "workbench.json").is_file():
         raise BadInput(
-            f"subject: folder {str(folder)!r} has no config.json; give a folder written by save_pretrained or by the workbench"
+            f"subject: folder {str(folder)!r} has no config.json; "
+            "give a folder written by save_pretrained or by the workbench"
         )
     shards = sorted(folder.glob("*.safetensors"))
     weights = [
@@ -46,7 +49,8 @@ def check_folder(folder: Path) -> None:
         )
         if pickles:
             raise BadInput(
-                f"subject: {str(folder)!r} holds only pickle weights ({pickles[0]}), which can run code when opened and are refused; "
+                f"subject: {str(folder)!r} holds only pickle weights ({pickles[0]}), "
+                "which can run code when opened and are refused; "
                 "save the model again with save_pretrained(..., safe_serialization=True)"
             )
         raise BadInput(
@@ -60,13 +64,16 @@ def check_folder(folder: Path) -> None:
         )
         if missing:
             raise BadInput(
-                f"subject: {index.name} names {missing[0]}, which is not in {str(folder)!r} ({len(missing)} missing in all); "
+                f"subject: {index.name} names {missing[0]}, which is not in {str(folder)!r} ({len(missing)} "
+                "missing in all); "
                 "copy the whole checkpoint"
             )
 
 
 def check_safetensors(file: Path) -> None:
-    """Compare the header's promise with the file's size: a truncated file is named before any tensor is read."""
+    """Compare the header's promise with the file's size:
+    a truncated file is named before any tensor is read.
+    """
     size = file.stat().st_size
     try:
         with open(file, "rb") as stream:
@@ -88,7 +95,8 @@ def open_model(
 ) -> tuple[nn.Module, str | None]:
     """Build the model of a folder or hub id in float32; returns it with a note when a head had to be created.
 
-    `head` names the auto class for a checkpoint whose own class has no head for the task, e.g. "SequenceClassification".
+    `head` names the auto class for a checkpoint whose own class has no head for the task, e.g.
+    "SequenceClassification".
     """
     import transformers
 
@@ -130,12 +138,14 @@ def open_model(
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(
-            f"subject: {str(source)!r} could not be loaded as {cls.__name__}: {str(error).strip().splitlines()[0]}"
+            f"subject: {str(source)!r} could not be loaded as {cls.__name__}: "
+            f"{str(error).strip().splitlines()[0]}"
         ) from None
     if note is None and cls is not transformers.AutoModel and report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise BadInput(
-            f"subject: {str(source)!r} lacks {missing[0]} ({len(missing)} missing in all), which {cls.__name__} needs; copy or save it again"
+            f"subject: {str(source)!r} lacks {missing[0]} ({len(missing)} missing in all), "
+            f"which {cls.__name__} needs; copy or save it again"
         )
     return model.eval(), note
 

@@ -1,7 +1,7 @@
 """Layers: the weight matrices that compression and per-layer curvature work on, chosen by glob.
 
-A layer is a matrix (out, in), or a stack of them (experts, out, in) for mixture-of-experts weights, wherever the module
-keeps it: `nn.Linear.weight`, GPT-2's transposed `Conv1D.weight`, a fused expert parameter.
+A layer is a matrix (out, in), or a stack of them (experts, out, in) for mixture-of-experts weights, wherever
+the module keeps it: `nn.Linear.weight`, GPT-2's transposed `Conv1D.weight`, a fused expert parameter.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class Layer:
 
 
 def all_layers(model: nn.Module) -> list[Layer]:
-    """Every weight matrix: linears, Conv1Ds and fused experts; a tied weight (shared with an embedding) is left out."""
+    """Every weight matrix: linears, Conv1Ds and fused experts;
+    a tied weight (shared with an embedding) is left out.
+    """
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
     }
@@ -92,7 +94,9 @@ def all_layers(model: nn.Module) -> list[Layer]:
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The repeated blocks (encoder then decoder), in forward order: members of module lists that hold at least one layer."""
+    """The repeated blocks (encoder then decoder), in forward order:
+    members of module lists that hold at least one layer.
+    """
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(block + ".") for block, _ in found)
@@ -106,7 +110,9 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def select(model: nn.Module, glob: str = "blocks", least: int = 1) -> list[Layer]:
-    """Layers by comma-separated globs over their names; `blocks` means all those inside the repeated blocks (heads excluded)."""
+    """Layers by comma-separated globs over their names; `blocks` means all those inside the repeated blocks
+    (heads excluded).
+    """
     layers = all_layers(model)
     if not layers:
         raise BadInput("layers: the model holds no linear weight; instruments that change weights need one")
@@ -119,6 +125,7 @@ def select(model: nn.Module, glob: str = "blocks", least: int = 1) -> list[Layer
     if len(chosen) < least:
         examples = ", ".join(layer.name for layer in layers[:3])
         raise BadInput(
-            f"layers: {glob!r} matches no layer; names look like {examples} ({len(layers)} in all), globs like '*.query' or '*' are accepted"
+            f"layers: {glob!r} matches no layer; names look like {examples} ({len(layers)} in all), "
+            "globs like '*.query' or '*' are accepted"
         )
     return chosen

@@ -58,15 +58,20 @@ def subject(
 
     Parameters
     ----------
-    source : a built-in name, a folder written by `save_pretrained` or by the workbench, a hub id ("org/name" or "hf:name"),
-        "file.py:function" (a function of no arguments, or a value, giving a Subject), or an `nn.Module`.
-    data : a CSV / JSONL / Parquet file, a hub data set id ("hf:name"), "random" (token ids or pixels: for shape and speed
-        work only), or for a module a dict split -> dict of tensors, or a dict of tensors that is split here.
+    source : a built-in name, a folder written by `save_pretrained` or by the workbench, a hub id ("org/name"
+        or "hf:name"), "file.py:function" (a function of no arguments, or a value,
+        giving a Subject), or an `nn.Module`.
+    data : a CSV / JSONL / Parquet file, a hub data set id ("hf:name"), "random" (token ids or pixels: for
+        shape and speed work only), or for a module a dict split -> dict of tensors, or a dict of tensors that
+        is split here.
     text_column, label_column, image_column : the columns of `data`.
     task : a name of `workbench.subjects.TASKS`; guessed from the checkpoint's class when left out.
-    loss : for a module: "cross_entropy", "squared_error" or a function (output, batch) -> mean loss over examples.
-    max_length : tokens per example. max_examples : at most so many rows of `data` are used (chosen by `seed`).
-    seed : also of a built-in's training, for those that are trained on first use; another than 0 is refused by those that ship.
+    loss : for a module: "cross_entropy", "squared_error" or a function (output, batch)
+        -> mean loss over examples.
+    max_length : tokens per example. max_examples : at most so many rows of `data` are used
+        (chosen by `seed`).
+    seed : also of a built-in's training, for those that are trained on first use;
+        another than 0 is refused by those that ship.
 
     Raises `BadInput` naming what is wrong before any long computation.
     """
@@ -140,7 +145,8 @@ def from_checkpoint(
         if guessed not in ("causal-lm", "masked-lm", "seq2seq-lm", "embedding") or tokenizer is None:
             missing = "no tokenizer" if tokenizer is None else f"the task {guessed}"
             raise BadInput(
-                f"data: {name!r} needs data (it has {missing}); give --data FILE with the column names, or --data random for shape and speed work"
+                f"data: {name!r} needs data (it has {missing}); "
+                "give --data FILE with the column names, or --data random for shape and speed work"
             )
         rows, note = (
             text.builtin_rows(max_examples),
@@ -274,7 +280,8 @@ def from_file(file: Path, attribute: str) -> Subject:
     spec.loader.exec_module(module)
     if not hasattr(module, attribute):
         raise BadInput(
-            f"subject: {str(file)!r} has no {attribute!r}; it defines {', '.join(n for n in vars(module) if not n.startswith('_'))}"
+            f"subject: {str(file)!r} has no {attribute!r}; it defines "
+            f"{', '.join(n for n in vars(module) if not n.startswith('_'))}"
         )
     made = getattr(module, attribute)
     made = made() if callable(made) and not isinstance(made, Subject) else made
@@ -290,7 +297,8 @@ def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -
     """A plain module called as `module(inputs)`; data holds tensors `inputs` and `labels`."""
     if not isinstance(data, dict) or not data:
         raise BadInput(
-            "data: a plain module needs data={'inputs': tensor, 'labels': tensor}, or one such dict for each split"
+            "data: a plain module needs data={'inputs': tensor, 'labels': "
+            "tensor}, or one such dict for each split"
         )
     if not any(True for _ in module.parameters()):
         raise BadInput("subject: the module has no parameters; there is nothing to measure or compress")
@@ -303,7 +311,8 @@ def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -
         loss = "cross_entropy" if not first["labels"].is_floating_point() else "squared_error"
     if not callable(loss) and loss not in kinds:
         raise BadInput(
-            f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, batch) -> scalar"
+            f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, "
+            "batch) -> scalar"
         )
     task: Task = CustomLoss(function=loss) if callable(loss) else TASKS[kinds[loss]]()
     made = Subject(name, module.eval(), task, splits, data_note="tensors given in Python")

@@ -31,7 +31,10 @@ BUILTINS: dict[str, tuple[str, str, str]] = {
     "bytemoe": (
         "bytelm",
         "bytemoe",
-        "a 1.5 M-parameter Mixtral-style byte mixture of experts (4 experts, 2 active), trained briefly on the same text",
+        (
+            "a 1.5 M-parameter Mixtral-style byte mixture of experts (4 experts, 2 active), "
+            "trained briefly on the same text"
+        ),
     ),
     "minilm-docstrings": (
         "minilm",
@@ -51,7 +54,8 @@ def build(name: str, progress: Progress | None = None, **options: Any) -> Subjec
     unknown = set(options) - accepted
     if unknown:
         raise BadInput(
-            f"subject: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(sorted(accepted)) or 'none'}"
+            f"subject: {name!r} takes no option {', '.join(sorted(unknown))}; "
+            f"it takes {', '.join(sorted(accepted)) or 'none'}"
         )
     parts = builder(progress=progress, **options)
     return Subject(
@@ -67,7 +71,9 @@ def build(name: str, progress: Progress | None = None, **options: Any) -> Subjec
 
 
 def skeleton(name: str) -> nn.Module | None:
-    """An untrained model of a built-in that is a plain module (others rebuild from their config); None for unknown names."""
+    """An untrained model of a built-in that is a plain module (others rebuild from their config);
+    None for unknown names.
+    """
     from workbench.subjects.builtin import digits
 
     return digits.softmax().model if name == "digits-softmax" else None

@@ -1,4 +1,6 @@
-"""The subject: a model, its task and its data splits, with a fingerprint that names exactly this state of them."""
+"""The subject: a model, its task and its data splits, with a fingerprint that names exactly this state
+of them.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,11 @@ Split = dict[str, Tensor]  # column -> (examples, ...)
 
 
 class Subject:
-    """Model + task + splits (train, calibration, validation, test). Instruments never change the one they are given.
+    """Model + task + splits (train, calibration, validation, test).
+    Instruments never change the one they are given.
 
-    `model` may be a callable that makes the model: a subject derived by a cached run exists by its fingerprint and is only
-    computed when somebody asks for its weights.
+    `model` may be a callable that makes the model: a subject derived by a cached run exists by its
+    fingerprint and is only computed when somebody asks for its weights.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Subject:
             if not lengths or min(lengths.values()) == 0:
                 raise BadInput(f"data: split {split!r} is empty; every split needs at least one example")
 
-    # ---- the model -------------------------------------------------------------------------------------------------
+    # ---- the model -----------------------------------------------------------------------------------------
     @property
     def model(self) -> nn.Module:
         if self._model is None:
@@ -121,7 +124,8 @@ class Subject:
 
     def copy(self) -> Subject:
         """A subject with its own copy of the weights (data is shared)."""
-        # a module has a dozen empty tables of hooks; deepcopy would spend half of a small model's copy on them
+        # a module has a dozen empty tables of hooks; deepcopy would spend half of a small model's copy on
+        # them
         empty = {
             id(table): type(table)()
             for module in self.model.modules()
@@ -161,7 +165,9 @@ class Subject:
         )
 
     def prepared(self, device: str, copy: bool) -> Subject:
-        """What an instrument works on: eval mode, on the device, a private copy when it will change the weights."""
+        """What an instrument works on: eval mode, on the device,
+        a private copy when it will change the weights.
+        """
         target = self.resolve_device(device)
         if copy or target != self.device:
             mine = self.copy()
@@ -194,13 +200,17 @@ class Subject:
     def adopt_fingerprint(
         self, fingerprint: str, evaluations: Mapping[tuple[str, int], dict[str, float]] | None = None
     ) -> None:
-        """Take the fingerprint of the subject this one was saved from, the same weights, task and data, and what was measured on it."""
+        """Take the fingerprint of the subject this one was saved from, the same weights, task and data,
+        and what was measured on it.
+        """
         self._fingerprint, self._seen = fingerprint, self._versions()
         for (split, examples), found in (evaluations or {}).items():
             self.memo(("evaluate", split, examples), functools.partial(dict, found))
 
     def memo(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-        """A statistic of this subject, kept in memory while its fingerprint stays; the ones used last are kept."""
+        """A statistic of this subject, kept in memory while its fingerprint stays;
+        the ones used last are kept.
+        """
         full = (self.fingerprint, str(self.device), *key)
         found = self._memory.pop(full) if full in self._memory else compute()
         while len(self._memory) >= 16:
@@ -225,12 +235,14 @@ class Subject:
         return {key[3:]: value for key, value in self._memory.items() if key[:3] == begin}
 
     def adopt(self, parent: Subject, instrument: Instrument, fingerprint: str | None) -> None:
-        """Record what was done to get here; the run's key becomes the fingerprint (None: hash the weights)."""
+        """Record what was done to get here; the run's key becomes the fingerprint
+        (None: hash the weights).
+        """
         self.history = [*parent.history, step(instrument)]
         self._fingerprint = fingerprint
         self._seen = self._versions() if fingerprint else None
 
-    # ---- data ------------------------------------------------------------------------------------------------------
+    # ---- data ----------------------------------------------------------------------------------------------
     def split(self, name: str) -> Split:
         if name not in self.splits:
             raise BadInput(f"split: {name!r} does not exist; this subject has {', '.join(self.splits)}")
@@ -247,7 +259,9 @@ class Subject:
         device: torch.device | None = None,
         by_length: bool = False,
     ) -> Iterator[Batch]:
-        """Batches of the first `limit` examples, trimmed to the longest sequence in each; in order, or shortest first."""
+        """Batches of the first `limit` examples, trimmed to the longest sequence in each;
+        in order, or shortest first.
+        """
         columns = self.split(split)
         total = min(self.size(split), limit or self.size(split))
         device = device or self.device
@@ -258,7 +272,7 @@ class Subject:
             batch = {k: v[rows] for k, v in columns.items()}
             yield {k: v.to(device) for k, v in trim(batch).items()}
 
-    # ---- measuring -------------------------------------------------------------------------------------------------
+    # ---- measuring -----------------------------------------------------------------------------------------
     def loss(self, batch: Batch) -> Tensor:
         return self.task.loss(self.model, batch)
 
@@ -270,7 +284,9 @@ class Subject:
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> dict[str, float]:
-        """Mean loss and metrics over a split (perplexity for language models); exact whatever the batch size."""
+        """Mean loss and metrics over a split (perplexity for language models);
+        exact whatever the batch size.
+        """
         progress = progress or Progress()
         sums: dict[str, float] = {}
         was_training, total, items = self.model.training, 0.0, 0
@@ -296,7 +312,7 @@ class Subject:
             found["perplexity"] = float(torch.tensor(found["loss"]).exp())
         return found
 
-    # ---- structure -------------------------------------------------------------------------------------------------
+    # ---- structure -----------------------------------------------------------------------------------------
     def layers(self, glob: str = "blocks") -> list[Layer]:
         return layer_selection.select(self.model, glob)
 
@@ -309,9 +325,11 @@ class Subject:
             p.numel() for p in {id(p): p for p in bake(copy.deepcopy(self.model)).parameters()}.values()
         )
 
-    # ---- disk ------------------------------------------------------------------------------------------------------
+    # ---- disk ----------------------------------------------------------------------------------------------
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """A folder that `workbench.subject(folder)` opens with its changes, and `transformers` opens with them baked in."""
+        """A folder that `workbench.subject(folder)` opens with its changes,
+        and `transformers` opens with them baked in.
+        """
         folder = Path(folder)
         with replacing(folder) as draft:
             draft.mkdir()
@@ -379,7 +397,9 @@ class Subject:
 
 
 def plain_experts(model: nn.Module) -> nn.Module:
-    """Mixture-of-experts models compute expert by expert: grouped kernels hide each expert's inputs and have no second derivative."""
+    """Mixture-of-experts models compute expert by expert: grouped kernels hide each expert's inputs and have
+    no second derivative.
+    """
     if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     return model

@@ -1,7 +1,9 @@
-"""Tasks: how a batch becomes an output, a loss and metrics. A new modality is a new task; nothing else changes.
+"""Tasks: how a batch becomes an output, a loss and metrics.
+A new modality is a new task; nothing else changes.
 
-A batch is a dict of tensors whose first dimension is the example. Every loss is the mean over *items* (examples, or
-target tokens), so totals over batches are exact: sum of `loss * items` divided by the sum of items.
+A batch is a dict of tensors whose first dimension is the example. Every loss is the mean over *items*
+(examples, or target tokens), so totals over batches are exact:
+sum of `loss * items` divided by the sum of items.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """How a batch becomes a loss. `flat` gives (outputs, targets) with one row per item: what curvature and metrics need."""
+    """How a batch becomes a loss. `flat` gives (outputs, targets) with one row per item:
+    what curvature and metrics need.
+    """
 
     name: ClassVar[str] = ""
     loss_kind: ClassVar[str] = "cross_entropy"  # cross_entropy | squared_error | other
@@ -112,7 +116,9 @@ class Seq2SeqLM(TokenTask):
 
 @dataclass(frozen=True)
 class SquaredErrorTask(Task):
-    """Half the mean over items of the squared error summed over outputs: the Hessian in the outputs is the identity."""
+    """Half the mean over items of the squared error summed over outputs:
+    the Hessian in the outputs is the identity.
+    """
 
     loss_kind: ClassVar[str] = "squared_error"
 
@@ -136,7 +142,9 @@ class Regression(SquaredErrorTask):
 
 @dataclass(frozen=True)
 class Embedding(SquaredErrorTask):
-    """A checkpoint without a head: mean-pooled hidden states against target vectors (by default the dense model's own)."""
+    """A checkpoint without a head: mean-pooled hidden states against target vectors
+    (by default the dense model's own).
+    """
 
     name: ClassVar[str] = "embedding"
 

@@ -27,7 +27,9 @@ class Columns:
 
 
 def builtin_rows(limit: int, size: int = 2000) -> pd.DataFrame:
-    """The built-in text in pieces of `size` characters, evenly spaced through each split (a file is in one split only)."""
+    """The built-in text in pieces of `size` characters, evenly spaced through each split
+    (a file is in one split only).
+    """
     from workbench.subjects.builtin.corpora import standard_library
 
     pieces: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
@@ -48,7 +50,9 @@ def chunks(document: str, size: int) -> list[str]:
 
 
 def read_rows(data: str | Path, limit: int, seed: int) -> tuple[pd.DataFrame, str]:
-    """A table from a CSV / JSONL / Parquet file or `hf:ID`, at most `limit` rows a split, and a note that names it."""
+    """A table from a CSV / JSONL / Parquet file or `hf:ID`, at most `limit` rows a split,
+    and a note that names it.
+    """
     data = str(data)
     if data.startswith("hf:"):
         from datasets import load_dataset
@@ -104,7 +108,8 @@ def check_columns(
         empty = rows[column].isna()
         if empty.any():
             raise BadInput(
-                f"{option}: row {int(empty.to_numpy().argmax()) + 1} of column {column!r} is empty ({int(empty.sum())} in all); fill or drop them"
+                f"{option}: row {int(empty.to_numpy().argmax()) + 1} of column {column!r} is empty "
+                f"({int(empty.sum())} in all); fill or drop them"
             )
     if len(rows) < 8:
         raise BadInput(f"data: {len(rows)} rows are too few to split; give at least 8")
@@ -123,10 +128,13 @@ def label_names(rows: pd.DataFrame, column: str | None) -> list[str]:
 def encode(
     rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module, columns: Columns
 ) -> dict[str, Split]:
-    """Rows to tensors, split by the `split` column when there is one, else 60 / 10 / 10 / 20 % by the seed."""
+    """Rows to tensors, split by the `split` column when there is one,
+    else 60 / 10 / 10 / 20 % by the seed.
+    """
     if tokenizer is None:
         raise BadInput(
-            "subject: the checkpoint has no tokenizer (or image processor); put its files in the folder, or use --data random"
+            "subject: the checkpoint has no tokenizer (or image processor); "
+            "put its files in the folder, or use --data random"
         )
     if task == "image-classification":
         made = encode_images(rows, tokenizer, columns)
@@ -165,7 +173,8 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
     highest, size = int(coded["input_ids"].max()), model.get_input_embeddings().num_embeddings
     if highest >= size:
         raise BadInput(
-            f"subject: the tokenizer gives id {highest} but the model has {size} embeddings; use the tokenizer the model was trained with"
+            f"subject: the tokenizer gives id {highest} but the model has {size} embeddings; "
+            "use the tokenizer the model was trained with"
         )
     made: Split = {"input_ids": coded["input_ids"], "attention_mask": coded["attention_mask"]}
     if task == "sequence-classification":
@@ -180,7 +189,8 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
             made["labels"] = torch.tensor(rows[columns.label].to_numpy(dtype="float32"))
         except (TypeError, ValueError):
             raise BadInput(
-                f"label-column: {columns.label!r} must hold numbers, because the model predicts one; give numbers, or a checkpoint with classes"
+                f"label-column: {columns.label!r} must hold numbers, because the model predicts one; "
+                "give numbers, or a checkpoint with classes"
             ) from None
     elif task == "causal-lm":
         made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
@@ -198,13 +208,16 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
         made["labels"] = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
     elif task == "token-classification":
         raise BadInput(
-            "task: token-classification from a file needs token labels; build the tensors and pass a data dict in Python"
+            "task: token-classification from a file needs token labels; "
+            "build the tensors and pass a data dict in Python"
         )
     return made
 
 
 def masked(ids: Tensor, attention: Tensor, tokenizer: Any, seed: int, share: float = 0.15) -> Split:
-    """BERT masking with every chosen token replaced by [MASK] (Devlin et al. 2019 replace 80 %), fixed by the seed."""
+    """BERT masking with every chosen token replaced by [MASK] (Devlin et al. 2019 replace 80 %),
+    fixed by the seed.
+    """
     if tokenizer.mask_token_id is None:
         raise BadInput("task: masked-lm needs a tokenizer with a mask token")
     special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
@@ -275,7 +288,9 @@ def random_splits(model: nn.Module, task: str, columns: Columns, examples: int =
 
 @torch.no_grad()
 def self_targets(subject: Subject) -> Subject:
-    """Give an embedding subject its own dense outputs as targets: its loss measures how far a change moves them."""
+    """Give an embedding subject its own dense outputs as targets:
+    its loss measures how far a change moves them.
+    """
     for name, split in subject.splits.items():
         outputs = [subject.task.output(subject.model, batch).cpu() for batch in subject.batches(name, 64)]
         split["labels"] = torch.cat(outputs)

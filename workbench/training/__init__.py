@@ -1,4 +1,6 @@
-"""Training: loop, optimizers, schedules, batch-size rules, sweeps, and what learning rate and batch size do to the loss."""
+"""Training: loop, optimizers, schedules, batch-size rules, sweeps,
+and what learning rate and batch size do to the loss.
+"""
 
 from workbench.training.batch import NormTest
 from workbench.training.comparisons import OptimizerComparison, ScheduleStudy

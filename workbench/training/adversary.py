@@ -1,4 +1,6 @@
-"""ConAdv (Liu et al. 2022): adversarial examples made with stale weights, so that they cost no extra step in the critical path."""
+"""ConAdv (Liu et al. 2022): adversarial examples made with stale weights,
+so that they cost no extra step in the critical path.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ from workbench.subjects import Batch, Subject
 
 
 class ConcurrentAdversary:
-    """A loss of `fit(..., loss=ConcurrentAdversary())`: (L(w_t; x) + L(w_t; x + eps s)) / 2, s the sign of the gradient of L(w_{t - delay}; x) in x.
+    """A loss of `fit(..., loss=ConcurrentAdversary())`: (L(w_t; x) + L(w_t; x + eps s)) / 2,
+    s the sign of the gradient of L(w_{t - delay}; x) in x.
 
-    column : the continuous input that is disturbed. norm : "sign" (largest-entry norm, FGSM) or "l2" (unit length for each example).
-    delay=0 is the synchronous form, which needs two gradients one after the other. Running statistics of batch norms follow clean
-    examples only; the two streams are normalised apart, as AdvProp does, with shared scale and shift.
+    column : the continuous input that is disturbed. norm : "sign" (largest-entry norm, FGSM) or "l2"
+        (unit length for each example). delay=0 is the synchronous form, which needs two gradients one after
+        the other. Running statistics of batch norms follow clean examples only; the two streams are
+        normalised apart, as AdvProp does, with shared scale and shift.
     """
 
     def __init__(
@@ -27,7 +31,8 @@ class ConcurrentAdversary:
     ) -> None:
         if not epsilon > 0 or delay < 0:
             raise BadInput(
-                f"epsilon: {epsilon} with delay {delay} is not accepted; epsilon must be positive and delay 0 or more"
+                f"epsilon: {epsilon} with delay {delay} is not accepted; "
+                "epsilon must be positive and delay 0 or more"
             )
         if norm not in ("sign", "l2"):
             raise BadInput(f"norm: {norm!r} is unknown; known: sign, l2")

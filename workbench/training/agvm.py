@@ -1,4 +1,6 @@
-"""AGVM (Xue et al. 2022): module-wise learning rates that align the gradient variance of a large-batch model's parts."""
+"""AGVM (Xue et al. 2022): module-wise learning rates that align the gradient variance of a large-batch
+model's parts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Groups = list[dict[str, Any]]
 
 
 def module_groups(model: nn.Module, modules: Sequence[str], weight_decay: float = 0.0) -> Groups:
-    """Trainable parameters by the first of the `modules` (name prefixes, "" for what is left) that holds them, decay for matrices only."""
+    """Trainable parameters by the first of the `modules` (name prefixes, "" for what is left)
+    that holds them, decay for matrices only.
+    """
     groups: Groups = []
     left = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for module in modules:
@@ -27,7 +31,8 @@ def module_groups(model: nn.Module, modules: Sequence[str], weight_decay: float 
         }
         if not mine:
             raise BadInput(
-                f"modules: {module!r} holds no trainable parameter that an earlier one has not; names: {', '.join(n for n, _ in model.named_children())}"
+                f"modules: {module!r} holds no trainable parameter that an earlier one has not; names: "
+                f"{', '.join(n for n, _ in model.named_children())}"
             )
         left = {name: p for name, p in left.items() if name not in mine}
         for decay, part in (
@@ -38,23 +43,28 @@ def module_groups(model: nn.Module, modules: Sequence[str], weight_decay: float 
                 groups.append({"params": part, "module": module, "weight_decay": decay})
     if left:
         raise BadInput(
-            f"modules: {', '.join(sorted(left)[:3])} belong to none of {', '.join(modules)}; end the list with '' for what is left"
+            f"modules: {', '.join(sorted(left)[:3])} belong to none of {', '.join(modules)}; "
+            "end the list with '' for what is left"
         )
     return groups
 
 
 def gradient_disagreement(first: Tensor, second: Tensor) -> Tensor:
-    """Phi = 1 - cos of the gradients of two halves of a batch: 0 without noise, 1 when noise is all there is."""
+    """Phi = 1 - cos of the gradients of two halves of a batch:
+    0 without noise, 1 when noise is all there is.
+    """
     return 1 - torch.nn.functional.cosine_similarity(first, second, dim=0)
 
 
 class AGVM:
-    """A callback of `fit(..., optimizer=lambda m: torch.optim.SGD(module_groups(m, [...]), lr), before_step=[AGVM()])`.
+    """A callback of `fit(..., optimizer=lambda m: torch.optim.SGD(module_groups(m, [...]), lr),
+    before_step=[AGVM()])`.
 
-    Every `every` steps from `start` on: Phi_i of each module, mu_i <- EMA(momentum) of sqrt(clamp(Phi_1 / Phi_i, 1/2, 10)), and in
-    every step the learning rate of module i is mu_i times the schedule's; module 1 is the first group's. After Adam, gradients
-    are measured divided by the root of the second moment. The schedule must set the rate anew each step, as all here but plateau do.
-    `history` holds (step, {module: Phi}, {module: mu}). Constants are those of the authors' public hook.
+    Every `every` steps from `start` on: Phi_i of each module, mu_i <- EMA(momentum) of sqrt(clamp(Phi_1 /
+    Phi_i, 1/2, 10)), and in every step the learning rate of module i is mu_i times the schedule's; module 1
+    is the first group's. After Adam, gradients are measured divided by the root of the second moment. The
+    schedule must set the rate anew each step, as all here but plateau do. `history` holds
+    (step, {module: Phi}, {module: mu}). Constants are those of the authors' public hook.
     """
 
     def __init__(self, every: int = 5, start: int = 0, momentum: float = 0.97) -> None:
@@ -87,7 +97,9 @@ class AGVM:
 
 
 def by_module(run: Training, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradient of the batch's loss, a vector for each module of the optimizer's groups; preconditioned where there is a second moment."""
+    """The gradient of the batch's loss, a vector for each module of the optimizer's groups;
+    preconditioned where there is a second moment.
+    """
     found: dict[str, list[Tensor]] = {}
     groups = [(group, p) for group in run.optimizer.param_groups for p in group["params"] if p.requires_grad]
     grads = torch.autograd.grad(run.subject.loss(batch), [p for _, p in groups], allow_unused=True)

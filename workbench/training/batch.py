@@ -19,22 +19,28 @@ from workbench.training.order import take
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """tr(Sigma) and |G|^2 of the per-example gradient (mean G, covariance Sigma), and their ratio B_simple, in examples."""
+    """tr(Sigma) and |G|^2 of the per-example gradient (mean G, covariance Sigma), and their ratio B_simple,
+    in examples.
+    """
 
     trace: float
     square_norm: float
 
     @property
     def simple(self) -> float:
-        """B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, eq. 2.9); infinite where |G|^2 is not distinguishable from 0."""
+        """B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, eq. 2.9);
+        infinite where |G|^2 is not distinguishable from 0.
+        """
         return self.trace / self.square_norm if self.square_norm > 0 else math.inf
 
 
 def noise_scale(gram: np.ndarray, size: int) -> NoiseScale:
-    """Unbiased tr(Sigma) and |G|^2 from k independent mean gradients over `size` examples each, given their (k, k) inner products.
+    """Unbiased tr(Sigma) and |G|^2 from k independent mean gradients over `size` examples each, given their
+    (k, k) inner products.
 
-    tr(Sigma) = size sum |g_i - mean|^2 / (k - 1) and |G|^2 = |mean|^2 - tr(Sigma) / (size k): McCandlish et al. (2018), appendix A.1,
-    with B_small = size and B_big = k size. |G|^2 may come out negative when noise hides it.
+    tr(Sigma) = size sum |g_i - mean|^2 / (k - 1) and |G|^2 = |mean|^2 - tr(Sigma) / (size k): McCandlish et
+    al. (2018), appendix A.1, with B_small = size and B_big = k size.
+    |G|^2 may come out negative when noise hides it.
     """
     k = len(gram)
     if k < 2:
@@ -47,7 +53,9 @@ def noise_scale(gram: np.ndarray, size: int) -> NoiseScale:
 def noise_scale_interval(
     gram: np.ndarray, size: int, level: float = 0.9, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval of B_simple by the jackknife in its logarithm: a bootstrap would count repeated groups as agreement and bias |G|^2 up."""
+    """Interval of B_simple by the jackknife in its logarithm:
+    a bootstrap would count repeated groups as agreement and bias |G|^2 up.
+    """
     from scipy import stats
 
     k = len(gram)
@@ -79,11 +87,14 @@ def gradient_groups(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Inner products (groups, groups), float64, of the gradients of `groups` disjoint random batches of `size` examples."""
+    """Inner products (groups, groups), float64, of the gradients of `groups` disjoint random batches
+    of `size` examples.
+    """
     progress = progress or Progress()
     if groups * size > subject.size(split):
         raise BadInput(
-            f"groups: {groups} x {size} examples are more than the {subject.size(split)} of split {split!r}; lower groups or size"
+            f"groups: {groups} x {size} examples are more than the {subject.size(split)} of split "
+            f"{split!r}; lower groups or size"
         )
     parameters = [p for p in subject.model.parameters() if p.requires_grad]
     rows: list[Tensor] = []
@@ -96,15 +107,19 @@ def gradient_groups(
 
 
 def gradient_variance(gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum over coordinates of the sample variance, squared norm of the mean) of per-example gradients (examples, parameters)."""
+    """(sum over coordinates of the sample variance, squared norm of the mean) of per-example gradients
+    (examples, parameters).
+    """
     mean = gradients.mean(0)
     return (gradients - mean).square().sum() / max(len(gradients) - 1, 1), mean.square().sum()
 
 
 def next_batch(variance: float, square_norm: float, batch: int, eta: float, largest: int) -> int:
-    """The norm test: keep `batch` while variance / batch <= eta^2 |g|^2, else ceil(variance / (eta^2 |g|^2)), never smaller, capped.
+    """The norm test: keep `batch` while variance / batch <= eta^2 |g|^2, else ceil(variance / (eta^2 |g|^2)),
+    never smaller, capped.
 
-    Byrd et al. (2012), eq. 3.10; Lau et al. (2024), AdAdaGrad, eq. 7. `variance` is the per-example one, summed over coordinates.
+    Byrd et al. (2012), eq. 3.10; Lau et al. (2024), AdAdaGrad, eq. 7.
+    `variance` is the per-example one, summed over coordinates.
     """
     bound = eta**2 * square_norm
     if variance <= bound * batch:
@@ -116,8 +131,8 @@ def next_batch(variance: float, square_norm: float, batch: int, eta: float, larg
 class NormTest:
     """A callback of `fit(..., before_step=[NormTest(...)])` that grows `run.batch_size` by the norm test.
 
-    Per-example gradients are those of `sample` examples of the batch just used, by one backward pass each. `sizes` records the
-    batch of every step. With torch.optim.Adagrad this is AdAdaGrad.
+    Per-example gradients are those of `sample` examples of the batch just used, by one backward pass each.
+    `sizes` records the batch of every step. With torch.optim.Adagrad this is AdAdaGrad.
     """
 
     eta: float = 0.5

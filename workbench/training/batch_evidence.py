@@ -34,7 +34,9 @@ from workbench.training.surface import LearningRateBatchSize, best_lr
 
 
 def ghost_batch_norm(name: str, progress: Progress) -> Record:
-    """Small batch; naive large batch; sqrt rate with ghost batch norm; and as many updates as the small batch made."""
+    """Small batch; naive large batch; sqrt rate with ghost batch norm;
+    and as many updates as the small batch made.
+    """
     small, large, lr, epochs = 32, 539, 0.05, 12
     plain, ghost = digits_net(nn.BatchNorm1d), digits_net(lambda width: GhostBatchNorm(width, small))
     scaled = lr * math.sqrt(large / small)
@@ -89,7 +91,9 @@ def fresh_norms(on: Subject, seed: int) -> Subject:
 
 
 def adadagrad(name: str, progress: Progress) -> Record:
-    """AdaGrad with the norm test against fixed small and large batches: test loss, updates and examples used."""
+    """AdaGrad with the norm test against fixed small and large batches:
+    test loss, updates and examples used.
+    """
     on, budget, found = digits_net(), 30 * 1078, {}
     for label, batch, eta in progress.track(
         [("fixed 8", 8, None), ("fixed 512", 512, None), ("adaptive", 8, 0.3), ("adaptive, eta 0.6", 8, 0.6)],
@@ -207,13 +211,17 @@ def noise(name: str, progress: Progress) -> Record:
         "noise_scales": scales,
         "lr_slope": slope,
         "holds": 1 / 3 < ratio < 3 and found["r_squared"] > 0.9,
-        "note": f"noise scale {typical:.1f} examples along the run, critical batch {found['critical']:.1f} from steps to a loss of {target} "
-        f"(hyperbola R2 {found['r_squared']:.3f}); best SGD rate ~ B^{slope['slope']:.2f} [{slope['low']:.2f}, {slope['high']:.2f}]",
+        "note": f"noise scale {typical:.1f} examples along the run, "
+        f"critical batch {found['critical']:.1f} from steps to a loss of {target} "
+        f"(hyperbola R2 {found['r_squared']:.3f}); best SGD rate ~ B^{slope['slope']:.2f} "
+        f"[{slope['low']:.2f}, {slope['high']:.2f}]",
     }
 
 
 def accumulation(name: str, progress: Progress) -> Record:
-    """Batches of 8 to 128 windows by accumulating micro-batches of 8: steps to a loss at the best rate of each, and what fp16 would lose of the gradients."""
+    """Batches of 8 to 128 windows by accumulating micro-batches of 8:
+    steps to a loss at the best rate of each, and what fp16 would lose of the gradients.
+    """
     on, target, micro = language_subject(24), 2.8, 8
     rates = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
     rows: list[dict[str, Any]] = []
@@ -279,15 +287,20 @@ def accumulation(name: str, progress: Progress) -> Record:
         "gradient_difference": apart,
         "fp16_gradients_lost": lost,
         "holds": bool(apart < 1e-5 and fewer > 1 and slope["low"] > 0),
-        "note": f"steps to {target:g} nats fall {fewer:.1f} times from batch 8 to 128, tokens rise {rows[-1]['tokens'] / rows[0]['tokens']:.1f} times; critical batch "
-        f"{critical['critical']:.0f} windows [{critical['critical_low']:.0f}, {critical['critical_high']:.0f}]; best rate ~ B^{slope['slope']:.2f} [{slope['low']:.2f}, "
-        f"{slope['high']:.2f}]; accumulated gradients equal whole ones to {apart:.0e}; fp16 would flush {100 * lost['2^0']:.2f} % of gradients to zero, "
+        "note": f"steps to {target:g} nats fall {fewer:.1f} times from batch 8 to 128, tokens rise "
+        f"{rows[-1]['tokens'] / rows[0]['tokens']:.1f} times; critical batch "
+        f"{critical['critical']:.0f} windows [{critical['critical_low']:.0f}, "
+        f"{critical['critical_high']:.0f}]; best rate ~ B^{slope['slope']:.2f} [{slope['low']:.2f}, "
+        f"{slope['high']:.2f}]; accumulated gradients equal whole ones to {apart:.0e}; "
+        f"fp16 would flush {100 * lost['2^0']:.2f} % of gradients to zero, "
         f"{100 * lost['2^16']:.2f} % at a scale of 2^16",
     }
 
 
 def step_law_surface(name: str, progress: Progress) -> Record:
-    """Laws fitted to the project's own surfaces and the published constants, judged by the loss their advice would have cost."""
+    """Laws fitted to the project's own surfaces and the published constants,
+    judged by the loss their advice would have cost.
+    """
     from workbench.scaling.hyperparameters import best_settings, excess_loss, step_law
     from workbench.training.objective import saved_table
 
@@ -320,14 +333,18 @@ def step_law_surface(name: str, progress: Progress) -> Record:
         "optima": rows,
         "published_excess": published.to_dict("records"),
         "holds": bool(falls and inside),
-        "note": f"best rate {'falls' if falls else 'does not fall'} with size; the loss {'has' if inside else 'has no'} minimum over batch sizes inside the grid"
-        f"{'' if inside else ' (the smallest batch is best at this budget)'}; published constants, three decades outside their range, "
+        "note": f"best rate {'falls' if falls else 'does not fall'} with size; the loss "
+        f"{'has' if inside else 'has no'} minimum over batch sizes inside the grid"
+        f"{'' if inside else ' (the smallest batch is best at this budget)'}; "
+        "published constants, three decades outside their range, "
         f"would cost {100 * published.excess.mean():.1f} % of loss on average",
     }
 
 
 def weight_standardization(name: str, progress: Progress) -> Record:
-    """Micro-batches of two: batch norm, group norm, group norm with standardised weights, batch-channel norm with them; batch norm at 32."""
+    """Micro-batches of two: batch norm, group norm, group norm with standardised weights,
+    batch-channel norm with them; batch norm at 32.
+    """
     group = lambda width: nn.GroupNorm(8, width)  # noqa: E731
     plans: dict[str, tuple[Callable[[int], nn.Module], bool, int]] = {
         "batch norm, 32 at once": (nn.BatchNorm1d, False, 0),
@@ -369,7 +386,9 @@ def weight_standardization(name: str, progress: Progress) -> Record:
 
 
 def concurrent_adversary(name: str, progress: Progress) -> Record:
-    """Half the digits in one batch: plain, with adversaries of stale weights, and with synchronous ones; test accuracy and sharpness."""
+    """Half the digits in one batch: plain, with adversaries of stale weights, and with synchronous ones;
+    test accuracy and sharpness.
+    """
     from workbench.curvature import Sharpness
 
     on, found = digits_net(), {}
@@ -411,7 +430,9 @@ def concurrent_adversary(name: str, progress: Progress) -> Record:
 
 
 def module_rates(name: str, progress: Progress) -> Record:
-    """The three layers of a network at batch 32 and 539: gradient noise by layer, and the loss with aligned rates; the first is the reference."""
+    """The three layers of a network at batch 32 and 539: gradient noise by layer,
+    and the loss with aligned rates; the first is the reference.
+    """
     on, order = digits_net(), ["0", "2", "4"]
     found, noise = {}, {}
     for label, batch, aligned in (
@@ -448,13 +469,18 @@ def module_rates(name: str, progress: Progress) -> Record:
         "plans": told(found),
         "noise": noise,
         "holds": bool(spread["batch 539"] > spread["batch 32"] and ours["test"] < large["test"]),
-        "note": f"largest over smallest Phi of a module {spread['batch 32']:.2f} at batch 32, {spread['batch 539']:.2f} at 539; test loss "
+        "note": (
+            f"largest over smallest Phi of a module {spread['batch 32']:.2f} at batch 32, "
+            f"{spread['batch 539']:.2f} at 539; test loss "
+        )
         + ", ".join(f"{k} {v['test']:.4f} [{v['low']:.4f}, {v['high']:.4f}]" for k, v in found.items()),
     }
 
 
 def adam_slope(name: str, progress: Progress) -> Record:
-    """Best learning rate of AdamW and of SGD against batch size at equal examples: exponents with intervals."""
+    """Best learning rate of AdamW and of SGD against batch size at equal examples:
+    exponents with intervals.
+    """
     on, found = digits_net(), {}
     for optimizer, low, high in (("adamw", 2e-3, 0.256), ("sgd", 2e-2, 2.56)):
         study = LearningRateBatchSize(

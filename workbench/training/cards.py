@@ -1,4 +1,6 @@
-"""The training methods of the catalog: what each is, where it is from, what its source claims, and how it was checked here."""
+"""The training methods of the catalog: what each is, where it is from, what its source claims,
+and how it was checked here.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,8 @@ CARDS = [
         "Gupta et al. 2023",
         r"\eta: 0 \to \eta_{max} \text{ over } w T, \text{ then cosine to } \eta_{max}/10",
         "a checkpoint and its optimizer's rate",
-        "warm-up length hardly matters, a larger peak is better downstream and worse upstream, and both beat training from scratch",
+        "warm-up length hardly matters, a larger peak is better downstream and worse upstream, "
+        "and both beat training from scratch",
         "schedule.rewarm",
     ),
     _card(
@@ -179,7 +182,8 @@ CARDS = [
         26,
         "Lipschitz transformer",
         "Newhouse et al. 2025",
-        r"x \to (1 - 1/L) x + (1/L) f(x), \; \mathrm{softmax}(QK^T/d) V, \; \prod_l (1 - 1/L + \mathrm{Lip}_l / L)",
+        r"x \to (1 - 1/L) x + (1/L) f(x), \; \mathrm{softmax}(QK^T/d) V, \; "
+        r"\prod_l (1 - 1/L + \mathrm{Lip}_l / L)",
         "no normalisation; Muon with a cap",
         "at every certified bound a capped Muon reaches a lower loss than AdamW",
         "optimizer.lipschitz_transformer",
@@ -211,7 +215,8 @@ CARDS = [
         "Ott, Edunov, Grangier & Auli 2018",
         r"g = \frac{1}{k} \sum_{i=1}^k g_i, \; B = k b",
         "memory for one micro-batch",
-        "large accumulated batches with a larger rate reach the loss in fewer steps, and fp16 needs loss scaling",
+        "large accumulated batches with a larger rate reach the loss in fewer steps, "
+        "and fp16 needs loss scaling",
         "batch.accumulation",
     ),
     _card(
@@ -319,7 +324,8 @@ CARDS = [
         112,
         "ConAdv",
         "Liu et al. 2022",
-        r"\tfrac12 L(\theta_t; x) + \tfrac12 L(\theta_t; x + \epsilon\,\mathrm{sign} \nabla_x L(\theta_{t-\tau}; x))",
+        r"\tfrac12 L(\theta_t; x) + \tfrac12 L(\theta_t; x + \epsilon\,\mathrm{sign} \nabla_x "
+        r"L(\theta_{t-\tau}; x))",
         "a continuous input; the weights of a step ago",
         "at the largest batch at least the plain accuracy, as good as synchronous adversaries, and flatter",
         "batch.concurrent_adversary",
@@ -329,7 +335,8 @@ CARDS = [
         119,
         "AGVM",
         "Xue et al. 2022",
-        r"\mu_i = \mathrm{EMA} \sqrt{\mathrm{clamp}(\Phi_1 / \Phi_i, \tfrac12, 10)}, \; \Phi = 1 - \cos(g^A, g^B)",
+        r"\mu_i = \mathrm{EMA} \sqrt{\mathrm{clamp}(\Phi_1 / \Phi_i, \tfrac12, 10)}, \; "
+        r"\Phi = 1 - \cos(g^A, g^B)",
         "two halves of a batch every few steps",
         "gradient noise differs more between modules at a large batch, and aligning it lowers the loss",
         "batch.module_rates",

@@ -1,4 +1,6 @@
-"""Training state on disk: every tensor in one safetensors file, everything else in JSON; never pickle, never half written."""
+"""Training state on disk: every tensor in one safetensors file, everything else in JSON;
+never pickle, never half written.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ TENSOR = "tensor:"
 
 
 def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A JSON-able copy of a nested state; tensors move to `tensors` and leave their key behind. Dict keys keep their type."""
+    """A JSON-able copy of a nested state; tensors move to `tensors` and leave their key behind.
+    Dict keys keep their type.
+    """
     if isinstance(value, Tensor):
         # the order of dimensions in memory is kept: matrix products of a transposed matrix round differently
         order = sorted(range(value.ndim), key=lambda d: -value.stride(d))
@@ -41,7 +45,8 @@ def restore(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, str) and value.startswith(TENSOR):
         _, order, path = value.split(TENSOR, 2)
         inverse = {int(d): i for i, d in enumerate(order.split(","))} if order else {}
-        # cloned: tensors of a mapped file are not aligned as allocated ones are, and products of them may round differently
+        # cloned: tensors of a mapped file are not aligned as allocated ones are,
+        # and products of them may round differently
         return tensors[path].clone().permute([inverse[d] for d in range(len(inverse))])
     if isinstance(value, dict):
         ((kind, items),) = value.items()
@@ -69,7 +74,8 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
         return restore(content["state"], load_file(folder / "state.safetensors")), content["history"]
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise BadInput(
-            f"checkpoint: {str(folder)!r} cannot be read ({type(error).__name__}: {error}); delete it to start anew"
+            f"checkpoint: {str(folder)!r} cannot be read ({type(error).__name__}: {error}); "
+            "delete it to start anew"
         ) from None
 
 

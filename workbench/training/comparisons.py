@@ -1,7 +1,9 @@
-"""Fair comparisons of schedules and of optimizers: equal tuning, end-of-schedule losses, seeds, and costs beside the losses.
+"""Fair comparisons of schedules and of optimizers: equal tuning, end-of-schedule losses, seeds,
+and costs beside the losses.
 
-Each candidate's peak learning rate is tuned on validation at the first seed with as many runs as every other's; the best one is
-run at all seeds, and the test loss of those is what is compared (Wen et al. 2025; Kaddour et al. 2023).
+Each candidate's peak learning rate is tuned on validation at the first seed with as many runs as every
+other's; the best one is run at all seeds, and the test loss of those is what is compared
+(Wen et al. 2025; Kaddour et al. 2023).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from workbench.training.schedules import SCHEDULES, sampled
 from workbench.training.surface import ticks
 from workbench.training.train_study import OptimizerName, ScheduleName, names
 
-#: How often a ladder is extended by two rungs where the best learning rate was at its end: the rule is everybody's.
+#: How often a ladder is extended by two rungs where the best learning rate was at its end:
+#: the rule is everybody's.
 EXTENSIONS = 2
 COMPARED_SCHEDULES = tuple(s for s in SCHEDULES if s not in ("power",))
 
@@ -67,7 +70,8 @@ class Comparison(SubjectInstrument):
             on.split(split)
         if self.batch_size > self.examples:
             raise BadInput(
-                f"batch_size: {self.batch_size} is more than examples ({self.examples}); there would be no step"
+                f"batch_size: {self.batch_size} is more than examples ({self.examples}); "
+                "there would be no step"
             )
 
     def ladder(self, centre: float) -> list[float]:
@@ -75,7 +79,9 @@ class Comparison(SubjectInstrument):
         return [centre * self.lr_factor ** (i - middle) for i in range(self.lr_points)]
 
     def beyond(self, tried: pd.DataFrame) -> list[float]:
-        """Two more learning rates past the end of the ladder that the best run is at; none when the best lies inside."""
+        """Two more learning rates past the end of the ladder that the best run is at;
+        none when the best lies inside.
+        """
         good = tried[np.isfinite(tried.value)]
         if good.empty or len(tried) < 2:
             return []
@@ -92,7 +98,9 @@ class Comparison(SubjectInstrument):
         centres: list[float],
         labels: list[str],
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(tuning runs, final runs): candidates are argument sets of `fit`, each tuned around its own centre. Tuning is drawn as it goes."""
+        """(tuning runs, final runs): candidates are argument sets of `fit`, each tuned around its own centre.
+        Tuning is drawn as it goes.
+        """
         fixed = {
             "batch_size": self.batch_size,
             "warmup": self.warmup,
@@ -195,7 +203,9 @@ class CandidateObjective(TrainingObjective):
 def leaderboard(
     finals: pd.DataFrame, labels: list[dict[str, Any]], tuning: pd.DataFrame, level: float
 ) -> pd.DataFrame:
-    """One row a candidate: its labels, lr, validation, test mean with interval, seconds, state bytes, whether its best lr was at an end."""
+    """One row a candidate: its labels, lr, validation, test mean with interval, seconds, state bytes,
+    whether its best lr was at an end.
+    """
     rows = []
     for index in sorted(set(finals.candidate)):
         part, ladder = finals[finals.candidate == index], tuning[tuning.candidate == index].lr
@@ -221,9 +231,14 @@ def leaderboard(
 
 
 class OptimizerComparison(Comparison):
-    """Optimizers at equal tuning budgets and fully decayed learning rates, on the same data order and initial weights."""
+    """Optimizers at equal tuning budgets and fully decayed learning rates,
+    on the same data order and initial weights.
+    """
 
-    summary_line = "optimizers at equal tuning: test loss with intervals, tokens saved against AdamW, rank flips, state bytes"
+    summary_line = (
+        "optimizers at equal tuning: test loss with intervals, tokens saved against AdamW, rank flips, "
+        "state bytes"
+    )
 
     optimizers: str = parameter(
         "adamw,sgd,lamb,lion,muon,soap", f"comma-separated, of {', '.join(OPTIMIZERS)}", min_length=1
@@ -231,7 +246,8 @@ class OptimizerComparison(Comparison):
     schedule: ScheduleName = parameter("cosine", "learning-rate schedule of every run")
     baseline_budgets: tuple[float, ...] = parameter(
         (),
-        "further budgets, as multiples of the examples, at which AdamW is run too, for the speed-up of the others; at least 3",
+        "further budgets, as multiples of the examples, at which AdamW is run too, "
+        "for the speed-up of the others; at least 3",
     )
 
     @classmethod
@@ -247,7 +263,8 @@ class OptimizerComparison(Comparison):
             or min(self.baseline_budgets) * self.examples < self.batch_size
         ):
             raise BadInput(
-                f"baseline_budgets: {self.baseline_budgets} with {self.optimizers} is not accepted; AdamW must be among the optimizers, and its curve "
+                f"baseline_budgets: {self.baseline_budgets} with {self.optimizers} is not accepted; "
+                "AdamW must be among the optimizers, and its curve "
                 "needs at least three budgets other than 1, each of a step or more"
             )
 
@@ -329,7 +346,8 @@ class ScheduleStudy(Comparison):
         names(self.schedules, COMPARED_SCHEDULES, "schedules")
         if not all(0 < b <= 1 for b in self.budgets) or min(self.budgets) * self.examples < self.batch_size:
             raise BadInput(
-                f"budgets: {self.budgets} must lie in (0, 1] and leave at least one step of batch_size {self.batch_size}"
+                f"budgets: {self.budgets} must lie in (0, 1] and leave at least one step of batch_size "
+                f"{self.batch_size}"
             )
 
     def _run(self, on: Subject, progress: Progress) -> Result:

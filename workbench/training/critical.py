@@ -1,4 +1,6 @@
-"""The critical batch size, measured twice: from the steps that each batch size takes to one loss, and from gradients on the way there."""
+"""The critical batch size, measured twice: from the steps that each batch size takes to one loss,
+and from gradients on the way there.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ EVALUATIONS = 60
 def steps_to_target(
     on: Subject, target: float, steps: int, callbacks: Sequence[Callback] = (), **arguments: Any
 ) -> tuple[float, Training]:
-    """Train `on` in place at a constant rate until the validation loss is at most `target`: the interpolated step, infinite after `steps`.
+    """Train `on` in place at a constant rate until the validation loss is at most `target`:
+    the interpolated step, infinite after `steps`.
 
-    `arguments` go to `fit`. Neither warm-up, weight decay nor clipping, whose meaning would change with the batch size, unless asked for.
+    `arguments` go to `fit`. Neither warm-up, weight decay nor clipping,
+    whose meaning would change with the batch size, unless asked for.
     """
     every, seen = max(1, steps // EVALUATIONS), [(0, math.inf)]
 
@@ -55,7 +59,9 @@ def steps_to_target(
 
 @dataclass(frozen=True)
 class TargetObjective(TrainingObjective):
-    """A sweep's run to `target`; `fixed` holds `examples` and `steps`, of which a run may use the larger. Facts: value (validation loss), steps_to_target."""
+    """A sweep's run to `target`; `fixed` holds `examples` and `steps`, of which a run may use the larger.
+    Facts: value (validation loss), steps_to_target.
+    """
 
     target: float = 0.0
 
@@ -73,13 +79,18 @@ class TargetObjective(TrainingObjective):
 
 
 class CriticalBatch(SubjectInstrument):
-    """Critical batch size from the steps that each batch size takes to one loss at its best rate, beside the gradient noise scale on the way there.
+    """Critical batch size from the steps that each batch size takes to one loss at its best rate,
+    beside the gradient noise scale on the way there.
 
-    Steps S and examples E to a loss lie on (S / S_min - 1)(E / E_min - 1) = 1, S = S_min + E_min / B (McCandlish et al. 2018, eq. 2.7); at
-    B_crit = E_min / S_min both are twice their least. The noise scale tr(Sigma) / |G|^2 estimates the same from gradients alone.
+    Steps S and examples E to a loss lie on (S / S_min - 1)(E / E_min - 1) = 1, S = S_min + E_min / B
+    (McCandlish et al. 2018, eq. 2.7); at B_crit = E_min / S_min both are twice their least. The noise scale
+    tr(Sigma) / |G|^2 estimates the same from gradients alone.
     """
 
-    summary_line = "critical batch size with intervals, from steps to a loss (hyperbola) and from gradients (noise scale)"
+    summary_line = (
+        "critical batch size with intervals, from steps to a loss (hyperbola) and from gradients (noise "
+        "scale)"
+    )
 
     target: float = parameter(0.8, "validation loss to reach", gt=0, le=100, unit="nats")
     batch_sizes: tuple[int, ...] = parameter(
@@ -107,7 +118,8 @@ class CriticalBatch(SubjectInstrument):
     workers: int = parameter(2, "worker processes", ge=1, le=256)
     storage: str = parameter(
         "",
-        "database of the sweep, an SQLAlchemy URL that several machines may share; empty: SQLite in the cache",
+        "database of the sweep, an SQLAlchemy URL that several machines may share; empty: "
+        "SQLite in the cache",
     )
     backend: Literal["loky", "dask", "ray"] = parameter(
         "loky", "where workers run: processes here, or a Dask or Ray cluster that is already joined"
@@ -126,12 +138,14 @@ class CriticalBatch(SubjectInstrument):
             )
         if self.noise_groups * self.noise_size > on.size("train"):
             raise BadInput(
-                f"noise_groups: {self.noise_groups} x {self.noise_size} examples are more than the {on.size('train')} of split 'train'; lower one"
+                f"noise_groups: {self.noise_groups} x {self.noise_size} examples are more than the "
+                f"{on.size('train')} of split 'train'; lower one"
             )
         begins = begun(on, self.start, self.seed).evaluate("validation", limit=self.evaluate_limit)["loss"]
         if begins <= self.target:
             raise BadInput(
-                f"target: {self.target:g} nats are reached before training ({begins:.4g}); ask for less, or start from random weights"
+                f"target: {self.target:g} nats are reached before training ({begins:.4g}); "
+                "ask for less, or start from random weights"
             )
 
     def _run(self, on: Subject, progress: Progress) -> Result:
@@ -178,7 +192,9 @@ class CriticalBatch(SubjectInstrument):
         )
 
     def _noise(self, on: Subject, best: pd.DataFrame, progress: Progress) -> pd.DataFrame:
-        """The noise scale at four points of a run to the target, at the middle batch size and its best rate: step, loss, noise_scale, low, high."""
+        """The noise scale at four points of a run to the target, at the middle batch size and its best rate:
+        step, loss, noise_scale, low, high.
+        """
         middle, mine = best.iloc[len(best) // 2], begun(on, self.start, self.seed)
         last = math.ceil(middle.steps_to_target)
         marks, rows = sorted({max(1, round(last * f)) for f in (0.25, 0.5, 0.75, 1.0)}), []
@@ -211,9 +227,11 @@ class CriticalBatch(SubjectInstrument):
         return pd.DataFrame(rows, columns=["step", "loss", "noise_scale", "low", "high"])
 
     def summarise(self, table: pd.DataFrame, noise: pd.DataFrame | None = None) -> Result:
-        """The result of the trials that are there: also the code path for somebody else's steps to a loss (columns batch_size, steps_to_target).
+        """The result of the trials that are there: also the code path for somebody else's steps to a loss
+        (columns batch_size, steps_to_target).
 
-        noise : noise scales along a run (step, loss, noise_scale, low, high); the fact is the median, with that measurement's interval.
+        noise : noise scales along a run (step, loss, noise_scale, low, high);
+            the fact is the median, with that measurement's interval.
         """
         done = table[table.state == "done"] if "state" in table else table
         done = done[
@@ -274,7 +292,8 @@ class CriticalBatch(SubjectInstrument):
 
 
 def fastest(done: pd.DataFrame) -> pd.DataFrame:
-    """Per batch size the rate whose mean number of steps over seeds is least: batch_size, lr, steps_to_target, examples, inside (the rate is at no end).
+    """Per batch size the rate whose mean number of steps over seeds is least: batch_size, lr,
+    steps_to_target, examples, inside (the rate is at no end).
 
     A rate counts where every seed reached the loss; a batch size without such a rate is left out.
     """

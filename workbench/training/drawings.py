@@ -22,7 +22,8 @@ def schedule_table(
 ) -> pd.DataFrame:
     """The learning rate of every step of each schedule, as an optimizer would see it: columns name, step, lr.
 
-    `phi` goes to the UBA schedule; `one-cycle` has its own warm-up, `plateau` and `power` have no curve of their own (`BadInput`).
+    `phi` goes to the UBA schedule; `one-cycle` has its own warm-up,
+    `plateau` and `power` have no curve of their own (`BadInput`).
     """
     parts = []
     for name in names:
@@ -35,7 +36,9 @@ def schedule_table(
 
 
 def schedule_areas(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a schedule: mean over peak (its area), share of the steps above half the peak, first and last learning rate."""
+    """One row a schedule: mean over peak (its area), share of the steps above half the peak,
+    first and last learning rate.
+    """
     rows = []
     for name in dict.fromkeys(table.name):
         values = table.lr[table.name == name].to_numpy()

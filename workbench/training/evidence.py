@@ -1,4 +1,6 @@
-"""What the measurements behind the training cards share: small subjects, three seeds, tuned on validation, reported on test."""
+"""What the measurements behind the training cards share:
+small subjects, three seeds, tuned on validation, reported on test.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Record = dict[str, Any]
 
 
 def digits_net(norm: Callable[[int], nn.Module] | None = None, hidden: int = 64) -> Subject:
-    """scikit-learn's digits with a network of two hidden layers, by default without normalisation; untrained."""
+    """scikit-learn's digits with a network of two hidden layers, by default without normalisation;
+    untrained.
+    """
     data = subject("digits-softmax")
     layers: list[nn.Module] = []
     for width_in in (64, hidden):
@@ -57,9 +61,11 @@ def tuned(
     metric: str = "loss",
     fresh: Callable[[Subject, int], Subject] = reinitialised,
 ) -> Record:
-    """The best of `rates` by validation loss at the first seed, then its test metric over all seeds; `arguments`, or what it returns for (lr, seed), go to `fit`.
+    """The best of `rates` by validation loss at the first seed, then its test metric over all seeds;
+    `arguments`, or what it returns for (lr, seed), go to `fit`.
 
-    Returns lr, test (mean), low, high, values, at_end, validation and the trained subjects and runs under "done".
+    Returns lr, test (mean), low, high, values, at_end, validation and the trained subjects and runs under
+    "done".
     """
 
     def given(lr: float, seed: int) -> dict[str, Any]:

@@ -12,17 +12,21 @@ from workbench.training.group_optimizer import GroupOptimizer, adam_direction
 
 
 def projection(gradient: Tensor, rank: int) -> tuple[Tensor, bool]:
-    """The leading `rank` singular vectors of the shorter side: P (shorter, rank) and whether that side is the left one (out)."""
+    """The leading `rank` singular vectors of the shorter side:
+    P (shorter, rank) and whether that side is the left one (out).
+    """
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     on_left = gradient.shape[0] <= gradient.shape[1]
     return (left[:, :rank].contiguous() if on_left else right[:rank].mT.contiguous()), on_left
 
 
 class GaLore(GroupOptimizer):
-    """R = P^T G;  N = Adam(R);  w <- w - lr (alpha P N + wd w), with P refreshed from the gradient's SVD every `refresh` steps.
+    """R = P^T G;  N = Adam(R);  w <- w - lr (alpha P N + wd w),
+    with P refreshed from the gradient's SVD every `refresh` steps.
 
-    Matrices (out, in) with both sides above `rank` are projected on their shorter side, the rest is plain AdamW. State of an (m, n)
-    matrix, m <= n: 2 n r for the moments and m r for P, where Adam keeps 2 m n. Moments are kept across refreshes, as the authors do.
+    Matrices (out, in) with both sides above `rank` are projected on their shorter side, the rest is plain
+    AdamW. State of an (m, n) matrix, m <= n: 2 n r for the moments and m r for P, where Adam keeps 2 m n.
+    Moments are kept across refreshes, as the authors do.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""What every optimizer of this folder shares: closure, gradients, zero state on first use, a step count. A subclass is its formula."""
+"""What every optimizer of this folder shares: closure, gradients, zero state on first use, a step count.
+A subclass is its formula.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,12 @@ def evaluated(closure: Callable[[], float] | None) -> float | None:
 
 
 class GroupOptimizer(Optimizer, ABC):
-    """`update(group, weights, gradients)` is one step of one parameter group, without gradients being recorded.
+    """`update(group, weights, gradients)` is one step of one parameter group,
+    without gradients being recorded.
 
-    weights : the parameters of the group that have a gradient. `group["step"]` counts from 1. An optimizer that needs more than
-    gradients (another backward pass, halves of the batch) defines `prepare(run)`, which `fit` calls when gradients are complete.
+    weights : the parameters of the group that have a gradient. `group["step"]` counts from 1. An optimizer
+        that needs more than gradients (another backward pass, halves of the batch) defines `prepare(run)`,
+        which `fit` calls when gradients are complete.
     """
 
     @torch.no_grad()
@@ -57,7 +61,8 @@ def adam_direction(
     step: int,
     bias_correction: bool = True,
 ) -> tuple[list[Tensor], float]:
-    """Update both moments in place; new tensors and a scale whose product is m_hat / (sqrt(v_hat) + eps) (Kingma & Ba 2015, algorithm 1).
+    """Update both moments in place; new tensors and a scale whose product is m_hat / (sqrt(v_hat) + eps)
+    (Kingma & Ba 2015, algorithm 1).
 
     The scale belongs to the caller's learning rate, which saves a pass over the tensors.
     """
@@ -74,6 +79,8 @@ def adam_direction(
 
 
 def divide_into(below: list[Tensor], above: list[Tensor]) -> None:
-    """below <- above / below, where it lies: on a CPU two passes over memory at hand cost less than one into new memory."""
+    """below <- above / below, where it lies: on a CPU two passes over memory at hand cost less than one into
+    new memory.
+    """
     torch._foreach_reciprocal_(below)
     torch._foreach_mul_(below, above)

@@ -1,7 +1,9 @@
-"""PSGD with Kronecker factors (Li 2018, 2024): a preconditioner on a Lie group, fitted so that it whitens the momentum.
+"""PSGD with Kronecker factors (Li 2018, 2024): a preconditioner on a Lie group,
+fitted so that it whitens the momentum.
 
-pytorch_optimizer's Kron forms the same products by one einsum, which without opt_einsum multiplies the factors out first (80 times
-slower on a 258 x 24 matrix) and balances factors by numpy's global generator, which no checkpoint holds.
+pytorch_optimizer's Kron forms the same products by one einsum, which without opt_einsum multiplies
+the factors out first (80 times slower on a 258 x 24 matrix) and balances factors by numpy's global generator,
+which no checkpoint holds.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ TINY = torch.finfo(torch.bfloat16).tiny
 
 
 def spectral_lower_bound(matrix: Tensor) -> Tensor:
-    """A lower bound of the spectral norm of a symmetric matrix, tight to a few per cent: one product with its largest column."""
+    """A lower bound of the spectral norm of a symmetric matrix, tight to a few per cent:
+    one product with its largest column.
+    """
     scale = matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)
     scaled = matrix / scale
     image = scaled @ scaled[:, scaled.square().sum(0).argmax()]
@@ -41,7 +45,9 @@ def left_solved(factor: Tensor, values: Tensor) -> Tensor:
 
 
 def fitted(factor: Tensor, above: Tensor, below: Tensor, lr: float) -> Tensor:
-    """One relative gradient step of Q on tr(A A^T) + tr(B B^T): Q - lr triu(A A^T - B B^T) Q / |A A^T + B B^T|."""
+    """One relative gradient step of Q on tr(A A^T) + tr(B B^T):
+    Q - lr triu(A A^T - B B^T) Q / |A A^T + B B^T|.
+    """
     if factor.ndim == 1:
         a, b = above.square().sum(1), below.square().sum(1)
         return factor - lr * (a - b) * factor / ((a + b).max() + TINY)
@@ -50,10 +56,12 @@ def fitted(factor: Tensor, above: Tensor, below: Tensor, lr: float) -> Tensor:
 
 
 class Kron(GroupOptimizer):
-    """m <- b m + (1 - b) g, corrected for its start; g' = P m = Q1^T Q1 m Q2^T Q2, its root mean square at most 1.1; w <- w - lr (g' + wd w).
+    """m <- b m + (1 - b) g, corrected for its start; g' = P m = Q1^T Q1 m Q2^T Q2,
+    its root mean square at most 1.1; w <- w - lr (g' + wd w).
 
-    Q1, Q2 are upper triangular, diagonal for sides above `largest` and for vectors, and follow A = Q1 m Q2^T and B = Q1^-T V Q2^-1
-    with V normal, every step at first (`flat` steps), then ever more seldom, down to `least` of the steps.
+    Q1, Q2 are upper triangular, diagonal for sides above `largest` and for vectors, and follow A = Q1 m Q2^T
+    and B = Q1^-T V Q2^-1 with V normal, every step at first (`flat` steps), then ever more seldom,
+    down to `least` of the steps.
     """
 
     def __init__(

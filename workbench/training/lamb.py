@@ -1,4 +1,6 @@
-"""Layer-wise adaptive rates for large batches: LAMB (You et al. 2020, algorithm 2) and LARS (You, Gitman & Ginsburg 2017)."""
+"""Layer-wise adaptive rates for large batches: LAMB (You et al. 2020, algorithm 2) and LARS
+(You, Gitman & Ginsburg 2017).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from workbench.training.group_optimizer import GroupOptimizer, adam_direction
 
 
 def trust_ratios(weights: list[Tensor], updates: list[Tensor], scale: float, largest: float) -> list[Tensor]:
-    """phi(|w|) / |scale u| per tensor with phi(z) = min(z, largest); 1 where either norm is zero. Scalars of the weights' dtype."""
+    """phi(|w|) / |scale u| per tensor with phi(z) = min(z, largest); 1 where either norm is zero.
+    Scalars of the weights' dtype.
+    """
     above, below = (
         torch.stack(torch._foreach_norm(weights)),
         torch.stack(torch._foreach_norm(updates)) * scale,
@@ -30,7 +34,8 @@ class LAMB(GroupOptimizer):
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  r = m_hat / (sqrt(v_hat) + eps);  u = r + wd w
     w <- w - lr phi(|w|) / |u| u, phi(z) = min(z, largest), ratio 1 when a norm is 0.
 
-    `state[p]["trust_ratio"]` holds the last ratio of each tensor. bias_correction=False gives the variant of the authors' code.
+    `state[p]["trust_ratio"]` holds the last ratio of each tensor.
+    bias_correction=False gives the variant of the authors' code.
     """
 
     def __init__(
@@ -88,7 +93,8 @@ class LARS(GroupOptimizer):
         momenta, decay = self.kept("momentum", weights), group["weight_decay"]
         w, g = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
         ratios = torch.where((w > 0) & (g > 0), group["trust"] * w / (g + decay * w), torch.ones_like(w))
-        # the rate of each tensor stays on its device as a scalar: one fused pass, no copy of the gradients, no synchronisation
+        # the rate of each tensor stays on its device as a scalar:
+        # one fused pass, no copy of the gradients, no synchronisation
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_addcmul_(momenta, gradients, list(ratios.unbind()), value=group["lr"])
         if decay:

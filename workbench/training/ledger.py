@@ -1,7 +1,9 @@
-"""The ledger of a sweep: one row a trial, claimed and finished by single atomic statements, in SQLite or PostgreSQL.
+"""The ledger of a sweep: one row a trial, claimed and finished by single atomic statements,
+in SQLite or PostgreSQL.
 
-Exactly one result per trial holds by construction, not by luck: a claim is an UPDATE whose WHERE clause still says "waiting" (or
-abandoned), a finish is one whose WHERE clause still names the claimant, and only the statement that changed a row counts.
+Exactly one result per trial holds by construction, not by luck: a claim is an UPDATE whose WHERE clause still
+says "waiting" (or abandoned), a finish is one whose WHERE clause still names the claimant,
+and only the statement that changed a row counts.
 """
 
 from __future__ import annotations
@@ -50,9 +52,11 @@ PATIENCE = 90.0
 
 
 def patiently(action: Callable[[], Value], patience: float = PATIENCE, racing: bool = False) -> Value:
-    """Repeat a database action while the server is away or busy (a restart, a lock), up to `patience` seconds.
+    """Repeat a database action while the server is away or busy (a restart, a lock),
+    up to `patience` seconds.
 
-    racing : also when somebody else inserted the same row first, as two workers do that create optuna's tables at once.
+    racing : also when somebody else inserted the same row first,
+        as two workers do that create optuna's tables at once.
     """
     from optuna.exceptions import StorageInternalError
 

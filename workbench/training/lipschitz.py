@@ -1,4 +1,6 @@
-"""A causal transformer whose Lipschitz constant has a certificate: no normalisation, convex residuals, attention scaled by 1 / d (Newhouse et al. 2025)."""
+"""A causal transformer whose Lipschitz constant has a certificate:
+no normalisation, convex residuals, attention scaled by 1 / d (Newhouse et al. 2025).
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ class Attention(nn.Module):
     def bound(self, radius: float) -> tuple[float, float]:
         """(Lipschitz constant, largest output) over tokens of norm at most radius sqrt(d).
 
-        Scores q k / d move by at most 2 sq sk r per unit (r = radius, s = spectral norms), the mean absolute deviation of scores within
-        +-D is at most D, so a token's mixture of values moves by at most sv (1 + 2 sq sk r^2).
+        Scores q k / d move by at most 2 sq sk r per unit (r = radius, s = spectral norms), the mean absolute
+        deviation of scores within +-D is at most D, so a token's mixture of values moves by at most sv
+        (1 + 2 sq sk r^2).
         """
         q, k, v, o = (spectral_norm(layer) for layer in (self.query, self.key, self.value, self.out))
         return o * v * (1 + 2 * q * k * radius**2), o * v * radius
@@ -49,11 +52,13 @@ class Perceptron(nn.Module):
 
 
 class LipschitzTransformer(nn.Module):
-    """Token and position vectors of length sqrt(d), averaged; x <- (1 - 1/L) x + (1/L) f(x) over L = 2 x layers parts f; a linear head.
+    """Token and position vectors of length sqrt(d), averaged;
+    x <- (1 - 1/L) x + (1/L) f(x) over L = 2 x layers parts f; a linear head.
 
-    forward(input_ids (batch, tokens), ...) -> logits (batch, tokens, vocabulary). `certificate()` bounds, over sequences, the largest
-    change of a token's logits by the largest change of a token's embedded vector (both Euclidean): |f(x) - f(y)| <= certificate |x - y|
-    for x and y among tokens of length at most sqrt(d), as every embedded token is.
+    forward(input_ids (batch, tokens), ...) -> logits (batch, tokens, vocabulary). `certificate()` bounds,
+    over sequences, the largest change of a token's logits by the largest change of a token's embedded vector
+    (both Euclidean): |f(x) - f(y)| <= certificate |x - y| for x and y among tokens of length at most sqrt(d),
+    as every embedded token is.
     """
 
     def __init__(self, vocabulary: int, width: int = 32, layers: int = 2, context: int = 64) -> None:
@@ -99,7 +104,8 @@ def spectral_norm(layer: nn.Linear) -> float:
 
 
 def largest_slope(model: LipschitzTransformer, input_ids: Tensor, ascents: int = 20, seed: int = 0) -> float:
-    """A lower bound of the Lipschitz constant by search: max over sequences of |J v| / |v|, v moved uphill along the gradient of the ratio.
+    """A lower bound of the Lipschitz constant by search: max over sequences of |J v| / |v|,
+    v moved uphill along the gradient of the ratio.
 
     |.| is the largest Euclidean length of a token's vector, as in the certificate.
     """

@@ -3,7 +3,8 @@
     run = fit(subject, steps=500, batch_size=32, lr=1e-3)         # trains subject.model in place
     run.history, run.diverged, run.validation
 
-It trains whatever is underneath the model's parametrizations: masks stay masks, fake quantization is trained through.
+It trains whatever is underneath the model's parametrizations:
+masks stay masks, fake quantization is trained through.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class Training:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row a step: step, examples, items, lr, batch_size, loss, gradient_norm, seconds, and validation_* when evaluated."""
+        """One row a step: step, examples, items, lr, batch_size, loss, gradient_norm, seconds,
+        and validation_* when evaluated.
+        """
         return pd.DataFrame(self.rows)
 
     @property
@@ -119,18 +122,24 @@ def fit(
 ) -> Training:
     """Train `subject.model` in place for `steps` optimizer steps (or `epochs` passes over `split`).
 
-    batch_size : examples per optimizer step; `micro_batch` of them at once when positive (gradient accumulation, exact: every
-        item weighs the same). loss : replaces the task's loss, e.g. for distillation; a mean over the batch's items.
-    optimizer, schedule : names (see `optimizers.OPTIMIZERS`, `schedules.PROFILES`) or factories. warmup : fraction of the steps.
-    clip : largest gradient norm, None for none. precision : fp16 scales the loss dynamically (Micikevicius et al. 2018); a number format
-        (int8, e4m3fn) rounds the operands of the blocks' matrix products, with Hadamard rotations by level `rotation` (see `products`).
-    ema : decay of averaged weights; when positive they are what is evaluated and what the model holds at the end.
-    evaluate_every : steps between evaluations, 0 for none but the last; checkpoint_every likewise, into `checkpoint_folder`, from
-        which an interrupted run with the same arguments goes on, on one device bit for bit.
+    batch_size : examples per optimizer step; `micro_batch` of them at once when positive (gradient
+        accumulation, exact: every item weighs the same). loss : replaces the task's loss, e.g. for
+        distillation; a mean over the batch's items.
+    optimizer, schedule : names (see `optimizers.OPTIMIZERS`, `schedules.PROFILES`) or factories.
+        warmup : fraction of the steps.
+    clip : largest gradient norm, None for none. precision : fp16 scales the loss dynamically (Micikevicius et
+        al. 2018); a number format (int8, e4m3fn) rounds the operands of the blocks' matrix products, with
+        Hadamard rotations by level `rotation` (see `products`).
+    ema : decay of averaged weights; when positive they are what is evaluated and what the model holds at
+        the end.
+    evaluate_every : steps between evaluations, 0 for none but the last; checkpoint_every likewise, into
+        `checkpoint_folder`, from which an interrupted run with the same arguments goes on,
+        on one device bit for bit.
     before_step, callbacks : called with the `Training` once gradients are complete, and after the step.
 
-    Several processes started by `accelerate launch` or torchrun share every batch (the result is the same mean gradient).
-    A loss or gradient that is not finite ends the run with `diverged` set; it is a result, not an error.
+    Several processes started by `accelerate launch` or torchrun share every batch (the result is the same
+    mean gradient). A loss or gradient that is not finite ends the run with `diverged` set; it is a result,
+    not an error.
     """
     progress = progress or Progress()
     size = subject.size(split)
@@ -267,7 +276,8 @@ def arithmetic_of(subject: Subject, precision: str, rotation: int) -> contextlib
         return QuantizedProducts(subject.layers("blocks"), precision, rotation)
     if rotation:
         raise BadInput(
-            f"rotation: {rotation} rotates the operands of quantized products; with precision {precision} there are none, set it to 0"
+            f"rotation: {rotation} rotates the operands of quantized products; "
+            f"with precision {precision} there are none, set it to 0"
         )
     return (
         torch.autocast(subject.device.type, AUTOCAST[precision])
@@ -331,7 +341,8 @@ def load_checkpoint(folder: Path, run: Training, scaler: Any, device: torch.devi
     state, run.rows = checkpoint.load(folder)
     if state["steps"] != run.steps:
         raise BadInput(
-            f"steps: the checkpoint in {str(folder)!r} is of a run of {state['steps']} steps, not {run.steps}; delete it or ask for the same"
+            f"steps: the checkpoint in {str(folder)!r} is of a run of {state['steps']} steps, "
+            f"not {run.steps}; delete it or ask for the same"
         )
     run.subject.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])

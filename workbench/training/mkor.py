@@ -1,4 +1,6 @@
-"""MKOR (Mozaffari et al. 2023): Kronecker-factored curvature whose inverses are kept directly and follow rank-one updates."""
+"""MKOR (Mozaffari et al. 2023): Kronecker-factored curvature whose inverses are kept directly and follow
+rank-one updates.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +18,29 @@ if TYPE_CHECKING:
 
 
 def rank_one_inverse(inverse: Tensor, vector: Tensor, decay: float) -> Tensor:
-    """The inverse of decay A + (1 - decay) v v^T, given that of A, by Sherman and Morrison: (d, d) and (d,) in O(d^2)."""
+    """The inverse of decay A + (1 - decay) v v^T, given that of A, by Sherman and Morrison:
+    (d, d) and (d,) in O(d^2).
+    """
     scaled = inverse / decay
     image = scaled @ vector
     return scaled - torch.outer(image, image) * ((1 - decay) / (1 + (1 - decay) * (vector @ image)))
 
 
 class MKOR(Together):
-    """Gradients of the linear layers become L^-1 G R^-1, rescaled to |G|, and go on to the `inner` optimizer, every step.
+    """Gradients of the linear layers become L^-1 G R^-1, rescaled to |G|, and go on to the `inner` optimizer,
+    every step.
 
-    Every `every` steps L^-1 and R^-1 follow averages (decay) of g g^T and a a^T, g the mean gradient of the layer's output and a its
-    mean input over the batch. An inverse whose largest entry passes `threshold` is drawn to the identity: (1 - z) inverse + z I with
-    z = `stabiliser`.
+    Every `every` steps L^-1 and R^-1 follow averages (decay) of g g^T and a a^T, g the mean gradient
+    of the layer's output and a its mean input over the batch. An inverse whose largest entry passes
+    `threshold` is drawn to the identity: (1 - z) inverse + z I with z = `stabiliser`.
 
-    stall > 0 is MKOR-H: when the mean loss of `window` steps has fallen by less than `stall` times the largest such fall so far (relative
-    to the mean before), the inner optimizer goes on alone. The authors switch by the rate of loss reduction, too; their threshold could
-    not be read, so this rule is ours. `fit` reports losses; another loop calls `observe`.
+    stall > 0 is MKOR-H: when the mean loss of `window` steps has fallen by less than `stall` times
+    the largest such fall so far (relative to the mean before), the inner optimizer goes on alone. The authors
+    switch by the rate of loss reduction, too; their threshold could not be read, so this rule is ours.
+    `fit` reports losses; another loop calls `observe`.
 
-    Layers with a side above `largest` keep that side unpreconditioned; biases, embeddings and norms go to the inner optimizer as they are.
+    Layers with a side above `largest` keep that side unpreconditioned;
+    biases, embeddings and norms go to the inner optimizer as they are.
     """
 
     def __init__(
@@ -105,7 +112,9 @@ class MKOR(Together):
         return bool(self.watched["switched"])
 
     def prepare(self, run: Training) -> None:
-        """The losses that have arrived since the last step; they may lag behind by the steps whose loss is still on the device."""
+        """The losses that have arrived since the last step; they may lag behind by the steps whose loss is
+        still on the device.
+        """
         for row in run.rows[self.watched["seen"] :]:
             self.observe(row["loss"])
         self.watched["seen"] = len(run.rows)

@@ -1,7 +1,9 @@
-"""Muon (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz, and weight maps that cap singular values (Newhouse et al. 2025).
+"""Muon (Jordan et al. 2024): momentum orthogonalised by Newton-Schulz,
+and weight maps that cap singular values (Newhouse et al. 2025).
 
-torch.optim.Muon iterates in bfloat16; here float32 weights do so on CUDA only, elsewhere the iteration keeps the weights' own precision
-(twice the time on a processor that multiplies bfloat16 natively). After each step a map may keep every matrix's spectral norm below `cap`.
+torch.optim.Muon iterates in bfloat16; here float32 weights do so on CUDA only, elsewhere the iteration keeps
+the weights' own precision (twice the time on a processor that multiplies bfloat16 natively). After each step
+a map may keep every matrix's spectral norm below `cap`.
 """
 
 from __future__ import annotations
@@ -17,13 +19,16 @@ from workbench.instruments import BadInput
 from workbench.training.group_optimizer import GroupOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-#: No singular value leaves five steps of the iteration above this (the polynomial's largest value on its range is 1.2024).
+#: No singular value leaves five steps of the iteration above this
+#: (the polynomial's largest value on its range is 1.2024).
 LARGEST_UPDATE = 1.21
 MAPS = ("none", "soft-cap", "normalise", "hammer", "decay")
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Newton-Schulz: X <- a X + (b A + c A^2) X with A = X X^T, from X = M / |M|_F; singular values end near 1. (out, in) -> (out, in)."""
+    """Newton-Schulz: X <- a X + (b A + c A^2) X with A = X X^T, from X = M / |M|_F;
+    singular values end near 1. (out, in) -> (out, in).
+    """
     a, b, c = COEFFICIENTS
     x = matrix.to(dtype) if dtype is not None else matrix
     turned = x.shape[0] > x.shape[1]
@@ -37,10 +42,11 @@ def orthogonalise(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = No
 
 @functools.lru_cache(4096)
 def soft_cap_strength(cap: float, growth: float) -> float:
-    """The smallest a with f_a(x) <= cap for every x <= cap + growth, f_a(x) = y + a y^3, y = x - a x^3, by bisection.
+    """The smallest a with f_a(x) <= cap for every x <= cap + growth, f_a(x) = y + a y^3, y = x - a x^3,
+    by bisection.
 
-    f_a(x) <= x always holds while y >= 0, so only x above the cap need it; f_a is largest at one end or its stationary point,
-    checked on a fine grid.
+    f_a(x) <= x always holds while y >= 0, so only x above the cap need it; f_a is largest at one end or its
+    stationary point, checked on a fine grid.
     """
     xs = cap + growth * torch.linspace(0, 1, 257, dtype=torch.float64)
 
@@ -51,7 +57,8 @@ def soft_cap_strength(cap: float, growth: float) -> float:
     high = 1 / float(xs[-1]) ** 2  # y reaches 0 there
     if not holds(high * (1 - 1e-9)):
         raise BadInput(
-            f"lr: a step of spectral norm {growth:.3g} is too long for a cap of {cap:.3g}; lower lr or raise cap"
+            f"lr: a step of spectral norm {growth:.3g} is too long for a cap of {cap:.3g}; "
+            "lower lr or raise cap"
         )
     low, high = 0.0, high * (1 - 1e-9)
     for _ in range(60):
@@ -61,7 +68,9 @@ def soft_cap_strength(cap: float, growth: float) -> float:
 
 
 def soft_cap(matrix: Tensor, strength: float) -> Tensor:
-    """Singular values x -> y + a y^3 with y = x - a x^3, by matrix products alone (an odd polynomial needs no decomposition)."""
+    """Singular values x -> y + a y^3 with y = x - a x^3, by matrix products alone
+    (an odd polynomial needs no decomposition).
+    """
     y = torch.addmm(matrix, matrix @ matrix.mT, matrix, alpha=-strength)
     return torch.addmm(y, y @ y.mT, y, alpha=strength)
 
@@ -78,10 +87,11 @@ def top_singular(matrix: Tensor, start: Tensor, iterations: int = 8) -> tuple[Te
 class Muon(GroupOptimizer):
     """m <- mu m + g;  u = NS(g + mu m);  w <- (1 - lr wd) w - lr s u, for matrices only.
 
-    scale s: "spectral" sqrt(max(1, out / in)) (Jordan et al.), "rms" 0.2 sqrt(max(out, in)) (Moonlight, Liu et al. 2025: AdamW's
-    update size, so AdamW's lr and weight decay carry over), "none" 1. weight_map keeps spectral norms below `cap` after every step:
-    "soft-cap" (needs scale none), "normalise" w cap / max(sigma, cap), "hammer" sets the largest singular value to the cap,
-    "decay" w - lr wd sigma u v^T (spectral weight decay).
+    scale s: "spectral" sqrt(max(1, out / in)) (Jordan et al.), "rms" 0.2 sqrt(max(out, in)) (Moonlight, Liu
+    et al. 2025: AdamW's update size, so AdamW's lr and weight decay carry over), "none" 1. weight_map keeps
+    spectral norms below `cap` after every step: "soft-cap" (needs scale none), "normalise" w cap / max(sigma,
+    cap), "hammer" sets the largest singular value to the cap, "decay" w - lr wd sigma u v^T (spectral weight
+    decay).
     """
 
     def __init__(
@@ -119,7 +129,8 @@ class Muon(GroupOptimizer):
             for p in group["params"]:
                 if p.ndim != 2:
                     raise BadInput(
-                        f"params: Muon takes matrices, got a parameter of shape {tuple(p.shape)}; give it to AdamW"
+                        f"params: Muon takes matrices, got a parameter of shape {tuple(p.shape)}; "
+                        "give it to AdamW"
                     )
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:

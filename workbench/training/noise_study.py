@@ -31,7 +31,8 @@ class GradientNoise(SubjectInstrument):
     def check(self, on: Subject) -> None:
         if self.groups * self.size > on.size(self.split):
             raise BadInput(
-                f"groups: {self.groups} x {self.size} examples are more than the {on.size(self.split)} of split {self.split!r}; lower groups or size"
+                f"groups: {self.groups} x {self.size} examples are more than the {on.size(self.split)} of "
+                f"split {self.split!r}; lower groups or size"
             )
 
     def _run(self, on: Subject, progress: Progress) -> Result:
@@ -47,7 +48,8 @@ class GradientNoise(SubjectInstrument):
             "at_20_percent_overhead": 0.2 * found.simple,
         }
         batches = np.unique(np.round(np.geomspace(1, max(4 * min(found.simple, 1e6), 64), 60)).astype(int))
-        # eq. 2.11 and 2.12 of the source: steps 1 + B_noise / B over the least, examples 1 + B / B_noise over the least
+        # eq. 2.11 and 2.12 of the source: steps 1 + B_noise / B over the least,
+        # examples 1 + B / B_noise over the least
         table = pd.DataFrame(
             {
                 "batch_size": batches,

@@ -1,4 +1,6 @@
-"""Normalisation for large and tiny batches: ghost batch norm (Hoffer et al. 2017), weight standardisation and batch-channel norm (Qiao et al. 2019)."""
+"""Normalisation for large and tiny batches: ghost batch norm (Hoffer et al. 2017),
+weight standardisation and batch-channel norm (Qiao et al. 2019).
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ from workbench.subjects import Change
 
 
 class GhostBatchNorm(nn.Module):
-    """Batch norm over ghost batches of `ghost` examples inside a large one; running statistics pass over the ghosts one after the other.
+    """Batch norm over ghost batches of `ghost` examples inside a large one;
+    running statistics pass over the ghosts one after the other.
 
-    Input (batch, features, ...). At ghost >= batch, and in eval mode, it is batch norm exactly (Hoffer, Hubara & Soudry 2017,
-    algorithm 1). The last ghost batch may be smaller.
+    Input (batch, features, ...). At ghost >= batch, and in eval mode, it is batch norm exactly (Hoffer,
+    Hubara & Soudry 2017, algorithm 1). The last ghost batch may be smaller.
     """
 
     running_mean: Tensor
@@ -33,7 +36,9 @@ class GhostBatchNorm(nn.Module):
 
     @classmethod
     def replacing(cls, model: nn.Module, ghost: int) -> nn.Module:
-        """Put ghost batch norms in the place of a model's batch norms, with their weights and statistics; in place."""
+        """Put ghost batch norms in the place of a model's batch norms, with their weights and statistics;
+        in place.
+        """
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if (
@@ -85,11 +90,13 @@ class GhostBatchNorm(nn.Module):
 
 
 class BatchChannelNorm(nn.Module):
-    """Batch norm by running estimates, which training uses too, then group norm; for batches of one or two (Qiao et al. 2019, algorithm 1).
+    """Batch norm by running estimates, which training uses too, then group norm;
+    for batches of one or two (Qiao et al. 2019, algorithm 1).
 
-    m <- m + rate (mean_B - m), v <- v + rate (var_B - v), y = gamma (x - m) / sqrt(v + eps) + beta, then `nn.GroupNorm(groups)` with its
-    own scale and shift. Gradients do not flow into the estimates. Input (batch, features, ...); a batch of one value a feature counts
-    with variance (x - m)^2 about the old estimate, which has the same expectation.
+    m <- m + rate (mean_B - m), v <- v + rate (var_B - v), y = gamma (x - m) / sqrt(v + eps) + beta, then
+    `nn.GroupNorm(groups)` with its own scale and shift. Gradients do not flow into the estimates. Input
+    (batch, features, ...); a batch of one value a feature counts with variance
+    (x - m)^2 about the old estimate, which has the same expectation.
     """
 
     running_mean: Tensor
@@ -122,7 +129,9 @@ class BatchChannelNorm(nn.Module):
 
 
 class WeightStandardization(Change):
-    """(W - mean) / std over each output's inputs, biased std with eps under the root (Qiao et al. 2019, eq. 8); matrices (..., out, in)."""
+    """(W - mean) / std over each output's inputs, biased std with eps under the root
+    (Qiao et al. 2019, eq. 8); matrices (..., out, in).
+    """
 
     order = 20
 

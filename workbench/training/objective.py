@@ -1,4 +1,6 @@
-"""One training run as a sweep's objective: opens the subject in the worker, trains a fresh model, returns losses and costs."""
+"""One training run as a sweep's objective: opens the subject in the worker, trains a fresh model,
+returns losses and costs.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +60,11 @@ def opened(folder: str) -> Subject:
 
 @dataclass(frozen=True)
 class TrainingObjective:
-    """`params` override `fixed`, both are arguments of `fit`; further keys: `examples` (budget instead of steps), `start`, `seed`.
+    """`params` override `fixed`, both are arguments of `fit`; further keys:
+    `examples` (budget instead of steps), `start`, `seed`.
 
-    Facts: value (validation loss), test, steps, examples, train_seconds, state_bytes, diverged, best step time.
+    Facts: value (validation loss), test, steps, examples, train_seconds, state_bytes, diverged,
+    best step time.
     """
 
     folder: str
@@ -117,7 +121,9 @@ class TrainingObjective:
 
 
 def prepared_folder(on: Subject, workers: int) -> str:
-    """Where workers find the subject: a folder saved once under its fingerprint, or this process's memory for a single worker."""
+    """Where workers find the subject: a folder saved once under its fingerprint,
+    or this process's memory for a single worker.
+    """
     if workers == 1:
         HERE.clear()
         opened.cache_clear()
@@ -143,7 +149,9 @@ def swept(
     trials: int | None = None,
     on_change: Callable[[pd.DataFrame], None] | None = None,
 ) -> pd.DataFrame:
-    """Run (or go on with) one sweep of an instrument's runs; its name holds the instrument's key, so the same request finds it again."""
+    """Run (or go on with) one sweep of an instrument's runs;
+    its name holds the instrument's key, so the same request finds it again.
+    """
     note = json.dumps({"fixed": objective.fixed, "start": objective.start}, default=str, sort_keys=True)
     sweep = Sweep(
         f"{label}-{instrument.key(on)[:12]}",
@@ -163,7 +171,9 @@ def swept(
 
 
 def language_subject(width: int = 48, layers: int = 2, context: int = 64, corpus: str = "bytelm") -> Subject:
-    """A small member of the `bytelm` family: the same data cut to `context` bytes, the same architecture at another size, untrained."""
+    """A small member of the `bytelm` family: the same data cut to `context` bytes,
+    the same architecture at another size, untrained.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     base = subject(corpus)

@@ -1,4 +1,6 @@
-"""1-bit Adam (Tang et al. 2021): after a warm-up the second moment is frozen and workers exchange signs with error feedback."""
+"""1-bit Adam (Tang et al. 2021): after a warm-up the second moment is frozen and workers exchange signs with
+error feedback.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from workbench.training.group_optimizer import GroupOptimizer, adam_direction
 
 
 def compress(values: Tensor) -> Tensor:
-    """C(x) = |x|_2 / sqrt(d) sign(x), with sign(0) = 1: one bit a coordinate and a scale, of the same norm as x."""
+    """C(x) = |x|_2 / sqrt(d) sign(x), with sign(0) = 1: one bit a coordinate and a scale,
+    of the same norm as x.
+    """
     return torch.copysign((values.norm() / values.numel() ** 0.5).expand_as(values), values)
 
 
@@ -37,13 +41,14 @@ def unpacked(bits: Tensor, scale: Tensor, like: Tensor) -> Tensor:
 class OneBitAdam(GroupOptimizer):
     """Adam for the first `freeze` steps; then with v frozen, for worker i with gradient g_i:
 
-    m_i = b1 m + (1 - b1) g_i;  c_i = C(m_i + e_i);  e_i <- m_i + e_i - c_i;  m <- C(mean c_i + e);  e <- mean c_i + e - m
-    w <- w - lr m_hat / (sqrt(v_hat) + eps) - lr wd w.
+    m_i = b1 m + (1 - b1) g_i;  c_i = C(m_i + e_i);  e_i <- m_i + e_i - c_i;  m <- C(mean c_i + e);
+    e <- mean c_i + e - m w <- w - lr m_hat / (sqrt(v_hat) + eps) - lr wd w.
 
-    Workers are the processes of `torch.distributed` when it is initialised (each with its own copy of the model and its own part of
-    the batch, without DistributedDataParallel, which would average gradients first), else one. workers > 0 simulates that many in
-    this process: every backward pass is one worker's, scaled by 1 / workers, as `fit(micro_batch=batch_size // workers, clip=None)`
-    does. Coordinates whose v is zero (rows of an embedding that were never seen) are not moved: their sign would be a full step.
+    Workers are the processes of `torch.distributed` when it is initialised (each with its own copy
+    of the model and its own part of the batch, without DistributedDataParallel, which would average gradients
+    first), else one. workers > 0 simulates that many in this process: every backward pass is one worker's,
+    scaled by 1 / workers, as `fit(micro_batch=batch_size // workers, clip=None)` does. Coordinates whose v is
+    zero (rows of an embedding that were never seen) are not moved: their sign would be a full step.
     feedback=False drops the error memories, for comparison. `bytes_sent` counts what a worker has sent.
     """
 
@@ -60,7 +65,8 @@ class OneBitAdam(GroupOptimizer):
     ) -> None:
         if freeze < 1:
             raise BadInput(
-                f"freeze: {freeze} is not accepted; Adam needs at least one step before its second moment can be frozen"
+                f"freeze: {freeze} is not accepted; Adam needs at least one step before its second moment "
+                "can be frozen"
             )
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.freeze, self.workers, self.feedback, self.bytes_sent = freeze, workers, feedback, 0
@@ -83,7 +89,8 @@ class OneBitAdam(GroupOptimizer):
         seen = self._seen.pop(p, [])
         if len(seen) != self.workers:
             raise BadInput(
-                f"workers: {self.workers} were promised and {len(seen)} backward passes came; set micro_batch to batch_size / workers"
+                f"workers: {self.workers} were promised and {len(seen)} backward passes came; "
+                "set micro_batch to batch_size / workers"
             )
         return [g * self.workers for g in seen]
 
@@ -109,7 +116,9 @@ class OneBitAdam(GroupOptimizer):
         torch._foreach_sub_(weights, updates, alpha=group["lr"] * scale)
 
     def _inverse_root(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """1 / (sqrt(v_hat) + eps) of the frozen second moment, 0 where that is 0; takes the place of the second moment in the state."""
+        """1 / (sqrt(v_hat) + eps) of the frozen second moment, 0 where that is 0;
+        takes the place of the second moment in the state.
+        """
         state = self.state[p]
         if "inverse_root" not in state:
             second = state.pop("exp_avg_sq", torch.zeros_like(p))

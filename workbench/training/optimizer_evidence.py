@@ -58,12 +58,17 @@ def optimizer(name: str, progress: Progress) -> Record:
         "rank_flips": result.facts["rank_flips"],
         "lr_spread": result.facts["lr_spread"],
         "holds": bool(mine.test < base.test),
-        "note": f"test {mine.test:.4f} [{mine.test_low:.4f}, {mine.test_high:.4f}] at lr {mine.lr:.2g}, AdamW {base.test:.4f} at {base.lr:.2g}; best {result.facts['best']}",
+        "note": (
+            f"test {mine.test:.4f} [{mine.test_low:.4f}, {mine.test_high:.4f}] at lr {mine.lr:.2g}, AdamW "
+            f"{base.test:.4f} at {base.lr:.2g}; best {result.facts['best']}"
+        ),
     }
 
 
 def lamb(name: str, progress: Progress) -> Record:
-    """What the largest batch costs: best validation loss over learning rates at equal epochs, LAMB against AdamW."""
+    """What the largest batch costs: best validation loss over learning rates at equal epochs,
+    LAMB against AdamW.
+    """
     on, found = digits_net(), {}
     ranges: dict[OptimizerName, tuple[float, float]] = {"adamw": (5e-4, 3.2e-2), "lamb": (2e-3, 0.128)}
     for optimizer_name, (low, high) in ranges.items():
@@ -97,7 +102,10 @@ def lamb(name: str, progress: Progress) -> Record:
         "optimizers": found,
         "degradation": worse,
         "holds": worse["lamb"] < worse["adamw"],
-        "note": f"validation loss from batch 32 to the full 1078 at equal epochs: LAMB {worse['lamb']:+.3f}, AdamW {worse['adamw']:+.3f}",
+        "note": (
+            "validation loss from batch 32 to the full 1078 at equal epochs: "
+            f"LAMB {worse['lamb']:+.3f}, AdamW {worse['adamw']:+.3f}"
+        ),
     }
 
 
@@ -147,12 +155,17 @@ def galore(name: str, progress: Progress) -> Record:
         "optimizers": found,
         "state_saved": saved,
         "holds": gap < 0.05 and saved > 0.3,
-        "note": f"loss {gap:+.1%} against AdamW, optimizer state {-saved:.0%} (embeddings and head keep full moments)",
+        "note": (
+            f"loss {gap:+.1%} against AdamW, optimizer state {-saved:.0%} (embeddings and head keep full "
+            "moments)"
+        ),
     }
 
 
 def lipschitz(name: str, progress: Progress) -> Record:
-    """Muon with the soft cap: the product of layer norms never exceeds the certificate, at which cost in loss."""
+    """Muon with the soft cap: the product of layer norms never exceeds the certificate,
+    at which cost in loss.
+    """
     on, cap = digits_net(), 2.0
     found: dict[str, dict[str, Any]] = {}
     certificate = cap**3  # three linear layers, ReLU is 1-Lipschitz
@@ -208,13 +221,16 @@ def lipschitz(name: str, progress: Progress) -> Record:
         "certificate": certificate,
         "optimizers": found,
         "holds": bool(holds),
-        "note": f"certificate {certificate:g}: measured slope at most {max(capped['largest_slope']):.2f}, accuracy {capped['test_accuracy']:.3f}; "
+        "note": f"certificate {certificate:g}: measured slope at most {max(capped['largest_slope']):.2f}, "
+        f"accuracy {capped['test_accuracy']:.3f}; "
         f"AdamW's bound {max(found['AdamW']['bound']):.0f}, accuracy {found['AdamW']['test_accuracy']:.3f}",
     }
 
 
 def lipschitz_transformer(name: str, progress: Progress) -> Record:
-    """Loss against certificate of a Lipschitz transformer on bytes: AdamW, AdamW with decay, Muon, Muon with the soft cap at three caps."""
+    """Loss against certificate of a Lipschitz transformer on bytes:
+    AdamW, AdamW with decay, Muon, Muon with the soft cap at three caps.
+    """
     given = language_subject(24)
 
     def fresh(on: Subject, seed: int) -> Subject:
@@ -235,9 +251,8 @@ def lipschitz_transformer(name: str, progress: Progress) -> Record:
         "Muon": (muon, (0.1, 0.3, 0.9)),
     }
     for cap in (1.0, 2.0, 4.0):
-        capped_muon = muon | {
-            "optimizer_options": {**muon["optimizer_options"], "weight_map": "soft-cap", "cap": cap}
-        }  # type: ignore[dict-item]
+        options = {**muon["optimizer_options"], "weight_map": "soft-cap", "cap": cap}  # type: ignore[dict-item]
+        capped_muon = muon | {"optimizer_options": options}
         plans[f"Muon, cap {cap:g}"] = (capped_muon, (0.1, 0.2, 0.4))
     found: dict[str, Record] = {}
     for label, (made, rates) in plans.items():
@@ -292,7 +307,9 @@ def lipschitz_transformer(name: str, progress: Progress) -> Record:
 
 
 def one_bit(name: str, progress: Progress) -> Record:
-    """Four simulated workers: Adam, 1-bit after a quarter of the steps, without error feedback, and 1-bit from the second step on."""
+    """Four simulated workers: Adam, 1-bit after a quarter of the steps, without error feedback,
+    and 1-bit from the second step on.
+    """
     on, steps, batch = language_subject(24), 96, 32
     plans: dict[str, dict[str, Any]] = {
         "Adam": {"freeze": 10**6},
@@ -330,7 +347,9 @@ def one_bit(name: str, progress: Progress) -> Record:
 
 
 def mkor(name: str, progress: Progress) -> Record:
-    """Steps to a validation loss of 0.35, MKOR over SGD against SGD alone, each at its best rate; cost of an inverse against its width."""
+    """Steps to a validation loss of 0.35, MKOR over SGD against SGD alone, each at its best rate;
+    cost of an inverse against its width.
+    """
     on, found = digits_net(), {}
     for label, options in (("sgd", {}), ("mkor", {"every": 1, "inner": "sgd"})):
         made: dict[str, Any] = {
@@ -421,18 +440,25 @@ def mkor(name: str, progress: Progress) -> Record:
         "seconds": cost,
         "cost_slopes": slopes,
         "holds": bool(faster),
-        "note": f"steps to 0.35: MKOR {found['mkor']['steps']:.0f} at {found['mkor']['lr']:.3g}, SGD {found['sgd']['steps']:.0f} at {found['sgd']['lr']:.3g}; cost of "
-        f"an inverse ~ d^{slopes['rank one']['slope']:.2f} by rank one, d^{slopes['inverse']['slope']:.2f} anew; test loss after 300 steps "
+        "note": f"steps to 0.35: MKOR {found['mkor']['steps']:.0f} at {found['mkor']['lr']:.3g}, SGD "
+        f"{found['sgd']['steps']:.0f} at {found['sgd']['lr']:.3g}; cost of "
+        f"an inverse ~ d^{slopes['rank one']['slope']:.2f} by rank one, "
+        f"d^{slopes['inverse']['slope']:.2f} anew; test loss after 300 steps "
         + ", ".join(
             f"{k} {v['test']:.3f} ({np.mean(v['seconds']):.1f} s of processor time)"
             for k, v in longer.items()
         )
-        + f", MKOR-H switched after {min(longer['mkor-h']['switched_after'])} to {max(longer['mkor-h']['switched_after'])} steps",
+        + (
+            f", MKOR-H switched after {min(longer['mkor-h']['switched_after'])} to "
+            f"{max(longer['mkor-h']['switched_after'])} steps"
+        ),
     }
 
 
 def self_tuned(name: str, progress: Progress) -> Record:
-    """L2 penalty and dropout learned in one run, against random search with as much processor time, on 150 digits."""
+    """L2 penalty and dropout learned in one run, against random search with as much processor time,
+    on 150 digits.
+    """
     on = digits_net()
     train = {k: v[:150] for k, v in on.split("train").items()}
     small = Subject(on.name, on.model, on.task, {**on.splits, "train": train})
@@ -535,6 +561,7 @@ def self_tuned(name: str, progress: Progress) -> Record:
         "self_tuning": mine,
         "random_search": theirs,
         "holds": bool(mine[0] < theirs[0]),
-        "note": f"test loss {mine[0]:.3f} [{mine[1]:.3f}, {mine[2]:.3f}] against {theirs[0]:.3f} [{theirs[1]:.3f}, {theirs[2]:.3f}] for the best of "
+        "note": f"test loss {mine[0]:.3f} [{mine[1]:.3f}, {mine[2]:.3f}] against {theirs[0]:.3f} "
+        f"[{theirs[1]:.3f}, {theirs[2]:.3f}] for the best of "
         f"{np.mean([r['tried'] for r in rows]):.1f} random settings in the same processor time",
     }

@@ -1,4 +1,5 @@
-"""Optimizers by name, each with the parameter groups its authors meant: matrices decay, vectors do not, embeddings are no matrices.
+"""Optimizers by name, each with the parameter groups its authors meant:
+matrices decay, vectors do not, embeddings are no matrices.
 
 What torch or pytorch_optimizer keeps and gets right is theirs; the rest is in this folder.
 """
@@ -28,7 +29,9 @@ Groups = list[dict[str, Any]]
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """Trainable parameters in two groups: two or more dimensions with decay, vectors (biases, norms, scales) without."""
+    """Trainable parameters in two groups: two or more dimensions with decay, vectors (biases, norms, scales)
+    without.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -38,7 +41,9 @@ def decay_groups(model: nn.Module, weight_decay: float) -> Groups:
 
 
 def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices of the repeated blocks, everything else): what orthogonalising optimizers act on and what they leave to AdamW."""
+    """(matrices of the repeated blocks, everything else): what orthogonalising optimizers act on and what
+    they leave to AdamW.
+    """
     from workbench.subjects import blocks
 
     inside = {id(p) for _, block in blocks(model) for p in block.parameters() if p.ndim == 2}
@@ -51,7 +56,9 @@ def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an optimizer is built on a model, where its learning rates live, and what it keeps per parameter."""
+    """How an optimizer is built on a model, where its learning rates live,
+    and what it keeps per parameter.
+    """
 
     build: Callable[..., Optimizer]  # (model, lr, weight_decay, **options)
     source: str
@@ -60,7 +67,9 @@ class Recipe:
 
 
 def _fused(model: nn.Module) -> bool:
-    """torch's fused kernels: the fastest on CPU and CUDA, for parameters of one floating dtype on one device."""
+    """torch's fused kernels: the fastest on CPU and CUDA,
+    for parameters of one floating dtype on one device.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     return (
         len({(p.dtype, p.device) for p in trained}) == 1
@@ -267,13 +276,15 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         close = difflib.get_close_matches(name, OPTIMIZERS, 1)
         raise BadInput(
-            f"optimizer: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(OPTIMIZERS)}"
+            f"optimizer: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: "
+            f"{', '.join(OPTIMIZERS)}"
         )
     recipe = OPTIMIZERS[name]
     unknown = set(options) - set(recipe.options)
     if unknown:
         raise BadInput(
-            f"optimizer: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(recipe.options) or 'none'}"
+            f"optimizer: {name!r} takes no option {', '.join(sorted(unknown))}; "
+            f"it takes {', '.join(recipe.options) or 'none'}"
         )
     if not lr > 0:
         raise BadInput(f"lr: {lr} is not accepted, it should be positive")

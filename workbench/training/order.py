@@ -1,4 +1,6 @@
-"""The order in which examples are visited: a pure function of (size, seed, position), so resuming needs no saved generator."""
+"""The order in which examples are visited: a pure function of (size, seed, position),
+so resuming needs no saved generator.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ def permutation(size: int, seed: int, epoch: int) -> Tensor:
 
 
 def take(size: int, seed: int, position: int, count: int) -> Tensor:
-    """Examples number `position` to `position + count` of the endless stream of shuffled passes: (count,) int64.
+    """Examples number `position` to `position + count` of the endless stream of shuffled passes:
+    (count,) int64.
 
-    Passes follow each other without a gap, so any batch size, a changing one included, sees every example equally often.
+    Passes follow each other without a gap, so any batch size, a changing one included,
+    sees every example equally often.
     """
     parts = []
     while count > 0:

@@ -1,16 +1,19 @@
-"""Training with quantized matrix products, outliers spread by Hadamard rotations (Ashkboos, Nikdan, Tabesh et al. 2025, HALO).
+"""Training with quantized matrix products, outliers spread by Hadamard rotations
+(Ashkboos, Nikdan, Tabesh et al. 2025, HALO).
 
-A linear layer Y = X W^T trains through three products, each here on operands Q(.) rounded with one scale a tensor:
+A linear layer Y = X W^T trains through three products, each here on operands Q(.)
+rounded with one scale a tensor:
 
     level       0                    1                     2
     Y           Q(X) Q(W)^T          Q(X H) Q(W H)^T       Q(X H) Q(W H)^T
     dX          Q(dY) Q(W)           Q(dY) Q(W)            K^T (Q(K dY) Q(W))
     dW          Q(dY)^T Q(X)         Q(dY)^T Q(X)          Q(dY)^T Q(X)
 
-H mixes features, K mixes tokens; both are orthogonal, so without rounding every level is the plain layer. The placement is that of the
-authors' published implementation; its quantized communication between devices is not part of this. Here H and K are block-diagonal
-where a side is no power of two, and K mixes at most `TOKENS` tokens, the last block filled with zeros. Rounding is simulated: values on
-the format's grid, products in the model's own precision. What is not a linear layer, and all that lies outside the blocks, is left alone.
+H mixes features, K mixes tokens; both are orthogonal, so without rounding every level is the plain layer. The
+placement is that of the authors' published implementation; its quantized communication between devices is not
+part of this. Here H and K are block-diagonal where a side is no power of two, and K mixes at most `TOKENS`
+tokens, the last block filled with zeros. Rounding is simulated: values on the format's grid, products in
+the model's own precision. What is not a linear layer, and all that lies outside the blocks, is left alone.
 """
 
 from __future__ import annotations
@@ -55,7 +58,9 @@ def over_tokens(rows: Tensor) -> Tensor:
 
 
 def filled(rows: Tensor) -> Tensor:
-    """Rows of zeros after these, up to the next multiple of `TOKENS`, or the next power of two when they are fewer."""
+    """Rows of zeros after these, up to the next multiple of `TOKENS`,
+    or the next power of two when they are fewer.
+    """
     whole = TOKENS if len(rows) > TOKENS else 1 << (len(rows) - 1).bit_length()
     return torch.cat([rows, rows.new_zeros(-len(rows) % whole, rows.shape[1])])
 
@@ -80,8 +85,10 @@ def weight_gradient(error: Tensor, x: Tensor, format: Format | None) -> Tensor:
 
 
 def relative_errors(x: Tensor, weight: Tensor, error: Tensor, format: Format) -> dict[str, float]:
-    """Relative errors ||found - exact|| / ||exact|| (Frobenius) by name: "X", "W", "E" of the operands rounded as they are, "XH", "WH", "KE"
-    rounded after their rotation; "Y", "dX", "dW" of the products without rotation, "Y rotated", "dX rotated" with it."""
+    """Relative errors ||found - exact|| / ||exact|| (Frobenius) by name: "X", "W", "E" of the operands
+    rounded as they are, "XH", "WH", "KE" rounded after their rotation;
+    "Y", "dX", "dW" of the products without rotation, "Y rotated", "dX rotated" with it.
+    """
     pairs = {
         "X": x,
         "W": weight,
@@ -126,17 +133,20 @@ class QuantizedLinear(Function):
 
 
 class QuantizedProducts(WeightCalls):
-    """While entered, the products of these layers run on operands of a format, forward and backward; biases are added in full precision.
+    """While entered, the products of these layers run on operands of a format, forward and backward;
+    biases are added in full precision.
 
-    format : a name with a scale and no zero point, as int8, int6 or e4m3fn, or "" for no rounding;  level : 0, 1 or 2
-    `BadInput` for stacked experts, whose products are not those of a linear layer, for other formats and other levels.
+    format : a name with a scale and no zero point, as int8, int6 or e4m3fn, or "" for no rounding;
+        level : 0, 1 or 2 `BadInput` for stacked experts, whose products are not those of a linear layer,
+            for other formats and other levels.
     """
 
     def __init__(self, layers: Sequence[Layer], format: str, level: int = 0) -> None:
         super().__init__(layers)
         if level not in LEVELS:
             raise BadInput(
-                f"rotation: {level} is no level; accepted: 0 (none), 1 (forward), 2 (forward and input gradient)"
+                f"rotation: {level} is no level; accepted: 0 (none), 1 (forward), "
+                "2 (forward and input gradient)"
             )
         if stacked := [layer.name for layer in layers if len(layer.shape) == 3]:
             raise BadInput(
@@ -147,7 +157,8 @@ class QuantizedProducts(WeightCalls):
             self.format.scale != "real" or self.format.affine or self.format.block
         ):
             raise BadInput(
-                f"precision: {format} is no format of one scale a tensor without zero point; accepted: int2 to int16 and ExMy as e4m3fn"
+                f"precision: {format} is no format of one scale a tensor without zero point; accepted: "
+                "int2 to int16 and ExMy as e4m3fn"
             )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -28,10 +28,11 @@ def smoothed(losses: np.ndarray, memory: float) -> np.ndarray:
 
 
 class LearningRateRange(SubjectInstrument):
-    """Learning-rate range test (Smith 2017): a rate that grows exponentially, the loss beside it, the rate where it falls fastest.
+    """Learning-rate range test (Smith 2017): a rate that grows exponentially, the loss beside it,
+    the rate where it falls fastest.
 
-    A fall of the smoothed loss below the noise of a batch says nothing about rates: take more steps. It diverges where the smoothed
-    loss rises twice the noise above its first value.
+    A fall of the smoothed loss below the noise of a batch says nothing about rates: take more steps. It
+    diverges where the smoothed loss rises twice the noise above its first value.
     """
 
     summary_line = (

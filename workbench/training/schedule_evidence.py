@@ -64,12 +64,17 @@ def schedule(name: str, progress: Progress) -> Record:
         "mean_ranks": ranks,
         "budgets": rows,
         "holds": ranks[name] <= ranks["cosine"] and ranks[name] <= ranks["linear"],
-        "note": f"mean rank {ranks[name]:.2f} of 9 (best {others[0]} {ranks[others[0]]:.2f}, cosine {ranks['cosine']:.2f}); below cosine at {better} of 3 budgets",
+        "note": (
+            f"mean rank {ranks[name]:.2f} of 9 (best {others[0]} {ranks[others[0]]:.2f}, cosine "
+            f"{ranks['cosine']:.2f}); below cosine at {better} of 3 budgets"
+        ),
     }
 
 
 def budgeted_decay(name: str, progress: Progress) -> Record:
-    """Decayed to zero at the budget, constant, and a schedule too long for the budget, each with its own tuned rate."""
+    """Decayed to zero at the budget, constant, and a schedule too long for the budget,
+    each with its own tuned rate.
+    """
     on, steps, found = digits_net(), 200, {}
     half = lambda p: 1 - p / 2  # noqa: E731 - the decay of a run twice as long, cut at the budget
     plans: dict[str, Any] = {
@@ -97,8 +102,8 @@ def budgeted_decay(name: str, progress: Progress) -> Record:
 
         best = min((0.01 * 2**i for i in range(7)), key=lambda lr: run(lr, 0)[0].validation)
         mean, low, high, values = over_seeds(
-            lambda seed, best=best, run=run: run(best, seed)[1].evaluate("test")["loss"]
-        )  # type: ignore[misc]
+            lambda seed, best=best, run=run: run(best, seed)[1].evaluate("test")["loss"]  # type: ignore[misc]
+        )
         found[label] = {"lr": best, "test": mean, "low": low, "high": high, "values": values}
     gain = found["constant"]["test"] - found["decayed"]["test"]
     holds = found["decayed"]["test"] == min(v["test"] for v in found.values())
@@ -111,7 +116,9 @@ def budgeted_decay(name: str, progress: Progress) -> Record:
 
 
 def power(name: str, progress: Progress) -> Record:
-    """WSD's best rate over batch sizes and budgets fits eta / batch = a T^b; then one power schedule against WSD tuned in every cell."""
+    """WSD's best rate over batch sizes and budgets fits eta / batch = a T^b;
+    then one power schedule against WSD tuned in every cell.
+    """
     on = language_subject(24)
     tokens, cells = 63, [(batch, steps) for batch in (8, 32) for steps in (16, 32, 64)]
     common: dict[str, Any] = {"weight_decay": 0.0, "warmup": 0.1, "evaluate_limit": 128}
@@ -158,14 +165,17 @@ def power(name: str, progress: Progress) -> Record:
         "cells": rows,
         "constant_lr": typical,
         "holds": law["high"] < 0 and worst < 0.01,
-        "note": f"b = {b:.2f} [{law['low']:.2f}, {law['high']:.2f}]; one power schedule costs {mean:+.1%} on average and {worst:+.1%} at worst over WSD "
+        "note": f"b = {b:.2f} [{law['low']:.2f}, {law['high']:.2f}]; "
+        f"one power schedule costs {mean:+.1%} on average and {worst:+.1%} at worst over WSD "
         f"tuned in each of six cells, one constant rate {constant:+.1%}",
     }
 
 
-# ---- several corpora, one after the other -------------------------------------------------------------------------
+# ---- several corpora, one after the other ------------------------------------------------------------------
 def corpus(base: Subject, text: bytes, windows: int = 1600, context: int = 64) -> Subject:
-    """Another text for the same byte-level model: 80 % training, 10 % validation, 10 % test, in blocks of the text."""
+    """Another text for the same byte-level model: 80 % training, 10 % validation, 10 % test,
+    in blocks of the text.
+    """
     ids = torch.frombuffer(bytearray(text[: windows * context]), dtype=torch.uint8).long()
     ids = ids[: len(ids) // context * context].view(-1, context)
     ends = [round(len(ids) * share) for share in (0.8, 0.9, 1.0)]
@@ -180,7 +190,9 @@ def corpus(base: Subject, text: bytes, windows: int = 1600, context: int = 64) -
 
 
 def corpora() -> list[Subject]:
-    """Python source, English documentation and tables of numbers, of the same size: a 24-wide byte model, untrained."""
+    """Python source, English documentation and tables of numbers, of the same size:
+    a 24-wide byte model, untrained.
+    """
     import sklearn.datasets
 
     base = language_subject(24)
@@ -247,12 +259,16 @@ def mixed(on: Subject, earlier: list[Subject], share: float) -> Subject:
 
 
 def infinite_schedule(name: str, progress: Progress) -> Record:
-    """Three corpora in turn: a cosine for each, warmed up again, against one infinite schedule; with and without replay."""
+    """Three corpora in turn: a cosine for each, warmed up again, against one infinite schedule;
+    with and without replay.
+    """
     texts, steps, found = corpora(), 80, {}
     total = steps * len(texts)
 
     def run(kind: str, replay: float, peak: float, seed: int) -> tuple[float, float, float]:
-        """(mean test loss over all corpora at the end, mean rise of the earlier corpora's loss at the shifts, mean validation loss)."""
+        """(mean test loss over all corpora at the end, mean rise of the earlier corpora's loss at the shifts,
+        mean validation loss).
+        """
         model = reinitialised(texts[0], seed).model
         optimizer, rises = make_optimizer("adamw", peak)(model), []
         for i, text in enumerate(texts):
@@ -304,7 +320,9 @@ def infinite_schedule(name: str, progress: Progress) -> Record:
 
 
 def rewarm(name: str, progress: Progress) -> Record:
-    """Python source, then English: peak rate and warm-up length of the second phase, a rate left at its minimum, and from scratch."""
+    """Python source, then English: peak rate and warm-up length of the second phase,
+    a rate left at its minimum, and from scratch.
+    """
     first, second, _ = corpora()
     steps, peak = 100, 1e-2
     plans: dict[str, tuple[float, float]] = {
@@ -340,8 +358,8 @@ def rewarm(name: str, progress: Progress) -> Record:
             multiple: Multiple = (
                 (lambda t: 1.0)
                 if warmup < 0
-                else (lambda t, w=warmup: warm_cosine(t, steps, round(w * steps)))
-            )  # type: ignore[misc]
+                else (lambda t, w=warmup: warm_cosine(t, steps, round(w * steps)))  # type: ignore[misc]
+            )
             run = phase(
                 mine,
                 make_optimizer("adamw", peak * size)(mine.model),
@@ -388,14 +406,18 @@ def rewarm(name: str, progress: Progress) -> Record:
         "first_by_peak": upstream,
         "second_by_warmup": by_warmup,
         "holds": bool(flat and beats and larger),
-        "note": f"second corpus at half, once and twice the peak {', '.join(f'{v:.3f}' for v in by_peak)}, first {', '.join(f'{v:.3f}' for v in upstream)}; "
-        f"by warm-up length {', '.join(f'{v:.3f}' for v in by_warmup)}; from scratch {found['from scratch']['second']:.3f}, minimum kept "
+        "note": f"second corpus at half, once and twice the peak {', '.join(f'{v:.3f}' for v in by_peak)}, "
+        f"first {', '.join(f'{v:.3f}' for v in upstream)}; "
+        f"by warm-up length {', '.join(f'{v:.3f}' for v in by_warmup)}; from scratch "
+        f"{found['from scratch']['second']:.3f}, minimum kept "
         f"{found['minimum kept']['second']:.3f}; the loss {'rises' if spikes else 'does not rise'} at first",
     }
 
 
 def reference_time(name: str, progress: Progress) -> Record:
-    """Lion and Sophia against AdamW at three budgets of reference time, each decayed within it; and against AdamW not decayed."""
+    """Lion and Sophia against AdamW at three budgets of reference time, each decayed within it;
+    and against AdamW not decayed.
+    """
     on, names = language_subject(24), ("adamw", "lion", "sophia")
     steps_of, seconds = {}, {}
     for label in names:  # the reference machine is this one, its clock processor time
@@ -453,5 +475,7 @@ def reference_time(name: str, progress: Progress) -> Record:
         "seconds_per_step": seconds,
         "budgets": {b: told(v) for b, v in found.items()},
         "holds": bool(made_up and vanished),
-        "note": f"nats gained over AdamW decayed within the budget (in brackets over AdamW not decayed): {shown}",
+        "note": (
+            f"nats gained over AdamW decayed within the budget (in brackets over AdamW not decayed): {shown}"
+        ),
     }

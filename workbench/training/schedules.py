@@ -1,8 +1,9 @@
-"""Learning-rate schedules as `LRScheduler`s: a profile (a function of the finished fraction), a warm-up and a sampling rate.
+"""Learning-rate schedules as `LRScheduler`s: a profile (a function of the finished fraction),
+a warm-up and a sampling rate.
 
-A profile maps p = t / T in [0, 1] (after warm-up) to a multiple of the peak learning rate. Chen, Wolfe & Kyrillidis (2022)
-call profile x sampling rate a schedule; every profile here is sampled every step unless `sampling` says otherwise. What torch
-has (one-cycle, plateau) is torch's.
+A profile maps p = t / T in [0, 1] (after warm-up) to a multiple of the peak learning rate. Chen, Wolfe &
+Kyrillidis (2022) call profile x sampling rate a schedule; every profile here is sampled every step unless
+`sampling` says otherwise. What torch has (one-cycle, plateau) is torch's.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ def rex(p: float, final: float = 0.0) -> float:
 
 
 def uba(p: float, phi: float = 2.0, final: float = 0.0) -> float:
-    """2 (1 + cos pi p) / (2 phi + (2 - phi)(1 + cos pi p)), so 1 / uba - 1 = phi / 2 (1 / cosine - 1): cosine at phi = 2, held high longer below.
+    """2 (1 + cos pi p) / (2 phi + (2 - phi)(1 + cos pi p)), so 1 / uba - 1 = phi / 2 (1 / cosine - 1):
+    cosine at phi = 2, held high longer below.
 
-    Tang et al. (2025), whose own equation could not be read: the form is a public implementation's (two others use (1 - p)^phi, which
-    `polynomial` gives). Tested here: phi = 2 equals cosine, the relation above, monotone in p and in phi, both ends.
+    Tang et al. (2025), whose own equation could not be read: the form is a public implementation's
+    (two others use (1 - p)^phi, which `polynomial` gives). Tested here:
+    phi = 2 equals cosine, the relation above, monotone in p and in phi, both ends.
     """
     raised = 1 + math.cos(math.pi * p)
     return final + (1 - final) * (2 * raised / (2 * phi + (2 - phi) * raised) if p < 1 else 0.0)
@@ -79,7 +82,9 @@ def inverse_sqrt(p: float, start: float = 0.05) -> float:
 
 
 def wsd(p: float, decay: float = 0.2, shape: str = "linear", final: float = 0.0) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024): 1 until the last `decay`, then `shape`: linear, sqrt (1 - sqrt q), cosine or exponential."""
+    """Warm-up, stable, decay (Hu et al. 2024): 1 until the last `decay`, then `shape`:
+    linear, sqrt (1 - sqrt q), cosine or exponential.
+    """
     if p <= 1 - decay:
         return 1.0
     q = (p - (1 - decay)) / decay
@@ -100,10 +105,12 @@ def infinite(
     final: float = 0.01,
     shape: str = "cosine",
 ) -> float:
-    """Cool down to `constant`, hold it while data keep coming, anneal exponentially in the last `anneal` (Singh et al. 2025).
+    """Cool down to `constant`, hold it while data keep coming, anneal exponentially in the last `anneal`
+    (Singh et al. 2025).
 
-    Values are fractions of the peak: at p = cooldown it is `constant`, from 1 - anneal on constant (final / constant)^q, at 1 `final`.
-    `shape` of the cool-down: cosine or inverse-sqrt. With anneal = 0 it never ends: continue from `constant` without a re-warm.
+    Values are fractions of the peak: at p = cooldown it is `constant`, from 1 - anneal on constant
+    (final / constant)^q, at 1 `final`. `shape` of the cool-down: cosine or inverse-sqrt. With anneal = 0 it
+    never ends: continue from `constant` without a re-warm.
     """
     if p < cooldown:
         q = p / cooldown
@@ -133,9 +140,11 @@ SCHEDULES = (*PROFILES, "one-cycle", "plateau", "power")
 
 
 class ProfileLR(LRScheduler):
-    """Peak learning rate x profile(t / T) with linear warm-up over `warmup` steps, sampled every `sampling` steps.
+    """Peak learning rate x profile(t / T) with linear warm-up over `warmup` steps,
+    sampled every `sampling` steps.
 
-    Warm-up step t (from 0) runs at (t + 1) / (warmup + 1) of the peak, so that the peak is first used at step `warmup`.
+    Warm-up step t (from 0) runs at (t + 1) / (warmup + 1) of the peak,
+    so that the peak is first used at step `warmup`.
     """
 
     def __init__(
@@ -167,7 +176,9 @@ class ProfileLR(LRScheduler):
 
 
 class ExponentialRise(LRScheduler):
-    """From the optimizer's learning rate to `factor` times it over `total` steps, evenly in the logarithm: the range test of Smith (2017)."""
+    """From the optimizer's learning rate to `factor` times it over `total` steps, evenly in the logarithm:
+    the range test of Smith (2017).
+    """
 
     def __init__(self, optimizer: Optimizer, total: int, factor: float, last_epoch: int = -1) -> None:
         self.total, self.factor = total, factor
@@ -178,10 +189,12 @@ class ExponentialRise(LRScheduler):
 
 
 class TimeBudgetLR(ProfileLR):
-    """The same profile over a budget of seconds instead of steps (Izsak, Berchansky & Levy 2021): zero when the time is up.
+    """The same profile over a budget of seconds instead of steps (Izsak, Berchansky & Levy 2021):
+    zero when the time is up.
 
-    `clock` returns seconds; `total` and `warmup` are seconds. `spent` tells a training callback when to stop. Kaddour et al.'s
-    (2023) reference-system time is a clock that adds each step's time on the reference machine.
+    `clock` returns seconds; `total` and `warmup` are seconds. `spent` tells a training callback when to stop.
+    Kaddour et al.'s (2023) reference-system time is a clock that adds each step's time on the reference
+    machine.
     """
 
     def __init__(
@@ -221,10 +234,12 @@ class TimeBudgetLR(ProfileLR):
 
 
 class PowerLR(LRScheduler):
-    """eta(n) = min(eta_max, batch x a x n^b) at n tokens seen, linear warm-up, exponential final decay (Shen et al. 2024, eq. 5).
+    """eta(n) = min(eta_max, batch x a x n^b) at n tokens seen, linear warm-up, exponential final decay
+    (Shen et al. 2024, eq. 5).
 
-    eta_max is the optimizer's learning rate. batch : sequences per step. tokens : tokens of one step. It depends on no total except
-    through the final decay over the last `decay` fraction, to `final` x the value it started from.
+    eta_max is the optimizer's learning rate. batch : sequences per step. tokens : tokens of one step. It
+    depends on no total except through the final decay over the last `decay` fraction,
+    to `final` x the value it started from.
     """
 
     def __init__(
@@ -267,7 +282,8 @@ def profile(name: str, **options: Any) -> Profile:
     if name not in PROFILES:
         close = difflib.get_close_matches(name, SCHEDULES, 1)
         raise BadInput(
-            f"schedule: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(SCHEDULES)}"
+            f"schedule: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: "
+            f"{', '.join(SCHEDULES)}"
         )
     check_options("schedule", name, PROFILES[name], options, skip=1)
     return functools.partial(PROFILES[name], **options)
@@ -280,14 +296,17 @@ def check_options(
     unknown = set(options) - set(accepted)
     if unknown:
         raise BadInput(
-            f"{field}: {name!r} takes no option {', '.join(sorted(unknown))}; it takes {', '.join(accepted) or 'none'}"
+            f"{field}: {name!r} takes no option {', '.join(sorted(unknown))}; "
+            f"it takes {', '.join(accepted) or 'none'}"
         )
 
 
 def make_schedule(
     name: str, warmup: float = 0.0, sampling: int = 1, **options: Any
 ) -> Callable[[Optimizer, int], LRScheduler | ReduceLROnPlateau]:
-    """A factory (optimizer, steps) -> scheduler. `warmup` is a fraction of the steps; one-cycle and plateau have none of it."""
+    """A factory (optimizer, steps) -> scheduler. `warmup` is a fraction of the steps;
+    one-cycle and plateau have none of it.
+    """
     if not 0 <= warmup < 1:
         raise BadInput(f"warmup: {warmup} is not accepted, it should be a fraction of the run in [0, 1)")
     if name == "one-cycle":
@@ -312,7 +331,9 @@ def make_schedule(
 def sampled(
     name: str, steps: int, warmup: float = 0.0, sampling: int = 1, lr: float = 1.0, **options: Any
 ) -> np.ndarray:
-    """The learning rate of every step, (steps,) float64, read off the scheduler itself as an optimizer would see it."""
+    """The learning rate of every step, (steps,) float64, read off the scheduler itself as an optimizer would
+    see it.
+    """
     import torch
 
     if name == "plateau":
@@ -330,7 +351,9 @@ def sampled(
 
 
 def scaled_lr(lr: float, batch: float, reference: float, rule: str = "sqrt") -> float:
-    """The learning rate at another batch size: `linear` (Goyal et al. 2017), `sqrt` (Hoffer et al. 2017, Krizhevsky 2014) or `none`."""
+    """The learning rate at another batch size: `linear` (Goyal et al. 2017), `sqrt`
+    (Hoffer et al. 2017, Krizhevsky 2014) or `none`.
+    """
     powers = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
     if rule not in powers:
         raise BadInput(f"rule: {rule!r} is unknown; known: {', '.join(powers)}")

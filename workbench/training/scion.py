@@ -1,4 +1,6 @@
-"""Scion (Pethick et al. 2025): steps of fixed norm, each layer in the norm that suits it; pytorch_optimizer's rounds to bfloat16."""
+"""Scion (Pethick et al. 2025): steps of fixed norm, each layer in the norm that suits it;
+pytorch_optimizer's rounds to bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ NORMS = ("spectral", "sign", "rms")
 
 
 def steepest(direction: Tensor, norm: str) -> Tensor:
-    """The unit-norm tensor with the largest inner product with `direction` (minus the linear minimisation oracle).
+    """The unit-norm tensor with the largest inner product with `direction`
+    (minus the linear minimisation oracle).
 
-    spectral: sqrt(out / in) U V^T by Newton-Schulz; sign: sign / in (the largest-entry norm, scaled); rms: d / sqrt(mean d^2).
+    spectral: sqrt(out / in) U V^T by Newton-Schulz; sign: sign / in (the largest-entry norm, scaled); rms:
+    d / sqrt(mean d^2).
     """
     if norm == "spectral":
         return (direction.shape[0] / direction.shape[1]) ** 0.5 * orthogonalise(direction)
@@ -28,9 +32,11 @@ def steepest(direction: Tensor, norm: str) -> Tensor:
 
 
 class Scion(GroupOptimizer):
-    """d <- (1 - a) d + a g;  w <- (1 - lr wd) w - lr radius steepest(d), a = 1 - momentum. At wd = 1 it is the constrained form.
+    """d <- (1 - a) d + a g;  w <- (1 - lr wd) w - lr radius steepest(d), a = 1 - momentum.
+    At wd = 1 it is the constrained form.
 
-    Each group names its `norm` (spectral for hidden matrices, sign for the first and last, rms for vectors) and its `radius`.
+    Each group names its `norm` (spectral for hidden matrices, sign for the first and last, rms for vectors)
+    and its `radius`.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""Self-tuning networks (MacKay et al. 2019): hyperparameters learned while the weights are, by a best response linear in them."""
+"""Self-tuning networks (MacKay et al. 2019): hyperparameters learned while the weights are,
+by a best response linear in them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from workbench.training.order import take
 
 @dataclass(frozen=True)
 class Hyperparameter:
-    """One hyperparameter to tune. kind : "positive" is tuned in its logarithm, "fraction" (0 to 1) in its logit."""
+    """One hyperparameter to tune. kind : "positive" is tuned in its logarithm, "fraction" (0 to 1)
+    in its logit.
+    """
 
     name: str
     start: float
@@ -36,7 +40,9 @@ class Hyperparameter:
 
 
 class Setting(nn.Module):
-    """The hyperparameters of a self-tuning model: centre (n,) and log spread (n,) are learned, `drawn` (n,) is what layers see now."""
+    """The hyperparameters of a self-tuning model: centre (n,) and log spread (n,) are learned, `drawn` (n,)
+    is what layers see now.
+    """
 
     noise: Tensor
 
@@ -68,7 +74,9 @@ class Setting(nn.Module):
 
 
 class SelfTuningLinear(nn.Module):
-    """y = (W + diag(V l) W') x + b + diag(C l) b' with l the hyperparameters drawn: an affine best response of rank one a row."""
+    """y = (W + diag(V l) W') x + b + diag(C l) b' with l the hyperparameters drawn:
+    an affine best response of rank one a row.
+    """
 
     def __init__(self, layer: nn.Linear, setting: Setting) -> None:
         super().__init__()
@@ -152,10 +160,12 @@ def tune(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Algorithm 1: `train_steps` steps of Adam on weights and responses at drawn hyperparameters, then one on the setting by the
-    validation loss minus `entropy_weight` x entropy; the first `warmup` rounds leave the setting alone.
+    """Algorithm 1: `train_steps` steps of Adam on weights and responses at drawn hyperparameters, then one on
+    the setting by the validation loss minus `entropy_weight` x entropy;
+    the first `warmup` rounds leave the setting alone.
 
-    Returns a row a round: round, losses, hyperparameters and their spread. `model` ends at the centre of the setting.
+    Returns a row a round: round, losses, hyperparameters and their spread.
+    `model` ends at the centre of the setting.
     """
     progress = progress or Progress()
     inner = torch.optim.Adam(model.parameters(), lr=lr)

@@ -1,4 +1,6 @@
-"""Sophia (Liu et al. 2023, algorithm 3): momentum over a clipped diagonal of the Hessian, estimated every few steps by Hutchinson."""
+"""Sophia (Liu et al. 2023, algorithm 3): momentum over a clipped diagonal of the Hessian,
+estimated every few steps by Hutchinson.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ class Sophia(GroupOptimizer):
     """m <- b1 m + (1 - b1) g;  every `every` steps h <- b2 h + (1 - b2) u * (H u), u of random signs
     w <- (1 - lr wd) w;  w <- w - lr clip(m / max(gamma h, eps), 1), elementwise.
 
-    `fit` calls `prepare`, which estimates on the first `examples` of the batch in use; another loop calls `estimate(loss)`.
-    Where h is not positive the step is the sign of m, as the authors mean it.
+    `fit` calls `prepare`, which estimates on the first `examples` of the batch in use; another loop calls
+    `estimate(loss)`. Where h is not positive the step is the sign of m, as the authors mean it.
     """
 
     def __init__(

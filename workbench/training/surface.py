@@ -1,4 +1,6 @@
-"""The loss over learning rate and batch size at a fixed number of examples: its bowl, its plateau, and what the rules predict."""
+"""The loss over learning rate and batch size at a fixed number of examples:
+its bowl, its plateau, and what the rules predict.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ from workbench.training.train_study import OptimizerName, ScheduleName
 
 
 def best_lr(cell: pd.DataFrame) -> tuple[float, float, bool]:
-    """(learning rate, loss, inside) of one batch size: the parabola in ln lr through the best run and its neighbours.
+    """(learning rate, loss, inside) of one batch size: the parabola in ln lr through the best run and its
+    neighbours.
 
-    cell : columns lr, value. At an end of the grid the end itself is returned with inside False: the optimum may lie beyond.
+    cell : columns lr, value. At an end of the grid the end itself is returned with inside False:
+        the optimum may lie beyond.
     """
     good = cell[np.isfinite(cell.value)].sort_values("lr").reset_index(drop=True)
     if good.empty:
@@ -50,7 +54,9 @@ def optima(table: pd.DataFrame) -> pd.DataFrame:
 def bowl_interval(
     frame: pd.DataFrame, within: float, resamples: int, level: float, seed: int
 ) -> dict[str, float]:
-    """Bootstrap intervals of the bowl's optimum over runs: lr_low, lr_high, batch_low, batch_high (NaN when too few resamples have a bowl)."""
+    """Bootstrap intervals of the bowl's optimum over runs:
+    lr_low, lr_high, batch_low, batch_high (NaN when too few resamples have a bowl).
+    """
     rng, found = np.random.default_rng(seed), []
     for _ in range(resamples):
         drawn = frame.iloc[rng.integers(len(frame), size=len(frame))]
@@ -69,9 +75,14 @@ def bowl_interval(
 
 
 class LearningRateBatchSize(SubjectInstrument):
-    """Final loss over a grid of learning rates and batch sizes, every run given the same number of examples and a fully decayed rate."""
+    """Final loss over a grid of learning rates and batch sizes,
+    every run given the same number of examples and a fully decayed rate.
+    """
 
-    summary_line = "loss surface over learning rate and batch size, its fitted optimum with intervals, and what scaling rules predict"
+    summary_line = (
+        "loss surface over learning rate and batch size, its fitted optimum with intervals, "
+        "and what scaling rules predict"
+    )
 
     examples: int = parameter(8192, "training examples of every run", ge=16, le=10**9, scale="log")
     lr_low: float = parameter(3e-4, "lowest peak learning rate", gt=0, le=100, scale="log")
@@ -94,7 +105,8 @@ class LearningRateBatchSize(SubjectInstrument):
     workers: int = parameter(2, "worker processes", ge=1, le=256)
     storage: str = parameter(
         "",
-        "database of the sweep, an SQLAlchemy URL that several machines may share; empty: SQLite in the cache",
+        "database of the sweep, an SQLAlchemy URL that several machines may share; empty: "
+        "SQLite in the cache",
     )
     backend: Literal["loky", "dask", "ray"] = parameter(
         "loky", "where workers run: processes here, or a Dask or Ray cluster that is already joined"
@@ -250,7 +262,9 @@ def shape_of(on: Subject) -> dict[str, float]:
 
 
 def predictions(found: pd.DataFrame, shape: dict[str, float], examples: int) -> pd.DataFrame:
-    """Learning rates by rule at each measured batch size, anchored at the smallest batch: batch_size, rule, lr."""
+    """Learning rates by rule at each measured batch size, anchored at the smallest batch:
+    batch_size, rule, lr.
+    """
     usable = found.dropna(subset=["lr"])
     if usable.empty:
         return pd.DataFrame(columns=["batch_size", "rule", "lr"])

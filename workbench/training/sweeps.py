@@ -1,10 +1,12 @@
-"""Sweeps that survive anything: optuna samples, a ledger in SQLite or PostgreSQL hands out trials, joblib runs the workers.
+"""Sweeps that survive anything: optuna samples, a ledger in SQLite or PostgreSQL hands out trials,
+joblib runs the workers.
 
-    sweep = Sweep("demo", {"lr": Range(1e-4, 1e-1, log=True), "batch_size": [8, 16, 32]}, objective, trials=60)
-    table = sweep.run(workers=2)
+    sweep = Sweep("demo", {"lr": Range(1e-4, 1e-1, log=True), "batch_size": [8, 16, 32]}, objective,
+    trials=60) table = sweep.run(workers=2)
 
-Any number of machines may run the same sweep on one PostgreSQL URL at once. A killed worker's, or a killed machine's, runs in
-flight are run again; nothing else is. A diverged run is a result; an objective that raises is recorded as failed with its words.
+Any number of machines may run the same sweep on one PostgreSQL URL at once. A killed worker's, or a killed
+machine's, runs in flight are run again; nothing else is. A diverged run is a result;
+an objective that raises is recorded as failed with its words.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Range:
 
 
 class Trial:
-    """What an objective sees of the sweep: `progress` obeys Stop, `report` returns True when the run should end early."""
+    """What an objective sees of the sweep: `progress` obeys Stop,
+    `report` returns True when the run should end early.
+    """
 
     def __init__(self, number: int, progress: Progress, trial: Any = None) -> None:
         self.number, self.progress, self._trial = number, progress, trial
@@ -63,9 +67,10 @@ class Trial:
 class Sweep:
     """A named set of trials over `space`: field -> values or a `Range`.
 
-    sampling : "grid" (every combination), "random" or "tpe" (Bergstra et al. 2011), the latter two with `trials` points. halving: end
-    unpromising runs early (successive halving, Jamieson & Talwalkar 2016) as the objective reports. storage : an SQLAlchemy URL,
-    by default an SQLite file in the cache folder. The same name, space and settings go on where they stopped; others are refused.
+    sampling : "grid" (every combination), "random" or "tpe" (Bergstra et al. 2011), the latter two with
+        `trials` points. halving: end unpromising runs early (successive halving, Jamieson & Talwalkar 2016)
+        as the objective reports. storage : an SQLAlchemy URL, by default an SQLite file in the cache folder.
+        The same name, space and settings go on where they stopped; others are refused.
     """
 
     def __init__(
@@ -122,7 +127,7 @@ class Sweep:
             sort_keys=True,
         )
 
-    # ---- set-up ----------------------------------------------------------------------------------------------------
+    # ---- set-up --------------------------------------------------------------------------------------------
     def _optuna(self, study: str, create: bool = False) -> Any:
         import optuna
 
@@ -171,11 +176,12 @@ class Sweep:
         if found[0] != self.spec:
             ledger.close()
             raise BadInput(
-                f"name: {self.name!r} is a different sweep in this storage ({found[0]}); give this one another name"
+                f"name: {self.name!r} is a different sweep in this storage ({found[0]}); "
+                "give this one another name"
             )
         return ledger
 
-    # ---- running ---------------------------------------------------------------------------------------------------
+    # ---- running -------------------------------------------------------------------------------------------
     def run(
         self,
         workers: int = 2,
@@ -183,10 +189,12 @@ class Sweep:
         progress: Progress | None = None,
         on_change: Callable[[pd.DataFrame], None] | None = None,
     ) -> pd.DataFrame:
-        """Run what is left and return `table()`. Ends early on Stop, keeping what is finished; run again to go on.
+        """Run what is left and return `table()`. Ends early on Stop, keeping what is finished;
+        run again to go on.
 
-        workers : 1 runs here, more run in joblib's `backend`: "loky" (processes), "dask" (joins the current `dask.distributed.Client`)
-        or "ray" (joins the current cluster). on_change : called with `table()` whenever another trial has finished.
+        workers : 1 runs here, more run in joblib's `backend`: "loky" (processes), "dask" (joins the current
+            `dask.distributed.Client`) or "ray" (joins the current cluster). on_change : called with `table()`
+            whenever another trial has finished.
         """
         progress = progress or Progress()
         ledger = self.open()
@@ -264,7 +272,9 @@ class Sweep:
     def work(
         self, driver: str, on_done: Callable[[], None] | None = None, progress: Progress | None = None
     ) -> int:
-        """What one worker does: claim, run, record, until nothing is left. Returns how many results it recorded."""
+        """What one worker does: claim, run, record, until nothing is left.
+        Returns how many results it recorded.
+        """
         ledger, owner, recorded = self.open(), owner_name(driver), 0
         found = ledger.spec()
         assert found is not None
@@ -365,7 +375,7 @@ class Sweep:
             if row.state in ("done", "failed") and row.optuna in open_numbers:
                 self._tell(study, row.optuna, json.loads(row.params), json.loads(row.result), row.state)
 
-    # ---- results ---------------------------------------------------------------------------------------------------
+    # ---- results -------------------------------------------------------------------------------------------
     def table(self) -> pd.DataFrame:
         """One row per trial, finished or not: trial, state, the fields, the facts, attempts, seconds."""
         ledger = self.open()

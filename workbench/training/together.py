@@ -12,7 +12,9 @@ from workbench.training.group_optimizer import evaluated
 
 
 class Together(Optimizer):
-    """Several optimizers on disjoint parameters as one: schedules, clipping and checkpoints see a single optimizer."""
+    """Several optimizers on disjoint parameters as one: schedules,
+    clipping and checkpoints see a single optimizer.
+    """
 
     def __init__(self, parts: list[Optimizer]) -> None:
         self.parts = parts

@@ -1,4 +1,6 @@
-"""The `train` instrument: train a subject with the fields of the loop, get the trained subject and its curves."""
+"""The `train` instrument: train a subject with the fields of the loop,
+get the trained subject and its curves.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ ScheduleName = Literal[
 
 
 class Train(SubjectInstrument):
-    """Train the subject: any optimizer, schedule and precision of the bench (products of rounded, rotated operands among them), masks and number formats kept."""
+    """Train the subject: any optimizer, schedule and precision of the bench (products of rounded, rotated
+    operands among them), masks and number formats kept.
+    """
 
     summary_line = "train a subject: loss, learning rate and gradient norm per step, validation and test loss"
     changes_model = True
@@ -70,7 +74,8 @@ class Train(SubjectInstrument):
     clip: float = parameter(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e6)
     precision: Precision = parameter(
         "fp32",
-        "precision of the forward and backward pass; a number format rounds the operands of its matrix products",
+        "precision of the forward and backward pass; a number format rounds the operands of its matrix "
+        "products",
     )
     rotation: Literal[0, 1, 2] = parameter(
         0, "Hadamard rotations of rounded operands (HALO's levels): none, forward, forward and input gradient"
@@ -189,6 +194,7 @@ def names(text: str, known: tuple[str, ...], field: str) -> list[str]:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             raise BadInput(
-                f"{field}: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: {', '.join(known)}"
+                f"{field}: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: "
+                f"{', '.join(known)}"
             )
     return list(dict.fromkeys(found))

@@ -2,7 +2,7 @@
 
 | name | module | what it is |
 |---|---|---|
-| `digits-softmax`, `digits-vit` | `digits` | scikit-learn's digits: softmax regression, a small vision transformer |
+| `digits-softmax`, `digits-vit` | `digits` | scikit-learn's digits: softmax regression, a small transformer |
 | `bytelm`, `bytemoe` | `bytelm` | byte language models trained by the project, weights in `data/` |
 | `minilm-docstrings` | `minilm` | the MiniLM-L6 BERT telling packages apart by their docstrings |
 """
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 class Parts:
     """What a subject is made of.
 
-    `splits` has train, calibration, validation and test (calibration is drawn from train), each a dict of tensors
-    with one row per example. `info` has at least `note` (a sentence on the data) and, for classifiers, `labels`.
+    `splits` has train, calibration, validation and test (calibration is drawn from train), each a dict
+    of tensors with one row per example. `info` has at least `note` (a sentence on the data) and,
+    for classifiers, `labels`.
     """
 
     model: nn.Module

