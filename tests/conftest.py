@@ -8,7 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Read when a kernel is decorated, so it has to be set before anything imports one; compilation is tested in subprocesses.
+# Read when a kernel is decorated, so it has to be set before anything imports one;
+# compilation is tested in subprocesses.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
@@ -30,7 +31,9 @@ def shared() -> Path:
 
 
 def new_cache(folder: Path) -> Path:
-    """A cache folder without results, with the trained digits-vit in it: to train it again in each takes fifteen seconds."""
+    """A cache folder without results, with the trained digits-vit in it:
+    to train it again in each takes fifteen seconds.
+    """
     import workbench
     from workbench.instruments import cache_folder
 

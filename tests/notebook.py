@@ -8,7 +8,9 @@ import nbformat
 
 
 def write(path: Path, *cells: str, parameters: str | None = None) -> Path:
-    """A notebook whose cells are code, or Markdown when they start with '#md '; `parameters` becomes the tagged cell."""
+    """A notebook whose cells are code, or Markdown when they start with '#md ';
+    `parameters` becomes the tagged cell.
+    """
     book = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     )

@@ -49,7 +49,9 @@ def test_wrong_shapes_are_named() -> None:
 
 
 def test_a_rule_and_its_label_stand_at_the_same_place() -> None:
-    """Plotly takes the place of a line as the value on every axis, that of a label as the logarithm on a logarithmic one."""
+    """Plotly takes the place of a line as the value on every axis,
+    that of a label as the logarithm on a logarithmic one.
+    """
     fig = figures.figure("t", xaxis_type="log")
     figures.rule(fig, "fifty", x=50.0)
     figures.rule(fig, "two", y=2.0)

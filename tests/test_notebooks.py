@@ -128,7 +128,9 @@ def figures_of(notebook: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def killed_and_run_again(tmp_path_factory: pytest.TempPathFactory) -> reports.ReportPaths:
-    """The compression report from the command line: killed with kernel and all once some of the work is done, then asked for again."""
+    """The compression report from the command line: killed with kernel and all once some of the work is done,
+    then asked for again.
+    """
     folder = tmp_path_factory.mktemp("killed")
     environment = os.environ | {"WORKBENCH_CACHE": str(new_cache(folder / "cache"))}
     out, given = (

@@ -1,21 +1,26 @@
-"""Curvature products and stochastic Lanczos quadrature beside curvlinops and hessian-eigenthings, on the MiniLM encoder.
+"""Curvature products and stochastic Lanczos quadrature beside curvlinops and hessian-eigenthings,
+on the MiniLM encoder.
 
-    python tests/benchmarks/bench_curvature.py products [--repeats 5] [--examples 4] [--batch-size 2] [--probes 8]
+    python tests/benchmarks/bench_curvature.py products [--repeats 5] [--examples 4] [--batch-size 2]
+    [--probes 8]
     python tests/benchmarks/bench_curvature.py steps    [--repeats 4] [--probes 2]
-    python tests/benchmarks/bench_curvature.py slq      [--repeats 5] [--examples 4] [--batch-size 2] [--probes 8] [--steps 30] [--whole]
-    python tests/benchmarks/bench_curvature.py memory --library workbench | curvlinops | hessian-eigenthings [--steps 3]
+    python tests/benchmarks/bench_curvature.py slq
+        [--repeats 5] [--examples 4] [--batch-size 2] [--probes 8] [--steps 30] [--whole]
+    python tests/benchmarks/bench_curvature.py memory --library workbench | curvlinops | hessian-eigenthings
+    [--steps 3]
 
-All libraries that are installed get the same 36 encoder matrices, the same micro-batches, float32 and plain matrix-product
-attention (the peers raise on the fused one). Times are CPU seconds of one thread, taken in turns in one process, and printed as
-medians of ratios: in gradients (one gradient = forward and backward over the same data, with the same attention) and of peer to
-workbench.
+All libraries that are installed get the same 36 encoder matrices, the same micro-batches, float32 and plain
+matrix-product attention (the peers raise on the fused one). Times are CPU seconds of one thread, taken in
+turns in one process, and printed as medians of ratios: in gradients (one gradient = forward and backward over
+the same data, with the same attention) and of peer to workbench.
 
-`slq` compares whole calls from data to density. All run probes of this size one after the other (the workbench in pairs), each at the
-same cost, so every repeat takes a call with one probe (a pair) times the number of probes (pairs), plus what a peer does once: curvlinops
-first searches the spectrum's boundaries. What the workbench does once, building the graphs, is thus counted for every pair. `--whole` also
-runs the whole calls of the workbench and curvlinops once, to check those sums.
-`memory` runs a whole call in a process of its own (hessian-eigenthings: one probe, as it runs them one by one). Only its memory grows
-with the steps at this size, as it keeps every Krylov vector: three steps are enough for the others.
+`slq` compares whole calls from data to density. All run probes of this size one after the other (the
+workbench in pairs), each at the same cost, so every repeat takes a call with one probe (a pair) times
+the number of probes (pairs), plus what a peer does once: curvlinops first searches the spectrum's boundaries.
+What the workbench does once, building the graphs, is thus counted for every pair. `--whole` also runs
+the whole calls of the workbench and curvlinops once, to check those sums. `memory` runs a whole call in
+a process of its own (hessian-eigenthings: one probe, as it runs them one by one). Only its memory grows with
+the steps at this size, as it keeps every Krylov vector: three steps are enough for the others.
 """
 
 from __future__ import annotations
@@ -187,7 +192,9 @@ def products(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
 
 
 def lanczos_steps(bench: Bench, repeats: int, probes: int) -> Iterator[Rows]:
-    """One step of a probe in lockstep, graphs kept, beside one product of curvlinops; as `products`, in seconds instead of minutes."""
+    """One step of a probe in lockstep, graphs kept, beside one product of curvlinops;
+    as `products`, in seconds instead of minutes.
+    """
     found: dict[str, list[float]] = {}
     theirs, vector = bench.curvlinops(), torch.randn(bench.size, generator=torch.Generator().manual_seed(0))
     theirs @ vector
@@ -255,7 +262,8 @@ def slq(bench: Bench, repeats: int, probes: int, steps: int, whole: bool) -> Ite
             flush=True,
         )
         print(
-            f"extent: workbench {mine.extent}, curvlinops {float(nodes.min()), float(nodes.max())}, its boundaries {bounds}",
+            f"extent: workbench {mine.extent}, curvlinops {float(nodes.min()), float(nodes.max())}, "
+            f"its boundaries {bounds}",
             flush=True,
         )
         yield summary(found)
@@ -271,7 +279,8 @@ def slq(bench: Bench, repeats: int, probes: int, steps: int, whole: bool) -> Ite
         print(f"the workbench's whole call: {measured:.1f} s; from its parts: {whole_call:.1f} s", flush=True)
         theirs_measured, _ = timed(lanczos_approximate_spectrum, theirs, ncv=steps, num_repeats=probes)
         print(
-            f"curvlinops' whole call: {theirs_measured:.1f} s, {theirs_measured / measured:.2f} times; from its parts: {sums['curvlinops']:.1f} s",
+            f"curvlinops' whole call: {theirs_measured:.1f} s, {theirs_measured / measured:.2f} times; "
+            f"from its parts: {sums['curvlinops']:.1f} s",
             flush=True,
         )
 
@@ -290,7 +299,9 @@ def memory(bench: Bench, library: str, probes: int, steps: int) -> None:
     else:
         bench.eigenthings_slq(1, steps)
     print(
-        f"{library}, {steps} steps: peak {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB above one gradient's"
+        f"{library}, {steps} steps: peak "
+        f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB above one "
+        "gradient's"
     )
 
 
@@ -331,8 +342,10 @@ def main() -> None:
     print(
         "\n".join(
             [
-                f"MiniLM encoder, {options.examples} examples in micro-batches of {options.batch_size}, {options.probes} probes, {options.steps} steps, {options.repeats} "
-                f"repeats, torch {torch.__version__}, one thread of {os.cpu_count()} {platform.machine()} cores, CPU seconds; load {min(loads):.0f} to {max(loads):.0f}.",
+                f"MiniLM encoder, {options.examples} examples in micro-batches of {options.batch_size}, "
+                f"{options.probes} probes, {options.steps} steps, {options.repeats} "
+                f"repeats, torch {torch.__version__}, one thread of {os.cpu_count()} {platform.machine()} "
+                f"cores, CPU seconds; load {min(loads):.0f} to {max(loads):.0f}.",
                 "",
                 "| what | median | lowest | highest |",
                 "|---|---|---|---|",

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_kernels_unpadded.py
 
-Prints the ratio of times beside the ideal (padded tokens / valid tokens), the share of the ideal that is reached, and the
-largest difference: for the built-in subject `minilm-docstrings` on its own test split (logits; its first use fine-tunes it),
-and for the bare encoder at several maximum lengths (hidden states). Both run in one process, alternating.
+Prints the ratio of times beside the ideal (padded tokens / valid tokens), the share of the ideal that is
+reached, and the largest difference: for the built-in subject `minilm-docstrings` on its own test split
+(logits; its first use fine-tunes it), and for the bare encoder at several maximum lengths (hidden states).
+Both run in one process, alternating.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 
 
 def docstrings(limit: int) -> list[str]:
-    """Docstrings of the public members of torch, numpy and the standard library: short, long, code and prose."""
+    """Docstrings of the public members of torch, numpy and the standard library:
+    short, long, code and prose.
+    """
     found: dict[str, None] = {}
     for module in (
         torch,
@@ -40,7 +43,9 @@ def docstrings(limit: int) -> list[str]:
 
 
 def compare(padded: torch.nn.Module, batches: list[dict[str, torch.Tensor]], output: str) -> str:
-    """One line: median ratio of CPU seconds over five alternating runs, its ideal, and the largest difference of `output`."""
+    """One line: median ratio of CPU seconds over five alternating runs, its ideal,
+    and the largest difference of `output`.
+    """
     from workbench.kernels.unpadded import unpad
 
     packed = unpad(copy.deepcopy(padded))
@@ -66,7 +71,10 @@ def compare(padded: torch.nn.Module, batches: list[dict[str, torch.Tensor]], out
                 ),
             )
     ratio = statistics.median(ratios)
-    return f"x {ratio:.2f} (ideal x {ideal:.2f}, {100 * ratio / ideal:.0f} % of it), largest difference {worst:.1e}"
+    return (
+        f"x {ratio:.2f} (ideal x {ideal:.2f}, {100 * ratio / ideal:.0f} % of it), "
+        f"largest difference {worst:.1e}"
+    )
 
 
 def main() -> None:

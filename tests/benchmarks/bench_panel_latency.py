@@ -1,11 +1,13 @@
-"""Milliseconds from a key pressed on a panel's slider to the new figure painted, in a real JupyterLab in headless Chromium.
+"""Milliseconds from a key pressed on a panel's slider to the new figure painted,
+in a real JupyterLab in headless Chromium.
 
     python -m tests.benchmarks.bench_panel_latency [spectrum | formats | formats-minilm]
 
-`spectrum` redraws a result with another view setting; `formats` rounds a layer anew and draws the format's grid over its weights (on
-MiniLM: the first layer of a feed-forward, 1536 x 384). Measured in the page: from the keydown event until the figure is updated, and
-until it has been on the screen for two frames. The way is page, server, kernel, figure, kernel, server, page, Plotly. Prints median
-and 90th percentile of 40 presses and how long the kernel's own part (computing, drawing up the figure, packing it) takes.
+`spectrum` redraws a result with another view setting; `formats` rounds a layer anew and draws the format's
+grid over its weights (on MiniLM: the first layer of a feed-forward, 1536 x 384). Measured in the page: from
+the keydown event until the figure is updated, and until it has been on the screen for two frames. The way is
+page, server, kernel, figure, kernel, server, page, Plotly. Prints median and 90th percentile of 40 presses
+and how long the kernel's own part (computing, drawing up the figure, packing it) takes.
 """
 
 from __future__ import annotations
@@ -59,12 +61,14 @@ for _ in range(21):
     times.append(1e3 * (time.perf_counter() - began))
 print("kernel-part-ms", sorted(times)[10])"""
 WATCH = """() => {
-  const plot = document.querySelector('.wb-plot'); window.delays = []; window.updated = []; window.drawing = [];
+  const plot = document.querySelector('.wb-plot'); window.delays = []; window.updated = []; \
+window.drawing = [];
   document.addEventListener('keydown', () => {
     const began = performance.now();
     const watch = new MutationObserver(() => {
       watch.disconnect(); window.updated.push(performance.now() - began);
-      requestAnimationFrame(() => requestAnimationFrame(() => { window.delays.push(performance.now() - began); window.drawing.push(+plot.dataset.milliseconds) }));
+      requestAnimationFrame(() => requestAnimationFrame(() => { \
+window.delays.push(performance.now() - began); window.drawing.push(+plot.dataset.milliseconds) }));
     });
     watch.observe(plot, { attributes: true, attributeFilter: ['data-revision'] });
   }, true);
@@ -72,7 +76,10 @@ WATCH = """() => {
 
 
 def described(times: list[float]) -> str:
-    return f"median {statistics.median(times):.0f} ms, 90th percentile {statistics.quantiles(times, n=10)[-1]:.0f} ms"
+    return (
+        f"median {statistics.median(times):.0f} ms, 90th percentile "
+        f"{statistics.quantiles(times, n=10)[-1]:.0f} ms"
+    )
 
 
 def main(name: str = "spectrum") -> None:
@@ -97,8 +104,10 @@ def main(name: str = "spectrum") -> None:
                 "() => [window.updated.slice(3), window.delays.slice(3), window.drawing.slice(3)]"
             )
     print(
-        f"{name}: key to figure updated: {described(updated)}; two frames later: {described(delays)}; of it in the kernel {inside:.0f} ms, "
-        f"drawing {statistics.median(drawing):.0f} ms; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        f"{name}: key to figure updated: {described(updated)}; two frames later: {described(delays)}; "
+        f"of it in the kernel {inside:.0f} ms, "
+        f"drawing {statistics.median(drawing):.0f} ms; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} "
+        "cores"
     )
 
 

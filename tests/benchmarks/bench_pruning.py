@@ -1,9 +1,10 @@
-"""Pruning against plain reference implementations, run by hand: `python tests/benchmarks/bench_pruning.py [--repeats 5]`.
+"""Pruning against plain reference implementations, run by hand:
+`python tests/benchmarks/bench_pruning.py [--repeats 5]`.
 
-SparseGPT and Wanda are written here once more as their papers' pseudo-code, one matrix and one column at a time, and run on the same
-MiniLM layers and the same second moments, in turns. Printed: median seconds of both, their ratio, whether the Wanda masks are
-identical and how far the reconstruction errors are apart; the pass over the calibration data that each needs; and oBERT's seconds after the
-gradients are collected.
+SparseGPT and Wanda are written here once more as their papers' pseudo-code, one matrix and one column at
+a time, and run on the same MiniLM layers and the same second moments, in turns. Printed: median seconds
+of both, their ratio, whether the Wanda masks are identical and how far the reconstruction errors are apart;
+the pass over the calibration data that each needs; and oBERT's seconds after the gradients are collected.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def main() -> None:
         began = time.process_time()
         second_moments(on, layers, examples=calibration.examples, gram=gram)
         print(
-            f"{what}: {calibration.examples} examples' inputs to {len(layers)} layers in {time.process_time() - began:.2f} s CPU",
+            f"{what}: {calibration.examples} examples' inputs to {len(layers)} layers in "
+            f"{time.process_time() - began:.2f} s CPU",
             flush=True,
         )
     cases = [
@@ -103,7 +105,8 @@ def main() -> None:
     middle = {name: statistics.median(values) for name, values in times.items()}
     for name in ("sparsegpt", "wanda"):
         print(
-            f"{name}: {middle[name]:.2f} s CPU for {len(layers)} layers, reference {middle[f'reference {name}']:.2f} s, ratio {middle[f'reference {name}'] / middle[name]:.2f}"
+            f"{name}: {middle[name]:.2f} s CPU for {len(layers)} layers, reference "
+            f"{middle[f'reference {name}']:.2f} s, ratio {middle[f'reference {name}'] / middle[name]:.2f}"
         )
     gaps, masks = [], True
     for layer, weight, gram, norm in cases:
@@ -130,7 +133,8 @@ def main() -> None:
         fisher.update(weight, make_mask(rho, Tiles(1, 1), 0.7), calibration.factors(layer), damp, 50)
     count = sum(weight.numel() for _, weight, _, _ in cases)
     print(
-        f"oBERT over {count / 1e6:.1f} M weights after the gradients: {time.perf_counter() - began:.1f} s wall, {time.process_time() - cpu:.1f} s CPU"
+        f"oBERT over {count / 1e6:.1f} M weights after the gradients: "
+        f"{time.perf_counter() - began:.1f} s wall, {time.process_time() - cpu:.1f} s CPU"
     )
 
 

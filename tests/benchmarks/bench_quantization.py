@@ -1,13 +1,19 @@
-"""Rounding against memory, GPTQ against the plain column loop, reconstruction errors against peers; medians of five, printed as ratios.
+"""Rounding against memory, GPTQ against the plain column loop, reconstruction errors against peers;
+medians of five, printed as ratios.
 
-    python -m tests.benchmarks.bench_quantization speed     # rounding against a copy, GPTQ against the plain column loop
-    python -m tests.benchmarks.bench_quantization errors    # against torch, compressed-tensors and the dense inverse, on a random layer
-    python -m tests.benchmarks.bench_quantization peers     # against torchao, HQQ, quanto and AutoRound where importable, on layers of the MiniLM
-    python -m tests.benchmarks.bench_quantization allocation  # seconds of the integer program, and its certificate
-    python -m tests.benchmarks.bench_quantization encoder   # GPTQ over all encoder linears of the MiniLM: CPU seconds and error
+    python -m tests.benchmarks.bench_quantization speed
+        # rounding against a copy, GPTQ against the plain column loop
+    python -m tests.benchmarks.bench_quantization errors
+        # against torch, compressed-tensors and the dense inverse, on a random layer
+    python -m tests.benchmarks.bench_quantization peers
+        # against torchao, HQQ, quanto and AutoRound where importable, on layers of the MiniLM
+    python -m tests.benchmarks.bench_quantization allocation
+        # seconds of the integer program, and its certificate
+    python -m tests.benchmarks.bench_quantization encoder
+        # GPTQ over all encoder linears of the MiniLM: CPU seconds and error
 
-Libraries outside the environment: `pip install --target FOLDER --no-deps hqq torchao optimum-quanto auto-round termcolor py-cpuinfo ninja`,
-then PYTHONPATH=FOLDER.
+Libraries outside the environment: `pip install --target FOLDER --no-deps hqq torchao optimum-quanto
+auto-round termcolor py-cpuinfo ninja`, then PYTHONPATH=FOLDER.
 """
 
 from __future__ import annotations
@@ -48,8 +54,10 @@ def median_of(function: Callable[[], object]) -> float:
 
 
 def column_loop(weight: Tensor, upper: Tensor, grid: Grid, block: int = 128, moving: bool = False) -> Tensor:
-    """GPTQ as its paper's algorithm 1 states it: one column, then a rank-one update of the rest of its block of 128.
-    With `moving` every block is a group whose scale is found once the loop is there, as the authors' script does."""
+    """GPTQ as its paper's algorithm 1 states it: one column, then a rank-one update of the rest of its block
+    of 128. With `moving` every block is a group whose scale is found once the loop is there,
+    as the authors' script does.
+    """
     work, out = weight.clone(), torch.zeros_like(weight)
     scale, _ = grid.columns(weight.shape[1])
     for start in range(0, weight.shape[1], block):
@@ -66,14 +74,18 @@ def column_loop(weight: Tensor, upper: Tensor, grid: Grid, block: int = 128, mov
 
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor of the damped inverse as the authors' script finds it: two factorisations and an inverse."""
+    """Upper Cholesky factor of the damped inverse as the authors' script finds it:
+    two factorisations and an inverse.
+    """
     return torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp))), upper=True
     )
 
 
 def dense_inverse(weight: Tensor, gram: Tensor, damp: float, grid: Grid) -> Tensor:
-    """Optimal brain quantization in column order: after each column its row and column are eliminated from the explicit inverse, in float64."""
+    """Optimal brain quantization in column order: after each column its row and column are eliminated from
+    the explicit inverse, in float64.
+    """
     work, inverse, out = (
         weight.double(),
         torch.linalg.inv(damped(gram, damp).double()),
@@ -128,26 +140,32 @@ def compare_errors() -> None:
     for bits in (3, 4, 8):
         row = fit(weight, named("int", bits), "channel")
         print(
-            f"  nearest int{bits}, a scale a row, over torch.fake_quantize          {error(row.round(weight)) / error(by_torch(weight, row)):.4f}"
+            f"  nearest int{bits}, a scale a row, over torch.fake_quantize          "
+            f"{error(row.round(weight)) / error(by_torch(weight, row)):.4f}"
         )
         if importlib.util.find_spec("compressed_tensors"):
             ours = fit(weight, named("int", bits, False), "group", 64).round(weight)
             print(
-                f"  nearest uint{bits}, groups of 64, over compressed-tensors            {error(ours) / error(by_compressed_tensors(weight, bits, 64)):.4f}"
+                f"  nearest uint{bits}, groups of 64, over compressed-tensors            "
+                f"{error(ours) / error(by_compressed_tensors(weight, bits, 64)):.4f}"
             )
         found = gptq(weight, linear_feedback(gram, 0.01), row)
         print(
-            f"  GPTQ int{bits}, over the dense inverse in float64                    {error(found) / error(dense_inverse(weight, gram, 0.01, row)):.4f}"
+            f"  GPTQ int{bits}, over the dense inverse in float64                    "
+            f"{error(found) / error(dense_inverse(weight, gram, 0.01, row)):.4f}"
         )
 
 
 def compare_peers(examples: int = 32) -> None:
-    """Squared error of each layer's outputs and weights over the library's, on the first block of the MiniLM with real inputs."""
+    """Squared error of each layer's outputs and weights over the library's,
+    on the first block of the MiniLM with real inputs.
+    """
     on = workbench.subject("minilm-docstrings")
     layers = on.layers("*layer.0.*")
     moments = second_moments(on, layers, "calibration", examples)
     print(
-        f"{len(layers)} layers, {examples} calibration texts; ours over the library's: outputs (median, worst layer), weights (median, worst layer)"
+        f"{len(layers)} layers, {examples} calibration texts; ours over the library's: "
+        "outputs (median, worst layer), weights (median, worst layer)"
     )
     for peer in PEERS:
         name = f"{peer.package} {peer.version or ''}: {peer.what}"
@@ -165,13 +183,16 @@ def compare_peers(examples: int = 32) -> None:
             print(f"  {name:66} did not run: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}")
             continue
         print(
-            f"  {name:66} {statistics.median(outputs):.4f} {max(outputs):.4f}   {statistics.median(weights):.4f} {max(weights):.4f}"
+            f"  {name:66} {statistics.median(outputs):.4f} {max(outputs):.4f}   "
+            f"{statistics.median(weights):.4f} {max(weights):.4f}"
         )
 
 
 def whole_encoder() -> None:
-    """GPTQ int4, a scale for 128 weights, over all encoder linears with 128 calibration texts, the authors' scheme and ours by turns in one
-    process: CPU seconds (medians), the ratio of each turn, and the errors on one and the same second moment."""
+    """GPTQ int4, a scale for 128 weights, over all encoder linears with 128 calibration texts, the authors'
+    scheme and ours by turns in one process: CPU seconds (medians), the ratio of each turn,
+    and the errors on one and the same second moment.
+    """
     on = workbench.subject("minilm-docstrings")
     layers = on.layers("blocks")
     on.task.output(on.model, next(on.batches("calibration", 4)))  # opened and loaded
@@ -202,14 +223,16 @@ def whole_encoder() -> None:
             errors[name] = statistics.mean(shares)
     for what, seconds in spent.items():
         print(
-            f"  {what:40} {statistics.median(seconds):6.2f} s of CPU ({min(seconds):.2f} to {max(seconds):.2f})"
+            f"  {what:40} {statistics.median(seconds):6.2f} s of CPU ({min(seconds):.2f} to "
+            f"{max(seconds):.2f})"
         )
     for name, error in errors.items():
         ratios = [
             a / b for a, b in zip(spent["authors' scheme: together"], spent[f"{name}: together"], strict=True)
         ]
         print(
-            f"  {name:24} {statistics.median(ratios):5.2f} times as fast as the authors' scheme ({min(ratios):.2f} to {max(ratios):.2f}); "
+            f"  {name:24} {statistics.median(ratios):5.2f} times as fast as the authors' scheme "
+            f"({min(ratios):.2f} to {max(ratios):.2f}); "
             f"relative output error {error:.6f} (mean over {len(layers)} layers)"
         )
 
@@ -230,8 +253,8 @@ def our_encoder(
 
 
 def reference_encoder(on: Subject, layers: Sequence[Layer]) -> tuple[float, float, dict[str, Tensor]]:
-    """The same of GPTQ as its authors' script does it: a Hessian for every layer from hooks, padding included, then the column loop,
-    which finds a group's scale when it gets there."""
+    """The same of GPTQ as its authors' script does it: a Hessian for every layer from hooks, padding
+    included, then the column loop, which finds a group's scale when it gets there."""
     began = time.process_time()
     hessians = {layer.name: torch.zeros(layer.shape[-1], layer.shape[-1]) for layer in layers}
 
@@ -264,9 +287,8 @@ def reference_encoder(on: Subject, layers: Sequence[Layer]) -> tuple[float, floa
 def compare_speed() -> None:
     torch.manual_seed(0)
     big = torch.randn(4096, 4096)
-    copy = median_of(
-        big.clone
-    )  # reads it and writes a new tensor, as rounding does; a copy into touched memory is several times faster
+    # reads it and writes a new tensor, as rounding does; a copy into touched memory is several times faster
+    copy = median_of(big.clone)
     print("nearest rounding of 16.8 M weights in groups of 64, in times of cloning the tensor")
     for name in ("int4", "int8", "uint4", "e4m3fn", "e2m1", "nf4", "mxfp4"):
         grid = fit(big, named(name), "auto", 64)
@@ -289,7 +311,9 @@ def compare_speed() -> None:
 
 
 def allocation() -> None:
-    """CPU seconds of the integer program at 30 budgets, six widths a layer, and the gap that the solver leaves to its proven bound."""
+    """CPU seconds of the integer program at 30 budgets, six widths a layer,
+    and the gap that the solver leaves to its proven bound.
+    """
     random, widths = np.random.default_rng(0), np.array([2, 3, 4, 5, 6, 8.0])
     for layers in (28, 36, 224):
         weights = random.integers(1, 9, layers) * 36864.0
@@ -304,7 +328,8 @@ def allocation() -> None:
             times.append(time.process_time() - began)
             gaps.append((found.cost - found.bound) / found.cost)
         print(
-            f"  {layers:4} layers: median {np.median(times):.3f} s, slowest {max(times):.3f} s, largest gap {max(gaps):.0e}"
+            f"  {layers:4} layers: median {np.median(times):.3f} s, slowest {max(times):.3f} s, "
+            f"largest gap {max(gaps):.0e}"
         )
 
 

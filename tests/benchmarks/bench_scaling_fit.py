@@ -1,9 +1,10 @@
-"""The 4,500-start Chinchilla fit, 1,000 bootstrap refits and measured interval coverage, beside scipy's L-BFGS-B.
+"""The 4,500-start Chinchilla fit, 1,000 bootstrap refits and measured interval coverage,
+beside scipy's L-BFGS-B.
 
     python tests/benchmarks/bench_scaling_fit.py [--coverage DATASETS]
 
-scipy runs every 100th start with the analytic gradient and its own tightest useful tolerance, in the same process; its time
-for all starts is that times 100. CPU seconds (run with OMP_NUM_THREADS=1), medians of five.
+scipy runs every 100th start with the analytic gradient and its own tightest useful tolerance, in the same
+process; its time for all starts is that times 100. CPU seconds (run with OMP_NUM_THREADS=1), medians of five.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def main() -> None:
         grid = {"A": np.exp(A_B), "B": np.exp(A_B), "E": np.exp(E), "alpha": EXPONENT, "beta": EXPONENT}
         ours, found = timed(lambda: fit(law("chinchilla"), table, starts=grid))
         print(
-            f"4,500 starts: {ours:.2f} s, objective {found.objective_value:.13f}, {100 * found.certificate.reached:.0f} % of starts at the minimum"
+            f"4,500 starts: {ours:.2f} s, objective {found.objective_value:.13f}, "
+            f"{100 * found.certificate.reached:.0f} % of starts at the minimum"
         )
         starts = np.array(list(itertools.product(A_B, A_B, E, EXPONENT, EXPONENT)))[::100]
         logs = [np.log(table[c].to_numpy()) for c in ("params", "tokens", "loss")]
@@ -79,7 +81,8 @@ def main() -> None:
         ]
         theirs = (time.process_time() - began) * 4500 / len(starts)
         print(
-            f"scipy L-BFGS-B, {len(starts)} starts scaled to 4,500: {theirs:.0f} s, best {min(ends):.13f}; ratio {theirs / ours:.0f}"
+            f"scipy L-BFGS-B, {len(starts)} starts scaled to 4,500: {theirs:.0f} s, best {min(ends):.13f}; "
+            f"ratio {theirs / ours:.0f}"
         )
         seconds, drawn = timed(lambda: bootstrap(found, 1000))
         print(f"1,000 bootstrap refits: {seconds:.2f} s, {drawn.dropped} not settled")
@@ -101,7 +104,8 @@ def main() -> None:
                 shown = ", ".join(f"{r.parameter} {r.covered:.2f}" for r in got.itertuples())
                 noise = "Gaussian" if np.isinf(tails) else "Student-t(4)"
                 print(
-                    f"90 % intervals, {objective.kind}, {noise} noise, {name}: mean {got.covered.mean():.3f} ({shown})",
+                    f"90 % intervals, {objective.kind}, {noise} noise, {name}: "
+                    f"mean {got.covered.mean():.3f} ({shown})",
                     flush=True,
                 )
 

@@ -1,4 +1,5 @@
-"""The loop against a bare PyTorch loop, custom optimizers against torch's foreach AdamW, and a sweep's cost per trial. Run by hand.
+"""The loop against a bare PyTorch loop, custom optimizers against torch's foreach AdamW,
+and a sweep's cost per trial. Run by hand.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py [sweep] [elementwise] [matrices] [loop]
 
@@ -72,7 +73,8 @@ def loop(steps: int = 4, batch_size: int = 4) -> None:
 
     found = alternating({"bare": bare, "fit": ours})
     print(
-        f"loop: {found['fit'] / found['bare']:.3f} x a bare loop on bytelm ({found['bare'] / steps * 1e3:.0f} ms of processor time a step)"
+        f"loop: {found['fit'] / found['bare']:.3f} x a bare loop on bytelm "
+        f"({found['bare'] / steps * 1e3:.0f} ms of processor time a step)"
     )
 
 
@@ -121,12 +123,15 @@ def elementwise(count: int = 12, width: int = 512) -> None:
     for name, base, passes in RATIOS:
         ratio = found[name] / found[base]
         print(
-            f"{name}: {ratio:.2f} x {base}, {ratio * PASSES[base] / passes:.2f} x at equal passes ({passes} to {PASSES[base]}); {found[name] * 1e3:.1f} ms a step"
+            f"{name}: {ratio:.2f} x {base}, {ratio * PASSES[base] / passes:.2f} x at equal passes ({passes} "
+            f"to {PASSES[base]}); {found[name] * 1e3:.1f} ms a step"
         )
 
 
 class Projected(torch.optim.Optimizer):
-    """What torch itself offers for GaLore's step: products with a fixed basis around its own foreach AdamW of the projections."""
+    """What torch itself offers for GaLore's step: products with a fixed basis around its own foreach AdamW
+    of the projections.
+    """
 
     def __init__(self, weights: list[nn.Parameter], rank: int = 32) -> None:
         super().__init__(weights, {})
@@ -144,7 +149,9 @@ class Projected(torch.optim.Optimizer):
 
 
 class Preconditioned(torch.optim.SGD):
-    """What torch itself offers for MKOR's step between two updates of its factors: two products a matrix, a norm each, its own foreach SGD."""
+    """What torch itself offers for MKOR's step between two updates of its factors:
+    two products a matrix, a norm each, its own foreach SGD.
+    """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -163,7 +170,9 @@ def mkor(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def matrices() -> None:
-    """Optimizers whose step is matrix products, beside the same products in torch or pytorch_optimizer: name, ours, name, theirs, matrices, width, dtype."""
+    """Optimizers whose step is matrix products, beside the same products in torch or pytorch_optimizer:
+    name, ours, name, theirs, matrices, width, dtype.
+    """
     from pytorch_optimizer import SCION
     from pytorch_optimizer import Kron as TheirKron
 
@@ -268,7 +277,8 @@ def sweep(trials: int = 40) -> None:
         before, cpu = time.perf_counter(), time.process_time()
         made.run(workers=1)
         print(
-            f"sweep: {(time.process_time() - cpu) / trials * 1e3:.1f} ms of processor time, {(time.perf_counter() - before) / trials * 1e3:.1f} ms in all, a trial"
+            f"sweep: {(time.process_time() - cpu) / trials * 1e3:.1f} ms of processor time, "
+            f"{(time.perf_counter() - before) / trials * 1e3:.1f} ms in all, a trial"
         )
 
 

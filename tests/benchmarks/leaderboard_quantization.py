@@ -1,10 +1,13 @@
-"""Every quantization method at 2, 3, 4 and 8 bits over three calibration draws, all with the same examples: the leaderboard as a file.
+"""Every quantization method at 2, 3, 4 and 8 bits over three calibration draws, all with the same examples:
+the leaderboard as a file.
 
-    python -m tests.benchmarks.leaderboard_quantization minilm-docstrings --steps 20 --examples 32 --test-examples 256
+    python -m tests.benchmarks.leaderboard_quantization minilm-docstrings --steps 20 --examples 32
+    --test-examples 256
 
 Every run is cached, so a leaderboard that was ended goes on where it stopped (with the same code). Writes
-`data/benchmarks/quantization-leaderboard-SUBJECT.csv`, one row a run, and `.md`, what was set and the means with 95 % intervals. `--minutes`
-ends it early with what is finished, all methods with the first draw before any with the second.
+`data/benchmarks/quantization-leaderboard-SUBJECT.csv`, one row a run, and `.md`, what was set and the means
+with 95 % intervals. `--minutes` ends it early with what is finished,
+all methods with the first draw before any with the second.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ WIDTHS = (2, 3, 4, 8)
 
 
 def markdown(board: pd.DataFrame) -> str:
-    """Methods by width: mean test loss and the half width of its interval, bold where no other mean is smaller; seconds of a run."""
+    """Methods by width: mean test loss and the half width of its interval,
+    bold where no other mean is smaller; seconds of a run.
+    """
     table = summary(board)
     table["shown"] = [
         f"{m:.4f}" + ("" if np.isnan(h) else f" ± {h:.4f}")
@@ -58,7 +63,7 @@ def markdown(board: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    read = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    read = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     read.add_argument("subject")
     for name, value in (
         ("steps", 20),
@@ -91,12 +96,18 @@ def main() -> None:
     board.to_csv(target.with_suffix(".csv"), index=False, float_format="%.6g")
     said = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in shared.items())
     left = "".join(f"\nLeft out: {name}: {why}" for name, why in refused.items())
+    runs = len(methods) * len(WIDTHS) * given.seeds
+    stopped = "" if len(board) == runs else f"(stopped after {len(board)} runs) "
     target.with_suffix(".md").write_text(
-        f"`python -m tests.benchmarks.leaderboard_quantization {given.subject}`: {board['method'].nunique()} methods, {board['seed'].nunique()} draws of the "
-        f"calibration examples {'' if len(board) == len(methods) * len(WIDTHS) * given.seeds else f'(stopped after {len(board)} runs) '}"
-        f"(each seen by every method), integers, {said}, block steps {given.block_steps}; learned roundings and transforms have these few steps, so they are shown below what they can do. "
-        f"One thread of {platform.machine()}, torch {torch.__version__}, {(time.perf_counter() - began) / 60:.0f} minutes.{left}\n\n"
-        f"Test loss in nats, mean ± half a 95 % interval over the draws (none: one draw); dense {board['dense_loss'].mean():.4f}.\n\n{markdown(board)}\n"
+        f"`python -m tests.benchmarks.leaderboard_quantization {given.subject}`: "
+        f"{board['method'].nunique()} methods, {board['seed'].nunique()} draws of the "
+        f"calibration examples {stopped}"
+        f"(each seen by every method), integers, {said}, block steps {given.block_steps}; learned roundings "
+        "and transforms have these few steps, so they are shown below what they can do. "
+        f"One thread of {platform.machine()}, torch {torch.__version__}, "
+        f"{(time.perf_counter() - began) / 60:.0f} minutes.{left}\n\n"
+        "Test loss in nats, mean ± half a 95 % interval over the draws (none: one draw); dense "
+        f"{board['dense_loss'].mean():.4f}.\n\n{markdown(board)}\n"
     )
     print(target.with_suffix(".md").read_text())
 

@@ -1,7 +1,9 @@
-"""Other libraries' roundings on one layer (out, in), as functions to values in float32; used by `bench_quantization.py peers`.
+"""Other libraries' roundings on one layer (out, in), as functions to values in float32;
+used by `bench_quantization.py peers`.
 
-None of these libraries is a dependency: install them elsewhere and name the folder in PYTHONPATH. A library that cannot be imported is
-reported as absent. Modules are imported by name because their packages come without types and are not in the environment.
+None of these libraries is a dependency: install them elsewhere and name the folder in PYTHONPATH. A library
+that cannot be imported is reported as absent. Modules are imported by name because their packages come
+without types and are not in the environment.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ STEPS = 200  # of SignRound, AutoRound's default
 
 @dataclass(frozen=True)
 class Peer:
-    """One algorithm on one grid, by a library and by the workbench: (weight, second moment of the inputs) -> values."""
+    """One algorithm on one grid, by a library and by the workbench:
+    (weight, second moment of the inputs) -> values.
+    """
 
     package: str
     what: str
@@ -116,8 +120,8 @@ def quanto(bits: int, group: int, half_quadratic: bool) -> Callable[[Tensor, Ten
 
 
 def auto_round(bits: int, group: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """AutoRound's own rounding, optimizer, bounds and linear decay (rate 1 / steps) on one linear layer; its loss, the mean squared
-    error of the outputs, from the second moment; its best step is kept."""
+    """AutoRound's own rounding, optimizer, bounds and linear decay (rate 1 / steps) on one linear layer; its
+    loss, the mean squared error of the outputs, from the second moment; its best step is kept."""
 
     def values(weight: Tensor, gram: Tensor) -> Tensor:
         rounding: Any = importlib.import_module("auto_round.data_type.int").quant_tensor_asym

@@ -1,4 +1,6 @@
-"""A real JupyterLab on the loopback interface and a real Chromium, started for tests and taken down with them."""
+"""A real JupyterLab on the loopback interface and a real Chromium,
+started for tests and taken down with them.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def serve(root: Path, private: Path, environment: dict[str, str] | None = None) 
     (settings / "notification.jupyterlab-settings").write_text(
         json.dumps({"checkForUpdates": False, "fetchNews": "false", "doNotDisturbMode": True})
     )
-    # the project's own override follows the system's light or dark; while it does, JupyterLab takes the first change of theme as the wish to stop following
+    # the project's own override follows the system's light or dark;
+    # while it does, JupyterLab takes the first change of theme as the wish to stop following
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"adaptive-theme": False}))
     env = {
         **os.environ,
@@ -181,8 +184,10 @@ def run_all(page: playwright.Page) -> None:
     """Run every cell and wait until each has run."""
     page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
     page.wait_for_function(
-        "() => { const book = jupyterapp.shell.currentWidget; const cells = book.content.widgets.filter(c => c.model.type === 'code');"
-        " return book.sessionContext.session.kernel.status === 'idle' && cells.every(c => c.model.executionCount || !c.model.sharedModel.source.trim()) }"
+        "() => { const book = jupyterapp.shell.currentWidget; "
+        "const cells = book.content.widgets.filter(c => c.model.type === 'code');"
+        " return book.sessionContext.session.kernel.status === 'idle' && cells.every(c => "
+        "c.model.executionCount || !c.model.sharedModel.source.trim()) }"
     )
 
 
@@ -205,7 +210,8 @@ def photograph(page: playwright.Page, name: str) -> None:
 def set_theme(page: playwright.Page, theme: str) -> None:
     """Change the theme and wait until it is there.
 
-    JupyterLab shows its splash screen meanwhile and takes it away 200 ms later; a second change before that makes it throw.
+    JupyterLab shows its splash screen meanwhile and takes it away 200 ms later;
+    a second change before that makes it throw.
     """
     page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
     page.evaluate("(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)

@@ -1,4 +1,6 @@
-"""A person's first minutes in a real JupyterLab: the launcher, the index, a panel moved, run, stopped, broken and mended."""
+"""A person's first minutes in a real JupyterLab: the launcher, the index, a panel moved, run, stopped,
+broken and mended.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def press(page: Page, field: str, key: str, times: int) -> None:
 
 def curve(page: Page) -> list[float]:
     return page.evaluate(
-        "() => [...(document.querySelector('.wb-plot-figure')._fullData.find((t) => t.name)?.y ?? [])].slice(0, 50)"
+        "() => [...(document.querySelector('.wb-plot-figure')._fullData.find((t) => t.name)?.y ?? "
+        "[])].slice(0, 50)"
     )
 
 
@@ -111,7 +114,8 @@ def test_panel_moves_runs_stops_and_explains(lab: Lab, watched: Watched) -> None
     expect(note.get_by_role("alert")).to_contain_text("no.such.layer")
     assert (
         page.locator(
-            ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], .jp-OutputArea-output pre:has-text('Traceback')"
+            ".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr'], "
+            ".jp-OutputArea-output pre:has-text('Traceback')"
         ).count()
         == 0
     )
@@ -134,8 +138,10 @@ def test_panel_follows_theme_and_width_and_names_its_controls(lab: Lab, watched:
         "() => { const p = document.querySelector('.wb-panel'); return p.scrollWidth <= p.clientWidth + 1 }"
     )
     # every control has a name a screen reader finds
-    unnamed = page.evaluate("""() => [...document.querySelectorAll('.wb-panel input, .wb-panel select, .wb-panel button')]
-        .filter((e) => e.offsetParent && !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim() || e.title)).length""")
+    unnamed = page.evaluate("""() => [...document.querySelectorAll('.wb-panel input, .wb-panel select, \
+.wb-panel button')]
+        .filter((e) => e.offsetParent && !(e.labels?.length || e.getAttribute('aria-label') \
+|| e.textContent.trim() || e.title)).length""")
     assert unnamed == 0
 
 

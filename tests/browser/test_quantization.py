@@ -1,4 +1,6 @@
-"""The quantization panels in a real JupyterLab: formats follow the slider, the allocation walks its front, bars are sorted, filtered and laid over each other."""
+"""The quantization panels in a real JupyterLab: formats follow the slider, the allocation walks its front,
+bars are sorted, filtered and laid over each other.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,21 @@ from tests.browser.lab import PATIENCE, Lab, Watched, open_and_run, photograph, 
 from workbench.instruments import Progress
 from workbench.quantization import Allocate
 
-OPEN = "import widgets, workbench, widgets.quantization\nfrom workbench.quantization import Quantize\non = workbench.subject('digits-vit')\n"
+OPEN = (
+    "import widgets, workbench, widgets.quantization\nfrom workbench.quantization import Quantize\n"
+    "on = workbench.subject('digits-vit')\n"
+)
 CELLS = {
     "formats": "widgets.quantization.FormatPanel(on)",
-    "allocation": "from workbench.instruments import Result\nwidgets.quantization.AllocationPanel(Result.load('allocated', open_subject=False))",
+    "allocation": (
+        "from workbench.instruments import Result\n"
+        "widgets.quantization.AllocationPanel(Result.load('allocated', open_subject=False))"
+    ),
     "layers": "widgets.panel(Quantize, on, bits=3, examples=16, predict_examples=8, test_examples=64)",
 }
 
-# From the key to the picture of the new format, by the page's own clock: the key event, the kernel's rounding, the figure drawn.
+# From the key to the picture of the new format, by the page's own clock:
+# the key event, the kernel's rounding, the figure drawn.
 CLOCK = """() => {
   const plot = document.querySelector('.wb-plot');
   window.waited = [];
@@ -132,7 +141,8 @@ def test_bars_are_sorted_filtered_and_laid_over_another_run(lab: Lab, watched: W
     only.fill("fc1")
     only.press("Enter")
     page.wait_for_function(
-        f"() => [...{TRACES}[0].x].every((name) => name.includes('fc1')) && {TRACES}[0].x.length < {len(plain)}"
+        f"() => [...{TRACES}[0].x].every((name) => name.includes('fc1')) && {TRACES}[0].x.length < "
+        f"{len(plain)}"
     )
     only.fill("")
     only.press("Enter")
@@ -140,7 +150,8 @@ def test_bars_are_sorted_filtered_and_laid_over_another_run(lab: Lab, watched: W
     panel.get_by_label("rounding", exact=True).select_option(label="gptq")
     run.click()
     page.wait_for_function(
-        f"() => {{ const y = ({heights})(); return y.length === {len(plain)} && Math.max(...y) < {max(plain)} }}"
+        f"() => {{ const y = ({heights})(); return y.length === {len(plain)} && Math.max(...y) < "
+        f"{max(plain)} }}"
     )
     expect(note).to_have_text(re.compile("done after"))
     panel.get_by_label("Compare with").select_option(index=1)

@@ -1,4 +1,6 @@
-"""The exported report in a browser that is cut off from everything: figures are drawn, zoom, and turn with the theme."""
+"""The exported report in a browser that is cut off from everything:
+figures are drawn, zoom, and turn with the theme.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def test_figures_show_zoom_and_follow_the_theme_offline(tmp_path: Path) -> None:
         page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 40, steps=6)
         page.mouse.up()
         page.wait_for_function(
-            "() => { const r = document.querySelector('.figure')._fullLayout.xaxis.range; return r[0] > 0.2 && r[1] < 0.7 }"
+            "() => { const r = document.querySelector('.figure')._fullLayout.xaxis.range; "
+            "return r[0] > 0.2 && r[1] < 0.7 }"
         )
         assert before[0] <= 0 and before[1] >= 1
         page.emulate_media(color_scheme="dark")
@@ -71,7 +74,10 @@ def test_figures_show_zoom_and_follow_the_theme_offline(tmp_path: Path) -> None:
 def test_foreign_script_does_not_run_even_unsanitised(tmp_path: Path) -> None:
     """The page's policy alone stops a script or a request that found its way into the file."""
     file = write_report(tmp_path / "report.html")
-    hostile = "<script>window.ran = true</script><img src='https://example.org/x.png' onerror='window.ran = true'></main>"
+    hostile = (
+        "<script>window.ran = true</script><img src='https://example.org/x.png' onerror='window.ran = "
+        "true'></main>"
+    )
     file.write_text(file.read_text().replace("</main>", hostile, 1))
     with browse() as watched:
         watched.page.goto(file.as_uri())

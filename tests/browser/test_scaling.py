@@ -66,10 +66,12 @@ def test_cutoff_click_and_budget(lab: Lab, watched: Watched) -> None:
 
     # the words come before the plot: wait until the last run is drawn again, then ask where it is
     place = page.wait_for_function(
-        """() => { const plot = document.querySelector('.wb-plot-figure'), full = plot?._fullLayout, trace = plot?._fullData?.find((t) => t.name === 'fitted runs');
+        """() => { const plot = document.querySelector('.wb-plot-figure'), full = plot?._fullLayout, \
+trace = plot?._fullData?.find((t) => t.name === 'fitted runs');
         if (!trace || trace.x.length !== 36) return null;
         const box = plot.getBoundingClientRect(), i = 35;
-        const place = [box.left + full._size.l + full.xaxis.d2p(trace.x[i]), box.top + full._size.t + full.yaxis.d2p(trace.y[i])];
+        const place = [box.left + full._size.l + full.xaxis.d2p(trace.x[i]), \
+box.top + full._size.t + full.yaxis.d2p(trace.y[i])];
         return place.every(Number.isFinite) ? place : null; }"""
     ).json_value()
     page.mouse.move(*place)

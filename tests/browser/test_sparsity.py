@@ -1,4 +1,6 @@
-"""The sparsity panel in a real JupyterLab: the slider re-thresholds, the bitmap zooms by wheel and keys, two methods lie over each other."""
+"""The sparsity panel in a real JupyterLab: the slider re-thresholds, the bitmap zooms by wheel and keys,
+two methods lie over each other.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,17 @@ CODE = """\
 from widgets.sparsity import SparsityPanel
 SparsityPanel("digits-vit", methods="magnitude,obd", gradients=16, calibration_examples=16)"""
 
-# From the key to the picture of the new threshold, by the page's own clock: the key event, the kernel's answer, the canvas painted.
+# From the key to the picture of the new threshold, by the page's own clock:
+# the key event, the kernel's answer, the canvas painted.
 CLOCK = """() => {
   const bitmap = document.querySelector('.wb-bitmap'), status = bitmap.querySelector('.wb-bitmap-status');
   window.waited = [];
   let began = null, before = '';
-  document.addEventListener('keydown', () => { began = performance.now(); before = status.textContent; }, true);
+  document.addEventListener('keydown', () => { began = performance.now(); \
+before = status.textContent; }, true);
   new MutationObserver(() => {
-    if (began !== null && status.textContent !== before) { window.waited.push(performance.now() - began); began = null; }
+    if (began !== null && status.textContent !== before) { window.waited.push(performance.now() - began); \
+began = null; }
   }).observe(status, { childList: true, characterData: true, subtree: true });
 }"""
 
@@ -47,7 +52,8 @@ def computed(lab: Lab, watched: Watched) -> Page:
 
 def shown(page: Page) -> float:
     """Share of the canvas's pixels that are painted."""
-    return page.evaluate("""() => { const c = document.querySelector('.wb-bitmap canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    return page.evaluate("""() => { const c = document.querySelector('.wb-bitmap canvas'), \
+d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
         let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n / (d.length / 4) }""")
 
 

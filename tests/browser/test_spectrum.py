@@ -1,4 +1,6 @@
-"""The spectrum panel in a real JupyterLab: run and watch it refine, click a layer, lay a pruned subject over it, move the batch slider."""
+"""The spectrum panel in a real JupyterLab: run and watch it refine, click a layer,
+lay a pruned subject over it, move the batch slider.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +18,27 @@ from widgets.spectrum import SpectrumPanel
 from workbench import pruning
 subject = workbench.subject("digits-vit")
 pruned = pruning.Prune(method="magnitude", sparsity=0.7).run(subject).subject
-SpectrumPanel(subject, others={"pruned": pruned}, layers="blocks", probes=4, steps=24, examples=16, batch_size=8)"""
+SpectrumPanel(subject, others={"pruned": pruned}, layers="blocks", probes=4, steps=24, examples=16, \
+batch_size=8)"""
 expect.set_options(timeout=PATIENCE)
 
 FIGURES = "[...document.querySelectorAll('.wb-plot')].filter((e) => !e.closest('.wb-layers'))"
 TRACES = f"({FIGURES}[0].querySelector('.wb-plot-figure')._fullData ?? []).map((t) => t.name ?? '')"
 # every picture of the density there has been, by its title
 WATCH = f"""() => {{ const plot = {FIGURES}[0]; window.titles = [];
-new MutationObserver(() => window.titles.push(plot.querySelector('.wb-plot-figure')?.layout?.title?.text ?? '')).observe(
+new MutationObserver(() => window.titles.push(plot.querySelector('.wb-plot-figure')?.layout?.title?.text ?? \
+'')).observe(
   plot, {{ attributes: true, attributeFilter: ['data-revision'] }}); }}"""
 # where the heat map's cell of a layer is on the page
-CELL = """(name) => { const plot = document.querySelector('.wb-layers .wb-plot-figure'), full = plot?._fullLayout, heat = plot?._fullData?.[0];
+CELL = """(name) => { const plot = document.querySelector('.wb-layers .wb-plot-figure'), \
+full = plot?._fullLayout, heat = plot?._fullData?.[0];
 if (!heat?.customdata) return null;
 plot.scrollIntoView({ block: 'center' });
 const box = plot.getBoundingClientRect();
-for (let row = 0; row < heat.y.length; row++) for (let column = 0; column < heat.x.length; column++) if (heat.customdata[row][column] === name)
-  return [box.left + full._size.l + full.xaxis.d2p(heat.x[column]), box.top + full._size.t + full.yaxis.d2p(heat.y[row])];
+for (let row = 0; row < heat.y.length; row++) for (let column = 0; column < heat.x.length; \
+column++) if (heat.customdata[row][column] === name)
+  return [box.left + full._size.l + full.xaxis.d2p(heat.x[column]), \
+box.top + full._size.t + full.yaxis.d2p(heat.y[row])];
 return null; }"""
 
 
@@ -83,7 +90,8 @@ def test_run_refine_click_overlay_and_batch(lab: Lab, watched: Watched) -> None:
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
     page.wait_for_function(
-        f"() => {TRACES}.some((name) => /^noise edge at B=/.test(name)) && {TRACES}.some((name) => /^predicted top at B=/.test(name))"
+        f"() => {TRACES}.some((name) => /^noise edge at B=/.test(name)) && {TRACES}.some((name) => "
+        "/^predicted top at B=/.test(name))"
     )
     photograph(page, "spectrum-batch")
 

@@ -1,4 +1,6 @@
-"""The two views in a bare page: their real JavaScript and real pixels, with a model written in place of the kernel's."""
+"""The two views in a bare page: their real JavaScript and real pixels,
+with a model written in place of the kernel's.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,17 @@ SOURCES = Path(widgets.__file__).parent
 
 # What a widget's view sees of the kernel: named values with change events.
 MOUNT = """async ([state, source, library]) => {
-  const decode = (v) => v && v.base64 !== undefined ? new DataView(Uint8Array.from(atob(v.base64), (c) => c.charCodeAt(0)).buffer)
-    : Array.isArray(v) ? v.map(decode) : v && v.constructor === Object ? Object.fromEntries(Object.entries(v).map(([k, x]) => [k, decode(x)])) : v;
+  const decode = (v) => v && v.base64 !== undefined \
+? new DataView(Uint8Array.from(atob(v.base64), (c) => c.charCodeAt(0)).buffer)
+    : Array.isArray(v) ? v.map(decode) : v && v.constructor === Object \
+? Object.fromEntries(Object.entries(v).map(([k, x]) => [k, decode(x)])) : v;
   const values = decode(state), listeners = {};
   window.saved = 0;
   window.model = {
-    get: (name) => values[name], set: (name, value) => { values[name] = value; }, save_changes: () => { window.saved += 1; },
-    on: (event, f) => (listeners[event] ??= []).push(f), off: (event, f) => { listeners[event] = (listeners[event] ?? []).filter((g) => g !== f); },
+    get: (name) => values[name], set: (name, value) => { values[name] = value; }, save_changes: () => { \
+window.saved += 1; },
+    on: (event, f) => (listeners[event] ??= []).push(f), off: (event, f) => { \
+listeners[event] = (listeners[event] ?? []).filter((g) => g !== f); },
     widget_manager: { get_model: async () => ({ get: () => decode(library) }) },
   };
   window.receive = (update) => { for (const [k, v] of Object.entries(decode(update))) values[k] = v;
@@ -51,7 +57,8 @@ def mount(
     watched: Watched, view: str, state: dict[str, Any], library: bytes = b"", theme: str = "true"
 ) -> None:
     watched.page.set_content(
-        f"<body data-jp-theme-light='{theme}' style='width:900px;margin:0'><style>{(SOURCES / 'workbench.css').read_text()}</style></body>"
+        f"<body data-jp-theme-light='{theme}' "
+        f"style='width:900px;margin:0'><style>{(SOURCES / 'workbench.css').read_text()}</style></body>"
     )
     watched.page.evaluate(MOUNT, [wire(state), (SOURCES / view).read_text(), wire(library)])
 
@@ -70,7 +77,8 @@ def test_bitmap_draws_cells_zooms_moves_and_reads_out(watched: Watched) -> None:
 
     def pixel(x: float, y: float) -> list[int]:
         return page.evaluate(
-            "([x, y]) => { const c = el.querySelector('canvas'); return [...c.getContext('2d').getImageData(x * c.width, y * c.height, 1, 1).data] }",
+            "([x, y]) => { const c = el.querySelector('canvas'); return "
+            "[...c.getContext('2d').getImageData(x * c.width, y * c.height, 1, 1).data] }",
             [x, y],
         )
 
@@ -165,7 +173,8 @@ def test_plot_draws_binary_arrays_follows_the_theme_and_keeps_the_last_state(wat
     assert page.evaluate(f"() => {full}[1].z.map((row) => [...row])") == [[0, 1, 2], [3, 4, 5]]
     assert page.locator("[role=img]").get_attribute("aria-label") == "Five squares"
     page.evaluate(
-        "() => { document.body.style.setProperty('--jp-ui-font-color1', 'rgb(250, 250, 250)'); document.body.dataset.jpThemeLight = 'false' }"
+        "() => { document.body.style.setProperty('--jp-ui-font-color1', 'rgb(250, 250, 250)'); "
+        "document.body.dataset.jpThemeLight = 'false' }"
     )
     page.wait_for_function(
         "() => el.querySelector('.wb-plot-figure')._fullLayout.font.color === 'rgb(250, 250, 250)'"

@@ -1,4 +1,6 @@
-"""Batch-size theory: the spiked random matrix formula against simulated noise, and the instrument against brute force."""
+"""Batch-size theory: the spiked random matrix formula against simulated noise,
+and the instrument against brute force.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from workbench.subjects import Subject
 
 @pytest.mark.parametrize("spike", [0.3, 2.0, 5.0])
 def test_the_formula_places_the_top_of_a_spiked_noise_matrix(spike: float) -> None:
-    """One eigenvalue beside symmetric noise of entry variance s^2 / b: above the threshold it moves by level / spike, below it drowns."""
+    """One eigenvalue beside symmetric noise of entry variance s^2 / b:
+    above the threshold it moves by level / spike, below it drowns.
+    """
     size, batch = 600, 4
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(size, size, generator=draw, dtype=torch.float64) / size**0.5
@@ -100,7 +104,9 @@ class Quadratic(nn.Module):
 
 
 def test_where_the_theorys_assumption_holds_the_instrument_measures_what_it_predicts() -> None:
-    """One eigenvalue beside independent symmetric noise in every example's own Hessian, batches from drowned to clear of the noise."""
+    """One eigenvalue beside independent symmetric noise in every example's own Hessian,
+    batches from drowned to clear of the noise.
+    """
     size, examples, spike, level = (
         120,
         160,

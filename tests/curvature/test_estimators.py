@@ -1,4 +1,6 @@
-"""Estimators on exactly known Hessians: softmax regression on digits, logistic regression, small dense matrices."""
+"""Estimators on exactly known Hessians: softmax regression on digits, logistic regression,
+small dense matrices.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,9 @@ def test_tiny_and_degenerate_matrices(size: int) -> None:
 
 
 def test_full_length_lanczos_is_the_exact_spectral_measure() -> None:
-    """With as many steps as dimensions, weights are the squared components of the probe along the eigenvectors."""
+    """With as many steps as dimensions, weights are the squared components of the probe along
+    the eigenvectors.
+    """
     operator = known(torch.linspace(-2, 5, 40))
     starts = rademacher(operator, range(3), 1)
     run = Lockstep(operator, starts.clone(), 40)
@@ -161,7 +165,9 @@ def test_quadrature_without_reorthogonalisation_keeps_the_density() -> None:
 
 
 def test_probes_in_groups_give_what_they_give_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large vectors, and every graph kept: one probe after the other. Graphs built for every product: all together."""
+    """Large vectors, and every graph kept: one probe after the other.
+    Graphs built for every product: all together.
+    """
     subject = mlp(examples=24)
     found = []
     for limit, room in ((2**40, 2**40), (0, 2**40), (0, 0)):
@@ -220,7 +226,9 @@ def test_density_moments_match_trace_and_norm_within_their_errors(digits_matrix:
 
 
 def test_the_band_covers_the_exact_density_at_its_nominal_rate(digits_matrix: torch.Tensor) -> None:
-    """95 % pointwise: over 60 seeds and points across the whole density, with the quadrature exact (70 steps, 62 distinct values)."""
+    """95 % pointwise: over 60 seeds and points across the whole density, with the quadrature exact
+    (70 steps, 62 distinct values).
+    """
     values = torch.linalg.eigvalsh(digits_matrix).numpy()
     width = 0.01
     grid = np.concatenate([np.linspace(-0.02, 0.09, 30), np.linspace(1.02, 1.07, 10)])

@@ -1,4 +1,6 @@
-"""The flatness study's parts: a corpus whose hidden states are known, training to a given loss, and its correlations."""
+"""The flatness study's parts: a corpus whose hidden states are known, training to a given loss,
+and its correlations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The curvature instruments on stock classes, from Python and the command line; partial results; clear errors first."""
+"""The curvature instruments on stock classes, from Python and the command line; partial results;
+clear errors first.
+"""
 
 from __future__ import annotations
 
@@ -237,7 +239,9 @@ def test_bad_fields_are_one_clear_line(fields: dict[str, Any], word: str) -> Non
 
 
 def test_limits_from_curvature_agree_with_bisection(cache: Path) -> None:
-    """On an exactly known Hessian 2/lambda is the stability limit of gradient descent; the preconditioned one that of Adam."""
+    """On an exactly known Hessian 2/lambda is the stability limit of gradient descent;
+    the preconditioned one that of Adam.
+    """
     result = curvature.Sharpness(
         split="all", examples=1797, batch_size=600, bisect=True, dtype="float64"
     ).run(workbench.subject("digits-softmax"))

@@ -1,4 +1,6 @@
-"""Operators against dense autograd Hessians, finite differences of gradients, brute-force Fisher sums and a peer library."""
+"""Operators against dense autograd Hessians, finite differences of gradients,
+brute-force Fisher sums and a peer library.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,9 @@ def sum_of_biases(subject: Subject, whole: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_equal_finite_differences_of_gradients(architecture: str) -> None:
-    """float64 throughout, stock classes unedited: (g(w + h v) - g(w - h v)) / 2h, fourth order, within 1e-8 relative."""
+    """float64 throughout, stock classes unedited: (g(w + h v) - g(w - h v)) / 2h, fourth order,
+    within 1e-8 relative.
+    """
     subject = stock(architecture, torch.float64, examples=4)
     with curvature_operator(subject, examples=4, batch_size=4, dtype="float64") as operator:
         draw = torch.Generator().manual_seed(1)
@@ -160,7 +164,9 @@ def test_products_equal_finite_differences_of_gradients(architecture: str) -> No
 
 
 def test_layers_with_affine_norm_match_a_peer_where_it_is_right() -> None:
-    """curvlinops agrees to 1e-5 in float32 without the affine LayerNorm weight, whose product it gets wrong on this torch."""
+    """curvlinops agrees to 1e-5 in float32 without the affine LayerNorm weight,
+    whose product it gets wrong on this torch.
+    """
     curvlinops = pytest.importorskip("curvlinops", reason="the peer library is a development oracle only")
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -309,7 +315,9 @@ def test_hopeless_models_and_losses_are_refused_in_words() -> None:
 
 
 def test_item_noise_is_the_variance_of_single_items() -> None:
-    """V = sum over entries of the variance of one item's matrix, from the spread of micro-batches (here: of one item each)."""
+    """V = sum over entries of the variance of one item's matrix, from the spread of micro-batches
+    (here: of one item each).
+    """
     subject = mlp(examples=24)
     with curvature_operator(subject, batch_size=1, dtype="float64") as operator:
         eye = torch.eye(operator.size, dtype=torch.float64)

@@ -23,7 +23,9 @@ def random_deltas(subject: Subject, scale: float, glob: str = "*") -> dict[str, 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prediction_is_the_taylor_expansion_on_every_architecture(architecture: str) -> None:
-    """Symmetric differences of the measured change isolate each order: (f(d) - f(-d)) / 2 and (f(d) + f(-d)) / 2."""
+    """Symmetric differences of the measured change isolate each order:
+    (f(d) - f(-d)) / 2 and (f(d) + f(-d)) / 2.
+    """
     subject = stock(architecture, torch.float64)
     before = subject.fingerprint
     deltas = random_deltas(subject, 1e-6)  # small: ReLU and expert routing have kinks

@@ -1,4 +1,6 @@
-"""The report of one curvature instrument on every stock class: the notebook's own cells, run here instead of in a kernel."""
+"""The report of one curvature instrument on every stock class:
+the notebook's own cells, run here instead of in a kernel.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from workbench.instruments import BadInput, find
 
 
 def run_cells(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The notebook's variables after its code cells ran with these parameters, and under `shown` what they display."""
+    """The notebook's variables after its code cells ran with these parameters,
+    and under `shown` what they display.
+    """
     names: dict[str, Any] = {
         key: declared.default for key, declared in reports.parameters_of(name).items()
     } | reports.check(name, parameters)

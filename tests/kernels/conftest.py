@@ -1,4 +1,6 @@
-"""Triton's interpreter computes with NumPy, which warns of the infinities and NaN that these tests feed it on purpose."""
+"""Triton's interpreter computes with NumPy, which warns of the infinities and NaN that these tests feed it on
+purpose.
+"""
 
 from __future__ import annotations
 

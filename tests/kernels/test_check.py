@@ -1,4 +1,6 @@
-"""Kernels compile for GPUs that are not here and stay within the committed table; without Triton everything still runs."""
+"""Kernels compile for GPUs that are not here and stay within the committed table;
+without Triton everything still runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every row-wise operation at the edges: types, no rows, one row, strides, and rows of infinities, NaN and subnormals."""
+"""Every row-wise operation at the edges: types, no rows, one row, strides, and rows of infinities,
+NaN and subnormals.
+"""
 
 from __future__ import annotations
 

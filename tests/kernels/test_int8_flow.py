@@ -1,4 +1,6 @@
-"""int8 from operator to operator: kernels against the definition, the definition against autograd, and the error of its blocks."""
+"""int8 from operator to operator: kernels against the definition, the definition against autograd,
+and the error of its blocks.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_strided_codes_zeros_and_the_backends_agree() -> None:
 
 
 def test_blocks_keep_an_outlier_channel_to_itself() -> None:
-    """Why blocks: one channel a hundred times the others spoils every row's scale, or only its own column of blocks."""
+    """Why blocks: one channel a hundred times the others spoils every row's scale,
+    or only its own column of blocks.
+    """
     x = torch.randn(128, 128)
     x[:, 5] *= 100
     rest = [c for c in range(128) if c >= 32]

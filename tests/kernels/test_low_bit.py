@@ -1,4 +1,6 @@
-"""Low-bit products: the kernel equals a product with the decoded weight; decoding equals independent implementations."""
+"""Low-bit products: the kernel equals a product with the decoded weight;
+decoding equals independent implementations.
+"""
 
 from __future__ import annotations
 

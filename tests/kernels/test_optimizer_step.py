@@ -1,4 +1,6 @@
-"""Fused optimizer steps: equal to PyTorch's own where it has them, to the formulas elsewhere, and kernel = reference."""
+"""Fused optimizer steps: equal to PyTorch's own where it has them, to the formulas elsewhere,
+and kernel = reference.
+"""
 
 from __future__ import annotations
 

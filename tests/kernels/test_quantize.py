@@ -1,4 +1,6 @@
-"""Quantizers and the transforms they are fused with: bit for bit between kernel and reference, and right on known grids."""
+"""Quantizers and the transforms they are fused with: bit for bit between kernel and reference,
+and right on known grids.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +171,8 @@ def test_transform_fused_with_quantization_equals_the_two_steps(grid: Grid, dtyp
         *(kronecker_quantize(x.float(), left, right, grid, backend) for backend in ("torch", "triton")),
         strict=True,
     ):
-        # The two matrix products may be summed in another order: a value on a rounding boundary may go the other way.
+        # The two matrix products may be summed in another order:
+        # a value on a rounding boundary may go the other way.
         assert ((a - b).abs() > 1e-4 * b.abs().max()).float().mean() < 0.02
 
 

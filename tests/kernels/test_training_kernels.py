@@ -1,4 +1,6 @@
-"""Chunked loss, norms and activations: PyTorch's own values and gradients; compressed copies change the backward only, as bounded."""
+"""Chunked loss, norms and activations: PyTorch's own values and gradients;
+compressed copies change the backward only, as bounded.
+"""
 
 from __future__ import annotations
 

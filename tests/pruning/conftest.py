@@ -16,7 +16,9 @@ Pair = Callable[[tuple[int, int, int], Callable[[Layer], Tensor]], tuple[Subject
 
 @pytest.fixture()
 def masked_pair() -> Pair:
-    """make((inputs, hidden, classes), mask of a layer) -> the subject, with 40 random examples, and its two layers with a tanh between them."""
+    """make((inputs, hidden, classes), mask of a layer) -> the subject, with 40 random examples,
+    and its two layers with a tanh between them.
+    """
 
     def make(widths: tuple[int, int, int], mask: Callable[[Layer], Tensor]) -> tuple[Subject, list[Layer]]:
         torch.manual_seed(0)

@@ -201,7 +201,9 @@ def test_sizes_and_flops_are_those_of_the_smaller_configuration(checkpoints):
     length = batch["input_ids"].shape[1]
 
     def counted(hidden: int, layers: int) -> tuple[int, int]:
-        """Parameters and FLOPs of 2 examples by hand: head size 8, 4 and 2 heads, 64 neurons, 99 tokens, no biases."""
+        """Parameters and FLOPs of 2 examples by hand: head size 8, 4 and 2 heads, 64 neurons, 99 tokens,
+        no biases.
+        """
         matrices = hidden * (32 + 16 + 16 + 32) + 3 * hidden * 64
         parameters = 2 * 99 * hidden + layers * (matrices + 2 * hidden) + hidden
         rows = 2 * length

@@ -24,7 +24,9 @@ def error(weight, new, gram):
 
 
 def reference_sweep(weight, gram, damp, mask):
-    """SparseGPT's recursion written directly: one column at a time, the inverse Hessian downdated by elimination."""
+    """SparseGPT's recursion written directly: one column at a time,
+    the inverse Hessian downdated by elimination.
+    """
     hessian = obs.damped(gram, damp)
     inverse = torch.linalg.inv(hessian)
     w = weight.clone()
@@ -89,7 +91,9 @@ MAGNITUDE = [3792387, 2366666, 1792554, 1431387, 1330830, 1289068, 1274872, 1268
 
 
 def test_best_subset_obs_and_magnitude_on_the_diabetes_regression():
-    """Ordinary least squares on 10 features is exactly quadratic, so residual sums of squares can be enumerated."""
+    """Ordinary least squares on 10 features is exactly quadratic,
+    so residual sums of squares can be enumerated.
+    """
     from sklearn.datasets import load_diabetes
 
     x, y = load_diabetes(return_X_y=True)

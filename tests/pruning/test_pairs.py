@@ -1,4 +1,6 @@
-"""Every method with every structural pattern on every architecture: the density that was asked for, or a reason why not."""
+"""Every method with every structural pattern on every architecture:
+the density that was asked for, or a reason why not.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ ONE_CONSUMER, OUTPUT_BIAS = {"sparsegpt", "ziplm"}, {"flap"}
 
 
 def valid(pattern: str, architecture: str) -> set[str]:
-    """The methods that make sense: T5 ties heads of several blocks, and Llama, T5 and Mixtral have no biases to compensate with."""
+    """The methods that make sense: T5 ties heads of several blocks, and Llama,
+    T5 and Mixtral have no biases to compensate with.
+    """
     if pattern == "experts" and architecture != "mixtral":
         return set()
     methods = VALID[pattern]
@@ -62,7 +66,9 @@ def small(architecture: str, checkpoints):
 
 
 def pruned(subject, pattern, accepted, **fields):
-    """(method, instrument, result) of every method in `accepted`, with finite weights and tied weights still tied; the others say why not."""
+    """(method, instrument, result) of every method in `accepted`,
+    with finite weights and tied weights still tied; the others say why not.
+    """
     head = subject.model.get_output_embeddings()
     tied = head is not None and head.weight is subject.model.get_input_embeddings().weight
     for method in PRESETS:
@@ -102,7 +108,8 @@ def test_every_pair_is_exact_or_says_why_not(pattern, architecture, checkpoints)
                 sum(g.units * g.experts * g.weights_per_unit() for g in groups) for groups in (before, after)
             )
             step = [g.experts * g.weights_per_unit() * (EXPERT_STEP if g.experts > 1 else 1) for g in before]
-            # One threshold over all groups is off by half of the largest unit at most, shares of blocks by half a unit each.
+            # One threshold over all groups is off by half of the largest unit at most,
+            # shares of blocks by half a unit each.
             allowed = {"layer": 0.0, "global": max(step) / 2, "adaptive": sum(step) / 2}[
                 prune.composition()[2]
             ]

@@ -1,4 +1,6 @@
-"""Every published way to train with masks: zeros stay, budgets hold, what rests is bit-identical, and bad requests say why."""
+"""Every published way to train with masks: zeros stay, budgets hold, what rests is bit-identical,
+and bad requests say why.
+"""
 
 from __future__ import annotations
 

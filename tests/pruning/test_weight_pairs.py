@@ -1,4 +1,6 @@
-"""Every method with every pattern of weights on every architecture: the count of zeros that was asked for, or a reason why not."""
+"""Every method with every pattern of weights on every architecture:
+the count of zeros that was asked for, or a reason why not.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ ANYWHERE = {
 
 
 def valid(pattern: str, architecture: str) -> set[str]:
-    """FLAP gives what is lost to the biases, iCBS exchanges single weights, and an N:M pattern leaves movement no schedule."""
+    """FLAP gives what is lost to the biases, iCBS exchanges single weights,
+    and an N:M pattern leaves movement no schedule.
+    """
     return (
         ANYWHERE
         | ({"flap"} if architecture in ("bert", "gpt2", "vit") else set())

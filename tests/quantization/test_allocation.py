@@ -116,7 +116,9 @@ def test_alone_equals_one_prediction_for_each_layer(bert: Subject) -> None:
 
 
 def test_gauss_newton_scores_are_the_sampled_fisher_of_the_operator(bert: Subject) -> None:
-    """With the same draws: squares are each change alone, products are pairs, and the pairs of one choice add up to 1/2 D.F D of that choice."""
+    """With the same draws: squares are each change alone, products are pairs,
+    and the pairs of one choice add up to 1/2 D.F D of that choice.
+    """
     layers = bert.layers("*.0.*")[:3]
     _, deltas = candidates(bert, layers, [Quantize(bits=b, group_size=16) for b in (2, 4)], 4, Progress())
     scores = gauss_newton_scores(bert, layers, deltas, examples=4, samples=3, seed=5)
@@ -218,7 +220,9 @@ def test_traces_are_unbiased() -> None:
 
 
 def test_top_eigenvalue_is_the_known_one() -> None:
-    """The same Hessian: its top eigenvalue is that of X'X/n over C, whatever share of the data is repeated."""
+    """The same Hessian: its top eigenvalue is that of X'X/n over C,
+    whatever share of the data is repeated.
+    """
     on = workbench.subject("digits-softmax")
     split = {k: v[:200].repeat(2, *[1] * (v.ndim - 1)) for k, v in on.split("train").items()}
     layers = on.layers("*")
@@ -262,7 +266,9 @@ def test_allocate(bert: Subject, sensitivity: str) -> None:
 
 
 def test_multiplications_count_the_tokens_a_layer_sees(checkpoints: dict[str, Path]) -> None:
-    """Of a mixture of experts each token is seen by its chosen experts alone, of the attention by all of them."""
+    """Of a mixture of experts each token is seen by its chosen experts alone,
+    of the attention by all of them.
+    """
     on = workbench.subject(checkpoints["mixtral"], data="random")
     result = Allocate(
         layers="*.0.*",
@@ -290,7 +296,9 @@ def test_multiplications_count_the_tokens_a_layer_sees(checkpoints: dict[str, Pa
 
 
 def test_latency_budget_is_the_time_of_the_uniform_width(bert: Subject, tmp_path: Path) -> None:
-    """Times where only the intermediate layer gains from few bits: the optimum within the time, found by brute force."""
+    """Times where only the intermediate layer gains from few bits:
+    the optimum within the time, found by brute force.
+    """
     layers = bert.layers("*.0.*")
     (path := tmp_path / "times.csv").write_text(
         "layer,width,milliseconds\n*,2,1.0\n*,4,1.25\n*intermediate*,2,1\n*intermediate*,4,9\n"

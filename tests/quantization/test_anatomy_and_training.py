@@ -41,7 +41,9 @@ def test_anatomy(checkpoints: dict[str, Path]) -> None:
 
 
 def test_noise_is_that_of_the_model_run_twice(checkpoints: dict[str, Path]) -> None:
-    """Inputs and outputs of one layer, taken by hooks from the dense model and from the model with rounded weights and inputs."""
+    """Inputs and outputs of one layer, taken by hooks from the dense model and from the model with rounded
+    weights and inputs.
+    """
     on = workbench.subject(checkpoints["bert"], data="random")
     anatomy = ErrorAnatomy(
         bits=3,

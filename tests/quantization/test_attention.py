@@ -1,4 +1,6 @@
-"""Attention seen through transformers' interface, rounded in place, and asked to stay informative and like the teacher's."""
+"""Attention seen through transformers' interface, rounded in place,
+and asked to stay informative and like the teacher's.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def test_maps_are_the_librarys(checkpoints: dict[str, Path]) -> None:
 
 
 def test_information_is_the_formula_and_its_gradient_that_of_the_sum() -> None:
-    """-log of the mean of log(1 + var); the paper's sum differs by a constant; more spread is more information; padding is left out."""
+    """-log of the mean of log(1 + var); the paper's sum differs by a constant;
+    more spread is more information; padding is left out.
+    """
     query, key = torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 5, 8)
     maps = torch.empty(2, 4, 5, 5)
     found = information([made(query, key, maps)])

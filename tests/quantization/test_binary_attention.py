@@ -1,4 +1,6 @@
-"""Binary attention and the low-rank estimates of its residual polynomials: identities, gradients, training, storage."""
+"""Binary attention and the low-rank estimates of its residual polynomials:
+identities, gradients, training, storage.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SHORT: dict[str, Any] = {
 
 
 def test_scaled_signs_and_steps() -> None:
-    """Two values; gradients 1 inside and 0 outside; that of the scale sum of signs (and LSQ's for a step of one bit) over the root of their number."""
+    """Two values; gradients 1 inside and 0 outside; that of the scale sum of signs
+    (and LSQ's for a step of one bit) over the root of their number.
+    """
     x = torch.tensor([-2.0, -0.3, 0.0, 0.4, 5.0], requires_grad=True)
     scale = torch.tensor(0.5, requires_grad=True)
     found = scaled_signs(x, scale)
@@ -55,8 +59,10 @@ def test_scaled_signs_and_steps() -> None:
 
 
 def test_estimates_that_are_exact_give_back_full_precision() -> None:
-    """Where every token is a unit vector any function of a token is linear, so estimators of full rank can hold Q_b, K_b, R_q, R_k and R_v: the scores
-    are then Q K^T and the values V, which is the polynomial's identity."""
+    """Where every token is a unit vector any function of a token is linear, so estimators of full rank can
+    hold Q_b, K_b, R_q, R_k and R_v: the scores are then Q K^T and the values V,
+    which is the polynomial's identity.
+    """
     tokens = dim = 6
     query, key, value = (torch.randn(1, 1, tokens, dim) for _ in range(3))
     scales = torch.tensor([0.7, 0.4, 0.9, 0.3])

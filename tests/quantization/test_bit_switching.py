@@ -1,4 +1,6 @@
-"""Several widths of one stored integer: readings by brute force, gradients against LSQ's, probabilities by trace, training and saving."""
+"""Several widths of one stored integer: readings by brute force, gradients against LSQ's,
+probabilities by trace, training and saving.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_every_stored_code_is_read_as_its_rounded_quotient(width: int) -> None:
 
 @pytest.mark.parametrize("width", [8, 6, 4, 2])
 def test_training_reads_what_is_stored_and_its_step_moves_as_lsq_moves_its_own(width: int) -> None:
-    """At weights that are whole steps one rounding and two agree, so the gradient of s is that of a step of this width alone."""
+    """At weights that are whole steps one rounding and two agree,
+    so the gradient of s is that of a step of this width alone.
+    """
     step = 2.0**-6
     weight = torch.randint(-127, 128, (3, 40)).float() * step
     switched = DoubleRounding(torch.full((3, 1), step).log(), widths=[8, 6, 4, 2], group=40)

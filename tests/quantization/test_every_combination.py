@@ -1,4 +1,6 @@
-"""Format x granularity x rounding on the six small random architectures: each combination runs, or is refused with a reason."""
+"""Format x granularity x rounding on the six small random architectures:
+each combination runs, or is refused with a reason.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def test_packed_layers_hold_the_weight_in_the_bytes_they_claim(
     for layer in on.layers("*.0.*"):
         change, stored = quantizer_of(layer), packed_layer(layer)
         assert torch.allclose(unpacked_layer(stored, change, layer.shape), layer.weight, atol=1e-6)
-        # signs and the transform's scales are kept as floats for speed; their claimed bytes are what a file needs
+        # signs and the transform's scales are kept as floats for speed;
+        # their claimed bytes are what a file needs
         size = sum(t.numel() * t.element_size() for k, t in stored.items() if k not in ("smooth", "signs"))
         claimed = change.grid.bytes(layer.shape) - (
             0 if change.grid.transform is None else change.grid.transform.bytes

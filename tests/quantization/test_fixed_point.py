@@ -1,4 +1,6 @@
-"""Learned binary points: integers exactly, gradients of the formula, sums of powers of two against brute force, training and freezing."""
+"""Learned binary points: integers exactly, gradients of the formula,
+sums of powers of two against brute force, training and freezing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from workbench.quantization.packing import quantizer_of
 
 @pytest.mark.parametrize("terms", [1, 2, 3])
 def test_few_powers_are_the_nearest_sums(terms: int) -> None:
-    """Greedy choices against all sums of so many signed powers of two that stay inside the word, for every 6-bit integer."""
+    """Greedy choices against all sums of so many signed powers of two that stay inside the word,
+    for every 6-bit integer.
+    """
     powers = [0.0] + [sign * 2.0**e for e in range(6) for sign in (-1, 1)]
     sums = torch.tensor(
         sorted({s for p in itertools.product(powers, repeat=terms) if abs(s := sum(p)) <= 31})
@@ -29,7 +33,9 @@ def test_few_powers_are_the_nearest_sums(terms: int) -> None:
 
 
 def test_products_are_those_of_integers() -> None:
-    """Weights times 2^f are integers of the word, so a product with fixed-point inputs is one of integers, bit for bit."""
+    """Weights times 2^f are integers of the word, so a product with fixed-point inputs is one of integers,
+    bit for bit.
+    """
     torch.manual_seed(0)
     weight = torch.randn(12, 20)
     rounding = LearnedPoint.begin(weight, 20, TrainQuantized(method="fixed", bits=6))

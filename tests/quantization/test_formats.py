@@ -113,7 +113,9 @@ def test_normal_float_equals_the_published_codebook() -> None:
 
 
 def test_optimal_quantizers_of_a_gaussian() -> None:
-    """Max (1960): squared error of the best 2^b values, from the closed form of the cells rather than from samples."""
+    """Max (1960): squared error of the best 2^b values, from the closed form of the cells rather than from
+    samples.
+    """
     from scipy.stats import norm
 
     for bits, expected in zip(range(1, 6), (0.36338, 0.117482, 0.034548, 0.009501, 0.002505), strict=True):
@@ -203,7 +205,9 @@ def test_codebook_of_many_values_uses_the_same_rule() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_codebooks_round_as_a_search_does(name: str, dtype: torch.dtype) -> None:
-    """Random numbers, every value, every midpoint and its neighbours, far beyond the range, infinities: to the nearest, ties down."""
+    """Random numbers, every value, every midpoint and its neighbours, far beyond the range, infinities:
+    to the nearest, ties down.
+    """
     element = named(name).element
     table = torch.tensor(element.table, dtype=dtype)
     middles = (table[1:] + table[:-1]) / 2

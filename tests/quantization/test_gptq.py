@@ -12,7 +12,9 @@ from workbench.quantization.grid import Grid, fit
 
 
 def textbook(weight: Tensor, gram: Tensor, grid: Grid, damp: float, mask: Tensor | None = None) -> Tensor:
-    """Optimal brain surgeon, one column at a time with the inverse Hessian downdated explicitly (Frantar et al. 2023, section 3)."""
+    """Optimal brain surgeon, one column at a time with the inverse Hessian downdated explicitly
+    (Frantar et al. 2023, section 3).
+    """
     work, inverse = weight.double().clone(), torch.linalg.inv(damped(gram, damp).double())
     scale, zero = (None if t is None else t.double() for t in grid.columns(weight.shape[1]))
     assert scale is not None
@@ -35,7 +37,9 @@ def layer() -> tuple[Tensor, Tensor]:
 
 
 def test_the_feedback_factorises_the_second_moment(layer: tuple[Tensor, Tensor]) -> None:
-    """H = F D F^T, F unit upper triangular; the inverse of F with its rows scaled is the Cholesky factor of the inverse that GPTQ's paper uses."""
+    """H = F D F^T, F unit upper triangular; the inverse of F with its rows scaled is the Cholesky factor
+    of the inverse that GPTQ's paper uses.
+    """
     gram = layer[1].double()
     feedback, hessian = linear_feedback(gram, 0.01), damped(gram, 0.01)
     assert (feedback.diagonal() == 1).all() and (feedback.tril(-1) == 0).all()

@@ -1,4 +1,6 @@
-"""Learned roundings against brute force and against their own starting point; block-wise and sequential calibration."""
+"""Learned roundings against brute force and against their own starting point;
+block-wise and sequential calibration.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def test_half_quadratic_lowers_its_norm_and_keeps_zeros() -> None:
 
 
 def test_half_quadratic_finds_a_grid_that_is_not_whole_at_zero() -> None:
-    """Weights at s (k - z) with a fractional z, as any range's ends give: the exact zero point leaves them where they are."""
+    """Weights at s (k - z) with a fractional z, as any range's ends give:
+    the exact zero point leaves them where they are.
+    """
     weight = 0.125 * (
         torch.stack([torch.randperm(16) for _ in range(8)]).float() - torch.linspace(3.1, 11.9, 8)[:, None]
     )

@@ -1,4 +1,6 @@
-"""Rotations that are learned or principal: orthogonal, the function kept, and better than where they started."""
+"""Rotations that are learned or principal: orthogonal, the function kept,
+and better than where they started.
+"""
 
 from __future__ import annotations
 

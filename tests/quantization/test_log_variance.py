@@ -1,4 +1,6 @@
-"""Widths by the logarithm of variance: the closed form against Lagrange's conditions and a numerical optimum, the integer program against all choices."""
+"""Widths by the logarithm of variance: the closed form against Lagrange's conditions and a numerical optimum,
+the integer program against all choices.
+"""
 
 from __future__ import annotations
 

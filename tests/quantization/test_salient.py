@@ -1,4 +1,6 @@
-"""Salient weights on a wider grid, binarisation about the mean, learned scales: closed forms, bytes as stored, refusals."""
+"""Salient weights on a wider grid, binarisation about the mean, learned scales:
+closed forms, bytes as stored, refusals.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +161,9 @@ def test_packed_saved_and_opened_again(
 
 
 def test_each_step_lowers_the_loss() -> None:
-    """Binary, then salient features, then learned scales; of a block, on the quantized prefix, they lower it as well."""
+    """Binary, then salient features, then learned scales; of a block, on the quantized prefix,
+    they lower it as well.
+    """
     on = workbench.subject("digits-vit")
     shared = BINARY | {"predict_examples": 0, "examples": 32, "steps": 30}
     steps: list[dict[str, object]] = [

@@ -1,4 +1,6 @@
-"""Training towards a teacher, and binary weights with a learned scale and offset: closed forms, gradients, an exact freeze."""
+"""Training towards a teacher, and binary weights with a learned scale and offset:
+closed forms, gradients, an exact freeze.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def shifted(weight: torch.Tensor, shared: str, group: int) -> ShiftedSign:
 
 @pytest.mark.parametrize(("shared", "group", "axis"), [("column", 12, 0), ("row", 12, 1)])
 def test_shifted_signs_are_the_formula(shared: str, group: int, axis: int) -> None:
-    """Start mean w and mean |w - mean w| of a column or row; gradients alpha g, sum g sign(w), sum g; values exactly on the grid that is kept."""
+    """Start mean w and mean |w - mean w| of a column or row; gradients alpha g, sum g sign(w), sum g;
+    values exactly on the grid that is kept.
+    """
     weight = torch.randn(6, 12).add_(0.3).requires_grad_()
     rounding = shifted(weight.detach(), shared, group)
     beta = weight.detach().mean(axis, keepdim=True)
@@ -90,7 +94,9 @@ def test_experts_and_short_groups() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_teachers_loss(temperature: float) -> None:
-    """At the teacher itself: its entropy, with a zero gradient; elsewhere the divergence is added; gradient T (p - q) / items."""
+    """At the teacher itself: its entropy, with a zero gradient; elsewhere the divergence is added;
+    gradient T (p - q) / items.
+    """
     on = workbench.subject("digits-vit")
     batch = {"labels": torch.tensor([0, 1, 2])}
     target, output = torch.randn(3, 10), torch.randn(3, 10, requires_grad=True)

@@ -1,4 +1,6 @@
-"""Roundings that are trained: their formulas, the widths they end on, low-rank terms inside and beside the rounding."""
+"""Roundings that are trained: their formulas, the widths they end on,
+low-rank terms inside and beside the rounding.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def course(**settings: object) -> Course:
 
 
 def test_pseudo_noise_has_the_variance_of_rounding() -> None:
-    """Uniform in a step: mean zero, variance step^2 / 12, within 5 standard errors; nothing beyond the bound but noise."""
+    """Uniform in a step: mean zero, variance step^2 / 12, within 5 standard errors;
+    nothing beyond the bound but noise.
+    """
     weight = torch.rand(200, 500) * 2 - 1
     noise = PseudoNoise.begin(weight, 500, SimpleNamespace(budget=3.0))  # type: ignore[arg-type]
     noise.prepare(course())

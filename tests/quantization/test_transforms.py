@@ -1,4 +1,6 @@
-"""Equivalent transforms and activation rounding: exact without rounding, helpful with outliers, saved and opened again."""
+"""Equivalent transforms and activation rounding: exact without rounding, helpful with outliers,
+saved and opened again.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,9 @@ def test_a_kronecker_product_is_the_dense_one() -> None:
 
 
 def test_flatquant_lowers_the_error_of_rounded_weights_and_inputs() -> None:
-    """Four-bit weights and inputs with outlying features: below none, scaling and a Hadamard rotation, as the paper orders them."""
+    """Four-bit weights and inputs with outlying features: below none, scaling and a Hadamard rotation,
+    as the paper orders them.
+    """
     inputs = torch.randn(300, 48) @ (torch.eye(48) + 0.2 * torch.randn(48, 48))
     inputs[:, :3] *= 30
     weight = torch.randn(32, 48)
@@ -129,7 +133,9 @@ def test_flatquant_lowers_the_error_of_rounded_weights_and_inputs() -> None:
 
 
 def test_resq_keeps_the_principal_eighth_wide() -> None:
-    """Correlated inputs, four bits with an eighth of the features at eight: principal components beat picking features, and no split."""
+    """Correlated inputs, four bits with an eighth of the features at eight:
+    principal components beat picking features, and no split.
+    """
     inputs = torch.randn(400, 32) @ torch.randn(32, 32) * 0.05 + torch.randn(400, 4) @ torch.randn(4, 32)
     problem = Problem(torch.randn(16, 32), inputs.T @ inputs, named("int8"), "channel")
     errors = {}

@@ -1,4 +1,6 @@
-"""The strict notebook runner: types, unknown names, failures, the interpreter, and files that appear when complete."""
+"""The strict notebook runner: types, unknown names, failures, the interpreter,
+and files that appear when complete.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def book(tmp_path: Path) -> Path:
     return write(
         tmp_path / "small.ipynb",
         "#md # Small report\n\n## Values",
-        "import json, os, sys; print(json.dumps([subject, steps, ratio, flag, layers, limit, shape, sys.executable,"
+        "import json, os, sys; print(json.dumps([subject, steps, ratio, flag, layers, limit, shape, "
+        "sys.executable,"
         " os.environ['WORKBENCH_HEADLESS'], os.getcwd()]))",
         parameters=DECLARED,
     )
@@ -149,7 +152,8 @@ def test_the_kernels_own_progress_reaches_the_caller(tmp_path: Path) -> None:
     book = write(
         tmp_path / "long.ipynb",
         "#md ## Lanczos",
-        "import os, pathlib, time\nfile = pathlib.Path(os.environ['WORKBENCH_PROGRESS_FILE'])\nfile.write_text('probe 3/8')\n"
+        "import os, pathlib, time\nfile = pathlib.Path(os.environ['WORKBENCH_PROGRESS_FILE'])\n"
+        "file.write_text('probe 3/8')\n"
         "while not pathlib.Path(seen).exists(): time.sleep(0.05)",
         parameters="seen: str = ''",
     )

@@ -41,7 +41,9 @@ def test_gaussian_likelihood_is_scipys(runs):
 
 
 def test_huber_density_integrates_to_one_at_the_fitted_scale(runs):
-    """The likelihood reported for a Huber fit is that of a proper density: check its normaliser by quadrature."""
+    """The likelihood reported for a Huber fit is that of a proper density:
+    check its normaliser by quadrature.
+    """
     found = fit(law("chinchilla"), runs, Objective("huber", "linear", 1e-3), starts=64)
     r, d = np.abs(found.residuals), 1e-3
     rho = np.where(r <= d, 0.5 * r**2, d * (r - 0.5 * d))

@@ -15,7 +15,10 @@ FORMULAS = [
     "((A / params) ** (alpha / beta) + B / tokens) ** beta",
     "A * params**2 / (1 + exp(-beta * tokens)) - alpha * sqrt(tokens) + tanh(E * params)",
     "log2(A + params) * log10(tokens + beta) + log(alpha) + sin(E) * cos(beta) * arctan(A)",
-    "sigmoid(A - params) * softplus(beta * tokens) + E * abs(alpha - 1.2) + min(params * A, tokens) + max(E, alpha * tokens)",
+    (
+        "sigmoid(A - params) * softplus(beta * tokens) + E * abs(alpha - 1.2) + min(params * A, "
+        "tokens) + max(E, alpha * tokens)"
+    ),
     "where(tokens >= 1.5, A * tokens**beta, E / params) + 2**alpha + params**-3 + params^0.5",
     "x = A * params\ny = x + B\nx / y + y**alpha",
 ]

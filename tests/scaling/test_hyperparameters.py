@@ -81,7 +81,9 @@ def test_bowl_recovers_the_law_exactly_despite_diverged_runs():
 
 
 def test_published_step_law_data(steplaw):
-    """Exponents within the published range of estimators, advice judged by the loss it costs; diverged runs stay in the table."""
+    """Exponents within the published range of estimators, advice judged by the loss it costs;
+    diverged runs stay in the table.
+    """
     assert (steplaw.groupby(["params", "tokens"]).loss.transform("min") * 1.2 < steplaw.loss).sum() > 100
     laws = fit_step_law(best_settings(steplaw, "bowl"))
     assert -0.85 <= -laws["learning_rate"].params["x"] <= -0.60

@@ -1,4 +1,6 @@
-"""The Kaplan recipe recovers its own constants and predicts a larger model's curve at a batch size never seen."""
+"""The Kaplan recipe recovers its own constants and predicts a larger model's curve at a batch size never
+seen.
+"""
 
 import numpy as np
 import pandas as pd

@@ -162,7 +162,9 @@ def test_trajectory_ends_at_the_prediction():
     assert table.loss.is_monotonic_decreasing
 
 
-CONFIGS = {  # published exponents: ordinary least squares, weighted, and the bound on a 7-point parabola from the raw points
+# published exponents: ordinary least squares, weighted, and the bound on a 7-point parabola from
+# the raw points
+CONFIGS = {
     "rw|base|long|kaplan|kaplan|train": (0.8338, 0.8353, 0.858),
     "rw|base|long|kaplan|standard|val": (0.7009, 0.7065, 0.693),
     "rw|base|short|kaplan|standard|val": (0.6035, 0.6020, 0.592),

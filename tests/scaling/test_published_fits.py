@@ -1,4 +1,6 @@
-"""Published scaling-law fits, reproduced from the published run tables (skipped when the tables are not there)."""
+"""Published scaling-law fits, reproduced from the published run tables
+(skipped when the tables are not there).
+"""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,6 @@
-"""`workbench report scaling --runs FILE`: one command, one offline page with fit, intervals, held-out error and plan."""
+"""`workbench report scaling --runs FILE`: one command, one offline page with fit, intervals,
+held-out error and plan.
+"""
 
 import nbformat
 import numpy as np

@@ -193,13 +193,21 @@ def test_mlflow_database(tmp_path):
     with sqlite3.connect(file) as db:
         db.executescript("""
             create table experiments (experiment_id integer, name text);
-            create table runs (run_uuid text, name text, status text, lifecycle_stage text, experiment_id integer);
+            create table runs (
+                run_uuid text, name text, status text, lifecycle_stage text, experiment_id integer);
             create table params (key text, value text, run_uuid text);
-            create table latest_metrics (key text, value real, timestamp integer, step integer, is_nan integer, run_uuid text);
+            create table latest_metrics (
+                key text, value real, timestamp integer, step integer, is_nan integer, run_uuid text);
             insert into experiments values (1, 'sweep');
-            insert into runs values ('u1', 'a', 'FINISHED', 'active', 1), ('u2', 'b', 'FAILED', 'active', 1), ('u3', 'c', 'FINISHED', 'deleted', 1), ('u4', 'd', 'FINISHED', 'active', 1);
-            insert into params values ('n_params', '1e7', 'u1'), ('tokens', '1000000000', 'u1'), ('n_params', '1e8', 'u4'), ('tokens', '2e9', 'u4'), ('n_params', '5', 'u2');
-            insert into latest_metrics values ('val_loss', 3.5, 0, 100, 0, 'u1'), ('val_loss', 3.1, 0, 200, 0, 'u4'), ('val_loss', 3.0, 0, 1, 0, 'u2');
+            insert into runs values
+                ('u1', 'a', 'FINISHED', 'active', 1), ('u2', 'b', 'FAILED', 'active', 1),
+                ('u3', 'c', 'FINISHED', 'deleted', 1), ('u4', 'd', 'FINISHED', 'active', 1);
+            insert into params values
+                ('n_params', '1e7', 'u1'), ('tokens', '1000000000', 'u1'),
+                ('n_params', '1e8', 'u4'), ('tokens', '2e9', 'u4'), ('n_params', '5', 'u2');
+            insert into latest_metrics values
+                ('val_loss', 3.5, 0, 100, 0, 'u1'), ('val_loss', 3.1, 0, 200, 0, 'u4'),
+                ('val_loss', 3.0, 0, 1, 0, 'u2');
         """)
     runs = load_runs(file)
     assert runs.table[["params", "tokens", "loss"]].to_numpy().tolist() == [[1e7, 1e9, 3.5], [1e8, 2e9, 3.1]]

@@ -112,7 +112,9 @@ GRID = dict(
     ],
 )
 def test_intervals_hold_the_truth_about_as_often_as_they_say(name, truth, columns):
-    """40 data sets only, so the band is three binomial standard errors around 86 to 94 %; the full measurement is a benchmark."""
+    """40 data sets only, so the band is three binomial standard errors around 86 to 94 %;
+    the full measurement is a benchmark.
+    """
     got = coverage(law(name), truth, columns, noise=0.01, datasets=40, resamples=100, seed=2)
     assert (got.datasets == 40).all()
     assert 0.90 - 0.04 - 3 * 0.047 <= got.covered.mean() <= 1.0

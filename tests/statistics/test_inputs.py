@@ -46,7 +46,9 @@ def test_every_block_layer_sees_its_inputs_once(architecture, checkpoints):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_half_a_product_and_its_mirror_are_the_whole(dtype):
-    """By BLAS (float32) and by blocks of columns (anything else), added to what is there, exactly symmetric."""
+    """By BLAS (float32) and by blocks of columns (anything else), added to what is there,
+    exactly symmetric.
+    """
     for width in (5, 128, 300):
         rows, more = torch.randn(40, width, dtype=dtype), torch.randn(7, width, dtype=dtype)
         gram = torch.zeros(width, width, dtype=dtype)
@@ -59,7 +61,9 @@ def test_half_a_product_and_its_mirror_are_the_whole(dtype):
 
 
 def test_a_pass_ends_with_the_last_layer_unless_it_may_be_met_again():
-    """The head is not reached once a whole pass has shown each layer once; a layer that is called twice is followed to the end."""
+    """The head is not reached once a whole pass has shown each layer once;
+    a layer that is called twice is followed to the end.
+    """
     data = {"inputs": torch.randn(40, 4), "labels": torch.randint(3, (40,))}
 
     class Twice(nn.Module):
@@ -98,7 +102,9 @@ def test_padding_does_not_count(checkpoints):
 
 
 def test_layers_that_read_one_tensor_are_handed_one_tensor(checkpoints):
-    """Query, key and value of a padded batch: the padding is taken out once, so that their second moment is computed once."""
+    """Query, key and value of a padded batch: the padding is taken out once,
+    so that their second moment is computed once.
+    """
     subject = workbench.subject(checkpoints["bert"], data="random", max_length=12)
     layers = subject.layers("*.0.attention.self.*")
     batch = next(subject.batches("calibration", 4))

@@ -110,7 +110,9 @@ def test_broken_inputs_are_named(checkpoints, tmp_path):
 def test_a_python_file_gives_a_subject(tmp_path: Path):
     file = tmp_path / "net.py"
     file.write_text(
-        "import torch, workbench\ndef make():\n    return workbench.subject(torch.nn.Linear(4, 2), data={'inputs': torch.randn(20, 4), 'labels': torch.randint(2, (20,))})\n"
+        "import torch, workbench\ndef make():\n"
+        "    return workbench.subject(torch.nn.Linear(4, 2), data={'inputs': torch.randn(20, 4), 'labels': "
+        "torch.randint(2, (20,))})\n"
     )
     assert workbench.subject(f"{file}:make").task.name == "classification"
     with pytest.raises(BadInput, match="no 'other'"):

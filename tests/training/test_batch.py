@@ -26,7 +26,9 @@ from workbench.training.normalisation import BatchChannelNorm, GhostBatchNorm, W
 
 
 def test_noise_scale_is_unbiased_on_a_known_covariance() -> None:
-    """Per-example gradients N(G, Sigma): the means of both estimates over 4,000 experiments equal |G|^2 and tr(Sigma) within 4 errors."""
+    """Per-example gradients N(G, Sigma): the means of both estimates over 4,000 experiments equal |G|^2
+    and tr(Sigma) within 4 errors.
+    """
     rng = np.random.default_rng(0)
     mean, scale = np.array([1.0, -0.5, 0.25]), np.array([2.0, 1.0, 3.0])
     groups, size, found = 6, 5, []
@@ -174,7 +176,8 @@ def test_weight_standardisation() -> None:
     run = fit(on, steps=30, lr=1e-2)
     assert run.history.loss.iloc[-1] < run.history.loss.iloc[0]
     torch.testing.assert_close(layer.weight.detach().mean(1), torch.zeros(16), atol=1e-6, rtol=0)
-    # the gradient lives in the tangent space: orthogonal to constants and to the weight itself (Qiao et al. 2019, section 3.3)
+    # the gradient lives in the tangent space: orthogonal to constants and to the weight itself
+    # (Qiao et al. 2019, section 3.3)
     gradient = torch.autograd.grad((layer.weight * torch.randn(16, 8)).sum(), layer.original)[0]
     torch.testing.assert_close(gradient.sum(1), torch.zeros(16), atol=1e-4, rtol=0)
 

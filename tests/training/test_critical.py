@@ -1,4 +1,6 @@
-"""The critical batch size: steps to a loss, the hyperbola on published and synthetic steps, the noise scale beside it."""
+"""The critical batch size: steps to a loss, the hyperbola on published and synthetic steps,
+the noise scale beside it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def larger() -> Subject:
     ("model", "target", "expected"), [("85M", 3.42, 745.32), ("151M", 3.24, 955.16), ("302M", 3.07, 1393.73)]
 )
 def test_published_steps_to_a_loss(shared: Path, model: str, target: float, expected: float) -> None:
-    """The panel's own code on published runs: steps a + b / B in log space, 20 % more examples than a batch of 256 costs."""
+    """The panel's own code on published runs: steps a + b / B in log space,
+    20 % more examples than a batch of 256 costs.
+    """
     runs = pd.read_csv(shared / "data" / "critical_batch_size" / "steps_to_target.csv").query(
         "model == @model"
     )
@@ -48,7 +52,9 @@ def test_published_steps_to_a_loss(shared: Path, model: str, target: float, expe
 
 
 def test_steps_to_a_known_loss() -> None:
-    """0.5 w^2 by gradient descent of rate 0.1: the loss falls by 0.81 a step, so log(target / first) / log(0.81) steps."""
+    """0.5 w^2 by gradient descent of rate 0.1: the loss falls by 0.81 a step, so log(target / first)
+    / log(0.81) steps.
+    """
     weight = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(weight.weight)
     columns = {"inputs": torch.ones(8, 1)}
@@ -82,7 +88,9 @@ def test_the_fastest_rate_of_each_batch_size() -> None:
 
 
 def test_both_estimates_in_one_run(cache: Path) -> None:
-    """Live while it runs; the noise scale is measured on the way to the loss, the steps to it fall with the batch size."""
+    """Live while it runs; the noise scale is measured on the way to the loss,
+    the steps to it fall with the batch size.
+    """
 
     class Watching(Progress):
         previews = 0

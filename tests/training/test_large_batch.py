@@ -1,4 +1,6 @@
-"""Rules for large batches: module-wise rates (AGVM) and concurrent adversaries (ConAdv), against their equations in double precision."""
+"""Rules for large batches: module-wise rates (AGVM) and concurrent adversaries (ConAdv),
+against their equations in double precision.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_disagreement_of_two_gradients() -> None:
 
 
 def test_agvm() -> None:
-    """Five steps of SGD written out: Phi of the halves of the batch, the average of clamped ratios every second step, scaled rates."""
+    """Five steps of SGD written out: Phi of the halves of the batch,
+    the average of clamped ratios every second step, scaled rates.
+    """
     on = double(small())
     twin, columns = copy.deepcopy(on.model).train(), on.splits["train"]
     rule = AGVM(every=2, start=1, momentum=0.9)

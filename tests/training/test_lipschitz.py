@@ -1,4 +1,6 @@
-"""The certified transformer: its bounds hold against searched slopes and against real differences, its inputs have the length assumed."""
+"""The certified transformer: its bounds hold against searched slopes and against real differences,
+its inputs have the length assumed.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_no_slope_passes_the_certificate(gain: float) -> None:
 
 
 def test_a_linear_network_is_bounded_by_its_matrices_alone() -> None:
-    """Attention whose queries are zero is a running mean of values: its bound is so sv, reached where all tokens move together."""
+    """Attention whose queries are zero is a running mean of values:
+    its bound is so sv, reached where all tokens move together.
+    """
     torch.manual_seed(1)
     part = Attention(8)
     torch.nn.init.zeros_(part.query.weight)

@@ -111,7 +111,9 @@ def test_accumulation_is_exact_for_unequal_lengths() -> None:
     "optimizer, schedule", [("adamw", "cosine"), ("sgd", "plateau"), ("adamw", "one-cycle")]
 )
 def test_resumes_bit_for_bit(tmp_path: Path, optimizer: str, schedule: str) -> None:
-    """Stopped at step 7 with a checkpoint of step 6, gone on: weights, averages, dropout and history equal an uninterrupted run's."""
+    """Stopped at step 7 with a checkpoint of step 6, gone on:
+    weights, averages, dropout and history equal an uninterrupted run's.
+    """
     arguments = dict(
         steps=15,
         batch_size=8,
@@ -262,7 +264,9 @@ if os.environ.get("RANK", "0") == "0":
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Through accelerate on two processes (gloo): the same weights as one process, whatever each process's token count."""
+    """Through accelerate on two processes (gloo): the same weights as one process,
+    whatever each process's token count.
+    """
     from safetensors.torch import load_file
 
     script = tmp_path / "train.py"

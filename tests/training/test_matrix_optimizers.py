@@ -1,4 +1,6 @@
-"""Optimizers that treat a weight as a matrix, against their equations written out plainly, in double precision, over several steps."""
+"""Optimizers that treat a weight as a matrix, against their equations written out plainly,
+in double precision, over several steps.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ def test_galore_state_is_as_small_as_stated() -> None:
 
 
 def test_soap_is_adam_in_the_eigenbasis() -> None:
-    """Vyas et al. 2024, algorithm 3, with the basis refreshed every step; the first call only makes the basis."""
+    """Vyas et al. 2024, algorithm 3, with the basis refreshed every step;
+    the first call only makes the basis.
+    """
     from pytorch_optimizer import SOAP
 
     weight = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
@@ -206,7 +210,9 @@ def test_kron_equals_pytorch_optimizer() -> None:
 
 
 def test_kron_whitens_its_gradients() -> None:
-    """Li 2018: Q is fitted so that P g is white; for gradients of known Kronecker covariance its spread becomes even."""
+    """Li 2018: Q is fitted so that P g is white; for gradients of known Kronecker covariance its spread
+    becomes even.
+    """
     generator = torch.Generator().manual_seed(0)
     left, right = torch.diag(torch.tensor([4.0, 1.0, 0.25])), torch.diag(torch.tensor([2.0, 0.5]))
     weight = nn.Parameter(torch.zeros(3, 2))
@@ -278,7 +284,9 @@ def test_mkor_draws_large_inverses_back() -> None:
 
 
 def test_mkor_h_leaves_the_inner_optimizer_alone_when_the_loss_stalls() -> None:
-    """Means over two steps fall by a half, a quarter, a hundredth: the last is below a tenth of the largest."""
+    """Means over two steps fall by a half, a quarter, a hundredth:
+    the last is below a tenth of the largest.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))
     optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=LR), every=1, stall=0.1, window=2)

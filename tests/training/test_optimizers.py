@@ -1,4 +1,6 @@
-"""Element-wise optimizers against their equations, written out plainly, in double precision, over several steps; and the catalogue of all."""
+"""Element-wise optimizers against their equations, written out plainly, in double precision,
+over several steps; and the catalogue of all.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,9 @@ def test_lion() -> None:
 
 
 def test_mars() -> None:
-    """Yuan et al. 2024: Adam on the gradient corrected by its own change, clipped to norm one; plain AdamW for vectors."""
+    """Yuan et al. 2024: Adam on the gradient corrected by its own change, clipped to norm one;
+    plain AdamW for vectors.
+    """
 
     def rule(w: Tensor, g: Tensor, s: dict, t: int) -> Tensor:
         b1, b2 = (0.95, 0.99) if w.ndim == 2 else (0.9, 0.95)
@@ -123,7 +127,9 @@ def test_mars() -> None:
 
 
 def test_sophia() -> None:
-    """The rule with the diagonal given, and pytorch_optimizer's SophiaH at the same diagonal: m / max(gamma h) clipped at 1 is theirs at p = gamma."""
+    """The rule with the diagonal given, and pytorch_optimizer's SophiaH at the same diagonal:
+    m / max(gamma h) clipped at 1 is theirs at p = gamma.
+    """
     from pytorch_optimizer import SophiaH
 
     weights, loss = problem()
@@ -185,7 +191,9 @@ def test_one_bit_adam_is_adam_until_it_freezes() -> None:
 
 
 def one_bit_reference(gradients: Tensor, freeze: int, steps: int) -> Tensor:
-    """Tang et al. 2021, algorithm 1, written out: gradients (steps, workers, d) -> the weights after, from zero."""
+    """Tang et al. 2021, algorithm 1, written out: gradients (steps, workers, d) -> the weights after,
+    from zero.
+    """
     workers, d = gradients.shape[1:]
     m, v, w = (torch.zeros(d, dtype=torch.float64) for _ in range(3))
     errors, server = torch.zeros(workers, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
@@ -237,7 +245,9 @@ def test_one_bit_adam_does_not_move_what_never_had_a_gradient() -> None:
 
 
 def one_of_two(rank: int, store: str, out: str) -> None:
-    """What each process of the next test does: its own gradients, signs exchanged by gloo; the first one leaves its weight."""
+    """What each process of the next test does: its own gradients, signs exchanged by gloo;
+    the first one leaves its weight.
+    """
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     gradients = torch.randn(7, 2, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight = nn.Parameter(torch.zeros(11, dtype=torch.float64))

@@ -1,4 +1,6 @@
-"""Quantized products of training: exact without rounding at every level, the stated formula with it, smaller errors on heavy tails."""
+"""Quantized products of training: exact without rounding at every level, the stated formula with it,
+smaller errors on heavy tails.
+"""
 
 from __future__ import annotations
 

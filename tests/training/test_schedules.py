@@ -46,7 +46,9 @@ def test_infinite_corners() -> None:
 
 
 def test_power() -> None:
-    """Batch and token number agnostic: constant until the power law falls below the peak; the law itself; the decay's ends."""
+    """Batch and token number agnostic: constant until the power law falls below the peak; the law itself;
+    the decay's ends.
+    """
     rate = s.PowerLR(
         optimizer(0.02), 1000, batch=128, tokens=128 * 4096, warmup=10, decay=0.1, final=0.01
     ).rate

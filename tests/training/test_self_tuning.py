@@ -1,4 +1,6 @@
-"""Self-tuning networks: the best response and the hypergradient of ridge regression, which are known, and the optimum they lead to."""
+"""Self-tuning networks: the best response and the hypergradient of ridge regression, which are known,
+and the optimum they lead to.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def penalised(model: nn.Module, batch: dict[str, Tensor], values: dict[str, Tens
 
 
 def test_best_response_and_hypergradient_of_ridge_regression() -> None:
-    """At a fixed penalty and a small spread the layer learns w*(l) and its derivative: both within a few per cent of the closed form."""
+    """At a fixed penalty and a small spread the layer learns w*(l) and its derivative:
+    both within a few per cent of the closed form.
+    """
     train, held_out = ridge()
     torch.manual_seed(0)
     setting = Setting([Hyperparameter("l2", 0.2)], spread=0.3)

@@ -1,4 +1,6 @@
-"""The instruments: facts that follow from their tables, the bowl on a known surface, limits of the learning rate, cards."""
+"""The instruments: facts that follow from their tables, the bowl on a known surface,
+limits of the learning rate, cards.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def test_reinitialised() -> None:
 
 
 def test_bowl_of_a_known_surface() -> None:
-    """A quadratic in (ln lr, ln batch) with its minimum at (0.012, 30): found, and inside its own interval."""
+    """A quadratic in (ln lr, ln batch) with its minimum at (0.012, 30):
+    found, and inside its own interval.
+    """
     x0, y0 = math.log(0.012), math.log(30)
     noise = np.random.default_rng(0)
     table = surface(
@@ -104,8 +108,10 @@ def test_bowl_of_a_known_surface() -> None:
 
 
 def test_published_step_law_surfaces(shared: Path) -> None:
-    """The panel's own code on the step law's published runs (15 cells with 1,746 runs here; the reference values are of 17 with 1,911):
-    what the published law's advice would have cost, cell by cell, is .0957 % on average and .31 % at most; diverged runs do not break a fit."""
+    """The panel's own code on the step law's published runs (15 cells with 1,746 runs here; the reference
+    values are of 17 with 1,911): what the published law's advice would have cost, cell by cell, is .0957 % on
+    average and .31 % at most; diverged runs do not break a fit.
+    """
     runs = pd.read_csv(shared / "data" / "steplaw" / "dense_lr_bs_loss.csv")
     excess, bowls = [], 0
     for (params, tokens), cell in runs.groupby(["N", "D"]):
@@ -124,7 +130,9 @@ def test_published_step_law_surfaces(shared: Path) -> None:
 
 
 def test_slope_of_the_best_rate() -> None:
-    """Optimum at lr = 0.004 sqrt(batch / 8): the slope is 1/2, and the sqrt rule coincides with the measured optima."""
+    """Optimum at lr = 0.004 sqrt(batch / 8): the slope is 1/2,
+    and the sqrt rule coincides with the measured optima.
+    """
     table = surface(
         lambda x, y: 1 + 0.01 * (x - math.log(0.004) - 0.5 * (y - math.log(8))) ** 2,
         np.geomspace(1e-3, 1e-1, 13),
@@ -149,7 +157,9 @@ def test_best_lr_at_the_ends() -> None:
 
 
 def test_surface_runs_and_goes_on_after_a_stop(cache: Path) -> None:
-    """Stopped from a panel half-way (its progress), gone on with by the same request: nothing runs twice, the preview was live."""
+    """Stopped from a panel half-way (its progress), gone on with by the same request:
+    nothing runs twice, the preview was live.
+    """
 
     class Stopping(Progress):
         previews = 0
@@ -266,7 +276,9 @@ def test_gradient_noise(cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["digits-softmax", "net"])
 def test_largest_stable_rate_is_two_over_the_top_eigenvalue(name: str, cache: Path) -> None:
-    """A small displacement under full-batch gradient descent grows beyond 2 / lambda and not below: the limit by bisection, within 10 %."""
+    """A small displacement under full-batch gradient descent grows beyond 2 / lambda and not below:
+    the limit by bisection, within 10 %.
+    """
     from workbench.curvature import Sharpness
 
     on = workbench.subject("digits-softmax") if name == "digits-softmax" else with_test_split()
@@ -308,7 +320,9 @@ def test_cards_and_evidence() -> None:
 
 
 def test_range_test_brackets_the_stability_limit(cache: Path) -> None:
-    """A quadratic of curvatures 8 and 1: momentum 0.9 is stable below 2 (1 + 0.9) / 8, so the loss turns up beyond, and not long after."""
+    """A quadratic of curvatures 8 and 1: momentum 0.9 is stable below 2 (1 + 0.9) / 8,
+    so the loss turns up beyond, and not long after.
+    """
     inputs = torch.diag(torch.tensor([8.0, 1.0])).sqrt().repeat(4, 1) * 2**0.5
     on = Subject(
         "bowl",

@@ -47,7 +47,9 @@ class Logged:
 
 
 def work(url: str, log: str, count: int, pause: float, workers: int) -> None:
-    """What a worker process does: it joins the sweep, in a session of its own so that it can be killed with those it starts."""
+    """What a worker process does: it joins the sweep, in a session of its own so that it can be killed with
+    those it starts.
+    """
     os.setsid()
     Sweep("sweep", {"x": list(range(count))}, Logged(log, pause), storage=url).run(workers=workers)
     if workers > 1:
@@ -91,7 +93,9 @@ def results(url: str, count: int):
 
 
 def check(table, count: int, tmp_path: Path, killed: int) -> None:
-    """Exactly one result each, all right; what ran twice is at most what was in flight when somebody was killed."""
+    """Exactly one result each, all right; what ran twice is at most what was in flight when somebody was
+    killed.
+    """
     assert table.trial.tolist() == list(range(count)) and set(table.state) == {"done"}
     assert table.value.tolist() == [(x - 3) ** 2 for x in range(count)]
     repeats = sum(n - 1 for n in Counter(lines(tmp_path)).values())
@@ -108,7 +112,9 @@ def test_two_workers_one_killed_sqlite(tmp_path: Path) -> None:
 
 
 def test_whole_sweep_killed_and_resumed(tmp_path: Path) -> None:
-    """kill -9 of the driver and of its pool at once; a new run finishes the rest and repeats at most the two in flight."""
+    """kill -9 of the driver and of its pool at once; a new run finishes the rest and repeats at most the two
+    in flight.
+    """
     url = sqlite(tmp_path)
     driver = start(tmp_path, url, 12, pause=0.2, workers=2)
     wait_for(lambda: len(lines(tmp_path)) >= 3)
@@ -134,7 +140,9 @@ def test_pool_outlives_a_killed_worker(tmp_path: Path) -> None:
 
 @pytest.fixture()
 def postgres(tmp_path: Path) -> Iterator[tuple[str, object]]:
-    """A private PostgreSQL on loopback, and a function that restarts it. It refuses to run as root, so root becomes nobody."""
+    """A private PostgreSQL on loopback, and a function that restarts it.
+    It refuses to run as root, so root becomes nobody.
+    """
     pytest.importorskip("psycopg", reason="psycopg is not installed (the cluster extra)")
     found = shutil.which("initdb") or next(
         iter(sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")))), None

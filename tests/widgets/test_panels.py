@@ -1,4 +1,6 @@
-"""Panels without a browser: settings to result to figure, Stop, comparison, errors in words, reports and back."""
+"""Panels without a browser: settings to result to figure, Stop, comparison, errors in words,
+reports and back.
+"""
 
 from __future__ import annotations
 

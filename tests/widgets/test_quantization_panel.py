@@ -61,7 +61,9 @@ def test_the_controls_shown_are_those_that_matter(panel: FormatPanel) -> None:
 
 
 def test_a_rotation_evens_the_spread(panel: FormatPanel) -> None:
-    """A feature a hundred times as large as the others is the first of the curve; the rotation shares it out."""
+    """A feature a hundred times as large as the others is the first of the curve;
+    the rotation shares it out.
+    """
     layer = panel._layers[panel.layer.value]
     panel._moments[layer.name].gram[0, 0, 0] *= 1e4
     panel._matrices.clear()

@@ -1,4 +1,6 @@
-"""The schedule panel draws what the schedulers give, follows its controls, and says what is wrong in words."""
+"""The schedule panel draws what the schedulers give, follows its controls,
+and says what is wrong in words.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The byte language models: tokens are bytes, losses have closed forms, and the shipped weights do what their record says."""
+"""The byte language models: tokens are bytes, losses have closed forms,
+and the shipped weights do what their record says.
+"""
 
 import json
 import math

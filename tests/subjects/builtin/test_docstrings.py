@@ -47,7 +47,9 @@ def made_up_package(tmp_path, monkeypatch):
     text = "Return the {} of the values that were given to it along one axis"
     modules = {
         "__init__.py": f'"""{text.format("mean")}"""\nraise SystemExit("this package must not be imported")',
-        "one.py": f'class A:\n    """{text.format("Alpha2")}"""\n    async def f(self):\n        """too short"""',
+        "one.py": (
+            f'class A:\n    """{text.format("Alpha2")}"""\n    async def f(self):\n        """too short"""'
+        ),
         "two.py": f'class B:\n    """{text.format("Beta3")}"""',  # says what one.py says, of another name
         "broken.py": 'def f(:\n    """never parsed, so this text is not found at all"""',
         "tests/three.py": f'"""{text.format("median")}"""',
@@ -70,9 +72,9 @@ def test_giveaways_are_words_or_prefixes_not_parts_of_words():
     cleaned = docstrings.clean(
         "np.mean of a  NumPy ndarray,\n torch.Tensor or torchvision; go.Figure; go on, input pandas.DataFrame"
     )
-    assert (
-        cleaned
-        == "package.mean of a package package, package.Tensor or package; package.Figure; go on, input package.package"
+    assert cleaned == (
+        "package.mean of a package package, package.Tensor or package; package.Figure; "
+        "go on, input package.package"
     )
 
 

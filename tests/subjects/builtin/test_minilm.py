@@ -1,4 +1,6 @@
-"""The MiniLM subject on a handful of texts: checks before work, a cache that a kill cannot break, and learning."""
+"""The MiniLM subject on a handful of texts: checks before work, a cache that a kill cannot break,
+and learning.
+"""
 
 import os
 import signal
