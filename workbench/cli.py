@@ -1,4 +1,5 @@
-"""The `workbench` command: list, run, report, evidence, kernels. Options come from the instruments' own fields.
+"""The `workbench` command: list, run, report, evidence, kernels.
+Options come from the instruments' own fields.
 
 Exit codes: 0 done, 1 a computation failed, 2 the request was wrong (one line says how), 130 interrupted.
 """
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] not in commands:
             close = difflib.get_close_matches(arguments[0], commands, 1)
             raise BadInput(
-                f"command: {arguments[0]!r} is unknown; {'did you mean ' + close[0] + '? ' if close else ''}known: {', '.join(commands)}"
+                f"command: {arguments[0]!r} is unknown; "
+                f"{'did you mean ' + close[0] + '? ' if close else ''}known: {', '.join(commands)}"
             )
         return commands[arguments[0]](arguments[1:])
     except BadInput as error:
@@ -76,7 +78,8 @@ workbench run INSTRUMENT --runs FILE [--field value ...] [--out FOLDER]
 workbench report NOTEBOOK [--subject SUBJECT] [--parameter value ...] [--out FOLDER]
 workbench evidence METHOD [METHOD ...] | --family FAMILY
 workbench kernels list | check | bench
-`workbench run INSTRUMENT --help` lists an instrument's fields, `workbench report NOTEBOOK --help` a report's parameters."""
+`workbench run INSTRUMENT --help` lists an instrument's fields, \
+`workbench report NOTEBOOK --help` a report's parameters."""
 
 
 def list_command(arguments: list[str]) -> int:
@@ -107,7 +110,8 @@ def list_command(arguments: list[str]) -> int:
 
 
 def first_line(cls: type) -> str:
-    return (cls.__doc__ or "").strip().splitlines()[0]
+    """The first paragraph of a class's docstring on one line."""
+    return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
 
 
 def field_arguments(parser: argparse.ArgumentParser, cls: type[Instrument]) -> None:
@@ -135,7 +139,9 @@ def field_arguments(parser: argparse.ArgumentParser, cls: type[Instrument]) -> N
 
 
 def value_of(text: str, annotation: Any) -> Any:
-    """An option's text as a value: taken literally for string fields, as YAML otherwise (numbers, true/false, null); lists as [a, b] or a, b."""
+    """An option's text as a value: taken literally for string fields, as YAML otherwise
+    (numbers, true/false, null); lists as [a, b] or a, b.
+    """
     if get_origin(annotation) in (list, tuple) and not text.lstrip().startswith("["):
         return [value_of(part.strip(), get_args(annotation)[0]) for part in text.split(",") if part.strip()]
     kinds = get_args(annotation) or (annotation,)
@@ -185,7 +191,8 @@ def subject_options(space: argparse.Namespace) -> dict[str, Any]:
 def run_command(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         raise BadInput(
-            f"instrument: is missing; workbench run INSTRUMENT --subject SUBJECT; known: {', '.join(catalog())}"
+            "instrument: is missing; workbench run INSTRUMENT --subject SUBJECT; known: "
+            f"{', '.join(catalog())}"
         )
     cls = find(arguments[0])
     parser = Parser(prog=f"workbench run {cls.name()}", description=first_line(cls), allow_abbrev=False)
@@ -320,7 +327,8 @@ def evidence_command(arguments: list[str]) -> int:
         with replacing(data_folder() / "evidence" / card.family / f"{name}.json") as draft:
             draft.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
         print(
-            f"{name}: {'holds' if record.get('holds') else 'does not hold'} here; {record.get('note', '')} ({record['seconds']} s)"
+            f"{name}: {'holds' if record.get('holds') else 'does not hold'} here; "
+            f"{record.get('note', '')} ({record['seconds']} s)"
         )
     return 0
 
