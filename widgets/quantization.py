@@ -20,8 +20,15 @@ from widgets.jobs import Note, guarded
 from widgets.plot import PlotView
 from workbench.figures import color, figure, line, rule
 from workbench.instruments import BadInput, Progress, Result
-from workbench.quantization.allocate import AllocateResult
-from workbench.quantization.look import Look, Matrix, look, look_figure, prepared, spread_figure
+from workbench.quantization.allocation.integer_program.allocate import AllocateResult
+from workbench.quantization.studies.matrix_histogram import (
+    Look,
+    Matrix,
+    look,
+    look_figure,
+    prepared,
+    spread_figure,
+)
 from workbench.quantization.quantize import Quantize, moments_for, short_names
 from workbench.subjects import Subject
 

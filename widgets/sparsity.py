@@ -20,7 +20,7 @@ from widgets.jobs import Job, Note, guarded
 from widgets.plot import PlotView
 from workbench.figures import color
 from workbench.instruments import BadInput, Progress, Result
-from workbench.pruning.landscape import SaliencyMap, SaliencyMapResult
+from workbench.pruning.studies.saliency_map import SaliencyMap, SaliencyMapResult
 from workbench.subjects import Subject, subject
 
 VIEWS = (

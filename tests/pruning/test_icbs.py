@@ -7,7 +7,8 @@ import torch
 
 import workbench
 from workbench.instruments import Progress
-from workbench.pruning import Prune, icbs
+from workbench.pruning import Prune
+from workbench.pruning.solvers import icbs
 from workbench.statistics import StackedGradients
 
 

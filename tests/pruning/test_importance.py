@@ -11,17 +11,18 @@ from torch.nn import functional as F
 import workbench
 from workbench import BadInput
 from workbench.instruments import Progress
-from workbench.pruning import Prune, pruning_aware
-from workbench.pruning.activations import channel_activations, unit_activations
-from workbench.pruning.atomic import OutputGradients, atomic_scores
+from workbench.pruning import Prune
+from workbench.pruning.recovery.recovery import pat as pruning_aware
+from workbench.pruning.saliency.activations import channel_activations, unit_activations
+from workbench.pruning.saliency.heapr import OutputGradients, atomic_scores
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.depth import Stack, deepest, measure_stacks, runs, table_of, weakest
-from workbench.pruning.dimensions import shrink, smallest_units
-from workbench.pruning.norms import channel_norms, restrict
-from workbench.pruning.patterns import Structures
-from workbench.pruning.routing import ExpertPatterns, chosen, routers, routing, selection
-from workbench.pruning.structured import adaptive, block_importance, groups_of, score
-from workbench.pruning.structures import discover
+from workbench.pruning.saliency.depth import Stack, deepest, measure_stacks, runs, table_of, weakest
+from workbench.subjects.structure.dimensions import shrink, smallest_units
+from workbench.subjects.structure.norms import channel_norms, restrict
+from workbench.pruning.pattern import Structures
+from workbench.pruning.saliency.expert_routing import ExpertPatterns, chosen, routers, routing, selection
+from workbench.pruning.engine.structures import adaptive, block_importance, groups_of, score
+from workbench.subjects.structure.units import discover
 from workbench.statistics import InputCapture
 
 

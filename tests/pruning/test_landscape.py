@@ -8,9 +8,9 @@ import workbench
 from workbench import BadInput
 from workbench.instruments import Progress
 from workbench.pruning import Prune, SaliencyMap
-from workbench.pruning.landscape import LEVELS, order_statistics
-from workbench.pruning.leaderboard import curves, leaderboard, summary
-from workbench.pruning.structures import discover
+from workbench.pruning.studies.saliency_map import LEVELS, order_statistics
+from workbench.evidence.pruning.leaderboard import curves, leaderboard, summary
+from workbench.subjects.structure.units import discover
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from workbench import BadInput
 from workbench.instruments import Progress, Result
 from workbench.pruning import Prune
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.schedules import cubic, sparsities
+from workbench.pruning.schedule import cubic, sparsities
 from workbench.subjects import Mask
 
 SMALL = {"gradients": 8, "calibration_examples": 8, "predict_examples": 0}

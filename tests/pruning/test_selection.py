@@ -9,9 +9,15 @@ import torch
 from torch import nn
 
 import workbench
-from workbench.pruning import gating
-from workbench.pruning.patterns import obeys, parse
-from workbench.pruning.selection import AdaptiveMask, Gates, LowRankScores, freeze, mask_in_force
+from workbench.pruning.sparse_training import block_movement as gating
+from workbench.pruning.pattern import obeys, parse
+from workbench.pruning.sparse_training.trained_masks import (
+    AdaptiveMask,
+    Gates,
+    LowRankScores,
+    freeze,
+    mask_in_force,
+)
 from workbench.subjects import LowRank, Mask
 
 

@@ -12,9 +12,11 @@ import workbench
 from tests.conftest import ARCHITECTURES, tiny
 from workbench import BadInput
 from workbench.instruments import Progress
-from workbench.pruning import Prune, removal, ziplm
-from workbench.pruning.exact import refit
-from workbench.pruning.structures import discover
+from workbench.pruning import Prune
+from workbench.subjects.structure import removal
+from workbench.pruning.solvers import ziplm
+from workbench.evidence.oracles.exact import refit
+from workbench.subjects.structure.units import discover
 
 LEFT = {
     "bert": 1,

@@ -12,7 +12,7 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import ErrorAnatomy, FakeQuant, TrainQuantized
-from workbench.quantization.trainable import LearnedStep, MeanScaled
+from workbench.quantization.trained.trained_rounding import LearnedStep, MeanScaled
 from workbench.subjects import Subject
 
 

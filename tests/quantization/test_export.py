@@ -12,7 +12,7 @@ import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
 from workbench.quantization.export import to_compressed_tensors, to_onnx
-from workbench.quantization.packing import pack, packed_layer, quantizer_of, unpack, unpacked_layer
+from workbench.quantization.number.packing import pack, packed_layer, quantizer_of, unpack, unpacked_layer
 from workbench.subjects import Subject
 
 SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 0, "group_size": 16}

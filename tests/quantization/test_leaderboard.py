@@ -11,7 +11,7 @@ from scipy.stats import t
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
-from workbench.quantization.leaderboard import (
+from workbench.evidence.quantization.leaderboard import (
     METHODS,
     accepted,
     curves,

@@ -9,14 +9,14 @@ import torch
 
 import workbench
 from workbench.instruments import BadInput, Progress
-from workbench.quantization.learned_rotation import (
+from workbench.quantization.rotation.fold.learned import (
     cayley_step,
     learned_rotation,
     principal,
     principal_rotation,
 )
-from workbench.quantization.rotating import Rotate
-from workbench.quantization.rotation import random_rotation, rotate
+from workbench.quantization.rotation.fold.rotate import Rotate
+from workbench.quantization.rotation.fold.fold import random_rotation, rotate
 from workbench.subjects import Subject
 
 

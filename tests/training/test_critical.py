@@ -15,7 +15,7 @@ from workbench.instruments import BadInput, Progress, Result
 from workbench.subjects import Subject
 from workbench.subjects.tasks import CustomLoss
 from workbench.training import CriticalBatch
-from workbench.training.critical import fastest, steps_to_target
+from workbench.training.studies.critical_batch import fastest, steps_to_target
 
 
 def larger() -> Subject:

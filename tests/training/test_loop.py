@@ -18,7 +18,7 @@ from workbench.instruments import BadInput
 from workbench.subjects import Layer, Mask, Subject
 from workbench.subjects.tasks import CausalLM, CustomLoss, ModuleTask
 from workbench.training import fit
-from workbench.training.order import StreamBatchSampler, take
+from workbench.training.data_order import StreamBatchSampler, take
 
 
 def net(dropout: float = 0.0, seed: int = 0) -> nn.Module:

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 import workbench
 from workbench.instruments import BadInput
-from workbench.quantization.formats import named
+from workbench.quantization.number.formats import named
 from workbench.subjects import Mask
 from workbench.training import fit
-from workbench.training.products import (
+from workbench.training.quantized_products import (
     QuantizedLinear,
     QuantizedProducts,
     over_features,

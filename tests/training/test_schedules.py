@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from workbench.instruments import BadInput
-from workbench.training import schedules as s
+from workbench.training.schedule import schedules as s
 
 
 def optimizer(lr: float = 1.0) -> torch.optim.Optimizer:

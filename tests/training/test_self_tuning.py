@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.instruments import BadInput
-from workbench.training.self_tuning import (
+from workbench.training.models.self_tuning import (
     Hyperparameter,
     SelfTuningLinear,
     Setting,

@@ -23,9 +23,9 @@ from workbench.training import (
     ScheduleStudy,
     Train,
 )
-from workbench.training.comparisons import interval, rank_flips
-from workbench.training.objective import reinitialised
-from workbench.training.surface import best_lr
+from workbench.training.studies.optimizer_comparison import interval, rank_flips
+from workbench.training.sweep.objective import reinitialised
+from workbench.training.studies.learning_rate_batch_size import best_lr
 
 
 def with_test_split(count: int = 60):
@@ -279,8 +279,8 @@ def test_largest_stable_rate_is_two_over_the_top_eigenvalue(name: str, cache: Pa
 
 
 def test_cards_and_evidence() -> None:
-    from workbench.training import batch_evidence, optimizer_evidence, schedule_evidence
-    from workbench.training.cards import CARDS
+    from workbench.evidence.training import batch_evidence, optimizer_evidence, schedule_evidence
+    from workbench.evidence.training.cards import CARDS
 
     known, found = methods(), 0
     for card in CARDS:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.instruments import Progress
-from workbench.pruning import fisher
+from workbench.pruning.solvers import fisher
 from workbench.statistics import (
     InputMoments,
     StackedGradients,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.instruments import BadInput
-from workbench.pruning import fisher, obs
+from workbench.pruning.solvers import fisher, obs
 from workbench.pruning.calibration import Calibration, rows_of
 from workbench.subjects import Layer
 

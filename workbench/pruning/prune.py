@@ -12,16 +12,16 @@ from torch import Tensor
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.events import prune_once, zero_share
-from workbench.pruning.patterns import NM, Dimension, Structures, Tiles, parse
-from workbench.pruning.presets import PRESETS, preset_for
-from workbench.pruning.recovery import Recovery
-from workbench.pruning.report import add_prediction, layer_table, packed_bytes
-from workbench.pruning.saliencies import SALIENCIES
-from workbench.pruning.schedules import sparsities
-from workbench.pruning.shrinking import TRAINED_BEFORE_LAST, check_dimension, prune_dimension
-from workbench.pruning.speed import measured_speedup
-from workbench.pruning.structured_events import check_structures, prune_units
+from workbench.pruning.engine.matrices import prune_once, zero_share
+from workbench.pruning.pattern import NM, Dimension, Structures, Tiles, parse
+from workbench.pruning.methods import PRESETS, preset_for
+from workbench.pruning.recovery.recovery.recovery import Recovery
+from workbench.pruning.error_table import add_prediction, layer_table, packed_bytes
+from workbench.pruning.saliency.weights import SALIENCIES
+from workbench.pruning.schedule import sparsities
+from workbench.pruning.engine.dimensions import TRAINED_BEFORE_LAST, check_dimension, prune_dimension
+from workbench.pruning.allocation.latency import measured_speedup
+from workbench.pruning.engine.structure_events import check_structures, prune_units
 from workbench.subjects import Layer, Subject
 
 Method = Literal[
@@ -148,7 +148,7 @@ class Prune(SubjectInstrument):
 
     @classmethod
     def result_class(cls) -> type[Result]:
-        from workbench.pruning.result import PruneResult
+        from workbench.pruning.prune_result import PruneResult
 
         return PruneResult
 
@@ -362,7 +362,7 @@ class Prune(SubjectInstrument):
             layer.name: np.packbits((layer.weight.detach() != 0).cpu().numpy(), axis=-1) for layer in layers
         }
         if kept and self.remove:
-            from workbench.pruning.removal import remove
+            from workbench.subjects.structure.removal import remove
 
             remove(on.model, kept)
             if extra:

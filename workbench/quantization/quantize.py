@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, create_model
 from torch import Tensor
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.quantization.activations import (
+from workbench.quantization.activations.activations.activations import (
     KEY_VALUE,
     InputRanges,
     KeyValueQuant,
@@ -25,17 +25,17 @@ from workbench.quantization.activations import (
     quantize_activations,
     widest,
 )
-from workbench.quantization.adapters import Adapter, Term, with_term
-from workbench.quantization.blockwise import reconstruct, windows
-from workbench.quantization.fake_quant import FakeQuant
-from workbench.quantization.flatness import input_rows
-from workbench.quantization.formats import Format, named
-from workbench.quantization.grid import Grid, group_of
-from workbench.quantization.learned import LEARNED, LearnedRounding
-from workbench.quantization.prefix import block_calls, grouped, paired_moments, target
-from workbench.quantization.rounding import ROUNDINGS, Factors, Problem
-from workbench.quantization.salient import Salient, check_salient
-from workbench.quantization.transforms import Transform, in_coordinates
+from workbench.quantization.rounding.problem.adapters import Adapter, Term, with_term
+from workbench.quantization.rounding.problem.blockwise import reconstruct, windows
+from workbench.quantization.number.fake_quant import FakeQuant
+from workbench.quantization.transform.flatquant import input_rows
+from workbench.quantization.number.formats import Format, named
+from workbench.quantization.number.grid import Grid, group_of
+from workbench.quantization.rounding.problem.learned import LEARNED, LearnedRounding
+from workbench.quantization.activations.activations.sequential import block_calls, grouped, paired_moments, target
+from workbench.quantization.rounding.problem.problem import ROUNDINGS, Factors, Problem
+from workbench.quantization.number.split_grid import Salient, check_salient
+from workbench.quantization.transform.transforms import Transform, in_coordinates
 from workbench.statistics import InputMoments, second_moments
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Mask
@@ -573,7 +573,7 @@ class Quantize(SubjectInstrument):
     def _predict(
         self, on: Subject, table: pd.DataFrame, deltas: dict[str, Tensor], progress: Progress
     ) -> dict[str, Any]:
-        from workbench.curvature.quadratic import predicted_change
+        from workbench.curvature.estimators.quadratic import predicted_change
 
         found = predicted_change(
             on, deltas, split="calibration", examples=self.predict_examples, progress=progress

@@ -245,7 +245,7 @@ def from_saved(folder: Path) -> Subject:
         model, tokenizer = built, None
         load_model(model, str(folder / "model.safetensors"))
     if note.get("removed"):
-        from workbench.pruning.removal import again
+        from workbench.subjects.structure.removal import again
 
         again(model, note["removed"])
     if note["changes"]:

@@ -321,7 +321,7 @@ class Subject:
     def save_into(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        from workbench.pruning.removal import record_of, stock
+        from workbench.subjects.structure.removal import record_of, stock
 
         records, tensors = describe_changes(self.model)
         baked = stock(bake(copy.deepcopy(self.model))).cpu()

@@ -27,9 +27,9 @@ from workbench.instruments import BadInput, Progress
 from workbench.subjects import Batch, Subject
 from workbench.subjects.subject import trim
 from workbench.training import checkpoint
-from workbench.training.optimizers import make_optimizer
-from workbench.training.order import take
-from workbench.training.schedules import make_schedule
+from workbench.training.optimizer.optimizers import make_optimizer
+from workbench.training.data_order import take
+from workbench.training.schedule.schedules import make_schedule
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int6", "int4", "e4m3fn", "e5m2", "e3m2"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -262,7 +262,7 @@ def arithmetic_of(subject: Subject, precision: str, rotation: int) -> contextlib
     if precision not in get_args(Precision):
         raise BadInput(f"precision: {precision!r} is unknown; accepted: {', '.join(get_args(Precision))}")
     if precision not in ("fp32", *AUTOCAST):
-        from workbench.training.products import QuantizedProducts
+        from workbench.training.quantized_products import QuantizedProducts
 
         return QuantizedProducts(subject.layers("blocks"), precision, rotation)
     if rotation:

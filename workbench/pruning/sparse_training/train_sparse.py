@@ -1,0 +1,282 @@
+"""The `train-sparse` instrument: masks x schedule x trainable parameters x terms x objective x backward, on one subject."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.pruning.sparse_training import block_movement as gating
+from workbench.pruning.sparse_training.run import Course
+from workbench.pruning.pattern import NM, Tiles, parse
+from workbench.pruning.saliency.weights import SALIENCIES
+from workbench.pruning.schedule import sparsities
+from workbench.pruning.sparse_training.trained_masks import Selection, mask_in_force
+from workbench.pruning.sparse_training.methods import METHODS
+from workbench.pruning.recovery.recovery.trainable import parse_blocks
+from workbench.subjects import Mask, Subject
+from workbench.training.sweep.objective import Start, reinitialised
+
+Method = Literal[
+    "static",
+    "spdf",
+    "mediswift",
+    "slope",
+    "ast",
+    "dsl",
+    "app",
+    "block-movement",
+    "pst",
+    "dsee",
+    "lora",
+    "hft",
+    "dense",
+]
+Masks = Literal["preset", "none", "kept", "lifted", "static", "adaptive", "gates", "scores", "regrow"]
+
+
+class TrainSparse(SubjectInstrument):
+    """Train with masks: kept, lifted, chosen at every step, learned, or pruned and regrown; all parameters or a part of them."""
+
+    changes_model: ClassVar[bool] = True
+    summary_line: ClassVar[str] = (
+        "train with masks that stay, move or are learned; choose what is trainable and what stands beside the sparse weights"
+    )
+
+    method: Method = parameter("static", "published method: fixes what is left at preset below")
+    sparsity: float = parameter(
+        0.5, "share of the weights to remove (gates: comes out of the penalty instead)", ge=0, lt=1, step=0.01
+    )
+    pattern: str = parameter(
+        "unstructured",
+        "unstructured, 2:4, block 16x16, row, column; gates also: hybrid 16x16 (blocks in attention, whole neurons elsewhere)",
+    )
+    layers: str = parameter("blocks", "which layers carry masks: blocks or globs over names")
+    masks: Masks = parameter("preset", "what the masks do while training")
+    saliency: str = parameter(
+        "preset", f"what chooses a mask that is made before training: preset, {', '.join(SALIENCIES)}"
+    )
+    allocation: Literal["preset", "row", "layer", "global", "erdos-renyi"] = parameter(
+        "preset", "how a mask made before training shares its sparsity among layers"
+    )
+    schedule: Literal["preset", "from-start", "cubic", "geometric", "late"] = parameter(
+        "preset", "sparsity over the run; geometric and late go from stage to stage"
+    )
+    trainable: Literal["preset", "all", "body", "adapters", "half", "blocks", "head"] = parameter(
+        "preset", "what learns"
+    )
+    blocks: str = parameter("", "numbers of the blocks that learn, with trainable blocks, such as 0,2")
+    terms: Literal["preset", "none", "low-rank", "side-low-rank", "side-blocks", "side-low-rank+entries"] = (
+        parameter("preset", "terms added to a weight: under its mask, or beside it")
+    )
+    objective: Literal["preset", "task", "distil"] = parameter(
+        "preset", "task's loss, alone or with distillation from the subject as it was given"
+    )
+    backward: Literal["preset", "exact", "double-pruned"] = parameter(
+        "preset", "gradient that goes on to earlier layers"
+    )
+    start: Start = parameter("weights", "start from the subject's weights or from random ones")
+    steps: int = parameter(200, "optimizer steps in all", ge=1, le=1_000_000, scale="log")
+    batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
+    lr: float = parameter(
+        1e-3, "peak learning rate (AdamW, cosine, anew in every stage)", gt=0, le=10, scale="log"
+    )
+    score_lr: float = parameter(3e-2, "peak learning rate of trained scores", gt=0, le=10, scale="log")
+    stages: int = parameter(
+        1,
+        "parts of the run: the half that learns is drawn, and a staged schedule prunes, at the start of each",
+        ge=1,
+        le=1000,
+    )
+    data: Literal["preset", "whole", "megabatches"] = parameter(
+        "preset", "a stage sees all training examples, or its own part of them"
+    )
+    replay: bool = parameter(False, "with megabatches: a stage sees the parts before its own again")
+    rank: int = parameter(8, "rank of low-rank terms and scores", ge=1)
+    entries: int = parameter(64, "free entries in a matrix, for side-low-rank+entries", ge=1)
+    support: Literal["decomposition", "random"] = parameter("decomposition", "where the free entries lie")
+    group: int = parameter(16, "inputs that share a number, for side-blocks", ge=1)
+    lazy: float = parameter(
+        0.01, "share of the last steps in which a double-pruned run's adapters take part", ge=0, le=1
+    )
+    decay: float = parameter(2e-4, "largest pull of adaptive masks on what they prune (SR-STE)", ge=0)
+    penalty: float = parameter(0.1, "weight of the open gates' share in the loss", ge=0)
+    threshold: float = parameter(
+        0.1, "a gate stays open while the sigmoid of its score is above this", gt=0, lt=0.5
+    )
+    period: int = parameter(10, "steps between exchanges of weights, for regrow", ge=1)
+    exchanged: float = parameter(
+        0.3, "share of the kept weights exchanged at first (falls by a cosine), for regrow", ge=0, lt=1
+    )
+    regrow_by: Literal["gradient", "random"] = parameter("gradient", "which pruned weights come back")
+    calibration_examples: int = parameter(
+        64, "examples for saliencies that need inputs", ge=1, unit="examples"
+    )
+    gradients: int = parameter(
+        64, "per-example gradients for saliencies that need them", ge=1, unit="examples"
+    )
+    test_split: str = parameter("test", "split for the reported loss and metrics")
+
+    @classmethod
+    def result_class(cls) -> type[Result]:
+        from workbench.pruning.sparse_training.train_sparse_result import TrainSparseResult
+
+        return TrainSparseResult
+
+    def axis(self, name: str) -> str:
+        """An axis's value after the method has filled what was left to it."""
+        own = getattr(self, name)
+        return getattr(METHODS[self.method], name) if own == "preset" else own
+
+    def check(self, on: Any) -> None:
+        masks, schedule, terms = self.axis("masks"), self.axis("schedule"), self.axis("terms")
+        layers = on.layers(self.layers)
+        for split in ("train", self.test_split):
+            on.split(split)
+        if self.axis("saliency") not in SALIENCIES:
+            raise BadInput(
+                f"saliency: {self.saliency!r} is not accepted; it should be preset or one of {', '.join(SALIENCIES)}"
+            )
+        if masks == "adaptive" and self.axis("saliency") not in ("magnitude", "wanda"):
+            raise BadInput(
+                f"saliency: {self.saliency} cannot follow the weights at every step; adaptive masks take magnitude or wanda"
+            )
+        if (
+            self.allocation == "global"
+            and masks in ("static", "regrow")
+            and self.axis("saliency") in ("wanda", "obs", "fluctuation", "random")
+        ):
+            raise BadInput(
+                f"allocation: global compares scores across layers and {self.axis('saliency')} scores do not compare; use layer or a loss-like saliency"
+            )
+        if masks == "gates":
+            gating.gate_pattern(self.pattern)
+        elif masks not in ("none", "kept", "lifted"):
+            form = parse(self.pattern)
+            if not isinstance(form, (NM, Tiles)):
+                raise BadInput(
+                    f"pattern: {self.pattern} spans several matrices; prune it with `prune`, or train gates with pattern hybrid 16x16"
+                )
+            if isinstance(form, NM) and abs(self.sparsity - form.sparsity) > 1e-6 and self.sparsity != 0.5:
+                raise BadInput(
+                    f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, which fixes it at {form.sparsity:g}; leave sparsity out"
+                )
+            if masks == "regrow" and (isinstance(form, NM) or not form.single):
+                raise BadInput(
+                    f"pattern: regrow exchanges single weights, so it needs unstructured, not {self.pattern}"
+                )
+            if (
+                isinstance(form, NM)
+                and schedule != "from-start"
+                and not (schedule == "late" and self.stages > 1)
+            ):
+                raise BadInput(
+                    f"schedule: an N:M pattern has one sparsity, so {schedule} cannot reach it; use from-start"
+                )
+        masked = [
+            layer.name for layer in layers if any(isinstance(c, (Mask, Selection)) for c in layer.changes)
+        ]
+        if masks in ("kept", "lifted") and not masked:
+            raise BadInput(
+                f"masks: {masks} needs a subject with masks and this one has none; prune it first, or use static"
+            )
+        if masks in ("adaptive", "gates", "scores") and masked:
+            raise BadInput(
+                f"masks: {masked[0]} is masked already; {masks} chooses masks of its own, so start from the dense subject"
+            )
+        if (schedule == "cubic") and masks not in ("adaptive", "scores"):
+            raise BadInput(
+                f"schedule: cubic rises inside the run, which masks {masks} cannot; use geometric with stages, or `prune` with schedule cubic"
+            )
+        if schedule in ("geometric", "late") and (masks != "static" or self.stages < 2):
+            raise BadInput(
+                f"stages: schedule {schedule} prunes from stage to stage; it needs masks static and at least 2 stages, not {self.stages}"
+            )
+        if (self.axis("trainable") == "blocks") != bool(self.blocks):
+            raise BadInput(
+                f"blocks: {self.blocks!r} with trainable {self.axis('trainable')}; give both or neither"
+            )
+        if self.blocks:
+            parse_blocks(self.blocks, len(on.blocks()))
+        if self.axis("backward") == "double-pruned" and not (
+            masks in ("static", "kept") and isinstance(parse(self.pattern), NM)
+        ):
+            raise BadInput(
+                f"backward: double-pruned needs static masks of an N:M pattern such as 2:4, not masks {masks} of {self.pattern}"
+            )
+        if self.stages > self.steps or (
+            self.axis("data") == "megabatches" and self.stages > on.size("train")
+        ):
+            raise BadInput(f"stages: {self.stages} stages need at least as many steps and training examples")
+        if (
+            self.axis("backward") == "double-pruned" or terms.endswith("entries") or masks == "scores"
+        ) and any(len(a.shape) > 2 for a in layers):
+            raise BadInput("layers: stacked experts are not accepted here; choose plain matrices by a glob")
+
+    def _run(self, on: Subject, progress: Progress) -> Result:
+        teacher = on.copy() if self.axis("objective") == "distil" else None
+        if self.start == "random":
+            on = reinitialised(on, self.seed)
+        was = {name: p.requires_grad for name, p in on.model.named_parameters()}
+        layers = on.layers(self.layers)
+        generator = torch.Generator().manual_seed(self.seed)
+        planned = self._planned()
+        course = Course(self, on, layers, teacher, generator)
+        course.prepare(planned[0])
+        learned: list[dict[str, Any]] = []
+        for stage, sparsity in enumerate(planned):
+            if progress.stopped or (learned and learned[-1].get("diverged")):
+                break
+            if (
+                self.axis("masks") == "static"
+                and sparsity > 0
+                and (stage == 0 or sparsity != planned[stage - 1])
+            ):
+                course.prune(sparsity, progress)
+            course.add_terms(stage)
+            learned.append(course.train(stage, progress))
+        course.finish()
+        for name, weight in on.model.named_parameters():
+            weight.requires_grad_(was.get(name, True))
+        table = (
+            pd.concat([pd.DataFrame(row.pop("history")) for row in learned], ignore_index=True)
+            if learned
+            else pd.DataFrame()
+        )
+        facts = course.facts() | {"diverged": any(row["diverged"] for row in learned)}
+        stages = pd.DataFrame(learned)
+        if not progress.stopped and not facts["diverged"]:
+            facts |= on.evaluate(self.test_split, progress=progress)
+        if self.stages > 1 and "accuracy" in stages:
+            facts["cumulative_error"] = float((1 - stages.accuracy).sum())
+        final = {layer.name: mask_in_force(layer) for layer in on.layers(self.layers)}
+        arrays = {
+            name: np.packbits(mask.cpu().numpy(), axis=-1) for name, mask in final.items() if mask is not None
+        }
+        return self.result(
+            table,
+            facts,
+            tables={
+                "stages": stages,
+                "masks": pd.DataFrame(course.records),
+                "layers": course.densities(final),
+            },
+            arrays=arrays,
+            subject=on,
+        )
+
+    def _planned(self) -> list[float]:
+        """The sparsity of plain masks in every stage."""
+        schedule, form = (
+            self.axis("schedule"),
+            None if self.axis("masks") in ("none", "kept", "lifted", "gates") else parse(self.pattern),
+        )
+        target = form.sparsity if isinstance(form, NM) else self.sparsity
+        return (
+            sparsities(schedule, target, self.stages)
+            if schedule in ("geometric", "late")
+            else [target] * self.stages
+        )
