@@ -20,7 +20,8 @@ from widgets.jobs import Note, guarded
 from widgets.plot import PlotView
 from workbench.figures import color, figure, line, rule
 from workbench.instruments import BadInput, Progress, Result
-from workbench.quantization.allocation.integer_program.allocate import AllocateResult
+from workbench.quantization.allocation.allocate import AllocateResult
+from workbench.quantization.quantize import Quantize, moments_for, short_names
 from workbench.quantization.studies.matrix_histogram import (
     Look,
     Matrix,
@@ -29,7 +30,6 @@ from workbench.quantization.studies.matrix_histogram import (
     prepared,
     spread_figure,
 )
-from workbench.quantization.quantize import Quantize, moments_for, short_names
 from workbench.subjects import Subject
 
 FAMILIES = (

@@ -422,10 +422,10 @@ def methods() -> dict[str, Method]:
     cards: dict[str, Method] = {}
     for family in FAMILIES:
         try:
-            found = importlib.util.find_spec(f"workbench.{family}.cards")
+            found = importlib.util.find_spec(f"workbench.evidence.{family}.cards")
         except ModuleNotFoundError:
             found = None
         if found is not None:
-            for card in importlib.import_module(f"workbench.{family}.cards").CARDS:
+            for card in importlib.import_module(f"workbench.evidence.{family}.cards").CARDS:
                 cards[card.name] = card
     return cards

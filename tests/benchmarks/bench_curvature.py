@@ -38,7 +38,7 @@ import workbench
 from workbench.curvature import curvature_operator
 from workbench.curvature.estimators.lanczos import GroupedProbes, Lockstep, Quadrature, band, keeps_basis
 from workbench.curvature.estimators.probes import rademacher
-from workbench.curvature.operators.curvature_operator.weights import find_places
+from workbench.curvature.operators.weights import find_places
 
 LAYERS = "bert.encoder.layer.*"
 

@@ -16,10 +16,10 @@ import torch
 
 import workbench
 from workbench.instruments import Progress
-from workbench.pruning.solvers import fisher, obs
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import Tiles, make_mask
 from workbench.pruning.saliency.weights import SALIENCIES
+from workbench.pruning.solvers import fisher, obs
 from workbench.statistics import second_moments
 
 

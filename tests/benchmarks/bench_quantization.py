@@ -26,12 +26,12 @@ from torch import Tensor
 
 import workbench
 from tests.benchmarks.quantization_peers import PEERS
-from workbench.quantization.allocation.integer_program.integer_program import allocate
+from workbench.quantization.allocation.integer_program import allocate
 from workbench.quantization.number.formats import named
-from workbench.quantization.rounding.problem.gptq import damped, gptq, linear_feedback
 from workbench.quantization.number.grid import Grid, fit
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.rounding.problem.problem import Factors
+from workbench.quantization.rounding.gptq import damped, gptq, linear_feedback
+from workbench.quantization.rounding.problem import Factors
 from workbench.statistics import second_moments
 from workbench.subjects import Layer, Subject
 

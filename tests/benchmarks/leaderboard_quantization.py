@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 import workbench
-from workbench.instruments import TextProgress
 from workbench.evidence.quantization.leaderboard import accepted, leaderboard, summary
+from workbench.instruments import TextProgress
 
 FOLDER = Path(__file__).parents[2] / "data" / "benchmarks"
 WIDTHS = (2, 3, 4, 8)

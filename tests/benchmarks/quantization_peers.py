@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
-from workbench.quantization.rounding.problem.problem import ROUNDINGS, Problem
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
 
 STEPS = 200  # of SignRound, AutoRound's default
 

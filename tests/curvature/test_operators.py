@@ -251,7 +251,7 @@ def test_graphs_kept_between_products_change_nothing(kind: str) -> None:
 
 
 def test_the_weight_of_a_graph_is_what_it_saves() -> None:
-    from workbench.curvature.operators.curvature_operator.graphs import weighed
+    from workbench.curvature.operators.graphs import weighed
 
     model = nn.Linear(5, 3).double()
     with weighed(model) as size:
@@ -362,7 +362,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
 
 
 def test_stop_is_noticed_inside_a_product() -> None:
-    from workbench.curvature.operators.curvature_operator.curvature_operator import Stopped
+    from workbench.curvature.operators.curvature_operator import Stopped
 
     progress = Progress()
     with curvature_operator(mlp(), batch_size=4, progress=progress) as operator:

@@ -10,7 +10,7 @@ import torch
 from tests.conftest import tiny
 from workbench.instruments import BadInput
 from workbench.kernels.unpadded import is_unpadded, repad, unpad
-from workbench.quantization.activations.activations.attention import use_plain_attention
+from workbench.quantization.activations.attention import use_plain_attention
 
 
 def batch(left: bool = False) -> dict[str, torch.Tensor]:

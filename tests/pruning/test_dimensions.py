@@ -14,6 +14,7 @@ from workbench import BadInput
 from workbench.instruments import Progress
 from workbench.latency import count_flops
 from workbench.pruning import Prune
+from workbench.subjects import blocks
 from workbench.subjects.structure import dimensions, removal
 from workbench.subjects.structure.dimensions import (
     align_heads,
@@ -27,7 +28,6 @@ from workbench.subjects.structure.dimensions import (
 )
 from workbench.subjects.structure.norms import channel_norms, restrict
 from workbench.subjects.structure.units import discover
-from workbench.subjects import blocks
 from workbench.subjects.subject import plain_experts
 
 CUTS = [

@@ -12,9 +12,9 @@ from tests.conftest import ARCHITECTURES
 from workbench import BadInput
 from workbench.instruments import Progress
 from workbench.pruning import Prune
-from workbench.pruning.pattern import DIMENSIONS, parse
-from workbench.pruning.methods import NOT_DIMENSIONAL, PRESETS
 from workbench.pruning.engine.structures import EXPERT_STEP
+from workbench.pruning.methods import NOT_DIMENSIONAL, PRESETS
+from workbench.pruning.pattern import DIMENSIONS, parse
 from workbench.subjects.structure.units import discover
 
 # Movement is collected in training.

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import workbench
-from workbench.pruning.sparse_training.regrow import dense_gradients, exchange, exchanged_share
 from workbench.pruning.schedule import annealed, geometric, late
+from workbench.pruning.sparse_training.regrow import dense_gradients, exchange, exchanged_share
 from workbench.pruning.sparse_training.trained_masks import mask_in_force
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 import workbench
 from tests.conftest import ARCHITECTURES, tiny
 from workbench import BadInput
+from workbench.evidence.oracles.exact import refit
 from workbench.instruments import Progress
 from workbench.pruning import Prune
-from workbench.subjects.structure import removal
 from workbench.pruning.solvers import ziplm
-from workbench.evidence.oracles.exact import refit
+from workbench.subjects.structure import removal
 from workbench.subjects.structure.units import discover
 
 LEFT = {

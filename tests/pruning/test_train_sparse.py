@@ -11,6 +11,10 @@ import workbench
 from workbench import BadInput
 from workbench.instruments import Progress, Result
 from workbench.pruning import Prune, TrainSparse
+from workbench.pruning.pattern import obeys, parse
+from workbench.pruning.recovery.trainable import frozen_half, modules_by_category, set_trainable
+from workbench.pruning.sparse_training.methods import METHODS
+from workbench.pruning.sparse_training.run import megabatch
 from workbench.pruning.sparse_training.side_terms import (
     SideBlocks,
     SideEntries,
@@ -18,11 +22,7 @@ from workbench.pruning.sparse_training.side_terms import (
     block_means,
     low_rank_plus_sparse,
 )
-from workbench.pruning.sparse_training.run import megabatch
-from workbench.pruning.pattern import obeys, parse
 from workbench.pruning.sparse_training.trained_masks import mask_in_force
-from workbench.pruning.sparse_training.methods import METHODS
-from workbench.pruning.recovery.recovery.trainable import frozen_half, modules_by_category, set_trainable
 from workbench.subjects import LowRank, Mask
 
 NEEDS = {

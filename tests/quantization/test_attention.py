@@ -14,7 +14,7 @@ import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import TrainQuantized
-from workbench.quantization.activations.activations.attention import (
+from workbench.quantization.activations.attention import (
     AttentionCall,
     AttentionQuant,
     attention_sites,
@@ -22,13 +22,13 @@ from workbench.quantization.activations.activations.attention import (
     order_of,
     watching,
 )
-from workbench.quantization.trained.objective import information, map_distance
-from workbench.quantization.activations.activations.token_importance import (
+from workbench.quantization.activations.token_importance import (
     TokenQuant,
     important_tokens,
     remember_importance,
     rounded_tokens,
 )
+from workbench.quantization.trained.objective import information, map_distance
 from workbench.subjects import Layer, Subject
 
 SHORT: dict[str, Any] = {

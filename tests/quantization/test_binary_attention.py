@@ -12,7 +12,7 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import TrainQuantized
-from workbench.quantization.activations.activations.attention import AttentionCall, watching
+from workbench.quantization.activations.attention import AttentionCall, watching
 from workbench.quantization.number.packing import quantizer_of
 from workbench.quantization.trained.binary_attention import (
     BinaryAttention,

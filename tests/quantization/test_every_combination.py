@@ -12,9 +12,9 @@ import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
-from workbench.quantization.rounding.problem.learned import LEARNED
 from workbench.quantization.quantize import moments_for
-from workbench.quantization.rounding.problem.problem import ROUNDINGS, Factors
+from workbench.quantization.rounding.learned import LEARNED
+from workbench.quantization.rounding.problem import ROUNDINGS, Factors
 
 FORMATS: list[dict[str, object]] = [
     {"bits": 2},

@@ -11,8 +11,8 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import TrainQuantized
-from workbench.quantization.trained.fixed_point import LearnedPoint, few_powers
 from workbench.quantization.number.packing import quantizer_of
+from workbench.quantization.trained.fixed_point import LearnedPoint, few_powers
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])

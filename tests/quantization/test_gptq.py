@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from workbench.quantization.number.formats import named
-from workbench.quantization.rounding.problem.gptq import (
+from workbench.quantization.number.grid import Grid, fit
+from workbench.quantization.rounding.gptq import (
     damped,
     gptq,
     gptq_error,
     gptq_with_moving_scales,
     linear_feedback,
 )
-from workbench.quantization.number.grid import Grid, fit
 
 
 def textbook(weight: Tensor, gram: Tensor, grid: Grid, damp: float, mask: Tensor | None = None) -> Tensor:

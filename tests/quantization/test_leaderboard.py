@@ -9,8 +9,6 @@ import pytest
 from scipy.stats import t
 
 import workbench
-from workbench.instruments import BadInput, Progress
-from workbench.quantization import Quantize
 from workbench.evidence.quantization.leaderboard import (
     METHODS,
     accepted,
@@ -20,6 +18,8 @@ from workbench.evidence.quantization.leaderboard import (
     redrawn,
     summary,
 )
+from workbench.instruments import BadInput, Progress
+from workbench.quantization import Quantize
 
 SMALL = {"layers": "*layers.0.*", "group_size": 16, "examples": 16, "test_examples": 32, "steps": 2}
 

@@ -12,11 +12,11 @@ import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
-from workbench.quantization.rounding.problem.blockwise import output_of, windows
+from workbench.quantization.activations.sequential import block_calls, paired_moments, target
 from workbench.quantization.number.formats import named
-from workbench.quantization.rounding.problem.learned import LEARNED, AdaRound
-from workbench.quantization.activations.activations.sequential import block_calls, paired_moments, target
-from workbench.quantization.rounding.problem.problem import ROUNDINGS, Problem
+from workbench.quantization.rounding.blockwise import output_of, windows
+from workbench.quantization.rounding.learned import LEARNED, AdaRound
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
 
 SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 20}
 

@@ -9,14 +9,14 @@ import torch
 
 import workbench
 from workbench.instruments import BadInput, Progress
-from workbench.quantization.rotation.fold.learned import (
+from workbench.quantization.rotation.fold import random_rotation, rotate
+from workbench.quantization.rotation.learned import (
     cayley_step,
     learned_rotation,
     principal,
     principal_rotation,
 )
-from workbench.quantization.rotation.fold.rotate import Rotate
-from workbench.quantization.rotation.fold.fold import random_rotation, rotate
+from workbench.quantization.rotation.rotate import Rotate
 from workbench.subjects import Subject
 
 

@@ -9,7 +9,7 @@ import torch
 
 import workbench
 from workbench.instruments import BadInput
-from workbench.quantization.rotation.fold.fold import random_rotation, rotate
+from workbench.quantization.rotation.fold import random_rotation, rotate
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bytelm"])

@@ -11,10 +11,10 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize, fit, named
-from workbench.quantization.rounding.problem.learned import LEARNED
 from workbench.quantization.number.packing import packed_layer, quantizer_of, unpacked_layer
-from workbench.quantization.rounding.problem.problem import ROUNDINGS, Problem
 from workbench.quantization.number.split_grid import Salient, SplitGrid, effective_bits, index_bits
+from workbench.quantization.rounding.learned import LEARNED
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
 
 BINARY = {"format": "binary", "range": "centred", "granularity": "channel", "salient_share": 0.2}
 SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 12}

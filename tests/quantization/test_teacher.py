@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import FakeQuant, TrainQuantized
-from workbench.quantization.trained.objective import Objective, teacher_loss
 from workbench.quantization.number.packing import packed_layer, quantizer_of, unpacked_layer
 from workbench.quantization.trained.fbi_llm import ShiftedSign
+from workbench.quantization.trained.objective import Objective, teacher_loss
 from workbench.subjects import Subject
 
 SHORT: dict[str, Any] = {

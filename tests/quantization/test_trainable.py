@@ -12,11 +12,11 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import FakeQuant, Quantize, TrainQuantized
-from workbench.quantization.activations.activations.activations import SignInputs
-from workbench.quantization.rounding.problem.adapters import Adapter, best_term, with_term
+from workbench.quantization.activations.activations import SignInputs
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.packing import quantizer_of
-from workbench.quantization.rounding.problem.problem import ROUNDINGS, Problem
+from workbench.quantization.rounding.adapters import Adapter, best_term, with_term
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
 from workbench.quantization.trained.trained_rounding import (
     BitPlanes,
     CentredSign,

@@ -10,16 +10,16 @@ import torch
 import workbench
 from workbench.instruments import BadInput, Progress
 from workbench.quantization import Quantize
-from workbench.quantization.activations.activations.activations import (
+from workbench.quantization.activations.activations import (
     ActivationQuant,
     KeyValueQuant,
     input_ranges,
     key_value_layers,
     widest,
 )
-from workbench.quantization.transform.flatquant import factor, factors_of
 from workbench.quantization.number.formats import named
-from workbench.quantization.rounding.problem.problem import ROUNDINGS, Problem
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
+from workbench.quantization.transform.flatquant import factor, factors_of
 from workbench.quantization.transform.transforms import (
     TRANSFORMS,
     Transform,

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from tests.training.test_loop import net, same, small
 from workbench.instruments import BadInput
 from workbench.training import checkpoint, fit
+from workbench.training.optimizer.combined import Together
 from workbench.training.optimizer.lamb import LAMB, LARS
 from workbench.training.optimizer.muon import Muon
 from workbench.training.optimizer.onebit import OneBitAdam, compress, packed, unpacked
 from workbench.training.optimizer.optimizers import OPTIMIZERS, make_optimizer
 from workbench.training.optimizer.sophia import Sophia
-from workbench.training.optimizer.combined import Together
 
 LR, WD = 0.05, 0.1
 

@@ -23,9 +23,9 @@ from workbench.training import (
     ScheduleStudy,
     Train,
 )
+from workbench.training.studies.learning_rate_batch_size import best_lr
 from workbench.training.studies.optimizer_comparison import interval, rank_flips
 from workbench.training.sweep.objective import reinitialised
-from workbench.training.studies.learning_rate_batch_size import best_lr
 
 
 def with_test_split(count: int = 60):

@@ -20,8 +20,8 @@ import pytest
 from joblib.externals.loky import get_reusable_executor
 
 from workbench.instruments import BadInput, Progress
-from workbench.training.sweep.trial_ledger import Ledger, owner_name
 from workbench.training.sweep.sweeps import Range, Sweep, Trial
+from workbench.training.sweep.trial_ledger import Ledger, owner_name
 
 #: Worker processes are forked from a clean process that has imported everything once.
 CONTEXT = multiprocessing.get_context("forkserver")

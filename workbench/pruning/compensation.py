@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from workbench.instruments import BadInput
-from workbench.pruning.solvers import fisher, obs
 from workbench.pruning.calibration import Calibration, rows_of
+from workbench.pruning.solvers import fisher, obs
 from workbench.subjects import Layer
 
 Compensation = Callable[[Layer, Tensor, Calibration], Tensor]  # layer, mask -> new weight (..., out, in)

@@ -11,17 +11,17 @@ import pandas as pd
 from torch import Tensor
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.pruning.allocation.latency import measured_speedup
 from workbench.pruning.calibration import Calibration
+from workbench.pruning.engine.dimensions import TRAINED_BEFORE_LAST, check_dimension, prune_dimension
 from workbench.pruning.engine.matrices import prune_once, zero_share
-from workbench.pruning.pattern import NM, Dimension, Structures, Tiles, parse
-from workbench.pruning.methods import PRESETS, preset_for
-from workbench.pruning.recovery.recovery.recovery import Recovery
+from workbench.pruning.engine.structure_events import check_structures, prune_units
 from workbench.pruning.error_table import add_prediction, layer_table, packed_bytes
+from workbench.pruning.methods import PRESETS, preset_for
+from workbench.pruning.pattern import NM, Dimension, Structures, Tiles, parse
+from workbench.pruning.recovery.recovery import Recovery
 from workbench.pruning.saliency.weights import SALIENCIES
 from workbench.pruning.schedule import sparsities
-from workbench.pruning.engine.dimensions import TRAINED_BEFORE_LAST, check_dimension, prune_dimension
-from workbench.pruning.allocation.latency import measured_speedup
-from workbench.pruning.engine.structure_events import check_structures, prune_units
 from workbench.subjects import Layer, Subject
 
 Method = Literal[

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.instruments import BadInput, replacing
-from workbench.quantization.activations.activations.activations import ActivationQuant
+from workbench.quantization.activations.activations import ActivationQuant
 from workbench.quantization.number.fake_quant import FakeQuant
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.packing import quantizer_of

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, create_model
 from torch import Tensor
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.quantization.activations.activations.activations import (
+from workbench.quantization.activations.activations import (
     KEY_VALUE,
     InputRanges,
     KeyValueQuant,
@@ -25,16 +25,21 @@ from workbench.quantization.activations.activations.activations import (
     quantize_activations,
     widest,
 )
-from workbench.quantization.rounding.problem.adapters import Adapter, Term, with_term
-from workbench.quantization.rounding.problem.blockwise import reconstruct, windows
+from workbench.quantization.activations.sequential import (
+    block_calls,
+    grouped,
+    paired_moments,
+    target,
+)
 from workbench.quantization.number.fake_quant import FakeQuant
-from workbench.quantization.transform.flatquant import input_rows
 from workbench.quantization.number.formats import Format, named
 from workbench.quantization.number.grid import Grid, group_of
-from workbench.quantization.rounding.problem.learned import LEARNED, LearnedRounding
-from workbench.quantization.activations.activations.sequential import block_calls, grouped, paired_moments, target
-from workbench.quantization.rounding.problem.problem import ROUNDINGS, Factors, Problem
 from workbench.quantization.number.split_grid import Salient, check_salient
+from workbench.quantization.rounding.adapters import Adapter, Term, with_term
+from workbench.quantization.rounding.blockwise import reconstruct, windows
+from workbench.quantization.rounding.learned import LEARNED, LearnedRounding
+from workbench.quantization.rounding.problem import ROUNDINGS, Factors, Problem
+from workbench.quantization.transform.flatquant import input_rows
 from workbench.quantization.transform.transforms import Transform, in_coordinates
 from workbench.statistics import InputMoments, second_moments
 from workbench.subjects import Layer, Subject

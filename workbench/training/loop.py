@@ -27,8 +27,8 @@ from workbench.instruments import BadInput, Progress
 from workbench.subjects import Batch, Subject
 from workbench.subjects.subject import trim
 from workbench.training import checkpoint
-from workbench.training.optimizer.optimizers import make_optimizer
 from workbench.training.data_order import take
+from workbench.training.optimizer.optimizers import make_optimizer
 from workbench.training.schedule.schedules import make_schedule
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int6", "int4", "e4m3fn", "e5m2", "e3m2"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.curvature.operators.curvature_operator.curvature_operator import Operator, Stopped
+from workbench.curvature.operators.curvature_operator import Operator, Stopped
 
 
 @dataclass

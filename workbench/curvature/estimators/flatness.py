@@ -18,8 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from workbench.curvature.estimators.eigenpairs import eigenpairs
-from workbench.curvature.operators.curvature_operator.curvature_operator import curvature_operator
 from workbench.curvature.estimators.traces import hutchinson
+from workbench.curvature.operators.curvature_operator import curvature_operator
 from workbench.instruments import Progress
 from workbench.subjects import TASKS, Subject
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import linalg
 from torch import Tensor
 
-from workbench.curvature.operators.curvature_operator.curvature_operator import CurvatureOperator, Operator
 from workbench.curvature.estimators.probes import skewness_factor
+from workbench.curvature.operators.curvature_operator import CurvatureOperator, Operator
 
 MEMORY = (
     2 * 1024**3

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from workbench.curvature.operators.curvature_operator.curvature_operator import Operator
+from workbench.curvature.operators.curvature_operator import Operator
 
 
 def rademacher(operator: Operator, numbers: Sequence[int], seed: int) -> Tensor:

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from workbench.curvature.operators.curvature_operator.weights import Place, check_finite, differentiable, place_of, with_weights
+from workbench.curvature.operators.weights import (
+    Place,
+    check_finite,
+    differentiable,
+    place_of,
+    with_weights,
+)
 from workbench.instruments import BadInput, Progress
 from workbench.subjects import Subject, all_layers
 

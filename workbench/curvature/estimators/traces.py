@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workbench.curvature.operators.curvature_operator.curvature_operator import Operator, Stopped
 from workbench.curvature.estimators.probes import gaussian, rademacher, standard_error
+from workbench.curvature.operators.curvature_operator import Operator, Stopped
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
 

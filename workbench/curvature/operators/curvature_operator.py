@@ -17,10 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from workbench.curvature.operators.curvature_operator.graphs import Graph, HessianGraph, OuterGraph, weighed
-from workbench.curvature.operators.curvature_operator.linears import InPlaceLinears, Sink
-from workbench.curvature.operators.curvature_operator.output_space import OutputCurvature, check_kind, draw_uniform
-from workbench.curvature.operators.curvature_operator.weights import Place, check_finite, differentiable, find_places
+from workbench.curvature.operators.graphs import Graph, HessianGraph, OuterGraph, weighed
+from workbench.curvature.operators.linears import InPlaceLinears, Sink
+from workbench.curvature.operators.output_space import (
+    OutputCurvature,
+    check_kind,
+    draw_uniform,
+)
+from workbench.curvature.operators.weights import (
+    Place,
+    check_finite,
+    differentiable,
+    find_places,
+)
 from workbench.instruments import BadInput, Progress
 from workbench.subjects import Batch, Subject, bake
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from workbench.curvature.operators.curvature_operator.linears import Sink
-from workbench.curvature.operators.curvature_operator.output_space import OutputCurvature
+from workbench.curvature.operators.linears import Sink
+from workbench.curvature.operators.output_space import OutputCurvature
 from workbench.instruments import BadInput
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from workbench.curvature.operators.curvature_operator.attention import twice_differentiable
-from workbench.curvature.operators.curvature_operator.precision import KeepDouble
+from workbench.curvature.operators.attention import twice_differentiable
+from workbench.curvature.operators.precision import KeepDouble
 from workbench.instruments import BadInput
 from workbench.subjects import Layer, select
 

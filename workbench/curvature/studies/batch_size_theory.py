@@ -14,8 +14,8 @@ from pydantic import BaseModel, create_model
 
 from workbench.curvature.estimators.batch_theory import bulk_edge, effective_batch, shifted_eigenvalue
 from workbench.curvature.estimators.eigenpairs import eigenpairs
-from workbench.curvature.operators.curvature_operator.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.estimators.probes import rademacher, standard_error
+from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, quiet
 from workbench.instruments import BadInput, Progress, Result, parameter
 from workbench.subjects import Subject

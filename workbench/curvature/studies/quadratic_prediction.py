@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from workbench.curvature.operators.curvature_operator.curvature_operator import CurvatureOperator, Stopped
+from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, quiet
 from workbench.curvature.studies.sharpness import moved_loss_and_gradient
 from workbench.instruments import Progress, Result, parameter

@@ -5,9 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Literal
 
-from workbench.curvature.operators.curvature_operator.curvature_operator import CurvatureOperator, curvature_operator
-from workbench.curvature.operators.curvature_operator.output_space import check_kind
-from workbench.curvature.operators.curvature_operator.weights import find_places
+from workbench.curvature.operators.curvature_operator import (
+    CurvatureOperator,
+    curvature_operator,
+)
+from workbench.curvature.operators.output_space import check_kind
+from workbench.curvature.operators.weights import find_places
 from workbench.instruments import Progress, Result, SubjectInstrument, parameter
 from workbench.subjects import Subject
 

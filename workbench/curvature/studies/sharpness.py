@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from workbench.curvature.estimators.eigenpairs import eigenpairs
-from workbench.curvature.operators.curvature_operator.curvature_operator import CurvatureOperator, Stopped
+from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, quiet
 from workbench.instruments import BadInput, Progress, Result, parameter
 from workbench.subjects import Subject

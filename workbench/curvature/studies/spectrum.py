@@ -14,8 +14,8 @@ from torch import Tensor
 
 from workbench.curvature.estimators.batch_theory import bulk_edge, shifted_eigenvalue
 from workbench.curvature.estimators.lanczos import GroupedProbes, Quadrature, band, keeps_basis, outliers
-from workbench.curvature.operators.curvature_operator.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.estimators.probes import rademacher, standard_error
+from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
 from workbench.instruments import Progress, Result, parameter
 from workbench.subjects import Subject

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.curvature.estimators.eigenpairs import Eigenpairs, eigenpairs
-from workbench.curvature.operators.curvature_operator.curvature_operator import CurvatureOperator
+from workbench.curvature.operators.curvature_operator import CurvatureOperator
 from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
 from workbench.instruments import Progress, Result, parameter
 from workbench.subjects import Subject

@@ -10,9 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel
 
-from workbench.curvature.operators.curvature_operator.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.estimators.probes import standard_error
-from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
 from workbench.curvature.estimators.traces import (
     ProbeSums,
     TraceEstimate,
@@ -20,6 +18,8 @@ from workbench.curvature.estimators.traces import (
     hutchinson_probes,
     narrow,
 )
+from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
+from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
 from workbench.instruments import Progress, Result, parameter
 from workbench.subjects import Subject
 

@@ -18,8 +18,8 @@ def coverage(method: str) -> Callable[[str, Progress], dict[str, Any]]:
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
         import workbench
-        from workbench.curvature.operators.curvature_operator.curvature_operator import curvature_operator
         from workbench.curvature.estimators.traces import estimate
+        from workbench.curvature.operators.curvature_operator import curvature_operator
 
         with curvature_operator(
             workbench.subject("digits-softmax"), split="all", examples=1797, batch_size=1797
@@ -45,8 +45,8 @@ def coverage(method: str) -> Callable[[str, Progress], dict[str, Any]]:
 def measure_lanczos(name: str, progress: Progress) -> dict[str, Any]:
     import workbench
     from workbench.curvature.estimators.lanczos import Lockstep, outliers
-    from workbench.curvature.operators.curvature_operator.curvature_operator import curvature_operator
     from workbench.curvature.estimators.probes import rademacher
+    from workbench.curvature.operators.curvature_operator import curvature_operator
 
     with curvature_operator(
         workbench.subject("digits-softmax"), split="all", examples=1797, batch_size=1797

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from workbench.instruments import Method, Progress
 from workbench.evidence.pruning import structural_cards, training_cards
+from workbench.instruments import Method, Progress
 
 SEEDS = (0, 1, 2)
 

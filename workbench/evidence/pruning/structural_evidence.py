@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from workbench.instruments import Progress
-from workbench.subjects.structure.dimensions import shrink
 from workbench.pruning.prune import Prune
 from workbench.pruning.saliency.expert_routing import ExpertPatterns, routing
 from workbench.subjects import Subject
+from workbench.subjects.structure.dimensions import shrink
 
 SEEDS = (0, 1, 2)
 Arms = dict[str, dict[str, Any]]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from workbench.instruments import Instrument, Method
 from workbench.evidence.pruning.training_evidence import (
     Arm,
     Claim,
@@ -21,6 +20,7 @@ from workbench.evidence.pruning.training_evidence import (
     recovered_accuracy,
     small_language_model,
 )
+from workbench.instruments import Instrument, Method
 from workbench.subjects import Subject
 
 # One epoch of the training split is 320 such steps; what is asked of each pruning is the project's own goal.

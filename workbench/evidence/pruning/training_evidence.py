@@ -217,8 +217,8 @@ def recovered_accuracy(
     One seed: a run takes minutes. The standard error of an accuracy on the test split is stored beside it.
     """
     import workbench
-    from workbench.pruning.prune import Prune
     from workbench.pruning.allocation.latency import measured_speedup
+    from workbench.pruning.prune import Prune
 
     on = workbench.subject(subject, progress=progress)
     arms, met = {}, {}

@@ -17,15 +17,15 @@ import torch
 from scipy.stats import t as student
 
 import workbench
+from workbench.evidence.quantization.leaderboard import redrawn
 from workbench.instruments import Progress
-from workbench.quantization.allocation.integer_program.allocate import Allocate
-from workbench.quantization.trained.train_quantized import TrainQuantized
+from workbench.quantization.allocation.allocate import Allocate
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
-from workbench.evidence.quantization.leaderboard import redrawn
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.rotation.fold.rotate import Rotate
-from workbench.quantization.rotation.fold.fold import rotate
+from workbench.quantization.rotation.fold import rotate
+from workbench.quantization.rotation.rotate import Rotate
+from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.subjects import Subject
 from workbench.training.loop import fit as fit_weights
 
@@ -193,12 +193,12 @@ def interactions(name: str, progress: Progress) -> dict[str, Any]:
 
 def number_formats(name: str, progress: Progress) -> dict[str, Any]:
     """Weight noise of 8-bit formats over the bytelm's matrices, one scale a tensor, with the input noise of the heavy-tailed activations."""
-    from workbench.quantization.activations.activations.activations import ActivationQuant
+    from workbench.quantization.activations.activations import ActivationQuant
 
     on = opened("bytelm")
     inputs: dict[str, torch.Tensor] = {}
     layers = on.layers()
-    from workbench.quantization.activations.activations.sequential import collecting
+    from workbench.quantization.activations.sequential import collecting
 
     with torch.no_grad(), collecting(on, layers) as (_, seen):
         on.task.output(on.model, next(on.batches("calibration", 4)))

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from workbench.instruments import Progress
-from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.evidence.quantization.evidence import SEEDS, TEST, dense_loss, drawn, interval
-from workbench.quantization.quantize import Quantize
+from workbench.instruments import Progress
 from workbench.quantization.number.split_grid import effective_bits
+from workbench.quantization.quantize import Quantize
+from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.subjects import Layer, Subject
 
 CALIBRATION = 32

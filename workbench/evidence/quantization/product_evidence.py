@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.instruments import Progress
 from workbench.evidence.quantization.evidence import interval, opened
+from workbench.evidence.training.evidence import told, tuned
+from workbench.instruments import Progress
 from workbench.quantization.number.formats import named
 from workbench.statistics import InputCapture
 from workbench.subjects import Subject
-from workbench.evidence.training.evidence import told, tuned
 from workbench.training.quantized_products import LEVELS, relative_errors
 
 STEPS, BATCH = 400, 32

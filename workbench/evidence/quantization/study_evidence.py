@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from workbench.instruments import Progress
-from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.evidence.quantization.evidence import SEEDS, interval, opened
 from workbench.evidence.quantization.leaderboard import redrawn
-from workbench.quantization.quantize import Quantize
 from workbench.evidence.training.evidence import told, tuned
+from workbench.instruments import Progress
+from workbench.quantization.quantize import Quantize
+from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.training.loop import fit as fit_weights
 
 TRAINED: dict[str, Any] = {"steps": 150, "batch_size": 64}

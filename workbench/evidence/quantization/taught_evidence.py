@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from workbench.instruments import Progress
-from workbench.quantization.activations.activations.attention import AttentionCall, watching
-from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.evidence.quantization.evidence import SEEDS, interval, opened, small_bytelm
+from workbench.instruments import Progress
+from workbench.quantization.activations.attention import AttentionCall, watching
 from workbench.quantization.trained.objective import map_distance
+from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.subjects import Subject
 from workbench.training.loop import fit as fit_weights
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from workbench.evidence.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
 from workbench.instruments import Progress
 from workbench.scaling.hyperparameters import critical_batch
 from workbench.subjects import Layer, Subject
-from workbench.training.batch.batch_size.adversary import ConcurrentAdversary
-from workbench.training.optimizer.agvm import AGVM, module_groups
-from workbench.training.batch.batch_size.batch_size import (
+from workbench.training.batch.adversary import ConcurrentAdversary
+from workbench.training.batch.batch_size import (
     NormTest,
     flat_gradient,
     gradient_groups,
@@ -24,13 +24,17 @@ from workbench.training.batch.batch_size.batch_size import (
     noise_scale,
     noise_scale_interval,
 )
-from workbench.training.studies.optimizer_comparison import interval
-from workbench.training.studies.critical_batch import steps_to_target
-from workbench.evidence.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
+from workbench.training.batch.normalisation import (
+    BatchChannelNorm,
+    GhostBatchNorm,
+    WeightStandardization,
+)
 from workbench.training.loop import Training, fit
-from workbench.training.batch.batch_size.normalisation import BatchChannelNorm, GhostBatchNorm, WeightStandardization
-from workbench.training.sweep.objective import language_subject, reinitialised
+from workbench.training.optimizer.agvm import AGVM, module_groups
+from workbench.training.studies.critical_batch import steps_to_target
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize, best_lr
+from workbench.training.studies.optimizer_comparison import interval
+from workbench.training.sweep.objective import language_subject, reinitialised
 
 
 def ghost_batch_norm(name: str, progress: Progress) -> Record:

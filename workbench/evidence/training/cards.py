@@ -15,7 +15,9 @@ def _measured(place: str) -> Callable[[str, Progress], dict[str, Any]]:
     def measure(name: str, progress: Progress) -> dict[str, Any]:
         from importlib import import_module
 
-        return getattr(import_module(f"workbench.training.{module}_evidence"), function)(name, progress)
+        return getattr(import_module(f"workbench.evidence.training.{module}_evidence"), function)(
+            name, progress
+        )
 
     return measure
 

@@ -10,16 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from workbench.evidence.training.evidence import SEEDS, Record, digits_net, quiet, told, tuned
 from workbench.instruments import Progress, Result
 from workbench.subjects import Batch, Subject
-from workbench.training.batch.batch_size.batch_size import log_slope
-from workbench.training.studies.optimizer_comparison import OptimizerComparison, interval
-from workbench.training.studies.critical_batch import steps_to_target
-from workbench.evidence.training.evidence import SEEDS, Record, digits_net, quiet, told, tuned
-from workbench.training.models.lipschitz import LipschitzTransformer, largest_slope
+from workbench.training.batch.batch_size import log_slope
 from workbench.training.loop import Training, fit
-from workbench.training.optimizer.mkor import rank_one_inverse
-from workbench.training.sweep.objective import language_subject, reinitialised
+from workbench.training.models.lipschitz import LipschitzTransformer, largest_slope
 from workbench.training.models.self_tuning import (
     Hyperparameter,
     Setting,
@@ -28,8 +24,12 @@ from workbench.training.models.self_tuning import (
     squared_weights,
     tune,
 )
+from workbench.training.optimizer.mkor import rank_one_inverse
+from workbench.training.studies.critical_batch import steps_to_target
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize
+from workbench.training.studies.optimizer_comparison import OptimizerComparison, interval
 from workbench.training.studies.train import OptimizerName
+from workbench.training.sweep.objective import language_subject, reinitialised
 
 
 def optimizer_result(progress: Progress) -> Result:

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from workbench.evidence.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
 from workbench.instruments import Progress, Result
 from workbench.subjects import Subject
-from workbench.training.batch.batch_size.batch_size import log_slope
-from workbench.training.studies.optimizer_comparison import ScheduleStudy, interval
-from workbench.evidence.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
+from workbench.training.batch.batch_size import log_slope
 from workbench.training.loop import Training, fit
-from workbench.training.sweep.objective import language_subject, reinitialised
 from workbench.training.optimizer.optimizers import make_optimizer
 from workbench.training.schedule.schedules import ProfileLR, infinite
+from workbench.training.studies.optimizer_comparison import ScheduleStudy, interval
+from workbench.training.sweep.objective import language_subject, reinitialised
 
 
 def schedule_result(progress: Progress) -> Result:

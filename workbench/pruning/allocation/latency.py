@@ -16,10 +16,10 @@ import torch
 
 from workbench.instruments import BadInput, Progress
 from workbench.latency import timed
-from workbench.subjects.structure.removal import remove
 from workbench.pruning.engine.structures import Scored
-from workbench.subjects.structure.units import Group, discover
 from workbench.subjects import Subject
+from workbench.subjects.structure.removal import remove
+from workbench.subjects.structure.units import Group, discover
 
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.95)
 BUCKETS = 400

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from workbench.instruments import BadInput, Progress, Result
 from workbench.latency import count_flops
+from workbench.pruning.pattern import Dimension
+from workbench.pruning.recovery.pat import learn_channels
+from workbench.pruning.recovery.recovery import Recovery, distilled_loss
 from workbench.pruning.saliency.dimensions import check_saliency, keep
+from workbench.pruning.schedule import sparsities
+from workbench.subjects import Batch, Subject
 from workbench.subjects.structure.dimensions import (
     check_shrinkable,
     extent,
@@ -25,12 +30,7 @@ from workbench.subjects.structure.dimensions import (
     shrink,
     stacks,
 )
-from workbench.pruning.pattern import Dimension
-from workbench.pruning.recovery.recovery.pat import learn_channels
-from workbench.pruning.recovery.recovery.recovery import Recovery, distilled_loss
 from workbench.subjects.structure.removal import record_of
-from workbench.pruning.schedule import sparsities
-from workbench.subjects import Batch, Subject
 
 if TYPE_CHECKING:
     from workbench.pruning.prune import Prune

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from workbench.instruments import BadInput, Progress
-from workbench.pruning.solvers import icbs, obs
 from workbench.pruning.allocation.shares import allocate
 from workbench.pruning.calibration import Calibration, rows_of
 from workbench.pruning.compensation import COMPENSATIONS, bias_shift
 from workbench.pruning.pattern import NM, Pattern, Tiles, make_mask, yield_to
 from workbench.pruning.saliency.weights import SALIENCIES
+from workbench.pruning.solvers import icbs, obs
 from workbench.subjects import Layer, Mask
 
 

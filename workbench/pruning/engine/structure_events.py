@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from workbench.instruments import BadInput, Progress
-from workbench.pruning.calibration import Calibration
-from workbench.pruning.pattern import Structures
 from workbench.pruning.allocation.latency import expected_seconds, measure_table, reach
+from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.structures import (
     UNIT_SALIENCIES,
     across,
@@ -20,6 +19,7 @@ from workbench.pruning.engine.structures import (
     score,
     uniform,
 )
+from workbench.pruning.pattern import Structures
 from workbench.subjects import Layer, Subject
 
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from workbench.instruments import BadInput, Progress
-from workbench.pruning.solvers import ziplm
-from workbench.pruning.saliency.activations import unit_activations
-from workbench.pruning.saliency.heapr import atomic_scores
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.saliency.depth import Stack, measure_stacks
-from workbench.subjects.structure.dimensions import stacks
 from workbench.pruning.pattern import Structures, cheapest
+from workbench.pruning.saliency.activations import unit_activations
+from workbench.pruning.saliency.depth import Stack, measure_stacks
+from workbench.pruning.saliency.heapr import atomic_scores
 from workbench.pruning.saliency.weights import SALIENCIES
-from workbench.subjects.structure.units import Group, discover
+from workbench.pruning.solvers import ziplm
 from workbench.subjects import Layer, Subject
+from workbench.subjects.structure.dimensions import stacks
+from workbench.subjects.structure.units import Group, discover
 
 #: Saliencies of a layer's inputs say what a unit is worth where it is consumed; the others are summed over all its weights.
 CONSUMER_ONLY = ("wanda", "fluctuation", "obs")

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from workbench.instruments import Progress
+from workbench.pruning.recovery.recovery import random_batches
+from workbench.pruning.recovery.trainable import set_trainable
+from workbench.subjects import Layer, Subject, bake
 from workbench.subjects.structure.dimensions import channels, smallest_units
 from workbench.subjects.structure.norms import restrict
-from workbench.pruning.recovery.recovery.recovery import random_batches
 from workbench.subjects.structure.units import discover
-from workbench.pruning.recovery.recovery.trainable import set_trainable
-from workbench.subjects import Layer, Subject, bake
 
 SOFT = 0.8  # share of the run with a soft mask
 MASK_RATE = 20.0  # the mask's learning rate over that of the rest: it has a few hundred steps to separate

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.instruments import Progress
+from workbench.pruning.recovery.trainable import set_trainable
 from workbench.pruning.sparse_training.side_terms import add_low_rank
-from workbench.pruning.recovery.recovery.trainable import set_trainable
 from workbench.subjects import Batch, Layer, LowRank, Subject
 from workbench.subjects.subject import trim
 

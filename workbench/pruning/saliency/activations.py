@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from workbench.instruments import Progress
-from workbench.subjects.structure.norms import channel_norms
-from workbench.subjects.structure.units import Group
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Subject
+from workbench.subjects.structure.norms import channel_norms
+from workbench.subjects.structure.units import Group
 
 
 @torch.no_grad()

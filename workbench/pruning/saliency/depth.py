@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workbench.instruments import BadInput, Progress
-from workbench.subjects.structure.dimensions import shrink, stacks
 from workbench.subjects import Batch, Subject
+from workbench.subjects.structure.dimensions import shrink, stacks
 
 DEPTH = ("angular", "block-influence", "loss", "deepest")
 

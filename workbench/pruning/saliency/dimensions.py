@@ -6,9 +6,14 @@ import torch
 from torch import Tensor
 
 from workbench.instruments import BadInput
+from workbench.pruning.calibration import Calibration
+from workbench.pruning.engine.structures import UNIT_SALIENCIES
+from workbench.pruning.pattern import Dimension
 from workbench.pruning.saliency import depth
 from workbench.pruning.saliency.activations import channel_activations
-from workbench.pruning.calibration import Calibration
+from workbench.pruning.saliency.expert_routing import routing
+from workbench.pruning.saliency.weights import SALIENCIES
+from workbench.subjects import Layer
 from workbench.subjects.structure.dimensions import (
     channel_axes,
     channels,
@@ -17,13 +22,8 @@ from workbench.subjects.structure.dimensions import (
     smallest_units,
     stacks,
 )
-from workbench.pruning.pattern import Dimension
 from workbench.subjects.structure.removal import parameter_name
-from workbench.pruning.saliency.expert_routing import routing
-from workbench.pruning.saliency.weights import SALIENCIES
-from workbench.pruning.engine.structures import UNIT_SALIENCIES
 from workbench.subjects.structure.units import discover
-from workbench.subjects import Layer
 
 #: Saliencies of whole units; every saliency of single weights is summed over a unit's weights besides.
 SPECIAL = {

@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.instruments import BadInput, Progress, replacing
+from workbench.statistics import InputCapture
+from workbench.subjects import Batch, Layer, Subject
 from workbench.subjects.structure.dimensions import (
     CHOSEN_EXPERTS,
     expert_count,
     expert_modules,
     smallest_units,
 )
-from workbench.statistics import InputCapture
-from workbench.subjects import Batch, Layer, Subject
 
 
 @dataclass

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from workbench.instruments import Progress
-from workbench.subjects.structure.units import Group
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Subject
+from workbench.subjects.structure.units import Group
 
 
 class OutputGradients(InputCapture):

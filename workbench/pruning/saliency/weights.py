@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.pruning.solvers import fisher, obs
 from workbench.pruning.calibration import Calibration, rows_of
 from workbench.pruning.pattern import NM, Pattern
+from workbench.pruning.solvers import fisher, obs
 from workbench.subjects import Layer
 
 

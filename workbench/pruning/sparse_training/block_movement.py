@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from workbench.instruments import BadInput
 from workbench.pruning.pattern import Tiles, parse
-from workbench.subjects.structure.removal import remove, safe
 from workbench.pruning.sparse_training.trained_masks import Gates, selection_of
 from workbench.subjects import Layer, Subject
+from workbench.subjects.structure.removal import remove, safe
 
 
 def hybrid_tiles(pattern: str) -> Tiles | None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from workbench.instruments import Progress
-from workbench.pruning.sparse_training import side_terms as beside, block_movement as gating, regrow
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.sparse_training.slope import DoublePruned
 from workbench.pruning.engine.matrices import prune_once
 from workbench.pruning.pattern import NM, Tiles, parse
-from workbench.pruning.recovery.recovery.recovery import distilled_loss, merge
+from workbench.pruning.recovery.recovery import distilled_loss, merge
+from workbench.pruning.recovery.trainable import parse_blocks, set_trainable
 from workbench.pruning.schedule import annealed, cubic
+from workbench.pruning.sparse_training import block_movement, regrow, side_terms
+from workbench.pruning.sparse_training.slope import DoublePruned
 from workbench.pruning.sparse_training.trained_masks import (
     AdaptiveMask,
     LowRankScores,
@@ -25,7 +26,6 @@ from workbench.pruning.sparse_training.trained_masks import (
     mask_in_force,
     selection_of,
 )
-from workbench.pruning.recovery.recovery.trainable import parse_blocks, set_trainable
 from workbench.subjects import Batch, Layer, Mask, Subject, all_layers
 from workbench.training.loop import Training, fit
 
@@ -60,7 +60,7 @@ class Course:
         """Put the masks of this run on the layers."""
         plan, form = self.plan, self.masks
         if form == "gates":
-            gating.attach_gates(self.on, self.layers, plan.pattern, plan.threshold)
+            block_movement.attach_gates(self.on, self.layers, plan.pattern, plan.threshold)
         elif form == "adaptive":
             calibration = self._calibration(Progress())
             for layer in self.layers:
@@ -138,16 +138,16 @@ class Course:
             if terms == "side-blocks":
                 mask = mask_in_force(layer)
                 weight = (layer.original.mT if layer.transposed else layer.original).detach()
-                beside.add_blocks(
+                side_terms.add_blocks(
                     layer,
                     torch.ones_like(weight, dtype=torch.bool) if mask is None else mask,
                     weight,
                     plan.group,
                 )
             if terms == "side-low-rank+entries":
-                beside.add_entries(layer, plan.rank, plan.entries, plan.support, self.generator)
+                side_terms.add_entries(layer, plan.rank, plan.entries, plan.support, self.generator)
         if terms in ("low-rank", "side-low-rank", "side-low-rank+entries"):
-            beside.add_low_rank(
+            side_terms.add_low_rank(
                 self.layers, plan.rank, terms != "low-rank", self.generator, off=self.backward is not None
             )
 
@@ -217,7 +217,9 @@ class Course:
             with self.backward:
                 return compute()
         return (
-            compute() + plan.penalty * gating.open_share(self.layers) if self.masks == "gates" else compute()
+            compute() + plan.penalty * block_movement.open_share(self.layers)
+            if self.masks == "gates"
+            else compute()
         )
 
     def exchange(self, run: Training) -> None:
@@ -258,7 +260,7 @@ class Course:
                     0.0, plan.sparsity, min(round(share * 1000), 700), 700
                 )  # the last three tenths at full sparsity
         if self.backward is not None and share >= 1 - plan.lazy:
-            beside.let_in(self.layers)
+            side_terms.let_in(self.layers)
         if self.done % max(plan.steps // RECORDS, 1) == 0 or self.done == plan.steps:
             self.record()
             if type(self.progress).preview is not Progress.preview:
@@ -313,9 +315,9 @@ class Course:
             merge(layer)
         self.final = self.sparsity()
         self.weights = sum(layer.original.numel() for layer in self.layers)
-        self.side = beside.side_parameters(self.layers)
-        if self.masks == "gates" and gating.hybrid_tiles(self.plan.pattern) is not None:
-            self.removed = gating.remove_dead(self.on)
+        self.side = side_terms.side_parameters(self.layers)
+        if self.masks == "gates" and block_movement.hybrid_tiles(self.plan.pattern) is not None:
+            self.removed = block_movement.remove_dead(self.on)
 
     def facts(self) -> dict[str, Any]:
         plan = self.plan
@@ -343,7 +345,7 @@ class Course:
                 for name, kept in self.removed.items()
                 if (("att" in name.lower()) == (kind == "heads"))
             )
-            if self.masks == "gates" and gating.hybrid_tiles(plan.pattern) is not None:
+            if self.masks == "gates" and block_movement.hybrid_tiles(plan.pattern) is not None:
                 found[f"removed_{kind}"] = gone
         return found
 

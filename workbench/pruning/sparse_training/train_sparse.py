@@ -9,14 +9,14 @@ import pandas as pd
 import torch
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.pruning.sparse_training import block_movement as gating
-from workbench.pruning.sparse_training.run import Course
 from workbench.pruning.pattern import NM, Tiles, parse
+from workbench.pruning.recovery.trainable import parse_blocks
 from workbench.pruning.saliency.weights import SALIENCIES
 from workbench.pruning.schedule import sparsities
-from workbench.pruning.sparse_training.trained_masks import Selection, mask_in_force
+from workbench.pruning.sparse_training import block_movement
 from workbench.pruning.sparse_training.methods import METHODS
-from workbench.pruning.recovery.recovery.trainable import parse_blocks
+from workbench.pruning.sparse_training.run import Course
+from workbench.pruning.sparse_training.trained_masks import Selection, mask_in_force
 from workbench.subjects import Mask, Subject
 from workbench.training.sweep.objective import Start, reinitialised
 
@@ -153,7 +153,7 @@ class TrainSparse(SubjectInstrument):
                 f"allocation: global compares scores across layers and {self.axis('saliency')} scores do not compare; use layer or a loss-like saliency"
             )
         if masks == "gates":
-            gating.gate_pattern(self.pattern)
+            block_movement.gate_pattern(self.pattern)
         elif masks not in ("none", "kept", "lifted"):
             form = parse(self.pattern)
             if not isinstance(form, (NM, Tiles)):

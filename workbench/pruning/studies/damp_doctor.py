@@ -16,8 +16,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.pruning.solvers import obs
 from workbench.pruning.calibration import Calibration
+from workbench.pruning.solvers import obs
 from workbench.subjects import Subject
 
 if TYPE_CHECKING:

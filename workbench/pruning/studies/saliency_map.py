@@ -18,11 +18,11 @@ from torch import Tensor
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.pattern import Tiles
 from workbench.pruning.methods import PRESETS
+from workbench.pruning.pattern import Tiles
 from workbench.pruning.saliency.weights import SALIENCIES
-from workbench.subjects.structure.units import discover
 from workbench.subjects import Mask, Subject
+from workbench.subjects.structure.units import discover
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from workbench.instruments import BadInput
-from workbench.quantization.activations.activations.activations import activation_format, quantize_activations
-from workbench.quantization.activations.activations.token_importance import (
+from workbench.quantization.activations.activations import activation_format, quantize_activations
+from workbench.quantization.activations.token_importance import (
     TokenQuant,
     important_tokens,
     remember_importance,

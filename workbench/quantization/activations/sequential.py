@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.instruments import Progress
-from workbench.quantization.rounding.problem.gptq import damped
+from workbench.quantization.rounding.gptq import damped
 from workbench.statistics import InputCapture, InputMoments
 from workbench.statistics.inputs import Reached, moments_of
 from workbench.subjects import Layer, Subject

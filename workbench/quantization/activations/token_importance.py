@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.quantization.activations.activations.activations import ActivationQuant, rounded_inputs
+from workbench.quantization.activations.activations import ActivationQuant, rounded_inputs
 from workbench.quantization.number.formats import named
 
 #: Scores (batch, tokens) of the attention that came last in this forward pass, -inf at padding; its shape says which tokens it speaks of.
@@ -71,7 +71,7 @@ class TokenQuant(ActivationQuant):
         return rounded_tokens(x, self.format, self.wide_format, wide)
 
     def restored(self, model: nn.Module) -> None:
-        from workbench.quantization.activations.activations.attention import use_plain_attention
+        from workbench.quantization.activations.attention import use_plain_attention
 
         use_plain_attention(model)
 

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.quantization.allocation.integer_program.integer_program import (
+from workbench.quantization.allocation.integer_program import (
     Allocation,
     allocate,
     front,
     log_variance,
     with_interactions,
 )
-from workbench.quantization.quantize import Quantize, choices, moments_for
-from workbench.quantization.allocation.integer_program.layer_sensitivity import (
+from workbench.quantization.allocation.layer_sensitivity import (
     alone,
     candidates,
     gauss_newton_scores,
@@ -32,6 +31,7 @@ from workbench.quantization.allocation.integer_program.layer_sensitivity import 
     top_eigenvalues,
     traces,
 )
+from workbench.quantization.quantize import Quantize, choices, moments_for
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:

@@ -11,13 +11,17 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from workbench.curvature.operators.curvature_operator.curvature_operator import curvature_operator
-from workbench.curvature.operators.curvature_operator.output_space import OutputCurvature, check_kind, draw_uniform
 from workbench.curvature.estimators.quadratic import mean_loss, predicted_change
-from workbench.curvature.operators.curvature_operator.weights import differentiable, place_of, with_weights
+from workbench.curvature.operators.curvature_operator import curvature_operator
+from workbench.curvature.operators.output_space import (
+    OutputCurvature,
+    check_kind,
+    draw_uniform,
+)
+from workbench.curvature.operators.weights import differentiable, place_of, with_weights
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.quantization.quantize import Quantize, choices, layer_row, moments_for
-from workbench.quantization.rounding.problem.problem import Factors
+from workbench.quantization.rounding.problem import Factors
 from workbench.subjects import Batch, Layer, Subject
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from workbench.instruments import Progress
-from workbench.quantization.activations.activations.activations import ActivationQuant, activation_format
-from workbench.quantization.rotation.fold.fold import folded, random_rotation, rotate, turned
+from workbench.quantization.activations.activations import ActivationQuant, activation_format
+from workbench.quantization.rotation.fold import folded, random_rotation, rotate, turned
 from workbench.statistics import second_moments
 from workbench.subjects import Subject
 from workbench.subjects.changes import bake

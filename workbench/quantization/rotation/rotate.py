@@ -9,10 +9,10 @@ import torch
 from pydantic import BaseModel
 
 from workbench.instruments import Progress, Result, SubjectInstrument, parameter
-from workbench.quantization.activations.activations.activations import InputRanges, input_ranges
-from workbench.quantization.rotation.fold.learned import learned_rotation, principal_rotation
+from workbench.quantization.activations.activations import InputRanges, input_ranges
 from workbench.quantization.quantize import choices
-from workbench.quantization.rotation.fold.fold import rotate, stream_of
+from workbench.quantization.rotation.fold import rotate, stream_of
+from workbench.quantization.rotation.learned import learned_rotation, principal_rotation
 from workbench.subjects import Subject
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from workbench.subjects.changes import LowRank
 
 if TYPE_CHECKING:
     from workbench.quantization.number.grid import Grid
-    from workbench.quantization.rounding.problem.problem import Problem
+    from workbench.quantization.rounding.problem import Problem
 
 Term = tuple[Tensor, Tensor]  # up (..., out, rank), down (..., rank, in)
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from workbench.curvature.operators.curvature_operator.weights import plain_weights
+from workbench.curvature.operators.weights import plain_weights
 from workbench.instruments import Progress
-from workbench.quantization.rounding.problem.learned import LearnedRounding, advance, descend
-from workbench.quantization.activations.activations.sequential import Call, first
+from workbench.quantization.activations.sequential import Call, first
+from workbench.quantization.rounding.learned import LearnedRounding, advance, descend
 from workbench.subjects import Layer
 
 

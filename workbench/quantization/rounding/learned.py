@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from workbench.quantization.number.formats import Integer
 from workbench.quantization.number.grid import Grid, in_groups, stored
-from workbench.quantization.rounding.problem.problem import Problem, rounding
 from workbench.quantization.number.split_grid import SplitGrid
+from workbench.quantization.rounding.problem import Problem, rounding
 from workbench.quantization.transform.transforms import Transform, half
 
 

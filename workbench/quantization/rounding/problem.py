@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from workbench.quantization.number.formats import Format
-from workbench.quantization.rounding.problem.gptq import column_order, gptq, gptq_with_moving_scales, linear_feedback
 from workbench.quantization.number.grid import Grid, fit, group_of
 from workbench.quantization.number.split_grid import Salient
+from workbench.quantization.rounding.gptq import (
+    column_order,
+    gptq,
+    gptq_with_moving_scales,
+    linear_feedback,
+)
 from workbench.quantization.transform.transforms import Transform
 
 Rounding = Callable[["Problem"], tuple[Tensor, Grid]]

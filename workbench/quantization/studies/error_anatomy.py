@@ -15,12 +15,12 @@ from torch import Tensor
 
 from workbench.curvature.estimators.quadratic import mean_loss, predicted_change
 from workbench.instruments import BadInput, Progress, Result, parameter
-from workbench.quantization.activations.activations.activations import ActivationQuant, input_ranges
+from workbench.quantization.activations.activations import ActivationQuant, input_ranges
+from workbench.quantization.activations.sequential import collecting
+from workbench.quantization.allocation.layer_sensitivity import alone, measured_alone
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.packing import quantizer_of
-from workbench.quantization.activations.activations.sequential import collecting
 from workbench.quantization.quantize import Quantize, choices, mask_of, short_names
-from workbench.quantization.allocation.integer_program.layer_sensitivity import alone, measured_alone
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:

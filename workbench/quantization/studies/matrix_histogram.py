@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workbench.quantization.studies.error_anatomy import decibel, kurtosis
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
+from workbench.quantization.studies.error_anatomy import decibel, kurtosis
 from workbench.quantization.transform.transforms import Transform, power_of_two
 
 if TYPE_CHECKING:

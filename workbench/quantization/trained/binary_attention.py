@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.quantization.activations.activations.activations import SignInputs, signs
-from workbench.quantization.activations.activations.attention import (
+from workbench.quantization.activations.activations import SignInputs, signs
+from workbench.quantization.activations.attention import (
     AttentionCall,
     AttentionChange,
     attention_sites,

@@ -58,7 +58,7 @@ class DoubleRounding(TrainedRounding):
         cls, on: Subject, layers: Sequence[Layer], settings: TrainQuantized
     ) -> dict[str, dict[str, float]]:
         """Each layer's Hessian trace and its place between the least and the largest, on a logarithmic axis; nothing where widths take turns."""
-        from workbench.quantization.allocation.integer_program.layer_sensitivity import traces
+        from workbench.quantization.allocation.layer_sensitivity import traces
 
         if settings.switching == "in turn":
             return {}

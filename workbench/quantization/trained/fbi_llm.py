@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workbench.quantization.activations.activations.activations import signs
+from workbench.quantization.activations.activations import signs
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, in_groups, stored
 from workbench.quantization.trained.trained_rounding import ROUNDINGS, TrainedRounding, spread

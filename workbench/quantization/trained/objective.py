@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workbench.instruments import BadInput
-from workbench.quantization.activations.activations.attention import AttentionCall, order_of, watching
+from workbench.quantization.activations.attention import AttentionCall, order_of, watching
 from workbench.subjects import Batch, Subject
 
 if TYPE_CHECKING:

@@ -12,21 +12,21 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.quantization.activations.activations.activations import ActivationQuant, SignInputs
-from workbench.quantization.rounding.problem.adapters import Adapter, zero_term
-from workbench.quantization.activations.activations.attention import (
+from workbench.quantization.activations.activations import ActivationQuant, SignInputs
+from workbench.quantization.activations.attention import (
     AttentionChange,
     attention_sites,
     order_of,
     round_activations,
 )
-from workbench.quantization.trained.double_rounding import check_widths
-from workbench.quantization.trained.fixed_point import LearnedPoint as LearnedPoint  # registers itself
 from workbench.quantization.number.formats import named
-from workbench.quantization.trained.objective import Objective
 from workbench.quantization.quantize import choices, put
+from workbench.quantization.rounding.adapters import Adapter, zero_term
 from workbench.quantization.trained.binary_attention import binarise
+from workbench.quantization.trained.double_rounding import check_widths
 from workbench.quantization.trained.fbi_llm import ShiftedSign as ShiftedSign  # registers itself
+from workbench.quantization.trained.fixed_point import LearnedPoint as LearnedPoint  # registers itself
+from workbench.quantization.trained.objective import Objective
 from workbench.quantization.trained.trained_rounding import ROUNDINGS, Course, TrainedRounding, average_width
 from workbench.subjects import Layer, LowRank, Subject
 from workbench.subjects.changes import Change

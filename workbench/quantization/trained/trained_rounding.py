@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from workbench.quantization.activations.activations.activations import signs
+from workbench.quantization.activations.activations import signs
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, fit, in_groups, stored
 from workbench.subjects.changes import Change

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from workbench.quantization.activations.activations.activations import rounded_inputs
-from workbench.quantization.activations.activations.sequential import collecting
+from workbench.quantization.activations.activations import rounded_inputs
+from workbench.quantization.activations.sequential import collecting
 from workbench.quantization.transform.transforms import Transform, haar, half, steps_of
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
-    from workbench.quantization.rounding.problem.problem import Problem
+    from workbench.quantization.rounding.problem import Problem
 
 ROWS = 512  # sampled tokens of a layer's inputs
 

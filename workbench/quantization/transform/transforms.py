@@ -17,7 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from workbench.quantization.number.grid import Grid
-    from workbench.quantization.rounding.problem.problem import Problem
+    from workbench.quantization.rounding.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def rotation(problem: Problem, alpha: float) -> Transform:
 def principal_components(problem: Problem, alpha: float) -> Transform:
     """ResQ's coordinates for one layer: principal components of its inputs, turned at random within the eighth of largest variance and
     within the rest (Saxena et al. 2025). With `wide_share` 1/8 of quantized activations that subspace keeps 8 bits."""
-    from workbench.quantization.rotation.fold.learned import principal
+    from workbench.quantization.rotation.learned import principal
 
     found = principal(problem.gram, 0.125, problem.generator).to(problem.weight.dtype)
     return Transform(left=torch.ones_like(found[:1, :1]), right=found, orthogonal=True)
@@ -224,9 +224,9 @@ def principal_components(problem: Problem, alpha: float) -> Transform:
 
 def flat(problem: Problem, alpha: float) -> Transform:
     """FlatQuant's learned Kronecker transform (Sun et al. 2025), see `flatness.py`."""
-    from workbench.quantization.transform import flatquant as flatness
+    from workbench.quantization.transform import flatquant
 
-    return flatness.flat(problem, alpha)
+    return flatquant.flat(problem, alpha)
 
 
 def haar(width: int, generator: torch.Generator) -> Tensor:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from workbench.instruments import BadInput
-from workbench.subjects.structure.removal import HEAD_COUNTS, RECORD, own_head_size, parameter_name
-from workbench.subjects.structure.units import Group, Member, discover
 from workbench.subjects import all_layers, blocks
 from workbench.subjects.changes import bake
 from workbench.subjects.checkpoints import quiet_transformers
+from workbench.subjects.structure.removal import HEAD_COUNTS, RECORD, own_head_size, parameter_name
+from workbench.subjects.structure.units import Group, Member, discover
 from workbench.subjects.subject import plain_experts
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.instruments import BadInput
-from workbench.subjects.structure.units import Group, Member, discover
 from workbench.subjects.changes import bake
+from workbench.subjects.structure.units import Group, Member, discover
 
 RECORD = "_removed_structures"
 Kept = dict[str, Tensor]  # group name -> bool (experts, units)

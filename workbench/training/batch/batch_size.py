@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from workbench.instruments import BadInput, Progress
 from workbench.subjects import Batch, Subject
-from workbench.training.loop import Training
 from workbench.training.data_order import take
+from workbench.training.loop import Training
 
 
 @dataclass(frozen=True)

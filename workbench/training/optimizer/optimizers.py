@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from workbench.instruments import BadInput
+from workbench.training.optimizer.combined import Together
 from workbench.training.optimizer.galore import GaLore
 from workbench.training.optimizer.kron import Kron
 from workbench.training.optimizer.lamb import LAMB, LARS
@@ -22,7 +23,6 @@ from workbench.training.optimizer.muon import Muon
 from workbench.training.optimizer.onebit import OneBitAdam
 from workbench.training.optimizer.scion import Scion
 from workbench.training.optimizer.sophia import Sophia
-from workbench.training.optimizer.combined import Together
 
 Groups = list[dict[str, Any]]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workbench.curvature.operators.curvature_operator.attention import twice_differentiable
+from workbench.curvature.operators.attention import twice_differentiable
 from workbench.training.optimizer.group_optimizer import GroupOptimizer, divide_into
 
 if TYPE_CHECKING:

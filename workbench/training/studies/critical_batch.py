@@ -16,11 +16,11 @@ from workbench.figures import figure, line, rule
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.scaling.hyperparameters import critical_batch, steps_and_examples
 from workbench.subjects import Subject
-from workbench.training.batch.batch_size.batch_size import gradient_groups, noise_scale, noise_scale_interval
+from workbench.training.batch.batch_size import gradient_groups, noise_scale, noise_scale_interval
 from workbench.training.loop import Callback, Training, fit
+from workbench.training.studies.train import OptimizerName
 from workbench.training.sweep.objective import Start, TrainingObjective, axis, begun, prepared_folder, swept
 from workbench.training.sweep.sweeps import Trial
-from workbench.training.studies.train import OptimizerName
 
 #: Evaluations on the way to a target; the step of passing it is interpolated between two of them.
 EVALUATIONS = 60

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from workbench.figures import figure, line, rule
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.subjects import Subject
-from workbench.training.batch.batch_size.batch_size import gradient_groups, noise_scale, noise_scale_interval
+from workbench.training.batch.batch_size import gradient_groups, noise_scale, noise_scale_interval
 
 
 class GradientNoise(SubjectInstrument):

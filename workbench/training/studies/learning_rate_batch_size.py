@@ -14,10 +14,10 @@ from workbench.figures import figure, line
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.scaling.hyperparameters import best_settings, excess_loss, step_law
 from workbench.subjects import Subject
-from workbench.training.batch.batch_size.batch_size import log_slope
-from workbench.training.sweep.objective import Start, TrainingObjective, axis, prepared_folder, swept
+from workbench.training.batch.batch_size import log_slope
 from workbench.training.schedule.schedules import scaled_lr
 from workbench.training.studies.train import OptimizerName, ScheduleName
+from workbench.training.sweep.objective import Start, TrainingObjective, axis, prepared_folder, swept
 
 
 def best_lr(cell: pd.DataFrame) -> tuple[float, float, bool]:

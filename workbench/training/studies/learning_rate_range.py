@@ -13,9 +13,9 @@ from workbench.figures import figure, line, rule
 from workbench.instruments import Progress, Result, SubjectInstrument, parameter
 from workbench.subjects import Subject
 from workbench.training.loop import Training, fit
-from workbench.training.sweep.objective import Start, axis, begun
 from workbench.training.schedule.schedules import ExponentialRise
 from workbench.training.studies.train import OptimizerName
+from workbench.training.sweep.objective import Start, axis, begun
 
 
 def smoothed(losses: np.ndarray, memory: float) -> np.ndarray:

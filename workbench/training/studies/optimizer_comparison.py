@@ -18,11 +18,11 @@ from workbench.figures import color, figure, line
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.scaling.hyperparameters import speedup
 from workbench.subjects import Subject
-from workbench.training.sweep.objective import Start, TrainingObjective, prepared_folder, swept
 from workbench.training.optimizer.optimizers import OPTIMIZERS
 from workbench.training.schedule.schedules import SCHEDULES, sampled
 from workbench.training.studies.learning_rate_batch_size import ticks
 from workbench.training.studies.train import OptimizerName, ScheduleName, names
+from workbench.training.sweep.objective import Start, TrainingObjective, prepared_folder, swept
 
 #: How often a ladder is extended by two rungs where the best learning rate was at its end: the rule is everybody's.
 EXTENSIONS = 2

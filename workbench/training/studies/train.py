@@ -11,9 +11,9 @@ from workbench.figures import figure, line
 from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
 from workbench.subjects import Subject
 from workbench.training.loop import Precision, Training, arithmetic_of, fit
-from workbench.training.sweep.objective import Start, reinitialised
 from workbench.training.optimizer.optimizers import make_optimizer, state_bytes
 from workbench.training.schedule.schedules import make_schedule
+from workbench.training.sweep.objective import Start, reinitialised
 
 OptimizerName = Literal[
     "adamw",
