@@ -32,7 +32,7 @@ def shared() -> Path:
 def new_cache(folder: Path) -> Path:
     """A cache folder without results, with the trained digits-vit in it: to train it again in each takes fifteen seconds."""
     import workbench
-    from workbench.instruments import cache_folder
+    from workbench.storage import cache_folder
 
     workbench.subject("digits-vit")
     for kept in (cache_folder() / "subjects").glob("digits-vit-*"):

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 import transformers
 
-from workbench.instruments import TextProgress
+from workbench.progress import TextProgress
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize, shape_of
 from workbench.training.sweep.objective import language_subject
 

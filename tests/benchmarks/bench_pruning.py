@@ -15,7 +15,7 @@ import time
 import torch
 
 import workbench
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import Tiles, make_mask
 from workbench.pruning.saliency.weights import SALIENCIES

@@ -30,9 +30,10 @@ from workbench.quantization.allocation.integer_program import allocate
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, fit
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.rounding.gptq import damped, gptq, linear_feedback
+from workbench.quantization.rounding.gptq import gptq, linear_feedback
 from workbench.quantization.rounding.problem import Factors
 from workbench.statistics import second_moments
+from workbench.statistics.damping import damped
 from workbench.subjects import Layer, Subject
 
 REPEATS = 5

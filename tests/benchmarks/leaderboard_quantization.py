@@ -21,7 +21,7 @@ import torch
 
 import workbench
 from workbench.evidence.quantization.leaderboard import accepted, leaderboard, summary
-from workbench.instruments import TextProgress
+from workbench.progress import TextProgress
 
 FOLDER = Path(__file__).parents[2] / "data" / "benchmarks"
 WIDTHS = (2, 3, 4, 8)

@@ -11,7 +11,7 @@ from torch import nn
 import workbench
 from workbench.curvature import BatchSizeTheory
 from workbench.curvature.estimators.batch_theory import bulk_edge, effective_batch, shifted_eigenvalue
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Subject
 
 

@@ -16,7 +16,10 @@ from tests.conftest import ARCHITECTURES
 from tests.curvature.small import mlp, stock
 from workbench import curvature
 from workbench.cli import main
-from workbench.instruments import BadInput, Instrument, Progress, Result
+from workbench.errors import BadInput
+from workbench.instruments import Instrument
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Mask, Subject
 
 SMALL: dict[str, Instrument] = {

@@ -16,7 +16,8 @@ from tests.conftest import ARCHITECTURES, ROOT
 from tests.curvature.small import mlp, stock
 from workbench.curvature import curvature_operator
 from workbench.curvature.studies.sharpness import moved_loss_and_gradient
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects import Mask, Subject
 
 

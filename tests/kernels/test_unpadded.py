@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.unpadded import is_unpadded, repad, unpad
 from workbench.quantization.activations.attention import use_plain_attention
 

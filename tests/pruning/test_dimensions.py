@@ -11,8 +11,8 @@ from torch import nn
 import workbench
 from tests.conftest import ARCHITECTURES, tiny
 from workbench import BadInput
-from workbench.instruments import Progress
 from workbench.latency import count_flops
+from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.subjects import blocks
 from workbench.subjects.structure import dimensions, removal

@@ -7,7 +7,7 @@ import torch
 
 import workbench
 from workbench.evidence.oracles.exact import best_subset, obs_path, refit
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import NM, make_mask

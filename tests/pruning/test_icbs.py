@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.pruning.solvers import icbs
 from workbench.statistics import StackedGradients

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import workbench
 from workbench import BadInput
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.structures import adaptive, block_importance, groups_of, score

@@ -7,7 +7,7 @@ import torch
 import workbench
 from workbench import BadInput
 from workbench.evidence.pruning.leaderboard import curves, leaderboard, summary
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import Prune, SaliencyMap
 from workbench.pruning.studies.saliency_map import LEVELS, order_statistics
 from workbench.subjects.structure.units import discover

@@ -10,7 +10,7 @@ import torch
 import workbench
 from tests.conftest import ARCHITECTURES
 from workbench import BadInput
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.pruning.engine.structures import EXPERT_STEP
 from workbench.pruning.methods import NOT_DIMENSIONAL, PRESETS

@@ -10,7 +10,7 @@ import transformers
 import workbench
 from tests.conftest import tiny
 from workbench import BadInput
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import DampDoctor, Prune
 from workbench.pruning.allocation.latency import BUCKETS, LatencyTable, choose, expected_seconds, levels
 from workbench.pruning.engine.structures import Scored

@@ -12,7 +12,7 @@ import workbench
 from tests.conftest import ARCHITECTURES, tiny
 from workbench import BadInput
 from workbench.evidence.oracles.exact import refit
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.pruning.solvers import ziplm
 from workbench.subjects.structure import removal

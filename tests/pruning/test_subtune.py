@@ -6,7 +6,7 @@ import torch
 import workbench
 from workbench import BadInput
 from workbench.evidence.pruning.training_evidence import lying_digits
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import Subtune, TrainSparse
 
 

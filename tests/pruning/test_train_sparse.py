@@ -9,7 +9,7 @@ import torch
 
 import workbench
 from workbench import BadInput
-from workbench.instruments import Progress, Result
+from workbench.progress import Progress
 from workbench.pruning import Prune, TrainSparse
 from workbench.pruning.pattern import obeys, parse
 from workbench.pruning.recovery.trainable import frozen_half, modules_by_category, set_trainable
@@ -23,6 +23,7 @@ from workbench.pruning.sparse_training.side_terms import (
     low_rank_plus_sparse,
 )
 from workbench.pruning.sparse_training.trained_masks import mask_in_force
+from workbench.results import Result
 from workbench.subjects import LowRank, Mask
 
 NEEDS = {

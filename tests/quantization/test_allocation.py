@@ -15,7 +15,8 @@ import torch
 import workbench
 from workbench.curvature.estimators.quadratic import measured_change, predicted_change
 from workbench.curvature.operators.curvature_operator import curvature_operator
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Allocate, LayerSensitivity
 from workbench.quantization.allocation.integer_program import (
     allocate,

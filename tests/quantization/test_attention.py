@@ -12,18 +12,19 @@ import torch
 
 import workbench
 from tests.conftest import ARCHITECTURES
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import TrainQuantized
 from workbench.quantization.activations.attention import (
     AttentionCall,
     AttentionQuant,
+    TokenQuant,
     attention_sites,
     eager_of,
     order_of,
     watching,
 )
 from workbench.quantization.activations.token_importance import (
-    TokenQuant,
     important_tokens,
     remember_importance,
     rounded_tokens,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import TrainQuantized
 from workbench.quantization.activations.attention import AttentionCall, watching
 from workbench.quantization.number.packing import quantizer_of

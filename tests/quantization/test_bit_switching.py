@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize, TrainQuantized
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid

@@ -10,7 +10,8 @@ import torch
 
 import workbench
 from tests.conftest import ARCHITECTURES
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize
 from workbench.quantization.quantize import moments_for
 from workbench.quantization.rounding.learned import LEARNED

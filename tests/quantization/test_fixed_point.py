@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import TrainQuantized
 from workbench.quantization.number.packing import quantizer_of
 from workbench.quantization.trained.fixed_point import LearnedPoint, few_powers

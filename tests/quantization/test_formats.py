@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.quantization.number.formats import NAMED, Codebook, lloyd_max, named, normal_float
 from workbench.quantization.number.grid import fit
 

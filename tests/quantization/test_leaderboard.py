@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import t
 
 import workbench
+from workbench.errors import BadInput
 from workbench.evidence.quantization.leaderboard import (
     METHODS,
     accepted,
@@ -18,7 +19,7 @@ from workbench.evidence.quantization.leaderboard import (
     redrawn,
     summary,
 )
-from workbench.instruments import BadInput, Progress
+from workbench.progress import Progress
 from workbench.quantization import Quantize
 
 SMALL = {"layers": "*layers.0.*", "group_size": 16, "examples": 16, "test_examples": 32, "steps": 2}

@@ -10,7 +10,8 @@ import torch
 
 import workbench
 from tests.conftest import ARCHITECTURES
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize
 from workbench.quantization.activations.sequential import block_calls, paired_moments, target
 from workbench.quantization.number.formats import named

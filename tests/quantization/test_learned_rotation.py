@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization.rotation.fold import random_rotation, rotate
 from workbench.quantization.rotation.learned import (
     cayley_step,

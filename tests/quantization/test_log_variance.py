@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.quantization.allocation.integer_program import (
     Allocation,
     allocate,

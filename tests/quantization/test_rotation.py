@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.quantization.rotation.fold import random_rotation, rotate
 
 

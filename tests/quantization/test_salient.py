@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize, fit, named
 from workbench.quantization.number.packing import packed_layer, quantizer_of, unpacked_layer
 from workbench.quantization.number.split_grid import Salient, SplitGrid, effective_bits, index_bits

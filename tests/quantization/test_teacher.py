@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import FakeQuant, TrainQuantized
 from workbench.quantization.number.packing import packed_layer, quantizer_of, unpacked_layer
 from workbench.quantization.trained.fbi_llm import ShiftedSign

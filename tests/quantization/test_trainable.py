@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import FakeQuant, Quantize, TrainQuantized
 from workbench.quantization.activations.activations import SignInputs
 from workbench.quantization.number.formats import named

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.training.test_loop import small
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import CustomLoss
 from workbench.training import NormTest, fit

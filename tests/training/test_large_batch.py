@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.training.test_loop import small
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Subject
 from workbench.training import fit
 from workbench.training.batch.adversary import ConcurrentAdversary

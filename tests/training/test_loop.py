@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.conftest import tiny
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Layer, Mask, Subject
 from workbench.subjects.tasks import CausalLM, CustomLoss, ModuleTask
 from workbench.training import fit

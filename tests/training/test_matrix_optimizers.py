@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.training.test_optimizers import LR, WD, compare, problem
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training.optimizer.galore import GaLore, projection
 from workbench.training.optimizer.kron import Kron, spectral_lower_bound
 from workbench.training.optimizer.mkor import MKOR, rank_one_inverse

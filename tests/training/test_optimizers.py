@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.training.test_loop import net, same, small
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training import checkpoint, fit
 from workbench.training.optimizer.combined import Together
 from workbench.training.optimizer.lamb import LAMB, LARS

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import workbench
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.quantization.number.formats import named
 from workbench.subjects import Mask
 from workbench.training import fit

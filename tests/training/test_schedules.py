@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training.schedule import schedules as s
 
 

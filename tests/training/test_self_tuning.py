@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training.models.self_tuning import (
     Hyperparameter,
     SelfTuningLinear,

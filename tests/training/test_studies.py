@@ -12,7 +12,10 @@ import torch
 
 import workbench
 from tests.training.test_loop import language, small
-from workbench.instruments import BadInput, Progress, Result, catalog, methods
+from workbench.catalog import catalog, methods
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.subjects.tasks import CustomLoss
 from workbench.training import (
@@ -23,8 +26,8 @@ from workbench.training import (
     ScheduleStudy,
     Train,
 )
+from workbench.training.studies.comparison import interval, rank_flips
 from workbench.training.studies.learning_rate_batch_size import best_lr
-from workbench.training.studies.optimizer_comparison import interval, rank_flips
 from workbench.training.sweep.objective import reinitialised
 
 

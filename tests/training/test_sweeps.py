@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 from joblib.externals.loky import get_reusable_executor
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.training.sweep.sweeps import Range, Sweep, Trial
 from workbench.training.sweep.trial_ledger import Ledger, owner_name
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning.solvers import fisher
 from workbench.statistics import (
     InputMoments,

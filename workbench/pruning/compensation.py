@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.pruning.calibration import Calibration, rows_of
 from workbench.pruning.solvers import fisher, obs
 from workbench.subjects import Layer

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning.pattern import NM, Pattern
 from workbench.subjects import Layer, Subject
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.pruning.pattern import Dimension, Pattern, Structures
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 STRUCTURES = ("heads", "neurons")
 DIMENSIONS = ("channels", "layers", "experts")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
-from workbench.instruments import Result
+from workbench.results import Result
 
 if TYPE_CHECKING:
     import pandas as pd

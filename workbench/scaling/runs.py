@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.formula import Graph, parse
 from workbench.scaling.laws import KNOWN_COLUMNS
 from workbench.scaling.program import Program
@@ -224,7 +224,7 @@ class Runs:
         "scaling-sweep" is the project's own table: byte-level models of 20 thousand to half a million parameters.
         """
         from workbench.scaling.run_readers import read
-        from workbench.subjects.builtin import data_folder
+        from workbench.storage import data_folder
 
         if isinstance(source, Runs):
             return source

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput, Progress, TextProgress, replacing
+from workbench.errors import BadInput
+from workbench.progress import Progress, TextProgress
+from workbench.storage import replacing
 from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, describe_changes
 from workbench.subjects.layers import Layer

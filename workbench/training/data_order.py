@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 
 @functools.lru_cache(8)

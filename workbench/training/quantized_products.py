@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.quantization.number.formats import Format, named
-from workbench.quantization.transform.transforms import hadamard, power_of_two
+from workbench.quantization.transform.coordinates import hadamard, power_of_two
 from workbench.statistics.inputs import WeightCalls
 from workbench.subjects import Layer
 

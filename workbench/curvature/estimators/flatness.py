@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from workbench.curvature.estimators.eigenpairs import eigenpairs
 from workbench.curvature.estimators.traces import hutchinson
 from workbench.curvature.operators.curvature_operator import curvature_operator
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.subjects import TASKS, Subject
 
 

@@ -14,7 +14,8 @@ from workbench.curvature.operators.weights import (
     place_of,
     with_weights,
 )
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects import Subject, all_layers
 
 

@@ -30,7 +30,8 @@ from workbench.curvature.operators.weights import (
     differentiable,
     find_places,
 )
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects import Batch, Subject, bake
 
 GRAPH_MEMORY = (

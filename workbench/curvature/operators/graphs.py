@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from workbench.curvature.operators.linears import Sink
 from workbench.curvature.operators.output_space import OutputCurvature
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 
 class Graph(Protocol):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Batch, Task
 
 KINDS = ("hessian", "ggn", "empirical-fisher", "mc-fisher")

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from workbench.curvature.operators.attention import twice_differentiable
 from workbench.curvature.operators.precision import KeepDouble
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Layer, select
 
 WHOLE = ("all", "*")

@@ -17,7 +17,10 @@ from workbench.curvature.estimators.eigenpairs import eigenpairs
 from workbench.curvature.estimators.probes import rademacher, standard_error
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, quiet
-from workbench.instruments import BadInput, Progress, Result, parameter
+from workbench.errors import BadInput
+from workbench.instruments import parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, quiet
 from workbench.curvature.studies.sharpness import moved_loss_and_gradient
-from workbench.instruments import Progress, Result, parameter
+from workbench.instruments import parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 
 

@@ -11,7 +11,9 @@ from workbench.curvature.operators.curvature_operator import (
 )
 from workbench.curvature.operators.output_space import check_kind
 from workbench.curvature.operators.weights import find_places
-from workbench.instruments import Progress, Result, SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 
 OperatorKind = Literal["hessian", "ggn", "empirical-fisher", "mc-fisher"]

@@ -17,7 +17,9 @@ from workbench.curvature.estimators.lanczos import GroupedProbes, Quadrature, ba
 from workbench.curvature.estimators.probes import rademacher, standard_error
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
-from workbench.instruments import Progress, Result, parameter
+from workbench.instruments import parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from workbench.curvature.estimators.eigenpairs import Eigenpairs, eigenpairs
 from workbench.curvature.operators.curvature_operator import CurvatureOperator
 from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
-from workbench.instruments import Progress, Result, parameter
+from workbench.instruments import parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 
 

@@ -20,7 +20,9 @@ from pydantic import BaseModel, create_model
 from scipy import integrate, optimize
 from torch import Tensor
 
-from workbench.instruments import Progress, Result, SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 
 

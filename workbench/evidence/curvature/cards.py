@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from workbench.instruments import Method, Progress
+from workbench.catalog import Method
+from workbench.progress import Progress
 
 DIGITS_TRACE = 13.5127791110
 DIGITS_TOP = 1.0455299687

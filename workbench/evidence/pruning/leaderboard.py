@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput, Progress, TextProgress
+from workbench.errors import BadInput
+from workbench.progress import Progress, TextProgress
 from workbench.pruning.prune import Prune
 
 if TYPE_CHECKING:

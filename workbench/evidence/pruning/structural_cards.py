@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from workbench.catalog import Method
 from workbench.evidence.pruning import structural_evidence as evidence
-from workbench.instruments import Method
 
 HN = {"pattern": "heads+neurons"}
 HEAL = {"recovery": "low-rank", "recovery_steps": 40, "lr": 2e-3}

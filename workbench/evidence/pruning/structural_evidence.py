@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning.prune import Prune
 from workbench.pruning.saliency.expert_routing import ExpertPatterns, routing
 from workbench.subjects import Subject
@@ -21,13 +21,13 @@ Arms = dict[str, dict[str, Any]]
 
 def compared(name: str, progress: Progress, **fields: Any) -> dict[str, Any]:
     """`cards.compare`, looked up when it is called: the catalog imports this module's cards."""
-    from workbench.evidence.pruning.cards import compare
+    from workbench.evidence.harness import compare
 
     return compare(name, progress, **fields)
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    from workbench.evidence.pruning.cards import summary as summarised
+    from workbench.evidence.harness import summary as summarised
 
     return summarised(values)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from workbench.catalog import Method
 from workbench.evidence.pruning.training_evidence import (
     Arm,
     Claim,
@@ -20,7 +21,7 @@ from workbench.evidence.pruning.training_evidence import (
     recovered_accuracy,
     small_language_model,
 )
-from workbench.instruments import Instrument, Method
+from workbench.instruments import Instrument
 from workbench.subjects import Subject
 
 # One epoch of the training split is 320 such steps; what is asked of each pruning is the project's own goal.

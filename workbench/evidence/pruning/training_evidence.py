@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.instruments import Instrument, Progress
+from workbench.instruments import Instrument
+from workbench.progress import Progress
 from workbench.subjects import Subject
 
 SEEDS = (0, 1, 2)
@@ -21,7 +22,7 @@ Arm = Sequence[
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Mean, half width of the 95 % t interval and the values."""
-    from workbench.evidence.pruning.cards import summary as summarised
+    from workbench.evidence.harness import summary as summarised
 
     return summarised(values)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from workbench.catalog import Method
 from workbench.evidence.quantization import taught_cards
 from workbench.evidence.quantization.evidence import (
     ROUNDED_INPUTS,
@@ -24,7 +25,6 @@ from workbench.evidence.quantization.low_bit_evidence import binarised
 from workbench.evidence.quantization.product_evidence import rotated_products
 from workbench.evidence.quantization.study_evidence import binary_points, half_precision, what_matters
 from workbench.evidence.quantization.width_evidence import before_or_after, drawn_by_trace, one_for_all
-from workbench.instruments import Method
 
 FAMILY = "quantization"
 NEAREST: dict[str, Any] = {"rounding": "nearest"}

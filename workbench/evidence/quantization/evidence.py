@@ -18,7 +18,7 @@ from scipy.stats import t as student
 
 import workbench
 from workbench.evidence.quantization.leaderboard import redrawn
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.quantization.allocation.allocate import Allocate
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit

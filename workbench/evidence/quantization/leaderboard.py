@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from workbench.instruments import BadInput, Progress, TextProgress
+from workbench.errors import BadInput
+from workbench.progress import Progress, TextProgress
 from workbench.quantization.quantize import Quantize
 from workbench.studies import quiet
 from workbench.subjects import Subject

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from workbench.evidence.quantization.evidence import SEEDS, TEST, dense_loss, drawn, interval
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.quantization.number.split_grid import effective_bits
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.trained.train_quantized import TrainQuantized

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.evidence.quantization.evidence import interval, opened
 from workbench.evidence.training.evidence import told, tuned
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.quantization.number.formats import named
 from workbench.statistics import InputCapture
 from workbench.subjects import Subject

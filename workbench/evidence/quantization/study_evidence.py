@@ -10,7 +10,7 @@ import numpy as np
 from workbench.evidence.quantization.evidence import SEEDS, interval, opened
 from workbench.evidence.quantization.leaderboard import redrawn
 from workbench.evidence.training.evidence import told, tuned
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.training.loop import fit as fit_weights

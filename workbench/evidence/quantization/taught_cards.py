@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from workbench.catalog import Method
 from workbench.evidence.quantization import taught_evidence as evidence
-from workbench.instruments import Method
 
 CARDS: list[Method] = [
     Method(

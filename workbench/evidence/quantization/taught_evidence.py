@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from workbench.evidence.quantization.evidence import SEEDS, interval, opened, small_bytelm
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.quantization.activations.attention import AttentionCall, watching
 from workbench.quantization.trained.objective import map_distance
 from workbench.quantization.trained.train_quantized import TrainQuantized

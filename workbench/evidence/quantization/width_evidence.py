@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from workbench.evidence.quantization.evidence import CALIBRATION, SEEDS, interval, opened
-from workbench.instruments import Progress, Result
+from workbench.progress import Progress
 from workbench.quantization.allocation.integer_program import allocate
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.trained.double_rounding import at_width
 from workbench.quantization.trained.train_quantized import TrainQuantized
+from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.training.loop import fit as fit_weights
 

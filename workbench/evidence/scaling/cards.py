@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from workbench.instruments import BadInput, Method, Progress
+from workbench.catalog import Method
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.scaling.fitting import fit
 from workbench.scaling.lawbook import LAWS, law
 from workbench.scaling.runs import OWN_SWEEP, Runs

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from workbench.evidence.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.scaling.hyperparameters import critical_batch
 from workbench.subjects import Layer, Subject
 from workbench.training.batch.adversary import ConcurrentAdversary
@@ -29,11 +29,12 @@ from workbench.training.batch.normalisation import (
     GhostBatchNorm,
     WeightStandardization,
 )
-from workbench.training.loop import Training, fit
+from workbench.training.loop import fit
 from workbench.training.optimizer.agvm import AGVM, module_groups
+from workbench.training.state import Training
+from workbench.training.studies.comparison import interval
 from workbench.training.studies.critical_batch import steps_to_target
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize, best_lr
-from workbench.training.studies.optimizer_comparison import interval
 from workbench.training.sweep.objective import language_subject, reinitialised
 
 

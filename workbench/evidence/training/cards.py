@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from workbench.instruments import Method, Progress
+from workbench.catalog import Method
+from workbench.progress import Progress
 
 
 def _measured(place: str) -> Callable[[str, Progress], dict[str, Any]]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.subjects import Subject, subject
 from workbench.subjects.tasks import ModuleTask
-from workbench.training.loop import Training, fit
-from workbench.training.studies.optimizer_comparison import interval
+from workbench.training.loop import fit
+from workbench.training.state import Training
+from workbench.training.studies.comparison import interval
 from workbench.training.sweep.objective import reinitialised
 
 SEEDS = (0, 1, 2)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from workbench.evidence.training.evidence import SEEDS, Record, digits_net, quiet, told, tuned
-from workbench.instruments import Progress, Result
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Batch, Subject
 from workbench.training.batch.batch_size import log_slope
-from workbench.training.loop import Training, fit
+from workbench.training.loop import fit
 from workbench.training.models.lipschitz import LipschitzTransformer, largest_slope
 from workbench.training.models.self_tuning import (
     Hyperparameter,
@@ -25,9 +26,11 @@ from workbench.training.models.self_tuning import (
     tune,
 )
 from workbench.training.optimizer.mkor import rank_one_inverse
+from workbench.training.state import Training
+from workbench.training.studies.comparison import interval
 from workbench.training.studies.critical_batch import steps_to_target
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize
-from workbench.training.studies.optimizer_comparison import OptimizerComparison, interval
+from workbench.training.studies.optimizer_comparison import OptimizerComparison
 from workbench.training.studies.train import OptimizerName
 from workbench.training.sweep.objective import language_subject, reinitialised
 

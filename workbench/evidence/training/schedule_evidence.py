@@ -13,13 +13,16 @@ import numpy as np
 import torch
 
 from workbench.evidence.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
-from workbench.instruments import Progress, Result
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import log_slope
-from workbench.training.loop import Training, fit
+from workbench.training.loop import fit
 from workbench.training.optimizer.optimizers import make_optimizer
 from workbench.training.schedule.schedules import ProfileLR, infinite
-from workbench.training.studies.optimizer_comparison import ScheduleStudy, interval
+from workbench.training.state import Training
+from workbench.training.studies.comparison import interval
+from workbench.training.studies.schedule_study import ScheduleStudy
 from workbench.training.sweep.objective import language_subject, reinitialised
 
 

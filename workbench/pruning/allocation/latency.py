@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
 from workbench.latency import timed
+from workbench.progress import Progress
 from workbench.pruning.engine.structures import Scored
 from workbench.subjects import Subject
 from workbench.subjects.structure.removal import remove

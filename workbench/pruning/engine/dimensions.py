@@ -14,13 +14,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput, Progress, Result
+from workbench.errors import BadInput
 from workbench.latency import count_flops
+from workbench.progress import Progress
 from workbench.pruning.pattern import Dimension
 from workbench.pruning.recovery.pat import learn_channels
 from workbench.pruning.recovery.recovery import Recovery, distilled_loss
 from workbench.pruning.saliency.dimensions import check_saliency, keep
 from workbench.pruning.schedule import sparsities
+from workbench.results import Result
 from workbench.subjects import Batch, Subject
 from workbench.subjects.structure.dimensions import (
     check_shrinkable,
@@ -33,9 +35,7 @@ from workbench.subjects.structure.dimensions import (
 from workbench.subjects.structure.removal import record_of
 
 if TYPE_CHECKING:
-    from workbench.pruning.prune import Prune
-
-TRAINED_BEFORE_LAST = 0.6  # share of the recovery steps spent before the last event of a gradual schedule
+    from workbench.pruning.plan import PrunePlan
 
 
 class ShrunkRecovery(Recovery):
@@ -47,7 +47,7 @@ class ShrunkRecovery(Recovery):
         return distilled_loss(self.on, self.teacher, batch, self.temperature, hidden_states=False)
 
 
-def check_dimension(prune: Prune, on: Any, pattern: Dimension) -> None:
+def check_dimension(prune: PrunePlan, on: Any, pattern: Dimension) -> None:
     """Say why a combination with channels, layers or experts makes no sense, before anything is computed."""
     kind, (saliency, compensation, _) = pattern.kind, prune.composition()
     check_shrinkable(on.model, kind)
@@ -90,7 +90,7 @@ def left_at(on: Any, kind: str, sparsity: float) -> int:
 
 
 def train(
-    prune: Prune, on: Subject, teacher: Subject | None, done: int, steps: int, progress: Progress
+    prune: PrunePlan, on: Subject, teacher: Subject | None, done: int, steps: int, progress: Progress
 ) -> tuple[list[dict[str, float]], float]:
     """`steps` of recovery after `done` earlier ones, on one learning-rate schedule; returns (curve, trained share)."""
     run = ShrunkRecovery(
@@ -111,7 +111,7 @@ def train(
     return run.curve, run.trainable_share
 
 
-def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Progress) -> Result:
+def prune_dimension(prune: PrunePlan, on: Subject, pattern: Dimension, progress: Progress) -> Result:
     """The `prune` instrument for a dimension: events of choosing and rebuilding, with recovery before, between and after."""
     kind, saliency = pattern.kind, prune.composition()[0]
     facts = {f"dense_{k}": v for k, v in on.evaluated(prune.test_split, progress=progress).items()}
@@ -184,7 +184,7 @@ def prune_dimension(prune: Prune, on: Subject, pattern: Dimension, progress: Pro
     return prune.result(table, facts, tables=tables, subject=on)
 
 
-def distance_table(on: Subject, prune: Prune, progress: Progress) -> pd.DataFrame:
+def distance_table(on: Subject, prune: PrunePlan, progress: Progress) -> pd.DataFrame:
     """Angular distance over every run of blocks of the model as it was given."""
     from workbench.pruning.saliency.depth import measure_stacks, table_of
 
@@ -243,7 +243,7 @@ def layer_sizes(dense: Subject, on: Subject, alive: list[str], glob: str) -> pd.
 
 
 def shrunk_facts(
-    prune: Prune,
+    prune: PrunePlan,
     dense: Subject,
     on: Subject,
     batch: Batch,

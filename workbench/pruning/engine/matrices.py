@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.pruning.allocation.shares import allocate
 from workbench.pruning.calibration import Calibration, rows_of
 from workbench.pruning.compensation import COMPENSATIONS, bias_shift

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.pruning.allocation.latency import expected_seconds, measure_table, reach
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.structures import (

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import Structures, cheapest
 from workbench.pruning.saliency.activations import unit_activations

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning.recovery.recovery import random_batches
 from workbench.pruning.recovery.trainable import set_trainable
 from workbench.subjects import Layer, Subject, bake

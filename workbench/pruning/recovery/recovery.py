@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning.recovery.trainable import set_trainable
 from workbench.pruning.sparse_training.side_terms import add_low_rank
 from workbench.subjects import Batch, Layer, LowRank, Subject

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Change, Subject, all_layers, blocks
 
 TRAINABLE = ("all", "body", "adapters", "half", "blocks", "head")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Subject
 from workbench.subjects.structure.norms import channel_norms

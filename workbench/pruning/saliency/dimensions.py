@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.structures import UNIT_SALIENCIES
 from workbench.pruning.pattern import Dimension

@@ -19,8 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workbench.instruments import BadInput, Progress, replacing
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.statistics import InputCapture
+from workbench.storage import replacing
 from workbench.subjects import Batch, Layer, Subject
 from workbench.subjects.structure.dimensions import (
     CHOSEN_EXPERTS,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Subject
 from workbench.subjects.structure.units import Group

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.pruning.pattern import NM, smallest
 
 

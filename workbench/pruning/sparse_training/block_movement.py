@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.pruning.pattern import Tiles, parse
 from workbench.pruning.sparse_training.trained_masks import Gates, selection_of
 from workbench.subjects import Layer, Subject

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.matrices import prune_once
 from workbench.pruning.pattern import NM, Tiles, parse
@@ -27,10 +27,11 @@ from workbench.pruning.sparse_training.trained_masks import (
     selection_of,
 )
 from workbench.subjects import Batch, Layer, Mask, Subject, all_layers
-from workbench.training.loop import Training, fit
+from workbench.training.loop import fit
+from workbench.training.state import Training
 
 if TYPE_CHECKING:
-    from workbench.pruning.sparse_training.train_sparse import TrainSparse
+    from workbench.pruning.sparse_training.plan import SparsePlan
 
 RECORDS = 50  # times a run that its masks are looked at
 
@@ -40,7 +41,7 @@ class Course:
 
     def __init__(
         self,
-        plan: TrainSparse,
+        plan: SparsePlan,
         on: Subject,
         layers: Sequence[Layer],
         teacher: Subject | None,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from workbench.instruments import Result
+from workbench.results import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

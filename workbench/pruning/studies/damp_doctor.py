@@ -15,9 +15,12 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.errors import BadInput
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.solvers import obs
+from workbench.results import Result
 from workbench.subjects import Subject
 
 if TYPE_CHECKING:

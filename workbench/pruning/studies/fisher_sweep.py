@@ -9,7 +9,10 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel
 
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.errors import BadInput
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 
 if TYPE_CHECKING:

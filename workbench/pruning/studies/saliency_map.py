@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.errors import BadInput
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.methods import PRESETS
 from workbench.pruning.pattern import Tiles
 from workbench.pruning.saliency.weights import SALIENCIES
+from workbench.results import Result
 from workbench.subjects import Mask, Subject
 from workbench.subjects.structure.units import discover
 

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.errors import BadInput
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
 from workbench.pruning.sparse_training.train_sparse import TrainSparse
+from workbench.results import Result
 from workbench.subjects import Subject
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.quantization.number.formats import Format, named
 from workbench.quantization.number.grid import spanning
-from workbench.quantization.transform.transforms import Transform
+from workbench.quantization.transform.coordinates import Transform
 from workbench.statistics import InputCapture
 from workbench.statistics.inputs import kept_positions
 from workbench.subjects import Layer, Subject

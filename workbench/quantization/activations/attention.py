@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from workbench.instruments import BadInput
-from workbench.quantization.activations.activations import activation_format, quantize_activations
+from workbench.errors import BadInput
+from workbench.quantization.activations.activations import (
+    ActivationQuant,
+    activation_format,
+    quantize_activations,
+)
 from workbench.quantization.activations.token_importance import (
-    TokenQuant,
     important_tokens,
     remember_importance,
     rounded_tokens,
@@ -275,3 +278,35 @@ def round_activations(
                 )
     if order:
         use_plain_attention(on.model)
+
+
+class TokenQuant(ActivationQuant):
+    """Inputs of a linear layer in `wide_format` for the `share` of tokens that matter most to the attention before it, in `format` for the others.
+
+    A layer `before_attention` comes before the first one, where nothing is known yet: all its tokens are wide, as are inputs that are not
+    (batch, tokens, features).
+    """
+
+    def __init__(self, *, format: str, wide_format: str, share: float, before_attention: bool) -> None:
+        super().__init__(format=format, wide_format=wide_format)
+        self.share, self.before_attention = share, before_attention
+
+    def round(self, x: Tensor) -> Tensor:
+        wide = (
+            important_tokens(x.shape[0], x.shape[1], self.share)
+            if x.ndim == 3 and not self.before_attention
+            else None
+        )
+        return rounded_tokens(x, self.format, self.wide_format, wide)
+
+    def restored(self, model: nn.Module) -> None:
+
+        use_plain_attention(model)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "format": self.format,
+            "wide_format": self.wide_format,
+            "share": self.share,
+            "before_attention": self.before_attention,
+        }

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import Progress
-from workbench.quantization.rounding.gptq import damped
+from workbench.progress import Progress
 from workbench.statistics import InputCapture, InputMoments
+from workbench.statistics.damping import damped
 from workbench.statistics.inputs import Reached, moments_of
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import Batch

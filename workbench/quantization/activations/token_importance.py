@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from contextvars import ContextVar
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from workbench.quantization.activations.activations import ActivationQuant, rounded_inputs
+from workbench.quantization.activations.activations import rounded_inputs
 from workbench.quantization.number.formats import named
 
 #: Scores (batch, tokens) of the attention that came last in this forward pass, -inf at padding; its shape says which tokens it speaks of.
@@ -49,36 +48,3 @@ def rounded_tokens(x: Tensor, format: str, wide_format: str, wide: Tensor | None
         return fine.to(x.dtype)
     chosen = wide.reshape(len(wide), *[1] * (x.ndim - 3), -1, 1)
     return torch.where(chosen, fine, rounded_inputs(work, named(format), None, None)).to(x.dtype)
-
-
-class TokenQuant(ActivationQuant):
-    """Inputs of a linear layer in `wide_format` for the `share` of tokens that matter most to the attention before it, in `format` for the others.
-
-    A layer `before_attention` comes before the first one, where nothing is known yet: all its tokens are wide, as are inputs that are not
-    (batch, tokens, features).
-    """
-
-    def __init__(self, *, format: str, wide_format: str, share: float, before_attention: bool) -> None:
-        super().__init__(format=format, wide_format=wide_format)
-        self.share, self.before_attention = share, before_attention
-
-    def round(self, x: Tensor) -> Tensor:
-        wide = (
-            important_tokens(x.shape[0], x.shape[1], self.share)
-            if x.ndim == 3 and not self.before_attention
-            else None
-        )
-        return rounded_tokens(x, self.format, self.wide_format, wide)
-
-    def restored(self, model: nn.Module) -> None:
-        from workbench.quantization.activations.attention import use_plain_attention
-
-        use_plain_attention(model)
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "format": self.format,
-            "wide_format": self.wide_format,
-            "share": self.share,
-            "before_attention": self.before_attention,
-        }

@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.errors import BadInput
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
 from workbench.quantization.allocation.integer_program import (
     Allocation,
     allocate,
@@ -32,6 +34,7 @@ from workbench.quantization.allocation.layer_sensitivity import (
     traces,
 )
 from workbench.quantization.quantize import Quantize, choices, moments_for
+from workbench.results import Result
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:

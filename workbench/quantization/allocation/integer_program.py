@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 
 @dataclass(frozen=True)

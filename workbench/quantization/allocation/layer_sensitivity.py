@@ -19,9 +19,12 @@ from workbench.curvature.operators.output_space import (
     draw_uniform,
 )
 from workbench.curvature.operators.weights import differentiable, place_of, with_weights
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.errors import BadInput
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
 from workbench.quantization.quantize import Quantize, choices, layer_row, moments_for
 from workbench.quantization.rounding.problem import Factors
+from workbench.results import Result
 from workbench.subjects import Batch, Layer, Subject
 
 if TYPE_CHECKING:

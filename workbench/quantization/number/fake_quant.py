@@ -10,7 +10,7 @@ from torch import Tensor
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.split_grid import SplitGrid
-from workbench.quantization.transform.transforms import Transform
+from workbench.quantization.transform.coordinates import Transform
 from workbench.subjects.changes import Change
 
 

@@ -19,7 +19,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.quantization.number.formats import Format, Integer, Minifloat
-from workbench.quantization.transform.transforms import Transform
+from workbench.quantization.transform.coordinates import Transform
 
 CHUNK = 1 << 16  # elements rounded at once: the working set stays in a core's cache
 E4M3 = Minifloat(8, 4, 3, "fn")
@@ -259,3 +259,16 @@ def stored(scale: Tensor, format: Format, size: Tensor | None = None) -> Tensor:
     else:
         rounded = scale.clamp(max=65504.0).to(torch.float16).to(scale.dtype)
     return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+
+
+def steps_of(weight: Tensor, grid: Grid) -> Tensor:
+    """The step each weight's group would have on a grid spanning its range, (out, in), positive; differentiable in the weight."""
+
+    blocks = in_groups(weight, grid.group)
+    reach = (
+        blocks.amax(-1).clamp(min=0) - blocks.amin(-1).clamp(max=0)
+        if grid.format.affine
+        else blocks.abs().amax(-1)
+    )
+    step = (reach / grid.format.element.highest).clamp_min(1e-12)
+    return step.repeat_interleave(grid.group, -1)[..., : weight.shape[-1]]

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.quantization.number.fake_quant import FakeQuant
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.split_grid import SplitGrid, taken
-from workbench.quantization.transform.transforms import Transform
+from workbench.quantization.transform.coordinates import Transform
 from workbench.subjects import Layer
 
 

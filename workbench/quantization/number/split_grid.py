@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
 from workbench.quantization.number.formats import Format, named
-from workbench.quantization.number.grid import Grid, fit, group_of
-
-if TYPE_CHECKING:
-    from workbench.quantization.quantize import Quantize
-    from workbench.subjects import Layer
+from workbench.quantization.number.grid import Grid, fit
 
 ROUNDINGS = ("nearest", "stochastic", "scales")  # those that ask a grid for nothing but its values
 
@@ -163,22 +156,3 @@ def effective_bits(
     return (
         width - inside + inside * bits + 32 + 16 + bits + place + (16 * width / rows if column_factors else 0)
     ) / width
-
-
-def check_salient(settings: Quantize, layers: Sequence[Layer], format: Format) -> None:
-    """`BadInput` for what cannot keep salient weights apart."""
-    if not settings.salient_share:
-        return
-    if settings.rounding not in ROUNDINGS:
-        raise BadInput(
-            f"salient_share: {settings.rounding} rounds on one grid; use {', '.join(ROUNDINGS)}, or salient_share 0"
-        )
-    if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
-        raise BadInput(
-            f"salient_share: {fused[0]} is a stack of experts, each with salient weights of its own; choose other layers, or salient_share 0"
-        )
-    if format.scale == "none":
-        raise BadInput(
-            f"salient_share: {format.name} has no scales; use an int, ExMy, codebook, block, ternary or binary format"
-        )
-    group_of(format, settings.granularity, settings.group_size, layers[0].shape[-1])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from workbench.instruments import BadInput
-from workbench.quantization.transform.transforms import haar, hadamard, power_of_two
+from workbench.errors import BadInput
+from workbench.quantization.transform.coordinates import haar, hadamard, power_of_two
 from workbench.subjects import Subject
 from workbench.subjects.changes import bake
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.quantization.activations.activations import ActivationQuant, activation_format
 from workbench.quantization.rotation.fold import folded, random_rotation, rotate, turned
 from workbench.statistics import second_moments

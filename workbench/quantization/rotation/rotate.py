@@ -8,11 +8,13 @@ import pandas as pd
 import torch
 from pydantic import BaseModel
 
-from workbench.instruments import Progress, Result, SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
 from workbench.quantization.activations.activations import InputRanges, input_ranges
 from workbench.quantization.quantize import choices
 from workbench.quantization.rotation.fold import rotate, stream_of
 from workbench.quantization.rotation.learned import learned_rotation, principal_rotation
+from workbench.results import Result
 from workbench.subjects import Subject
 
 if TYPE_CHECKING:

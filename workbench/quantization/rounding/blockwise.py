@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from workbench.curvature.operators.weights import plain_weights
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.quantization.activations.sequential import Call, first
 from workbench.quantization.rounding.learned import LearnedRounding, advance, descend
 from workbench.subjects import Layer

@@ -7,18 +7,9 @@ from torch import Tensor
 
 from workbench.quantization.number.formats import Format
 from workbench.quantization.number.grid import Grid, fit
+from workbench.statistics.damping import damped
 
 LEAF = 16  # columns handled one by one between two matrix updates
-
-
-def damped(gram: Tensor, damp: float) -> Tensor:
-    """A copy of the inputs' second moment that can be inverted: unseen inputs get 1, the diagonal gains `damp` times its mean."""
-    found = gram.clone()
-    diagonal = found.diagonal()
-    unseen = diagonal == 0
-    diagonal[unseen] = 1.0 if bool(unseen.all()) else diagonal[~unseen].mean()
-    diagonal += damp * diagonal.mean()
-    return found
 
 
 def linear_feedback(gram: Tensor, damp: float) -> Tensor:

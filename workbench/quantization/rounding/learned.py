@@ -17,7 +17,7 @@ from workbench.quantization.number.formats import Integer
 from workbench.quantization.number.grid import Grid, in_groups, stored
 from workbench.quantization.number.split_grid import SplitGrid
 from workbench.quantization.rounding.problem import Problem, rounding
-from workbench.quantization.transform.transforms import Transform, half
+from workbench.quantization.transform.coordinates import Transform, half
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

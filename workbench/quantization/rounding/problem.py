@@ -21,7 +21,7 @@ from workbench.quantization.rounding.gptq import (
     gptq_with_moving_scales,
     linear_feedback,
 )
-from workbench.quantization.transform.transforms import Transform
+from workbench.quantization.transform.coordinates import Transform
 
 Rounding = Callable[["Problem"], tuple[Tensor, Grid]]
 ROUNDINGS: dict[str, Rounding] = {}

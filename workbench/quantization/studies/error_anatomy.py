@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,13 +13,17 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from workbench.curvature.estimators.quadratic import mean_loss, predicted_change
-from workbench.instruments import BadInput, Progress, Result, parameter
+from workbench.errors import BadInput
+from workbench.instruments import parameter
+from workbench.progress import Progress
 from workbench.quantization.activations.activations import ActivationQuant, input_ranges
 from workbench.quantization.activations.sequential import collecting
 from workbench.quantization.allocation.layer_sensitivity import alone, measured_alone
+from workbench.quantization.noise import decibel, kurtosis
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.packing import quantizer_of
 from workbench.quantization.quantize import Quantize, choices, mask_of, short_names
+from workbench.results import Result
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -241,17 +244,6 @@ class ErrorAnatomy(Quantize):
             "predicted_change": float(together.total),
             "measured_change": mean_loss(twin, "calibration", self.predict_examples, 8) - before,
         }
-
-
-def decibel(signal: Tensor | float, noise: Tensor | float) -> float:
-    """10 log10(signal / noise), at most SILENT."""
-    return 10 * math.log10(max(float(signal), 1e-30) / max(float(noise), 1e-20 * max(float(signal), 1e-10)))
-
-
-def kurtosis(values: Tensor) -> float:
-    """E x^4 / (E x^2)^2."""
-    square = values.double().square()
-    return float(square.square().mean() / square.mean().square().clamp_min(1e-60))
 
 
 def in_units(weight: Tensor, grid: Grid) -> Tensor:

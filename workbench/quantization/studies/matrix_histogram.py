@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workbench.quantization.noise import decibel, kurtosis
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
-from workbench.quantization.studies.error_anatomy import decibel, kurtosis
-from workbench.quantization.transform.transforms import Transform, power_of_two
+from workbench.quantization.transform.coordinates import Transform, power_of_two
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization.number.fake_quant import FakeQuant
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, in_groups, stored
@@ -20,7 +21,7 @@ from workbench.quantization.trained.trained_rounding import ROUNDINGS, Course, T
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
-    from workbench.quantization.trained.train_quantized import TrainQuantized
+    from workbench.quantization.trained.settings import TrainedSettings
 
 PROBES, EXAMPLES = 4, 32  # of the Hessian traces
 
@@ -45,7 +46,7 @@ class DoubleRounding(TrainedRounding):
         self.draws: list[int] = []
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> DoubleRounding:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> DoubleRounding:
         highest = named("int", max(settings.widths)).element.highest
         return cls(
             (in_groups(weight, group).abs().amax(-1).clamp_min(1e-8) / highest).log(),
@@ -55,7 +56,7 @@ class DoubleRounding(TrainedRounding):
 
     @classmethod
     def survey(
-        cls, on: Subject, layers: Sequence[Layer], settings: TrainQuantized
+        cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings
     ) -> dict[str, dict[str, float]]:
         """Each layer's Hessian trace and its place between the least and the largest, on a logarithmic axis; nothing where widths take turns."""
         from workbench.quantization.allocation.layer_sensitivity import traces
@@ -106,7 +107,7 @@ class DoubleRounding(TrainedRounding):
         roundings: Sequence[TrainedRounding],
         layers: Sequence[Layer],
         on: Subject,
-        settings: TrainQuantized,
+        settings: TrainedSettings,
         progress: Progress,
     ) -> dict[str, pd.DataFrame]:
         """ "readings": test metrics at each width of the one stored tensor, and the bytes of that width alone; "switching": each layer's trace
@@ -142,7 +143,7 @@ def chances_of(place: float, count: int) -> Tensor:
     return (place * up + (1 - place) * up.flip(0)) / up.sum()
 
 
-def check_widths(settings: TrainQuantized) -> None:
+def check_widths(settings: TrainedSettings) -> None:
     """`BadInput` for widths that cannot be read from one integer."""
     if bad := [w for w in settings.widths if not 2 <= w <= 8]:
         raise BadInput(

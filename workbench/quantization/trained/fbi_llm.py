@@ -13,7 +13,7 @@ from workbench.quantization.number.grid import Grid, in_groups, stored
 from workbench.quantization.trained.trained_rounding import ROUNDINGS, TrainedRounding, spread
 
 if TYPE_CHECKING:
-    from workbench.quantization.trained.train_quantized import TrainQuantized
+    from workbench.quantization.trained.settings import TrainedSettings
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # of 16-bit floats
 
@@ -32,7 +32,7 @@ class ShiftedSign(TrainedRounding):
         self.group = group
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> ShiftedSign:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> ShiftedSign:
         """A column of `weight` (..., out, in) shares the two when `settings.shared` is "column", else `group` weights of a row do."""
         blocks = (
             weight.mT.unsqueeze(-3) if settings.shared == "column" else in_groups(weight, group)

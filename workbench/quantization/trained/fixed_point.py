@@ -12,7 +12,7 @@ from workbench.quantization.number.grid import Grid, fit
 from workbench.quantization.trained.trained_rounding import ROUNDINGS, TrainedRounding
 
 if TYPE_CHECKING:
-    from workbench.quantization.trained.train_quantized import TrainQuantized
+    from workbench.quantization.trained.settings import TrainedSettings
 
 MOST = 24  # fraction bits
 
@@ -48,7 +48,7 @@ class LearnedPoint(TrainedRounding):
         self.bits, self.terms = bits, terms
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> LearnedPoint:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> LearnedPoint:
         def error(fraction: int) -> float:
             return float(
                 (cls.rounded(weight, fraction, settings.bits, settings.nonzero_bits) - weight).square().sum()

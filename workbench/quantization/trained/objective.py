@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.quantization.activations.attention import AttentionCall, order_of, watching
 from workbench.subjects import Batch, Subject
 
 if TYPE_CHECKING:
-    from workbench.quantization.trained.train_quantized import TrainQuantized
+    from workbench.quantization.trained.settings import TrainedSettings
 
 
 def teacher_loss(
@@ -78,13 +78,13 @@ class Objective:
     `parts` holds the last step's terms as numbers, for the table.
     """
 
-    def __init__(self, settings: TrainQuantized, on: Subject) -> None:
+    def __init__(self, settings: TrainedSettings, on: Subject) -> None:
         self.settings, self.parts = settings, dict[str, float]()
         taught = settings.distillation or settings.attention_match
         self.teacher = on.with_model(copy.deepcopy(on.model).eval().requires_grad_(False)) if taught else None
 
     @staticmethod
-    def check(settings: TrainQuantized, on: Subject) -> None:
+    def check(settings: TrainedSettings, on: Subject) -> None:
         if settings.distillation and on.task.loss_kind == "other":
             raise BadInput(
                 f"distillation: the loss of a {on.task.name} task is the user's own, so a teacher's output has no known place in it; set it to 0"

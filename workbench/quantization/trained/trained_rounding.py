@@ -21,8 +21,8 @@ from workbench.subjects.changes import Change
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.instruments import Progress
-    from workbench.quantization.trained.train_quantized import TrainQuantized
+    from workbench.progress import Progress
+    from workbench.quantization.trained.settings import TrainedSettings
     from workbench.subjects import Layer, Subject
 
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Course:
     """Where a training stands: the share of the quantized steps done, the source of random choices, and what a method keeps between steps."""
 
-    settings: TrainQuantized
+    settings: TrainedSettings
     generator: torch.Generator
     done: float = 0.0
     kept: dict[str, float] = field(default_factory=dict)
@@ -46,13 +46,13 @@ class TrainedRounding(Change):
 
     @classmethod
     def survey(
-        cls, on: Subject, layers: Sequence[Layer], settings: TrainQuantized
+        cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings
     ) -> Mapping[str, Mapping[str, float]]:
         """What a method asks of the subject before quantization is switched on, by layer."""
         return {}
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> TrainedRounding:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> TrainedRounding:
         """The rounding of a layer whose weight (..., out, in), float32, is this when quantization is switched on."""
         raise TypeError(f"{cls.__name__} has no begin()")
 
@@ -81,7 +81,7 @@ class TrainedRounding(Change):
         roundings: Sequence[TrainedRounding],
         layers: Sequence[Layer],
         on: Subject,
-        settings: TrainQuantized,
+        settings: TrainedSettings,
         progress: Progress,
     ) -> dict[str, pd.DataFrame]:
         """What a method reports besides the loss of the subject it ended on."""
@@ -117,7 +117,7 @@ class LearnedStep(TrainedRounding):
         self.format, self.group = format, group
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> LearnedStep:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> LearnedStep:
         """The paper's start, 2 mean|w| / sqrt(highest), on each group."""
         format = named("int", settings.bits)
         start = 2 * in_groups(weight, group).abs().mean(-1) / max(format.element.highest, 1.0) ** 0.5
@@ -154,7 +154,7 @@ class MeanScaled(TrainedRounding):
         self.format, self.group = format, group
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> MeanScaled:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> MeanScaled:
         return cls(
             torch.tensor(0.0 if settings.ramp else 1.0, device=weight.device),
             format=settings.method,
@@ -196,7 +196,7 @@ class CentredSign(TrainedRounding):
         self.group = group
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> CentredSign:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> CentredSign:
         return cls(group=weight.shape[-1])
 
     def change(self, weight: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class PseudoNoise(TrainedRounding):
         self.group, self.drawn = group, 0
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> PseudoNoise:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> PseudoNoise:
         share = (min(max(settings.budget + 1.0, cls.low + 0.5), cls.high - 0.5) - cls.low) / (
             cls.high - cls.low
         )
@@ -322,7 +322,7 @@ class BitPlanes(TrainedRounding):
         self.group = group
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> BitPlanes:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> BitPlanes:
         step = in_groups(weight, group).abs().amax(-1).clamp_min(1e-8) / (2**cls.planes - 1)
         whole = (weight / spread(step, group, weight.shape[-1])).round().long()
         digits = torch.stack([(whole.abs() >> b) & 1 for b in range(cls.planes)])
@@ -396,7 +396,7 @@ class FormatPolicy(TrainedRounding):
         self.formats, self.group, self.drawn = list(formats), group, -1
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainQuantized) -> FormatPolicy:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> FormatPolicy:
         return cls(
             torch.zeros(len(settings.formats), device=weight.device), formats=settings.formats, group=group
         )

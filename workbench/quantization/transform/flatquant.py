@@ -11,7 +11,8 @@ from torch import Tensor
 
 from workbench.quantization.activations.activations import rounded_inputs
 from workbench.quantization.activations.sequential import collecting
-from workbench.quantization.transform.transforms import Transform, haar, half, steps_of
+from workbench.quantization.number.grid import steps_of
+from workbench.quantization.transform.coordinates import Transform, haar, half
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:

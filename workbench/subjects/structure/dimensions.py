@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import all_layers, blocks
 from workbench.subjects.changes import bake
 from workbench.subjects.checkpoints import quiet_transformers

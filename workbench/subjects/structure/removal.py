@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects.changes import bake
 from workbench.subjects.structure.units import Group, Member, discover
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput
-from workbench.subjects import Layer, Mask, all_layers
+from workbench.errors import BadInput
+from workbench.subjects.changes import Mask
+from workbench.subjects.layers import Layer, all_layers
 
 # query, key, value, output: paths below the module that holds them all
 ATTENTION = (

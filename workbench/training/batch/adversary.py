@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Batch, Subject
 
 

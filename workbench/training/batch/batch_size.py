@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects import Batch, Subject
 from workbench.training.data_order import take
-from workbench.training.loop import Training
+from workbench.training.state import Training
 
 
 @dataclass(frozen=True)

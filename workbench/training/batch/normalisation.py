@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Change
 
 

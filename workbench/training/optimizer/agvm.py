@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from workbench.instruments import BadInput
-from workbench.training.loop import Training
+from workbench.errors import BadInput
+from workbench.training.state import Training
 
 Groups = list[dict[str, Any]]
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from workbench.training.optimizer.combined import Together
 
 if TYPE_CHECKING:
-    from workbench.training.loop import Training
+    from workbench.training.state import Training
 
 
 def rank_one_inverse(inverse: Tensor, vector: Tensor, decay: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training.optimizer.group_optimizer import GroupOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training.optimizer.group_optimizer import GroupOptimizer, adam_direction
 
 

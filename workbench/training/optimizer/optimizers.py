@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training.optimizer.combined import Together
 from workbench.training.optimizer.galore import GaLore
 from workbench.training.optimizer.kron import Kron

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training.optimizer.group_optimizer import GroupOptimizer
 from workbench.training.optimizer.muon import orthogonalise
 

@@ -12,7 +12,7 @@ from workbench.curvature.operators.attention import twice_differentiable
 from workbench.training.optimizer.group_optimizer import GroupOptimizer, divide_into
 
 if TYPE_CHECKING:
-    from workbench.training.loop import Training
+    from workbench.training.state import Training
 
 
 class Sophia(GroupOptimizer):

@@ -18,7 +18,7 @@ import numpy as np
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 Profile = Callable[[float], float]
 

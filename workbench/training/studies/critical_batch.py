@@ -12,12 +12,16 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
+from workbench.errors import BadInput
 from workbench.figures import figure, line, rule
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.scaling.hyperparameters import critical_batch, steps_and_examples
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import gradient_groups, noise_scale, noise_scale_interval
-from workbench.training.loop import Callback, Training, fit
+from workbench.training.loop import Callback, fit
+from workbench.training.state import Training
 from workbench.training.studies.train import OptimizerName
 from workbench.training.sweep.objective import Start, TrainingObjective, axis, begun, prepared_folder, swept
 from workbench.training.sweep.sweeps import Trial

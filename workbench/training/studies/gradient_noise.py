@@ -8,8 +8,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from workbench.errors import BadInput
 from workbench.figures import figure, line, rule
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import gradient_groups, noise_scale, noise_scale_interval
 

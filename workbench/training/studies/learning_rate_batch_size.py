@@ -10,8 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
+from workbench.errors import BadInput
 from workbench.figures import figure, line
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.scaling.hyperparameters import best_settings, excess_loss, step_law
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import log_slope

@@ -10,10 +10,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from workbench.figures import figure, line, rule
-from workbench.instruments import Progress, Result, SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
-from workbench.training.loop import Training, fit
+from workbench.training.loop import fit
 from workbench.training.schedule.schedules import ExponentialRise
+from workbench.training.state import Training
 from workbench.training.studies.train import OptimizerName
 from workbench.training.sweep.objective import Start, axis, begun
 

@@ -7,12 +7,16 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
+from workbench.errors import BadInput
 from workbench.figures import figure, line
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
-from workbench.training.loop import Precision, Training, arithmetic_of, fit
+from workbench.training.loop import Precision, arithmetic_of, fit
 from workbench.training.optimizer.optimizers import make_optimizer, state_bytes
 from workbench.training.schedule.schedules import make_schedule
+from workbench.training.state import Training
 from workbench.training.sweep.objective import Start, reinitialised
 
 OptimizerName = Literal[

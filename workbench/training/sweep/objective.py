@@ -15,10 +15,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from workbench.instruments import BadInput, Instrument, Progress, cache_folder
+from workbench.errors import BadInput
+from workbench.instruments import Instrument
+from workbench.progress import Progress
+from workbench.storage import cache_folder
 from workbench.subjects import Subject, subject
-from workbench.training.loop import Training, fit
+from workbench.training.loop import fit
 from workbench.training.optimizer.optimizers import state_bytes
+from workbench.training.state import Training
 from workbench.training.sweep.sweeps import Range, Sampling, Sweep, Trial
 
 Start = Literal["weights", "random"]
@@ -217,7 +221,7 @@ def axis(low: float, high: float, points: int) -> Range:
 
 def saved_table(name: str) -> pd.DataFrame:
     """A sweep table that the project measured, from `data/runs`."""
-    from workbench.subjects.builtin import data_folder
+    from workbench.storage import data_folder
 
     file: Path = data_folder() / "runs" / f"{name}.csv"
     if not file.exists():

@@ -22,7 +22,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from workbench.instruments import BadInput, Progress, cache_folder
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.storage import cache_folder
 from workbench.training.sweep.trial_ledger import Claim, Ledger, engine_options, owner_name, patiently
 
 Sampling = Literal["grid", "random", "tpe"]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from workbench.instruments import plain
+from workbench.results import plain
 
 Value = TypeVar("Value")
 META = sql.MetaData()
