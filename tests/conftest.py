@@ -35,7 +35,7 @@ def new_cache(folder: Path) -> Path:
     to train it again in each takes fifteen seconds.
     """
     import workbench
-    from workbench.instruments import cache_folder
+    from workbench.storage import cache_folder
 
     workbench.subject("digits-vit")
     for kept in (cache_folder() / "subjects").glob("digits-vit-*"):

@@ -149,7 +149,7 @@ def test_the_command_is_installed():
 
 def test_the_readme_lists_every_instrument_and_subject():
     from tests.conftest import ROOT
-    from workbench.instruments import catalog
+    from workbench.catalog import catalog
     from workbench.subjects.registry import BUILTINS
 
     text = (ROOT / "README.md").read_text()

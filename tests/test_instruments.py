@@ -10,16 +10,12 @@ import torch
 from torch import nn
 
 import workbench
-from workbench.instruments import (
-    BadInput,
-    Progress,
-    Result,
-    SubjectInstrument,
-    catalog,
-    find,
-    parameter,
-    replacing,
-)
+from workbench.catalog import catalog, find
+from workbench.errors import BadInput
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
+from workbench.storage import replacing
 
 
 class Norms(SubjectInstrument):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import workbench
-from workbench.instruments import Progress
 from workbench.latency import Latency, MemoryWatch, count_flops, formats_of, model_bytes
+from workbench.progress import Progress
 from workbench.subjects import Mask
 
 

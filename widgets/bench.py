@@ -9,7 +9,8 @@ import ipywidgets
 
 from widgets.jobs import Note, guarded
 from widgets.panels import Panel
-from workbench.instruments import BadInput, catalog, find
+from workbench.catalog import catalog, find
+from workbench.errors import BadInput
 from workbench.subjects.registry import BUILTINS
 
 

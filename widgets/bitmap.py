@@ -26,7 +26,7 @@ import traitlets
 from numpy.typing import ArrayLike, NDArray
 from plotly.colors import sample_colorscale
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 _HERE = Path(__file__).parent
 MASK_COLOR = (0, 114, 178, 255)  # Okabe-Ito blue: reads on a light and on a dark page

@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from workbench.instruments import Result, format_fact
+from workbench.results import Result, format_fact
 
 #: Kinds of trace that stay readable when another result's lie over them.
 CURVES = ("scatter", "bar", "histogram", "box", "violin")

@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 MOST = 2**53  # the largest whole number JavaScript counts with
 BLANKS = " \t\r\n"  # white space to YAML; a no-break space is text

@@ -18,7 +18,9 @@ from typing import Any
 
 import ipywidgets
 
-from workbench.instruments import BadInput, Progress, Result
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.results import Result
 
 #: Seconds between two updates of the bar or of a live figure; every message costs the page a redraw.
 SHOW_EVERY, PREVIEW_EVERY = 0.1, 0.4

@@ -33,7 +33,11 @@ from widgets.controls import Controls, help_html
 from widgets.jobs import Job, Note, guarded
 from widgets.plot import PlotView
 from widgets.sending import Report, source_of
-from workbench.instruments import BadInput, Instrument, Progress, Result, TextProgress, find
+from workbench.catalog import find
+from workbench.errors import BadInput
+from workbench.instruments import Instrument
+from workbench.progress import Progress, TextProgress
+from workbench.results import Result
 
 KEPT = 12  # earlier results of a panel that can be compared with
 KNOWN = ("instrument", "subject", "settings", "view", "fingerprint")

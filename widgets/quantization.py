@@ -20,11 +20,20 @@ import numpy as np
 
 from widgets.jobs import Note, guarded
 from widgets.plot import PlotView
+from workbench.errors import BadInput
 from workbench.figures import color, figure, line, rule
-from workbench.instruments import BadInput, Progress, Result
-from workbench.quantization.allocate import AllocateResult
-from workbench.quantization.look import Look, Matrix, look, look_figure, prepared, spread_figure
+from workbench.progress import Progress
+from workbench.quantization.allocation.allocate import AllocateResult
 from workbench.quantization.quantize import Quantize, moments_for, short_names
+from workbench.quantization.studies.matrix_histogram import (
+    Look,
+    Matrix,
+    look,
+    look_figure,
+    prepared,
+    spread_figure,
+)
+from workbench.results import Result
 from workbench.subjects import Subject
 
 FAMILIES = (

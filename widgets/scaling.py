@@ -19,7 +19,9 @@ import numpy as np
 
 from widgets.jobs import Note, guarded
 from widgets.plot import PlotView
-from workbench.instruments import BadInput, Progress, Result
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.scaling import LAWS, Draws, Runs, ScalingFit, compute_optimal, law, load_runs
 from workbench.scaling.comparison import compute_of
 from workbench.scaling.figures import short

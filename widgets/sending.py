@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import workbench
 from workbench import reports
-from workbench.instruments import cache_folder, replacing
+from workbench.storage import cache_folder, replacing
 
 NOTEBOOK = "instrument"
 

@@ -18,9 +18,11 @@ import numpy as np
 from widgets.bitmap import BOTH_COLOR, Bitmap
 from widgets.jobs import Job, Note, guarded
 from widgets.plot import PlotView
+from workbench.errors import BadInput
 from workbench.figures import color
-from workbench.instruments import BadInput, Progress, Result
-from workbench.pruning.landscape import SaliencyMap, SaliencyMapResult
+from workbench.progress import Progress
+from workbench.pruning.studies.saliency_map import SaliencyMap, SaliencyMapResult
+from workbench.results import Result
 from workbench.subjects import Subject, subject
 
 VIEWS = (

@@ -24,9 +24,11 @@ from widgets.jobs import guarded
 from widgets.panels import Panel
 from widgets.plot import PlotView
 from workbench.curvature import Spectrum
-from workbench.curvature.drawings import grid_of_layers, layers_figure, with_room_for_labels
+from workbench.curvature.studies.drawings import grid_of_layers, layers_figure, with_room_for_labels
+from workbench.errors import BadInput
 from workbench.figures import color
-from workbench.instruments import BadInput, Progress, Result
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 
 

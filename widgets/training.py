@@ -15,11 +15,11 @@ import ipywidgets
 from widgets.jobs import Note, guarded
 from widgets.panels import Panel
 from widgets.plot import PlotView
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training import Train
-from workbench.training.drawings import schedule_areas, schedule_figure, schedule_table
-from workbench.training.schedules import PROFILES
-from workbench.training.train_study import ScheduleName
+from workbench.training.schedule.drawings import schedule_areas, schedule_figure, schedule_table
+from workbench.training.schedule.schedules import PROFILES
+from workbench.training.studies.train import ScheduleName
 
 DRAWN = (*PROFILES, "one-cycle")
 

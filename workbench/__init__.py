@@ -2,15 +2,13 @@
 one subject, many instruments, every number beside its prediction.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("model-workbench")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0.1.0"
-
-from workbench.instruments import BadInput, Instrument, Method, Progress, Result, catalog, methods
+from workbench.catalog import Method, catalog, methods
+from workbench.errors import BadInput
+from workbench.instruments import Instrument
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject, subject
+from workbench.version import __version__ as __version__
 
 __all__ = [
     "BadInput",

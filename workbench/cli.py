@@ -18,7 +18,12 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from workbench.instruments import BadInput, Instrument, TextProgress, catalog, find, methods, plain, replacing
+from workbench.catalog import catalog, find, methods
+from workbench.errors import BadInput
+from workbench.instruments import Instrument
+from workbench.progress import TextProgress
+from workbench.results import plain
+from workbench.storage import replacing
 
 SUBJECT_OPTIONS = {
     "data": "a CSV / JSONL / Parquet file, hf:ID, or random (shapes and speed only)",
@@ -297,7 +302,7 @@ def evidence_command(arguments: list[str]) -> int:
     import time
 
     from workbench.instruments import code_version
-    from workbench.subjects.builtin import data_folder
+    from workbench.storage import data_folder
 
     parser = Parser(prog="workbench evidence")
     parser.add_argument("method", nargs="*")

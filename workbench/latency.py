@@ -21,7 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
+from workbench.errors import BadInput
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Mask, Subject, bake
 

@@ -11,7 +11,9 @@ import pandas as pd
 from IPython.display import HTML
 
 from workbench import reports
-from workbench.instruments import Instrument, Result, catalog
+from workbench.catalog import catalog
+from workbench.instruments import Instrument
+from workbench.results import Result
 
 
 def studies() -> HTML:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from workbench.instruments import Result
+    from workbench.results import Result
 
 Item = TypeVar("Item")
 

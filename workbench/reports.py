@@ -34,7 +34,10 @@ import nbformat
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from workbench.instruments import BadInput, Instrument, Progress, replacing
+from workbench.errors import BadInput
+from workbench.instruments import Instrument
+from workbench.progress import Progress
+from workbench.storage import replacing
 
 HEADLESS = {"WORKBENCH_HEADLESS": "1", "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONHASHSEED": "0"}
 #: Type names that a parameter's declaration may use: those a notebook knows without an import.

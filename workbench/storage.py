@@ -36,3 +36,10 @@ def replacing(target: Path) -> Iterator[Path]:
         os.replace(draft, target)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def data_folder() -> Path:
+    """The project's data: `data/` of a source checkout, or the copy that an installed wheel carries."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_data"
+    return installed if installed.is_dir() else package.parent / "data"

@@ -16,8 +16,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from workbench.errors import BadInput
 from workbench.figures import figure, line, points, rule
-from workbench.instruments import BadInput, Instrument, Progress, Result, TextProgress, format_fact
+from workbench.instruments import Instrument
+from workbench.progress import Progress, TextProgress
+from workbench.results import Result, format_fact
 from workbench.subjects import Subject, subject
 
 Chain = tuple[Instrument, ...]  # run one after the other, each on the subject the one before returned

@@ -41,9 +41,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import workbench
 from workbench.curvature import curvature_operator
-from workbench.curvature.lanczos import GroupedProbes, Lockstep, Quadrature, band, keeps_basis
-from workbench.curvature.probes import rademacher
-from workbench.curvature.weights import find_places
+from workbench.curvature.estimators.lanczos import GroupedProbes, Lockstep, Quadrature, band, keeps_basis
+from workbench.curvature.estimators.probes import rademacher
+from workbench.curvature.operators.weights import find_places
 
 LAYERS = "bert.encoder.layer.*"
 

@@ -16,11 +16,11 @@ import time
 import torch
 
 import workbench
-from workbench.instruments import Progress
-from workbench.pruning import fisher, obs
+from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.patterns import Tiles, make_mask
-from workbench.pruning.saliencies import SALIENCIES
+from workbench.pruning.pattern import Tiles, make_mask
+from workbench.pruning.saliency.weights import SALIENCIES
+from workbench.pruning.solvers import fisher, obs
 from workbench.statistics import second_moments
 
 

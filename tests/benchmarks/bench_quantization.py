@@ -32,13 +32,14 @@ from torch import Tensor
 
 import workbench
 from tests.benchmarks.quantization_peers import PEERS
-from workbench.quantization.allocation import allocate
-from workbench.quantization.formats import named
-from workbench.quantization.gptq import damped, gptq, linear_feedback
-from workbench.quantization.grid import Grid, fit
+from workbench.quantization.allocation.integer_program import allocate
+from workbench.quantization.number.formats import named
+from workbench.quantization.number.grid import Grid, fit
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.rounding import Factors
+from workbench.quantization.rounding.gptq import gptq, linear_feedback
+from workbench.quantization.rounding.problem import Factors
 from workbench.statistics import second_moments
+from workbench.statistics.damping import damped
 from workbench.subjects import Layer, Subject
 
 REPEATS = 5

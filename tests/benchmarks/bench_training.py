@@ -19,17 +19,17 @@ from torch import nn
 
 import workbench
 from workbench.training import Sweep, fit
-from workbench.training.galore import GaLore, projection
-from workbench.training.kron import Kron
-from workbench.training.lamb import LAMB, LARS
-from workbench.training.mkor import MKOR
-from workbench.training.muon import Muon
-from workbench.training.objective import reinitialised
-from workbench.training.onebit import OneBitAdam
-from workbench.training.order import take
-from workbench.training.schedules import cosine
-from workbench.training.scion import Scion
-from workbench.training.sophia import Sophia
+from workbench.training.data_order import take
+from workbench.training.optimizer.galore import GaLore, projection
+from workbench.training.optimizer.kron import Kron
+from workbench.training.optimizer.lamb import LAMB, LARS
+from workbench.training.optimizer.mkor import MKOR
+from workbench.training.optimizer.muon import Muon
+from workbench.training.optimizer.onebit import OneBitAdam
+from workbench.training.optimizer.scion import Scion
+from workbench.training.optimizer.sophia import Sophia
+from workbench.training.schedule.schedules import cosine
+from workbench.training.sweep.objective import reinitialised
 
 
 def alternating(candidates: dict[str, Callable[[], float]], rounds: int = 5) -> dict[str, float]:

@@ -23,8 +23,8 @@ import pandas as pd
 import torch
 
 import workbench
-from workbench.instruments import TextProgress
-from workbench.quantization.leaderboard import accepted, leaderboard, summary
+from workbench.evidence.quantization.leaderboard import accepted, leaderboard, summary
+from workbench.progress import TextProgress
 
 FOLDER = Path(__file__).parents[2] / "data" / "benchmarks"
 WIDTHS = (2, 3, 4, 8)

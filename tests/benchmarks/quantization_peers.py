@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.quantization.formats import named
-from workbench.quantization.grid import fit
-from workbench.quantization.rounding import ROUNDINGS, Problem
+from workbench.quantization.number.formats import named
+from workbench.quantization.number.grid import fit
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
 
 STEPS = 200  # of SignRound, AutoRound's default
 

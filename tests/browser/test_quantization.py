@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 
 import workbench
 from tests.browser.lab import PATIENCE, Lab, Watched, open_and_run, photograph, serve_cells
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.quantization import Allocate
 
 OPEN = (

@@ -12,8 +12,8 @@ from torch import nn
 
 import workbench
 from workbench.curvature import BatchSizeTheory
-from workbench.curvature.batch_theory import bulk_edge, effective_batch, shifted_eigenvalue
-from workbench.instruments import BadInput
+from workbench.curvature.estimators.batch_theory import bulk_edge, effective_batch, shifted_eigenvalue
+from workbench.errors import BadInput
 from workbench.subjects import Subject
 
 

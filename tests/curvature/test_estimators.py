@@ -15,10 +15,11 @@ from torch import nn
 
 import workbench
 from tests.curvature.small import mlp
-from workbench.curvature import DenseOperator, curvature_operator, eigenpairs
-from workbench.curvature.lanczos import GroupedProbes, Lockstep, band, gaussian_sum, outliers
-from workbench.curvature.probes import rademacher, standard_error
-from workbench.curvature.traces import METHODS, estimate
+from workbench.curvature import DenseOperator, curvature_operator
+from workbench.curvature.estimators import eigenpairs
+from workbench.curvature.estimators.lanczos import GroupedProbes, Lockstep, band, gaussian_sum, outliers
+from workbench.curvature.estimators.probes import rademacher, standard_error
+from workbench.curvature.estimators.traces import METHODS, estimate
 from workbench.subjects import Subject
 
 TOP, NEXT, THIRD = 1.0455299687, 0.0698833, 0.0638585
@@ -171,8 +172,8 @@ def test_probes_in_groups_give_what_they_give_together(monkeypatch: pytest.Monke
     subject = mlp(examples=24)
     found = []
     for limit, room in ((2**40, 2**40), (0, 2**40), (0, 0)):
-        monkeypatch.setattr("workbench.curvature.lanczos.GROUP_MEMORY", limit)
-        monkeypatch.setattr("workbench.curvature.operators.GRAPH_MEMORY", room)
+        monkeypatch.setattr("workbench.curvature.estimators.lanczos.GROUP_MEMORY", limit)
+        monkeypatch.setattr("workbench.curvature.operators.curvature_operator.GRAPH_MEMORY", room)
         with curvature_operator(subject, batch_size=5, dtype="float64") as operator:
             run = GroupedProbes(
                 operator,
@@ -269,7 +270,7 @@ def test_sketching_beats_plain_probes_where_few_eigenvalues_carry_the_trace() ->
 
 def test_xtrace_equals_its_definition() -> None:
     """Leave-one-out bases formed one by one."""
-    from workbench.curvature.probes import gaussian
+    from workbench.curvature.estimators.probes import gaussian
 
     operator = known(torch.linspace(-1, 3, 30))
     h = operator.matrix

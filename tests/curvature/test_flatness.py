@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from workbench.curvature.flatness import (
+from workbench.curvature.estimators.flatness import (
     Checkpoint,
     Corpus,
     at_one_loss,

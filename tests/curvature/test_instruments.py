@@ -18,7 +18,10 @@ from tests.conftest import ARCHITECTURES
 from tests.curvature.small import mlp, stock
 from workbench import curvature
 from workbench.cli import main
-from workbench.instruments import BadInput, Instrument, Progress, Result
+from workbench.errors import BadInput
+from workbench.instruments import Instrument
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Mask, Subject
 
 SMALL: dict[str, Instrument] = {
@@ -266,7 +269,7 @@ def test_prediction_of_a_quadratic_loss_holds_at_every_scale() -> None:
 
 def test_validity_radius_finds_where_a_quartic_leaves_its_parabola() -> None:
     """measured = s^2 + c s^4 is twice the prediction s^2 at s = 1 / sqrt(c)."""
-    from workbench.curvature.prediction_study import validity_radius
+    from workbench.curvature.studies.quadratic_prediction import validity_radius
 
     for c in (0.01, 0.7, 30.0):
 

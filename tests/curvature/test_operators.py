@@ -17,8 +17,9 @@ import workbench
 from tests.conftest import ARCHITECTURES, ROOT
 from tests.curvature.small import mlp, stock
 from workbench.curvature import curvature_operator
-from workbench.curvature.sharpness import moved_loss_and_gradient
-from workbench.instruments import BadInput, Progress
+from workbench.curvature.studies.sharpness import moved_loss_and_gradient
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects import Mask, Subject
 
 
@@ -257,7 +258,7 @@ def test_graphs_kept_between_products_change_nothing(kind: str) -> None:
 
 
 def test_the_weight_of_a_graph_is_what_it_saves() -> None:
-    from workbench.curvature.graphs import weighed
+    from workbench.curvature.operators.graphs import weighed
 
     model = nn.Linear(5, 3).double()
     with weighed(model) as size:
@@ -370,7 +371,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
 
 
 def test_stop_is_noticed_inside_a_product() -> None:
-    from workbench.curvature.operators import Stopped
+    from workbench.curvature.operators.curvature_operator import Stopped
 
     progress = Progress()
     with curvature_operator(mlp(), batch_size=4, progress=progress) as operator:

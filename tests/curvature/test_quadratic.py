@@ -8,7 +8,8 @@ import torch
 from tests.conftest import ARCHITECTURES
 from tests.curvature.small import mlp, stock
 from workbench.curvature import measured_change, predicted_change
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects import LowRank, Mask, Subject
 
 

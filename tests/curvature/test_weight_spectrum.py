@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.curvature.weight_spectrum import (
+from workbench.curvature.studies.weight_spectrum import (
     marchenko_pastur_density,
     marchenko_pastur_median,
     noise_fit,

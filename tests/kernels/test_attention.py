@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.attention import attention_reference, varlen_attention
 from workbench.kernels.packing import pack_lengths
 from workbench.kernels.rotary import rotary, rotary_tables

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels import backend, bench, check, main, registry, roofline
 from workbench.kernels.registry import Configuration, Kernel
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.fft_convolution import (
     cost,
     factors,

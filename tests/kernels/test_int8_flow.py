@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.int8_flow import (
     add_int8,
     decode_blocks,

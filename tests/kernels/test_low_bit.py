@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.low_bit_linear import FORMATS, _launch, low_bit_linear, pack_weight
 from workbench.kernels.scaled_matmul import (
     blocked_linear_int8,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytorch_optimizer import Lion
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.optimizer_step import (
     OPTIMIZERS,
     STATES,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.packing import balance, bin_pack, gather_rows, pack, pack_lengths, pack_mask, unpack
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.block_fisher import block_fisher, block_fisher_inverse
 from workbench.kernels.threshold import keep_largest, kth_largest
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.hadamard import hadamard, hadamard_matrix, hadamard_quantize
 from workbench.kernels.kronecker import kronecker, kronecker_quantize
 from workbench.kernels.quantize import NF4, Grid, quantize_codebook, quantize_integer, quantize_minifloat

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.block_sparse import block_sparse, block_sparse_linear
 from workbench.kernels.semi_structured import compress_2_4, double_prune, mask_2_4, semi_structured_linear
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.activation import gelu, swiglu
 from workbench.kernels.linear_cross_entropy import linear_cross_entropy
 from workbench.kernels.norm import layer_norm, rms_norm

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import tiny
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.unpadded import is_unpadded, repad, unpad
-from workbench.quantization.attention import use_plain_attention
+from workbench.quantization.activations.attention import use_plain_attention
 
 
 def batch(left: bool = False) -> dict[str, torch.Tensor]:

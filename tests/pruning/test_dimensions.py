@@ -11,10 +11,12 @@ from torch import nn
 import workbench
 from tests.conftest import ARCHITECTURES, tiny
 from workbench import BadInput
-from workbench.instruments import Progress
 from workbench.latency import count_flops
-from workbench.pruning import Prune, dimensions, removal
-from workbench.pruning.dimensions import (
+from workbench.progress import Progress
+from workbench.pruning import Prune
+from workbench.subjects import blocks
+from workbench.subjects.structure import dimensions, removal
+from workbench.subjects.structure.dimensions import (
     align_heads,
     channel_axes,
     extent,
@@ -24,9 +26,8 @@ from workbench.pruning.dimensions import (
     shrink,
     smallest_units,
 )
-from workbench.pruning.norms import channel_norms, restrict
-from workbench.pruning.structures import discover
-from workbench.subjects import blocks
+from workbench.subjects.structure.norms import channel_norms, restrict
+from workbench.subjects.structure.units import discover
 from workbench.subjects.subject import plain_experts
 
 CUTS = [

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import workbench
-from workbench.pruning.beside import SideLowRank
-from workbench.pruning.double_pruning import DoublePruned, extra_zero_share, second_mask
-from workbench.pruning.patterns import NM, nm_mask, obeys
+from workbench.pruning.pattern import NM, nm_mask, obeys
+from workbench.pruning.sparse_training.side_terms import SideLowRank
+from workbench.pruning.sparse_training.slope import DoublePruned, extra_zero_share, second_mask
 from workbench.subjects import Mask
 
 

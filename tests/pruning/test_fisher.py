@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import Progress
-from workbench.pruning import Prune, fisher
+from workbench.evidence.oracles.exact import best_subset, obs_path, refit
+from workbench.progress import Progress
+from workbench.pruning import Prune
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.exact import best_subset, obs_path, refit
-from workbench.pruning.patterns import NM, make_mask
+from workbench.pruning.pattern import NM, make_mask
+from workbench.pruning.solvers import fisher
 from workbench.statistics import GradientFactors, StackedGradients, example_gradients, gradient_factors
 from workbench.subjects import Mask
 

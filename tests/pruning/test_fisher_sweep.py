@@ -5,8 +5,9 @@ import pytest
 
 import workbench
 from workbench import BadInput
-from workbench.instruments import Progress, Result
+from workbench.progress import Progress
 from workbench.pruning import FisherSweep, Prune
+from workbench.results import Result
 
 
 def test_every_cell_is_that_pruning_and_the_map_shows_it(tmp_path):

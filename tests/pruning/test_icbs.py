@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import Progress
-from workbench.pruning import Prune, icbs
+from workbench.progress import Progress
+from workbench.pruning import Prune
+from workbench.pruning.solvers import icbs
 from workbench.statistics import StackedGradients
 
 

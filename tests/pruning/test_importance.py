@@ -10,19 +10,20 @@ from torch.nn import functional as F
 
 import workbench
 from workbench import BadInput
-from workbench.instruments import Progress
-from workbench.pruning import Prune, pruning_aware
-from workbench.pruning.activations import channel_activations, unit_activations
-from workbench.pruning.atomic import OutputGradients, atomic_scores
+from workbench.progress import Progress
+from workbench.pruning import Prune
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.depth import Stack, deepest, measure_stacks, runs, table_of, weakest
-from workbench.pruning.dimensions import shrink, smallest_units
-from workbench.pruning.norms import channel_norms, restrict
-from workbench.pruning.patterns import Structures
-from workbench.pruning.routing import ExpertPatterns, chosen, routers, routing, selection
-from workbench.pruning.structured import adaptive, block_importance, groups_of, score
-from workbench.pruning.structures import discover
+from workbench.pruning.engine.structures import adaptive, block_importance, groups_of, score
+from workbench.pruning.pattern import Structures
+from workbench.pruning.recovery import pat
+from workbench.pruning.saliency.activations import channel_activations, unit_activations
+from workbench.pruning.saliency.depth import Stack, deepest, measure_stacks, runs, table_of, weakest
+from workbench.pruning.saliency.expert_routing import ExpertPatterns, chosen, routers, routing, selection
+from workbench.pruning.saliency.heapr import OutputGradients, atomic_scores
 from workbench.statistics import InputCapture
+from workbench.subjects.structure.dimensions import shrink, smallest_units
+from workbench.subjects.structure.norms import channel_norms, restrict
+from workbench.subjects.structure.units import discover
 
 
 def test_unit_activations_are_the_aggregate_of_what_units_hand_on(checkpoints):
@@ -214,7 +215,7 @@ def test_adaptive_shares_add_up_and_spare_the_blocks_that_change_most():
 
 
 def test_the_trained_mask_starts_open_and_ends_with_as_many_channels_as_asked():
-    mask = pruning_aware.ChannelMask(12, 8, 100, torch.device("cpu"))
+    mask = pat.ChannelMask(12, 8, 100, torch.device("cpu"))
     assert torch.allclose(mask.value, torch.ones(12))
     with torch.no_grad():
         mask.logits.copy_(torch.linspace(-1, 1, 12))
@@ -222,7 +223,7 @@ def test_the_trained_mask_starts_open_and_ends_with_as_many_channels_as_asked():
     assert not mask.hard and float(mask.value.detach().min()) < 0.01 < 0.99 < float(mask.value.detach().max())
     mask.set(80)
     assert mask.value.sum() == 8 and mask.value[4:].all()
-    transform = pruning_aware.ChannelTransform(6, 2, torch.Generator(), torch.device("cpu"))
+    transform = pat.ChannelTransform(6, 2, torch.Generator(), torch.device("cpu"))
     x = torch.randn(6, 3)
     assert torch.equal(transform(x), x)
     with torch.no_grad():
@@ -230,12 +231,12 @@ def test_the_trained_mask_starts_open_and_ends_with_as_many_channels_as_asked():
         transform.scale.normal_()
     dense = torch.diag(transform.scale) @ (torch.eye(6) + transform.up @ transform.down)
     weight = torch.randn(2, 3, 6)
-    assert torch.allclose(pruning_aware.Along(transform, 2)(weight), weight @ dense.T, atol=1e-6)
+    assert torch.allclose(pat.Along(transform, 2)(weight), weight @ dense.T, atol=1e-6)
 
 
 def test_the_merged_smaller_model_is_the_masked_model_that_was_trained():
     on = workbench.subject("digits-vit").copy()
-    kept, curve = pruning_aware.learn_channels(on, 36, "low-rank", 12, 1e-3, 16, 4, 0, Progress())
+    kept, curve = pat.learn_channels(on, 36, "low-rank", 12, 1e-3, 16, 4, 0, Progress())
     assert int(kept.sum()) == 36 and len(curve) == 12 and not on.model.training
     batch = next(on.batches("test", 8))
     with torch.no_grad():

@@ -6,11 +6,11 @@ import torch
 
 import workbench
 from workbench import BadInput
-from workbench.instruments import Progress
+from workbench.evidence.pruning.leaderboard import curves, leaderboard, summary
+from workbench.progress import Progress
 from workbench.pruning import Prune, SaliencyMap
-from workbench.pruning.landscape import LEVELS, order_statistics
-from workbench.pruning.leaderboard import curves, leaderboard, summary
-from workbench.pruning.structures import discover
+from workbench.pruning.studies.saliency_map import LEVELS, order_statistics
+from workbench.subjects.structure.units import discover
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from workbench import BadInput
-from workbench.pruning import obs
-from workbench.pruning.exact import best_subset, obs_path
-from workbench.pruning.patterns import NM, obeys
+from workbench.evidence.oracles.exact import best_subset, obs_path
+from workbench.pruning.pattern import NM, obeys
+from workbench.pruning.solvers import obs
 
 
 def case(out=6, width=20, tokens=200, seed=0):

@@ -12,12 +12,12 @@ import torch
 import workbench
 from tests.conftest import ARCHITECTURES
 from workbench import BadInput
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import Prune
-from workbench.pruning.patterns import DIMENSIONS, parse
-from workbench.pruning.presets import NOT_DIMENSIONAL, PRESETS
-from workbench.pruning.structured import EXPERT_STEP
-from workbench.pruning.structures import discover
+from workbench.pruning.engine.structures import EXPERT_STEP
+from workbench.pruning.methods import NOT_DIMENSIONAL, PRESETS
+from workbench.pruning.pattern import DIMENSIONS, parse
+from workbench.subjects.structure.units import discover
 
 # Movement is collected in training.
 TRAINED = {"schedule": "linear", "steps": 2, "recovery": "finetune", "recovery_steps": 4, "batch_size": 2}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench import BadInput
-from workbench.pruning.patterns import (
+from workbench.pruning.pattern import (
     NM,
     Tiles,
     expand,

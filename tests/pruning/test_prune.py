@@ -9,10 +9,11 @@ from torch import nn
 
 import workbench
 from workbench import BadInput
-from workbench.instruments import Progress, Result
+from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.schedules import cubic, sparsities
+from workbench.pruning.schedule import cubic, sparsities
+from workbench.results import Result
 from workbench.subjects import Mask
 
 SMALL = {"gradients": 8, "calibration_examples": 8, "predict_examples": 0}

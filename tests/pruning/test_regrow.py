@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import workbench
-from workbench.pruning.regrow import dense_gradients, exchange, exchanged_share
-from workbench.pruning.schedules import annealed, geometric, late
-from workbench.pruning.selection import mask_in_force
+from workbench.pruning.schedule import annealed, geometric, late
+from workbench.pruning.sparse_training.regrow import dense_gradients, exchange, exchanged_share
+from workbench.pruning.sparse_training.trained_masks import mask_in_force
 
 
 def sparse(layer):

@@ -9,9 +9,15 @@ import torch
 from torch import nn
 
 import workbench
-from workbench.pruning import gating
-from workbench.pruning.patterns import obeys, parse
-from workbench.pruning.selection import AdaptiveMask, Gates, LowRankScores, freeze, mask_in_force
+from workbench.pruning.pattern import obeys, parse
+from workbench.pruning.sparse_training import block_movement
+from workbench.pruning.sparse_training.trained_masks import (
+    AdaptiveMask,
+    Gates,
+    LowRankScores,
+    freeze,
+    mask_in_force,
+)
 from workbench.subjects import LowRank, Mask
 
 
@@ -118,7 +124,7 @@ def test_taking_the_last_change_off_leaves_copies_alone():
 def test_hybrid_gates_leave_heads_and_neurons_that_can_be_removed_without_a_change():
     subject = workbench.subject("digits-vit").copy()
     layers = subject.layers()
-    gating.attach_gates(subject, layers, "hybrid 8x8", 0.1)
+    block_movement.attach_gates(subject, layers, "hybrid 8x8", 0.1)
     by_name = {layer.name: layer for layer in layers}
     with torch.no_grad():
         neurons = by_name["vit.layers.0.mlp.fc1"].changes[0].score
@@ -129,7 +135,7 @@ def test_hybrid_gates_leave_heads_and_neurons_that_can_be_removed_without_a_chan
     for layer in layers:
         freeze(layer)
     before = subject.task.output(subject.model, batch).detach()
-    kept = gating.remove_dead(subject)
+    kept = block_movement.remove_dead(subject)
     assert {name: int((~k).sum()) for name, k in kept.items()}["vit.layers.0.mlp"] == 40
     assert torch.allclose(subject.task.output(subject.model, batch), before, atol=1e-5)
     assert sum(int((~k).sum()) for name, k in kept.items() if "attention" in name) >= 1

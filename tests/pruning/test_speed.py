@@ -10,12 +10,12 @@ import transformers
 import workbench
 from tests.conftest import tiny
 from workbench import BadInput
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.pruning import DampDoctor, Prune
-from workbench.pruning.damp import factorises, smallest_damp
-from workbench.pruning.speed import BUCKETS, LatencyTable, choose, expected_seconds, levels
-from workbench.pruning.structured import Scored
-from workbench.pruning.structures import discover
+from workbench.pruning.allocation.latency import BUCKETS, LatencyTable, choose, expected_seconds, levels
+from workbench.pruning.engine.structures import Scored
+from workbench.pruning.studies.damp_doctor import factorises, smallest_damp
+from workbench.subjects.structure.units import discover
 
 
 def case():

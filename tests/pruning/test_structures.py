@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 import workbench
 from tests.conftest import ARCHITECTURES, tiny
 from workbench import BadInput
-from workbench.instruments import Progress
-from workbench.pruning import Prune, removal, ziplm
-from workbench.pruning.exact import refit
-from workbench.pruning.structures import discover
+from workbench.evidence.oracles.exact import refit
+from workbench.progress import Progress
+from workbench.pruning import Prune
+from workbench.pruning.solvers import ziplm
+from workbench.subjects.structure import removal
+from workbench.subjects.structure.units import discover
 
 LEFT = {
     "bert": 1,

@@ -5,9 +5,9 @@ import torch
 
 import workbench
 from workbench import BadInput
-from workbench.instruments import Progress
+from workbench.evidence.pruning.training_evidence import lying_digits
+from workbench.progress import Progress
 from workbench.pruning import Subtune, TrainSparse
-from workbench.pruning.training_evidence import lying_digits
 
 
 def test_the_choice_is_greedy_and_the_rest_is_untouched():

@@ -11,14 +11,21 @@ import torch
 
 import workbench
 from workbench import BadInput
-from workbench.instruments import Progress, Result
+from workbench.progress import Progress
 from workbench.pruning import Prune, TrainSparse
-from workbench.pruning.beside import SideBlocks, SideEntries, SideLowRank, block_means, low_rank_plus_sparse
-from workbench.pruning.course import megabatch
-from workbench.pruning.patterns import obeys, parse
-from workbench.pruning.selection import mask_in_force
-from workbench.pruning.sparse_methods import METHODS
-from workbench.pruning.trainable import frozen_half, modules_by_category, set_trainable
+from workbench.pruning.pattern import obeys, parse
+from workbench.pruning.recovery.trainable import frozen_half, modules_by_category, set_trainable
+from workbench.pruning.sparse_training.methods import METHODS
+from workbench.pruning.sparse_training.run import megabatch
+from workbench.pruning.sparse_training.side_terms import (
+    SideBlocks,
+    SideEntries,
+    SideLowRank,
+    block_means,
+    low_rank_plus_sparse,
+)
+from workbench.pruning.sparse_training.trained_masks import mask_in_force
+from workbench.results import Result
 from workbench.subjects import LowRank, Mask
 
 NEEDS = {

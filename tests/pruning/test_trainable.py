@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import workbench
-from workbench.pruning.trainable import embedding_parameters, set_trainable
+from workbench.pruning.recovery.trainable import embedding_parameters, set_trainable
 
 
 def test_a_body_has_no_embeddings_and_everything_has(checkpoints):

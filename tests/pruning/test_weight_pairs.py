@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import ARCHITECTURES
 from tests.pruning.test_pairs import pruned, small
-from workbench.pruning.patterns import NM, obeys, parse, sizes
-from workbench.pruning.presets import PRESETS
+from workbench.pruning.methods import PRESETS
+from workbench.pruning.pattern import NM, obeys, parse, sizes
 from workbench.subjects import Mask
 
 PATTERNS = {

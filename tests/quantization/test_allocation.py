@@ -13,13 +13,24 @@ import pytest
 import torch
 
 import workbench
-from workbench.curvature.operators import curvature_operator
-from workbench.curvature.quadratic import measured_change, predicted_change
-from workbench.instruments import BadInput, Progress
+from workbench.curvature.estimators.quadratic import measured_change, predicted_change
+from workbench.curvature.operators.curvature_operator import curvature_operator
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Allocate, LayerSensitivity
-from workbench.quantization.allocation import allocate, front, with_interactions
+from workbench.quantization.allocation.integer_program import (
+    allocate,
+    front,
+    with_interactions,
+)
+from workbench.quantization.allocation.layer_sensitivity import (
+    alone,
+    candidates,
+    gauss_newton_scores,
+    top_eigenvalues,
+    traces,
+)
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.sensitivity import alone, candidates, gauss_newton_scores, top_eigenvalues, traces
 from workbench.statistics import second_moments
 from workbench.subjects import Subject
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import ErrorAnatomy, FakeQuant, TrainQuantized
-from workbench.quantization.trainable import LearnedStep, MeanScaled
+from workbench.quantization.trained.trained_rounding import LearnedStep, MeanScaled
 from workbench.subjects import Subject
 
 

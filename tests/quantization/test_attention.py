@@ -14,18 +14,24 @@ import torch
 
 import workbench
 from tests.conftest import ARCHITECTURES
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import TrainQuantized
-from workbench.quantization.attention import (
+from workbench.quantization.activations.attention import (
     AttentionCall,
     AttentionQuant,
+    TokenQuant,
     attention_sites,
     eager_of,
     order_of,
     watching,
 )
-from workbench.quantization.objective import information, map_distance
-from workbench.quantization.tokens import TokenQuant, important_tokens, remember_importance, rounded_tokens
+from workbench.quantization.activations.token_importance import (
+    important_tokens,
+    remember_importance,
+    rounded_tokens,
+)
+from workbench.quantization.trained.objective import information, map_distance
 from workbench.subjects import Layer, Subject
 
 SHORT: dict[str, Any] = {

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import TrainQuantized
-from workbench.quantization.attention import AttentionCall, watching
-from workbench.quantization.packing import quantizer_of
-from workbench.quantization.residual import (
+from workbench.quantization.activations.attention import AttentionCall, watching
+from workbench.quantization.number.packing import quantizer_of
+from workbench.quantization.trained.binary_attention import (
     BinaryAttention,
     ElasticSigns,
     binarise,

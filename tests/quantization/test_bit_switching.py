@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize, TrainQuantized
-from workbench.quantization.bit_switching import DoubleRounding, at_width, chances_of, narrowed
-from workbench.quantization.formats import named
-from workbench.quantization.grid import Grid
-from workbench.quantization.packing import quantizer_of
-from workbench.quantization.trainable import LearnedStep
+from workbench.quantization.number.formats import named
+from workbench.quantization.number.grid import Grid
+from workbench.quantization.number.packing import quantizer_of
+from workbench.quantization.trained.double_rounding import DoubleRounding, at_width, chances_of, narrowed
+from workbench.quantization.trained.trained_rounding import LearnedStep
 
 SHORT = {"layers": "*", "steps": 24, "batch_size": 48, "learning_rate": 1e-3, "method": "double-rounding"}
 

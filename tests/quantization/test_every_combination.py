@@ -12,11 +12,12 @@ import torch
 
 import workbench
 from tests.conftest import ARCHITECTURES
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize
-from workbench.quantization.learned import LEARNED
 from workbench.quantization.quantize import moments_for
-from workbench.quantization.rounding import ROUNDINGS, Factors
+from workbench.quantization.rounding.learned import LEARNED
+from workbench.quantization.rounding.problem import ROUNDINGS, Factors
 
 FORMATS: list[dict[str, object]] = [
     {"bits": 2},

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize
 from workbench.quantization.export import to_compressed_tensors, to_onnx
-from workbench.quantization.packing import pack, packed_layer, quantizer_of, unpack, unpacked_layer
+from workbench.quantization.number.packing import pack, packed_layer, quantizer_of, unpack, unpacked_layer
 from workbench.subjects import Subject
 
 SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 0, "group_size": 16}

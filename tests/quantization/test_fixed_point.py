@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import TrainQuantized
-from workbench.quantization.fixed_point import LearnedPoint, few_powers
-from workbench.quantization.packing import quantizer_of
+from workbench.quantization.number.packing import quantizer_of
+from workbench.quantization.trained.fixed_point import LearnedPoint, few_powers
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3])

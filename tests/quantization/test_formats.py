@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.instruments import BadInput
-from workbench.quantization.formats import NAMED, Codebook, lloyd_max, named, normal_float
-from workbench.quantization.grid import fit
+from workbench.errors import BadInput
+from workbench.quantization.number.formats import NAMED, Codebook, lloyd_max, named, normal_float
+from workbench.quantization.number.grid import fit
 
 ORACLES = {
     "e4m3fn": ml_dtypes.float8_e4m3fn,

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from workbench.quantization.formats import named
-from workbench.quantization.gptq import damped, gptq, gptq_error, gptq_with_moving_scales, linear_feedback
-from workbench.quantization.grid import Grid, fit
+from workbench.quantization.number.formats import named
+from workbench.quantization.number.grid import Grid, fit
+from workbench.quantization.rounding.gptq import gptq, gptq_error, gptq_with_moving_scales, linear_feedback
+from workbench.statistics.damping import damped
 
 
 def textbook(weight: Tensor, gram: Tensor, grid: Grid, damp: float, mask: Tensor | None = None) -> Tensor:

@@ -9,9 +9,8 @@ import pytest
 from scipy.stats import t
 
 import workbench
-from workbench.instruments import BadInput, Progress
-from workbench.quantization import Quantize
-from workbench.quantization.leaderboard import (
+from workbench.errors import BadInput
+from workbench.evidence.quantization.leaderboard import (
     METHODS,
     accepted,
     curves,
@@ -20,6 +19,8 @@ from workbench.quantization.leaderboard import (
     redrawn,
     summary,
 )
+from workbench.progress import Progress
+from workbench.quantization import Quantize
 
 SMALL = {"layers": "*layers.0.*", "group_size": 16, "examples": 16, "test_examples": 32, "steps": 2}
 

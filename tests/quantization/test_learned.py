@@ -12,13 +12,14 @@ import torch
 
 import workbench
 from tests.conftest import ARCHITECTURES
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize
-from workbench.quantization.blockwise import output_of, windows
-from workbench.quantization.formats import named
-from workbench.quantization.learned import LEARNED, AdaRound
-from workbench.quantization.prefix import block_calls, paired_moments, target
-from workbench.quantization.rounding import ROUNDINGS, Problem
+from workbench.quantization.activations.sequential import block_calls, paired_moments, target
+from workbench.quantization.number.formats import named
+from workbench.quantization.rounding.blockwise import output_of, windows
+from workbench.quantization.rounding.learned import LEARNED, AdaRound
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
 
 SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 20}
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
-from workbench.quantization.learned_rotation import (
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.quantization.rotation.fold import random_rotation, rotate
+from workbench.quantization.rotation.learned import (
     cayley_step,
     learned_rotation,
     principal,
     principal_rotation,
 )
-from workbench.quantization.rotating import Rotate
-from workbench.quantization.rotation import random_rotation, rotate
+from workbench.quantization.rotation.rotate import Rotate
 from workbench.subjects import Subject
 
 

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from workbench.instruments import BadInput
-from workbench.quantization.allocation import Allocation, allocate, log_variance
+from workbench.errors import BadInput
+from workbench.quantization.allocation.integer_program import (
+    Allocation,
+    allocate,
+    log_variance,
+)
 
 RANDOM = np.random.default_rng(0)
 S, V, N = RANDOM.lognormal(0, 1.5, 6), RANDOM.lognormal(0, 1, 6), RANDOM.integers(10, 90, 6).astype(float)

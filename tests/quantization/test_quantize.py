@@ -9,8 +9,10 @@ import torch
 
 import workbench
 from tests.conftest import ARCHITECTURES
-from workbench.instruments import BadInput, Progress, Result
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import FakeQuant, Quantize, fit, named
+from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.subjects.changes import Mask
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput
-from workbench.quantization.rotation import random_rotation, rotate
+from workbench.errors import BadInput
+from workbench.quantization.rotation.fold import random_rotation, rotate
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bytelm"])

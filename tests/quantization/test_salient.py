@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize, fit, named
-from workbench.quantization.learned import LEARNED
-from workbench.quantization.packing import packed_layer, quantizer_of, unpacked_layer
-from workbench.quantization.rounding import ROUNDINGS, Problem
-from workbench.quantization.salient import Salient, SplitGrid, effective_bits, index_bits
+from workbench.quantization.number.packing import packed_layer, quantizer_of, unpacked_layer
+from workbench.quantization.number.split_grid import Salient, SplitGrid, effective_bits, index_bits
+from workbench.quantization.rounding.learned import LEARNED
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
 
 BINARY = {"format": "binary", "range": "centred", "granularity": "channel", "salient_share": 0.2}
 SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 12}

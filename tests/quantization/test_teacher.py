@@ -13,11 +13,12 @@ import torch
 from torch.nn import functional as F
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import FakeQuant, TrainQuantized
-from workbench.quantization.objective import Objective, teacher_loss
-from workbench.quantization.packing import packed_layer, quantizer_of, unpacked_layer
-from workbench.quantization.shifted_sign import ShiftedSign
+from workbench.quantization.number.packing import packed_layer, quantizer_of, unpacked_layer
+from workbench.quantization.trained.fbi_llm import ShiftedSign
+from workbench.quantization.trained.objective import Objective, teacher_loss
 from workbench.subjects import Subject
 
 SHORT: dict[str, Any] = {
@@ -70,8 +71,8 @@ def test_shifted_signs_are_the_formula(shared: str, group: int, axis: int) -> No
 
 def test_whole_offsets_outside_the_codes_are_stored_in_full() -> None:
     """A column whose zero points are whole numbers that one bit does not hold."""
-    from workbench.quantization.formats import named
-    from workbench.quantization.grid import Grid
+    from workbench.quantization.number.formats import named
+    from workbench.quantization.number.grid import Grid
     from workbench.subjects import Layer
 
     grid = Grid(named("binary"), torch.ones(4, 1), torch.tensor([[-1.0], [2.0], [0.0], [1.0]]), 8)

@@ -12,14 +12,21 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import FakeQuant, Quantize, TrainQuantized
-from workbench.quantization.activations import SignInputs
-from workbench.quantization.adapters import Adapter, best_term, with_term
-from workbench.quantization.formats import named
-from workbench.quantization.packing import quantizer_of
-from workbench.quantization.rounding import ROUNDINGS, Problem
-from workbench.quantization.trainable import BitPlanes, CentredSign, Course, FormatPolicy, PseudoNoise
+from workbench.quantization.activations.activations import SignInputs
+from workbench.quantization.number.formats import named
+from workbench.quantization.number.packing import quantizer_of
+from workbench.quantization.rounding.adapters import Adapter, best_term, with_term
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
+from workbench.quantization.trained.trained_rounding import (
+    BitPlanes,
+    CentredSign,
+    Course,
+    FormatPolicy,
+    PseudoNoise,
+)
 
 SHORT = {"layers": "*", "steps": 40, "batch_size": 64, "learning_rate": 1e-3}
 

@@ -10,26 +10,21 @@ import pytest
 import torch
 
 import workbench
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Quantize
-from workbench.quantization.activations import (
+from workbench.quantization.activations.activations import (
     ActivationQuant,
     KeyValueQuant,
     input_ranges,
     key_value_layers,
     widest,
 )
-from workbench.quantization.flatness import factor, factors_of
-from workbench.quantization.formats import named
-from workbench.quantization.rounding import ROUNDINGS, Problem
-from workbench.quantization.transforms import (
-    TRANSFORMS,
-    Transform,
-    hadamard,
-    in_coordinates,
-    kronecker,
-    power_of_two,
-)
+from workbench.quantization.number.formats import named
+from workbench.quantization.rounding.problem import ROUNDINGS, Problem
+from workbench.quantization.transform.coordinates import Transform, hadamard, kronecker, power_of_two
+from workbench.quantization.transform.flatquant import factor, factors_of
+from workbench.quantization.transform.transforms import TRANSFORMS, in_coordinates
 from workbench.subjects import Subject
 from workbench.subjects.changes import Mask
 

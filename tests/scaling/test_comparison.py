@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.comparison import (
     compare,
     cross_validate,

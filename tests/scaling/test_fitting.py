@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.fitting import fit
 from workbench.scaling.lawbook import LAWS, law
 from workbench.scaling.laws import Law, Parameter

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import sympy
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.formula import Graph, parse
 from workbench.scaling.laws import Law
 from workbench.scaling.program import Program

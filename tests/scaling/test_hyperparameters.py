@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.hyperparameters import (
     advice_of,
     best_settings,

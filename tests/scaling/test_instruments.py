@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.instruments import BadInput, Result, catalog
+from workbench.catalog import catalog
+from workbench.errors import BadInput
+from workbench.results import Result
 from workbench.scaling import Runs, ScalingFit, ScalingPlan, law
 
 TRUTH = dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.kaplan import contours, kaplan_recipe
 
 TRUE = {"Nc": 6.5e13, "alpha_n": 0.077, "Sc": 2100.0, "alpha_s": 0.76, "Bstar": 2e8, "alpha_b": 0.21}

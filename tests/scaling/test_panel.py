@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from widgets.scaling import ScalingPanel
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling import Runs, fit, law
 
 TRUTH = dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import optimize
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling import planning
 from workbench.scaling.fitting import fit
 from workbench.scaling.isoflop import budgets_of, envelope, exponent, optima, parabola_bias

@@ -9,7 +9,7 @@ import optuna
 import pandas as pd
 import pytest
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling import load_runs
 from workbench.scaling.runs import Runs, mapping, transformer_flops
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.coverage import coverage, simulate
 from workbench.scaling.fitting import fit
 from workbench.scaling.lawbook import law

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from tests.training.test_loop import small
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import CustomLoss
 from workbench.training import NormTest, fit
-from workbench.training.batch import (
+from workbench.training.batch.batch_size import (
     gradient_groups,
     gradient_variance,
     log_slope,
@@ -22,7 +22,11 @@ from workbench.training.batch import (
     noise_scale,
     noise_scale_interval,
 )
-from workbench.training.normalisation import BatchChannelNorm, GhostBatchNorm, WeightStandardization
+from workbench.training.batch.normalisation import (
+    BatchChannelNorm,
+    GhostBatchNorm,
+    WeightStandardization,
+)
 
 
 def test_noise_scale_is_unbiased_on_a_known_covariance() -> None:

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from tests.training.test_loop import small
-from workbench.instruments import BadInput, Progress, Result
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.subjects.tasks import CustomLoss
 from workbench.training import CriticalBatch
-from workbench.training.critical import fastest, steps_to_target
+from workbench.training.studies.critical_batch import fastest, steps_to_target
 
 
 def larger() -> Subject:

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.training.test_loop import small
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Subject
 from workbench.training import fit
-from workbench.training.adversary import ConcurrentAdversary
-from workbench.training.agvm import AGVM, gradient_disagreement, module_groups
-from workbench.training.order import take
+from workbench.training.batch.adversary import ConcurrentAdversary
+from workbench.training.data_order import take
+from workbench.training.optimizer.agvm import AGVM, gradient_disagreement, module_groups
 
 LR = 0.1
 PLAIN = dict(optimizer_options=None, schedule="constant", warmup=0.0, clip=None)

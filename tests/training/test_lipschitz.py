@@ -10,7 +10,7 @@ import torch
 from workbench.subjects import Subject
 from workbench.subjects.tasks import CausalLM
 from workbench.training import fit
-from workbench.training.lipschitz import (
+from workbench.training.models.lipschitz import (
     Attention,
     LipschitzTransformer,
     Perceptron,

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.conftest import tiny
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects import Layer, Mask, Subject
 from workbench.subjects.tasks import CausalLM, CustomLoss, ModuleTask
 from workbench.training import fit
-from workbench.training.order import StreamBatchSampler, take
+from workbench.training.data_order import StreamBatchSampler, take
 
 
 def net(dropout: float = 0.0, seed: int = 0) -> nn.Module:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.training.test_optimizers import LR, WD, compare, problem
-from workbench.instruments import BadInput
-from workbench.training.galore import GaLore, projection
-from workbench.training.kron import Kron, spectral_lower_bound
-from workbench.training.mkor import MKOR, rank_one_inverse
-from workbench.training.muon import Muon, orthogonalise, soft_cap, soft_cap_strength
-from workbench.training.optimizers import state_bytes
-from workbench.training.scion import Scion, steepest
+from workbench.errors import BadInput
+from workbench.training.optimizer.galore import GaLore, projection
+from workbench.training.optimizer.kron import Kron, spectral_lower_bound
+from workbench.training.optimizer.mkor import MKOR, rank_one_inverse
+from workbench.training.optimizer.muon import Muon, orthogonalise, soft_cap, soft_cap_strength
+from workbench.training.optimizer.optimizers import state_bytes
+from workbench.training.optimizer.scion import Scion, steepest
 
 
 def test_muon() -> None:

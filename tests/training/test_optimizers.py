@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.training.test_loop import net, same, small
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.training import checkpoint, fit
-from workbench.training.lamb import LAMB, LARS
-from workbench.training.muon import Muon
-from workbench.training.onebit import OneBitAdam, compress, packed, unpacked
-from workbench.training.optimizers import OPTIMIZERS, make_optimizer
-from workbench.training.sophia import Sophia
-from workbench.training.together import Together
+from workbench.training.optimizer.combined import Together
+from workbench.training.optimizer.lamb import LAMB, LARS
+from workbench.training.optimizer.muon import Muon
+from workbench.training.optimizer.onebit import OneBitAdam, compress, packed, unpacked
+from workbench.training.optimizer.optimizers import OPTIMIZERS, make_optimizer
+from workbench.training.optimizer.sophia import Sophia
 
 LR, WD = 0.05, 0.1
 

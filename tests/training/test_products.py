@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import workbench
-from workbench.instruments import BadInput
-from workbench.quantization.formats import named
+from workbench.errors import BadInput
+from workbench.quantization.number.formats import named
 from workbench.subjects import Mask
 from workbench.training import fit
-from workbench.training.products import (
+from workbench.training.quantized_products import (
     QuantizedLinear,
     QuantizedProducts,
     over_features,

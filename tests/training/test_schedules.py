@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.instruments import BadInput
-from workbench.training import schedules as s
+from workbench.errors import BadInput
+from workbench.training.schedule import schedules as s
 
 
 def optimizer(lr: float = 1.0) -> torch.optim.Optimizer:

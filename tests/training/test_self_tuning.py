@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput
-from workbench.training.self_tuning import (
+from workbench.errors import BadInput
+from workbench.training.models.self_tuning import (
     Hyperparameter,
     SelfTuningLinear,
     Setting,

@@ -14,7 +14,10 @@ import torch
 
 import workbench
 from tests.training.test_loop import language, small
-from workbench.instruments import BadInput, Progress, Result, catalog, methods
+from workbench.catalog import catalog, methods
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.subjects.tasks import CustomLoss
 from workbench.training import (
@@ -25,9 +28,9 @@ from workbench.training import (
     ScheduleStudy,
     Train,
 )
-from workbench.training.comparisons import interval, rank_flips
-from workbench.training.objective import reinitialised
-from workbench.training.surface import best_lr
+from workbench.training.studies.comparison import interval, rank_flips
+from workbench.training.studies.learning_rate_batch_size import best_lr
+from workbench.training.sweep.objective import reinitialised
 
 
 def with_test_split(count: int = 60):
@@ -291,8 +294,8 @@ def test_largest_stable_rate_is_two_over_the_top_eigenvalue(name: str, cache: Pa
 
 
 def test_cards_and_evidence() -> None:
-    from workbench.training import batch_evidence, optimizer_evidence, schedule_evidence
-    from workbench.training.cards import CARDS
+    from workbench.evidence.training import batch_evidence, optimizer_evidence, schedule_evidence
+    from workbench.evidence.training.cards import CARDS
 
     known, found = methods(), 0
     for card in CARDS:

@@ -19,13 +19,14 @@ from pathlib import Path
 import pytest
 from joblib.externals.loky import get_reusable_executor
 
-from workbench.instruments import BadInput, Progress
-from workbench.training.ledger import Ledger, owner_name
-from workbench.training.sweeps import Range, Sweep, Trial
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.training.sweep.sweeps import Range, Sweep, Trial
+from workbench.training.sweep.trial_ledger import Ledger, owner_name
 
 #: Worker processes are forked from a clean process that has imported everything once.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["workbench.training.sweeps"])
+CONTEXT.set_forkserver_preload(["workbench.training.sweep.sweeps"])
 
 
 def square(params: dict, trial: Trial) -> dict:

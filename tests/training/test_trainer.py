@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.training.test_loop import language
-from workbench.training.optimizers import make_optimizer
-from workbench.training.schedules import make_schedule, sampled
+from workbench.training.optimizer.optimizers import make_optimizer
+from workbench.training.schedule.schedules import make_schedule, sampled
 
 
 class Rows(torch.utils.data.Dataset):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from widgets.controls import Controls, choices
-from workbench.instruments import BadInput, Instrument, parameter
+from workbench.errors import BadInput
+from workbench.instruments import Instrument, parameter
 
 
 class Norm(enum.Enum):

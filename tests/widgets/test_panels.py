@@ -20,9 +20,12 @@ import workbench
 from widgets.compare import can_overlay, differences, overlay
 from widgets.plot import PLOTLY_MIME
 from workbench import reports
+from workbench.errors import BadInput
 from workbench.figures import figure, heat, line
-from workbench.instruments import BadInput, Instrument, Progress, Result, parameter
+from workbench.instruments import Instrument, parameter
+from workbench.progress import Progress
 from workbench.pruning import Prune
+from workbench.results import Result
 
 
 class WaveView(BaseModel):
@@ -315,8 +318,8 @@ def test_the_bench_opens_any_instrument() -> None:
 
 
 def test_runs_are_sent_with_their_table(cache: Path) -> None:
-    from workbench.scaling.instruments import ScalingFit
     from workbench.scaling.runs import Runs
+    from workbench.scaling.scaling_fit import ScalingFit
 
     table = pd.DataFrame(
         [

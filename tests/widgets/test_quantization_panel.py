@@ -11,7 +11,8 @@ import pytest
 
 import workbench
 from widgets.quantization import FAMILIES, AllocationPanel, FormatPanel
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.quantization import Allocate, Quantize
 
 

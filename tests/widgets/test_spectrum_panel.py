@@ -12,7 +12,7 @@ from tests.curvature.small import mlp, stock
 from tests.curvature.test_instruments import SMALL
 from widgets.panels import Panel
 from widgets.spectrum import SpectrumPanel
-from workbench.instruments import Result
+from workbench.results import Result
 from workbench.subjects import Mask, Subject
 
 PATIENCE = 120

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from widgets.training import SchedulePanel
-from workbench.training.drawings import schedule_areas, schedule_table
-from workbench.training.schedules import uba
+from workbench.training.schedule.drawings import schedule_areas, schedule_table
+from workbench.training.schedule.schedules import uba
 
 
 def test_the_table_is_what_the_schedulers_give() -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from widgets.bitmap import Bitmap, encoded, palette
 from widgets.plot import PLOTLY_MIME, PlotlyLibrary, PlotView, packed
+from workbench.errors import BadInput
 from workbench.figures import figure, line
-from workbench.instruments import BadInput
 
 
 def unpacked(value: object) -> object:

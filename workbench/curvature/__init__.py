@@ -2,17 +2,21 @@
 and what they predict a change will cost.
 """
 
-from workbench.curvature.attention import twice_differentiable
-from workbench.curvature.batch_size import BatchSizeTheory
-from workbench.curvature.eigenpairs import Eigenpairs, eigenpairs
-from workbench.curvature.eigenvalue_study import TopEigenvalues
-from workbench.curvature.operators import CurvatureOperator, DenseOperator, curvature_operator
-from workbench.curvature.prediction_study import QuadraticPrediction
-from workbench.curvature.quadratic import Prediction, measured_change, predicted_change
-from workbench.curvature.sharpness import Sharpness
-from workbench.curvature.spectrum import Spectrum
-from workbench.curvature.trace_study import Trace
-from workbench.curvature.weight_spectrum import WeightSpectrum
+from workbench.curvature.estimators.eigenpairs import Eigenpairs, eigenpairs
+from workbench.curvature.estimators.quadratic import Prediction, measured_change, predicted_change
+from workbench.curvature.operators.attention import twice_differentiable
+from workbench.curvature.operators.curvature_operator import (
+    CurvatureOperator,
+    DenseOperator,
+    curvature_operator,
+)
+from workbench.curvature.studies.batch_size_theory import BatchSizeTheory
+from workbench.curvature.studies.quadratic_prediction import QuadraticPrediction
+from workbench.curvature.studies.sharpness import Sharpness
+from workbench.curvature.studies.spectrum import Spectrum
+from workbench.curvature.studies.top_eigenvalues import TopEigenvalues
+from workbench.curvature.studies.trace import Trace
+from workbench.curvature.studies.weight_spectrum import WeightSpectrum
 
 __all__ = [
     "BatchSizeTheory",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, narrow, on_device, tl, use_triton
 from workbench.kernels.registry import Case, Configuration, Kernel
 from workbench.kernels.saved_activation import GROUP, Saved, compress, empty, load_groups, save_groups

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import jit, mma, narrow, on_device, power_of_two, tl, use_triton
 from workbench.kernels.packing import Packing, pack_lengths
 from workbench.kernels.registry import Case, Configuration, Kernel

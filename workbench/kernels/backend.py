@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 #: Contracting a * b + c into one rounding is off by default from Triton 3.10 on. Pinned off here, so that
 #: the machine code rounds as PyTorch and the interpreter do: the quantizers are then equal bit for bit,

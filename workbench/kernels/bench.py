@@ -22,9 +22,10 @@ import plotly.graph_objects as go
 import torch
 
 from workbench import figures
-from workbench.instruments import BadInput, replacing
+from workbench.errors import BadInput
 from workbench.kernels.backend import measurement_file
 from workbench.kernels.registry import Case, cases
+from workbench.storage import replacing
 
 
 def median_ms(call: Callable[[], Any], repeats: int = 20, warmup: int = 5) -> float:

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.instruments import BadInput, replacing
+from workbench.errors import BadInput
 from workbench.kernels import backend
 from workbench.kernels.registry import Configuration, Kernel
+from workbench.storage import replacing
 
 TARGETS = (80, 90, 100)
 TABLE = backend.DATA / "resources.json"

@@ -6,7 +6,7 @@ import argparse
 import fnmatch
 from collections.abc import Sequence
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import jit, mma, narrow, on_device, tl, use_triton
 from workbench.kernels.registry import Case, Configuration, Kernel
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, narrow, on_device, tl, use_triton
 from workbench.kernels.quantize import Grid, _limits, quantize_block, quantize_reference
 from workbench.kernels.registry import Case, Configuration, Kernel

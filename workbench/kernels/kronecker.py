@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import jit, mma, narrow, on_device, power_of_two, tl, use_triton
 from workbench.kernels.quantize import Grid, _limits, quantize_block, quantize_reference
 from workbench.kernels.registry import Case, Configuration, Kernel

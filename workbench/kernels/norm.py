@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.activation import SAVED, _bits
 from workbench.kernels.backend import cdiv, jit, narrow, on_device, power_of_two, tl, use_triton
 from workbench.kernels.registry import Case, Configuration, Kernel

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, narrow, on_device, round_even, tl, use_triton
 from workbench.kernels.registry import Case, Configuration, Kernel
 

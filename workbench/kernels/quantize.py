@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, narrow, on_device, power_of_two, round_even, tl, use_triton
 from workbench.kernels.random_bits import uniform, uniform_block
 from workbench.kernels.registry import Case, Configuration, Kernel

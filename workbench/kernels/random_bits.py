@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import jit, tl
 
 _MASK = 0xFFFFFFFF

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, round_even, tl
 from workbench.kernels.random_bits import uniform, uniform_block
 

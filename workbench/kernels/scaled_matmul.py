@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, narrow, on_device, round_even, tl, use_triton
 from workbench.kernels.low_bit_linear import gelu
 from workbench.kernels.registry import Case, Configuration, Kernel

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, mma, narrow, on_device, tl, use_triton
 from workbench.kernels.registry import Case, Configuration, Kernel
 

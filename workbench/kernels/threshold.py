@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, on_device, tl, use_triton
 from workbench.kernels.registry import Case, Configuration, Kernel
 

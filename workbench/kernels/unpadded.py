@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.kernels.attention import varlen_attention
 from workbench.kernels.packing import Packing, pack, pack_mask, unpack
 

@@ -1,10 +1,10 @@
 """Pruning: saliency x pattern x allocation x compensation x schedule x recovery; and training with masks."""
 
-from workbench.pruning.damp import DampDoctor
-from workbench.pruning.fisher_sweep import FisherSweep
-from workbench.pruning.landscape import SaliencyMap
 from workbench.pruning.prune import Prune
-from workbench.pruning.subtune import Subtune
-from workbench.pruning.train_sparse import TrainSparse
+from workbench.pruning.sparse_training.train_sparse import TrainSparse
+from workbench.pruning.studies.damp_doctor import DampDoctor
+from workbench.pruning.studies.fisher_sweep import FisherSweep
+from workbench.pruning.studies.saliency_map import SaliencyMap
+from workbench.pruning.studies.subtune import Subtune
 
 __all__ = ["DampDoctor", "FisherSweep", "Prune", "SaliencyMap", "Subtune", "TrainSparse"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.instruments import Progress
-from workbench.pruning import fisher
+from workbench.progress import Progress
+from workbench.pruning.solvers import fisher
 from workbench.statistics import (
     InputMoments,
     StackedGradients,

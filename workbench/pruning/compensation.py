@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from workbench.instruments import BadInput
-from workbench.pruning import fisher, obs
+from workbench.errors import BadInput
 from workbench.pruning.calibration import Calibration, rows_of
+from workbench.pruning.solvers import fisher, obs
 from workbench.subjects import Layer
 
 Compensation = Callable[[Layer, Tensor, Calibration], Tensor]  # layer, mask -> new weight (..., out, in)

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput, replacing
-from workbench.quantization.activations import ActivationQuant
-from workbench.quantization.fake_quant import FakeQuant
-from workbench.quantization.grid import Grid
-from workbench.quantization.packing import quantizer_of
-from workbench.quantization.salient import SplitGrid
+from workbench.errors import BadInput
+from workbench.quantization.activations.activations import ActivationQuant
+from workbench.quantization.number.fake_quant import FakeQuant
+from workbench.quantization.number.grid import Grid
+from workbench.quantization.number.packing import quantizer_of
+from workbench.quantization.number.split_grid import SplitGrid
+from workbench.storage import replacing
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import bake
 

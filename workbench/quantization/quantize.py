@@ -13,8 +13,10 @@ import torch
 from pydantic import BaseModel, Field, create_model
 from torch import Tensor
 
-from workbench.instruments import BadInput, Progress, Result, SubjectInstrument, parameter
-from workbench.quantization.activations import (
+from workbench.errors import BadInput
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.quantization.activations.activations import (
     KEY_VALUE,
     InputRanges,
     KeyValueQuant,
@@ -25,20 +27,30 @@ from workbench.quantization.activations import (
     quantize_activations,
     widest,
 )
-from workbench.quantization.adapters import Adapter, Term, with_term
-from workbench.quantization.blockwise import reconstruct, windows
-from workbench.quantization.fake_quant import FakeQuant
-from workbench.quantization.flatness import input_rows
-from workbench.quantization.formats import Format, named
-from workbench.quantization.grid import Grid, group_of
-from workbench.quantization.learned import LEARNED, LearnedRounding
-from workbench.quantization.prefix import block_calls, grouped, paired_moments, target
-from workbench.quantization.rounding import ROUNDINGS, Factors, Problem
-from workbench.quantization.salient import Salient, check_salient
-from workbench.quantization.transforms import Transform, in_coordinates
+from workbench.quantization.activations.sequential import (
+    block_calls,
+    grouped,
+    paired_moments,
+    target,
+)
+from workbench.quantization.number.fake_quant import FakeQuant
+from workbench.quantization.number.formats import Format, named
+from workbench.quantization.number.grid import Grid, group_of
+from workbench.quantization.number.split_grid import Salient
+from workbench.quantization.rounding.adapters import Adapter, Term, with_term
+from workbench.quantization.rounding.blockwise import reconstruct, windows
+from workbench.quantization.rounding.learned import LEARNED, LearnedRounding
+from workbench.quantization.rounding.problem import ROUNDINGS, Factors, Problem
+from workbench.quantization.transform.coordinates import Transform
+from workbench.quantization.transform.flatquant import input_rows
+from workbench.quantization.transform.transforms import in_coordinates
+from workbench.results import Result
 from workbench.statistics import InputMoments, second_moments
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Mask
+
+if TYPE_CHECKING:
+    from workbench.subjects import Layer
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -602,7 +614,7 @@ class Quantize(SubjectInstrument):
     def _predict(
         self, on: Subject, table: pd.DataFrame, deltas: dict[str, Tensor], progress: Progress
     ) -> dict[str, Any]:
-        from workbench.curvature.quadratic import predicted_change
+        from workbench.curvature.estimators.quadratic import predicted_change
 
         found = predicted_change(
             on, deltas, split="calibration", examples=self.predict_examples, progress=progress
@@ -709,3 +721,22 @@ def summary_facts(
         facts["weights"] = weights
         facts["output_error"] = float(table["output_error"].mean())
     return facts
+
+
+def check_salient(settings: Quantize, layers: Sequence[Layer], format: Format) -> None:
+    """`BadInput` for what cannot keep salient weights apart."""
+    if not settings.salient_share:
+        return
+    if settings.rounding not in ROUNDINGS:
+        raise BadInput(
+            f"salient_share: {settings.rounding} rounds on one grid; use {', '.join(ROUNDINGS)}, or salient_share 0"
+        )
+    if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
+        raise BadInput(
+            f"salient_share: {fused[0]} is a stack of experts, each with salient weights of its own; choose other layers, or salient_share 0"
+        )
+    if format.scale == "none":
+        raise BadInput(
+            f"salient_share: {format.name} has no scales; use an int, ExMy, codebook, block, ternary or binary format"
+        )
+    group_of(format, settings.granularity, settings.group_size, layers[0].shape[-1])

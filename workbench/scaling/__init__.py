@@ -10,12 +10,13 @@ Underneath, without the instruments: `fit(law("chinchilla"), runs)`, `bootstrap`
 
 from workbench.scaling.comparison import compare, cross_validate, extrapolation, held_out
 from workbench.scaling.fitting import Fit, fit
-from workbench.scaling.instruments import ScalingFit, ScalingPlan
 from workbench.scaling.lawbook import LAWS, law
 from workbench.scaling.laws import Law, Parameter
 from workbench.scaling.objective import Objective
 from workbench.scaling.planning import Draws, compute_optimal
 from workbench.scaling.runs import Runs
+from workbench.scaling.scaling_fit import ScalingFit
+from workbench.scaling.scaling_plan import ScalingPlan
 from workbench.scaling.uncertainty import bootstrap, influence, profile
 
 #: Runs from a file, a DataFrame or a mapping; see `Runs.open`.

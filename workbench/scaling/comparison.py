@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.fitting import Fit, columns_of, fit
 from workbench.scaling.laws import Law
 from workbench.scaling.objective import Objective

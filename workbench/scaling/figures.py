@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from workbench.figures import color, figure, heat, line, points, rule
 
 if TYPE_CHECKING:
-    from workbench.instruments import Result
+    from workbench.results import Result
 
 AXIS = {
     "tokens": "training tokens",

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.certificate import Certificate, certify
 from workbench.scaling.laws import Law
 from workbench.scaling.objective import Objective, Problem

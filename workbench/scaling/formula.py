@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 Array = np.ndarray
 MAX_CHARACTERS = 4000

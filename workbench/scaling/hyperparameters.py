@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.fitting import fit
 from workbench.scaling.lawbook import law
 from workbench.scaling.objective import Objective

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.laws import Law
 from workbench.scaling.planning import Draws, compute_optimal
 

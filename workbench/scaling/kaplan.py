@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.fitting import Fit, fit
 from workbench.scaling.hyperparameters import critical_batch, minimum_steps
 from workbench.scaling.lawbook import law

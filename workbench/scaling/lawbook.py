@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.laws import Law, Parameter
 
 

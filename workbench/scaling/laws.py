@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.formula import Graph, parse
 from workbench.scaling.program import BoundProgram, Program
 from workbench.scaling.tracing import argument_names, trace

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.laws import Law, Space
 
 Array = np.ndarray

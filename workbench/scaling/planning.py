@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.laws import Law
 from workbench.scaling.program import Program
 from workbench.scaling.uncertainty import Bootstrap

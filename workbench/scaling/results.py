@@ -11,7 +11,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
-from workbench.instruments import BadInput, Result, format_fact
+from workbench.errors import BadInput
+from workbench.results import Result, format_fact
 from workbench.scaling import figures
 from workbench.scaling.comparison import compute_of
 from workbench.scaling.fitting import Fit

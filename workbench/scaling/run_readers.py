@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 SUFFIXES = (
     ".csv, .tsv, .csv.gz, .parquet, .jsonl, .json, .db, .sqlite, .sqlite3, or a folder of TensorBoard exports"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.formula import Graph, parse
 from workbench.scaling.laws import KNOWN_COLUMNS
 from workbench.scaling.program import Program
@@ -232,7 +232,7 @@ class Runs:
         parameters.
         """
         from workbench.scaling.run_readers import read
-        from workbench.subjects.builtin import data_folder
+        from workbench.storage import data_folder
 
         if isinstance(source, Runs):
             return source

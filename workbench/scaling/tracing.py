@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.formula import Graph, apply
 
 UFUNC_NAMES = {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.scaling.fitting import Fit
 from workbench.scaling.objective import Problem, Resample
 from workbench.scaling.solver import descend, polish

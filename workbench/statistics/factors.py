@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects import Layer, Subject
 
 

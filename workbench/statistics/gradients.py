@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.subjects import Layer, Subject
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.subjects import Layer, Subject
 
 Handler = Callable[[Layer, int, Tensor], None]  # layer, expert (0 for a plain matrix), inputs (tokens, in)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 
 
 @contextlib.contextmanager

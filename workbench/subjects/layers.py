@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects.changes import Change, attach, changes_of, detach
 
 

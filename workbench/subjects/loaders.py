@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput, Progress, catalog
+from workbench.errors import BadInput
+from workbench.families import import_families
+from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects import text
 from workbench.subjects.changes import restore_changes
 from workbench.subjects.checkpoints import check_folder, open_model, open_tokenizer
 from workbench.subjects.subject import Split, Subject
 from workbench.subjects.tasks import TASKS, CustomLoss, Task
+from workbench.subjects.text import cut
 
 HEADS = {
     "sequence-classification": "SequenceClassification",
@@ -251,11 +255,11 @@ def from_saved(folder: Path) -> Subject:
         model, tokenizer = built, None
         load_model(model, str(folder / "model.safetensors"))
     if note.get("removed"):
-        from workbench.pruning.removal import again
+        from workbench.subjects.structure.removal import again
 
         again(model, note["removed"])
     if note["changes"]:
-        catalog()  # importing the families registers the changes they define
+        import_families()  # registers the changes they define
         restore_changes(model, note["changes"], load_file(folder / "changes.safetensors"))
     return Subject(
         note["name"],
@@ -328,15 +332,4 @@ def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -
     return made
 
 
-def cut(columns: dict[str, Tensor], seed: int) -> dict[str, Split]:
-    """One table into train / calibration / validation / test (60 / 10 / 10 / 20 %), shuffled by `seed`."""
-    total = len(next(iter(columns.values())))
-    if total < 8:
-        raise BadInput(f"data: {total} examples are too few to split; give at least 8, or your own splits")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    sizes = [max(1, int(total * share)) for share in (0.1, 0.1, 0.2)]
-    bounds = [0, total - sum(sizes), total - sizes[1] - sizes[2], total - sizes[2], total]
-    return {
-        split: {k: v[order[bounds[i] : bounds[i + 1]]] for k, v in columns.items()}
-        for i, split in enumerate(("train", "calibration", "validation", "test"))
-    }
+Result.opens = subject

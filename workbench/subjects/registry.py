@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects.subject import Subject
 from workbench.subjects.tasks import TASKS
 

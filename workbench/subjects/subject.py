@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput, Progress, TextProgress, replacing
+from workbench.errors import BadInput
+from workbench.progress import Progress, TextProgress
+from workbench.storage import replacing
 from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, describe_changes
 from workbench.subjects.layers import Layer
@@ -339,7 +341,7 @@ class Subject:
     def save_into(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        from workbench.pruning.removal import record_of, stock
+        from workbench.subjects.structure.removal import record_of, stock
 
         records, tensors = describe_changes(self.model)
         baked = stock(bake(copy.deepcopy(self.model))).cpu()

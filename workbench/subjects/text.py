@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects.subject import Split, Subject
 
 
@@ -156,7 +156,6 @@ def encode(
         splits.setdefault("validation", splits["test"])
         splits.setdefault("calibration", {k: v[:256] for k, v in splits["train"].items()})
         return splits
-    from workbench.subjects.loaders import cut
 
     return cut(made, columns.seed)
 
@@ -251,7 +250,6 @@ def encode_images(rows: pd.DataFrame, processor: Any, columns: Columns) -> Split
 
 def random_splits(model: nn.Module, task: str, columns: Columns, examples: int = 96) -> dict[str, Split]:
     """Token ids or pixels drawn by the seed: exact shapes, no meaning."""
-    from workbench.subjects.loaders import cut
 
     config: Any = model.config
     draw = torch.Generator().manual_seed(columns.seed)
@@ -296,3 +294,17 @@ def self_targets(subject: Subject) -> Subject:
         split["labels"] = torch.cat(outputs)
     subject.data_note += "; targets are the dense model's own embeddings"
     return subject
+
+
+def cut(columns: dict[str, Tensor], seed: int) -> dict[str, Split]:
+    """One table into train / calibration / validation / test (60 / 10 / 10 / 20 %), shuffled by `seed`."""
+    total = len(next(iter(columns.values())))
+    if total < 8:
+        raise BadInput(f"data: {total} examples are too few to split; give at least 8, or your own splits")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    sizes = [max(1, int(total * share)) for share in (0.1, 0.1, 0.2)]
+    bounds = [0, total - sum(sizes), total - sizes[1] - sizes[2], total - sizes[2], total]
+    return {
+        split: {k: v[order[bounds[i] : bounds[i + 1]]] for k, v in columns.items()}
+        for i, split in enumerate(("train", "calibration", "validation", "test"))
+    }

@@ -2,15 +2,17 @@
 and what learning rate and batch size do to the loss.
 """
 
-from workbench.training.batch import NormTest
-from workbench.training.comparisons import OptimizerComparison, ScheduleStudy
-from workbench.training.critical import CriticalBatch
-from workbench.training.loop import Training, fit
-from workbench.training.noise_study import GradientNoise
-from workbench.training.range_study import LearningRateRange
-from workbench.training.surface import LearningRateBatchSize
-from workbench.training.sweeps import Range, Sweep, Trial
-from workbench.training.train_study import Train
+from workbench.training.batch.batch_size import NormTest
+from workbench.training.loop import fit
+from workbench.training.state import Training
+from workbench.training.studies.critical_batch import CriticalBatch
+from workbench.training.studies.gradient_noise import GradientNoise
+from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize
+from workbench.training.studies.learning_rate_range import LearningRateRange
+from workbench.training.studies.optimizer_comparison import OptimizerComparison
+from workbench.training.studies.schedule_study import ScheduleStudy
+from workbench.training.studies.train import Train
+from workbench.training.sweep.sweeps import Range, Sweep, Trial
 
 __all__ = [
     "CriticalBatch",

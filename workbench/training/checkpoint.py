@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workbench.instruments import BadInput, plain, replacing
+from workbench.errors import BadInput
+from workbench.results import plain
+from workbench.storage import replacing
 
 TENSOR = "tensor:"
 

@@ -13,78 +13,27 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects import Batch, Subject
 from workbench.subjects.subject import trim
 from workbench.training import checkpoint
-from workbench.training.optimizers import make_optimizer
-from workbench.training.order import take
-from workbench.training.schedules import make_schedule
+from workbench.training.data_order import take
+from workbench.training.optimizer.optimizers import make_optimizer
+from workbench.training.schedule.schedules import make_schedule
+from workbench.training.state import Training
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int6", "int4", "e4m3fn", "e5m2", "e3m2"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Training:
-    """The state of a run. Callbacks get it after every optimizer step and may set `batch_size` and `stop`."""
-
-    subject: Subject
-    model: nn.Module
-    optimizer: Optimizer
-    schedule: LRScheduler | ReduceLROnPlateau
-    steps: int
-    batch_size: int
-    step: int = 0
-    position: int = 0  # examples seen
-    items: int = 0  # targets seen: examples, or tokens of a language model
-    stop: bool = False
-    diverged: bool = False
-    averaged: AveragedModel | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    split: str = "train"
-    chosen: Tensor = field(
-        default_factory=lambda: torch.empty(0, dtype=torch.int64)
-    )  # the examples of the step in progress, of this process
-
-    @property
-    def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def batch(self, limit: int | None = None) -> Batch:
-        """The examples of the step in progress, on the device; the first `limit` of them."""
-        columns = self.subject.split(self.split)
-        return {
-            k: v.to(self.subject.device)
-            for k, v in trim({k: v[self.chosen[:limit]] for k, v in columns.items()}).items()
-        }
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """One row a step: step, examples, items, lr, batch_size, loss, gradient_norm, seconds,
-        and validation_* when evaluated.
-        """
-        return pd.DataFrame(self.rows)
-
-    @property
-    def validation(self) -> float:
-        """The last validation loss; infinite when the run diverged, NaN when it was never evaluated."""
-        if self.diverged:
-            return math.inf
-        values = [row["validation_loss"] for row in self.rows if "validation_loss" in row]
-        return values[-1] if values else math.nan
 
 
 Callback = Callable[[Training], None]
@@ -271,7 +220,7 @@ def arithmetic_of(subject: Subject, precision: str, rotation: int) -> contextlib
     if precision not in get_args(Precision):
         raise BadInput(f"precision: {precision!r} is unknown; accepted: {', '.join(get_args(Precision))}")
     if precision not in ("fp32", *AUTOCAST):
-        from workbench.training.products import QuantizedProducts
+        from workbench.training.quantized_products import QuantizedProducts
 
         return QuantizedProducts(subject.layers("blocks"), precision, rotation)
     if rotation:

@@ -10,7 +10,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from workbench.subjects.builtin import bytelm, corpora, data_folder
+from workbench.storage import data_folder
+from workbench.subjects.builtin import bytelm, corpora
 
 NAMES = ["bytelm", "bytemoe"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from workbench.instruments import Progress
+from workbench.progress import Progress
 from workbench.subjects.builtin import digits
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects.builtin import docstrings
 
 LIMITS = {"train": 40, "validation": 5, "test": 8}

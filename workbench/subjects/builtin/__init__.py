@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,10 +29,3 @@ class Parts:
     splits: dict[str, dict[str, Tensor]]
     tokenizer: Any = None
     info: dict[str, Any] = field(default_factory=dict)
-
-
-def data_folder() -> Path:
-    """The project's data: `data/` of a source checkout, or the copy that an installed wheel carries."""
-    package = Path(__file__).resolve().parents[2]
-    installed = package / "_data"
-    return installed if installed.is_dir() else package.parent / "data"

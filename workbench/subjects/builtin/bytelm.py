@@ -26,8 +26,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from workbench.instruments import Progress
-from workbench.subjects.builtin import Parts, corpora, data_folder
+from workbench.progress import Progress
+from workbench.storage import data_folder
+from workbench.subjects.builtin import Parts, corpora
 from workbench.subjects.checkpoints import quiet_transformers
 
 CONTEXT = 256

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workbench.instruments import Progress, TextProgress, cache_folder, replacing
+from workbench.progress import Progress, TextProgress
+from workbench.storage import cache_folder, replacing
 from workbench.subjects.builtin import Parts
 from workbench.subjects.checkpoints import quiet_transformers
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
-from workbench.instruments import BadInput
+from workbench.errors import BadInput
 from workbench.subjects.builtin.corpora import split_of
 
 #: The classes. All are dependencies of the project, so an installation that can train has them.

@@ -21,7 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from workbench.instruments import BadInput, Progress, TextProgress, cache_folder, replacing
+from workbench.errors import BadInput
+from workbench.progress import Progress, TextProgress
+from workbench.storage import cache_folder, replacing
 from workbench.subjects.builtin import Parts, docstrings
 from workbench.subjects.builtin.docstrings import Text
 from workbench.subjects.checkpoints import quiet_transformers

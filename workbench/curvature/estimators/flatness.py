@@ -1,0 +1,208 @@
+"""Flatness study: models with the same pre-training loss, their Hessian trace and top eigenvalue,
+and what they learned (Liu et al. 2023).
+
+The corpus is a hidden Markov chain, so the downstream question has an answer: which hidden state is the chain
+in? Small causal transformers are trained with several optimizers and noise levels for the same number
+of steps. The loss at which they are compared comes from the runs themselves: the lowest validation loss
+of the run that got least far. Every run's checkpoint is the one where it first got there; then its curvature
+is measured and a linear probe reads the hidden state from its features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from workbench.curvature.estimators.eigenpairs import eigenpairs
+from workbench.curvature.estimators.traces import hutchinson
+from workbench.curvature.operators.curvature_operator import curvature_operator
+from workbench.progress import Progress
+from workbench.subjects import TASKS, Subject
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token sequences (n, length), and the hidden state at every position."""
+
+    tokens: Tensor
+    states: Tensor
+
+
+def hidden_markov(
+    count: int, length: int = 24, states: int = 6, tokens: int = 24, seed: int = 0, rules: int = 0
+) -> Corpus:
+    """Sequences of a sticky hidden chain whose states emit overlapping sets of tokens;
+    `rules` seeds the chain itself.
+    """
+    draw, world = np.random.default_rng(seed), np.random.default_rng(rules)
+    move = 0.85 * np.eye(states)[world.permutation(states)] + 0.15 * world.dirichlet(np.ones(states), states)
+    emit = world.dirichlet(0.35 * np.ones(tokens), states)
+    hidden = np.empty((count, length), dtype=np.int64)
+    seen = np.empty_like(hidden)
+    hidden[:, 0] = draw.integers(states, size=count)
+    for t in range(length):
+        if t:
+            hidden[:, t] = (
+                (draw.random(count)[:, None] > move[hidden[:, t - 1]].cumsum(1)).sum(1).clip(max=states - 1)
+            )
+        seen[:, t] = (draw.random(count)[:, None] > emit[hidden[:, t]].cumsum(1)).sum(1).clip(max=tokens - 1)
+    return Corpus(torch.tensor(seen), torch.tensor(hidden))
+
+
+def small_model(seed: int, width: int = 32, tokens: int = 24) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=tokens,
+        n_embd=width,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+# name -> (optimizer, rate, batch): what varies is how noisy the path to the same loss is
+RECIPES: dict[str, tuple[str, float, int]] = {
+    "adam, small rate, large batch": ("adam", 1e-3, 128),
+    "adam, large rate, small batch": ("adam", 6e-3, 16),
+    "momentum, small rate, large batch": ("sgd", 0.05, 128),
+    "momentum, large rate, small batch": ("sgd", 0.3, 16),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Validation loss (nats a token), the step it was measured after, and the weights there."""
+
+    loss: float
+    step: int
+    state: dict[str, Tensor]
+
+
+def train(
+    subject: Subject, recipe: tuple[str, float, int], seed: int, steps: int = 1500, every: int = 10
+) -> list[Checkpoint]:
+    """Train for `steps`; a checkpoint for every evaluation (each `every` steps)
+    that is lower than all before, so losses fall.
+    """
+    kind, rate, batch = recipe
+    weights = list(subject.model.parameters())
+    rule: torch.optim.Optimizer = (
+        torch.optim.Adam(weights, rate) if kind == "adam" else torch.optim.SGD(weights, rate, momentum=0.9)
+    )
+    draw, columns = torch.Generator().manual_seed(seed), subject.split("train")
+    found: list[Checkpoint] = []
+    for step in range(steps + 1):
+        if step % every == 0:
+            loss = subject.evaluate("validation", batch_size=256)["loss"]
+            if not found or loss < found[-1].loss:
+                found.append(
+                    Checkpoint(
+                        loss,
+                        step,
+                        {name: value.clone() for name, value in subject.model.state_dict().items()},
+                    )
+                )
+        rows = torch.randint(subject.size("train"), (batch,), generator=draw)
+        rule.zero_grad()
+        subject.loss({k: v[rows] for k, v in columns.items()}).backward()
+        rule.step()
+    return found
+
+
+def at_one_loss(runs: Sequence[Sequence[Checkpoint]]) -> list[Checkpoint]:
+    """Of each run the checkpoint that is first as low as the lowest loss of the run that got least far."""
+    goal = max((run[-1].loss for run in runs), default=0.0)
+    return [next(point for point in run if point.loss <= goal) for run in runs]
+
+
+@torch.no_grad()
+def probe_accuracy(model: nn.Module, fit: Corpus, test: Corpus) -> float:
+    """Accuracy of a linear probe that reads the hidden state at the last position from the last layer's
+    features.
+    """
+
+    def features(corpus: Corpus) -> np.ndarray:
+        return model.transformer(corpus.tokens).last_hidden_state[:, -1].numpy()
+
+    reader = LogisticRegression(max_iter=500).fit(features(fit), fit.states[:, -1].numpy())
+    return float(reader.score(features(test), test.states[:, -1].numpy()))
+
+
+def flatness_study(
+    seeds: int = 3, steps: int = 1500, examples: int = 64, probes: int = 48, progress: Progress | None = None
+) -> pd.DataFrame:
+    """One row a model: recipe, seed, validation loss and step of its checkpoint, trace with standard error,
+    top eigenvalue, probe accuracy.
+    """
+    progress = progress or Progress()
+    parts = {
+        name: hidden_markov(count, seed=i)
+        for i, (name, count) in enumerate(
+            (("train", 4096), ("validation", 512), ("fit", 1024), ("test", 1024))
+        )
+    }
+    splits = {
+        name: {"input_ids": parts[name].tokens, "labels": parts[name].tokens}
+        for name in ("train", "validation")
+    }
+    jobs = [(name, recipe, seed) for seed in range(seeds) for name, recipe in RECIPES.items()]
+    subjects = [
+        Subject("hidden-markov", small_model(seed), TASKS["causal-lm"](), splits) for _, _, seed in jobs
+    ]
+    runs = []
+    for subject, (_, recipe, seed) in zip(progress.track(subjects, "models trained"), jobs, strict=False):
+        runs.append(train(subject, recipe, seed, steps))
+    rows = []
+    measured = zip(
+        progress.track(subjects[: len(runs)], "models measured"), jobs, at_one_loss(runs), runs, strict=False
+    )
+    for subject, (name, _, seed), point, run in measured:
+        subject.model.load_state_dict(point.state)
+        with curvature_operator(
+            subject, split="validation", examples=examples, batch_size=examples
+        ) as operator:
+            trace = hutchinson(operator, probes, seed)
+            top = eigenpairs(operator, 1, tolerance=0.03, block=1, verify=False)
+        rows.append(
+            {
+                "recipe": name,
+                "seed": seed,
+                "loss": point.loss,
+                "steps": point.step,
+                "lowest_loss": run[-1].loss,
+                "trace": trace.value,
+                "trace_standard_error": trace.error,
+                "top_eigenvalue": float(top.values[0]),
+                "probe_accuracy": probe_accuracy(subject.model, parts["fit"], parts["test"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def rank_correlations(table: pd.DataFrame, tolerance: float = 0.01) -> dict[str, float]:
+    """Spearman correlation of trace and top eigenvalue with the probe's accuracy,
+    over models whose losses agree within `tolerance` of the median.
+    """
+    middle = float(table["loss"].median())
+    matched = table[(table["loss"] - middle).abs() <= tolerance * middle]
+    found = {"models": float(len(matched)), "loss": middle}
+    for name in ("trace", "top_eigenvalue"):
+        from scipy import stats  # slow to import
+
+        answer = stats.spearmanr(matched[name], matched["probe_accuracy"])
+        found |= {f"{name}_correlation": float(answer.statistic), f"{name}_p": float(answer.pvalue)}
+    return found

@@ -1,0 +1,1 @@
+"""Curvature matrices as operators: exact products with vectors over all chosen batches."""

@@ -1,0 +1,1 @@
+"""Measurements of the claims on the method cards; nothing but the command line imports this."""

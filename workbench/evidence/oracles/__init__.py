@@ -1,0 +1,1 @@
+"""Exact answers for a few weights, to judge the approximations by."""

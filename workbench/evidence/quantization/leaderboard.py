@@ -1,0 +1,224 @@
+"""Many quantization methods on one subject at equal widths and calibration:
+loss against width, with intervals over calibration draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.errors import BadInput
+from workbench.progress import Progress, TextProgress
+from workbench.quantization.quantize import Quantize
+from workbench.studies import quiet
+from workbench.subjects import Subject
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+#: Compositions with a name of their own. Every other rounding and transform of `Quantize` is on
+#: the leaderboard under the name of its choice.
+COMPOSED: dict[str, dict[str, Any]] = {
+    "nearest": {},
+    "clipping": {"range": "mse"},
+    "zero point": {"symmetric": False},
+    "salient columns": {"salient_share": 0.1},
+    "gptq, sequential": {"rounding": "gptq", "sequential": True},
+    "block by block": {"rounding": "flexround", "objective": "block"},
+    "cbq": {"rounding": "lowrank-adaround", "objective": "block", "window": 2},
+    "loftq": {"adapter_rank": 8},
+    "awq, gptq": {"transform": "awq", "rounding": "gptq"},
+    "hadamard, gptq": {"transform": "hadamard", "rounding": "gptq"},
+}
+#: What a choice needs beside it to be itself.
+NEEDS: dict[str, dict[str, Any]] = {"hqq": {"symmetric": False}}
+
+
+def every_method() -> dict[str, dict[str, Any]]:
+    """Name -> what it sets of `Quantize`; everything else is shared.
+    A rounding or transform that is new there is new here.
+    """
+    single = {
+        choice: {field: choice} | NEEDS.get(choice, {})
+        for field, plain in (("rounding", "nearest"), ("transform", "none"))
+        for choice in get_args(Quantize.model_fields[field].annotation)
+        if choice != plain
+    }
+    return COMPOSED | single
+
+
+METHODS = every_method()
+
+
+def accepted(on: Subject, bits: Sequence[int], **fields: Any) -> tuple[list[str], dict[str, str]]:
+    """(methods that can run at all these widths with these shared settings, name -> why not
+    of the others).
+    """
+    taken, refused = [], {}
+    for name, own in METHODS.items():
+        try:
+            for width in bits:
+                Quantize(**({"predict_examples": 0} | fields | own), bits=width).check(on)
+            taken.append(name)
+        except BadInput as error:
+            refused[name] = str(error)
+    return taken, refused
+
+
+def redrawn(on: Subject, seed: int, examples: int) -> Subject:
+    """The subject with a calibration split of `examples` drawn anew from its training split."""
+    pick = torch.randperm(on.size("train"), generator=torch.Generator().manual_seed(seed))[:examples]
+    return on.with_split("calibration", {k: v[pick] for k, v in on.split("train").items()})
+
+
+def leaderboard(
+    on: Subject,
+    methods: Sequence[str],
+    bits: Sequence[int],
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: Progress | None = None,
+    block_steps: int = 0,
+    **fields: Any,
+) -> pd.DataFrame:
+    """One row for each method, width and seed: test loss, accuracy, bits with scales counted;
+    `fields` go to every `Quantize` alike.
+
+    block_steps : iterations of the methods that learn a block at a time,
+        each of which costs as much as dozens of a layer's (0: `steps`).
+
+    A seed draws the calibration examples (all methods see the same) and seeds what is random in a method.
+    `BadInput` for a name that is not in METHODS, or a setting that a method refuses, before anything runs. A
+    leaderboard that is stopped returns the finished rows.
+    """
+    progress = progress or TextProgress()
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise BadInput(f"methods: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}")
+    if not methods or not bits or not seeds:
+        raise BadInput("leaderboard: give at least one method, one width and one seed")
+    shared: dict[str, Any] = {"predict_examples": 0} | fields
+    drawn = {seed: redrawn(on, seed, int(shared.get("examples", 128))) for seed in seeds}
+    fewer = {"steps": block_steps} if block_steps else {}
+    settings = {
+        m: shared | METHODS[m] | (fewer if METHODS[m].get("objective") == "block" else {}) for m in methods
+    }
+    plan = [
+        (seed, m, Quantize(**settings[m], bits=b, seed=seed)) for seed in seeds for m in methods for b in bits
+    ]
+    for seed, _, instrument in plan:
+        instrument.check(drawn[seed])
+    rows = []
+    for seed, method, instrument in progress.track(plan, "leaderboard"):
+        result = instrument.run(drawn[seed], progress=quiet(progress))
+        if result.partial:
+            break
+        wanted = ("loss", "accuracy", "perplexity", "dense_loss", "average_bits", "output_error")
+        rows.append(
+            {"method": method, "bits": instrument.bits, "seed": seed}
+            | {k: v for k, v in result.facts.items() if k in wanted}
+            | {"seconds": (result.provenance or {}).get("seconds")}
+        )
+    return pd.DataFrame(rows)
+
+
+def summary(board: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
+    """By width, best first: mean over seeds and half width of the 95 % t interval (NaN for a single seed),
+    bits with scales, seconds of a run.
+    """
+    from scipy.stats import t
+
+    grouped = (
+        board.groupby(["bits", "method"])
+        .agg(
+            mean=(value, "mean"),
+            std=(value, "std"),
+            count=(value, "count"),
+            average_bits=("average_bits", "mean"),
+            output_error=("output_error", "mean"),
+            seconds=("seconds", "mean"),
+        )
+        .reset_index()
+    )
+    grouped["half_width"] = (
+        t.ppf(0.975, np.maximum(grouped["count"] - 1, 1)) * grouped["std"] / np.sqrt(grouped["count"])
+    )
+    columns = ["bits", "method", "mean", "half_width", "average_bits", "output_error", "seconds"]
+    return grouped.sort_values(["bits", "mean"], ascending=[True, value != "accuracy"])[columns].reset_index(
+        drop=True
+    )
+
+
+def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure:
+    """Mean over seeds against bits (scales counted), with intervals:
+    the `most` methods that are best at the smallest width, and nearest rounding.
+    """
+    from workbench.figures import figure, line, rule
+
+    table = summary(board, value)
+    first = table[table["bits"] == table["bits"].min()]["method"]
+    shown = [m for m in board["method"].unique() if m in set(first[:most]) | {"nearest"}]
+    units = {"loss": "test loss (nats)", "accuracy": "test accuracy"}
+    axis = "log" if value == "loss" else "linear"
+    draws = board["seed"].nunique()
+    which = (
+        ""
+        if len(shown) == board["method"].nunique()
+        else f", the {len(shown)} best of {board['method'].nunique()} methods"
+    )
+    fig = figure(
+        f"{value.capitalize()} against width, {draws} calibration draw{'s' if draws > 1 else ''}{which}",
+        "bits a weight, scales included",
+        units.get(value, value),
+        yaxis_type=axis,
+    )
+    for method in shown:
+        mine = table[table["method"] == method].sort_values("average_bits")
+        low = mine["mean"] - mine["half_width"]
+        low = (
+            low.clip(lower=table["mean"].min() / 2) if axis == "log" else low
+        )  # an interval that reaches zero has no end on this axis
+        band = (low, mine["mean"] + mine["half_width"]) if mine["half_width"].notna().all() else None
+        line(fig, mine["average_bits"], mine["mean"], str(method), band=band)
+    if value == "loss":
+        dense = float(board["dense_loss"].mean())
+        rule(fig, f"dense {dense:.4g}", y=dense)
+    return fig
+
+
+def heat_map(board: pd.DataFrame) -> go.Figure:
+    """Every method at every width: loss above the dense model's, the best at the smallest width on top;
+    colour on a logarithmic scale.
+    """
+    from workbench.figures import figure
+
+    table = summary(board)
+    table["rise"] = table["mean"] - float(board["dense_loss"].mean())
+    wide = table.pivot(index="method", columns="bits", values="rise")
+    wide = wide.sort_values(wide.columns[0], ascending=False)
+    half = table.pivot(index="method", columns="bits", values="half_width").loc[wide.index]
+    text = [
+        [f"{v:+.3f}" + ("" if np.isnan(h) else f" ± {h:.3f}") for v, h in zip(row, spread, strict=True)]
+        for row, spread in zip(wide.to_numpy(), half.to_numpy(), strict=True)
+    ]
+    fig = figure(
+        "Test loss above the dense model's (nats)",
+        "bits of the integers",
+        "",
+        height=120 + 24 * len(wide),
+        xaxis_type="category",
+    )
+    floor = max(float(np.nanmin(np.abs(wide.to_numpy()))), 1e-3)
+    fig.add_heatmap(
+        z=np.log10(np.maximum(wide.to_numpy(), floor)),
+        x=[str(b) for b in wide.columns],
+        y=list(wide.index),
+        text=text,
+        texttemplate="%{text}",
+        colorscale="Cividis",
+        hovertemplate="%{y}, %{x} bits: %{text}<extra></extra>",
+        showscale=False,
+    )
+    return fig

@@ -1,0 +1,1 @@
+"""Allocations: how a sparsity is shared among layers, or chosen so that a speed-up is reached."""

@@ -1,0 +1,1 @@
+"""What carries a pruning out: on single matrices, on heads and neurons, on whole dimensions."""

@@ -1,0 +1,1 @@
+"""Training after and between pruning events, and what of a model is trained."""

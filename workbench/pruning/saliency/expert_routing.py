@@ -1,0 +1,164 @@
+"""What the routers of a mixture of experts choose: usage, and the task-conditioned expected selection score
+(Pei et al. 2025, PreMoe).
+
+    TCESS_e = E over tokens of z_e [e among the token's K largest logits] [softmax over those K of z_e >= r]
+
+with z the router's logits. Experts of small score are not needed for the task the calibration text stands
+for; the scores of all layers are its pattern, and a new text gets the experts of the stored pattern nearest
+to its own (Euclidean distance).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.statistics import InputCapture
+from workbench.storage import replacing
+from workbench.subjects import Batch, Layer, Subject
+from workbench.subjects.structure.dimensions import (
+    CHOSEN_EXPERTS,
+    expert_count,
+    expert_modules,
+    smallest_units,
+)
+
+
+@dataclass
+class Routing:
+    """Per layer with experts and expert: (layers, experts)
+    TCESS and share of the tokens that choose the expert.
+    """
+
+    tcess: Tensor
+    usage: Tensor
+
+
+def routers(on: Subject) -> list[Layer]:
+    """The matrix (experts, hidden) of every router, in forward order."""
+    size = expert_count(on.model)[1]
+    found = []
+    for path in expert_modules(on.model):
+        owner = on.model.get_submodule(path)
+        name, module = next(
+            (n, m)
+            for n, m in owner.named_modules()
+            for p in m.parameters(recurse=False)
+            if p.ndim == 2 and p.shape[0] == size
+        )
+        found.append(Layer(f"{path}.{name}", module))
+    return found
+
+
+def chosen(on: Subject) -> int:
+    """Experts that each token goes to."""
+    config = on.model.config
+    return next(
+        (
+            int(getattr(config, name))
+            for name in CHOSEN_EXPERTS
+            if isinstance(getattr(config, name, None), int)
+        ),
+        1,
+    )
+
+
+def selection(logits: Tensor, local: int, threshold: float = 0.0) -> Tensor:
+    """logits (tokens, experts) -> the logits counted by TCESS, zero elsewhere:
+    among the `local` largest and confident enough.
+    """
+    values, index = logits.topk(local, dim=-1)
+    counted = torch.where(values.softmax(-1) >= threshold, values, 0.0)
+    return torch.zeros_like(logits).scatter(-1, index, counted)
+
+
+@torch.no_grad()
+def routing(
+    on: Subject,
+    split: str = "calibration",
+    examples: int = 128,
+    local: int | None = None,
+    threshold: float = 0.0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    batches: Sequence[Batch] | None = None,
+) -> Routing:
+    """One streaming pass over `examples` of a split (or over the given batches);
+    `local` is the model's own top-k unless it is given.
+    """
+    progress = progress or Progress()
+    layers, top = routers(on), chosen(on)
+    size = layers[0].shape[0]
+    tcess, usage = torch.zeros(len(layers), size), torch.zeros(len(layers), size)
+    tokens = torch.zeros(len(layers), 1)
+    number = {layer.name: i for i, layer in enumerate(layers)}
+
+    def add(layer: Layer, expert: int, rows: Tensor) -> None:
+        logits = (rows @ layer.weight.detach().mT).float()
+        i = number[layer.name]
+        tcess[i] += selection(logits, min(local or top, size), threshold).sum(0).cpu()
+        usage[i] += (
+            torch.zeros_like(logits).scatter(-1, logits.topk(min(top, size), -1).indices, 1.0).sum(0).cpu()
+        )
+        tokens[i] += len(rows)
+
+    total = -(-min(examples, on.size(split)) // batch_size)
+    with InputCapture(layers, add) as capture:
+        for batch in progress.track(
+            batches if batches is not None else on.batches(split, batch_size, examples), "routing", total
+        ):
+            mask = batch.get("attention_mask")
+            capture.keep = mask.bool() if mask is not None and mask.ndim == 2 else None
+            on.task.output(on.model, batch)
+    return Routing(tcess / tokens.clamp_min(1), usage / tokens.clamp_min(1))
+
+
+@dataclass
+class ExpertPatterns:
+    """Stored patterns: task name -> TCESS (layers, experts)."""
+
+    scores: dict[str, Tensor] = field(default_factory=dict)
+
+    def nearest(self, query: Tensor) -> str:
+        """The task whose pattern is nearest to the query's scores (layers, experts);
+        `BadInput` when none is stored or the shapes differ.
+        """
+        if not self.scores:
+            raise BadInput("patterns: none is stored; add one for each task first")
+        if wrong := [name for name, s in self.scores.items() if s.shape != query.shape]:
+            raise BadInput(
+                f"patterns: {wrong[0]} is of {tuple(self.scores[wrong[0]].shape)} experts and the query of "
+                f"{tuple(query.shape)}; use one model for both"
+            )
+        return min(self.scores, key=lambda name: float((self.scores[name] - query).square().sum()))
+
+    def kept(self, task: str, left: int) -> Tensor:
+        """(layers, experts): True for the `left` experts of largest score in every layer."""
+        return smallest_units(self.scores[task], left)
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """One safetensors file, written under a temporary name and renamed."""
+        path = Path(file)
+        with replacing(path) as draft:
+            save_file(
+                {str(i): s.contiguous() for i, s in enumerate(self.scores.values())},
+                draft,
+                metadata={"tasks": json.dumps(list(self.scores))},
+            )
+        return path
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> ExpertPatterns:
+        with safe_open(file, "pt") as stream:
+            names = json.loads(stream.metadata()["tasks"])
+            return cls({name: stream.get_tensor(str(i)) for i, name in enumerate(names)})

@@ -1,0 +1,1 @@
+"""Training with masks that stay, move or are learned."""

@@ -1,0 +1,1 @@
+"""Quantized activations: layer inputs, keys and values, attention."""

@@ -1,0 +1,1 @@
+"""Allocation of bit widths among layers, and the sensitivities it rests on."""

@@ -1,0 +1,400 @@
+"""Number formats as data: integers, minifloats ExMy, fixed point, codebooks,
+and the block formats built from them.
+
+A format is a finite set of values in units of a scale. It rounds (nearest, ties to even; or stochastically), encodes to
+codes and decodes codes to values, all exactly. Where the scale comes from is `workbench.quantization.number.grid`'s business.
+
+>>> e2m1 = named("e2m1").element
+>>> e2m1.round(torch.tensor([0.25, 0.75, 2.5, 5.0, 100.0])).tolist()
+[0.0, 1.0, 2.0, 4.0, 6.0]
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from workbench.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Element:
+    """A set of values. `lowest` and `highest` bound it; `bits` is the width of a code."""
+
+    bits: int
+
+    @property
+    def lowest(self) -> float:
+        return -self.highest
+
+    @property
+    def highest(self) -> float:
+        raise TypeError(f"{type(self).__name__} has no highest")
+
+    def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
+        """The value nearest to each x (ties to the even code), or with `generator` one of its two neighbours
+        at random, with expectation x (stochastic rounding). Beyond the range: the bound, or with
+        `saturate=False` what the format defines (inf or nan; the bound when it has neither).
+        Same dtype as x, which is float32 or float64.
+        """
+        raise TypeError(f"{type(self).__name__} has no round")
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (int64, in [0, 2^bits)) of values that are already in the format."""
+        raise TypeError(f"{type(self).__name__} has no encode")
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values (float32) of codes."""
+        raise TypeError(f"{type(self).__name__} has no decode")
+
+    def values(self) -> Tensor:
+        """Every finite value, sorted, without repeats (float32); for up to 16 bits."""
+        found = self.decode(torch.arange(2**self.bits))
+        return torch.unique(found[(found >= self.lowest) & (found <= self.highest)] + 0.0)
+
+
+@dataclass(frozen=True)
+class Integer(Element):
+    """Integers. Signed ones are symmetric about zero, -(2^(b-1)-1) .. 2^(b-1)-1, in two's complement;
+    the others are 0 .. 2^b-1.
+    """
+
+    signed: bool = True
+
+    @property
+    def lowest(self) -> float:
+        return -self.highest if self.signed else 0.0
+
+    @property
+    def highest(self) -> float:
+        return float(2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1)
+
+    def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
+        rounded = torch.round(x) if generator is None else torch.floor(x + uniform(x, generator))
+        return rounded.clamp_(self.lowest, self.highest)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.to(torch.int64) & (2**self.bits - 1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        half = 2 ** (self.bits - 1)
+        return (((codes + half) & (2**self.bits - 1)) - half if self.signed else codes).float()
+
+
+@dataclass(frozen=True)
+class Fixed(Element):
+    """Signed fixed point: integers in [-2^(b-1), 2^(b-1)-1] times 2^-fraction (Dai et al. 2024, QFX)."""
+
+    fraction: int = 0
+
+    @property
+    def lowest(self) -> float:
+        return -(2.0 ** (self.bits - 1 - self.fraction))
+
+    @property
+    def highest(self) -> float:
+        return (2 ** (self.bits - 1) - 1) * 2.0**-self.fraction
+
+    def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
+        scaled = x * 2.0**self.fraction
+        rounded = torch.round(scaled) if generator is None else torch.floor(scaled + uniform(x, generator))
+        return (rounded * 2.0**-self.fraction).clamp_(self.lowest, self.highest)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x.double() * 2.0**self.fraction).to(torch.int64) & (2**self.bits - 1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        half = 2 ** (self.bits - 1)
+        return (((codes + half) & (2**self.bits - 1)) - half).float() * 2.0**-self.fraction
+
+
+@dataclass(frozen=True)
+class Minifloat(Element):
+    """Sign, `exponent` bits, `mantissa` bits; value (-1)^s 2^(e-bias) 1.m, subnormal at e = 0
+    (Micikevicius et al. 2022).
+
+    `special` says what the top codes mean: "ieee" (the whole top exponent is inf / nan), "fn"
+    (only all ones is nan), "finite" (all are numbers).
+    """
+
+    exponent: int = 4
+    mantissa: int = 3
+    special: str = "finite"
+
+    @property
+    def bias(self) -> int:
+        return 2 ** (self.exponent - 1) - 1
+
+    @property
+    def highest(self) -> float:
+        top = 2**self.exponent - 1 - (self.special == "ieee") - self.bias
+        return 2.0**top * (2 - 2.0**-self.mantissa * (2 if self.special == "fn" else 1))
+
+    def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
+        if saturate:
+            x = x.clamp(self.lowest, self.highest)
+        # Adding 1.5 * 2^(digits - M) * 2^e pushes everything below the last mantissa bit of x off the end
+        # of the wider type, which rounds to nearest even in hardware; subtracting it again is exact. float32
+        # has room while the format's exponents are far from its ends.
+        wide = (
+            x.double()
+            if self.exponent > 6 or self.mantissa > 10 or x.dtype == torch.float64 or not saturate
+            else x
+        )
+        digits, exponent_bits, view = (
+            (23, 0x7F800000, torch.int32) if wide.dtype == torch.float32 else (52, 0x7FF << 52, torch.int64)
+        )
+        binade = (wide.view(view) & exponent_bits).view(wide.dtype).clamp_(min=2.0 ** (1 - self.bias))
+        if generator is None:
+            push = binade * (1.5 * 2.0 ** (digits - self.mantissa))
+            rounded = (wide + push).sub_(push)
+        else:
+            step = binade * 2.0**-self.mantissa
+            rounded = torch.floor(wide / step + uniform(wide, generator)) * step
+        rounded = torch.copysign(rounded, wide)
+        if saturate:
+            return rounded.clamp_(self.lowest, self.highest).to(x.dtype)
+        beyond = {"ieee": float("inf"), "fn": float("nan"), "finite": self.highest}[self.special]
+        over = torch.full_like(rounded, beyond).copysign(wide)
+        if self.special != "ieee":
+            over = torch.where(
+                wide.isinf() & (self.special == "fn"), torch.full_like(over, float("nan")), over
+            )
+        return torch.where(rounded.abs() > self.highest, over, torch.where(wide.isnan(), wide, rounded)).to(
+            x.dtype
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        wide = x.double()
+        size = wide.abs()
+        floor = torch.where(size > 0, torch.frexp(size).exponent.long() - 1, -self.bias)
+        field = (floor + self.bias).clamp(min=0)
+        unit = torch.where(field > 0, floor, torch.full_like(floor, 1 - self.bias)) - self.mantissa
+        digits = torch.ldexp(size, -unit).to(torch.int64)
+        code = torch.where(field > 0, (field << self.mantissa) + digits - 2**self.mantissa, digits)
+        top = (2**self.exponent - 1) << self.mantissa
+        if self.special == "ieee":
+            code = torch.where(wide.isinf(), torch.full_like(code, top), code)
+            code = torch.where(wide.isnan(), torch.full_like(code, top + 2 ** (self.mantissa - 1)), code)
+        elif self.special == "fn":
+            code = torch.where(wide.isfinite(), code, torch.full_like(code, top + 2**self.mantissa - 1))
+        return code | (torch.signbit(wide).long() << (self.exponent + self.mantissa))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        field = (codes >> self.mantissa) & (2**self.exponent - 1)
+        digits = codes & (2**self.mantissa - 1)
+        whole = torch.where(field > 0, digits + 2**self.mantissa, digits).double()
+        value = torch.ldexp(whole, field.clamp(min=1) - self.bias - self.mantissa)
+        top = field == 2**self.exponent - 1
+        if self.special == "ieee":
+            value = torch.where(top, torch.where(digits == 0, float("inf"), float("nan")).double(), value)
+        elif self.special == "fn":
+            value = torch.where(top & (digits == 2**self.mantissa - 1), float("nan"), value)
+        return torch.where(codes >> (self.exponent + self.mantissa) & 1 == 1, -value, value).float()
+
+
+@dataclass(frozen=True)
+class Codebook(Element):
+    """A sorted list of values in [-1, 1]; a code is an index into it."""
+
+    table: tuple[float, ...] = (-1.0, 1.0)
+
+    @property
+    def lowest(self) -> float:
+        return self.table[0]
+
+    @property
+    def highest(self) -> float:
+        return self.table[-1]
+
+    def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
+        if generator is None:
+            found = buckets(self.table, x.dtype, x.device)
+            if found is None:
+                table = torch.tensor(self.table, dtype=x.dtype, device=x.device)
+                return table[torch.bucketize(x, (table[1:] + table[:-1]) / 2)]
+            middle, pair = found
+            flat = x.reshape(-1)
+            per_unit = (len(middle) - 1) / (self.highest - self.lowest)
+            index = (
+                flat.clamp(self.lowest, self.highest)
+                .sub_(self.lowest)
+                .mul_(per_unit)
+                .to(torch.int32)
+                .clamp_(0, len(middle) - 1)
+            )
+            above = flat > middle.index_select(0, index)
+            return pair.index_select(0, index.mul_(2).add_(above)).reshape(x.shape)
+        table = torch.tensor(self.table, dtype=x.dtype, device=x.device)
+        inside = x.clamp(self.lowest, self.highest)
+        below = torch.bucketize(inside, table[1:-1], right=True)
+        low, high = table[below], table[below + 1]
+        return torch.where(uniform(x, generator) < (inside - low) / (high - low), high, low)
+
+    def encode(self, x: Tensor) -> Tensor:
+        table = torch.tensor(self.table, dtype=x.dtype, device=x.device)
+        return torch.bucketize(x, (table[1:] + table[:-1]) / 2)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return torch.tensor(self.table, device=codes.device)[codes.clamp(max=len(self.table) - 1)]
+
+
+@functools.lru_cache
+def buckets(
+    values: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """A codebook's range cut into so many equal buckets that none holds two of the midpoints between values:
+    (midpoint of each bucket, infinite where there is none; the values below and above it, two a bucket).
+    Midpoints keep clear of the buckets' ends, where rounding could put a number into the neighbour.
+    None when a thousand buckets do not do.
+    """
+    table = torch.tensor(values, dtype=dtype)
+    middles = (table[1:] + table[:-1]) / 2
+    places = (middles.double() - values[0]) / (values[-1] - values[0])
+    for count in range(len(values), 1024):
+        where = places * count
+        inside, share = where.long(), where - where.floor()
+        if len(inside.unique()) == len(inside) and bool(((share > 1e-3) & (share < 1 - 1e-3)).all()):
+            below = torch.bucketize(torch.arange(count + 1), inside)  # midpoints in the buckets before
+            middle = torch.full((count + 1,), torch.inf, dtype=dtype)
+            middle[inside] = middles
+            pair = torch.stack(
+                [table[below], table[(below + middle.isfinite()).clamp(max=len(values) - 1)]], 1
+            ).reshape(-1)
+            return middle.to(device), pair.to(device)
+    return None
+
+
+@dataclass(frozen=True)
+class Format:
+    """An element format and how it wants to be scaled.
+
+    block : weights that share a scale when the standard fixes it (0: the user's granularity)
+    scale : "real" (any positive number, kept in 16 bits), "e8m0" (power of two), "e4m3"
+        (with one float32 per tensor), "none" (no scale)
+    rule  : how a scale is found when nothing is asked: "minmax" or "mean" (of magnitudes)
+    """
+
+    name: str
+    element: Element
+    block: int = 0
+    scale: str = "real"
+    rule: str = "minmax"
+
+    @property
+    def affine(self) -> bool:
+        return isinstance(self.element, Integer) and not self.element.signed
+
+    @property
+    def uniform(self) -> bool:
+        """Values are the integers: what a choice between floor and ceiling needs."""
+        return isinstance(self.element, Integer)
+
+
+def normal_float(bits: int = 4) -> tuple[float, ...]:
+    """NormalFloat codebook (Dettmers et al. 2023): quantiles of N(0,1) with an exact zero,
+    one more value above it than below, over their maximum.
+    """
+    half = 2 ** (bits - 1)
+    offset = 0.5 * ((1 - 1 / (4 * half)) + (1 - 1 / (4 * half - 2)))  # 0.9677083 for 4 bits
+    above = norm.ppf(np.linspace(offset, 0.5, half + 1)[:-1])
+    below = -norm.ppf(np.linspace(offset, 0.5, half)[:-1])
+    table = np.sort(np.concatenate([above, [0.0], below])) / above.max()
+    return tuple(float(v) for v in table)
+
+
+@functools.lru_cache
+def lloyd_max(bits: int) -> tuple[float, ...]:
+    """The codebook of 2^bits values with the least squared error for N(0,1) (Lloyd 1957, Max 1960);
+    unscaled, sorted.
+    """
+    values = norm.ppf((np.arange(2**bits) + 0.5) / 2**bits)
+    for _ in range(20000):
+        edges = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2, [np.inf]])
+        mass = np.diff(norm.cdf(edges))
+        updated = -np.diff(norm.pdf(edges)) / mass
+        change = np.abs(updated - values).max()
+        values = (updated - updated[::-1]) / 2
+        if change < 1e-12:
+            break
+    return tuple(float(v) for v in values)
+
+
+def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    """U[0,1) noise drawn on the generator's device, so the same seed gives the same rounding wherever it is
+    used.
+    """
+    return torch.rand(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(
+        like.device
+    )
+
+
+#: Formats with a fixed name; `named` also reads int2..int8, uint2..uint8, ExMy[fn|ieee], fixedW.F,
+#: nfB and quantileB.
+NAMED: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("e4m3fn", Minifloat(8, 4, 3, "fn")),
+        Format("e5m2", Minifloat(8, 5, 2, "ieee")),
+        Format("e3m2", Minifloat(6, 3, 2)),
+        Format("e2m3", Minifloat(6, 2, 3)),
+        Format("e2m1", Minifloat(4, 2, 1)),
+        Format("bf16", Minifloat(16, 8, 7, "ieee"), scale="none"),
+        Format("fp16", Minifloat(16, 5, 10, "ieee"), scale="none"),
+        Format("mxfp8", Minifloat(8, 4, 3, "fn"), 32, "e8m0"),
+        Format("mxfp8-e5m2", Minifloat(8, 5, 2, "ieee"), 32, "e8m0"),
+        Format("mxfp6", Minifloat(6, 3, 2), 32, "e8m0"),
+        Format("mxfp6-e2m3", Minifloat(6, 2, 3), 32, "e8m0"),
+        Format("mxfp4", Minifloat(4, 2, 1), 32, "e8m0"),
+        Format("nvfp4", Minifloat(4, 2, 1), 16, "e4m3"),
+        Format("nf4", Codebook(4, normal_float(4))),
+        Format("ternary", Codebook(2, (-1.0, 0.0, 1.0)), rule="mean"),
+        Format("binary", Codebook(1, (-1.0, 1.0)), rule="mean"),
+    )
+}
+ACCEPTED = (
+    "int, "
+    + ", ".join(NAMED)
+    + ", ExMy (as e3m4; add fn or ieee for special codes), fixedW.F, nfB, quantileB"
+)
+
+
+@functools.lru_cache
+def named(name: str, bits: int = 4, symmetric: bool = True) -> Format:
+    """A format by name; "int" takes its width and symmetry from `bits` and `symmetric`.
+    `BadInput` for an unknown one.
+    """
+    if name == "int":
+        return Format(f"int{bits}" if symmetric else f"uint{bits}", Integer(bits, symmetric))
+    if name in NAMED:
+        return NAMED[name]
+    if found := re.fullmatch(r"(u?)int([1-9]|1[0-6])", name):
+        width = int(found[2])
+        if width == 1 and not found[1]:
+            raise BadInput("format: 'int1' has no value but zero; use binary, ternary or uint1")
+        return Format(name, Integer(width, not found[1]))
+    if found := re.fullmatch(r"e([1-8])m(\d{1,2})(fn|ieee)?", name):
+        exponent, mantissa, special = int(found[1]), int(found[2]), found[3] or "finite"
+        if (
+            1 + exponent + mantissa > 16
+            or (special != "finite" and mantissa < 1)
+            or (special == "ieee" and exponent < 2)
+        ):
+            raise BadInput(
+                f"format: {name!r} is too wide or has no room for special codes; "
+                "ExMy needs 1+x+y <= 16, fn and ieee need y >= 1"
+            )
+        return Format(name, Minifloat(1 + exponent + mantissa, exponent, mantissa, special))
+    if (found := re.fullmatch(r"fixed(\d{1,2})\.(\d{1,2})", name)) and 2 <= int(found[1]) <= 16:
+        return Format(name, Fixed(int(found[1]), int(found[2])), scale="none")
+    if found := re.fullmatch(r"nf([2-8])", name):
+        return Format(name, Codebook(int(found[1]), normal_float(int(found[1]))))
+    if found := re.fullmatch(r"quantile([1-6])", name):
+        return Format(name, Codebook(int(found[1]), lloyd_max(int(found[1]))), rule="rms")
+    raise BadInput(f"format: {name!r} is unknown; accepted: {ACCEPTED}")

@@ -1,0 +1,1 @@
+"""Rotations folded into a model, random or learned."""

@@ -1,0 +1,137 @@
+"""Rotate: fold a rotation of the residual stream into a model's weights,
+and show what it does to what its layers read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import pandas as pd
+import torch
+from pydantic import BaseModel
+
+from workbench.instruments import SubjectInstrument, parameter
+from workbench.progress import Progress
+from workbench.quantization.activations.activations import InputRanges, input_ranges
+from workbench.quantization.quantize import choices
+from workbench.quantization.rotation.fold import rotate, stream_of
+from workbench.quantization.rotation.learned import learned_rotation, principal_rotation
+from workbench.results import Result
+from workbench.subjects import Subject
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+class RotateResult(Result):
+    """Tails of each layer's inputs with and without the rotation; the rotated model is `.subject`."""
+
+    def figure(self, column: str = "kurtosis", **more: Any) -> go.Figure:
+        from workbench.figures import figure, line
+
+        words = {
+            "kurtosis": "kurtosis of the inputs (3 is Gaussian)",
+            "spread": "largest over root mean square input",
+        }[column]
+        kind = self.instrument.kind  # type: ignore[attr-defined]
+        title = f"What each layer reads, before and after the {kind} rotation"
+        fig = figure(title, "layer", words, yaxis_type="log")
+        names = self.table["layer"].to_numpy()
+        for label, name in (("as trained", column), ("rotated", f"{column}_rotated")):
+            line(fig, names, self.table[name].to_numpy(), label, mode="lines+markers")
+        return fig
+
+    def view_model(self) -> type[BaseModel] | None:
+        return choices("RotateView", column=("kurtosis", "spread"))
+
+
+class Rotate(SubjectInstrument):
+    """Fold a rotation of the residual stream into a pre-norm causal model, drawn, learned (SpinQuant)
+    or principal (ResQ); its function stays.
+    """
+
+    changes_model: ClassVar[bool] = True
+
+    kind: Literal["hadamard", "orthogonal", "learned", "principal"] = parameter(
+        "hadamard",
+        "random signs times Hadamard blocks; Haar; learned for rounded activations; "
+        "principal components, the widest features last",
+    )
+    steps: int = parameter(
+        50, "learned: descent steps on the orthogonal matrices", ge=1, le=10000, scale="log"
+    )
+    rate: float = parameter(
+        1.0,
+        "learned: first step's length in the tangent space; it decays linearly",
+        gt=0,
+        le=100,
+        scale="log",
+    )
+    activation_bits: int = parameter(
+        4, "learned: width of the rounded inputs whose loss is minimised", ge=2, le=8, unit="bits"
+    )
+    heads: bool = parameter(True, "learned: also turn what each block's heads read and write")
+    share: float = parameter(
+        0.125, "principal: share of the features with the largest variance, put last", gt=0, lt=1
+    )
+    examples: int = parameter(64, "calibration examples", ge=1, unit="examples")
+
+    @classmethod
+    def result_class(cls) -> type[Result]:
+        return RotateResult
+
+    def check(self, on: Subject) -> None:
+        stream_of(on.model)
+        on.split("calibration")
+
+    def _run(self, on: Subject, progress: Progress) -> Result:
+        losses: list[float] = []
+        if self.kind == "learned":
+            made, losses = learned_rotation(
+                on,
+                self.steps,
+                self.rate,
+                self.activation_bits,
+                self.examples,
+                heads=self.heads,
+                seed=self.seed,
+                progress=progress,
+            )
+        elif self.kind == "principal":
+            made = principal_rotation(on, self.share, self.examples, self.seed, progress)
+        else:
+            made = rotate(on, self.kind, self.seed)
+        found = [
+            input_ranges(s, s.layers("blocks"), examples=self.examples, progress=progress) for s in (on, made)
+        ]
+        rows = [
+            {"layer": name}
+            | {
+                f"{key}{suffix}": value
+                for suffix, ranges in (("", before), ("_rotated", found[1][name]))
+                for key, value in tails(ranges).items()
+            }
+            for name, before in found[0].items()
+        ]
+        table = pd.DataFrame(rows)
+        with torch.no_grad():
+            batch = next(on.batches("calibration", 4))
+            gap = float((made.task.output(made.model, batch) - on.task.output(on.model, batch)).abs().max())
+        facts: dict[str, Any] = {
+            "largest_change_of_logits": gap,
+            "kurtosis": float(table["kurtosis"].median()),
+            "kurtosis_rotated": float(table["kurtosis_rotated"].median()),
+        }
+        tables = {"learning": pd.DataFrame({"step": range(len(losses)), "loss": losses})} if losses else {}
+        return self.result(table, facts, tables=tables, subject=made)
+
+
+def tails(ranges: InputRanges) -> dict[str, float]:
+    """Kurtosis, and largest over root mean square magnitude, over all entries of a layer's inputs."""
+    mean_square = float(
+        (ranges.second.sum(-1) / (ranges.tokens * ranges.second.shape[-1]).clamp_min(1)).mean()
+    )
+    return {
+        "kurtosis": float(ranges.kurtosis.mean()),
+        "spread": float(ranges.largest.max()) / max(mean_square, 1e-30) ** 0.5,
+    }

@@ -1,0 +1,1 @@
+"""Transforms: invertible changes of coordinates before rounding."""

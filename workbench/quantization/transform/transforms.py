@@ -1,0 +1,117 @@
+"""Equivalent transforms: W x = (W T)(T^-1 x). Rounding happens in the transformed coordinates, where outliers are smaller.
+
+A transform belongs to a grid: the weight's value is Q(W T) T^-1 in the model's own coordinates, and quantized activations are
+T Q(T^-1 x), so nothing else of the model changes and any architecture can be used. On hardware T^-1 is applied to the
+activations, or folded into the layer before (`rotation.py` does that where the model's normalisation allows it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from workbench.quantization.number.grid import steps_of
+from workbench.quantization.transform.coordinates import Transform, half, power_of_two
+
+if TYPE_CHECKING:
+    from workbench.quantization.rounding.problem import Problem
+
+
+Finder = Callable[["Problem", float], Transform | None]
+
+
+def smooth(problem: Problem, alpha: float) -> Transform:
+    """SmoothQuant: s_j = max|x_j|^alpha / max|w_j|^(1-alpha), weights taking over the activations' outliers (Xiao et al. 2023, eq. 4)."""
+    assert problem.largest is not None
+    weight = problem.weight.abs().amax(0).clamp_min(1e-5)
+    scale = problem.largest.clamp_min(1e-5).pow(alpha) / weight.pow(1 - alpha)
+    return Transform(scale=half(scale))
+
+
+def activation_aware(problem: Problem, alpha: float) -> Transform:
+    """AWQ: s = rms(x)^a with the a in 0, 0.05, ... 1 whose nearest rounding has the least output error (Lin et al. 2023)."""
+    size = problem.gram.diagonal().clamp_min(1e-12).sqrt()
+    best, least = Transform(), math.inf
+    for step in range(21):
+        scale = size.pow(step / 20)
+        trial = Transform(scale=half(scale / (scale.max() * scale.min()).sqrt()))
+        moved = problem.moved(trial)
+        error = problem.error(trial.weight_back(moved.masked(moved.grid().round(moved.weight))))
+        if error < least:
+            best, least = trial, error
+    return best
+
+
+def trained(problem: Problem, alpha: float) -> Transform:
+    """TEQ: input scales learned by gradient through the rounding, from 1, keeping the best (Cheng et al. 2023)."""
+    gram = problem.gram / problem.gram.diagonal().mean().clamp_min(1e-30)
+    log_scale = torch.zeros(problem.weight.shape[1], device=problem.weight.device, requires_grad=True)
+    optimizer = torch.optim.Adam([log_scale], 1e-2)
+    best, least = Transform(scale=torch.ones_like(log_scale).detach()), math.inf
+    unit = (problem.weight @ gram * problem.weight).sum().clamp_min(1e-30)
+    for step in range(problem.steps):
+        with torch.enable_grad():
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * (1 - step / problem.steps)
+            scale = log_scale.exp()
+            moved = problem.weight * scale
+            fixed = problem.moved(Transform(scale=scale.detach()))
+            grid = fixed.grid()
+            rounded = fixed.masked(grid.round(fixed.weight))
+            # The grid's step is the group's largest magnitude over a constant, so it moves with the scales; the straight-through
+            # estimate (rounded - exact) / step is constant in them.
+            spread = steps_of(moved, grid)
+            gap = (rounded - fixed.weight).detach() / spread.detach()
+            error = gap * spread / scale
+            loss = (error @ gram * error).sum() / unit
+            if float(loss.detach()) < least:
+                best, least = Transform(scale=half(scale.detach())), float(loss.detach())
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return best
+
+
+def rotation(problem: Problem, alpha: float) -> Transform:
+    """A randomised Hadamard rotation of the inputs (Ashkboos et al. 2024, QuaRot's online rotation)."""
+    width = problem.weight.shape[1]
+    signs = torch.randint(0, 2, (width,), generator=problem.generator).to(problem.weight) * 2 - 1
+    return Transform(signs=signs, block=power_of_two(width))
+
+
+def principal_components(problem: Problem, alpha: float) -> Transform:
+    """ResQ's coordinates for one layer: principal components of its inputs, turned at random within the eighth of largest variance and
+    within the rest (Saxena et al. 2025). With `wide_share` 1/8 of quantized activations that subspace keeps 8 bits."""
+    from workbench.quantization.rotation.learned import principal
+
+    found = principal(problem.gram, 0.125, problem.generator).to(problem.weight.dtype)
+    return Transform(left=torch.ones_like(found[:1, :1]), right=found, orthogonal=True)
+
+
+def flat(problem: Problem, alpha: float) -> Transform:
+    """FlatQuant's learned Kronecker transform (Sun et al. 2025), see `flatness.py`."""
+    from workbench.quantization.transform import flatquant
+
+    return flatquant.flat(problem, alpha)
+
+
+TRANSFORMS: dict[str, Finder] = {
+    "smooth": smooth,
+    "awq": activation_aware,
+    "teq": trained,
+    "hadamard": rotation,
+    "resq": principal_components,
+    "flatquant": flat,
+}
+
+
+def in_coordinates(problem: Problem, name: str, alpha: float) -> tuple[Problem, Transform | None]:
+    """The problem in the coordinates of the named transform."""
+    if name == "none":
+        return problem, None
+    found = TRANSFORMS[name](problem, alpha)
+    assert found is not None
+    return problem.moved(found), found

@@ -1,0 +1,180 @@
+"""The `scaling-plan` instrument: a fitted law turned into a plan for a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workbench.errors import BadInput
+from workbench.instruments import parameter
+from workbench.progress import Progress
+from workbench.results import Result
+from workbench.scaling import isoflop
+from workbench.scaling.comparison import compute_of
+from workbench.scaling.fitting import Fit
+from workbench.scaling.hyperparameters import REQUIRED, advice_of, best_settings, fit_step_law, step_law
+from workbench.scaling.planning import (
+    Draws,
+    best_precision,
+    compute_optimal,
+    data_constrained,
+    exponents,
+    flops_for,
+    inference_aware,
+    over_training,
+    trajectory,
+)
+from workbench.scaling.results import ScalingPlanResult
+from workbench.scaling.runs import Runs
+from workbench.scaling.scaling_fit import ScalingFit
+
+
+class ScalingPlan(ScalingFit):
+    """Compute-optimal size, tokens, epochs, precision, learning rate and batch for a budget, with intervals from the fit."""
+
+    flops: float | None = parameter(
+        None, "training budget in FLOPs; or give gpu_hours or money", unit="FLOPs", gt=0
+    )
+    gpu_hours: float | None = parameter(None, "training budget in device hours", unit="hours", gt=0)
+    money: float | None = parameter(None, "training budget in money", gt=0)
+    price_per_gpu_hour: float | None = parameter(None, "price of a device hour, in the same money", gt=0)
+    peak_flops: float | None = parameter(None, "FLOP/s of one device", unit="FLOP/s", gt=0)
+    utilisation: float = parameter(0.4, "share of the peak that training reaches", gt=0, le=1)
+    inference_tokens: float = parameter(
+        0.0, "tokens that the model will serve in its life", unit="tokens", ge=0
+    )
+    unique_tokens: float | None = parameter(None, "distinct tokens there are", unit="tokens", gt=0)
+    fixed: dict[str, float] = parameter({}, "values of the law's other columns, for example {bits: 8}")
+
+    @classmethod
+    def result_class(cls) -> type[Result]:
+        return ScalingPlanResult
+
+    def budget(self, on: Any) -> float:
+        """The budget in FLOPs; without one, ten times the largest run."""
+        if self.flops is None and self.gpu_hours is None and self.money is None:
+            return 10.0 * float(compute_of(getattr(on, "table", on)).max())
+        return flops_for(
+            self.flops, self.gpu_hours, self.money, self.peak_flops, self.utilisation, self.price_per_gpu_hour
+        )
+
+    def check(self, on: Any) -> None:
+        super().check(on)
+        self.budget(on)
+        chosen = self.chosen_law()
+        if not {"params", "average_params"} & set(chosen.columns) or "tokens" not in chosen.columns:
+            raise BadInput(
+                f"law: {self.law} knows not both model size and tokens, so it cannot divide a budget; take chinchilla, kaplan, "
+                "over-training, data-constrained or a precision law"
+            )
+        needed = (
+            set(chosen.columns)
+            - {"params", "tokens", "average_params", "non_embedding_params", "active_params", "flops"}
+            - set(self.fixed)
+        )
+        if self.unique_tokens is not None:
+            needed -= {"unique_tokens"}
+        if "bits" in needed:
+            needed -= {"bits"}  # chosen by the plan
+        if needed:
+            raise BadInput(
+                f"fixed: the plan needs a value for {', '.join(sorted(needed))}; give fixed={{{sorted(needed)[0]}: ...}}"
+            )
+
+    def _run(self, on: Runs, progress: Progress) -> Result:
+        found, keep = self.fitted(on, progress)
+        drawn = self.draws(found, lambda: progress.stopped)
+        draws = Draws.of(drawn if drawn is not None else found)
+        budget = self.budget(on)
+        fixed = dict(self.fixed)
+        if self.unique_tokens is not None:
+            fixed["unique_tokens"] = self.unique_tokens
+        tables: dict[str, pd.DataFrame] = {}
+        if "bits" in found.law.columns and "bits" not in fixed:
+            precise = best_precision(draws, flops=budget, level=self.level, fixed=fixed)
+            fixed["bits"] = precise["bits"]
+            tables["precision"] = precise.table
+        if "unique_tokens" in found.law.columns and self.unique_tokens is not None:
+            plan = data_constrained(
+                draws,
+                budget,
+                self.unique_tokens,
+                self.level,
+                {k: v for k, v in fixed.items() if k != "unique_tokens"},
+            )
+        else:
+            plan = compute_optimal(draws, budget, self.level, fixed)
+        tables["exponents"] = exponents(draws, budget, self.level, fixed=fixed)
+        tables["over_training"] = over_training(draws, budget, level=self.level, fixed=fixed)
+        tables["trajectory"] = trajectory(
+            draws, plan["params"], plan["tokens"], level=self.level, fixed=fixed
+        )
+        tables["frontier"] = self._frontier(draws, budget, fixed, on)
+        if self.inference_tokens:
+            tables["inference"] = inference_aware(
+                draws, plan["loss"], self.inference_tokens, self.level, fixed=fixed
+            ).table
+        tables["advice"] = self._advice(on, plan["params"], plan["tokens"])
+        tables |= self._bias(found, on, budget, fixed)
+        facts: dict[str, Any] = {
+            "law": found.law.name,
+            "budget_flops": budget,
+            **{k: float(v[0]) for k, v in plan.draws.items()},
+        }
+        for row in plan.table.to_dict("records"):
+            facts[f"{row['quantity']}_low"], facts[f"{row['quantity']}_high"] = (
+                float(row["low"]),
+                float(row["high"]),
+            )
+        facts["beyond_largest_run"] = budget / float(compute_of(on.table)[keep].max())
+        facts["certificate"] = found.certificate.text
+        if plan.note:
+            facts["note"] = plan.note
+        return self.result(
+            plan.table, facts, tables=tables, arrays={"theta": found.theta, "draws": draws.theta}
+        )
+
+    def _frontier(self, draws: Draws, budget: float, fixed: dict[str, float], on: Runs) -> pd.DataFrame:
+        lowest = float(compute_of(on.table).min())
+        rows = []
+        for c in np.geomspace(lowest, max(budget, lowest * 10) * 3, 25):
+            plan = compute_optimal(draws, float(c), self.level, fixed)
+            row: dict[str, float] = {"flops": float(c)}
+            for part in plan.table.to_dict("records"):
+                name = str(part["quantity"])
+                row |= {
+                    name: float(part["estimate"]),
+                    f"{name}_low": float(part["low"]),
+                    f"{name}_high": float(part["high"]),
+                }
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _advice(self, on: Runs, params: float, tokens: float) -> pd.DataFrame:
+        """Learning rate and batch size: fitted to the runs where they hold a grid, and the published law beside it."""
+        rows = [("Step Law (published, non-embedding parameters)", *step_law(params, tokens))]
+        if all(c in on.table for c in REQUIRED):
+            settings = best_settings(on)
+            if (
+                settings[["params", "tokens"]].nunique().min() >= 2
+                and len(settings) >= 4
+                and (settings.runs >= 3).all()
+            ):
+                rows.insert(0, ("fitted to these runs", *advice_of(fit_step_law(settings))(params, tokens)))
+        return pd.DataFrame(rows, columns=["source", "learning_rate", "batch_tokens"])
+
+    def _bias(self, found: Fit, on: Runs, budget: float, fixed: dict[str, float]) -> dict[str, pd.DataFrame]:
+        """IsoFLOP parabolas on the user's own grid, without noise: their error is the method's alone."""
+        table = on.table
+        if not {"params", "flops"} <= set(table):
+            return {}
+        try:
+            pairs = isoflop.optima(table)
+            bias = isoflop.parabola_bias(
+                found.law, found.params, table.params, table.flops, budget, fixed=fixed
+            )
+        except BadInput:  # the runs form no IsoFLOP grid: nothing to simulate
+            return {}
+        return {"isoflop": pairs, "isoflop_bias": bias}

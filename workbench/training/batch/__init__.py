@@ -1,0 +1,1 @@
+"""Batch sizes: rules, noise scale, normalisation over micro-batches, adversarial examples."""

@@ -1,0 +1,1 @@
+"""Optimizers, one file each, and the registry that makes one by name."""

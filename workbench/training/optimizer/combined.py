@@ -1,0 +1,44 @@
+"""Several optimizers on disjoint parameters as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from workbench.training.optimizer.group_optimizer import evaluated
+
+
+class Together(Optimizer):
+    """Several optimizers on disjoint parameters as one: schedules,
+    clipping and checkpoints see a single optimizer.
+    """
+
+    def __init__(self, parts: list[Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([{**group} for part in parts for group in part.param_groups], {})
+        self._link()
+
+    def _link(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = evaluated(closure)
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._link()
+
+    def kept_state(self) -> list[Any]:
+        """Everything that is kept between steps."""
+        return [dict(part.state) for part in self.parts]

@@ -1,0 +1,104 @@
+"""Layer-wise adaptive rates for large batches: LAMB (You et al. 2020, algorithm 2) and LARS
+(You, Gitman & Ginsburg 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workbench.training.optimizer.group_optimizer import GroupOptimizer, adam_direction
+
+
+def trust_ratios(weights: list[Tensor], updates: list[Tensor], scale: float, largest: float) -> list[Tensor]:
+    """phi(|w|) / |scale u| per tensor with phi(z) = min(z, largest); 1 where either norm is zero.
+    Scalars of the weights' dtype.
+    """
+    above, below = (
+        torch.stack(torch._foreach_norm(weights)),
+        torch.stack(torch._foreach_norm(updates)) * scale,
+    )
+    return list(
+        torch.where(
+            (above > 0) & (below > 0), above.clamp(max=largest) / below, torch.ones_like(above)
+        ).unbind()
+    )
+
+
+class LAMB(GroupOptimizer):
+    """Adam's direction, scaled per tensor to the size of the weights.
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  r = m_hat / (sqrt(v_hat) + eps);  u = r + wd w
+    w <- w - lr phi(|w|) / |u| u, phi(z) = min(z, largest), ratio 1 when a norm is 0.
+
+    `state[p]["trust_ratio"]` holds the last ratio of each tensor.
+    bias_correction=False gives the variant of the authors' code.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        largest: float = 10.0,
+        bias_correction: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                largest=largest,
+                bias_correction=bias_correction,
+            ),
+        )
+
+    def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        first, second = self.kept("exp_avg", weights), self.kept("exp_avg_sq", weights)
+        updates, scale = adam_direction(
+            first, second, gradients, group["betas"], group["eps"], group["step"], group["bias_correction"]
+        )
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, weights, alpha=group["weight_decay"] / scale)
+        ratios = trust_ratios(weights, updates, scale, group["largest"])
+        torch._foreach_addcmul_(weights, updates, ratios, value=-group["lr"] * scale)
+        for p, ratio in zip(weights, ratios, strict=True):
+            self.state[p]["trust_ratio"] = ratio
+
+
+class LARS(GroupOptimizer):
+    """Momentum SGD whose step is scaled per tensor to the size of the weights.
+
+    u = g + wd w;  m <- momentum m + lr eta |w| / (|g| + wd |w|) u;  w <- w - m. Ratio 1 when a norm is 0.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        momenta, decay = self.kept("momentum", weights), group["weight_decay"]
+        w, g = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
+        ratios = torch.where((w > 0) & (g > 0), group["trust"] * w / (g + decay * w), torch.ones_like(w))
+        # the rate of each tensor stays on its device as a scalar:
+        # one fused pass, no copy of the gradients, no synchronisation
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_addcmul_(momenta, gradients, list(ratios.unbind()), value=group["lr"])
+        if decay:
+            torch._foreach_addcmul_(momenta, weights, list(ratios.unbind()), value=group["lr"] * decay)
+        torch._foreach_sub_(weights, momenta)
+        for p, ratio in zip(weights, ratios.unbind(), strict=True):
+            self.state[p]["trust_ratio"] = ratio

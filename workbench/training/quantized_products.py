@@ -1,0 +1,176 @@
+"""Training with quantized matrix products, outliers spread by Hadamard rotations
+(Ashkboos, Nikdan, Tabesh et al. 2025, HALO).
+
+A linear layer Y = X W^T trains through three products, each here on operands Q(.)
+rounded with one scale a tensor:
+
+    level       0                    1                     2
+    Y           Q(X) Q(W)^T          Q(X H) Q(W H)^T       Q(X H) Q(W H)^T
+    dX          Q(dY) Q(W)           Q(dY) Q(W)            K^T (Q(K dY) Q(W))
+    dW          Q(dY)^T Q(X)         Q(dY)^T Q(X)          Q(dY)^T Q(X)
+
+H mixes features, K mixes tokens; both are orthogonal, so without rounding every level is the plain layer. The
+placement is that of the authors' published implementation; its quantized communication between devices is not
+part of this. Here H and K are block-diagonal where a side is no power of two, and K mixes at most `TOKENS`
+tokens, the last block filled with zeros. Rounding is simulated: values on the format's grid, products in
+the model's own precision. What is not a linear layer, and all that lies outside the blocks, is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from workbench.errors import BadInput
+from workbench.quantization.number.formats import Format, named
+from workbench.quantization.transform.coordinates import hadamard, power_of_two
+from workbench.statistics.inputs import WeightCalls
+from workbench.subjects import Layer
+
+LEVELS = (0, 1, 2)
+TOKENS = 128  # tokens mixed by one rotation: the product with the rotation stays small beside the layer's
+
+
+def rounded(x: Tensor, format: Format | None) -> Tensor:
+    """x on the format's grid that just holds its largest magnitude, same dtype; None rounds nothing."""
+    if format is None:
+        return x
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = work.abs().amax() / format.element.highest
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (format.element.round(work / scale) * scale).to(x.dtype)
+
+
+def over_features(rows: Tensor) -> Tensor:
+    """rows (..., features) H; H is its own inverse."""
+    block = power_of_two(rows.shape[-1])
+    return (rows.unflatten(-1, (-1, block)) @ hadamard(block, rows.device, rows.dtype)).flatten(-2)
+
+
+def over_tokens(rows: Tensor) -> Tensor:
+    """K rows (tokens, features), tokens a multiple of the block it mixes; K is its own inverse."""
+    block = min(TOKENS, power_of_two(len(rows)))
+    return (hadamard(block, rows.device, rows.dtype) @ rows.unflatten(0, (-1, block))).flatten(0, 1)
+
+
+def filled(rows: Tensor) -> Tensor:
+    """Rows of zeros after these, up to the next multiple of `TOKENS`,
+    or the next power of two when they are fewer.
+    """
+    whole = TOKENS if len(rows) > TOKENS else 1 << (len(rows) - 1).bit_length()
+    return torch.cat([rows, rows.new_zeros(-len(rows) % whole, rows.shape[1])])
+
+
+def output(x: Tensor, weight: Tensor, format: Format | None, level: int) -> Tensor:
+    """X W^T (tokens, out) of x (tokens, in) and weight (out, in)."""
+    if level:
+        x, weight = over_features(x), over_features(weight)
+    return rounded(x, format) @ rounded(weight, format).mT
+
+
+def input_gradient(error: Tensor, weight: Tensor, format: Format | None, level: int) -> Tensor:
+    """dY W (tokens, in) of error (tokens, out)."""
+    if level < 2:
+        return rounded(error, format) @ rounded(weight, format)
+    return over_tokens(rounded(over_tokens(filled(error)), format) @ rounded(weight, format))[: len(error)]
+
+
+def weight_gradient(error: Tensor, x: Tensor, format: Format | None) -> Tensor:
+    """dY^T X (out, in)."""
+    return rounded(error, format).mT @ rounded(x, format)
+
+
+def relative_errors(x: Tensor, weight: Tensor, error: Tensor, format: Format) -> dict[str, float]:
+    """Relative errors ||found - exact|| / ||exact|| (Frobenius) by name: "X", "W", "E" of the operands
+    rounded as they are, "XH", "WH", "KE" rounded after their rotation;
+    "Y", "dX", "dW" of the products without rotation, "Y rotated", "dX rotated" with it.
+    """
+    pairs = {
+        "X": x,
+        "W": weight,
+        "E": error,
+        "XH": over_features(x),
+        "WH": over_features(weight),
+        "KE": over_tokens(filled(error)),
+    }
+    found = {name: (rounded(value, format), value) for name, value in pairs.items()}
+    found |= {
+        "Y": (output(x, weight, format, 0), x @ weight.mT),
+        "dX": (input_gradient(error, weight, format, 0), error @ weight),
+        "dW": (weight_gradient(error, x, format), error.mT @ x),
+    }
+    found |= {
+        "Y rotated": (output(x, weight, format, 1), found["Y"][1]),
+        "dX rotated": (input_gradient(error, weight, format, 2), found["dX"][1]),
+    }
+    return {name: float((value - exact).norm() / exact.norm()) for name, (value, exact) in found.items()}
+
+
+class QuantizedLinear(Function):
+    """x (..., in), weight (out, in) -> (..., out) by the three products above."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, format: Format | None, level: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.format, ctx.level = format, level
+        return output(x.flatten(0, -2), weight, format, level).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        error = upstream[0].flatten(0, -2)
+        by_input = (
+            input_gradient(error, weight, ctx.format, ctx.level).unflatten(0, x.shape[:-1])
+            if ctx.needs_input_grad[0]
+            else None
+        )
+        by_weight = weight_gradient(error, x.flatten(0, -2), ctx.format) if ctx.needs_input_grad[1] else None
+        return by_input, by_weight, None, None
+
+
+class QuantizedProducts(WeightCalls):
+    """While entered, the products of these layers run on operands of a format, forward and backward;
+    biases are added in full precision.
+
+    format : a name with a scale and no zero point, as int8, int6 or e4m3fn, or "" for no rounding;
+        level : 0, 1 or 2 `BadInput` for stacked experts, whose products are not those of a linear layer,
+            for other formats and other levels.
+    """
+
+    def __init__(self, layers: Sequence[Layer], format: str, level: int = 0) -> None:
+        super().__init__(layers)
+        if level not in LEVELS:
+            raise BadInput(
+                f"rotation: {level} is no level; accepted: 0 (none), 1 (forward), "
+                "2 (forward and input gradient)"
+            )
+        if stacked := [layer.name for layer in layers if len(layer.shape) == 3]:
+            raise BadInput(
+                f"precision: {stacked[0]} is a stack of experts; {format} products need plain linear layers"
+            )
+        self.format, self.level = (named(format) if format else None), level
+        if self.format is not None and (
+            self.format.scale != "real" or self.format.affine or self.format.block
+        ):
+            raise BadInput(
+                f"precision: {format} is no format of one scale a tensor without zero point; accepted: "
+                "int2 to int16 and ExMy as e4m3fn"
+            )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "linear":
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            if self.found(given["weight"]) is not None:
+                product: Tensor = QuantizedLinear.apply(
+                    given["input"], given["weight"], self.format, self.level
+                )
+                return product if given.get("bias") is None else product + given["bias"]
+        elif name == "addmm" and len(args) == 3 and self.found(args[2]) is not None:
+            return QuantizedLinear.apply(args[1], args[2].mT, self.format, self.level) + args[0]
+        return func(*args, **kwargs)
