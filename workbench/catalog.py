@@ -57,7 +57,9 @@ class Method:
     measure: Callable[..., dict[str, Any]] | None = None  # (name, progress) -> evidence record
 
     def evidence(self) -> dict[str, Any] | None:
-        """The stored measurement (`data/evidence/FAMILY/NAME.json`), or None when nothing was measured yet."""
+        """The stored measurement (`data/evidence/FAMILY/NAME.json`),
+        or None when nothing was measured yet.
+        """
         from workbench.storage import data_folder
 
         file = data_folder() / "evidence" / self.family / f"{self.name}.json"

@@ -6,7 +6,9 @@ from pydantic import BaseModel, ValidationError
 
 
 class BadInput(ValueError):
-    """The user asked for something that cannot be done; one line names the field, the value, what is accepted and the fix."""
+    """The user asked for something that cannot be done; one line names the field, the value,
+    what is accepted and the fix.
+    """
 
 
 def describe(error: ValidationError, cls: type[BaseModel]) -> str:

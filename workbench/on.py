@@ -17,7 +17,9 @@ class Asked(Protocol):
 
 
 class OnBench(Protocol):
-    """A subject, as far as instruments and results know it: it is saved, adopted by the run that made it, and derived again."""
+    """A subject, as far as instruments and results know it:
+    it is saved, adopted by the run that made it, and derived again.
+    """
 
     fingerprint: Any
 

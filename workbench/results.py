@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Result:
-    """What a run returned: a tidy `table`, one-line `facts`, further `tables` and `arrays`, provenance, and a figure.
+    """What a run returned: a tidy `table`, one-line `facts`, further `tables` and `arrays`, provenance,
+    and a figure.
 
-    Subclasses override `figure(**view)` (pure: draws, never computes anew) and `view_model()` (what the viewer may change
-    without running again). A result of an instrument that changes a model has `.subject`.
+    Subclasses override `figure(**view)` (pure: draws, never computes anew) and `view_model()` (what
+    the viewer may change without running again). A result of an instrument that changes a model has
+    `.subject`.
     """
 
-    #: what `load` opens a stored result with; set by `workbench.catalog` and `workbench.subjects`, which are above results
+    #: what `load` opens a stored result with; set by `workbench.catalog` and `workbench.subjects`,
+    #: which are above results
     finds: ClassVar[Callable[[str], Any]]
     opens: ClassVar[Callable[[Path], Any]]
 
@@ -55,7 +58,9 @@ class Result:
         return table_figure(self.table, title=type(self.instrument).__name__)
 
     def view_model(self) -> type[BaseModel] | None:
-        """Settings of `figure(**view)` as a pydantic model (choices may depend on this result); a panel makes controls of them."""
+        """Settings of `figure(**view)` as a pydantic model (choices may depend on this result);
+        a panel makes controls of them.
+        """
         return None
 
     def summary(self) -> str:
@@ -79,7 +84,9 @@ class Result:
         return f"<p>{html.escape(self.summary())}</p>{rows}{more}"
 
     def save(self, folder: str | os.PathLike[str], with_subject: bool = True) -> Path:
-        """Write Parquet + JSON + safetensors to `folder` (made by renaming a finished draft); never pickle."""
+        """Write Parquet + JSON + safetensors to `folder` (made by renaming a finished draft);
+        never pickle.
+        """
         from safetensors.numpy import save_file
 
         folder = Path(folder)
@@ -113,7 +120,8 @@ class Result:
         folder = Path(folder)
         if not (folder / "result.json").is_file():
             raise BadInput(
-                f"folder: {str(folder)!r} holds no saved result (no result.json); give a folder written by Result.save"
+                f"folder: {str(folder)!r} holds no saved result (no result.json); "
+                "give a folder written by Result.save"
             )
         content = json.loads((folder / "result.json").read_text())
         instrument = Result.finds(content["instrument"])(**content["fields"])

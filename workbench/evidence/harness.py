@@ -21,7 +21,9 @@ def digits(seed: int, progress: Progress) -> Any:
 def losses(
     fields: dict[str, Any], progress: Progress, subject: str = "digits-vit", seeds: Sequence[int] = SEEDS
 ) -> dict[str, Any]:
-    """Test loss and accuracy of one pruning for every seed, with mean and the half width of a 95 % t interval."""
+    """Test loss and accuracy of one pruning for every seed,
+    with mean and the half width of a 95 % t interval.
+    """
     import workbench
     from workbench.pruning.prune import Prune
 
@@ -64,7 +66,9 @@ def compare(
     subject: str = "digits-vit",
     seeds: Sequence[int] = SEEDS,
 ) -> dict[str, Any]:
-    """Run all arms; a claim (better, worse) holds when the better arm's mean loss is lower. Paired by seed."""
+    """Run all arms; a claim (better, worse) holds when the better arm's mean loss is lower.
+    Paired by seed.
+    """
     measured = {label: losses(fields, progress, subject, seeds) for label, fields in arms.items()}
     checked = []
     for better, worse in claims:

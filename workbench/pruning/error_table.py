@@ -70,7 +70,9 @@ def add_prediction(
     examples: int,
     progress: Progress,
 ) -> None:
-    """Second-order prediction beside the measurement, on the same batches; both go into the table and the facts."""
+    """Second-order prediction beside the measurement, on the same batches;
+    both go into the table and the facts.
+    """
     from workbench.curvature.estimators.quadratic import measured_change, predicted_change
 
     prediction = predicted_change(dense, deltas, split=split, examples=examples, progress=progress)

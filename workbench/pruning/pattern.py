@@ -11,7 +11,8 @@ row, column         one output's weights; one input's weights
 heads, neurons, heads+neurons
                     coupled structures that span several matrices (see `workbench.subjects.structure.units`)
 channels, layers, experts
-                    dimensions of the architecture, cut for the whole model at once (see `workbench.subjects.structure.dimensions`)
+                    dimensions of the architecture, cut for the whole model at once
+                    (see `workbench.subjects.structure.dimensions`)
 """
 
 from __future__ import annotations

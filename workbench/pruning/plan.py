@@ -74,7 +74,8 @@ class PrunePlan(SubjectInstrument):
     sparsity: float = parameter(0.5, "share of the weights to remove", ge=0, lt=1, step=0.01)
     pattern: str = parameter(
         "unstructured",
-        "what goes together: unstructured, 2:4, 2:4 outputs, block 16x16, row, column, heads, neurons, heads+neurons, "
+        "what goes together: unstructured, 2:4, 2:4 outputs, block 16x16, row, column, heads, neurons, "
+        "heads+neurons, "
         "channels, layers, experts",
     )
     layers: str = parameter(
@@ -125,7 +126,8 @@ class PrunePlan(SubjectInstrument):
     rank: int = parameter(8, "rank of the adapters of a low-rank recovery", ge=1)
     remove: bool = parameter(
         True,
-        "take pruned heads and neurons out of the matrices, so that the model is smaller; otherwise they are masked",
+        "take pruned heads and neurons out of the matrices, so that the model is smaller; "
+        "otherwise they are masked",
     )
     predict_examples: int = parameter(
         32, "examples for predicted and measured loss change (0: leave them out)", ge=0, unit="examples"

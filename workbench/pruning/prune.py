@@ -30,7 +30,9 @@ from workbench.subjects import Layer, Subject
 
 
 class Prune(PrunePlan):
-    """Remove weights by a published method or a composition of one's own; the loss predicted stands beside the loss measured."""
+    """Remove weights by a published method or a composition of one's own;
+    the loss predicted stands beside the loss measured.
+    """
 
     changes_model: ClassVar[bool] = True
     summary_line: ClassVar[str] = (

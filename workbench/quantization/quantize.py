@@ -729,14 +729,17 @@ def check_salient(settings: Quantize, layers: Sequence[Layer], format: Format) -
         return
     if settings.rounding not in ROUNDINGS:
         raise BadInput(
-            f"salient_share: {settings.rounding} rounds on one grid; use {', '.join(ROUNDINGS)}, or salient_share 0"
+            f"salient_share: {settings.rounding} rounds on one grid; "
+            f"use {', '.join(ROUNDINGS)}, or salient_share 0"
         )
     if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
         raise BadInput(
-            f"salient_share: {fused[0]} is a stack of experts, each with salient weights of its own; choose other layers, or salient_share 0"
+            f"salient_share: {fused[0]} is a stack of experts, each with salient weights of its own; "
+            "choose other layers, or salient_share 0"
         )
     if format.scale == "none":
         raise BadInput(
-            f"salient_share: {format.name} has no scales; use an int, ExMy, codebook, block, ternary or binary format"
+            f"salient_share: {format.name} has no scales; use an int, ExMy, codebook, block, "
+            "ternary or binary format"
         )
     group_of(format, settings.granularity, settings.group_size, layers[0].shape[-1])

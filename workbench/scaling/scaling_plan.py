@@ -32,7 +32,9 @@ from workbench.scaling.scaling_fit import ScalingFit
 
 
 class ScalingPlan(ScalingFit):
-    """Compute-optimal size, tokens, epochs, precision, learning rate and batch for a budget, with intervals from the fit."""
+    """Compute-optimal size, tokens, epochs, precision, learning rate and batch for a budget,
+    with intervals from the fit.
+    """
 
     flops: float | None = parameter(
         None, "training budget in FLOPs; or give gpu_hours or money", unit="FLOPs", gt=0
@@ -66,7 +68,8 @@ class ScalingPlan(ScalingFit):
         chosen = self.chosen_law()
         if not {"params", "average_params"} & set(chosen.columns) or "tokens" not in chosen.columns:
             raise BadInput(
-                f"law: {self.law} knows not both model size and tokens, so it cannot divide a budget; take chinchilla, kaplan, "
+                f"law: {self.law} knows not both model size and tokens, so it cannot divide a budget; "
+                "take chinchilla, kaplan, "
                 "over-training, data-constrained or a precision law"
             )
         needed = (
@@ -80,7 +83,8 @@ class ScalingPlan(ScalingFit):
             needed -= {"bits"}  # chosen by the plan
         if needed:
             raise BadInput(
-                f"fixed: the plan needs a value for {', '.join(sorted(needed))}; give fixed={{{sorted(needed)[0]}: ...}}"
+                f"fixed: the plan needs a value for {', '.join(sorted(needed))}; "
+                f"give fixed={{{sorted(needed)[0]}: ...}}"
             )
 
     def _run(self, on: Runs, progress: Progress) -> Result:
@@ -153,7 +157,9 @@ class ScalingPlan(ScalingFit):
         return pd.DataFrame(rows)
 
     def _advice(self, on: Runs, params: float, tokens: float) -> pd.DataFrame:
-        """Learning rate and batch size: fitted to the runs where they hold a grid, and the published law beside it."""
+        """Learning rate and batch size: fitted to the runs where they hold a grid,
+        and the published law beside it.
+        """
         rows = [("Step Law (published, non-embedding parameters)", *step_law(params, tokens))]
         if all(c in on.table for c in REQUIRED):
             settings = best_settings(on)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 
 def damped(gram: Tensor, damp: float) -> Tensor:
-    """A copy of the inputs' second moment that can be inverted: unseen inputs get 1, the diagonal gains `damp` times its mean."""
+    """A copy of the inputs' second moment that can be inverted:
+    unseen inputs get 1, the diagonal gains `damp` times its mean.
+    """
     found = gram.clone()
     diagonal = found.diagonal()
     unseen = diagonal == 0

@@ -54,7 +54,9 @@ class Training:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row a step: step, examples, items, lr, batch_size, loss, gradient_norm, seconds, and validation_* when evaluated."""
+        """One row a step: step, examples, items, lr, batch_size, loss, gradient_norm, seconds,
+        and validation_* when evaluated.
+        """
         return pd.DataFrame(self.rows)
 
     @property

@@ -1,1 +1,3 @@
-"""Estimates from products with a curvature operator: eigenpairs, densities, traces, predicted loss changes."""
+"""Estimates from products with a curvature operator: eigenpairs, densities, traces,
+predicted loss changes.
+"""

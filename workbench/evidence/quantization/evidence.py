@@ -204,7 +204,9 @@ def interactions(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def number_formats(name: str, progress: Progress) -> dict[str, Any]:
-    """Weight noise of 8-bit formats over the bytelm's matrices, one scale a tensor, with the input noise of the heavy-tailed activations."""
+    """Weight noise of 8-bit formats over the bytelm's matrices, one scale a tensor,
+    with the input noise of the heavy-tailed activations.
+    """
     from workbench.quantization.activations.activations import ActivationQuant
 
     on = opened("bytelm")

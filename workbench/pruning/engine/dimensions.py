@@ -123,7 +123,9 @@ def train(
 
 
 def prune_dimension(prune: PrunePlan, on: Subject, pattern: Dimension, progress: Progress) -> Result:
-    """The `prune` instrument for a dimension: events of choosing and rebuilding, with recovery before, between and after."""
+    """The `prune` instrument for a dimension: events of choosing and rebuilding, with recovery before,
+    between and after.
+    """
     kind, saliency = pattern.kind, prune.composition()[0]
     facts = {f"dense_{k}": v for k, v in on.evaluated(prune.test_split, progress=progress).items()}
     dense = on.copy()

@@ -11,10 +11,11 @@ c = max(1/2 - t / n, 0) vanishes over the n steps. To the task's loss are added 
 (straight through the threshold at 0), the mean of (M - 1/2)^2 over the channels kept and of
 (M + 1/2)^2 over the others, and the identity loss mean (V V^T - I)^2.
 
-Where this departs from the authors: the mask also restricts the norms (`workbench.subjects.structure.norms`), so that the masked model computes what the
-smaller one will, with LayerNorm too; and in the last fifth of the run, where they freeze the soft mask, the channels of the
-largest M are kept exactly, so that what is trained is what is cut. (Where a configuration ties the heads' size to the hidden size, as
-BERT's and GPT-2's do, the heads lose their last principal axes on top of that, and the run has not seen it.)
+Where this departs from the authors: the mask also restricts the norms (`workbench.subjects.structure.norms`),
+so that the masked model computes what the smaller one will, with LayerNorm too; and in the last fifth
+of the run, where they freeze the soft mask, the channels of the largest M are kept exactly, so that what is
+trained is what is cut. (Where a configuration ties the heads' size to the hidden size, as BERT's and GPT-2's
+do, the heads lose their last principal axes on top of that, and the run has not seen it.)
 """
 
 from __future__ import annotations

@@ -1,1 +1,3 @@
-"""Solvers of the pruning problem: what to remove and how the survivors answer, from second moments or a Fisher matrix."""
+"""Solvers of the pruning problem: what to remove and how the survivors answer,
+from second moments or a Fisher matrix.
+"""

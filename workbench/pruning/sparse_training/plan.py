@@ -37,7 +37,8 @@ class SparsePlan(SubjectInstrument):
     )
     pattern: str = parameter(
         "unstructured",
-        "unstructured, 2:4, block 16x16, row, column; gates also: hybrid 16x16 (blocks in attention, whole neurons elsewhere)",
+        "unstructured, 2:4, block 16x16, row, column; gates also: "
+        "hybrid 16x16 (blocks in attention, whole neurons elsewhere)",
     )
     layers: str = parameter("blocks", "which layers carry masks: blocks or globs over names")
     masks: Masks = parameter("preset", "what the masks do while training")

@@ -26,7 +26,9 @@ from workbench.training.sweep.objective import reinitialised
 
 
 class TrainSparse(SparsePlan):
-    """Train with masks: kept, lifted, chosen at every step, learned, or pruned and regrown; all parameters or a part of them."""
+    """Train with masks: kept, lifted, chosen at every step, learned, or pruned and regrown;
+    all parameters or a part of them.
+    """
 
     changes_model: ClassVar[bool] = True
     summary_line: ClassVar[str] = (

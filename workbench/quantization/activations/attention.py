@@ -306,10 +306,11 @@ def round_activations(
 
 
 class TokenQuant(ActivationQuant):
-    """Inputs of a linear layer in `wide_format` for the `share` of tokens that matter most to the attention before it, in `format` for the others.
+    """Inputs of a linear layer in `wide_format` for the `share` of tokens that matter most to the attention
+    before it, in `format` for the others.
 
-    A layer `before_attention` comes before the first one, where nothing is known yet: all its tokens are wide, as are inputs that are not
-    (batch, tokens, features).
+    A layer `before_attention` comes before the first one, where nothing is known yet: all its tokens are
+    wide, as are inputs that are not (batch, tokens, features).
     """
 
     def __init__(self, *, format: str, wide_format: str, share: float, before_attention: bool) -> None:

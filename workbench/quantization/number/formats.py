@@ -1,8 +1,9 @@
 """Number formats as data: integers, minifloats ExMy, fixed point, codebooks,
 and the block formats built from them.
 
-A format is a finite set of values in units of a scale. It rounds (nearest, ties to even; or stochastically), encodes to
-codes and decodes codes to values, all exactly. Where the scale comes from is `workbench.quantization.number.grid`'s business.
+A format is a finite set of values in units of a scale. It rounds (nearest, ties to even; or stochastically),
+encodes to codes and decodes codes to values, all exactly.
+Where the scale comes from is `workbench.quantization.number.grid`'s business.
 
 >>> e2m1 = named("e2m1").element
 >>> e2m1.round(torch.tensor([0.25, 0.75, 2.5, 5.0, 100.0])).tolist()

@@ -276,7 +276,9 @@ def stored(scale: Tensor, format: Format, size: Tensor | None = None) -> Tensor:
 
 
 def steps_of(weight: Tensor, grid: Grid) -> Tensor:
-    """The step each weight's group would have on a grid spanning its range, (out, in), positive; differentiable in the weight."""
+    """The step each weight's group would have on a grid spanning its range, (out, in), positive;
+    differentiable in the weight.
+    """
 
     blocks = in_groups(weight, grid.group)
     reach = (

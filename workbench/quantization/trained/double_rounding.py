@@ -63,7 +63,9 @@ class DoubleRounding(TrainedRounding):
     def survey(
         cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings
     ) -> dict[str, dict[str, float]]:
-        """Each layer's Hessian trace and its place between the least and the largest, on a logarithmic axis; nothing where widths take turns."""
+        """Each layer's Hessian trace and its place between the least and the largest, on a logarithmic axis;
+        nothing where widths take turns.
+        """
         from workbench.quantization.allocation.layer_sensitivity import traces
 
         if settings.switching == "in turn":

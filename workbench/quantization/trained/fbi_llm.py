@@ -37,7 +37,9 @@ class ShiftedSign(TrainedRounding):
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> ShiftedSign:
-        """A column of `weight` (..., out, in) shares the two when `settings.shared` is "column", else `group` weights of a row do."""
+        """A column of `weight` (..., out, in) shares the two when `settings.shared` is "column",
+        else `group` weights of a row do.
+        """
         blocks = (
             weight.mT.unsqueeze(-3) if settings.shared == "column" else in_groups(weight, group)
         )  # (..., out or 1, groups, members)

@@ -27,7 +27,8 @@ class TrainedSettings(SubjectInstrument):
         "adapters",
     ] = parameter(
         "lsq",
-        "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit planes; formats by policy; LoRA inside the rounding; "
+        "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit "
+        "planes; formats by policy; LoRA inside the rounding; "
         "several widths of one stored integer; fixed point with a learned binary point; LoRA beside it",
     )
     bits: int = parameter(3, "width for lsq, l4q and fixed", ge=2, le=8, unit="bits")
@@ -95,7 +96,8 @@ class TrainedSettings(SubjectInstrument):
     )
     wide_tokens: float = parameter(
         0.0,
-        "share of the tokens, those that attend most to the first one, rounded to 8 bits in place of activation_bits",
+        "share of the tokens, those that attend most to the first one, "
+        "rounded to 8 bits in place of activation_bits",
         ge=0,
         lt=1,
         step=0.05,

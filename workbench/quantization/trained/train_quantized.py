@@ -83,7 +83,9 @@ class TrainQuantizedResult(Result):
 
 
 class TrainQuantized(TrainedSettings):
-    """Train through the rounding: learned steps (LSQ), ternary / binary weights and attention, learned widths or formats, adapters; with a teacher, after a dense part."""
+    """Train through the rounding: learned steps (LSQ), ternary / binary weights and attention, learned widths
+    or formats, adapters; with a teacher, after a dense part.
+    """
 
     changes_model: ClassVar[bool] = True
 

@@ -57,7 +57,9 @@ class TrainedRounding(Change):
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> TrainedRounding:
-        """The rounding of a layer whose weight (..., out, in), float32, is this when quantization is switched on."""
+        """The rounding of a layer whose weight (..., out, in), float32,
+        is this when quantization is switched on.
+        """
         raise TypeError(f"{cls.__name__} has no begin()")
 
     def prepare(self, course: Course) -> None:

@@ -1,8 +1,10 @@
-"""Equivalent transforms: W x = (W T)(T^-1 x). Rounding happens in the transformed coordinates, where outliers are smaller.
+"""Equivalent transforms: W x = (W T)(T^-1 x). Rounding happens in the transformed coordinates,
+where outliers are smaller.
 
-A transform belongs to a grid: the weight's value is Q(W T) T^-1 in the model's own coordinates, and quantized activations are
-T Q(T^-1 x), so nothing else of the model changes and any architecture can be used. On hardware T^-1 is applied to the
-activations, or folded into the layer before (`rotation.py` does that where the model's normalisation allows it).
+A transform belongs to a grid: the weight's value is Q(W T) T^-1 in the model's own coordinates, and quantized
+activations are T Q(T^-1 x), so nothing else of the model changes and any architecture can be used. On
+hardware T^-1 is applied to the activations, or folded into the layer before
+(`rotation.py` does that where the model's normalisation allows it).
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ Finder = Callable[["Problem", float], Transform | None]
 
 
 def smooth(problem: Problem, alpha: float) -> Transform:
-    """SmoothQuant: s_j = max|x_j|^alpha / max|w_j|^(1-alpha), weights taking over the activations' outliers (Xiao et al. 2023, eq. 4)."""
+    """SmoothQuant: s_j = max|x_j|^alpha / max|w_j|^(1-alpha), weights taking over the activations' outliers
+    (Xiao et al. 2023, eq. 4).
+    """
     assert problem.largest is not None
     weight = problem.weight.abs().amax(0).clamp_min(1e-5)
     scale = problem.largest.clamp_min(1e-5).pow(alpha) / weight.pow(1 - alpha)
@@ -32,7 +36,9 @@ def smooth(problem: Problem, alpha: float) -> Transform:
 
 
 def activation_aware(problem: Problem, alpha: float) -> Transform:
-    """AWQ: s = rms(x)^a with the a in 0, 0.05, ... 1 whose nearest rounding has the least output error (Lin et al. 2023)."""
+    """AWQ: s = rms(x)^a with the a in 0, 0.05, ... 1 whose nearest rounding has the least output error
+    (Lin et al. 2023).
+    """
     size = problem.gram.diagonal().clamp_min(1e-12).sqrt()
     best, least = Transform(), math.inf
     for step in range(21):
@@ -46,7 +52,9 @@ def activation_aware(problem: Problem, alpha: float) -> Transform:
 
 
 def trained(problem: Problem, alpha: float) -> Transform:
-    """TEQ: input scales learned by gradient through the rounding, from 1, keeping the best (Cheng et al. 2023)."""
+    """TEQ: input scales learned by gradient through the rounding, from 1, keeping the best
+    (Cheng et al. 2023).
+    """
     gram = problem.gram / problem.gram.diagonal().mean().clamp_min(1e-30)
     log_scale = torch.zeros(problem.weight.shape[1], device=problem.weight.device, requires_grad=True)
     optimizer = torch.optim.Adam([log_scale], 1e-2)
@@ -61,8 +69,8 @@ def trained(problem: Problem, alpha: float) -> Transform:
             fixed = problem.moved(Transform(scale=scale.detach()))
             grid = fixed.grid()
             rounded = fixed.masked(grid.round(fixed.weight))
-            # The grid's step is the group's largest magnitude over a constant, so it moves with the scales; the straight-through
-            # estimate (rounded - exact) / step is constant in them.
+            # The grid's step is the group's largest magnitude over a constant, so it moves with the scales;
+            # the straight-through estimate (rounded - exact) / step is constant in them.
             spread = steps_of(moved, grid)
             gap = (rounded - fixed.weight).detach() / spread.detach()
             error = gap * spread / scale
@@ -83,8 +91,10 @@ def rotation(problem: Problem, alpha: float) -> Transform:
 
 
 def principal_components(problem: Problem, alpha: float) -> Transform:
-    """ResQ's coordinates for one layer: principal components of its inputs, turned at random within the eighth of largest variance and
-    within the rest (Saxena et al. 2025). With `wide_share` 1/8 of quantized activations that subspace keeps 8 bits."""
+    """ResQ's coordinates for one layer: principal components of its inputs, turned at random within
+    the eighth of largest variance and within the rest (Saxena et al. 2025).
+    With `wide_share` 1/8 of quantized activations that subspace keeps 8 bits.
+    """
     from workbench.quantization.rotation.learned import principal
 
     found = principal(problem.gram, 0.125, problem.generator).to(problem.weight.dtype)

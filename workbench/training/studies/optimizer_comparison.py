@@ -1,7 +1,9 @@
-"""Fair comparisons of schedules and of optimizers: equal tuning, end-of-schedule losses, seeds, and costs beside the losses.
+"""Fair comparisons of schedules and of optimizers: equal tuning, end-of-schedule losses, seeds,
+and costs beside the losses.
 
-Each candidate's peak learning rate is tuned on validation at the first seed with as many runs as every other's; the best one is
-run at all seeds, and the test loss of those is what is compared (Wen et al. 2025; Kaddour et al. 2023).
+Each candidate's peak learning rate is tuned on validation at the first seed with as many runs as every
+other's; the best one is run at all seeds, and the test loss of those is what is compared
+(Wen et al. 2025; Kaddour et al. 2023).
 """
 
 from __future__ import annotations
@@ -30,9 +32,14 @@ from workbench.training.studies.train import ScheduleName, names
 
 
 class OptimizerComparison(Comparison):
-    """Optimizers at equal tuning budgets and fully decayed learning rates, on the same data order and initial weights."""
+    """Optimizers at equal tuning budgets and fully decayed learning rates,
+    on the same data order and initial weights.
+    """
 
-    summary_line = "optimizers at equal tuning: test loss with intervals, tokens saved against AdamW, rank flips, state bytes"
+    summary_line = (
+        "optimizers at equal tuning: test loss with intervals, tokens saved against AdamW, rank flips, "
+        "state bytes"
+    )
 
     optimizers: str = parameter(
         "adamw,sgd,lamb,lion,muon,soap", f"comma-separated, of {', '.join(OPTIMIZERS)}", min_length=1
@@ -40,7 +47,8 @@ class OptimizerComparison(Comparison):
     schedule: ScheduleName = parameter("cosine", "learning-rate schedule of every run")
     baseline_budgets: tuple[float, ...] = parameter(
         (),
-        "further budgets, as multiples of the examples, at which AdamW is run too, for the speed-up of the others; at least 3",
+        "further budgets, as multiples of the examples, at which AdamW is run too, "
+        "for the speed-up of the others; at least 3",
     )
 
     @classmethod
@@ -56,7 +64,8 @@ class OptimizerComparison(Comparison):
             or min(self.baseline_budgets) * self.examples < self.batch_size
         ):
             raise BadInput(
-                f"baseline_budgets: {self.baseline_budgets} with {self.optimizers} is not accepted; AdamW must be among the optimizers, and its curve "
+                f"baseline_budgets: {self.baseline_budgets} with {self.optimizers} is not accepted; "
+                "AdamW must be among the optimizers, and its curve "
                 "needs at least three budgets other than 1, each of a step or more"
             )
 

@@ -63,7 +63,8 @@ class ScheduleStudy(Comparison):
         names(self.schedules, COMPARED_SCHEDULES, "schedules")
         if not all(0 < b <= 1 for b in self.budgets) or min(self.budgets) * self.examples < self.batch_size:
             raise BadInput(
-                f"budgets: {self.budgets} must lie in (0, 1] and leave at least one step of batch_size {self.batch_size}"
+                f"budgets: {self.budgets} must lie in (0, 1] and leave at least one step of batch_size "
+                f"{self.batch_size}"
             )
 
     def _run(self, on: Subject, progress: Progress) -> Result:
