@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import workbench
+from workbench.axis import parameter
 from workbench.catalog import catalog, find
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.storage import replacing

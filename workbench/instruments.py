@@ -18,14 +18,12 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticUndefined
 
-from workbench.errors import BadInput, describe
+from workbench.axis import Choice, Fields, parameter
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import cache_folder
@@ -42,21 +40,7 @@ NOT_COMPUTING = (
 )
 
 
-def parameter(
-    default: Any = PydanticUndefined,
-    help: str = "",
-    *,
-    unit: str = "",
-    scale: Literal["linear", "log"] = "linear",
-    step: float | None = None,
-    **bounds: Any,
-) -> Any:
-    """One field of an instrument. `bounds` are pydantic's `ge`, `gt`, `le`, `lt`, `min_length`, ..."""
-    extra: dict[str, Any] = {"unit": unit, "scale": scale, "step": step}
-    return Field(default, description=help, json_schema_extra=extra, **bounds)
-
-
-class Instrument(BaseModel):
+class Instrument(Fields):
     """A study with parameters. Subclass, declare fields with `parameter(...)`,
     implement `_run(on, progress) -> Result`.
 
@@ -65,19 +49,12 @@ class Instrument(BaseModel):
     everything else (cache, provenance, seed, stop) is done here.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
     on: ClassVar[Literal["subject", "runs"]] = "subject"
     changes_model: ClassVar[bool] = False
     cached: ClassVar[bool] = True
     summary_line: ClassVar[str] = ""
 
     seed: int = parameter(0, "seed of every random choice", ge=0)
-
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise BadInput(describe(error, type(self))) from None
 
     @classmethod
     def name(cls) -> str:
@@ -161,9 +138,20 @@ class Instrument(BaseModel):
         )
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    def with_fields(self, **fields: Any) -> Instrument:
-        """A copy with some fields changed, validated."""
-        return type(self)(**(self.model_dump() | fields))
+    def given(self) -> dict[str, Any]:
+        """The fields that somebody set; the others follow from them (`filled`) or are defaults."""
+        return {
+            name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set
+        }
+
+    def with_fields(self, **fields: Any) -> Self:
+        """A copy with some fields changed, validated. What follows from a changed field follows again."""
+        return type(self)(**(self.given() | fields))
+
+    def choices(self) -> dict[str, Choice]:
+        """The fields on an axis."""
+        held = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in held.items() if isinstance(value, Choice)}
 
 
 class SubjectInstrument(Instrument):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from widgets.controls import Controls, choices
+from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.instruments import Instrument, parameter
+from workbench.instruments import Instrument
 
 
 class Norm(enum.Enum):

@@ -20,9 +20,10 @@ import workbench
 from widgets.compare import can_overlay, differences, overlay
 from widgets.plot import PLOTLY_MIME
 from workbench import reports
+from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.figures import figure, heat, line
-from workbench.instruments import Instrument, parameter
+from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.results import Result

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.axis import parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.methods import preset_for

@@ -13,8 +13,9 @@ import torch
 from pydantic import BaseModel, Field, create_model
 from torch import Tensor
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import (
     KEY_VALUE,

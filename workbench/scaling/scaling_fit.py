@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.instruments import Instrument, parameter
+from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.comparison import compare, compute_of, extrapolation, held_out, information

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.instruments import parameter
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling import isoflop

@@ -14,13 +14,13 @@ import plotly.graph_objects as go
 import torch
 from pydantic import BaseModel, create_model
 
+from workbench.axis import parameter
 from workbench.curvature.estimators.batch_theory import bulk_edge, effective_batch, shifted_eigenvalue
 from workbench.curvature.estimators.eigenpairs import eigenpairs
 from workbench.curvature.estimators.probes import rademacher, standard_error
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, quiet
 from workbench.errors import BadInput
-from workbench.instruments import parameter
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

@@ -15,10 +15,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from workbench.axis import parameter
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, quiet
 from workbench.curvature.studies.sharpness import moved_loss_and_gradient
-from workbench.instruments import parameter
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

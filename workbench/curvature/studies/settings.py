@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Literal
 
+from workbench.axis import parameter
 from workbench.curvature.operators.curvature_operator import (
     CurvatureOperator,
     curvature_operator,
 )
 from workbench.curvature.operators.output_space import check_kind
 from workbench.curvature.operators.weights import find_places
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

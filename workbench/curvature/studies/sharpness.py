@@ -13,11 +13,11 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from workbench.axis import parameter
 from workbench.curvature.estimators.eigenpairs import eigenpairs
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, quiet
 from workbench.errors import BadInput
-from workbench.instruments import parameter
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

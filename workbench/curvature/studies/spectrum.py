@@ -14,12 +14,12 @@ import plotly.graph_objects as go
 from pydantic import BaseModel, create_model
 from torch import Tensor
 
+from workbench.axis import parameter
 from workbench.curvature.estimators.batch_theory import bulk_edge, shifted_eigenvalue
 from workbench.curvature.estimators.lanczos import GroupedProbes, Quadrature, band, keeps_basis, outliers
 from workbench.curvature.estimators.probes import rademacher, standard_error
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
-from workbench.instruments import parameter
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from workbench.axis import parameter
 from workbench.curvature.estimators.eigenpairs import Eigenpairs, eigenpairs
 from workbench.curvature.operators.curvature_operator import CurvatureOperator
 from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
-from workbench.instruments import parameter
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

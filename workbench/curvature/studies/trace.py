@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel
 
+from workbench.axis import parameter
 from workbench.curvature.estimators.probes import standard_error
 from workbench.curvature.estimators.traces import (
     ProbeSums,
@@ -20,7 +21,6 @@ from workbench.curvature.estimators.traces import (
 )
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
 from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
-from workbench.instruments import parameter
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

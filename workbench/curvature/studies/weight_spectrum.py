@@ -20,7 +20,8 @@ from pydantic import BaseModel, create_model
 from scipy import integrate, optimize
 from torch import Tensor
 
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.axis import parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

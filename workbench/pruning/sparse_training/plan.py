@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.axis import parameter
+from workbench.instruments import SubjectInstrument
 from workbench.pruning.saliency.weights import SALIENCIES
 from workbench.pruning.sparse_training.methods import METHODS
 from workbench.training.sweep.objective import Start

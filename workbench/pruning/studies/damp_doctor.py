@@ -17,8 +17,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.solvers import obs

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.allocation.integer_program import (
     Allocation,

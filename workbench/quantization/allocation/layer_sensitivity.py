@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from workbench.axis import parameter
 from workbench.curvature.estimators.quadratic import mean_loss, predicted_change
 from workbench.curvature.operators.curvature_operator import curvature_operator
 from workbench.curvature.operators.output_space import (
@@ -20,7 +21,7 @@ from workbench.curvature.operators.output_space import (
 )
 from workbench.curvature.operators.weights import differentiable, place_of, with_weights
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.quantize import Quantize, choices, layer_row, moments_for
 from workbench.quantization.rounding.problem import Factors

@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from pydantic import BaseModel
 
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.axis import parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import InputRanges, input_ranges
 from workbench.quantization.quantize import choices

@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from workbench.axis import parameter
 from workbench.curvature.estimators.quadratic import mean_loss, predicted_change
 from workbench.errors import BadInput
-from workbench.instruments import parameter
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import ActivationQuant, input_ranges
 from workbench.quantization.activations.sequential import collecting

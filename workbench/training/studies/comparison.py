@@ -10,9 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.figures import color, figure, line
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

@@ -14,9 +14,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.figures import figure, line, rule
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.hyperparameters import critical_batch, steps_and_examples

@@ -12,9 +12,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.figures import figure, line
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.hyperparameters import best_settings, excess_loss, step_law

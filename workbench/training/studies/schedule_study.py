@@ -9,9 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.figures import figure, line
-from workbench.instruments import parameter
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

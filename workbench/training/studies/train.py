@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.figures import figure, line
-from workbench.instruments import SubjectInstrument, parameter
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

@@ -1,0 +1,464 @@
+"""An axis: one named choice of an instrument, each entry with a formula, a source and options of its own.
+
+    SALIENCY = Axis("saliency", "what a weight's removal is thought to cost",
+    found_in="workbench.pruning.saliency")
+
+    class Fisher(Options):
+        damp: float = parameter(0.01, "share of the mean diagonal added to it", gt=0)
+
+    @SALIENCY.add("fisher", formula="w^2 / (2 [F^-1]_qq)", source="Kurtic et al. 2022", needs="gradients",
+    options=Fisher) def fisher(layer, calibration, pattern, options): ...
+
+    class Prune(Instrument):
+        saliency: Choice = SALIENCY.choice("fisher")
+
+    Prune(saliency="fisher"), Prune(saliency={"name": "fisher", "damp": 0.1}), Prune(**{"saliency.damp": 0.1})
+
+One registration is all that an entry needs: the command line, panels, reports, the docs, 'did you mean'
+and the key of a stored result are derived from it, for a user's own entries as well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, core_schema
+
+from workbench.errors import BadInput, describe
+
+#: Every axis by its kind, in the order in which they were made.
+AXES: dict[str, Axis] = {}
+
+
+def parameter(
+    default: Any = PydanticUndefined,
+    help: str = "",
+    *,
+    unit: str = "",
+    scale: Literal["linear", "log"] = "linear",
+    step: float | None = None,
+    **bounds: Any,
+) -> Any:
+    """One field of an instrument or of an entry's options.
+    `bounds` are pydantic's `ge`, `gt`, `le`, `lt`, `min_length`, ...
+    """
+    extra: dict[str, Any] = {"unit": unit, "scale": scale, "step": step}
+    return Field(default, description=help, json_schema_extra=extra, **bounds)
+
+
+class Fields(BaseModel):
+    """Parameters: what instruments and the options of entries have in common.
+    Frozen; an unknown name is refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __init__(self, **given: Any) -> None:
+        named = resolved(type(self), given)
+        try:
+            super().__init__(**named.values)
+        except ValidationError as error:
+            raise BadInput(describe(error, type(self))) from None
+        object.__setattr__(self, "__pydantic_fields_set__", named.given)
+
+    @classmethod
+    def parameters(cls) -> dict[str, FieldInfo]:
+        """Field name -> pydantic FieldInfo, in declaration order."""
+        return dict(cls.model_fields)
+
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        """Names of one release ago -> the names of today ("lr" -> "learning_rate", "phi" ->
+        "schedule.phi").
+        """
+        return {}
+
+    @classmethod
+    def filled(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Values of fields that were not given and that follow from those that were,
+        such as a method's choices.
+        """
+        return {}
+
+
+class Options(Fields):
+    """Options of one entry; an entry without any has this class itself."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One choice of an axis.
+
+    value : what is called or built;  needs : data the entry asks for
+        ("inputs", "gradients", "training" or nothing)
+    traits : what the engine may ask of it, such as "loss-like";
+        spelled : options -> the text that stands for name and options
+    """
+
+    axis: Axis = field(repr=False)
+    name: str
+    value: Any
+    formula: str
+    source: str
+    needs: str = ""
+    title: str = ""
+    options: type[Options] = Options
+    traits: frozenset[str] = frozenset()
+    spelled: Callable[[Any], str] | None = None
+
+    def place(self) -> tuple[str, int]:
+        """The file and line where the value is defined."""
+        import inspect
+
+        target = inspect.unwrap(getattr(self.value, "func", self.value))
+        if not (inspect.isfunction(target) or inspect.isclass(target) or inspect.ismethod(target)):
+            target = type(target)
+        return inspect.getsourcefile(target) or "", inspect.getsourcelines(target)[1]
+
+
+class Choice(str):
+    """An entry with its options, as a field holds it. It is the entry's name to whatever reads it as text."""
+
+    entry: Entry
+    options: Any
+
+    def __new__(cls, entry: Entry, options: Options) -> Self:
+        made = super().__new__(cls, entry.spelled(options) if entry.spelled else entry.name)
+        made.entry, made.options = entry, options
+        return made
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def value(self) -> Any:
+        return self.entry.value
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The entry's value on these arguments and, last, its options."""
+        return self.entry.value(*arguments, self.options, **named)
+
+    def has(self, trait: str) -> bool:
+        return trait in self.entry.traits
+
+    def plain(self) -> Any:
+        """As JSON holds it: the name, or a mapping with the options that were given or differ from their
+        defaults.
+        """
+        if self.entry.spelled:
+            return str(self)
+        options = self.options.model_dump(mode="json")
+        return {"name": self.name, **options} if options else self.name
+
+    def with_options(self, **options: Any) -> Choice:
+        return Choice(self.entry, self.entry.options(**(self.options.model_dump() | options)))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Choice):
+            return self.entry is other.entry and self.options == other.options
+        return str.__eq__(self, other) if isinstance(other, str) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options)
+        return f"{str(self)!r}" if self.entry.spelled or not options else f"{self.name}({options})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if getattr(self.entry.value, "__module__", "") == "__main__":  # a notebook's own entry goes with it
+            return _brought, (self.entry.axis.kind, self.entry, self.options.model_dump())
+        return _looked_up, (self.entry.axis.kind, self.plain())
+
+    def __deepcopy__(self, memo: Any) -> Choice:
+        return self
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        def plain(choice: Choice) -> Any:
+            return choice.plain()
+
+        return core_schema.is_instance_schema(
+            cls, serialization=core_schema.plain_serializer_function_ser_schema(plain)
+        )
+
+
+def _looked_up(kind: str, plain: Any) -> Choice:
+    return axis(kind).chosen(plain)
+
+
+def _brought(kind: str, entry: Entry, options: dict[str, Any]) -> Choice:
+    home = axis(kind)
+    home.entries.setdefault(entry.name, entry)
+    return Choice(entry, entry.options(**options))
+
+
+class Axis:
+    """A named choice. `found_in` names the modules or packages whose import registers the entries
+    of the package itself.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        help: str,
+        *,
+        found_in: str | tuple[str, ...] = (),
+        shorthand: Callable[[str], Mapping[str, Any] | None] | None = None,
+    ) -> None:
+        if kind in AXES:
+            raise BadInput(f"axis: {kind!r} exists already; give another kind")
+        self.kind, self.help, self.shorthand = kind, help, shorthand
+        self.found_in = (found_in,) if isinstance(found_in, str) else tuple(found_in)
+        self._entries: dict[str, Entry] = {}
+        self._open = bool(self.found_in)
+        AXES[kind] = self
+
+    def __deepcopy__(self, memo: Any) -> Axis:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return axis, (self.kind,)
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Entries by name; the package's own are imported when they are first asked for."""
+        if self._open:
+            self._open = False
+            for name in self.found_in:
+                module = importlib.import_module(name)
+                for _, child, _ in pkgutil.iter_modules(getattr(module, "__path__", ())):
+                    importlib.import_module(f"{name}.{child}")
+        return self._entries
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise self.unknown(name)
+        return self.entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def with_trait(self, trait: str) -> tuple[str, ...]:
+        return tuple(name for name, entry in self.entries.items() if trait in entry.traits)
+
+    def add(
+        self,
+        name: str,
+        *,
+        formula: str,
+        source: str,
+        needs: str = "",
+        title: str = "",
+        options: type[Options] = Options,
+        traits: str | tuple[str, ...] = (),
+        spelled: Callable[[Any], str] | None = None,
+    ) -> Callable[[Any], Any]:
+        """Register what follows under `name`. A name is registered once,
+        except by the code that registered it (a cell run again).
+        """
+
+        def register(value: Any) -> Any:
+            before = self._entries.get(name)
+            if before is not None and _where(before.value) != _where(value):
+                raise BadInput(
+                    f"{self.kind}: {name!r} is registered already, by {_where(before.value)}; "
+                    "choose another name"
+                )
+            marks = frozenset((traits,) if isinstance(traits, str) else traits)
+            self._entries[name] = Entry(
+                self, name, value, formula, source, needs, title, options, marks, spelled
+            )
+            return value
+
+        return register
+
+    def unknown(self, name: object, field: str = "") -> BadInput:
+        close = difflib.get_close_matches(str(name), list(self.entries), 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return BadInput(f"{field or self.kind}: {name!r} is unknown; {hint}known: {', '.join(self.entries)}")
+
+    def chosen(self, given: Any, field: str = "", **more: Any) -> Choice:
+        """A name, a text that stands for name and options, a mapping with `name`, or a Choice -> Choice.
+        `more` are further options.
+        """
+        where = field or self.kind
+        if isinstance(given, Choice) and given.entry.axis is self:
+            if not more:
+                return given
+            given = {"name": given.name, **given.options.model_dump()}
+        if isinstance(given, Mapping):
+            options = dict(given)
+            if "name" not in options:
+                raise BadInput(f"{where}: {given!r} has no name; write {{name: ..., option: ...}}")
+            name = options.pop("name")
+        else:
+            name, options = given, {}
+        if not isinstance(name, str):
+            raise BadInput(
+                f"{where}: {name!r} is not accepted, it should be a name; known: {', '.join(self.entries)}"
+            )
+        if name not in self.entries and self.shorthand is not None:
+            read = self.shorthand(name)
+            if read is not None:
+                options = {k: v for k, v in read.items() if k != "name"} | options
+                name = read["name"]
+        if name not in self.entries:
+            raise self.unknown(name, where)
+        entry = self.entries[name]
+        for option in (options := options | more):
+            if option not in entry.options.model_fields:
+                raise no_such_option(where, entry, option)
+        try:
+            return Choice(entry, entry.options(**options))
+        except BadInput as error:
+            raise BadInput(f"{where}.{error}") from None
+
+    def choice(self, default: str | None, help: str = "", **more: Any) -> Any:
+        """The declaration of a field of type `Choice`. `None` as default:
+        the instrument's `filled` gives it.
+        """
+        extra = {"axis": self.kind, "default": default, "unit": "", "scale": "linear", "step": None} | more
+        return Field(
+            default=default, description=help or self.help, json_schema_extra=extra, validate_default=False
+        )
+
+
+def no_such_option(where: str, entry: Entry, option: str) -> BadInput:
+    known = ", ".join(entry.options.model_fields)
+    others = [e.name for e in entry.axis.entries.values() if option in e.options.model_fields]
+    belongs = f"; it is an option of {', '.join(others)}" if others else ""
+    return BadInput(f"{where}.{option}: {entry.name} has no such option ({known or 'it has none'}){belongs}")
+
+
+def _where(value: Any) -> str:
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+
+
+def axis(kind: str) -> Axis:
+    """The axis of this kind."""
+    if kind not in AXES:
+        from workbench.families import import_families
+
+        import_families()
+    if kind not in AXES:
+        raise BadInput(f"axis: {kind!r} is unknown; known: {', '.join(AXES)}")
+    return AXES[kind]
+
+
+def axes() -> dict[str, Axis]:
+    """Every axis by kind."""
+    from workbench.families import import_families
+
+    import_families()
+    return dict(AXES)
+
+
+def axis_of(info: FieldInfo) -> Axis | None:
+    """The axis that a field chooses from, if it does."""
+    extra = info.json_schema_extra
+    return axis(str(extra["axis"])) if isinstance(extra, dict) and extra.get("axis") else None
+
+
+@dataclass
+class Resolved:
+    values: dict[str, Any]
+    given: set[str]
+
+
+def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
+    """Field values from what somebody wrote: old names, dotted options (`saliency.damp`),
+    and flat ones of one release ago.
+
+    Every field on an axis becomes a Choice; those not given come from `filled`, then from their defaults.
+    """
+    values, options = _sorted_out(cls, given)
+    fields = {name: found for name, info in cls.model_fields.items() if (found := axis_of(info)) is not None}
+    mine = set(values) | set(options)
+    plain = {name: _name_of(value) if name in fields else value for name, value in values.items()}
+    values = dict(cls.filled(plain)) | values
+    for name, home in fields.items():
+        default = cls.model_fields[name].default
+        start = values.get(name, default)
+        if start is None:
+            raise BadInput(f"{name}: is missing; known: {', '.join(home.entries)}")
+        values[name] = home.chosen(start, name, **options.pop(name, {}))
+    for name in [n for n in values if n not in cls.model_fields]:
+        mine.discard(name)
+        _place_flat(cls, fields, values, name)
+    return Resolved(values, mine & set(cls.model_fields))
+
+
+def _name_of(value: Any) -> Any:
+    if isinstance(value, Choice):
+        return str(value)
+    return value["name"] if isinstance(value, Mapping) and "name" in value else value
+
+
+def _sorted_out(
+    cls: type[Fields], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(field or flat name -> value, field -> option -> value)"""
+    values: dict[str, Any] = {}
+    options: dict[str, dict[str, Any]] = {}
+    renamed = cls.renamed()
+    for name, value in given.items():
+        if name in renamed and name not in cls.model_fields:
+            warn(f"{name}: is called {renamed[name]} now; the old name goes with the next release")
+            name = renamed[name]
+        if "." in name:
+            field, option = name.split(".", 1)
+            if field not in cls.model_fields or axis_of(cls.model_fields[field]) is None:
+                raise BadInput(
+                    f"{name}: {field} has no options; fields with options: {', '.join(_with_options(cls))}"
+                )
+            options.setdefault(field, {})[option] = value
+        elif value == "preset" and name in cls.model_fields and axis_of(cls.model_fields[name]) is not None:
+            warn(f"{name}: 'preset' is what leaving it out means; leave it out")
+        else:
+            values[name] = value
+    return values, options
+
+
+def _with_options(cls: type[Fields]) -> list[str]:
+    return [name for name, info in cls.model_fields.items() if axis_of(info) is not None]
+
+
+def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str, Any], name: str) -> None:
+    """Give a flat option of one release ago to every chosen entry that has it."""
+    homes = [f for f in fields if name in values[f].entry.options.model_fields]
+    if homes:
+        value = values.pop(name)
+        for home in homes:
+            values[home] = fields[home].chosen(values[home], home, **{name: value})
+        new = " and ".join(f"{home}.{name}" for home in homes)
+        warn(f"{name}: is an option of a choice now, write {new}; the flat name goes with the next release")
+        return
+    known = [
+        f for f, home in fields.items() if any(name in e.options.model_fields for e in home.entries.values())
+    ]
+    if known:
+        values.pop(name)
+        chosen = ", ".join(f"{f} {values[f]}" for f in known)
+        warn(f"{name}: has no effect with {chosen}; it is left out")
+
+
+def warn(text: str) -> None:
+    warnings.warn(text, FutureWarning, stacklevel=2)
