@@ -40,7 +40,9 @@ def main() -> None:
         frame["width"], frame["params"], frame["examples"] = width, int(shape["params"]), examples
         frame["tokens"] = round(examples * shape["tokens_per_example"])
         frame["batch_tokens"] = frame.batch_size * shape["tokens_per_example"]
-        frame["name"] = [f"{width}-{examples}-b{r.batch_size}-lr{r.learning_rate:.3g}" for r in frame.itertuples()]
+        frame["name"] = [
+            f"{width}-{examples}-b{r.batch_size}-lr{r.learning_rate:.3g}" for r in frame.itertuples()
+        ]
         parts.append(frame.drop(columns=["trial", "state_bytes"], errors="ignore"))
         pd.concat(parts).to_csv(FOLDER / "training_lr_batch.csv", index=False, float_format="%.7g")
     note = {"script": "data/runs/training_lr_batch.py", "python": platform.python_version(), "torch": torch.__version__,
