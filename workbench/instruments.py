@@ -10,12 +10,10 @@ validation messages and documentation are derived from them (see `Instrument.par
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
 import time
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,21 +21,11 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticUndefined
 
+from workbench.code_version import code_version
 from workbench.errors import BadInput, describe
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import cache_folder
-
-NOT_COMPUTING = (
-    "reports.py",
-    "export_html.py",
-    "cli.py",
-    "figures.py",
-    "studies.py",
-    "overview.py",
-    "cards.py",
-    "registry.py",
-)
 
 
 def parameter(
@@ -138,7 +126,7 @@ class Instrument(BaseModel):
         if isinstance(progress, TextProgress):
             progress.close()
         result.partial = result.partial or progress.partial
-        result.provenance = provenance(on, time.perf_counter() - began) | {"key": key}
+        result.provenance = provenance(type(self), on, time.perf_counter() - began) | {"key": key}
         if self.changes_model:
             assert result.subject is not None, f"{self.name()} declares changes_model and returned no subject"
             result.subject.adopt(parent=on, instrument=self, fingerprint=None if result.partial else key)
@@ -148,7 +136,13 @@ class Instrument(BaseModel):
         """Hash of fields, subject fingerprint and code version: the name of this run."""
         device = on.resolve_device(getattr(self, "device", "auto")) if hasattr(on, "resolve_device") else ""
         text = json.dumps(
-            [self.name(), self.model_dump(mode="json"), on.fingerprint, str(device), code_version()],
+            [
+                self.name(),
+                self.model_dump(mode="json"),
+                on.fingerprint,
+                str(device),
+                code_version(type(self)),
+            ],
             sort_keys=True,
         )
         return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -168,18 +162,7 @@ class SubjectInstrument(Instrument):
     )
 
 
-@functools.lru_cache(1)
-def code_version() -> str:
-    """Hash of the package's own source: a changed routine never answers from an old result."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        if file.name not in NOT_COMPUTING:
-            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def provenance(on: Any, seconds: float) -> dict[str, Any]:
+def provenance(cls: type, on: Any, seconds: float) -> dict[str, Any]:
     """Who made this, from what, with which versions."""
     import platform
 
@@ -202,7 +185,7 @@ def provenance(on: Any, seconds: float) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "code": code_version(),
+        "code": code_version(cls),
         "seconds": round(seconds, 3),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

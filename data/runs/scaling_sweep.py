@@ -34,29 +34,11 @@ from torch.nn import functional
 SEQUENCE, BATCH = 128, 16
 SIZES = ((24, 2), (32, 2), (48, 2), (64, 3))  # width, depth of the fitted models
 HELD_OUT_SIZE = (112, 3)
-SHORT, LONG = (
-    (400_000, 800_000),
-    (1_600_000, 3_200_000),
-)  # training tokens: with all learning rates, with the best one
+SHORT, LONG = (400_000, 800_000), (1_600_000, 3_200_000)  # training tokens: with all learning rates, with the best one
 HELD_OUT_TOKENS = 4_000_000
 LEARNING_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
-FIELDS = (
-    "name",
-    "width",
-    "depth",
-    "params",
-    "non_embedding_params",
-    "tokens",
-    "batch_tokens",
-    "learning_rate",
-    "seed",
-    "steps",
-    "flops",
-    "loss",
-    "train_loss",
-    "seconds",
-    "role",
-)
+FIELDS = ("name", "width", "depth", "params", "non_embedding_params", "tokens", "batch_tokens", "learning_rate", "seed", "steps",
+          "flops", "loss", "train_loss", "seconds", "role")
 
 
 def corpus() -> tuple[np.ndarray, np.ndarray, str]:
@@ -121,21 +103,15 @@ class ByteModel(nn.Module):
         return functional.linear(self.norm(x), self.embed.weight)
 
 
-def train(
-    width: int, depth: int, tokens: int, learning_rate: float, seed: int, text: tuple[np.ndarray, np.ndarray]
-) -> dict[str, float]:
+def train(width: int, depth: int, tokens: int, learning_rate: float, seed: int, text: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
     """One run: AdamW, 10 % warm-up, cosine to zero. Loss of the finished model on the validation bytes."""
     torch.manual_seed(seed)
     model = ByteModel(width, depth)
     params = sum(p.numel() for p in model.parameters())
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=learning_rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+                                  lr=learning_rate, betas=(0.9, 0.95), fused=True)
     steps = tokens // (BATCH * SEQUENCE)
     windows = (len(text[0]) - 1) // SEQUENCE
     order = np.random.default_rng(seed).permutation(windows)[: steps * BATCH].reshape(steps, BATCH)
@@ -155,31 +131,16 @@ def train(
             recent += loss.item() / min(50, steps)
     model.eval()
     rows = np.arange(1024)[:, None] * SEQUENCE + np.arange(SEQUENCE + 1)
-    spread = (len(text[1]) - SEQUENCE - 1) // (
-        1024 * SEQUENCE
-    )  # spread the fixed windows over the whole validation text
+    spread = (len(text[1]) - SEQUENCE - 1) // (1024 * SEQUENCE)  # spread the fixed windows over the whole validation text
     rows = rows * 1 + (np.arange(1024) * SEQUENCE * max(0, spread - 1))[:, None]
     total = 0.0
     with torch.inference_mode():
         for part in np.array_split(rows, 16):
             batch = torch.from_numpy(text[1][part].astype(np.int64))
-            total += (
-                functional.cross_entropy(
-                    model(batch[:, :-1]).reshape(-1, 256), batch[:, 1:].reshape(-1)
-                ).item()
-                / 16
-            )
+            total += functional.cross_entropy(model(batch[:, :-1]).reshape(-1, 256), batch[:, 1:].reshape(-1)).item() / 16
     trained = steps * BATCH * SEQUENCE
-    return {
-        "params": params,
-        "non_embedding_params": params - model.embed.weight.numel(),
-        "tokens": trained,
-        "steps": steps,
-        "flops": 6 * params * trained,
-        "loss": total,
-        "train_loss": recent,
-        "seconds": time.perf_counter() - began,
-    }
+    return {"params": params, "non_embedding_params": params - model.embed.weight.numel(), "tokens": trained, "steps": steps,
+            "flops": 6 * params * trained, "loss": total, "train_loss": recent, "seconds": time.perf_counter() - began}
 
 
 def size_of(width: int, depth: int) -> int:
@@ -224,25 +185,10 @@ def main() -> None:
         if name in done or time.monotonic() - began > 60 * arguments.minutes:
             return
         measured = train(width, depth, tokens, rate, seed, tuple(text))
-        rows.append(
-            {
-                "name": name,
-                "width": width,
-                "depth": depth,
-                "batch_tokens": BATCH * SEQUENCE,
-                "learning_rate": rate,
-                "seed": seed,
-                "role": role,
-                **{k: round(v, 6) if isinstance(v, float) else v for k, v in measured.items()},
-            }
-        )
+        rows.append({"name": name, "width": width, "depth": depth, "batch_tokens": BATCH * SEQUENCE, "learning_rate": rate, "seed": seed, "role": role,
+                     **{k: round(v, 6) if isinstance(v, float) else v for k, v in measured.items()}})
         save(rows, arguments.out)
-        print(
-            name,
-            f"loss {measured['loss']:.4f}",
-            f"{measured['tokens'] / measured['seconds']:.0f} tokens/s",
-            flush=True,
-        )
+        print(name, f"loss {measured['loss']:.4f}", f"{measured['tokens'] / measured['seconds']:.0f} tokens/s", flush=True)
 
     def rates() -> dict[int, float]:
         return best_rates([{k: str(v) for k, v in row.items()} for row in rows])
@@ -259,23 +205,9 @@ def main() -> None:
     chosen = rates()
     slope, intercept = np.polyfit(np.log(list(chosen)), np.log(list(chosen.values())), 1)
     size = size_of(*HELD_OUT_SIZE)
-    run(
-        *HELD_OUT_SIZE,
-        HELD_OUT_TOKENS,
-        float(f"{np.exp(intercept + slope * np.log(size)):.2g}"),
-        0,
-        "held out",
-    )
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "corpus": fingerprint,
-        "training_bytes": len(text[0]),
-        "validation_bytes": len(text[1]),
-        "machine": platform.machine(),
-        "threads": 1,
-    }
+    run(*HELD_OUT_SIZE, HELD_OUT_TOKENS, float(f"{np.exp(intercept + slope * np.log(size)):.2g}"), 0, "held out")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "corpus": fingerprint,
+                "training_bytes": len(text[0]), "validation_bytes": len(text[1]), "machine": platform.machine(), "threads": 1}
     arguments.out.with_suffix(".json").write_text(json.dumps(versions, indent=1) + "\n")
 
 

@@ -19,8 +19,8 @@ import torch
 import transformers
 
 from workbench.progress import TextProgress
-from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize, shape_of
 from workbench.training.sweep.objective import language_subject
+from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize, shape_of
 
 CELLS = ((24, 1024), (24, 4096), (48, 1024), (48, 4096))  # width, examples
 FOLDER = Path(__file__).parent
@@ -40,9 +40,7 @@ def main() -> None:
         frame["width"], frame["params"], frame["examples"] = width, int(shape["params"]), examples
         frame["tokens"] = round(examples * shape["tokens_per_example"])
         frame["batch_tokens"] = frame.batch_size * shape["tokens_per_example"]
-        frame["name"] = [
-            f"{width}-{examples}-b{r.batch_size}-lr{r.learning_rate:.3g}" for r in frame.itertuples()
-        ]
+        frame["name"] = [f"{width}-{examples}-b{r.batch_size}-lr{r.learning_rate:.3g}" for r in frame.itertuples()]
         parts.append(frame.drop(columns=["trial", "state_bytes"], errors="ignore"))
         pd.concat(parts).to_csv(FOLDER / "training_lr_batch.csv", index=False, float_format="%.7g")
     note = {"script": "data/runs/training_lr_batch.py", "python": platform.python_version(), "torch": torch.__version__,
