@@ -377,6 +377,14 @@ def axis_of(info: FieldInfo) -> Axis | None:
     return axis(str(extra["axis"])) if isinstance(extra, dict) and extra.get("axis") else None
 
 
+def entries_in(fields: Fields) -> Iterator[Entry]:
+    """The entries that these fields have chosen, and those that their options have."""
+    for _, value in fields:
+        if isinstance(value, Choice):
+            yield value.entry
+            yield from entries_in(value.options)
+
+
 @dataclass
 class Resolved:
     values: dict[str, Any]

@@ -301,7 +301,7 @@ def report_command(arguments: list[str]) -> int:
 def evidence_command(arguments: list[str]) -> int:
     import time
 
-    from workbench.instruments import code_version
+    from workbench.code_version import code_version
     from workbench.storage import data_folder
 
     parser = Parser(prog="workbench evidence")
@@ -326,7 +326,7 @@ def evidence_command(arguments: list[str]) -> int:
             "method": name,
             "claim": card.claim,
             "seconds": round(time.perf_counter() - began, 1),
-            "code": code_version(),
+            "code": code_version(Instrument),
             "versions": versions(),
         }
         with replacing(data_folder() / "evidence" / card.family / f"{name}.json") as draft:

@@ -12,32 +12,20 @@ validation messages and documentation are derived from them (see `Instrument.par
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import re
 import time
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
 
-from workbench.axis import Choice, Fields, parameter
+from workbench.axis import Fields, entries_in, parameter
+from workbench.code_version import code_version
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import cache_folder
-
-NOT_COMPUTING = (
-    "reports.py",
-    "export_html.py",
-    "cli.py",
-    "figures.py",
-    "studies.py",
-    "overview.py",
-    "cards.py",
-    "registry.py",
-)
 
 
 class Instrument(Fields):
@@ -123,7 +111,7 @@ class Instrument(Fields):
         if isinstance(progress, TextProgress):
             progress.close()
         result.partial = result.partial or progress.partial
-        result.provenance = provenance(on, time.perf_counter() - began) | {"key": key}
+        result.provenance = provenance(self, on, time.perf_counter() - began) | {"key": key}
         if self.changes_model:
             assert result.subject is not None, f"{self.name()} declares changes_model and returned no subject"
             result.subject.adopt(parent=on, instrument=self, fingerprint=None if result.partial else key)
@@ -133,7 +121,13 @@ class Instrument(Fields):
         """Hash of fields, subject fingerprint and code version: the name of this run."""
         device = on.resolve_device(getattr(self, "device", "auto")) if hasattr(on, "resolve_device") else ""
         text = json.dumps(
-            [self.name(), self.model_dump(mode="json"), on.fingerprint, str(device), code_version()],
+            [
+                self.name(),
+                self.model_dump(mode="json"),
+                on.fingerprint,
+                str(device),
+                self.code(),
+            ],
             sort_keys=True,
         )
         return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -148,10 +142,9 @@ class Instrument(Fields):
         """A copy with some fields changed, validated. What follows from a changed field follows again."""
         return type(self)(**(self.given() | fields))
 
-    def choices(self) -> dict[str, Choice]:
-        """The fields on an axis."""
-        held = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in held.items() if isinstance(value, Choice)}
+    def code(self) -> str:
+        """Version of the code that this run reaches: its own, and that of the entries it has chosen."""
+        return code_version(type(self), [entry.value for entry in entries_in(self)])
 
 
 class SubjectInstrument(Instrument):
@@ -164,18 +157,7 @@ class SubjectInstrument(Instrument):
     )
 
 
-@functools.lru_cache(1)
-def code_version() -> str:
-    """Hash of the package's own source: a changed routine never answers from an old result."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        if file.name not in NOT_COMPUTING:
-            digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def provenance(on: Any, seconds: float) -> dict[str, Any]:
+def provenance(instrument: Instrument, on: Any, seconds: float) -> dict[str, Any]:
     """Who made this, from what, with which versions."""
     import platform
 
@@ -198,7 +180,7 @@ def provenance(on: Any, seconds: float) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "code": code_version(),
+        "code": instrument.code(),
         "seconds": round(seconds, 3),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

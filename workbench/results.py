@@ -15,7 +15,7 @@ import pandas as pd
 from pydantic import BaseModel
 
 from workbench.errors import BadInput
-from workbench.on import Asked, OnBench
+from workbench.on import Asked
 from workbench.storage import replacing
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Result:
     arrays: dict[str, np.ndarray] | None = None
     provenance: dict[str, Any] | None = None
     partial: bool = False
-    subject: OnBench | None = None
+    subject: Any = None  # a `Subject`, of an instrument that changes the model; subjects are above results
 
     def __post_init__(self) -> None:
         self.tables = self.tables or {}

@@ -21,7 +21,7 @@ from scipy import optimize
 
 from workbench.scaling.coverage import coverage
 from workbench.scaling.fitting import fit
-from workbench.scaling.lawbook import law
+from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.objective import Objective
 from workbench.scaling.uncertainty import bootstrap
 

@@ -1,9 +1,11 @@
-"""Runs of instruments and what came of them, kept in `runs.json` so that a change of the code can be shown to change no result.
+"""Runs of instruments and what came of them, kept in `runs.json` so that a change of the code can be shown to
+change no result.
 
     python -m tests.recorded.record            # fills entries that have nothing recorded yet
     python -m tests.recorded.record NAME ...   # records these again
 
-`keys.md` says what an entry holds. A new entry is written into `runs.json` by hand, without the recorded keys.
+`keys.md` says what an entry holds. A new entry is written into `runs.json` by hand,
+without the recorded keys.
 """
 
 from __future__ import annotations
@@ -54,7 +56,10 @@ def write(entries: Mapping[str, dict[str, Any]]) -> None:
 
 def machine() -> str:
     """What decides the last digits of a float: torch, the processor's instructions, the number of threads."""
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread"
+    return (
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} thread"
+    )
 
 
 def open_subject(name: str, checkpoints: Mapping[str, Path]) -> workbench.Subject:
@@ -76,7 +81,9 @@ def run(entry: dict[str, Any], checkpoints: Mapping[str, Path]) -> tuple[workben
 
 
 def recorded(entry: dict[str, Any], checkpoints: Mapping[str, Path]) -> dict[str, Any]:
-    """Everything that is compared. Timings are left out by their names; of a `timed` run only names, numbers of rows and strings stay."""
+    """Everything that is compared. Timings are left out by their names;
+    of a `timed` run only names, numbers of rows and strings stay.
+    """
     on, result = run(entry, checkpoints)
     found: dict[str, Any] = {
         "machine": machine(),
@@ -120,7 +127,9 @@ def summed(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def described(weight: torch.Tensor) -> list[Any]:
-    """[sha256 of the packed nonzero pattern (16 digits), norm, projection on cos(0), cos(1), ...] of an effective weight (..., out, in)."""
+    """[sha256 of the packed nonzero pattern (16 digits), norm, projection on cos(0), cos(1), ...]
+    of an effective weight (..., out, in).
+    """
     values = weight.detach().cpu().double().flatten()
     bits = np.packbits((values != 0).numpy())
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode() + bits.tobytes()).hexdigest()[:16]

@@ -43,7 +43,8 @@ def test_the_run_gives_what_was_recorded(
 ) -> None:
     if entry["machine"] != machine():
         pytest.skip(
-            f"recorded with {entry['machine']}; this is {machine()}, and last digits of floats differ between them"
+            f"recorded with {entry['machine']}; this is {machine()}, "
+            "and last digits of floats differ between them"
         )
     now = recorded(entry, checkpoints)
     was = {key: entry[key] for key in RECORDED if key in entry}

@@ -14,7 +14,7 @@ from workbench.scaling.comparison import (
     log_likelihood,
 )
 from workbench.scaling.fitting import fit
-from workbench.scaling.lawbook import law
+from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.objective import Objective
 
 TRUTH = dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37)

@@ -8,8 +8,8 @@ from scipy import optimize
 
 from workbench.errors import BadInput
 from workbench.scaling.fitting import fit
-from workbench.scaling.lawbook import LAWS, law
-from workbench.scaling.laws import Law, Parameter
+from workbench.scaling.formulas.lawbook import LAWS, law
+from workbench.scaling.formulas.laws import Law, Parameter
 from workbench.scaling.objective import Objective, Problem, Resample
 from workbench.scaling.projection import non_negative_least_squares
 from workbench.scaling.solver import descend, polish

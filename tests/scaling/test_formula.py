@@ -5,10 +5,10 @@ import pytest
 import sympy
 
 from workbench.errors import BadInput
-from workbench.scaling.formula import Graph, parse
-from workbench.scaling.laws import Law
-from workbench.scaling.program import Program
-from workbench.scaling.tracing import trace
+from workbench.scaling.formulas.formula import Graph, parse
+from workbench.scaling.formulas.laws import Law
+from workbench.scaling.formulas.program import Program
+from workbench.scaling.formulas.tracing import trace
 
 FORMULAS = [
     "E + A / params**alpha + B / tokens**beta",

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from workbench.errors import BadInput
+from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.hyperparameters import (
     advice_of,
     best_settings,
@@ -17,7 +18,6 @@ from workbench.scaling.hyperparameters import (
     step_law,
     steps_and_examples,
 )
-from workbench.scaling.lawbook import law
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from workbench.scaling.fitting import fit
-from workbench.scaling.laws import Law
+from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective
 
 MODELS = {

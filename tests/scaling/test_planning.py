@@ -8,8 +8,8 @@ from scipy import optimize
 from workbench.errors import BadInput
 from workbench.scaling import planning
 from workbench.scaling.fitting import fit
+from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.isoflop import budgets_of, envelope, exponent, optima, parabola_bias
-from workbench.scaling.lawbook import law
 from workbench.scaling.planning import Draws
 from workbench.scaling.uncertainty import bootstrap
 

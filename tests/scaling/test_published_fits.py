@@ -8,7 +8,7 @@ import pytest
 
 from workbench.scaling.certificate import certify_values
 from workbench.scaling.fitting import fit
-from workbench.scaling.lawbook import law
+from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.objective import Objective, Problem
 
 

@@ -8,8 +8,8 @@ from scipy import stats
 from workbench.errors import BadInput
 from workbench.scaling.coverage import coverage, simulate
 from workbench.scaling.fitting import fit
-from workbench.scaling.lawbook import law
-from workbench.scaling.laws import Law
+from workbench.scaling.formulas.lawbook import law
+from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective
 from workbench.scaling.uncertainty import bootstrap, deviance_scale, influence, profile
 

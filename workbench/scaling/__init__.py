@@ -10,8 +10,8 @@ Underneath, without the instruments: `fit(law("chinchilla"), runs)`, `bootstrap`
 
 from workbench.scaling.comparison import compare, cross_validate, extrapolation, held_out
 from workbench.scaling.fitting import Fit, fit
-from workbench.scaling.lawbook import LAWS, law
-from workbench.scaling.laws import Law, Parameter
+from workbench.scaling.formulas.lawbook import LAWS, law
+from workbench.scaling.formulas.laws import Law, Parameter
 from workbench.scaling.objective import Objective
 from workbench.scaling.planning import Draws, compute_optimal
 from workbench.scaling.runs import Runs

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.scaling.laws import Law
+from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective, Problem
 
 Array = np.ndarray

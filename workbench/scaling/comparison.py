@@ -13,7 +13,7 @@ from scipy import optimize, special
 
 from workbench.errors import BadInput
 from workbench.scaling.fitting import Fit, columns_of, fit
-from workbench.scaling.laws import Law
+from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective
 
 Array = np.ndarray

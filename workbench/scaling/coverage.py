@@ -14,7 +14,7 @@ import pandas as pd
 
 from workbench.scaling.certificate import certify
 from workbench.scaling.fitting import Fit
-from workbench.scaling.laws import Law
+from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective, Problem, Resample
 from workbench.scaling.solver import descend
 from workbench.scaling.uncertainty import bootstrap, profile, refit

@@ -36,7 +36,7 @@ def _tables(result: Result) -> dict[str, pd.DataFrame]:
 
 def _target(result: Result) -> str:
     runs = _tables(result)["runs"]
-    from workbench.scaling.lawbook import law
+    from workbench.scaling.formulas.lawbook import law
 
     name = law(result.instrument.law).target  # type: ignore[attr-defined]
     return name if name in runs else "loss"

@@ -1,7 +1,7 @@
 """Fit a law to runs: many starts, one batch, and a result that says how far it can be trusted.
 
 >>> import numpy as np
->>> from workbench.scaling.lawbook import law
+>>> from workbench.scaling.formulas.lawbook import law
 >>> n, d = np.meshgrid(np.logspace(7, 9, 5), np.logspace(9, 11, 5))
 >>> data = {"params": n.ravel(), "tokens": d.ravel()}
 >>> truth = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
@@ -23,7 +23,7 @@ import pandas as pd
 
 from workbench.errors import BadInput
 from workbench.scaling.certificate import Certificate, certify
-from workbench.scaling.laws import Law
+from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective, Problem
 from workbench.scaling.projection import Projection, sample_starts
 from workbench.scaling.solver import Solutions, descend, distinct, polish

@@ -15,7 +15,7 @@ import pandas as pd
 
 from workbench.errors import BadInput
 from workbench.scaling.fitting import fit
-from workbench.scaling.lawbook import law
+from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.objective import Objective
 from workbench.scaling.uncertainty import bootstrap
 

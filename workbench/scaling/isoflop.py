@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import BadInput
-from workbench.scaling.laws import Law
+from workbench.scaling.formulas.laws import Law
 from workbench.scaling.planning import Draws, compute_optimal
 
 Array = np.ndarray

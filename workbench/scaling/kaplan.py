@@ -21,8 +21,8 @@ import pandas as pd
 
 from workbench.errors import BadInput
 from workbench.scaling.fitting import Fit, fit
+from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.hyperparameters import critical_batch, minimum_steps
-from workbench.scaling.lawbook import law
 
 Array = np.ndarray
 NEEDED = ("params", "batch_tokens", "step", "loss")

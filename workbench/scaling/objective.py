@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from workbench.errors import BadInput
-from workbench.scaling.laws import Law, Space
+from workbench.scaling.formulas.laws import Law, Space
 
 Array = np.ndarray
 #: Elements (starts x rows) evaluated at a time: small enough that a handful of such arrays stay in the cache.

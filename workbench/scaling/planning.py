@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import BadInput
-from workbench.scaling.laws import Law
-from workbench.scaling.program import Program
+from workbench.scaling.formulas.laws import Law
+from workbench.scaling.formulas.program import Program
 from workbench.scaling.uncertainty import Bootstrap
 
 Array = np.ndarray

@@ -11,9 +11,9 @@ from itertools import combinations
 
 import numpy as np
 
-from workbench.scaling.laws import CompiledLaw, Law
+from workbench.scaling.formulas.laws import CompiledLaw, Law
+from workbench.scaling.formulas.program import Program
 from workbench.scaling.objective import Problem
-from workbench.scaling.program import Program
 
 Array = np.ndarray
 

@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import BadInput
-from workbench.scaling.formula import Graph, parse
-from workbench.scaling.laws import KNOWN_COLUMNS
-from workbench.scaling.program import Program
+from workbench.scaling.formulas.formula import Graph, parse
+from workbench.scaling.formulas.laws import KNOWN_COLUMNS
+from workbench.scaling.formulas.program import Program
 
 Array = np.ndarray
 OWN_SWEEP = "scaling-sweep"

@@ -18,8 +18,8 @@ from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.comparison import compare, compute_of, extrapolation, held_out, information
 from workbench.scaling.fitting import Fit, columns_of, fit
-from workbench.scaling.lawbook import LAWS, law
-from workbench.scaling.laws import Law
+from workbench.scaling.formulas.lawbook import LAWS, law
+from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective
 from workbench.scaling.results import ScalingFitResult, curve_tables
 from workbench.scaling.runs import Runs

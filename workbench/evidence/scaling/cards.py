@@ -12,7 +12,7 @@ from workbench.catalog import Method
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.scaling.fitting import fit
-from workbench.scaling.lawbook import LAWS, law
+from workbench.scaling.formulas.lawbook import LAWS, law
 from workbench.scaling.runs import OWN_SWEEP, Runs
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from workbench.errors import BadInput
-from workbench.scaling.laws import Law, Parameter
+from workbench.scaling.formulas.laws import Law, Parameter
 
 
 def _floor(

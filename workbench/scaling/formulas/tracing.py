@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from workbench.errors import BadInput
-from workbench.scaling.formula import Graph, apply
+from workbench.scaling.formulas.formula import Graph, apply
 
 UFUNC_NAMES = {
     "exp": "exp",

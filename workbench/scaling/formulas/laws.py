@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from workbench.errors import BadInput
-from workbench.scaling.formula import Graph, parse
-from workbench.scaling.program import BoundProgram, Program
-from workbench.scaling.tracing import argument_names, trace
+from workbench.scaling.formulas.formula import Graph, parse
+from workbench.scaling.formulas.program import BoundProgram, Program
+from workbench.scaling.formulas.tracing import argument_names, trace
 
 Array = np.ndarray
 Space = Literal["log", "linear"]
@@ -102,8 +102,8 @@ class Parameter:
 class Law:
     """A parametric prediction of one column of a run table from others.
 
-    `formula` is text in the language of :mod:`workbench.scaling.formula` or a Python function of columns
-    and parameters. `target` is what it predicts. `latex` is for people.
+    `formula` is text in the language of :mod:`workbench.scaling.formulas.formula` or a Python function
+    of columns and parameters. `target` is what it predicts. `latex` is for people.
     `source` names authors, year and equation.
     """
 

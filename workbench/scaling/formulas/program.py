@@ -4,7 +4,7 @@ Shapes: a column is ``(rows,)``, a parameter matrix is ``(starts, parameters)``;
 ``(starts, rows)``. Nodes that depend on columns alone are computed once, when the data is bound.
 
 >>> import numpy as np
->>> from workbench.scaling.formula import Graph, parse
+>>> from workbench.scaling.formulas.formula import Graph, parse
 >>> graph = Graph()
 >>> y = parse("a * x**b", graph, columns={"x"})
 >>> program = Program(graph, [y, graph.derivative(y, "a")], ["a", "b"])
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.scaling.formula import BINARY, FUNCTIONS, Graph
+from workbench.scaling.formulas.formula import BINARY, FUNCTIONS, Graph
 
 Array = np.ndarray
 

@@ -3,7 +3,7 @@
 A law arrives as text (``"E + A / params**alpha + B / tokens**beta"``) or as a Python function that is called
 once with symbols. Either way it becomes a small graph of arithmetic nodes in which equal sub-expressions are
 one node. Nothing the user wrote is ever executed: the text is parsed with :mod:`ast`, every syntax node
-outside a short list is refused, and the graph is interpreted by :mod:`workbench.scaling.program`.
+outside a short list is refused, and the graph is interpreted by :mod:`workbench.scaling.formulas.program`.
 
 Derivatives are symbolic and exact, so a fit never differentiates numerically.
 

@@ -1,0 +1,1 @@
+"""Scaling laws as formulas: their language, their compiled programs, and the book of published ones."""
