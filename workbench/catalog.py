@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from workbench.errors import BadInput
 from workbench.families import FAMILIES, import_families
 from workbench.instruments import Instrument
 from workbench.results import Result
+from workbench.storage import evidence_folders
 
 
 def catalog() -> dict[str, type[Instrument]]:
@@ -54,30 +54,34 @@ class Method:
     needs: str  # data, gradients, retraining
     claim: str  # what the source says, checkable here
     row: int | None = None  # the technique list's number
-    measure: Callable[..., dict[str, Any]] | None = None  # (name, progress) -> evidence record
 
     def evidence(self) -> dict[str, Any] | None:
-        """The stored measurement (`data/evidence/FAMILY/NAME.json`),
+        """The stored measurement, one's own before the project's (`FAMILY/NAME.json`),
         or None when nothing was measured yet.
         """
-        from workbench.storage import data_folder
-
-        file = data_folder() / "evidence" / self.family / f"{self.name}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        for folder in evidence_folders():
+            file = folder / self.family / f"{self.name}.json"
+            if file.exists():
+                return json.loads(file.read_text())
+        return None
 
 
 @functools.lru_cache(1)
 def methods() -> dict[str, Method]:
-    """Every method card by name; each family lists its own in `workbench.FAMILY.cards.CARDS`."""
+    """Every method card by name; a family lists its own as METHODS in `workbench.FAMILY.method_cards`
+    or `workbench.FAMILY.methods`.
+    """
     cards: dict[str, Method] = {}
     for family in FAMILIES:
-        try:
-            found = importlib.util.find_spec(f"workbench.evidence.{family}.cards")
-        except ModuleNotFoundError:
-            found = None
-        if found is not None:
-            for card in importlib.import_module(f"workbench.evidence.{family}.cards").CARDS:
-                cards[card.name] = card
+        for place in ("method_cards", "methods"):
+            try:
+                found = importlib.util.find_spec(f"workbench.{family}.{place}")
+            except ModuleNotFoundError:  # the family is a single file
+                found = None
+            if found is not None:
+                for card in importlib.import_module(f"workbench.{family}.{place}").METHODS:
+                    cards[card.name] = card
+                break
     return cards
 
 

@@ -43,3 +43,23 @@ def data_folder() -> Path:
     package = Path(__file__).resolve().parent
     installed = package / "_data"
     return installed if installed.is_dir() else package.parent / "data"
+
+
+def evidence_folders() -> tuple[Path, Path]:
+    """Where evidence is read: what this user measured, then what the project ships;
+    `WORKBENCH_EVIDENCE` overrides the first.
+    """
+    own = (
+        os.environ.get("WORKBENCH_EVIDENCE")
+        or Path(platformdirs.user_data_dir("model-workbench")) / "evidence"
+    )
+    return Path(own), data_folder() / "evidence"
+
+
+def evidence_target() -> Path:
+    """Where evidence is written: the project's folder in a source checkout that may be written to,
+    else the user's own.
+    """
+    own, shipped = evidence_folders()
+    checkout = (data_folder().parent / "pyproject.toml").is_file()
+    return shipped if checkout and os.access(data_folder(), os.W_OK) else own

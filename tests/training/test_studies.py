@@ -295,10 +295,10 @@ def test_largest_stable_rate_is_two_over_the_top_eigenvalue(name: str, cache: Pa
 
 def test_cards_and_evidence() -> None:
     from workbench.evidence.training import batch_evidence, optimizer_evidence, schedule_evidence
-    from workbench.evidence.training.cards import CARDS
+    from workbench.training.methods import METHODS
 
     known, found = methods(), 0
-    for card in CARDS:
+    for card in METHODS:
         assert known[card.name] is card and card.family == "training"
         record = card.evidence()
         if record is not None:
