@@ -23,7 +23,8 @@ from workbench.quantization.activations.attention import (
     round_activations,
 )
 from workbench.quantization.number.formats import named
-from workbench.quantization.quantize import choices, put
+from workbench.quantization.quantize_result import choices
+from workbench.quantization.quantized_layer import put
 from workbench.quantization.rounding.adapters import Adapter, zero_term
 from workbench.quantization.trained.binary_attention import binarise
 from workbench.quantization.trained.double_rounding import check_widths
