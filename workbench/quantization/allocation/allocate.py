@@ -169,6 +169,8 @@ class Allocate(SubjectInstrument):
                 f"budget: {self.budget:g} bits lies outside the widths {self.widths}; "
                 "ask for something between them"
             )
+        if bad := [width for width in self.widths if not 2 <= width <= 8]:
+            raise BadInput(f"widths: {bad[0]} bits are not accepted; give widths from 2 to 8")
         if len(set(self.widths)) != len(self.widths):
             raise BadInput(f"widths: {self.widths} repeats a width")
         if (self.average == "latency") != bool(self.times):

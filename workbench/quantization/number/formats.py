@@ -499,7 +499,10 @@ def named(name: str, bits: int = 4, symmetric: bool = True) -> Format:
         if NUMBER_FORMAT.entries.get(entry.name) is entry:
             return format
     more = {"bits": bits, "symmetric": symmetric} if name == "int" else {}
-    choice: Choice = NUMBER_FORMAT.chosen(str(name), "format", **more)
-    found: Format = choice()
+    try:
+        choice: Choice = NUMBER_FORMAT.chosen(str(name), "format", **more)
+        found: Format = choice()
+    except BadInput as error:
+        raise BadInput(f"format: {str(name)!r} is no format ({error})") from None
     _made[key] = (choice.entry, found)
     return found
