@@ -43,8 +43,8 @@ def test_prune_and_quantize_run_on_every_architecture(architecture, checkpoints,
                 "quantize",
                 "--subject",
                 str(out),
-                "--bits",
-                "4",
+                "--format",
+                "int4",
                 "--rounding",
                 "gptq",
                 "--group-size",
@@ -78,7 +78,7 @@ def test_a_plain_module_is_pruned_from_the_command_line(module_file, cache, caps
             ["sparsty", "did you mean --sparsity"],
         ),
         (["run", "prune", "--subject", "digits-vit", "--sparsity", "1.2"], ["sparsity", "1.2"]),
-        (["run", "quantize", "--subject", "digits-vit", "--bits", "0"], ["bits", "0"]),
+        (["run", "quantize", "--subject", "digits-vit", "--format", "int0"], ["bits", "0"]),
         (
             ["run", "prune", "--subject", "FOLDER", "--data", "random", "--layers", "*nothing*"],
             ["layers", "*nothing*"],
@@ -130,7 +130,7 @@ def test_help_lists_the_fields(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", "quantize", "--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "--bits" in text and "--subject" in text and "--seed" in text
+    assert stop.value.code == 0 and "--format" in text and "--subject" in text and "--seed" in text
 
 
 def test_list_names_instruments_subjects_and_methods(capsys):

@@ -249,11 +249,10 @@ def test_parameters_restore_the_panel_exactly(tmp_path: Path, cache: Path) -> No
     panel = widgets.panel(
         Quantize,
         "digits-softmax",
-        bits=3,
+        format="uint3",
         layer_bits={"*.q": 8, "null": 2},
-        damp=1.23456789e-4,
+        sequential_damp=1.23456789e-4,
         layers="*.q_proj, 'x'",
-        symmetric=False,
     )
     file = reports.write_parameters(tmp_path / "p.yaml", panel.parameters)
     restored = widgets.panel.from_parameters(file)
