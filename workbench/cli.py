@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a computation failed, 2 the request was wrong (one line sa
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -41,13 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"workbench: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("workbench: interrupted", file=sys.stderr)
         return 130
 
 
 def usage() -> str:
-    return """Train and compress transformers: a subject, an instrument, a result with its prediction beside it.
+    return """Train and compress transformers: a subject, an instrument, a result and its prediction.
 
 workbench list [instruments | methods | subjects | axes]
 workbench show NAME                                    formula, source, file, recipe, options, evidence

@@ -11,8 +11,8 @@ import pandas as pd
 from IPython.display import HTML
 
 from workbench import reports
-from workbench.catalog import catalog
 from workbench.instruments import Instrument
+from workbench.names import catalog
 from workbench.results import Result
 
 

@@ -14,8 +14,8 @@ import torch
 
 import workbench
 from tests.training.test_loop import language, small
-from workbench.catalog import catalog, methods
 from workbench.errors import BadInput
+from workbench.names import catalog, methods
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
@@ -295,10 +295,10 @@ def test_largest_stable_rate_is_two_over_the_top_eigenvalue(name: str, cache: Pa
 
 def test_cards_and_evidence() -> None:
     from workbench.evidence.training import batch_evidence, optimizer_evidence, schedule_evidence
-    from workbench.evidence.training.cards import CARDS
+    from workbench.training.methods import METHODS
 
     known, found = methods(), 0
-    for card in CARDS:
+    for card in METHODS:
         assert known[card.name] is card and card.family == "training"
         record = card.evidence()
         if record is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
-from workbench.catalog import methods
 from workbench.commands.options import Parser
 from workbench.errors import BadInput
-from workbench.instruments import Instrument
+from workbench.names import methods
 from workbench.progress import TextProgress
 from workbench.results import plain
 from workbench.storage import replacing
@@ -18,35 +18,37 @@ from workbench.storage import replacing
 def evidence(arguments: list[str]) -> int:
     import time
 
-    from workbench.code_version import code_version
-    from workbench.storage import data_folder
+    from workbench import evidence as measurements
+    from workbench.storage import evidence_target
 
     parser = Parser(prog="workbench evidence")
     parser.add_argument("method", nargs="*")
     parser.add_argument("--family")
+    parser.add_argument("--out", help="folder to write to, in place of the project's or your own")
     parser.add_argument("--missing", action="store_true", help="only those without stored evidence")
     space = parser.parse_args(arguments)
     cards = methods()
+    target = Path(space.out) if space.out else evidence_target()
     names = space.method or [n for n, c in cards.items() if space.family and c.family == space.family]
     unknown = [n for n in names if n not in cards]
     if unknown or not names:
         raise BadInput(f"method: {', '.join(unknown) or 'none given'}; known: {', '.join(cards)}")
     for name in names:
         card = cards[name]
-        if card.measure is None:
+        if not measurements.measurable(name):
             raise BadInput(f"method: {name} has no measurement to run")
         if space.missing and card.evidence() is not None:
             continue
         began = time.perf_counter()
-        record = card.measure(name, TextProgress())
+        record = measurements.measure(name, TextProgress())
         record |= {
             "method": name,
             "claim": card.claim,
             "seconds": round(time.perf_counter() - began, 1),
-            "code": code_version(Instrument),
+            "code": measurements.code(name),
             "versions": versions(),
         }
-        with replacing(data_folder() / "evidence" / card.family / f"{name}.json") as draft:
+        with replacing(target / card.family / f"{name}.json") as draft:
             draft.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
         print(
             f"{name}: {'holds' if record.get('holds') else 'does not hold'} here; "

@@ -11,22 +11,31 @@ WIDTH = 100
 
 
 def run_help(name: str, index: dict[str, Any]) -> str | None:
-    """What `workbench run NAME` takes; None when the index does not know the name as an instrument or a method."""
+    """What `workbench run NAME` takes; None when the index does not know the name as an instrument
+    or a method.
+    """
     if name in index["methods"]:
         note = index["methods"][name]
-        steps = note.get("recipe", [])
-        if not steps:
+        if not note["steps"]:
             return None
-        head = [f"workbench run {name} --subject SUBJECT [--option VALUE ...]", "", f"{note['title']} ({note['source']})"]
-        head.append("the same as: " + note["in_words"])
-        names = dict.fromkeys(step[0] for step in steps)
+        head = [
+            f"workbench run {name} --subject SUBJECT [--option VALUE ...]",
+            "",
+            f"{note['title']} ({note['source']})",
+        ]
+        head.append("the same as: " + note["recipe"])
+        names = dict.fromkeys(note["steps"])
         parts = [instrument_help(index["instruments"][n], index, f"Options of {n}") for n in names]
         return "\n".join([*head, *parts])
     if name not in index["instruments"]:
         return None
     note = index["instruments"][name]
     source = "--subject SUBJECT" if note["on"] == "subject" else "--runs FILE"
-    head = [f"workbench run {name} {source} [--option VALUE ...] [--out FOLDER]", "", *textwrap.wrap(note["about"], WIDTH)]
+    head = [
+        f"workbench run {name} {source} [--option VALUE ...] [--out FOLDER]",
+        "",
+        *textwrap.wrap(note["about"], WIDTH),
+    ]
     return "\n".join([*head, instrument_help(note, index, "Options")])
 
 

@@ -28,12 +28,17 @@ def list_(arguments: list[str]) -> int:
     if what in (None, "methods"):
         print("methods: workbench run NAME --subject SUBJECT; workbench show NAME")
         for name, note in index["methods"].items():
-            print(f"  {name:25} {note['family']:14} {verdict(note['family'], name):20} {note['title']} ({note['source']})")
+            print(
+                f"  {name:25} {note['family']:14} {verdict(note['family'], name):20} {note['title']} "
+                f"({note['source']})"
+            )
     if what == "axes":
         for kind, axis in index["axes"].items():
             print(f"{kind}: {axis['about']}")
             for name, entry in axis["entries"].items():
-                print("\n".join(row(name, "; ".join(p for p in (entry["formula"], entry["source"]) if p), "  ")))
+                print(
+                    "\n".join(row(name, "; ".join(p for p in (entry["formula"], entry["source"]) if p), "  "))
+                )
     return 0
 
 
@@ -51,7 +56,7 @@ def show(arguments: list[str]) -> int:
     parser = Parser(prog="workbench show")
     parser.add_argument("name")
     name = parser.parse_args(arguments).name
-    from workbench.catalog import doors
+    from workbench.names import doors
 
     for lines in (described(door) for door in doors(name)):
         print("\n".join(lines))
@@ -61,7 +66,7 @@ def show(arguments: list[str]) -> int:
 def described(door: Any) -> list[str]:
     """A door's page as lines of text."""
     lines = [f"{door.name}: {door.title}" if door.title else door.name]
-    for label, text in door.facts():
+    for label, text in door.facts:
         wrapped = textwrap.wrap(text, WIDTH - 12) or [""]
         lines += [f"  {label:10}{wrapped[0]}", *(" " * 12 + line for line in wrapped[1:])]
     return lines

@@ -42,7 +42,12 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse, naming an unknown option and its nearest known one."""
     space, rest = parser.parse_known_args(arguments)
     if rest:
-        known = [o for action in parser._actions if action.help is not argparse.SUPPRESS for o in action.option_strings]
+        known = [
+            o
+            for action in parser._actions
+            if action.help is not argparse.SUPPRESS
+            for o in action.option_strings
+        ]
         close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         names = ", ".join(o.lstrip("-") for o in known if o.startswith("--") and o != "--help")

@@ -1,4 +1,6 @@
-"""`workbench run NAME`: an instrument, a published method, or an entry of an axis, on a subject or on runs."""
+"""`workbench run NAME`: an instrument, a published method, or an entry of an axis,
+on a subject or on runs.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,16 @@ from workbench.errors import BadInput
 
 def run(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
-        print("workbench run NAME --subject SUBJECT [--field value ...]; NAME is an instrument, a method or an entry")
+        print(
+            "workbench run NAME --subject SUBJECT [--field value ...]; "
+            "NAME is an instrument, a method or an entry"
+        )
         print("`workbench list` names them, `workbench run NAME --help` lists what one takes")
         return 0
     if not arguments or arguments[0].startswith("-"):
         raise BadInput(
-            "instrument: is missing; workbench run NAME --subject SUBJECT; `workbench list` names what there is"
+            "instrument: is missing; workbench run NAME --subject SUBJECT; "
+            "`workbench list` names what there is"
         )
     name, rest = arguments[0], arguments[1:]
     plugins = plugins_in(rest)
@@ -47,8 +53,8 @@ def plugins_in(arguments: Sequence[str]) -> list[str]:
 
 
 def run_steps(name: str, arguments: Sequence[str], plugins: Iterable[str]) -> int:
-    from workbench.catalog import find, recipe
     from workbench.families import load_plugins
+    from workbench.names import find, in_words, instruments_of, recipe
 
     load_plugins(plugins)
     steps = recipe(name)
@@ -62,7 +68,10 @@ def run_steps(name: str, arguments: Sequence[str], plugins: Iterable[str]) -> in
     known = field_options(classes)
     for option in known:
         parser.add_argument(f"--{option}", dest=f"field:{option}", default=argparse.SUPPRESS)
-    options.add_texts(parser, options.SUBJECT_OPTIONS | {"subject": ""} if classes[0].on == "subject" else options.RUNS_OPTIONS)
+    options.add_texts(
+        parser,
+        options.SUBJECT_OPTIONS | {"subject": ""} if classes[0].on == "subject" else options.RUNS_OPTIONS,
+    )
     parser.add_argument("--out")
     parser.add_argument("--plugins")
     parser.add_argument("--no-cache", action="store_true")
@@ -97,8 +106,8 @@ def told(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def field_options(classes: Iterable[Any]) -> dict[str, Any]:
-    """Every option of these instruments -> the type of its value: fields, options of entries (`saliency.damp`),
-    and the names of one release ago.
+    """Every option of these instruments -> the type of its value: fields, options of entries
+    (`saliency.damp`), and the names of one release ago.
     """
     from workbench.axis import axis_of
 
@@ -117,38 +126,6 @@ def field_options(classes: Iterable[Any]) -> dict[str, Any]:
         for old, new in cls.renamed().items():
             flat[old.replace("_", "-")] = found.get(new.replace("_", "-"), object)
     return flat | found
-
-
-def instruments_of(steps: Sequence[tuple[str, dict[str, Any]]], given: dict[str, Any]) -> list[Any]:
-    """The instruments of a recipe, with what was given on top: each field goes to every step that has it."""
-    from workbench.catalog import accepts, find
-
-    made = []
-    placed: set[str] = set()
-    for name, fields in steps:
-        cls = find(name)
-        mine = {field: value for field, value in given.items() if accepts(cls, field)}
-        placed |= set(mine)
-        made.append(cls(**with_changes(fields, mine)))
-    if missing := [field for field in given if field not in placed]:
-        raise BadInput(f"{missing[0]}: no step of {in_words(steps)} takes it")
-    return made
-
-
-def with_changes(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's fields with others in their place; an entry that is exchanged loses the options written for it."""
-    kept = {k: v for k, v in fields.items() if k.split(".")[0] not in changes or k in changes}
-    return kept | changes
-
-
-def in_words(steps: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """A recipe as the commands that do the same: 'rotate --kind learned, then quantize --bits 4'."""
-    from workbench.index import shown
-
-    return ", then ".join(
-        " ".join([name, *(f"--{field.replace('_', '-')} {shown(value)}" for field, value in fields.items())])
-        for name, fields in steps
-    )
 
 
 def opened(space: argparse.Namespace, on: str) -> Any:

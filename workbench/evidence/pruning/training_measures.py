@@ -1,4 +1,4 @@
-"""Catalog cards of the methods that train with masks or train a part, and of recovery on a pretrained BERT.
+"""Measurements of what trains with masks or trains a part, and of recovery on a pretrained BERT.
 
 Digits: a vision transformer trained on upright digits, one for each seed, goes on with the same digits lying
 on their sides, a task it has not seen. Bytes: a Llama-style model of 57 k weights on Python's source, one for
@@ -9,9 +9,9 @@ the same for all but low-rank terms, which start at zero and take 3e-3; nothing 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from workbench.catalog import Method
 from workbench.evidence.pruning.training_evidence import (
     Arm,
     Claim,
@@ -22,6 +22,7 @@ from workbench.evidence.pruning.training_evidence import (
     small_language_model,
 )
 from workbench.instruments import Instrument
+from workbench.progress import Progress
 from workbench.subjects import Subject
 
 # One epoch of the training split is 320 such steps; what is asked of each pruning is the project's own goal.
@@ -116,72 +117,46 @@ SPARSE_THEN_DENSE: dict[str, Arm] = {
 DENSE_GAP = {"75 %, then dense": 1.0, "dense throughout": -1.0}
 
 
-def card(
-    name: str, title: str, source: str, formula: str, needs: str, claim: str, row: int | None, **measure: Any
-) -> Method:
-    return Method(
-        name, "pruning", title, source, formula, needs, claim, row, functools.partial(compare_arms, **measure)
-    )
-
-
-CARDS: list[Method] = [
-    Method(
-        "recovery-minilm",
-        "pruning",
-        "Recovery of a pretrained BERT",
-        "Kurtic et al. 2022; Mishra et al. 2021; Kurtic, Frantar and Alistarh 2023",
-        "gradual oBERT, SparseGPT at 2:4, and ZipLM's structures, each with distillation",
-        "fine-tuning",
-        "80 % of the weights within 1 accuracy point of dense, 2:4 within 1, "
-        "half of heads and neurons within 3 at a measured 1.4x",
-        0,
-        # The rate for 2:4: of 1e-4, 2e-4 and 5e-4 the one with the lowest loss on the validation split after
-        # 60 steps (0.700, 0.726, 0.767).
-        functools.partial(
-            recovered_accuracy,
-            targets={
-                "2:4": (
-                    RECOVERY | {"method": "sparsegpt", "pattern": "2:4", "recovery_steps": 480, "lr": 1e-4},
-                    1.0,
-                    0.0,
-                ),
-                "half of heads and neurons": (
-                    RECOVERY
-                    | {
-                        "method": "ziplm",
-                        "pattern": "heads+neurons",
-                        "sparsity": 0.5,
-                        "schedule": "cubic",
-                        "steps": 3,
-                        "recovery_steps": 480,
-                    },
-                    3.0,
-                    1.4,
-                ),
-                "oBERT at 80 %": (
-                    RECOVERY
-                    | {
-                        "method": "obert",
-                        "sparsity": 0.8,
-                        "schedule": "cubic",
-                        "steps": 4,
-                        "recovery_steps": 640,
-                    },
-                    1.0,
-                    0.0,
-                ),
-            },
-        ),
+MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
+    # The rate for 2:4: of 1e-4, 2e-4 and 5e-4 the one with the lowest loss on the validation split after 60
+    # steps (0.700, 0.726, 0.767).
+    "recovery-minilm": functools.partial(
+        recovered_accuracy,
+        targets={
+            "2:4": (
+                RECOVERY | {"method": "sparsegpt", "pattern": "2:4", "recovery_steps": 480, "lr": 1e-4},
+                1.0,
+                0.0,
+            ),
+            "half of heads and neurons": (
+                RECOVERY
+                | {
+                    "method": "ziplm",
+                    "pattern": "heads+neurons",
+                    "sparsity": 0.5,
+                    "schedule": "cubic",
+                    "steps": 3,
+                    "recovery_steps": 480,
+                },
+                3.0,
+                1.4,
+            ),
+            "oBERT at 80 %": (
+                RECOVERY
+                | {
+                    "method": "obert",
+                    "sparsity": 0.8,
+                    "schedule": "cubic",
+                    "steps": 4,
+                    "recovery_steps": 640,
+                },
+                1.0,
+                0.0,
+            ),
+        },
     ),
-    card(
-        "block-movement",
-        "Block pruning for faster transformers",
-        "Lagunas et al. 2021",
-        "M = sigmoid(S) > tau, dL/dS = sum over a block of dL/dW' W, + lambda mean sigmoid(S)",
-        "fine-tuning",
-        "hybrid blocks beat magnitude blocks of the same density, "
-        "and removing what is empty makes the model faster",
-        195,
+    "block-movement": functools.partial(
+        compare_arms,
         make=digits,
         extra=measured_gains,
         keep=("speedup", "removed_heads", "removed_neurons"),
@@ -208,15 +183,8 @@ CARDS: list[Method] = [
             Claim("faster than dense", {"hybrid": -1}, "speedup", -1.0),
         ],
     ),
-    card(
-        "ast",
-        "Adaptive sparse trainer",
-        "Huang et al. 2024",
-        "W' = W m(|W|), dW += lambda(t) (1 - m) W, task + KL, + (X P) S^T",
-        "fine-tuning and a dense teacher",
-        "2:4: adaptive masks beat a fixed mask retrained as long; distillation and block sums help; "
-        "masks come to rest",
-        240,
+    "ast": functools.partial(
+        compare_arms,
         make=small_language_model,
         keep=("moved_first", "moved_last"),
         arms={
@@ -240,15 +208,8 @@ CARDS: list[Method] = [
             Claim("masks come to rest", {"adaptive": 1}, "moved_last", 1e-3),
         ],
     ),
-    card(
-        "slope",
-        "Double-pruned pretraining with lazy adapters",
-        "Mozaffari et al. 2024",
-        "Y = X W_R^T + (X L) R, dX = dY W_RC; extra zeros 9.375 % at 2:4",
-        "training",
-        "2:4 from the start: pruning the backward pass twice costs less than the mask itself, "
-        "and adapters in the last tenth win some back",
-        204,
+    "slope": functools.partial(
+        compare_arms,
         make=small_language_model,
         arms={
             "dense": [sparse(method="dense", **BYTES)],
@@ -263,15 +224,8 @@ CARDS: list[Method] = [
             better("adapters help", "with adapters", "double-pruned"),
         ],
     ),
-    card(
-        "dsl",
-        "Dynamic sparse learning",
-        "Wang et al. 2024",
-        "alpha/2 (1 + cos(pi t/T)) of the kept weights make room for as many others",
-        "training",
-        "90 % from the start: moving masks beat a mask that stays; regrowth by gradient beats random "
-        "regrowth (layers here; the paper's are embedding tables)",
-        158,
+    "dsl": functools.partial(
+        compare_arms,
         make=small_language_model,
         arms={
             "dense": [sparse(method="dense", **BYTES)],
@@ -284,14 +238,8 @@ CARDS: list[Method] = [
             better("gradient < random", "moving", "moving at random"),
         ],
     ),
-    card(
-        "spdf",
-        "Sparse pre-training and dense fine-tuning",
-        "Thangarasa et al. 2023",
-        "W * M, M random and fixed, while pre-training; M lifted for fine-tuning",
-        "training",
-        "75 %: lifting the mask beats keeping it, and the gap to dense shrinks in dense fine-tuning",
-        196,
+    "spdf": functools.partial(
+        compare_arms,
         make=small_language_model,
         arms=SPARSE_THEN_DENSE,
         claims=[
@@ -299,15 +247,8 @@ CARDS: list[Method] = [
             Claim("the gap shrinks", DENSE_GAP | {"pretrained at 75 %": -1.0, "pretrained dense": 1.0}),
         ],
     ),
-    card(
-        "mediswift",
-        "Sparse pre-trained models of one field",
-        "Thangarasa et al. 2024",
-        "the same, on a field's own texts",
-        "training",
-        "75 %: less than half of the pre-training gap is left after dense fine-tuning, "
-        "for less than half of the matrix work",
-        318,
+    "mediswift": functools.partial(
+        compare_arms,
         make=small_language_model,
         arms={k: v for k, v in SPARSE_THEN_DENSE.items() if k != "75 % throughout"},
         claims=[
@@ -315,15 +256,8 @@ CARDS: list[Method] = [
             Claim("half of the work", {"pretrained at 75 %": 1}, "matmul_share", 0.5),
         ],
     ),
-    card(
-        "app",
-        "Anytime progressive pruning",
-        "Misra et al. 2022",
-        "density 0.8^n before each megabatch, n from 1 to the target",
-        "training",
-        "90 % over five megabatches: pruning progressively makes fewer errors in all than pruning once at "
-        "the start, by |g w|",
-        341,
+    "app": functools.partial(
+        compare_arms,
         make=digits,
         keep=("cumulative_error",),
         arms={
@@ -336,15 +270,8 @@ CARDS: list[Method] = [
             better("progressive < at once, at the end", "progressive", "at once"),
         ],
     ),
-    card(
-        "pst",
-        "Parameter-efficient sparsity",
-        "Li et al. 2022",
-        "M = top of |W + B A| + a1 A' B' + a2 (R + C)",
-        "fine-tuning",
-        "80 %: within 1 accuracy point of movement pruning and above magnitude, "
-        "with fewer trained parameters",
-        16,
+    "pst": functools.partial(
+        compare_arms,
         make=digits,
         arms={
             "PST": ["lying", sparse(method="pst", sparsity=0.8, rank=4, steps=100, lr=3e-3)],
@@ -356,15 +283,8 @@ CARDS: list[Method] = [
             better("PST < magnitude", "PST", "magnitude", "error"),
         ],
     ),
-    card(
-        "dsee",
-        "Dually sparsity-embedded tuning",
-        "Chen et al. 2021",
-        "W = W0 * S1 + U V + S2",
-        "fine-tuning",
-        "half of the frozen weights away: within 1 accuracy point of adapters on all of them; "
-        "the decomposition's support beats a random one",
-        33,
+    "dsee": functools.partial(
+        compare_arms,
         make=digits,
         arms={
             "adapters": ["lying", sparse(method="lora", steps=100, lr=3e-3)],
@@ -379,15 +299,8 @@ CARDS: list[Method] = [
             better("decomposition < random", "DSEE", "random support"),
         ],
     ),
-    card(
-        "hft",
-        "Half fine-tuning",
-        "Hui et al. 2024",
-        "in every block half of each kind of matrix learns, the other half rests",
-        "fine-tuning",
-        "a second task: less of the first is forgotten than by full fine-tuning, "
-        "at most 1 accuracy point behind on the second",
-        189,
+    "hft": functools.partial(
+        compare_arms,
         make=digits,
         extra=on_the_first_task,
         keep=("first_task_loss", "first_task_error"),
@@ -402,15 +315,8 @@ CARDS: list[Method] = [
             better("within 1 point on the second task", "half", "full", "error", 0.01),
         ],
     ),
-    card(
-        "subtuning",
-        "SubTuning",
-        "Kaplun et al. 2023",
-        "greedy choice of the blocks whose training lowers the validation loss most",
-        "fine-tuning",
-        "100 labels of a second task: chosen blocks do no worse than full fine-tuning, "
-        "the last block or the head alone",
-        257,
+    "subtuning": functools.partial(
+        compare_arms,
         make=digits,
         arms={
             "chosen": ["lying-100", subtuned(steps=60, most=2)],
@@ -424,4 +330,4 @@ CARDS: list[Method] = [
             better("chosen < head", "chosen", "head"),
         ],
     ),
-]
+}

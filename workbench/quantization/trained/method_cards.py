@@ -1,13 +1,10 @@
-"""Catalog cards of the methods that train through a rounding beside a teacher;
-`taught_evidence.py` measures their claims.
-"""
+"""Method cards of what trains through a rounding beside a teacher."""
 
 from __future__ import annotations
 
-from workbench.catalog import Method
-from workbench.evidence.quantization import taught_evidence as evidence
+from workbench.names import Method
 
-CARDS: list[Method] = [
+METHODS: list[Method] = [
     Method(
         "fbi-llm",
         "quantization",
@@ -19,7 +16,6 @@ CARDS: list[Method] = [
         "binary from random weights, equal steps: the teacher's distribution alone gives a lower loss on "
         "the text than the text itself",
         252,
-        evidence.distilled_binary,
     ),
     Method(
         "edgeqat",
@@ -32,7 +28,6 @@ CARDS: list[Method] = [
         "4-bit weights, inputs and attention, equal steps: "
         "the two terms give a lower loss and nearer maps than distillation alone",
         80,
-        evidence.guided_attention,
     ),
     Method(
         "bipft",
@@ -44,6 +39,5 @@ CARDS: list[Method] = [
         "binary weights, inputs and attention, equal steps from a dense model: "
         "estimates of rank 1 give a lower loss than none",
         193,
-        evidence.residual_estimates,
     ),
 ]

@@ -1,357 +1,313 @@
-"""The training methods of the catalog: what each is, where it is from, what its source claims,
-and how it was checked here.
-"""
+"""Method cards of training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from workbench.names import Method
 
-from workbench.catalog import Method
-from workbench.progress import Progress
-
-
-def _measured(place: str) -> Callable[[str, Progress], dict[str, Any]]:
-    """The measurement "module.function" of this folder, imported only when somebody runs it."""
-    module, function = place.split(".")
-
-    def measure(name: str, progress: Progress) -> dict[str, Any]:
-        from importlib import import_module
-
-        return getattr(import_module(f"workbench.evidence.training.{module}_evidence"), function)(
-            name, progress
-        )
-
-    return measure
-
-
-def _card(
-    name: str,
-    row: int | None,
-    title: str,
-    source: str,
-    formula: str,
-    needs: str,
-    claim: str,
-    measure: str = "",
-) -> Method:
-    return Method(
-        name=name,
-        family="training",
-        title=title,
-        source=source,
-        formula=formula,
-        needs=needs,
-        claim=claim,
-        row=row,
-        measure=_measured(measure) if measure else None,
-    )
-
-
-CARDS = [
-    _card(
+METHODS: list[Method] = [
+    Method(
         "rex",
-        181,
+        "training",
         "REX schedule",
         "Chen, Wolfe & Kyrillidis 2022",
         r"\eta_t = \eta_0 \frac{1 - t/T}{1/2 + (1 - t/T)/2}",
         "a step budget",
         "best average rank among common schedules over budgets",
-        "schedule.schedule",
+        181,
     ),
-    _card(
+    Method(
         "uba",
-        173,
+        "training",
         "Unified budget-aware schedule",
         "Tang et al. 2025",
         r"\eta_t = \eta \frac{2(1+\cos \pi t/T)}{2\varphi + (2-\varphi)(1+\cos \pi t/T)}",
         "a step budget",
         "beats the commonly used schedules at every budget",
-        "schedule.schedule",
+        173,
     ),
-    _card(
+    Method(
         "power",
-        117,
+        "training",
         "Power schedule",
         "Shen et al. 2024",
         r"\eta(n) = \min(\eta_{max}, \beta a n^b)",
         "tokens per step and batch size",
         "one setting for every batch size and token count",
-        "schedule.power",
+        117,
     ),
-    _card(
+    Method(
         "infinite",
-        328,
+        "training",
         "Infinite schedule",
         "Singh et al. 2025",
         r"cool down to \eta_c, hold, anneal \eta_c (\eta_{min}/\eta_c)^q",
         "nothing: no budget",
         "continual pre-training without re-warming: less forgetting at an equal or lower loss",
-        "schedule.infinite_schedule",
+        328,
     ),
-    _card(
+    Method(
         "rewarm",
-        340,
+        "training",
         "Re-warming for continual pre-training",
         "Gupta et al. 2023",
         r"\eta: 0 \to \eta_{max} \text{ over } w T, \text{ then cosine to } \eta_{max}/10",
         "a checkpoint and its optimizer's rate",
         "warm-up length hardly matters, a larger peak is better downstream and worse upstream, "
         "and both beat training from scratch",
-        "schedule.rewarm",
+        340,
     ),
-    _card(
+    Method(
         "reference-time",
-        349,
+        "training",
         "Reference system time",
         "Kaddour et al. 2023",
         r"RST = \sum_t \text{seconds of step } t \text{ on the reference machine}",
         "the time of a step on one machine",
         "gains over an undecayed baseline vanish against one that decays within the budget",
-        "schedule.reference_time",
+        349,
     ),
-    _card(
+    Method(
         "budgeted-decay",
-        321,
+        "training",
         "Decay to zero at the budget",
         "Izsak, Berchansky & Levy 2021; Kaddour et al. 2023",
         r"\eta(\text{budget}) = 0",
         "a budget of steps or seconds",
         "decaying within the budget beats a constant rate and a schedule too long for it",
-        "schedule.budgeted_decay",
+        321,
     ),
-    _card(
+    Method(
         "lamb",
-        6,
+        "training",
         "LAMB",
         "You et al. 2020",
         r"w \leftarrow w - \eta \phi(\|w\|) / \|u\| \, u",
         "nothing beyond Adam's state",
         "smaller degradation than AdamW at the largest batch",
-        "optimizer.lamb",
+        6,
     ),
-    _card(
+    Method(
         "muon",
-        28,
+        "training",
         "Muon",
         "Jordan et al. 2024; Wen et al. 2025",
         r"w \leftarrow w - \eta s \, \mathrm{NS}(g + \mu m)",
         "matrices; AdamW for the rest",
         "lower loss than AdamW at equal tuning",
-        "optimizer.optimizer",
-    ),
-    _card(
-        "soap",
         28,
+    ),
+    Method(
+        "soap",
+        "training",
         "SOAP",
         "Vyas et al. 2024; Wen et al. 2025",
         r"Adam in the eigenbasis of \overline{GG^T}, \overline{G^TG}",
         "two square matrices per weight",
         "lower loss than AdamW at equal tuning",
-        "optimizer.optimizer",
-    ),
-    _card(
-        "lion",
         28,
+    ),
+    Method(
+        "lion",
+        "training",
         "Lion",
         "Chen et al. 2023; Wen et al. 2025",
         r"w \leftarrow w - \eta (\mathrm{sign}(\beta_1 m + (1-\beta_1) g) + \lambda w)",
         "one moment",
         "lower loss than AdamW with half the state",
-        "optimizer.optimizer",
+        28,
     ),
-    _card(
+    Method(
         "galore",
-        332,
+        "training",
         "GaLore",
         "Zhao et al. 2024",
         r"w \leftarrow w - \eta \alpha P \,\mathrm{Adam}(P^T g)",
         "an SVD of the gradient every few hundred steps",
         "loss within a few per cent of Adam with much less optimizer state",
-        "optimizer.galore",
+        332,
     ),
-    _card(
+    Method(
         "muon-soft-cap",
-        26,
+        "training",
         "Muon with a spectral soft cap",
         "Newhouse et al. 2025",
         r"\sigma \to y + a y^3, \; y = \sigma - a \sigma^3",
         "Muon; a cap per matrix",
         "an enforced Lipschitz bound at little cost in accuracy",
-        "optimizer.lipschitz",
-    ),
-    _card(
-        "lipschitz-transformer",
         26,
+    ),
+    Method(
+        "lipschitz-transformer",
+        "training",
         "Lipschitz transformer",
         "Newhouse et al. 2025",
         r"x \to (1 - 1/L) x + (1/L) f(x), \; \mathrm{softmax}(QK^T/d) V, \; "
         r"\prod_l (1 - 1/L + \mathrm{Lip}_l / L)",
         "no normalisation; Muon with a cap",
         "at every certified bound a capped Muon reaches a lower loss than AdamW",
-        "optimizer.lipschitz_transformer",
+        26,
     ),
-    _card(
+    Method(
         "ghost-batch-norm",
-        109,
+        "training",
         "Ghost batch norm and regime adaptation",
         "Hoffer, Hubara & Soudry 2017",
         r"batch norm over ghosts; \eta_L = \sqrt{B_L/B_S} \eta_S",
         "batch norm",
         "closes the generalisation gap of large batches step by step",
-        "batch.ghost_batch_norm",
+        109,
     ),
-    _card(
+    Method(
         "adadagrad",
-        116,
+        "training",
         "Norm-test batch growth (AdAdaGrad)",
         "Lau et al. 2024",
         r"B \leftarrow \lceil \mathrm{Var}_i(\nabla l_i) / (\eta^2 \|g_B\|^2) \rceil",
         "per-example gradients of a sample",
         "fewer updates than a small fixed batch at the same accuracy",
-        "batch.adadagrad",
+        116,
     ),
-    _card(
+    Method(
         "large-batch-accumulation",
-        278,
+        "training",
         "Large batches by accumulation",
         "Ott, Edunov, Grangier & Auli 2018",
         r"g = \frac{1}{k} \sum_{i=1}^k g_i, \; B = k b",
         "memory for one micro-batch",
         "large accumulated batches with a larger rate reach the loss in fewer steps, "
         "and fp16 needs loss scaling",
-        "batch.accumulation",
+        278,
     ),
-    _card(
+    Method(
         "noise-scale",
-        140,
+        "training",
         "Gradient noise scale and critical batch",
         "McCandlish et al. 2018; Su et al. 2024",
         r"B_{simple} = \mathrm{tr}\,\Sigma / |G|^2",
         "gradients of several batches",
         "the noise scale predicts the critical batch of the steps-to-target hyperbola",
-        "batch.noise",
+        140,
     ),
-    _card(
+    Method(
         "step-law",
-        20,
+        "training",
         "Step law",
         "Li et al. 2025",
         r"\eta^* = c N^{-x} D^{y}, \; B^* = k D^{z}",
         "a grid of small runs",
         "best learning rate falls with size; loss is convex in (log lr, log batch) with a wide plateau",
-        "batch.step_law_surface",
+        20,
     ),
-    _card(
+    Method(
         "weight-standardization",
-        148,
+        "training",
         "Weight standardization",
         "Qiao et al. 2019",
         r"\hat W = (W - \mu_W) / \sigma_W",
         "nothing; a change on the weight",
         "lets group norm match batch norm at micro-batches of one or two",
-        "batch.weight_standardization",
+        148,
     ),
-    _card(
+    Method(
         "sophia",
-        28,
+        "training",
         "Sophia",
         "Liu et al. 2023; Wen et al. 2025",
         r"w \leftarrow w - \eta\,\mathrm{clip}(m / \max(\gamma h, \epsilon), 1)",
         "a Hessian-vector product every ten steps",
         "lower loss than AdamW at equal tuning",
-        "optimizer.optimizer",
-    ),
-    _card(
-        "kron",
         28,
+    ),
+    Method(
+        "kron",
+        "training",
         "Kron (PSGD)",
         "Li 2018; Wen et al. 2025",
         r"w \leftarrow w - \eta\, Q_1^T Q_1 m Q_2^T Q_2",
         "two triangular matrices per weight",
         "lower loss than AdamW at equal tuning",
-        "optimizer.optimizer",
-    ),
-    _card(
-        "mars",
         28,
+    ),
+    Method(
+        "mars",
+        "training",
         "MARS",
         "Yuan et al. 2024; Wen et al. 2025",
         r"c = g_t + \gamma \frac{\beta_1}{1-\beta_1}(g_t - g_{t-1}) \text{ in AdamW}",
         "the last gradient",
         "lower loss than AdamW at equal tuning",
-        "optimizer.optimizer",
-    ),
-    _card(
-        "scion",
         28,
+    ),
+    Method(
+        "scion",
+        "training",
         "Scion",
         "Pethick et al. 2025; Wen et al. 2025",
         r"w \leftarrow w - \eta \rho \, \mathrm{lmo}(d)",
         "one moment; a norm for each layer",
         "lower loss than AdamW at equal tuning",
-        "optimizer.optimizer",
+        28,
     ),
-    _card(
+    Method(
         "mkor",
-        141,
+        "training",
         "MKOR",
         "Mozaffari et al. 2023",
         r"\Delta W = L^{-1} G R^{-1} \|G\| / \|\cdot\|, \text{ inverses by Sherman-Morrison}",
         "mean inputs and output gradients of linear layers",
         "fewer steps to a target than its inner optimizer; an inverse costs d^2 instead of d^3",
-        "optimizer.mkor",
+        141,
     ),
-    _card(
+    Method(
         "one-bit-adam",
-        22,
+        "training",
         "1-bit Adam",
         "Tang et al. 2021",
         r"m \leftarrow C(\overline{C(m_i + e_i)} + e), \; C(x) = \|x\|/\sqrt{d}\,\mathrm{sign}(x)",
         "a warm-up of Adam; error memories",
         "Adam's loss with a fraction of the communication; error feedback and the warm-up are needed",
-        "optimizer.one_bit",
+        22,
     ),
-    _card(
+    Method(
         "self-tuning",
-        23,
+        "training",
         "Self-tuning networks",
         "MacKay et al. 2019",
         r"\hat W(\lambda) = W + \mathrm{diag}(V\lambda) W'",
         "a validation split during training",
         "lower loss than random search in the same time",
-        "optimizer.self_tuned",
+        23,
     ),
-    _card(
+    Method(
         "concurrent-adversary",
-        112,
+        "training",
         "ConAdv",
         "Liu et al. 2022",
         r"\tfrac12 L(\theta_t; x) + \tfrac12 L(\theta_t; x + \epsilon\,\mathrm{sign} \nabla_x "
         r"L(\theta_{t-\tau}; x))",
         "a continuous input; the weights of a step ago",
         "at the largest batch at least the plain accuracy, as good as synchronous adversaries, and flatter",
-        "batch.concurrent_adversary",
+        112,
     ),
-    _card(
+    Method(
         "agvm",
-        119,
+        "training",
         "AGVM",
         "Xue et al. 2022",
         r"\mu_i = \mathrm{EMA} \sqrt{\mathrm{clamp}(\Phi_1 / \Phi_i, \tfrac12, 10)}, \; "
         r"\Phi = 1 - \cos(g^A, g^B)",
         "two halves of a batch every few steps",
         "gradient noise differs more between modules at a large batch, and aligning it lowers the loss",
-        "batch.module_rates",
+        119,
     ),
-    _card(
+    Method(
         "sqrt-rule",
-        115,
+        "training",
         "Square-root rule for Adam",
         "Granziol, Zohren & Roberts 2022",
         r"\eta^* \propto B^{1/2}",
         "a grid of learning rates and batch sizes",
         "Adam's best learning rate grows as the square root of the batch",
-        "batch.adam_slope",
+        115,
     ),
 ]
