@@ -731,7 +731,8 @@ def check_salient(settings: Quantize, layers: Sequence[Layer], format: Format) -
         return
     if settings.rounding not in SPLIT_ROUNDINGS:
         raise BadInput(
-            f"salient_share: {settings.rounding} rounds on one grid; use {', '.join(SPLIT_ROUNDINGS)}, or salient_share 0"
+            f"salient_share: {settings.rounding} rounds on one grid; "
+            f"use {', '.join(SPLIT_ROUNDINGS)}, or salient_share 0"
         )
     if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
         raise BadInput(
