@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.errors import BadInput
+from workbench.errors import unknown_name
 from workbench.families import FAMILIES, import_families
 from workbench.instruments import Instrument
 from workbench.results import Result
@@ -32,13 +32,9 @@ def catalog() -> dict[str, type[Instrument]]:
 
 def find(name: str) -> type[Instrument]:
     """The instrument class called `name` on the command line."""
-    import difflib
-
     known = catalog()
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise BadInput(f"instrument: {name!r} is unknown; {hint}known: {', '.join(known)}")
+        raise unknown_name("instrument", name, known)
     return known[name]
 
 
