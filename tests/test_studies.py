@@ -5,6 +5,7 @@ import pytest
 
 import workbench
 from workbench import BadInput, pruning, quantization, studies
+from workbench.catalog import find
 
 
 @pytest.fixture()
@@ -41,7 +42,7 @@ def test_chains_that_begin_alike_compute_the_beginning_once(vit):
     assert list(table["sparsity"]) == [0.5, 0.5] and list(table["bits"]) == [3, 8]
     assert studies.stored(vit, chains[1])
     with pytest.raises(BadInput, match="nothing can follow"):
-        studies.sweep(vit, {"wrong": [(workbench.instruments.find("weight-spectrum")(), prune)]}, jobs=1)
+        studies.sweep(vit, {"wrong": [(find("weight-spectrum")(), prune)]}, jobs=1)
 
 
 def test_chains_go_where_their_beginning_is_computed(vit):
