@@ -15,6 +15,7 @@ view. In a headless report the same cell runs at once and shows the result.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import html
 import json
@@ -28,11 +29,11 @@ import yaml
 
 import workbench
 import workbench.reports
-from widgets.compare import can_overlay, differences, facts_html, overlay
+from widgets.compare import can_overlay, differences, facts_html, overlay, settings_apart
 from widgets.controls import Controls, help_html
 from widgets.jobs import Job, Note, guarded
 from widgets.plot import PlotView
-from widgets.sending import Report, source_of
+from widgets.sending import Report, check_known_elsewhere, source_of
 from workbench.errors import BadInput
 from workbench.instruments import Instrument
 from workbench.names import find
@@ -75,7 +76,7 @@ class Panel(ipywidgets.VBox):
         self._quiet = False
 
         self.controls = Controls(
-            self.kind, start.model_dump(mode="json") if start else None, changed=self._settings_changed
+            self.kind, start.given() if start is not None else None, changed=self._settings_changed
         )
         self.job = Job(self._work, self._finished, self._preview)
         self.summary = ipywidgets.HTML()
@@ -109,8 +110,10 @@ class Panel(ipywidgets.VBox):
     # ---- settings ------------------------------------------------------------------------------------------
     @property
     def instrument(self) -> Instrument:
-        """The instrument with the settings shown; `BadInput` when they contradict each other."""
-        return self.kind(**self.controls.values)
+        """The instrument with the settings shown; `BadInput` when they contradict each other.
+        What nobody chose is left to the method.
+        """
+        return self.kind(**self.controls.given)
 
     @property
     def result(self) -> Result | None:
@@ -162,7 +165,7 @@ class Panel(ipywidgets.VBox):
         on: Any = given["subject"]
         if given.get("fingerprint"):
             on = workbench.reports.reopen(kind, on, given["fingerprint"])
-        return cls(kind(**(given.get("settings") or {})), on, view=given.get("view"))
+        return cls(as_chosen(kind(**(given.get("settings") or {}))), on, view=given.get("view"))
 
     def _settings_changed(self) -> None:
         if self.job.running:
@@ -289,12 +292,9 @@ class Panel(ipywidgets.VBox):
 
     def _label(self, number: int, result: Result) -> str:
         """run 2 (sparsity 0.7): the settings that set it apart from the run shown."""
-        then, now = (
-            result.instrument.model_dump(mode="json"),
-            self.results[-1].instrument.model_dump(mode="json"),
-        )
         apart = [
-            f"{name.replace('_', ' ')} {value}" for name, value in then.items() if value != now.get(name)
+            f"{name.replace('_', ' ')} {then}"
+            for name, then, _ in settings_apart(result.instrument, self.results[-1].instrument)
         ]
         return f"run {number} ({', '.join(apart[:3]) or 'same settings'})"
 
@@ -323,6 +323,7 @@ class Panel(ipywidgets.VBox):
         """Write the settings as a file of parameters and start the headless report;
         returns it without waiting.
         """
+        check_known_elsewhere(self.instrument)
         self.report = Report(self.parameters, self._folder, guarded(self.report_note, self._told))
         return self.report
 
@@ -364,6 +365,20 @@ class Panel(ipywidgets.VBox):
         bundle = super()._repr_mimebundle_(**options)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
         return {**data, **twin}, metadata
+
+
+def as_chosen(instrument: Instrument) -> Instrument:
+    """The same instrument with only those fields given that decide the others: settings that a report wrote
+    hold every field, those that a method fills in among them.
+    """
+    kind = type(instrument)
+    given = instrument.given()
+    for name, value in instrument.given().items():
+        rest = {key: other for key, other in given.items() if key != name}
+        with contextlib.suppress(BadInput):
+            if getattr(kind(**rest), name) == value and kind(**rest) == instrument:
+                given = rest
+    return kind(**given)
 
 
 def _settings_html(values: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, core_schema
 
 from workbench.errors import BadInput, describe, unknown_name
+from workbench.families import import_families, import_plugins
 
 #: Every axis by its kind, in the order in which they were made.
 AXES: dict[str, Axis] = {}
@@ -312,6 +313,8 @@ class Axis:
             raise BadInput(
                 f"{where}: {name!r} is not accepted, it should be a name; known: {', '.join(self.entries)}"
             )
+        if name not in self.entries:
+            import_plugins()  # it may be one that a user's file registers
         if name not in self.entries and self.shorthand is not None:
             read = self.shorthand(name)
             if read is not None:
@@ -352,18 +355,14 @@ def _where(value: Any) -> str:
 def axis(kind: str) -> Axis:
     """The axis of this kind."""
     if kind not in AXES:
-        from workbench.families import import_families
-
         import_families()
     if kind not in AXES:
-        raise BadInput(f"axis: {kind!r} is unknown; known: {', '.join(AXES)}")
+        raise unknown_name("axis", kind, AXES)
     return AXES[kind]
 
 
 def axes() -> dict[str, Axis]:
     """Every axis by kind."""
-    from workbench.families import import_families
-
     import_families()
     return dict(AXES)
 
@@ -407,7 +406,7 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
         values[name] = home.chosen(start, name, **options.pop(name, {}))
     for name in [n for n in values if n not in cls.model_fields]:
         mine.discard(name)
-        _place_flat(cls, fields, values, name)
+        mine |= _place_flat(cls, fields, values, name)
     return Resolved(values, mine & set(cls.model_fields))
 
 
@@ -446,8 +445,8 @@ def _with_options(cls: type[Fields]) -> list[str]:
     return [name for name, info in cls.model_fields.items() if axis_of(info) is not None]
 
 
-def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str, Any], name: str) -> None:
-    """Give a flat option of one release ago to every chosen entry that has it."""
+def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str, Any], name: str) -> set[str]:
+    """Give a flat option of one release ago to every chosen entry that has it; the fields of those."""
     homes = [f for f in fields if name in values[f].entry.options.model_fields]
     if homes:
         value = values.pop(name)
@@ -455,7 +454,7 @@ def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str,
             values[home] = fields[home].chosen(values[home], home, **{name: value})
         new = " and ".join(f"{home}.{name}" for home in homes)
         warn(f"{name}: is an option of a choice now, write {new}; the flat name goes with the next release")
-        return
+        return set(homes)
     known = [
         f for f, home in fields.items() if any(name in e.options.model_fields for e in home.entries.values())
     ]
@@ -463,6 +462,7 @@ def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str,
         values.pop(name)
         chosen = ", ".join(f"{f} {values[f]}" for f in known)
         warn(f"{name}: has no effect with {chosen}; it is left out")
+    return set()
 
 
 def warn(text: str) -> None:

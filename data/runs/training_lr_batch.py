@@ -21,8 +21,8 @@ import torch
 import transformers
 
 from workbench.progress import TextProgress
-from workbench.training.sweep.objective import language_subject
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize, shape_of
+from workbench.training.sweep.objective import language_subject
 
 CELLS = ((24, 1024), (24, 4096), (48, 1024), (48, 4096))  # width, examples
 FOLDER = Path(__file__).parent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import re
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, unknown_name
 from workbench.families import import_families
 from workbench.progress import Progress
 from workbench.results import Result
@@ -101,11 +100,11 @@ def subject(
         if (folder / "workbench.json").is_file() and data is None:
             return from_saved(folder)
     elif not re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?|[\w-][\w.-]*/[\w.-]+", source):
-        close = difflib.get_close_matches(source, builtin_names(), 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise BadInput(
-            f"subject: {source!r} is unknown; {hint}give a built-in ({', '.join(builtin_names())}), "
-            "a folder, a hub id (org/name or hf:name) or file.py:function"
+        raise unknown_name(
+            "subject",
+            source,
+            builtin_names(),
+            ", or a folder, a hub id (org/name or hf:name) or file.py:function",
         )
     return from_checkpoint(
         source if local else source.removeprefix("hf:"),

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from workbench.axis import parameter
-from workbench.errors import BadInput
+from workbench.errors import BadInput, unknown_name
 from workbench.figures import figure, line
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
@@ -190,16 +190,10 @@ class TrainResult(Result):
 
 def names(text: str, known: tuple[str, ...], field: str) -> list[str]:
     """A comma-separated list of names, each of them known."""
-    import difflib
-
     found = [part.strip() for part in text.split(",") if part.strip()]
     if not found:
         raise BadInput(f"{field}: {text!r} names nothing; known: {', '.join(known)}")
     for name in found:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            raise BadInput(
-                f"{field}: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: "
-                f"{', '.join(known)}"
-            )
+            raise unknown_name(field, name, known)
     return list(dict.fromkeys(found))
