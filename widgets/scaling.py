@@ -12,12 +12,13 @@ without refitting.
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 import numpy as np
 
 from widgets.jobs import Note, guarded
+from widgets.panels import Panel
 from widgets.plot import PlotView
 from workbench.errors import BadInput
 from workbench.progress import Progress
@@ -37,6 +38,14 @@ class ScalingPanel(ipywidgets.VBox):
         `.result` is the last fit, `.dropped` the rows left out by hand,
         `.instrument` the exact settings for a report.
     """
+
+    caption: ClassVar[str] = "Refit live, drop runs, spend a budget"
+
+    @classmethod
+    def beside(cls, panel: Panel) -> ScalingPanel:
+        """For a panel's runs, with its law."""
+        settings: Any = panel.instrument
+        return cls(panel.opened(), law=str(settings.law))
 
     def __init__(self, runs: Any, columns: Any = None, law: str = "chinchilla") -> None:
         self.runs: Runs = load_runs(runs, columns)
