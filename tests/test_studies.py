@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 import workbench
-from workbench import BadInput, pruning, quantization, studies
-from workbench.catalog import find
+from workbench import BadInput, Progress, pruning, quantization, studies
+from workbench.names import find
 
 
 @pytest.fixture()
@@ -57,7 +57,7 @@ def test_chains_go_where_their_beginning_is_computed(vit):
     ) == [[first, second, longer, third]]
     assert studies.families(vit, {"both": [longer], "short": [second]}) == [[[second, longer]]]
     last: dict = {}
-    pruned = studies.run_chain(vit, second, workbench.instruments.Progress(), last)
+    pruned = studies.run_chain(vit, second, Progress(), last)
     assert list(last.values()) == [pruned.subject]
 
 

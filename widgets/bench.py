@@ -10,8 +10,8 @@ import ipywidgets
 from widgets.jobs import Note, guarded
 from widgets.opening import panel
 from widgets.panels import Panel
-from workbench.catalog import catalog, find
 from workbench.errors import BadInput
+from workbench.names import catalog, find
 from workbench.subjects.registry import BUILTINS
 
 

@@ -34,9 +34,9 @@ from widgets.controls import Controls, help_html
 from widgets.jobs import Job, Note, guarded
 from widgets.plot import PlotView
 from widgets.sending import Report, check_known_elsewhere, source_of
-from workbench.catalog import find
 from workbench.errors import BadInput
 from workbench.instruments import Instrument
+from workbench.names import find
 from workbench.progress import Progress, TextProgress
 from workbench.results import Result
 

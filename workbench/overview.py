@@ -12,8 +12,8 @@ from IPython.display import HTML
 
 from workbench import reports
 from workbench.axis import Choice
-from workbench.catalog import catalog
 from workbench.instruments import Instrument
+from workbench.names import catalog
 from workbench.results import Result
 
 

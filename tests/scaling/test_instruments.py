@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.catalog import catalog
 from workbench.errors import BadInput
+from workbench.names import catalog
 from workbench.results import Result
 from workbench.scaling import Runs, ScalingFit, ScalingPlan, law
 

@@ -14,8 +14,8 @@ import torch
 
 import workbench
 from tests.training.test_loop import language, small
-from workbench.catalog import catalog, methods
 from workbench.errors import BadInput
+from workbench.names import catalog, methods
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

@@ -241,7 +241,7 @@ class SentScore(Instrument):
 def test_a_report_knows_the_users_own_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    from workbench.catalog import find
+    from workbench.names import find
 
     plugin = tmp_path / "mine.py"
     plugin.write_text(PLUGIN)

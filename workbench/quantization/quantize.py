@@ -37,6 +37,7 @@ from workbench.quantization.activations.sequential import (
 from workbench.quantization.number.fake_quant import FakeQuant
 from workbench.quantization.number.formats import Format, named
 from workbench.quantization.number.grid import Grid, group_of
+from workbench.quantization.number.split_grid import ROUNDINGS as SPLIT_ROUNDINGS
 from workbench.quantization.number.split_grid import Salient
 from workbench.quantization.rounding.adapters import Adapter, Term, with_term
 from workbench.quantization.rounding.blockwise import reconstruct, windows
@@ -728,10 +729,10 @@ def check_salient(settings: Quantize, layers: Sequence[Layer], format: Format) -
     """`BadInput` for what cannot keep salient weights apart."""
     if not settings.salient_share:
         return
-    if settings.rounding not in ROUNDINGS:
+    if settings.rounding not in SPLIT_ROUNDINGS:
         raise BadInput(
             f"salient_share: {settings.rounding} rounds on one grid; "
-            f"use {', '.join(ROUNDINGS)}, or salient_share 0"
+            f"use {', '.join(SPLIT_ROUNDINGS)}, or salient_share 0"
         )
     if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
         raise BadInput(

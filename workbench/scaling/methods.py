@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.catalog import Method
+from workbench.names import Method
 from workbench.scaling.formulas.lawbook import LAWS
 
 RUNS = "finished runs of several sizes and token counts"

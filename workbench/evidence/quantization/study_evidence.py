@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from workbench.evidence.quantization.evidence import SEEDS, interval, opened
+from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.quantization.evidence import opened
 from workbench.evidence.quantization.leaderboard import redrawn
 from workbench.evidence.training.evidence import told, tuned
 from workbench.progress import Progress

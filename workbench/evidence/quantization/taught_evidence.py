@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from workbench.evidence.quantization.evidence import SEEDS, interval, opened, small_bytelm
+from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.quantization.evidence import opened, small_bytelm
 from workbench.progress import Progress
 from workbench.quantization.activations.attention import AttentionCall, watching
 from workbench.quantization.trained.objective import map_distance

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from workbench.evidence.quantization.evidence import CALIBRATION, SEEDS, interval, opened
+from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.quantization.evidence import CALIBRATION, opened
 from workbench.progress import Progress
 from workbench.quantization.allocation.integer_program import allocate
 from workbench.quantization.quantize import Quantize

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from workbench.evidence.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
+from workbench.evidence.harness import SEEDS
+from workbench.evidence.training.evidence import Record, digits_net, over_seeds, quiet, told, tuned
 from workbench.progress import Progress
 from workbench.scaling.hyperparameters import critical_batch
 from workbench.subjects import Layer, Subject

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from workbench.evidence.harness import SEEDS
 from workbench.progress import Progress
 from workbench.subjects import Subject, subject
 from workbench.subjects.tasks import ModuleTask
@@ -18,7 +19,6 @@ from workbench.training.state import Training
 from workbench.training.studies.comparison import interval
 from workbench.training.sweep.objective import reinitialised
 
-SEEDS = (0, 1, 2)
 Record = dict[str, Any]
 
 

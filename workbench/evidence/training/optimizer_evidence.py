@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from workbench.evidence.training.evidence import SEEDS, Record, digits_net, quiet, told, tuned
+from workbench.evidence.harness import SEEDS
+from workbench.evidence.training.evidence import Record, digits_net, quiet, told, tuned
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Batch, Subject

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.evidence.training.evidence import SEEDS, Record, digits_net, over_seeds, quiet, told, tuned
+from workbench.evidence.harness import SEEDS
+from workbench.evidence.training.evidence import Record, digits_net, over_seeds, quiet, told, tuned
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject

@@ -15,8 +15,7 @@ from torch import nn
 
 import workbench
 from tests.curvature.small import mlp
-from workbench.curvature import DenseOperator, curvature_operator
-from workbench.curvature.estimators import eigenpairs
+from workbench.curvature import DenseOperator, curvature_operator, eigenpairs
 from workbench.curvature.estimators.lanczos import GroupedProbes, Lockstep, band, gaussian_sum, outliers
 from workbench.curvature.estimators.probes import rademacher, standard_error
 from workbench.curvature.estimators.traces import METHODS, estimate

@@ -263,7 +263,7 @@ def one_of_two(rank: int, store: str, out: str) -> None:
 def test_one_bit_adam_over_processes_equals_the_simulation(tmp_path) -> None:
     """Two processes of gloo that exchange packed signs reach the weights of two simulated workers."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.test_optimizers"])
+    context.set_forkserver_preload(["tests.training.optimizer.test_optimizers"])
     processes = [
         context.Process(target=one_of_two, args=(rank, str(tmp_path / "store"), str(tmp_path / "out")))
         for rank in (0, 1)

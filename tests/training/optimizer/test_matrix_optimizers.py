@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training.test_optimizers import LR, WD, compare, problem
+from tests.training.optimizer.test_optimizers import LR, WD, compare, problem
 from workbench.errors import BadInput
 from workbench.training.optimizer.galore import GaLore, projection
 from workbench.training.optimizer.kron import Kron, spectral_lower_bound
