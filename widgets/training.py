@@ -8,7 +8,7 @@ widgets.training.SchedulePanel("digits-vit")
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import ipywidgets
 
@@ -21,16 +21,26 @@ from workbench.training.schedule.drawings import schedule_areas, schedule_figure
 from workbench.training.schedule.schedules import PROFILES
 from workbench.training.studies.train import ScheduleName
 
+STARTS_WITH = ("cosine", "linear", "rex", "uba", "wsd")
 DRAWN = (*PROFILES, "one-cycle")
 
 
 class SchedulePanel(ipywidgets.VBox):
     """Schedules drawn from the schedulers themselves. `.table` holds what is drawn: name, step, lr."""
 
+    caption: ClassVar[str] = "Draw and compare schedules"
+
+    @classmethod
+    def beside(cls, panel: Panel) -> SchedulePanel:
+        """Schedules to draw; the one of the panel among them."""
+        settings: Any = panel.instrument
+        chosen = str(settings.schedule)
+        return cls(names=tuple(dict.fromkeys([name for name in (chosen, *STARTS_WITH) if name in DRAWN])))
+
     def __init__(
         self,
         on: Any = None,
-        names: tuple[str, ...] = ("cosine", "linear", "rex", "uba", "wsd"),
+        names: tuple[str, ...] = STARTS_WITH,
         steps: int = 1000,
     ) -> None:
         wide = {
