@@ -22,7 +22,9 @@ PACKAGE = Path(__file__).resolve().parent
 #: Modules that draw, list or tell, and compute nothing that is stored:
 #: a file of this name anywhere, or a folder's.
 NOT_COMPUTING = (
-    "catalog",
+    "names",
+    "commands",
+    "index",
     "cli",
     "evidence",
     "export_html",
@@ -175,8 +177,8 @@ def imports_of(node: ast.AST) -> Iterator[Import]:
     elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
         for alias in node.names:
             yield Import(node.module, alias.name, alias.asname or alias.name)
-    for child in ast.iter_child_nodes(node):
-        yield from imports_of(child)
+    for part in ast.iter_child_nodes(node):
+        yield from imports_of(part)
 
 
 def code_version(cls: type, entries: Iterable[object] = (), root: Path = PACKAGE) -> str:

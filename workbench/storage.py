@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -54,6 +56,16 @@ def evidence_folders() -> tuple[Path, Path]:
         or Path(platformdirs.user_data_dir("model-workbench")) / "evidence"
     )
     return Path(own), data_folder() / "evidence"
+
+
+def evidence_record(family: str, name: str) -> dict[str, Any] | None:
+    """The stored measurement of a method, or None."""
+    for folder in evidence_folders():
+        file = folder / family / f"{name}.json"
+        if file.exists():
+            found: dict[str, Any] = json.loads(file.read_text())
+            return found
+    return None
 
 
 def evidence_target() -> Path:

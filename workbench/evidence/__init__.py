@@ -6,9 +6,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from workbench.catalog import methods
 from workbench.code_version import NOT_COMPUTING, closure, digest
 from workbench.errors import BadInput
+from workbench.names import methods
 from workbench.progress import Progress
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.catalog import Method
+from workbench.names import Method
 from workbench.pruning.sparse_training.method_cards import METHODS as TRAINED
 from workbench.pruning.structural_method_cards import METHODS as STRUCTURAL
 

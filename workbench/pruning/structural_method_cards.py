@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.catalog import Method
+from workbench.names import Method
 
 METHODS: list[Method] = [
     Method(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workbench.catalog import Method
+from workbench.names import Method
 from workbench.quantization.trained.method_cards import METHODS as TAUGHT
 
 METHODS: list[Method] = [

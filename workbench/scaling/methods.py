@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from workbench.catalog import Method
-from workbench.scaling.formulas.lawbook import LAWS
+from workbench.names import Method
+from workbench.scaling.formulas.lawbook import law
 
 RUNS = "finished runs of several sizes and token counts"
 
 
 def _card(name: str, row: int | None, needs: str, claim: str) -> Method:
-    shape = LAWS[name]
+    shape = law(name)
     return Method(name, "scaling", shape.title, shape.source, shape.latex, needs, claim, row)
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from workbench.evidence.harness import compare
 from workbench.evidence.pruning import structural_evidence as evidence
 from workbench.progress import Progress
 
@@ -32,7 +33,7 @@ def healed(sparsity: float) -> dict[str, dict[str, Any]]:
 MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "minitron": evidence.minitron,
     "minitron-depth": functools.partial(
-        evidence.compared,
+        compare,
         arms={
             "block influence": {"method": "minitron", "pattern": "layers", "sparsity": 0.33},
             "random": {"method": "random", "pattern": "layers", "sparsity": 0.33},
@@ -41,7 +42,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         claims=[("block influence", "random"), ("block influence", "magnitude")],
     ),
     "adapt-pruner": functools.partial(
-        evidence.compared,
+        compare,
         arms={
             "adaptive": HN | {"method": "adapt-pruner", "sparsity": 0.5},
             "equal shares": HN | {"method": "adapt-pruner", "sparsity": 0.5, "allocation": "layer"},

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 
 import workbench
+from workbench.evidence.harness import SEEDS, interval
 from workbench.evidence.quantization.leaderboard import redrawn
 from workbench.progress import Progress
 from workbench.quantization.allocation.allocate import Allocate
@@ -30,7 +30,6 @@ from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.subjects import Subject
 from workbench.training.loop import fit as fit_weights
 
-SEEDS = (0, 1, 2)
 CALIBRATION, TEST = 64, 256
 ROUNDED_INPUTS = (
     64  # test examples where inputs are rounded as well, which takes several times a forward pass
@@ -67,13 +66,6 @@ def loss_of(fields: Mapping[str, Any], subject: str, seed: int, test_examples: i
 @functools.cache
 def dense_loss(subject: str, test_examples: int = TEST) -> float:
     return opened(subject).evaluate("test", limit=test_examples)["loss"]
-
-
-def interval(differences: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval over seeds."""
-    values = np.array(differences)
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
 def against(
@@ -354,7 +346,7 @@ def continued(rate: float, seed: int) -> Subject:
         on,
         steps=TRAINED["steps"],
         batch_size=TRAINED["batch_size"],
-        lr=rate,
+        learning_rate=rate,
         weight_decay=0.0,
         schedule="linear",
         warmup=0.0,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from workbench.evidence.quantization.evidence import SEEDS, TEST, dense_loss, drawn, interval
+from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.quantization.evidence import TEST, dense_loss, drawn
 from workbench.progress import Progress
 from workbench.quantization.number.split_grid import effective_bits
 from workbench.quantization.quantize import Quantize

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from workbench.evidence.quantization.evidence import SEEDS, interval, opened
+from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.quantization.evidence import opened
 from workbench.evidence.quantization.leaderboard import redrawn
 from workbench.evidence.training.evidence import told, tuned
 from workbench.progress import Progress
@@ -105,7 +106,7 @@ def binary_points(name: str, progress: Progress) -> dict[str, Any]:
             dense,
             steps=TRAINED["steps"],
             batch_size=TRAINED["batch_size"],
-            lr=RATE,
+            learning_rate=RATE,
             weight_decay=0.0,
             schedule="linear",
             warmup=0.0,

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from workbench.evidence.quantization.evidence import SEEDS, interval, opened, small_bytelm
+from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.quantization.evidence import opened, small_bytelm
 from workbench.progress import Progress
 from workbench.quantization.activations.attention import AttentionCall, watching
 from workbench.quantization.trained.objective import map_distance
@@ -40,7 +41,12 @@ def teacher() -> Subject:
     """
     on = small_bytelm().copy()
     fit_weights(
-        on, steps=3 * SCRATCH["steps"], batch_size=SCRATCH["batch_size"], lr=3e-3, weight_decay=0.0, seed=0
+        on,
+        steps=3 * SCRATCH["steps"],
+        batch_size=SCRATCH["batch_size"],
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        seed=0,
     )
     return on
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from workbench.evidence.quantization.evidence import CALIBRATION, SEEDS, interval, opened
+from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.quantization.evidence import CALIBRATION, opened
 from workbench.progress import Progress
 from workbench.quantization.allocation.integer_program import allocate
 from workbench.quantization.quantize import Quantize
@@ -199,7 +200,7 @@ def before_or_after(name: str, progress: Progress) -> dict[str, Any]:
             more,
             steps=SWITCHED["steps"],
             batch_size=SWITCHED["batch_size"],
-            lr=rate,
+            learning_rate=rate,
             weight_decay=0.0,
             schedule="linear",
             warmup=0.0,
