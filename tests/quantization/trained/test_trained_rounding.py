@@ -23,13 +23,8 @@ from workbench.quantization.number.packing import quantizer_of
 from workbench.quantization.rounding.adapters import ADAPTER, Adapter, best_term
 from workbench.quantization.rounding.nearest import nearest
 from workbench.quantization.rounding.problem import Problem
-from workbench.quantization.trained.trained_rounding import (
-    BitPlanes,
-    CentredSign,
-    Course,
-    FormatPolicy,
-    PseudoNoise,
-)
+from workbench.quantization.trained.chosen_widths import BitPlanes, FormatPolicy, PseudoNoise
+from workbench.quantization.trained.trained_rounding import CentredSign, Course
 
 SHORT = {"layers": "*", "steps": 40, "batch_size": 64, "learning_rate": 1e-3}
 
