@@ -1,4 +1,4 @@
-"""Widths and formats that are chosen in training, under a budget of bits: by noise, by bit planes, by policy."""
+"""Widths and formats chosen in training, under a budget of bits: by noise, by bit planes, by policy."""
 
 from __future__ import annotations
 
