@@ -37,11 +37,11 @@ def touch(file):
 
 
 def keys(root):
-    return {name: code_version(cls, root) for name, cls in workbench.catalog().items()}
+    return {name: code_version(cls, root=root) for name, cls in workbench.catalog().items()}
 
 
 def test_a_copy_of_the_tree_is_the_same_code(tree):
-    assert code_version(Prune, tree) == code_version(Prune)
+    assert code_version(Prune, root=tree) == code_version(Prune)
 
 
 def test_evidence_and_figures_change_no_key(tree):
@@ -54,10 +54,10 @@ def test_evidence_and_figures_change_no_key(tree):
 
 
 def test_a_family_leaves_the_others_keys_as_they_were(tree):
-    before = {cls: code_version(cls, tree) for cls in (Prune, Quantize)}
+    before = {cls: code_version(cls, root=tree) for cls in (Prune, Quantize)}
     touch(tree / "quantization" / "rounding" / "gptq.py")
-    assert code_version(Prune, tree) == before[Prune]
-    assert code_version(Quantize, tree) != before[Quantize]
+    assert code_version(Prune, root=tree) == before[Prune]
+    assert code_version(Quantize, root=tree) != before[Quantize]
 
 
 def test_what_everything_stands_on_changes_every_key(tree):
