@@ -104,7 +104,7 @@ def subject(
             "subject",
             source,
             builtin_names(),
-            " (built-in), or a folder, a hub id (org/name or hf:name) or file.py:function",
+            " (built-in), or a folder, a hub id (org/name or hf:name), or file.py:function",
         )
     return from_checkpoint(
         source if local else source.removeprefix("hf:"),
