@@ -79,7 +79,7 @@ class Panel(ipywidgets.VBox):
         self._quiet = False
 
         self.controls = Controls(
-            self.kind, start.given() if start is not None else None, changed=self._settings_changed
+            self.kind, what_decides(start) if start is not None else None, changed=self._settings_changed
         )
         self.job = Job(self._work, self._finished, self._preview)
         self.summary = ipywidgets.HTML()
@@ -403,16 +403,24 @@ def read_parameters(
     return as_chosen(kind(**(given.get("settings") or {}))), on, given.get("view")
 
 
+def what_decides(instrument: Instrument) -> dict[str, Any]:
+    """The fields that were given, from which the others follow; all that matter, where some came under names
+    of one release ago and are not among the given.
+    """
+    given = instrument.given()
+    return given if type(instrument)(**given) == instrument else as_chosen(instrument).given()
+
+
 def as_chosen(instrument: Instrument) -> Instrument:
     """The same instrument with only those fields given that decide the others: settings that a report wrote
     hold every field, those that a method fills in among them.
     """
     kind = type(instrument)
-    given = instrument.given()
-    for name, value in instrument.given().items():
-        rest = {key: other for key, other in given.items() if key != name}
+    given = {name: getattr(instrument, name) for name in kind.model_fields}
+    for name in kind.model_fields:
+        rest = {key: value for key, value in given.items() if key != name}
         with contextlib.suppress(BadInput):
-            if getattr(kind(**rest), name) == value and kind(**rest) == instrument:
+            if kind(**rest) == instrument:
                 given = rest
     return kind(**given)
 

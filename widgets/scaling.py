@@ -100,8 +100,11 @@ class ScalingPanel(ipywidgets.VBox):
         self.lowest = ipywidgets.Checkbox(
             value=False, description="lowest loss per size and tokens", indent=False
         )
-        self.restore = ipywidgets.Button(description="Bring back dropped runs", disabled=True)
+        self.restore = ipywidgets.Button(
+            description="Bring back dropped runs", disabled=True, layout=ipywidgets.Layout(width="auto")
+        )
         self.note, self.facts, self.plan = Note("ready"), ipywidgets.HTML(), ipywidgets.HTML()
+        self.note.layout.flex = "0 0 auto"  # below each other, not beside
         self.plot = PlotView()
         for name, control in (
             ("law", self.law),

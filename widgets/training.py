@@ -8,7 +8,7 @@ widgets.training.SchedulePanel("digits-vit")
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 
@@ -19,6 +19,8 @@ from workbench.errors import BadInput
 from workbench.training import Train
 from workbench.training.schedule.drawings import schedule_areas, schedule_figure, schedule_table
 from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
+
+STARTS_WITH = ("cosine", "linear", "rex", "uba", "wsd")
 
 
 def drawn() -> tuple[str, ...]:
@@ -41,7 +43,8 @@ class SchedulePanel(ipywidgets.VBox):
         """Schedules to draw; the one of the panel among them."""
         settings: Any = panel.instrument
         chosen = str(settings.schedule)
-        return cls(names=tuple(dict.fromkeys([name for name in (chosen, *STARTS_WITH) if name in DRAWN])))
+        known = drawn()
+        return cls(names=tuple(dict.fromkeys(name for name in (chosen, *STARTS_WITH) if name in known)))
 
     def __init__(
         self,

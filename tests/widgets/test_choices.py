@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 import widgets
-from widgets.choices import FILLED
+import workbench
+from widgets.choices import FILLED, ChoiceControl
 from widgets.compare import differences
 from widgets.controls import Controls, help_html
 from workbench import overview
@@ -254,3 +255,17 @@ def test_a_report_knows_the_users_own_entry(
     assert "42.5" in page and "scoring.by" in page and "a user 2026" in page
     kind = find("sent-score")
     assert widgets.panel.from_parameters(report.parameters).instrument == kind(scoring=chosen)
+
+
+@pytest.mark.parametrize("name", list(workbench.catalog()))
+def test_every_entry_of_every_instrument_can_be_chosen(name: str) -> None:
+    controls = Controls(workbench.catalog()[name])
+    for field, item in controls.controls.items():
+        if isinstance(item.widget, ChoiceControl):
+            for entry in item.widget.axis.entries.values():
+                item.widget.name.value = entry.name
+                if any(info.is_required() for info in entry.options.model_fields.values()):
+                    continue
+                read = item.read()
+                item.write(read)
+                assert item.read() == read and item.widget.axis.chosen(read, field).entry is entry

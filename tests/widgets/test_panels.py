@@ -249,10 +249,10 @@ def test_parameters_restore_the_panel_exactly(tmp_path: Path, cache: Path) -> No
     panel = widgets.panel(
         Quantize,
         "digits-softmax",
-        format="uint3",
         layer_bits={"*.q": 8, "null": 2},
         sequential_damp=1.23456789e-4,
         layers="*.q_proj, 'x'",
+        format="uint3",
     )
     file = reports.write_parameters(tmp_path / "p.yaml", panel.parameters)
     restored = widgets.panel.from_parameters(file)
@@ -262,6 +262,10 @@ def test_parameters_restore_the_panel_exactly(tmp_path: Path, cache: Path) -> No
         and restored.kind is Quantize
     )
     assert widgets.panel.from_parameters(panel.parameters).instrument == panel.instrument
+    with pytest.warns(FutureWarning):
+        old = widgets.panel(Quantize, "digits-softmax", bits=3, damp=1.23456789e-4, symmetric=False)
+    shown = old.instrument.model_dump()
+    assert (shown["format"], shown["sequential_damp"]) == ("uint3", 1.23456789e-4)
     with_view = {**panel.parameters, "view": {"column": "sqnr"}}
     assert widgets.panel.from_parameters(with_view).view == {"column": "sqnr"}
     for wrong, words in [

@@ -16,7 +16,6 @@ masks stay masks, fake quantization is trained through.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from workbench.axis import warn
-from workbench.errors import BadInput
+from workbench.errors import BadInput, unknown_name
 from workbench.progress import Progress
 from workbench.subjects import Batch, Subject
 from workbench.subjects.subject import trim
@@ -381,9 +380,7 @@ def todays_names(given: Mapping[str, Any]) -> dict[str, Any]:
     known = [field.name for field in fields(Settings)]
     for name in found:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise BadInput(f"{name}: is no setting of a run; {hint}known: {', '.join(known)}")
+            raise unknown_name("setting", name, known)
     return found
 
 
