@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
@@ -36,9 +37,13 @@ class Subtune(SubjectInstrument):
     )
     steps: int = parameter(100, "optimizer steps of every candidate", ge=1, le=1_000_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
-    lr: float = parameter(1e-3, "peak learning rate (AdamW, cosine)", gt=0, le=10, scale="log")
+    learning_rate: float = parameter(1e-3, "peak learning rate (AdamW, cosine)", gt=0, le=10, scale="log")
     choose_on: str = parameter("validation", "split whose loss chooses the blocks")
     test_split: str = parameter("test", "split for the reported loss and metrics")
+
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {"lr": "learning_rate"}
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -61,7 +66,7 @@ class Subtune(SubjectInstrument):
 
         def tried(blocks: tuple[int, ...], step: int) -> float:
             fields: dict[str, Any] = (
-                {"trainable": "blocks", "blocks": ",".join(map(str, blocks))}
+                {"trainable": {"name": "blocks", "blocks": ",".join(map(str, blocks))}}
                 if blocks
                 else {"trainable": "head"}
             )
@@ -69,7 +74,7 @@ class Subtune(SubjectInstrument):
                 method="dense",
                 steps=self.steps,
                 batch_size=self.batch_size,
-                lr=self.lr,
+                learning_rate=self.learning_rate,
                 seed=self.seed,
                 test_split=self.choose_on,
                 **fields,
