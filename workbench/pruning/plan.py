@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from workbench.axis import Choice, parameter
 from workbench.instruments import SubjectInstrument
@@ -73,6 +73,12 @@ class PrunePlan(SubjectInstrument):
         form = form_of(given)
         fixed = {} if form.fixed is None else {"sparsity": form.fixed}
         return {**PRUNING_METHOD.chosen(given.get("method", "obert"), "method")(form), **fixed}
+
+    def with_gradients(self, count: int) -> Self:
+        """A copy in which everything that measures gradients measures so many."""
+        fields = ("method", "saliency", "compensation")
+        takes = [f for f in fields if "gradients" in getattr(self, f).entry.options.model_fields]
+        return self.with_fields(**{f"{field}.gradients": count for field in takes})
 
     def parts(self) -> Mapping[str, Any]:
         """What the method fixes for this pattern."""

@@ -37,8 +37,9 @@ def card(
 
 
 HN = {"pattern": "heads+neurons"}
-TUNE = {"recovery": "finetune", "recovery_steps": 60, "lr": 1e-3}
-GRADUAL = TUNE | {"schedule": "cubic", "steps": 6}
+TUNE = {"recovery": {"name": "finetune", "steps": 60, "learning_rate": 1e-3}}
+ADAPTERS = {"recovery": {"name": "low-rank", "steps": 60, "learning_rate": 2e-3}}
+GRADUAL = TUNE | {"schedule": {"name": "cubic", "events": 6}}
 
 CARDS: list[Method] = [
     card(
@@ -197,7 +198,9 @@ CARDS: list[Method] = [
         "calibration gradients",
         "a refined Wanda mask beats Wanda at 50 %",
         15,
-        arms_at(0.5, icbs={"method": "icbs", "gradients": 128, "damp": 1.0}, wanda={"method": "wanda"}),
+        arms_at(
+            0.5, icbs={"method": {"name": "icbs", "gradients": 128, "damp": 1.0}}, wanda={"method": "wanda"}
+        ),
         [("icbs", "wanda")],
     ),
     card(
@@ -241,7 +244,7 @@ CARDS: list[Method] = [
             taylor=HN | {"method": "llm-pruner"},
             magnitude=HN | {"method": "magnitude"},
             random=HN | {"method": "random"},
-            recovered=HN | {"method": "llm-pruner", "recovery": "low-rank", "recovery_steps": 40, "lr": 2e-3},
+            recovered=HN | ADAPTERS | {"method": "llm-pruner", "recovery.steps": 40},
         ),
         [("taylor", "magnitude"), ("taylor", "random"), ("recovered", "taylor")],
     ),
@@ -272,7 +275,7 @@ CARDS: list[Method] = [
         331,
         arms_at(
             0.7,
-            adapters={"method": "magnitude", "recovery": "low-rank", "recovery_steps": 60, "lr": 2e-3},
+            adapters=ADAPTERS | {"method": "magnitude"},
             none={"method": "magnitude"},
             full=TUNE | {"method": "magnitude"},
         ),
@@ -288,7 +291,7 @@ CARDS: list[Method] = [
         359,
         arms_at(
             0.6,
-            adapted={"method": "wanda", "recovery": "low-rank", "recovery_steps": 60, "lr": 2e-3},
+            adapted=ADAPTERS | {"method": "wanda"},
             wanda={"method": "wanda"},
         ),
         [("adapted", "wanda")],
@@ -303,7 +306,7 @@ CARDS: list[Method] = [
         None,
         arms_at(
             0.9,
-            distil=TUNE | {"method": "obert", "recovery": "distil"},
+            distil={"method": "obert", "recovery": TUNE["recovery"] | {"name": "distil"}},
             task=TUNE | {"method": "obert"},
             none={"method": "obert"},
         ),

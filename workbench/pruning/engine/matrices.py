@@ -35,6 +35,11 @@ class Matrices(Masked):
                 f"saliency: {prune.saliency} scores whole structures and dimensions, not single weights; "
                 "choose another, or such a pattern"
             )
+        if prune.allocation.has("structures") and not prune.allocation.has("weights"):
+            raise BadInput(
+                f"allocation: {prune.allocation} shares heads and neurons among the blocks; "
+                "choose layer, row or global"
+            )
         if self.pattern.fixed is not None and not prune.schedule.has("at once"):
             raise BadInput(
                 "schedule: an N:M pattern has one sparsity, so it cannot be reached gradually; use one-shot"

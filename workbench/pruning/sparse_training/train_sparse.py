@@ -72,7 +72,7 @@ class TrainSparse(SparsePlan):
                 f"saliency: {saliency} cannot follow the weights at every step; adaptive masks take "
                 f"{' or '.join(SALIENCY.with_trait('follows weights'))}"
             )
-        if not self.allocation.has("weights"):
+        if self.allocation.has("structures") and not self.allocation.has("weights"):
             raise BadInput(
                 f"allocation: {self.allocation} shares out heads and neurons; choose "
                 f"{', '.join(SPARSITY_ALLOCATION.with_trait('weights'))}"
