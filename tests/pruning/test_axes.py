@@ -199,3 +199,34 @@ def test_train_sparse_runs_from_the_command_line(capsys):
     given = ["--subject", "digits-vit", "--steps", "2", "--masks", "regrow", "--portion", "whole"]
     assert main(["run", "train-sparse", *given, "--no-cache"]) == 0
     assert "sparsity" in capsys.readouterr().out
+
+
+def test_a_results_key_follows_what_was_chosen(tmp_path):
+    import shutil
+
+    from workbench.axis import entries_in
+    from workbench.code_version import PACKAGE, code_version
+    from workbench.pruning import FisherSweep
+
+    root = shutil.copytree(PACKAGE, tmp_path / "workbench", ignore=shutil.ignore_patterns("_data"))
+    chosen = {
+        "weights": Prune(),
+        "heads": Prune(method="magnitude", pattern="heads"),
+        "channels": Prune(method="magnitude", pattern="channels"),
+    }
+
+    def versions():
+        values = {name: [entry.value for entry in entries_in(made)] for name, made in chosen.items()}
+        return {name: code_version(Prune, entries, root=root) for name, entries in values.items()}
+
+    for file, changes in (
+        ("engine/structure_events.py", {"heads"}),
+        ("engine/dimensions.py", {"channels"}),
+        ("engine/matrices.py", {"weights"}),
+        ("solvers/icbs.py", {"weights"}),
+        ("calibration.py", {"weights", "heads", "channels"}),
+    ):
+        before, path = versions(), root / "pruning" / file
+        path.write_text(path.read_text() + "\n# changed\n")
+        assert {name for name, version in versions().items() if version != before[name]} == changes, file
+    assert FisherSweep().code() != code_version(FisherSweep)

@@ -153,6 +153,10 @@ class Form:
     func: Callable[[Any], Pattern]
     engine: Callable[..., Any] | None = None
 
+    def __post_init__(self) -> None:
+        """A form is at home where its engine registers it: a result's key follows that file."""
+        object.__setattr__(self, "__module__", self.func.__module__)
+
     def __call__(self, options: Any) -> Pattern:
         return self.func(options)
 

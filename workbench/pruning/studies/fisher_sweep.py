@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel
 
-from workbench.axis import Choice, parameter
+from workbench.axis import Choice, entries_in, parameter
+from workbench.code_version import code_version
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
@@ -96,6 +97,11 @@ class FisherSweep(SubjectInstrument):
             test_split=self.test_split,
             **more,
         )
+
+    def code(self) -> str:
+        """Version of the code that the prunings of the grid reach."""
+        prunes = [self.step(*cell) for cell in self.grid()[:1]]
+        return code_version(type(self), [entry.value for p in prunes for entry in entries_in(p)])
 
     def check(self, on: Any) -> None:
         for cell in self.grid():

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
-from workbench.axis import parameter
+from workbench.axis import entries_in, parameter
+from workbench.code_version import code_version
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
@@ -49,6 +50,23 @@ class Subtune(SubjectInstrument):
     def result_class(cls) -> type[Result]:
         return SubtuneResult
 
+    def tuning(self, blocks: tuple[int, ...]) -> TrainSparse:
+        """The training of these blocks and the head, or of the head alone."""
+        named = {"name": "blocks", "blocks": ",".join(map(str, blocks))}
+        return TrainSparse(
+            method="dense",
+            trainable=named if blocks else "head",
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            test_split=self.choose_on,
+        )
+
+    def code(self) -> str:
+        """Version of the code that its trainings reach."""
+        return code_version(type(self), [entry.value for entry in entries_in(self.tuning((0,)))])
+
     def check(self, on: Any) -> None:
         for split in ("train", self.choose_on, self.test_split):
             on.split(split)
@@ -65,21 +83,7 @@ class Subtune(SubjectInstrument):
         tuned: dict[tuple[int, ...], Subject] = {}
 
         def tried(blocks: tuple[int, ...], step: int) -> float:
-            fields: dict[str, Any] = (
-                {"trainable": {"name": "blocks", "blocks": ",".join(map(str, blocks))}}
-                if blocks
-                else {"trainable": "head"}
-            )
-            run = TrainSparse(
-                method="dense",
-                steps=self.steps,
-                batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                seed=self.seed,
-                test_split=self.choose_on,
-                **fields,
-            )
-            result = run.run(on, Progress(), cache=False)
+            result = self.tuning(blocks).run(on, Progress(), cache=False)
             assert result.subject is not None
             tuned[blocks] = result.subject
             loss = float(result.facts.get("loss", float("inf")))
