@@ -78,7 +78,7 @@ def test_a_plain_module_is_pruned_from_the_command_line(module_file, cache, caps
             ["sparsty", "did you mean --sparsity"],
         ),
         (["run", "prune", "--subject", "digits-vit", "--sparsity", "1.2"], ["sparsity", "1.2"]),
-        (["run", "quantize", "--subject", "digits-vit", "--bits", "0"], ["bits", "0"]),
+        (["run", "quantize", "--subject", "digits-vit", "--format.bits", "0"], ["format.bits", "0"]),
         (
             ["run", "prune", "--subject", "FOLDER", "--data", "random", "--layers", "*nothing*"],
             ["layers", "*nothing*"],
@@ -127,10 +127,9 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(arguments, words, checkpoin
 
 
 def test_help_lists_the_fields(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "quantize", "--help"])
+    assert main(["run", "quantize", "--help"]) == 0
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "--bits" in text and "--subject" in text and "--seed" in text
+    assert "bits" in text and "--subject" in text and "--seed" in text
 
 
 def test_list_names_instruments_subjects_and_methods(capsys):
@@ -149,7 +148,7 @@ def test_the_command_is_installed():
 
 def test_the_readme_lists_every_instrument_and_subject():
     from tests.conftest import ROOT
-    from workbench.catalog import catalog
+    from workbench.names import catalog
     from workbench.subjects.registry import BUILTINS
 
     text = (ROOT / "README.md").read_text()
@@ -158,7 +157,7 @@ def test_the_readme_lists_every_instrument_and_subject():
 
 
 def test_lists_are_written_with_or_without_brackets():
-    from workbench.cli import value_of
+    from workbench.commands.options import value_of
 
     assert value_of("8, 32", tuple[int, ...]) == value_of("[8, 32]", tuple[int, ...]) == [8, 32]
     assert value_of("*layers.0.*,head", list[str]) == ["*layers.0.*", "head"]

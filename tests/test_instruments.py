@@ -11,9 +11,9 @@ from torch import nn
 
 import workbench
 from workbench.axis import parameter
-from workbench.catalog import catalog, find
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
+from workbench.names import catalog, find
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.storage import replacing

@@ -79,7 +79,7 @@ def test_nothing_below_imports_evidence_or_widgets():
         top = name.split(".")[0]
         if top == "workbench":
             assert not [r for r in reached if r.split(".")[0] == "widgets"], name
-        if name != "workbench.cli" and not name.startswith("workbench.evidence"):
+        if name != "workbench.commands.evidence" and not name.startswith("workbench.evidence"):
             assert not [r for r in reached if r.startswith("workbench.evidence")], name
 
 

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 import workbench
-from workbench import BadInput, pruning, quantization, studies
+from workbench import BadInput, Progress, pruning, quantization, studies
+from workbench.names import find
 
 
 @pytest.fixture()
@@ -41,7 +42,7 @@ def test_chains_that_begin_alike_compute_the_beginning_once(vit):
     assert list(table["sparsity"]) == [0.5, 0.5] and list(table["bits"]) == [3, 8]
     assert studies.stored(vit, chains[1])
     with pytest.raises(BadInput, match="nothing can follow"):
-        studies.sweep(vit, {"wrong": [(workbench.instruments.find("weight-spectrum")(), prune)]}, jobs=1)
+        studies.sweep(vit, {"wrong": [(find("weight-spectrum")(), prune)]}, jobs=1)
 
 
 def test_chains_go_where_their_beginning_is_computed(vit):
@@ -56,7 +57,7 @@ def test_chains_go_where_their_beginning_is_computed(vit):
     ) == [[first, second, longer, third]]
     assert studies.families(vit, {"both": [longer], "short": [second]}) == [[[second, longer]]]
     last: dict = {}
-    pruned = studies.run_chain(vit, second, workbench.instruments.Progress(), last)
+    pruned = studies.run_chain(vit, second, Progress(), last)
     assert list(last.values()) == [pruned.subject]
 
 

@@ -20,7 +20,6 @@ and the key of a stored result are derived from it, for a user's own entries as 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import warnings
@@ -32,7 +31,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, Validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, core_schema
 
-from workbench.errors import BadInput, describe
+from workbench.errors import BadInput, describe, unknown_name
+from workbench.families import import_families, import_plugins
 
 #: Every axis by its kind, in the order in which they were made.
 AXES: dict[str, Axis] = {}
@@ -291,9 +291,7 @@ class Axis:
         return register
 
     def unknown(self, name: object, field: str = "") -> BadInput:
-        close = difflib.get_close_matches(str(name), list(self.entries), 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return BadInput(f"{field or self.kind}: {name!r} is unknown; {hint}known: {', '.join(self.entries)}")
+        return unknown_name(field or self.kind, name, self.entries)
 
     def said_by(self, given: Any) -> Mapping[str, Any]:
         """The options that a text such as `int4` already says."""
@@ -321,6 +319,8 @@ class Axis:
             raise BadInput(
                 f"{where}: {name!r} is not accepted, it should be a name; known: {', '.join(self.entries)}"
             )
+        if name not in self.entries:
+            import_plugins()  # it may be one that a user's file registers
         if name not in self.entries and self.shorthand is not None:
             read = self.shorthand(name)
             if read is not None:
@@ -361,18 +361,14 @@ def _where(value: Any) -> str:
 def axis(kind: str) -> Axis:
     """The axis of this kind."""
     if kind not in AXES:
-        from workbench.families import import_families
-
         import_families()
     if kind not in AXES:
-        raise BadInput(f"axis: {kind!r} is unknown; known: {', '.join(AXES)}")
+        raise unknown_name("axis", kind, AXES)
     return AXES[kind]
 
 
 def axes() -> dict[str, Axis]:
     """Every axis by kind."""
-    from workbench.families import import_families
-
     import_families()
     return dict(AXES)
 

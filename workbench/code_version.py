@@ -22,7 +22,9 @@ PACKAGE = Path(__file__).resolve().parent
 #: Modules that draw, list or tell, and compute nothing that is stored:
 #: a file of this name anywhere, or a folder's.
 NOT_COMPUTING = (
-    "catalog",
+    "names",
+    "commands",
+    "index",
     "cli",
     "evidence",
     "export_html",
@@ -58,7 +60,10 @@ class Source:
 
 
 def closure(
-    module_names: Iterable[str], stop: Collection[str] = frozenset(), root: Path = PACKAGE
+    module_names: Iterable[str],
+    stop: Collection[str] = frozenset(),
+    root: Path = PACKAGE,
+    left_out: Collection[str] = NOT_COMPUTING,
 ) -> set[Path]:
     """Files of the package that these modules reach by imports, their own included.
 
@@ -71,28 +76,28 @@ def closure(
     while waiting:
         name = waiting.pop()
         file = file_of(name, root)
-        if file is None or name in followed or not computes(name):
+        if file is None or name in followed or not computes(name, left_out):
             continue
         followed.add(name)
         found |= {file, *packages_of(name, root)}
         if name in stop or file.name == "__init__.py":
             continue
         for item in source_of(file).imports:
-            for reached, files in definitions(item, root):
+            for reached, files in definitions(item, root, left_out):
                 found |= files
                 waiting.append(reached)
     return found
 
 
-def computes(module: str) -> bool:
-    """False for what draws, lists or tells."""
+def computes(module: str, left_out: Collection[str] = NOT_COMPUTING) -> bool:
+    """False for what draws, lists or tells: a module or folder of a name in `left_out`."""
     parts = module.split(".")[1:]
     last = f"{parts[-1]}.py" if len(parts) == 1 else ""
-    return not any(part in NOT_COMPUTING for part in parts) and last not in NOT_COMPUTING
+    return not any(part in left_out for part in parts) and last not in left_out
 
 
 def definitions(
-    item: Import, root: Path, seen: frozenset[Import] = frozenset()
+    item: Import, root: Path, left_out: Collection[str] = NOT_COMPUTING, seen: frozenset[Import] = frozenset()
 ) -> Iterator[tuple[str, set[Path]]]:
     """Modules that define what is imported, each with the `__init__` files on the way to it."""
     full = f"{item.module}.{item.name}" if item.name else item.module
@@ -105,14 +110,14 @@ def definitions(
     if file.name != "__init__.py":
         yield item.module, set()
         return
-    if not computes(item.module):
+    if not computes(item.module, left_out):
         return
     source = source_of(file)
     wanted = {item.name} | source.uses.get(item.name, frozenset())
     yield item.module, {file}
     for further in source.imports:
         if further.bound in wanted:
-            for name, files in definitions(further, root, seen | {item}):
+            for name, files in definitions(further, root, left_out, seen | {item}):
                 yield name, files | {file}
 
 
@@ -172,8 +177,8 @@ def imports_of(node: ast.AST) -> Iterator[Import]:
     elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
         for alias in node.names:
             yield Import(node.module, alias.name, alias.asname or alias.name)
-    for child in ast.iter_child_nodes(node):
-        yield from imports_of(child)
+    for part in ast.iter_child_nodes(node):
+        yield from imports_of(part)
 
 
 def code_version(cls: type, entries: Iterable[object] = (), root: Path = PACKAGE) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from pydantic import BaseModel, ValidationError
 
 
@@ -11,17 +14,29 @@ class BadInput(ValueError):
     """
 
 
+def unknown_name(field: str, name: object, known: Iterable[str], otherwise: str = "") -> BadInput:
+    """`name` is not one of the known ones; the closest is offered. `otherwise`: what is accepted besides."""
+    names = list(known)
+    hint = did_you_mean(name, names)
+    return BadInput(
+        f"{field}: {name!r} is unknown; {hint + ' ' if hint else ''}known: {', '.join(names)}{otherwise}"
+    )
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), 1)
+    return f"did you mean {close[0]}?" if close else ""
+
+
 def describe(error: ValidationError, cls: type[BaseModel]) -> str:
     """A pydantic error as one line: field, value, what would be accepted."""
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or cls.__name__
         if item["type"] == "extra_forbidden":
-            import difflib
-
-            close = difflib.get_close_matches(field, cls.model_fields, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            lines.append(f"{field}: unknown field{hint} (fields: {', '.join(cls.model_fields)})")
+            hint = did_you_mean(field, cls.model_fields)
+            fields = ", ".join(cls.model_fields)
+            lines.append(f"{field}: unknown field{'; ' + hint if hint else ''} (fields: {fields})")
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             shown = "" if item["type"] == "missing" else f"{item['input']!r} is not accepted, it should be "

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import functools
 import gzip
 import hashlib
@@ -25,11 +26,11 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-import bleach
 import mistune
-from bleach.css_sanitizer import CSSSanitizer
-from latex2mathml.converter import convert as latex_to_mathml
+import nh3
+from latex2mathml.converter import convert_to_element
 from nbformat import NotebookNode
 from plotly.offline import get_plotlyjs
 from pygments import highlight
@@ -45,21 +46,33 @@ _HERE = Path(__file__).parent
 _STYLE = (_HERE / "report_page.css").read_text(encoding="utf-8")
 _SCRIPT = (_HERE / "report_page.js").read_text(encoding="utf-8")
 
-_TAGS = set(bleach.sanitizer.ALLOWED_TAGS) | set(
+_TAGS = set(
+    "a abbr acronym b blockquote code em i li ol strong ul "
     "table thead tbody tfoot tr th td caption colgroup col div span p pre br hr h1 h2 h3 h4 h5 h6 dl dt dd "
     "figure figcaption "
     "details summary sub sup small s u kbd samp var mark meter progress img".split()
 )
 _ATTRIBUTES = {
-    "*": ["class", "style", "title", "scope", "role", "aria-label", "lang"],
-    "a": ["href"],
-    "td": ["colspan", "rowspan", "align"],
-    "th": ["colspan", "rowspan", "align"],
-    "meter": ["min", "max", "value"],
-    "progress": ["max", "value"],
-    "img": ["src", "alt", "width", "height"],
-    "details": ["open"],
+    "*": {"class", "style", "title", "scope", "role", "aria-label", "lang"},
+    "a": {"href"},
+    "td": {"colspan", "rowspan", "align"},
+    "th": {"colspan", "rowspan", "align"},
+    "meter": {"min", "max", "value"},
+    "progress": {"max", "value"},
+    "img": {"src", "alt", "width", "height"},
+    "details": {"open"},
 }
+_STYLES = {"text-align", "width", "color", "font-weight", "white-space"}
+_LINKS = {"http", "https", "mailto"}
+_MATHML_ATTRIBUTES = set(
+    "xmlns display displaystyle scriptlevel mathvariant mathsize mathcolor mathbackground stretchy "
+    "symmetric fence form "
+    "separator largeop movablelimits accent accentunder linethickness lspace rspace minsize maxsize width "
+    "height depth "
+    "voffset notation frame rowlines rowspacing rowalign columnlines columnspacing columnalign columnspan "
+    "rowspan side".split()
+)
+_PICTURES = {"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"}
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PROGRESS_LINE = re.compile(r"^.*\d+%\|.*\|.*$")
 
@@ -98,25 +111,24 @@ def sanitize(markup: str) -> str:
     """`markup` with everything that could run, load or restyle the page taken out;
     tables and text formatting stay.
     """
-    markup = re.sub(r"(?is)<(script|style)\b.*?</\1\s*>", "", markup)
-    return bleach.clean(
+    return nh3.clean(
         markup,
         tags=_TAGS,
-        attributes=_allowed_attribute,
-        protocols={"http", "https", "mailto", "data"},
-        css_sanitizer=CSSSanitizer(
-            allowed_css_properties=["text-align", "width", "color", "font-weight", "white-space"]
-        ),
-        strip=True,
+        clean_content_tags={"script", "style"},
+        attributes=_ATTRIBUTES,
+        attribute_filter=_kept,
+        url_schemes=_LINKS | {"data"},
+        filter_style_properties=_STYLES,
     )
 
 
-def _allowed_attribute(tag: str, name: str, value: str) -> bool:
+def _kept(tag: str, name: str, value: str) -> str | None:
+    """Pictures come with the page, links leave it: a picture is data, a link never is."""
     if tag == "img" and name == "src":
-        return value.startswith("data:image/")
-    if name == "href":
-        return not value.startswith("data:")
-    return name in _ATTRIBUTES["*"] or name in _ATTRIBUTES.get(tag, [])
+        return value if value.startswith("data:image/") else None
+    if name == "href" and re.match(r"\s*data:", value, re.IGNORECASE):
+        return None
+    return value
 
 
 def markdown(text: str) -> str:
@@ -146,9 +158,20 @@ def _markdown() -> mistune.Markdown:
 
 def _mathml(latex: str, display: str) -> str:
     try:
-        return str(latex_to_mathml(latex.strip(), display=display))
+        formula = convert_to_element(latex.strip(), display=display)
     except Exception:
         return f"<code>{html.escape(latex.strip())}</code>"
+    for element in formula.iter():  # the converter leaves text and attributes as they were typed
+        element.text = html.unescape(element.text) if element.text else element.text
+        for name in set(element.attrib) - _MATHML_ATTRIBUTES:
+            if name != "href" or not _leads_out(element.attrib[name]):
+                del element.attrib[name]
+    return ElementTree.tostring(formula, encoding="unicode")
+
+
+def _leads_out(address: str) -> bool:
+    scheme, colon, _ = address.partition(":")
+    return bool(colon) and scheme.strip().lower() in _LINKS
 
 
 @functools.cache
@@ -224,10 +247,11 @@ def _output(output: NotebookNode, figures: Iterator[int]) -> str:
     parts = []
     if PLOTLY_MIME in data:
         parts.append(_figure(data[PLOTLY_MIME], next(figures)))
-    for kind in ("image/png", "image/jpeg"):
-        if kind in data:
+    for kind in _PICTURES:
+        picture = _picture(kind, _joined(data.get(kind, "")))
+        if picture:
             alt = html.escape(_first_line(data.get("text/plain", "image")))
-            parts.append(f'<img src="data:{kind};base64,{_joined(data[kind]).strip()}" alt="{alt}">\n')
+            parts.append(f'<img src="data:{kind};base64,{picture}" alt="{alt}">\n')
             break
     if "text/html" in data and "<script" not in _joined(data["text/html"]):
         parts.append(f'<div class="html">{sanitize(_joined(data["text/html"]))}</div>\n')
@@ -238,6 +262,16 @@ def _output(output: NotebookNode, figures: Iterator[int]) -> str:
     elif not parts and "text/plain" in data and WIDGET_MIME not in data:
         parts.append(f"<pre>{html.escape(_ANSI.sub('', _joined(data['text/plain'])))}</pre>\n")
     return "".join(parts)
+
+
+def _picture(kind: str, text: str) -> str:
+    """`text` without white space if it is base64 of a picture of this kind, else nothing."""
+    packed = "".join(text.split())
+    try:
+        content = base64.b64decode(packed, validate=True)
+    except (binascii.Error, ValueError):
+        return ""
+    return packed if content.startswith(_PICTURES[kind]) else ""
 
 
 def _joined(value: str | list[str]) -> str:

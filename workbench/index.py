@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from workbench.field_text import bounds_text, paragraph, shown
+
 FILE = Path(__file__).parent / "index.json"
 
 
@@ -22,16 +24,13 @@ def stored() -> dict[str, Any]:
 def made() -> dict[str, Any]:
     """The index of what is registered now, a user's own entries included."""
     from workbench.axis import axes
-    from workbench.catalog import catalog, methods
+    from workbench.names import catalog, methods
     from workbench.subjects.registry import BUILTINS
 
     return {
         "instruments": {name: instrument_note(cls) for name, cls in catalog().items()},
         "axes": {kind: axis_note(axis) for kind, axis in axes().items()},
-        "methods": {
-            name: {"family": card.family, "title": card.title, "source": card.source}
-            for name, card in methods().items()
-        },
+        "methods": {name: method_note(card) for name, card in methods().items()},
         "subjects": {name: note for name, (_, _, note) in BUILTINS.items()},
     }
 
@@ -44,6 +43,12 @@ def instrument_note(cls: Any) -> dict[str, Any]:
         "fields": [field_note(name, info) for name, info in cls.parameters().items()],
         "renamed": dict(cls.renamed()),
     }
+
+
+def method_note(card: Any) -> dict[str, Any]:
+    """What a method is, and the instruments of its recipe."""
+    note = {"family": card.family, "title": card.title, "source": card.source}
+    return note | {"steps": [name for name, _ in card.recipe], "recipe": card.words()}
 
 
 def axis_note(axis: Any) -> dict[str, Any]:
@@ -75,43 +80,6 @@ def field_note(name: str, info: Any) -> dict[str, Any]:
         default = info.get_default(call_default_factory=True)
         note["default"] = "" if default is None else shown(default)
     return note
-
-
-def shown(value: Any) -> str:
-    """A value as it would be typed on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return ",".join(shown(v) for v in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def bounds_text(info: Any) -> str:
-    """0 <= x < 1, x > 0, x >= 1: the bounds of a number; at least two items for a list's length."""
-    low = high = ""
-    more = []
-    for rule in info.metadata:
-        for name, sign in (("ge", "<="), ("gt", "<")):
-            if (bound := getattr(rule, name, None)) is not None:
-                low = f"{shown(bound)} {sign} x"
-        for name, sign in (("le", "<="), ("lt", "<")):
-            if (bound := getattr(rule, name, None)) is not None:
-                high = f"{sign} {shown(bound)}"
-        if (length := getattr(rule, "min_length", None)) is not None and info.annotation is not str:
-            more.append(f"at least {length}")
-    if low and high:
-        return "; ".join([f"{low} {high}", *more])
-    if low:
-        bound, sign, _ = low.split()
-        more.insert(0, f"x {'>=' if sign == '<=' else '>'} {bound}")
-    if high:
-        more.insert(0, f"x {high}")
-    return "; ".join(more)
-
-
-def paragraph(cls: type) -> str:
-    """The first paragraph of a class's docstring on one line."""
-    return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
 
 
 def text() -> str:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import html
+import importlib
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import pandas as pd
 from pydantic import BaseModel
 
 from workbench.errors import BadInput
-from workbench.on import Asked
 from workbench.storage import replacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+
+class Asked(Protocol):
+    """The instrument of a result, as far as the result and what draws it know it."""
+
+    @classmethod
+    def name(cls) -> str: ...
+
+    def model_dump(self, *, mode: str = ...) -> dict[str, Any]: ...
+
+    def run(self, on: Any, progress: Any = None, cache: bool = True) -> Any: ...
 
 
 @dataclass(eq=False)
@@ -32,7 +43,7 @@ class Result:
     `.subject`.
     """
 
-    #: what `load` opens a stored result with; set by `workbench.catalog` and `workbench.subjects`,
+    #: what `load` opens a stored result with; set by `workbench.names` and `workbench.subjects`,
     #: which are above results
     finds: ClassVar[Callable[[str], Any]]
     opens: ClassVar[Callable[[Path], Any]]
@@ -124,6 +135,8 @@ class Result:
                 "give a folder written by Result.save"
             )
         content = json.loads((folder / "result.json").read_text())
+        for above in ("workbench.names", "workbench.subjects"):
+            importlib.import_module(above)
         instrument = Result.finds(content["instrument"])(**content["fields"])
         arrays = load_file(folder / "arrays.safetensors") if (folder / "arrays.safetensors").exists() else {}
         result = instrument.result(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -43,3 +45,33 @@ def data_folder() -> Path:
     package = Path(__file__).resolve().parent
     installed = package / "_data"
     return installed if installed.is_dir() else package.parent / "data"
+
+
+def evidence_folders() -> tuple[Path, Path]:
+    """Where evidence is read: what this user measured, then what the project ships;
+    `WORKBENCH_EVIDENCE` overrides the first.
+    """
+    own = (
+        os.environ.get("WORKBENCH_EVIDENCE")
+        or Path(platformdirs.user_data_dir("model-workbench")) / "evidence"
+    )
+    return Path(own), data_folder() / "evidence"
+
+
+def evidence_record(family: str, name: str) -> dict[str, Any] | None:
+    """The stored measurement of a method, or None."""
+    for folder in evidence_folders():
+        file = folder / family / f"{name}.json"
+        if file.exists():
+            found: dict[str, Any] = json.loads(file.read_text())
+            return found
+    return None
+
+
+def evidence_target() -> Path:
+    """Where evidence is written: the project's folder in a source checkout that may be written to,
+    else the user's own.
+    """
+    own, shipped = evidence_folders()
+    checkout = (data_folder().parent / "pyproject.toml").is_file()
+    return shipped if checkout and os.access(data_folder(), os.W_OK) else own

@@ -14,8 +14,8 @@ import pytest
 from tests.conftest import ARCHITECTURES
 from tests.curvature.test_instruments import SMALL
 from workbench import reports
-from workbench.catalog import find
 from workbench.errors import BadInput
+from workbench.names import find
 
 
 def run_cells(name: str, parameters: dict[str, Any]) -> dict[str, Any]:

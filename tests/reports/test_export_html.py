@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 
@@ -140,3 +141,75 @@ def test_missing_values_become_gaps_not_invalid_json() -> None:
     bad[export_html.PLOTLY_MIME]["data"][0]["y"] = [1.0, float("nan"), float("inf")]
     page = export_html.page(notebook(shown(bad)))
     assert '"y":[1.0,null,null]' in page
+
+
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
+JPEG = base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(40)).decode()
+
+
+def sources(data: dict) -> list[str]:
+    return re.findall(r'<img src="([^"]*)"', export_html.page(notebook(shown(data))))
+
+
+def test_a_picture_is_base64_of_its_kind_or_is_left_out() -> None:
+    assert sources({"image/png": PNG + "\n"}) == [f"data:image/png;base64,{PNG}"]
+    assert sources({"image/jpeg": JPEG}) == [f"data:image/jpeg;base64,{JPEG}"]
+    folded = "\n".join(PNG[at : at + 20] for at in range(0, len(PNG), 20))
+    assert sources({"image/png": folded}) == [f"data:image/png;base64,{PNG}"]
+    escape = PNG + '"><meta http-equiv="refresh" content="0;url=https://example.org">'
+    html_file = base64.b64encode(b"<html><script>alert(1)</script></html>").decode()
+    for bad in (escape, html_file, JPEG, "not base64!", PNG[:-3], "é"):
+        page = export_html.page(notebook(shown({"image/png": bad, "text/plain": "<Figure>"})))
+        assert "<img" not in page and "refresh" not in page and "&lt;Figure&gt;" in page
+
+
+@pytest.mark.parametrize("kind", ["text/markdown", "text/latex"])
+def test_formulas_put_neither_scripts_nor_links_that_run_into_the_page(kind: str) -> None:
+    formulas = [
+        r"\text{<script>alert(1)</script>}",
+        r"\mbox{</mtext></math><img src=x onerror=alert(1)>}",
+        r"\text{&lt;script&gt;alert(1)&lt;/script&gt;}",
+        r"\href{javascript:alert(1)}{x}",
+        r"\href{ JavaScript:alert(1)}{x}",
+        r"\href{data:text/html,<script>alert(1)</script>}{x}",
+        r"\style{background:url(https://example.org/x.png)}{x}",
+        r"\class{failure}{x}",
+    ]
+    for formula in formulas:
+        output = export_html.page(notebook(shown({kind: f"${formula}$"})))
+        body = output[output.index("<main>") : output.index("</main>")]
+        assert "<math" in body, formula
+        tags = re.findall(r"<[a-zA-Z][^>]*>", body)
+        assert not [t for t in tags if re.search(r"<script|<img|href|\sstyle=|class=.failure|\son\w+=", t)], (
+            formula
+        )
+
+
+def test_formulas_keep_their_text_signs_and_outward_links() -> None:
+    assert "<mtext>a\xa0&lt;\xa0b\xa0&amp;\xa0c</mtext>" in export_html.markdown(r"$\text{a < b & c}$")
+    assert "<mo>≤</mo>" in export_html.markdown(r"$x \le y$")
+    assert 'href="https://example.org"' in export_html.markdown(r"$\href{https://example.org}{x}$")
+
+
+def test_sanitised_markup_keeps_tables_pictures_and_links_and_nothing_that_acts() -> None:
+    clean = export_html.sanitize
+    table = clean(
+        "<table class='dataframe'><tr><th scope='row' "
+        "style='text-align:left;position:fixed'>a</th></tr></table>"
+    )
+    assert 'class="dataframe"' in table and 'scope="row"' in table
+    assert 'style="text-align:left"' in table and "position" not in table
+    assert clean("<details open><summary>s</summary></details>").startswith("<details open")
+    assert 'href="https://example.org"' in clean("<a href='https://example.org'>x</a>")
+    assert 'href="#section-1"' in clean("<a href='#section-1'>x</a>")
+    assert f'src="data:image/png;base64,{PNG}"' in clean(f"<img src='data:image/png;base64,{PNG}'>")
+    for address in (
+        "javascript:alert(1)",
+        "java\tscript:alert(1)",
+        " data:text/html,x",
+        "DATA:text/html,x",
+        "vbscript:x",
+    ):
+        assert "href" not in clean(f'<a href="{address}">x</a>')
+    assert clean("<style>body{}</style><script>x</script><!-- c --><object>ok</object>") == "ok"
+    assert "src" not in clean("<img src='https://example.org/x.png' alt='a'>")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from workbench.catalog import methods
+from workbench.names import methods
 from workbench.scaling import ScalingFit, fit, law, load_runs
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "runs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ def losses(
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, half width of the 95 % t interval (None for a single value) and the values."""
     from scipy.stats import t
 
     array = np.asarray(values, dtype=float)
@@ -55,6 +57,13 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
         else None
     )
     return {"mean": float(array.mean()), "half_width": half, "values": [float(v) for v in array]}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the ends of the 95 % t interval; NaN ends for a single value."""
+    found = summary(values)
+    half = found["half_width"] if found["half_width"] is not None else math.nan
+    return found["mean"], found["mean"] - half, found["mean"] + half
 
 
 def compare(

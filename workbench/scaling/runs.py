@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, unknown_name
 from workbench.scaling.formulas.formula import Graph, parse
 from workbench.scaling.formulas.laws import KNOWN_COLUMNS
 from workbench.scaling.formulas.program import Program
@@ -296,13 +296,7 @@ def mapping(text: str | Mapping[str, str] | None) -> dict[str, str]:
 def _rename(frame: pd.DataFrame, wanted: dict[str, str], notes: list[str]) -> pd.DataFrame:
     unknown = [n for n in wanted if n not in SCHEMA]
     if unknown:
-        import difflib
-
-        close = difflib.get_close_matches(unknown[0], SCHEMA, 1)
-        raise BadInput(
-            f"columns: {unknown[0]!r} is not a column of the "
-            f"schema{f'; did you mean {close[0]}?' if close else ''} (known: {', '.join(SCHEMA)})"
-        )
+        raise unknown_name("columns", unknown[0], SCHEMA)
     made: dict[Any, Any] = {}
     for name, source in wanted.items():
         made[name] = frame[source] if source in frame else _formula(frame, name, source)

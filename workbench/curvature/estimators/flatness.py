@@ -23,7 +23,7 @@ from workbench.curvature.estimators.eigenpairs import eigenpairs
 from workbench.curvature.estimators.traces import hutchinson
 from workbench.curvature.operators.curvature_operator import curvature_operator
 from workbench.progress import Progress
-from workbench.subjects import TASKS, Subject
+from workbench.subjects import TASK, Subject
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def flatness_study(
     }
     jobs = [(name, recipe, seed) for seed in range(seeds) for name, recipe in RECIPES.items()]
     subjects = [
-        Subject("hidden-markov", small_model(seed), TASKS["causal-lm"](), splits) for _, _, seed in jobs
+        Subject("hidden-markov", small_model(seed), TASK["causal-lm"].value(), splits) for _, _, seed in jobs
     ]
     runs = []
     for subject, (_, recipe, seed) in zip(progress.track(subjects, "models trained"), jobs, strict=False):

@@ -1,1 +1,3 @@
 """Measurements of the curvature methods."""
+
+from workbench.evidence.curvature.measures import MEASURES as MEASURES

@@ -1,1 +1,3 @@
 """Measurements of the pruning methods."""
+
+from workbench.evidence.pruning.measures import MEASURES as MEASURES

@@ -11,27 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from workbench.evidence.harness import SEEDS, compare, summary
 from workbench.progress import Progress
 from workbench.pruning.prune import Prune
 from workbench.pruning.saliency.expert_routing import ExpertPatterns, routing
 from workbench.subjects import Subject
 from workbench.subjects.structure.dimensions import shrink
 
-SEEDS = (0, 1, 2)
 Arms = dict[str, dict[str, Any]]
-
-
-def compared(name: str, progress: Progress, **fields: Any) -> dict[str, Any]:
-    """`cards.compare`, looked up when it is called: the catalog imports this module's cards."""
-    from workbench.evidence.harness import compare
-
-    return compare(name, progress, **fields)
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    from workbench.evidence.harness import summary as summarised
-
-    return summarised(values)
 
 
 def verdict(
@@ -107,7 +94,7 @@ def on_several(
     """The same kind of comparison on several subjects, and the share of the gap to dense that the second arm
     of `closes` wins back from the first; holds when everything holds on all."""
     found = {
-        label: (language_model if "source" in fields else compared)(name, progress, **fields)
+        label: (language_model if "source" in fields else compare)(name, progress, **fields)
         for label, fields in parts.items()
     }
     gaps = {label: gap_closed(part["arms"], *closes) for label, part in found.items()}

@@ -11,22 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from workbench.evidence.harness import SEEDS, summary
 from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.subjects import Subject
 
-SEEDS = (0, 1, 2)
 Known = dict[str, dict[str, Any]]  # arm -> facts of the arms before, for the same seed
 Arm = Sequence[
     Callable[[int, Known], Instrument] | str
 ]  # instruments to make, one after the other; a word names a change of data
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, half width of the 95 % t interval and the values."""
-    from workbench.evidence.harness import summary as summarised
-
-    return summarised(values)
 
 
 def digits(seed: int) -> Subject:

@@ -1,1 +1,3 @@
 """Measurements of the quantization methods."""
+
+from workbench.evidence.quantization.measures import MEASURES as MEASURES

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 
 import workbench
+from workbench.evidence.harness import SEEDS, interval
 from workbench.evidence.quantization.leaderboard import redrawn
 from workbench.progress import Progress
 from workbench.quantization.allocation.allocate import Allocate
@@ -30,7 +30,6 @@ from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.subjects import Subject
 from workbench.training.loop import fit as fit_weights
 
-SEEDS = (0, 1, 2)
 CALIBRATION, TEST = 64, 256
 ROUNDED_INPUTS = (
     64  # test examples where inputs are rounded as well, which takes several times a forward pass
@@ -55,10 +54,10 @@ def loss_of(fields: Mapping[str, Any], subject: str, seed: int, test_examples: i
     the result cache shares comparators between cards.
     """
     common = {
-        "examples": CALIBRATION,
+        "calibration_examples": CALIBRATION,
         "predict_examples": 0,
         "test_examples": test_examples,
-        "bits": 3,
+        "format": "int3",
         "seed": seed,
     }
     return float(Quantize(**(common | dict(fields))).run(drawn(subject, seed), Progress()).facts["loss"])
@@ -67,13 +66,6 @@ def loss_of(fields: Mapping[str, Any], subject: str, seed: int, test_examples: i
 @functools.cache
 def dense_loss(subject: str, test_examples: int = TEST) -> float:
     return opened(subject).evaluate("test", limit=test_examples)["loss"]
-
-
-def interval(differences: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval over seeds."""
-    values = np.array(differences)
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
 def against(
@@ -127,9 +119,8 @@ ALLOCATED: dict[str, Any] = dict(
     budget=3.0,
     widths=[2, 3, 4, 8],
     group_size=4096,
-    examples=64,
+    calibration_examples=64,
     predict_examples=128,
-    probes=4,
     draws=1,
     test_examples=1024,
 )
@@ -182,7 +173,7 @@ def interactions(name: str, progress: Progress) -> dict[str, Any]:
     the additive one of the same size.
     """
     rows = []
-    settings: dict[str, Any] = ALLOCATED | dict(interactions=True, draws=0)
+    settings: dict[str, Any] = ALLOCATED | {"sensitivity.interactions": True, "draws": 0}
     for seed in progress.track(SEEDS, name):
         facts = (
             Allocate(**settings, seed=seed)
@@ -262,11 +253,10 @@ def rotations(name: str, progress: Progress) -> dict[str, Any]:
     """Four-bit weights and activations of the bytelm after folded rotations, against none."""
     rows = []
     settings = Quantize(
-        bits=4,
+        format="int4",
         granularity="channel",
-        activations="token",
-        activation_bits=4,
-        examples=16,
+        activations={"name": "token", "format": "uint4"},
+        calibration_examples=16,
         predict_examples=0,
         test_examples=TEST,
     )
@@ -356,7 +346,7 @@ def continued(rate: float, seed: int) -> Subject:
         on,
         steps=TRAINED["steps"],
         batch_size=TRAINED["batch_size"],
-        lr=rate,
+        learning_rate=rate,
         weight_decay=0.0,
         schedule="linear",
         warmup=0.0,
@@ -372,8 +362,10 @@ def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]
     Both sides train with AdamW and a linearly decaying rate;
     each takes the rate with the lower validation loss of its first seed.
     """
-    format = {"format": "int", "bits": bits} if method == "lsq" else {"format": method}
-    settings: dict[str, Any] = TRAINED | {"method": method, "bits": bits}
+    format = {"format": f"int{bits}" if method == "lsq" else method}
+    settings: dict[str, Any] = TRAINED | {"method": method}
+    if method == "lsq":
+        settings |= {"method.bits": bits}
 
     def aware(rate: float, seed: int) -> tuple[float, float]:
         result = TrainQuantized(**settings, learning_rate=rate, seed=seed).run(opened("bytelm"), Progress())
@@ -384,7 +376,7 @@ def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]
             **format,
             granularity="channel",
             range="mse",
-            examples=CALIBRATION,
+            calibration_examples=CALIBRATION,
             predict_examples=0,
             test_examples=TRAINED["test_examples"],
             seed=seed,
@@ -472,16 +464,17 @@ def merged(name: str, progress: Progress) -> dict[str, Any]:
     """
     rows, on = [], opened("digits-vit")
     rounding: dict[str, Any] = dict(
-        bits=2, granularity="channel", range="mse", predict_examples=0, test_examples=512
+        format="int2", granularity="channel", range="mse", predict_examples=0, test_examples=512
     )
     training: dict[str, Any] = dict(steps=150, batch_size=64, learning_rate=1e-3, test_examples=512)
     for seed in progress.track(SEEDS, name):
         inside = float(
-            TrainQuantized(method="l4q", bits=2, rank=8, seed=seed, **training)
+            TrainQuantized(method={"name": "l4q", "bits": 2, "rank": 8}, seed=seed, **training)
             .run(on, Progress())
             .facts["loss"]
         )
-        start = Quantize(**rounding, adapter_rank=8, adapter_steps=0, seed=seed).run(on, Progress()).subject
+        beginning = Quantize(**rounding, adapter={"name": "qlora", "rank": 8}, seed=seed)
+        start = beginning.run(on, Progress()).subject
         tuned = TrainQuantized(method="adapters", seed=seed, **training).run(start, Progress())
         beside = float(Quantize(**rounding, seed=seed).run(tuned.subject, Progress()).facts["loss"])
         rows.append(
@@ -535,15 +528,17 @@ def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
     """
     rows, on = [], opened("bytelm")
     settings = Quantize(
-        bits=4,
+        format="int4",
         granularity="channel",
-        activations="token",
-        activation_bits=4,
-        examples=16,
+        activations={"name": "token", "format": "uint4"},
+        calibration_examples=16,
         predict_examples=0,
         test_examples=ROUNDED_INPUTS,
     )
-    learning: dict[str, Any] = dict(kind="learned", steps=40, examples=32, activation_bits=4, heads=False)
+    learning: dict[str, Any] = {
+        "kind": {"name": "learned", "steps": 40, "activation_bits": 4, "heads": False},
+        "calibration_examples": 32,
+    }
     for seed in progress.track(SEEDS, name):
         losses = [
             float(
@@ -551,7 +546,7 @@ def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
                     "loss"
                 ]
             )
-            for fields in (learning, {"kind": "hadamard", "examples": 16})
+            for fields in (learning, {"kind": "hadamard", "calibration_examples": 16})
         ]
         rows.append({"seed": seed, "learned": losses[0], "hadamard": losses[1]})
     mean, low, high = interval([r["learned"] - r["hadamard"] for r in rows])

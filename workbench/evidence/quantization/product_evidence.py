@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.evidence.quantization.evidence import interval, opened
+from workbench.evidence.harness import interval
+from workbench.evidence.quantization.evidence import opened
 from workbench.evidence.training.evidence import told, tuned
 from workbench.progress import Progress
 from workbench.quantization.number.formats import named

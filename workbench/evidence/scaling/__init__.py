@@ -1,1 +1,3 @@
 """Measurements of the scaling methods."""
+
+from workbench.evidence.scaling.measures import MEASURES as MEASURES

@@ -1,1 +1,3 @@
 """Measurements of the training methods."""
+
+from workbench.evidence.training.measures import MEASURES as MEASURES

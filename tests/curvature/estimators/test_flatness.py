@@ -1,0 +1,98 @@
+"""The flatness study's parts: a corpus whose hidden states are known, training to a given loss,
+and its correlations.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from workbench.curvature.estimators.flatness import (
+    Checkpoint,
+    Corpus,
+    at_one_loss,
+    hidden_markov,
+    probe_accuracy,
+    rank_correlations,
+    small_model,
+    train,
+)
+from workbench.subjects import TASK, Subject
+
+
+def transitions(corpus: Corpus) -> torch.Tensor:
+    counts = torch.zeros(6, 6, dtype=torch.float64)
+    counts.index_put_(
+        (corpus.states[:, :-1].reshape(-1), corpus.states[:, 1:].reshape(-1)),
+        torch.ones((), dtype=torch.float64),
+        accumulate=True,
+    )
+    return counts / counts.sum(1, keepdim=True)
+
+
+def test_the_chain_moves_along_one_permutation_and_is_the_same_for_every_sample() -> None:
+    first, second = hidden_markov(600, seed=0), hidden_markov(600, seed=1)
+    assert (
+        first.tokens.shape == first.states.shape == (600, 24)
+        and int(first.tokens.max()) < 24
+        and int(first.tokens.min()) >= 0
+    )
+    assert torch.equal(hidden_markov(600, seed=0).tokens, first.tokens) and not torch.equal(
+        first.tokens, second.tokens
+    )
+    moves, again = transitions(first), transitions(second)
+    assert sorted(moves.argmax(1).tolist()) == list(range(6)) and bool((moves.max(1).values > 0.82).all())
+    assert torch.allclose(moves, again, atol=0.05)
+    assert not torch.allclose(moves, transitions(hidden_markov(600, seed=0, rules=1)), atol=0.05)
+
+
+def test_checkpoints_fall_and_hold_the_weights_of_their_loss() -> None:
+    parts = {
+        name: hidden_markov(count, seed=i)
+        for i, (name, count) in enumerate((("train", 256), ("validation", 64)))
+    }
+    splits = {name: {"input_ids": corpus.tokens, "labels": corpus.tokens} for name, corpus in parts.items()}
+    subject = Subject("hidden-markov", small_model(0), TASK["causal-lm"].value(), splits)
+    before = subject.evaluate("validation")["loss"]
+    points = train(subject, ("adam", 3e-3, 32), 0, steps=60, every=10)
+    losses = [point.loss for point in points]
+    assert points[0].step == 0 and losses[0] == pytest.approx(before, rel=1e-5) and losses[-1] < before - 0.05
+    assert losses == sorted(losses, reverse=True) and all(point.step % 10 == 0 for point in points)
+    for point in (points[-1], points[0]):
+        subject.model.load_state_dict(point.state)
+        assert subject.evaluate("validation")["loss"] == pytest.approx(point.loss, rel=1e-5)
+
+
+def test_the_common_loss_is_the_best_of_the_run_that_got_least_far() -> None:
+    runs = [
+        [Checkpoint(loss, step, {}) for step, loss in enumerate(losses)]
+        for losses in ([3.0, 2.8, 2.5], [3.1, 2.9], [3.2, 2.95, 2.9, 2.85])
+    ]
+    assert [(point.loss, point.step) for point in at_one_loss(runs)] == [(2.8, 1), (2.9, 1), (2.9, 2)]
+
+
+def test_the_probe_reads_states_better_than_guessing() -> None:
+    fit, test = hidden_markov(512, seed=2), hidden_markov(512, seed=3)
+    guess = float(torch.bincount(test.states[:, -1]).max()) / 512
+    accuracy = probe_accuracy(small_model(0), fit, test)
+    assert guess + 0.1 < accuracy < 1
+
+
+def test_correlations_leave_out_models_of_another_loss() -> None:
+    table = pd.DataFrame(
+        {
+            "loss": [2.40, 2.41, 2.40, 2.39, 2.40, 2.60],
+            "trace": [1.0, 2.0, 3.0, 4.0, 5.0, 0.1],
+            "top_eigenvalue": [1.0, 3.0, 2.0, 4.0, 5.0, 9.0],
+            "probe_accuracy": [0.9, 0.8, 0.7, 0.6, 0.5, 0.1],
+        }
+    )
+    found = rank_correlations(table)
+    assert found["models"] == 5 and found["loss"] == pytest.approx(2.40)
+    assert found["trace_correlation"] == pytest.approx(-1) and found[
+        "top_eigenvalue_correlation"
+    ] == pytest.approx(-0.9)
+    assert (
+        rank_correlations(table, tolerance=0.2)["trace_correlation"] > -0.5
+    )  # all six: the odd one out turns the order around

@@ -1,0 +1,103 @@
+"""Options of the command line: how their texts become values, and the ones that open a subject."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from workbench.errors import BadInput
+
+SUBJECT_OPTIONS = {
+    "data": "a CSV / JSONL / Parquet file, hf:ID, or random (shapes and speed only)",
+    "text-column": "column of the text",
+    "label-column": "column of the label",
+    "image-column": "column of the image's path",
+    "task": "how a batch becomes a loss, when it cannot be told from the checkpoint",
+    "max-length": "tokens per example",
+    "max-examples": "use at most this many rows of the data",
+}
+RUNS_OPTIONS = {
+    "runs": "a table of finished runs (CSV, Parquet, JSONL, ...)",
+    "columns": "own column names, as 'params=N,tokens=D,loss=val_loss'",
+}
+RUN_OPTIONS = {
+    "out": "save the result in this folder",
+    "no-cache": "run again even when this exact run is stored",
+    "plugins": "Python files with entries of your own, separated by commas; they are run",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line, exit code 2."""
+
+    def error(self, message: str) -> Any:
+        raise BadInput(message)
+
+
+def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse, naming an unknown option and its nearest known one."""
+    space, rest = parser.parse_known_args(arguments)
+    if rest:
+        known = [
+            o
+            for action in parser._actions
+            if action.help is not argparse.SUPPRESS
+            for o in action.option_strings
+        ]
+        close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        names = ", ".join(o.lstrip("-") for o in known if o.startswith("--") and o != "--help")
+        raise BadInput(f"{rest[0].lstrip('-')}: unknown field{hint} (fields: {names})")
+    return space
+
+
+def value_of(text: str, annotation: Any) -> Any:
+    """An option's text as a value: taken literally for string fields, as YAML otherwise
+    (numbers, true/false, null); lists as [a, b] or a, b.
+    """
+    if get_origin(annotation) in (list, tuple) and not text.lstrip().startswith("["):
+        return [value_of(part.strip(), get_args(annotation)[0]) for part in text.split(",") if part.strip()]
+    kinds = get_args(annotation) or (annotation,)
+    if annotation is str or all(isinstance(k, str) for k in kinds):
+        return text
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def add_texts(parser: argparse.ArgumentParser, options: dict[str, str]) -> None:
+    for option, text in options.items():
+        parser.add_argument(f"--{option}", help=text)
+
+
+def subject_options(space: argparse.Namespace) -> dict[str, Any]:
+    """What `workbench.subject` takes, of what was given."""
+    found = {o.replace("-", "_"): getattr(space, o.replace("-", "_")) for o in SUBJECT_OPTIONS}
+    found = {k: v for k, v in found.items() if v is not None}
+    for number in ("max_length", "max_examples"):
+        if number in found:
+            try:
+                found[number] = int(found[number])
+            except ValueError:
+                field = number.replace("_", "-")
+                raise BadInput(f"{field}: {found[number]!r} is not a whole number") from None
+    return found
+
+
+def column_mapping(text: str | None) -> dict[str, str]:
+    """'params=N,loss=val' -> {'params': 'N', 'loss': 'val'}."""
+    if not text:
+        return {}
+    pairs = [part.partition("=") for part in text.split(",")]
+    for ours, sign, theirs in pairs:
+        if not sign or not ours.strip() or not theirs.strip():
+            raise BadInput(f"columns: {text!r} is not a mapping; write it as params=N,tokens=D,loss=val_loss")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}

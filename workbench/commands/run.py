@@ -1,0 +1,144 @@
+"""`workbench run NAME`: an instrument, a published method, or an entry of an axis,
+on a subject or on runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from workbench.commands import options
+from workbench.commands.help_text import run_help
+from workbench.commands.options import Parser, parse, value_of
+from workbench.errors import BadInput
+
+
+def run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(
+            "workbench run NAME --subject SUBJECT [--field value ...]; "
+            "NAME is an instrument, a method or an entry"
+        )
+        print("`workbench list` names them, `workbench run NAME --help` lists what one takes")
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        raise BadInput(
+            "instrument: is missing; workbench run NAME --subject SUBJECT; "
+            "`workbench list` names what there is"
+        )
+    name, rest = arguments[0], arguments[1:]
+    plugins = plugins_in(rest)
+    if any(option in rest for option in ("-h", "--help")) and not plugins:
+        from workbench.index import stored
+
+        found = run_help(name, stored())
+        if found is not None:
+            print(found)
+            return 0
+    return run_steps(name, rest, plugins)
+
+
+def plugins_in(arguments: Sequence[str]) -> list[str]:
+    """The files that `--plugins` names; read before everything else, for they may add options."""
+    found = ""
+    for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if option == "--plugins":
+            found = following
+        elif option.startswith("--plugins="):
+            found = option.partition("=")[2]
+    return [part.strip() for part in found.split(",") if part.strip()]
+
+
+def run_steps(name: str, arguments: Sequence[str], plugins: Iterable[str]) -> int:
+    from workbench.families import load_plugins
+    from workbench.names import find, in_words, instruments_of, recipe
+
+    load_plugins(plugins)
+    steps = recipe(name)
+    classes = [find(instrument) for instrument, _ in steps]
+    if any(option in arguments for option in ("-h", "--help")):
+        from workbench.index import made
+
+        print(run_help(name, made()))
+        return 0
+    parser = Parser(prog=f"workbench run {name}", allow_abbrev=False)
+    known = field_options(classes)
+    for option in known:
+        parser.add_argument(f"--{option}", dest=f"field:{option}", default=argparse.SUPPRESS)
+    options.add_texts(
+        parser,
+        options.SUBJECT_OPTIONS | {"subject": ""} if classes[0].on == "subject" else options.RUNS_OPTIONS,
+    )
+    parser.add_argument("--out")
+    parser.add_argument("--plugins")
+    parser.add_argument("--no-cache", action="store_true")
+    space = parse(parser, arguments)
+    texts = {k.split(":", 1)[1]: v for k, v in vars(space).items() if k.startswith("field:")}
+    given = {option.replace("-", "_"): value_of(text, known[option]) for option, text in texts.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FutureWarning)
+        warnings.showwarning = told
+        instruments = instruments_of(steps, given)
+    if space.out and Path(space.out).exists() and not Path(space.out).is_dir():
+        raise BadInput(f"out: {space.out!r} is a file; give a folder")
+    if len(steps) > 1 or name != steps[0][0]:
+        print(f"{name} = {in_words(steps)}")
+    result: Any = None
+    on = opened(space, classes[0].on)
+    for instrument in instruments:
+        result = instrument.run(on, cache=not space.no_cache)
+        on = result.subject
+        print(result.summary())
+    print(result.table.head(40).to_string(index=False, float_format=lambda v: f"{v:.5g}", max_colwidth=60))
+    if space.out:
+        print(f"saved in {result.save(space.out)}")
+    return 0
+
+
+def told(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line of the command."""
+    import sys
+
+    print(f"workbench: {message}", file=sys.stderr)
+
+
+def field_options(classes: Iterable[Any]) -> dict[str, Any]:
+    """Every option of these instruments -> the type of its value: fields, options of entries
+    (`saliency.damp`), and the names of one release ago.
+    """
+    from workbench.axis import axis_of
+
+    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
+    for cls in classes:
+        for name, info in cls.parameters().items():
+            axis = axis_of(info)
+            found[name.replace("_", "-")] = str if axis else info.annotation
+            for entry in axis.entries.values() if axis else ():
+                for option, inner in entry.options.parameters().items():
+                    annotation = str if axis_of(inner) else inner.annotation
+                    dotted = f"{name}.{option}".replace("_", "-")
+                    found.setdefault(dotted, annotation)
+                    flat.setdefault(option.replace("_", "-"), annotation)
+        for old, new in cls.renamed().items():
+            flat[old.replace("_", "-")] = found.get(new.replace("_", "-"), object)
+    return flat | found
+
+
+def opened(space: argparse.Namespace, on: str) -> Any:
+    """The subject or the runs that the options name."""
+    if on == "subject":
+        if not space.subject:
+            raise BadInput("subject: is missing; give --subject NAME, FOLDER, hub id or file.py:function")
+        from workbench.progress import TextProgress
+        from workbench.subjects import subject
+
+        return subject(space.subject, **options.subject_options(space), progress=TextProgress())
+    if not space.runs:
+        raise BadInput("runs: is missing; give --runs FILE")
+    from workbench.scaling import load_runs
+
+    return load_runs(space.runs, columns=options.column_mapping(space.columns))

@@ -1,0 +1,125 @@
+"""Measurements of the quantization methods, by name of the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from workbench.evidence.quantization.evidence import (
+    ROUNDED_INPUTS,
+    above_majority,
+    against,
+    allocations,
+    compared,
+    interactions,
+    learned_rotations,
+    merged,
+    number_formats,
+    rotations,
+    switch_over,
+    trained,
+)
+from workbench.evidence.quantization.low_bit_evidence import binarised
+from workbench.evidence.quantization.product_evidence import rotated_products
+from workbench.evidence.quantization.study_evidence import binary_points, half_precision, what_matters
+from workbench.evidence.quantization.taught_measures import MEASURES as TAUGHT_MEASURES
+from workbench.evidence.quantization.width_evidence import before_or_after, drawn_by_trace, one_for_all
+from workbench.progress import Progress
+
+FAMILY = "quantization"
+NEAREST: dict[str, Any] = {"rounding": "nearest"}
+FEW = {"rounding.steps": 60}
+FEW_FOR_TRANSFORM = {"transform.steps": 60}
+BLOCKS: dict[str, Any] = {
+    "format": "int2",
+    "rounding": "lowrank-adaround",
+    "rounding.objective": "block",
+    "rounding.steps": 200,
+}
+FOUR: dict[str, Any] = {
+    "format": "int4",
+    "granularity": "channel",
+    "activations": "token",
+    "activations.format": "uint4",
+}
+
+
+MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
+    "gptq": against({"rounding": "gptq"}, NEAREST),
+    "adaround": against({"rounding": "adaround"} | FEW, NEAREST),
+    "flexround": against({"rounding": "flexround"} | FEW, NEAREST),
+    "signround": against({"rounding": "signround"} | FEW, NEAREST),
+    "adaquant": against({"rounding": "adaquant"} | FEW, NEAREST, ("bytelm",)),
+    "hqq": against({"rounding": "hqq", "format": "uint3"}, {"format": "uint3"}),
+    "awq": against({"transform": "awq"}, NEAREST),
+    "teq": against({"transform": "teq"} | FEW_FOR_TRANSFORM, NEAREST, ("bytelm",)),
+    "smoothquant": against(
+        {
+            "format": "int8",
+            "granularity": "channel",
+            "activations": "tensor",
+            "activations.format": "uint6",
+            "transform": "smooth",
+        },
+        {"format": "int8", "granularity": "channel", "activations": "tensor", "activations.format": "uint6"},
+        test_examples=ROUNDED_INPUTS,
+    ),
+    "quarot": rotations,
+    "outliertune": against(
+        {"format": "int8", "granularity": "channel", "activations": "channel", "activations.format": "uint6"},
+        {"format": "int8", "granularity": "channel", "activations": "tensor", "activations.format": "uint6"},
+        test_examples=ROUNDED_INPUTS,
+    ),
+    "outlier-split": against(FOUR | {"activations.wide_share": 0.0625}, FOUR, test_examples=ROUNDED_INPUTS),
+    "clipping-search": against({"range": "mse"}, NEAREST),
+    "asymmetric-calibration": against(
+        {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True},
+        {"rounding": "gptq", "format": "int2", "range": "mse"},
+        ("bytelm",),
+    ),
+    "hawq-v2": allocations("trace"),
+    "curvature-allocation": allocations("gauss-newton", seeds=(0, 1, 2, 3, 4)),
+    "fp8": number_formats,
+    "nf4": against({"format": "nf4"}, {"format": "int4"}),
+    "minifloats": against({"format": "e2m1"}, {"format": "int4"}),
+    "lsq": trained("lsq", 2),
+    "trilm": trained("ternary", 2),
+    "continual-qat": switch_over,
+    "interactions": interactions,
+    "cbq": against(BLOCKS | {"rounding.objective.window": 2}, BLOCKS, ("digits-vit",)),
+    "spinquant": learned_rotations,
+    "flatquant": against(
+        FOUR | {"transform": "flatquant"} | FEW_FOR_TRANSFORM,
+        FOUR | {"transform": "hadamard"},
+        ("bytelm",),
+        ROUNDED_INPUTS,
+    ),
+    "resq": against(
+        FOUR | {"transform": "resq", "activations.wide_share": 0.125},
+        FOUR | {"transform": "hadamard", "activations.wide_share": 0.125},
+        ("bytelm",),
+        ROUNDED_INPUTS,
+    ),
+    "loftq": against(
+        {"format": "int2", "adapter": "loftq"}, {"format": "int2", "adapter": "qlora"}, ("bytelm",)
+    ),
+    "nipq": compared({"method": "nipq"}, {"method": "lsq"}),
+    "csq": compared({"method": "csq", "method.strength": 0.3}, {"method": "lsq"}),
+    "fliqs": compared(
+        {"method": "fliqs", "method.formats": ["int2", "int3", "int4", "e2m1"]},
+        {"method": "lsq"},
+    ),
+    "l4q": merged,
+    "bibert": above_majority,
+    "halo": rotated_products,
+    **TAUGHT_MEASURES,
+    "ptq1.61": binarised,
+    "double-rounding": one_for_all,
+    "hasb": drawn_by_trace,
+    "ptq-or-qat": before_or_after,
+    "log-variance": allocations("variance", ("bytelm",)),
+    "q-bert": allocations("eigenvalue", ("bytelm",)),
+    "bfloat16": half_precision,
+    "gradient-ptq": what_matters,
+    "qfx": binary_points,
+}

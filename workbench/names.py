@@ -1,0 +1,299 @@
+"""What there is: instruments by command-line name, method cards by name, and what a name leads to."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.axis import Entry, Fields, axes, axis_of
+from workbench.errors import BadInput, unknown_name
+from workbench.families import FAMILIES, import_families
+from workbench.field_text import paragraph, shown
+from workbench.instruments import Instrument
+from workbench.progress import Progress
+from workbench.results import Result
+from workbench.storage import evidence_record
+
+
+def catalog() -> dict[str, type[Instrument]]:
+    """Every instrument by command-line name, those a user's own code defines included."""
+    import_families()
+    found: dict[str, type[Instrument]] = {}
+
+    def walk(cls: type[Instrument]) -> None:
+        for sub in cls.__subclasses__():
+            if "_run" in vars(sub):
+                found[sub.name()] = sub
+            walk(sub)
+
+    walk(Instrument)
+    return dict(sorted(found.items()))
+
+
+#: One step of a recipe: an instrument by name, and the fields that differ from its defaults.
+Step = tuple[str, dict[str, Any]]
+
+
+def find(name: str) -> type[Instrument]:
+    """The instrument class called `name` on the command line."""
+    known = catalog()
+    if name not in known:
+        raise unknown_name("instrument", name, known)
+    return known[name]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A catalog card: a named, published technique, what it needs, the recipe that runs it,
+    and the evidence measured for it here.
+    """
+
+    name: str
+    family: str
+    title: str
+    source: str  # authors, year
+    formula: str  # plain text or LaTeX
+    needs: str  # data, gradients, retraining
+    claim: str  # what the source says, checkable here
+    row: int | None = None  # the technique list's number
+    recipe: tuple[Step, ...] = ()
+    subject: str = "digits-vit"  # the smallest built-in subject that it is for
+
+    def evidence(self) -> dict[str, Any] | None:
+        """The stored measurement, one's own before the project's (`FAMILY/NAME.json`),
+        or None when nothing was measured yet.
+        """
+        return evidence_record(self.family, self.name)
+
+    def verdict(self) -> str:
+        """What was found here, in words."""
+        record = self.evidence()
+        if record is None:
+            return "not measured"
+        return "holds here" if record.get("holds") else "does not hold here"
+
+    def words(self) -> str:
+        """The recipe as the options that say the same."""
+        return in_words(self.recipe)
+
+    def instruments(self, **changes: Any) -> list[Instrument]:
+        """The recipe's instruments, in order; a change goes to every step that has the field."""
+        return instruments_of(self.recipe, changes)
+
+    def check(self, on: Any, **changes: Any) -> None:
+        """Raise `BadInput` where the first step can be seen to fail on this subject."""
+        self.instruments(**changes)[0].check(on)
+
+    def run(self, on: Any, progress: Progress | None = None, cache: bool = True, **changes: Any) -> Result:
+        """Run the recipe: each step on what the one before returned. The last step's result."""
+        steps = self.instruments(**changes)
+        result = steps[0].run(on, progress, cache)
+        for step in steps[1:]:
+            result = step.run(result.subject, progress, cache)
+        return result
+
+
+@functools.lru_cache(1)
+def methods() -> dict[str, Method]:
+    """Every method card by name; a family lists its own as METHODS in `workbench.FAMILY.method_cards`
+    or `workbench.FAMILY.methods`.
+    """
+    cards: dict[str, Method] = {}
+    for family in FAMILIES:
+        for place in ("method_cards", "methods"):
+            try:
+                found = importlib.util.find_spec(f"workbench.{family}.{place}")
+            except ModuleNotFoundError:  # the family is a single file
+                found = None
+            if found is not None:
+                for card in importlib.import_module(f"workbench.{family}.{place}").METHODS:
+                    cards[card.name] = card
+                break
+    return cards
+
+
+def method(name: str) -> Method:
+    """The method card called `name`."""
+    if name not in methods():
+        raise unknown_name("method", name, methods())
+    return methods()[name]
+
+
+def recipe(name: str) -> tuple[Step, ...]:
+    """What a name runs: an instrument, a method's recipe,
+    or the instrument that an axis' entry is chosen in.
+    """
+    if name in catalog():
+        return ((name, {}),)
+    if name in methods() and methods()[name].recipe:
+        return methods()[name].recipe
+    for entry in entries_called(name):
+        found = home_of(entry)
+        if found is not None:
+            return ((found[0], {found[1]: name}),)
+    if name in methods():
+        raise BadInput(f"method: {name} has no recipe to run; `workbench show {name}` says what it is")
+    known = [*catalog(), *methods(), *(entry for axis in axes().values() for entry in axis.entries)]
+    raise unknown_name("instrument", name, dict.fromkeys(known))
+
+
+def entries_called(name: str) -> list[Entry]:
+    """The entries of this name, on whatever axis."""
+    return [axis.entries[name] for axis in axes().values() if name in axis.entries]
+
+
+def home_of(entry: Entry) -> tuple[str, str] | None:
+    """(instrument, field) where an entry is chosen: of those with a field on its axis,
+    the one with most choices.
+    """
+    found = []
+    for name, cls in catalog().items():
+        held = {
+            field: axis for field, info in cls.model_fields.items() if (axis := axis_of(info)) is not None
+        }
+        mine = [field for field, axis in held.items() if axis is entry.axis]
+        if mine:
+            found.append((-len(held), name, mine[0]))
+    return min(found)[1:] if found else None
+
+
+def accepts(cls: type[Fields], field: str) -> bool:
+    """True where `field` is one of these fields, an option of their choices, or a name of one release ago."""
+    head = field.split(".")[0]
+    if head in cls.model_fields or field in cls.renamed():
+        return True
+    homes = [axis for info in cls.model_fields.values() if (axis := axis_of(info)) is not None]
+    return any(field in e.options.model_fields for axis in homes for e in axis.entries.values())
+
+
+def instruments_of(steps: Sequence[Step], changes: Mapping[str, Any]) -> list[Instrument]:
+    """The instruments of a recipe with changes on top: each goes to every step that has the field."""
+    made = []
+    placed: set[str] = set()
+    for name, fields in steps:
+        cls = find(name)
+        mine = {field: value for field, value in changes.items() if accepts(cls, field)}
+        placed |= set(mine)
+        kept = {k: v for k, v in fields.items() if k.split(".")[0] not in mine or k in mine}
+        made.append(cls(**(kept | mine)))
+    if missing := [field for field in changes if field not in placed]:
+        raise BadInput(f"{missing[0]}: no step of {in_words(steps)} takes it")
+    return made
+
+
+def in_words(steps: Iterable[Step]) -> str:
+    """A recipe as the options that say the same: 'rotate --kind learned, then quantize --format.bits 4'."""
+    return ", then ".join(" ".join([name, *options_text(fields)]) for name, fields in steps)
+
+
+def options_text(fields: Mapping[str, Any]) -> list[str]:
+    texts = []
+    for field, value in fields.items():
+        nested = dict(value) if isinstance(value, Mapping) and "name" in value else {"name": value}
+        option = field.replace("_", "-")
+        texts.append(f"--{option} {quoted(shown(nested.pop('name')))}")
+        texts += [f"--{option}.{k.replace('_', '-')} {quoted(shown(v))}" for k, v in nested.items()]
+    return texts
+
+
+def quoted(text: str) -> str:
+    return f"'{text}'" if " " in text or text == "" else text
+
+
+@dataclass(frozen=True)
+class Door:
+    """What a name leads to, for `workbench show`: pairs of a label and a text."""
+
+    name: str
+    title: str
+    facts: tuple[tuple[str, str], ...]
+
+
+def doors(name: str) -> list[Door]:
+    """Everything that is called `name`: an instrument, a method, entries of axes."""
+    found: list[Door] = []
+    if name in catalog():
+        found.append(instrument_door(name))
+    if name in methods():
+        found.append(method_door(methods()[name]))
+    found += [entry_door(entry) for entry in entries_called(name)]
+    if not found:
+        recipe(name)  # says what is known
+    return found
+
+
+def instrument_door(name: str) -> Door:
+    cls = find(name)
+    source = "--subject SUBJECT" if cls.on == "subject" else "--runs FILE"
+    facts = [
+        ("about", paragraph(cls)),
+        ("run", f"workbench run {name} {source}"),
+        ("python", f"{cls.__module__}.{cls.__name__}"),
+    ]
+    return Door(name, "instrument", tuple(facts))
+
+
+def method_door(card: Method) -> Door:
+    facts = [
+        ("source", card.source),
+        ("formula", card.formula),
+        ("needs", card.needs),
+        ("claims", card.claim),
+    ]
+    if card.recipe:
+        facts.append(("recipe", in_words(card.recipe)))
+        facts.append(("run", f"workbench run {card.name} --subject {card.subject}"))
+        facts.append(("defined", "; ".join(places(card.recipe))))
+    record = card.evidence() or {}
+    facts.append(
+        ("evidence", ": ".join(part for part in (card.verdict(), str(record.get("note", ""))) if part))
+    )
+    return Door(card.name, f"{card.title} (method, {card.family})", tuple(facts))
+
+
+def places(steps: Iterable[Step]) -> list[str]:
+    """Where the entries that a recipe chooses are defined, else its instruments."""
+    found = []
+    for name, fields in steps:
+        cls = find(name)
+        chosen = []
+        for field, value in fields.items():
+            axis = axis_of(cls.model_fields[field]) if field in cls.model_fields else None
+            if axis is not None:
+                chosen.append(place_text(axis.chosen(value).entry))
+        found += chosen or [cls.__module__]
+    return list(dict.fromkeys(found))
+
+
+def place_text(entry: Entry) -> str:
+    file, line = entry.place()
+    shown_file = file.split("/workbench/")[-1]
+    return f"{entry.axis.kind} {entry.name}: {shown_file}:{line}"
+
+
+def entry_door(entry: Entry) -> Door:
+    facts = [("source", entry.source), ("formula", entry.formula)]
+    if entry.needs:
+        facts.append(("needs", entry.needs))
+    home = home_of(entry)
+    if home is not None:
+        facts.append(
+            (
+                "run",
+                (
+                    f"workbench run {home[0]} --{home[1].replace('_', '-')} {quoted(entry.name)} --subject "
+                    "SUBJECT"
+                ),
+            )
+        )
+        for option, info in entry.options.parameters().items():
+            default = info.get_default(call_default_factory=True)
+            facts.append(("option", f"--{home[1]}.{option}: {info.description} (default {shown(default)})"))
+    facts.append(("defined", place_text(entry)))
+    return Door(entry.name, entry.title or f"{entry.axis.kind}: {entry.axis.help}", tuple(facts))
+
+
+Result.finds = find

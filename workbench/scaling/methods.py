@@ -1,0 +1,111 @@
+"""Method cards of scaling laws; title, source and formula are those of the lawbook."""
+
+from __future__ import annotations
+
+from workbench.names import Method
+from workbench.scaling.formulas.lawbook import law
+
+RUNS = "finished runs of several sizes and token counts"
+
+
+def _card(name: str, row: int | None, needs: str, claim: str) -> Method:
+    shape = law(name)
+    return Method(name, "scaling", shape.title, shape.source, shape.latex, needs, claim, row)
+
+
+METHODS: list[Method] = [
+    _card("chinchilla", None, RUNS, "fitted to small runs, predicts a larger one within 2 %"),
+    _card("kaplan", None, RUNS, "fitted to small runs, predicts a larger one within 2 %"),
+    _card(
+        "over-training", None, RUNS, "fitted to small runs, predicts a larger, over-trained one within 2 %"
+    ),
+    _card(
+        "log-time",
+        109,
+        "distances of the weights from their start",
+        "the distance grows like the logarithm of the step",
+    ),
+    _card(
+        "kaplan-steps",
+        140,
+        "training curves of several sizes at several batch sizes",
+        "predicts a larger run's curve at any batch before it starts",
+    ),
+    _card(
+        "step-law-lr",
+        20,
+        "a learning-rate grid for several sizes and token counts",
+        "advice within 0.1 % of the best loss on a grid",
+    ),
+    _card(
+        "step-law-batch",
+        20,
+        "a batch-size grid for several token counts",
+        "the best batch depends on tokens alone",
+    ),
+    _card("loss-time", 25, "a one-epoch training curve", "the loss falls as a power law of the step"),
+    _card(
+        "power-data",
+        28,
+        "end-of-schedule losses of a baseline optimizer",
+        "an optimizer's worth is the tokens the baseline would need",
+    ),
+    _card(
+        "sparse-average",
+        170,
+        "dense runs and runs pruned while training",
+        "average parameters explain sparse and dense losses by one law",
+    ),
+    _card(
+        "ensemble",
+        176,
+        "ensembles of one to five members",
+        "the loss falls to an asymptote as a power of the members",
+    ),
+    _card(
+        "power-params",
+        176,
+        "runs of several sizes on fixed data with tuned regularisation",
+        "the loss falls to an asymptote as a power of the parameters",
+    ),
+    _card(
+        "quantization-aware",
+        177,
+        "runs with several shares of quantization-aware training",
+        "the best share grows with tokens per parameter byte",
+    ),
+    _card("precision", 202, "runs at several precisions", "low precision acts like fewer parameters"),
+    _card(
+        "weight-precision",
+        202,
+        "runs at several weight precisions",
+        "low weight precision acts like fewer parameters",
+    ),
+    _card(
+        "post-training-precision",
+        202,
+        "losses before and after post-training quantization",
+        "over-trained models lose more to quantization",
+    ),
+    _card(
+        "float-precision",
+        261,
+        "runs in several floating-point formats",
+        "exponent bits are worth a little more than mantissa bits",
+    ),
+    _card(
+        "data-constrained",
+        None,
+        "runs that repeat their data",
+        "repeating up to four times costs almost nothing",
+    ),
+    _card(
+        "routed",
+        None,
+        "dense and routed runs",
+        "log loss is bilinear in log size and log experts, with saturation",
+    ),
+    _card("critical-batch", None, "steps to one loss at several batch sizes", "steps are smin + emin / B"),
+    _card("broken-power", None, "losses across a change of slope", "one smooth break joins two power laws"),
+    _card("sparse", None, "runs at several sparsities", "sparsity and size act through one term"),
+]
