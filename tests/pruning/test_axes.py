@@ -193,12 +193,15 @@ def test_schedules_and_patterns_of_the_other_instrument_are_refused():
 
 
 def test_train_sparse_runs_from_the_command_line(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["run", "train-sparse", "--help"])
-    assert stopped.value.code == 0 and "--portion" in capsys.readouterr().out
-    given = ["--subject", "digits-vit", "--steps", "2", "--masks", "regrow", "--portion", "whole"]
+    assert main(["run", "train-sparse", "--help"]) == 0
+    assert "--portion" in capsys.readouterr().out
+    given = ["--subject", "digits-vit", "--steps", "2", "--pattern", "2:4", "--portion", "whole"]
     assert main(["run", "train-sparse", *given, "--no-cache"]) == 0
     assert "sparsity" in capsys.readouterr().out
+    regrow = ["--subject", "digits-vit", "--steps", "2", "--masks", "regrow", "--masks.period", "1"]
+    assert main(["run", "train-sparse", *regrow, "--no-cache"]) == 0
+    assert main(["run", "train-sparse", *given, "--masks.period", "1", "--no-cache"]) == 2
+    assert "it is an option of regrow" in capsys.readouterr().err
 
 
 def test_a_results_key_follows_what_was_chosen(tmp_path):
