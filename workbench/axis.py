@@ -338,8 +338,8 @@ class Axis:
             raise BadInput(f"{where}.{error}") from None
 
     def choice(self, default: str | None, help: str = "", **more: Any) -> Any:
-        """The declaration of a field of type `Choice`. `None` as default:
-        the instrument's `filled` gives it.
+        """The declaration of a field of type `Choice`. `None` as default: the instrument's `filled` gives it.
+        `usual` are defaults of options, where this field's are not the entries' own.
         """
         extra = {"axis": self.kind, "default": default, "unit": "", "scale": "linear", "step": None} | more
         return Field(
@@ -403,6 +403,8 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
     fields = {name: found for name, info in cls.model_fields.items() if (found := axis_of(info)) is not None}
     mine = set(values) | set(options)
     plain = {name: _name_of(value) if name in fields else value for name, value in values.items()}
+    for home_of in [n for n, value in values.items() if n in fields and isinstance(value, Mapping)]:
+        plain |= {f"{home_of}.{option}": v for option, v in values[home_of].items() if option != "name"}
     for home_of, more in (*options.items(), *old.items()):
         plain |= {f"{home_of}.{option}": value for option, value in more.items()}
     values = dict(cls.filled(plain)) | values
@@ -411,7 +413,7 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
         start = values.get(name, default)
         if start is None:
             raise BadInput(f"{name}: is missing; known: {', '.join(home.entries)}")
-        values[name] = home.chosen(start, name, **options.pop(name, {}))
+        values[name] = _with_usual(home.chosen(start, name, **options.pop(name, {})), cls.model_fields[name])
         said = home.said_by(start) if name in mine else {}
         for option in sorted(old.get(name, {}), key=lambda path: path.count(".")):
             placed = None if option in said else _placed(values[name], option, old[name][option], name)
@@ -475,6 +477,15 @@ def _placed(choice: Choice, path: str, value: Any, where: str) -> Choice | None:
     elif isinstance(inner, Choice) and value == inner.name:
         value = inner
     return choice.entry.axis.chosen(choice, where, **{head: value})
+
+
+def _with_usual(choice: Choice, info: FieldInfo) -> Choice:
+    """The choice with the defaults that its field gives to options instead of the entry's own."""
+    extra = info.json_schema_extra
+    usual: Any = extra.get("usual") if isinstance(extra, dict) else None
+    known = choice.entry.options.model_fields.keys() - choice.options.model_fields_set
+    mine = {option: value for option, value in (usual or {}).items() if option in known}
+    return choice.with_options(**mine) if mine else choice
 
 
 def _with_options(cls: type[Fields]) -> list[str]:
