@@ -27,6 +27,7 @@ from workbench.pruning.saliency.weights import SALIENCIES
 from workbench.pruning.schedule import sparsities
 from workbench.results import Result
 from workbench.subjects import Layer, Subject
+from workbench.training.chosen import chosen_settings
 
 
 class Prune(PrunePlan):
@@ -161,6 +162,7 @@ class Prune(PrunePlan):
             movement=self.composition()[0] == "movement",
             progress=progress,
             watch=draw,
+            settings=chosen_settings(self),
         )
 
     def _run(self, on: Subject, progress: Progress) -> Result:

@@ -35,6 +35,7 @@ from workbench.subjects.structure.dimensions import (
     stacks,
 )
 from workbench.subjects.structure.removal import record_of
+from workbench.training.chosen import chosen_settings
 
 if TYPE_CHECKING:
     from workbench.pruning.plan import PrunePlan
@@ -45,10 +46,10 @@ class ShrunkRecovery(Recovery):
     so only its outputs are matched.
     """
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, on: Subject, batch: Batch) -> Tensor:
         if self.kind != "distil" or self.teacher is None:
-            return self.on.loss(batch)
-        return distilled_loss(self.on, self.teacher, batch, self.temperature, hidden_states=False)
+            return on.loss(batch)
+        return distilled_loss(on, self.teacher, batch, self.temperature, hidden_states=False)
 
 
 def check_dimension(prune: PrunePlan, on: Any, pattern: Dimension) -> None:
@@ -115,8 +116,9 @@ def train(
         rank=prune.rank,
         teacher=teacher,
         progress=progress,
+        settings=chosen_settings(prune),
     )
-    run.done = done
+    run.skip(done)
     run.advance(steps)
     run.finish()
     return run.curve, run.trainable_share
@@ -158,6 +160,7 @@ def prune_dimension(prune: PrunePlan, on: Subject, pattern: Dimension, progress:
                 prune.rank,
                 prune.seed,
                 progress,
+                chosen_settings(prune),
             )
         else:
             calibration = prune.calibration(on, on.layers(prune.layers), progress)
