@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ class Together(Optimizer):
 
     def _link(self) -> None:
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.state = ChainMap(*(part.state for part in self.parts))  # type: ignore[assignment]
         self.linked = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
