@@ -69,7 +69,7 @@ def test_own_optimizer_and_schedule_train(own_entries: None) -> None:
         schedules=["test-halves", "test-halves pieces=5"], examples=20, batch_size=10, seeds=1,
         learning_rate_points=1, budgets=(1.0,), workers=1, evaluate_limit=10,
     )  # fmt: skip
-    assert list(study.run(on, cache=False).table.name) == ["test-halves pieces=2", "test-halves pieces=5"]
+    assert list(study.run(on, cache=False).table.name) == ["test-halves", "test-halves pieces=5"]
 
 
 def another(info: Any) -> Any:
@@ -186,7 +186,7 @@ def test_names_of_one_release_ago() -> None:
 def test_lists_of_choices() -> None:
     found = listed(OPTIMIZER, ["adamw", "muon momentum=0.9 nesterov=false", "adamw", "adamw eps=1.0"], "list")
     assert [str(c) for c in found] == ["adamw", "muon", "adamw"] and found[1].options.nesterov is False
-    assert labels(found)[1] == "muon" and labels(found)[2].endswith("eps=1.0")
+    assert labels(found) == ["adamw", "muon", "adamw eps=1.0"]
     with pytest.raises(BadInput, match="optimizers: 'adamv' is unknown; did you mean adamw"):
         OptimizerComparison(optimizers="adamv,sgd").check(with_test_split())
     with pytest.raises(BadInput, match="an option of"):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -213,6 +214,14 @@ class Training(TrainingState):
                     break
             self.settle()
         self.subject.model.eval()
+
+    def skip(self, steps: int) -> None:
+        """The schedule goes on as if so many steps had been done; the order of the data does not."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch: the optimizer has not stepped yet
+            for _ in range(steps):
+                self.schedule.step()  # type: ignore[call-arg]
+        self.step += steps
 
     def finish(self) -> None:
         """The averaged weights, where there are any, become the model's."""

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from workbench.errors import BadInput
 from workbench.training import checkpoint
 
-if TYPE_CHECKING:
-    from workbench.training.loop import Training
+
+class Resumable(Protocol):
+    """A run on the training loop, as far as its checkpoint knows it."""
+
+    subject: Any
+    optimizer: Any
+    schedule: Any
+    scaler: Any
+    averaged: Any
+    generators: Any
+    rows: list[dict[str, Any]]
+    step: int
+    steps: int
+    position: int
+    items: int
+    batch_size: int
+    seconds: float
 
 
-def save_run(folder: Path, run: Training) -> None:
+def save_run(folder: Path, run: Resumable) -> None:
     """Write everything that decides how a run goes on."""
     state: dict[str, Any] = {
         "model": run.subject.model.state_dict(),
@@ -32,7 +47,7 @@ def save_run(folder: Path, run: Training) -> None:
     checkpoint.save(folder, state, run.rows)
 
 
-def load_run(folder: Path, run: Training) -> None:
+def load_run(folder: Path, run: Resumable) -> None:
     """Bring a run that has just started to where the stored one stopped."""
     state, run.rows = checkpoint.load(folder)
     if state["steps"] != run.steps:

@@ -321,7 +321,13 @@ def test_together_is_one_optimizer() -> None:
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5)
     assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.005}
+    late = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [late], "lr": 0.5})
+    late.grad = torch.ones(3)
+    optimizer.step()
+    assert float(late.detach()[0]) < 0.6 and "exp_avg" in optimizer.state[late]
     twin = make_optimizer("muon", 0.01, 0.1)(copy.deepcopy(model))
+    optimizer = make_optimizer("muon", 0.01, 0.1)(copy.deepcopy(model))
     twin.load_state_dict(checkpoint.restore(checkpoint.flatten(optimizer.state_dict(), "", kept := {}), kept))
     assert twin.param_groups[0] is twin.parts[0].param_groups[0] and scheduler.last_epoch == 0
 

@@ -45,10 +45,10 @@ class ShrunkRecovery(Recovery):
     so only its outputs are matched.
     """
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, on: Subject, batch: Batch) -> Tensor:
         if self.kind != "distil" or self.teacher is None:
-            return self.on.loss(batch)
-        return distilled_loss(self.on, self.teacher, batch, self.temperature, hidden_states=False)
+            return on.loss(batch)
+        return distilled_loss(on, self.teacher, batch, self.temperature, hidden_states=False)
 
 
 def check_dimension(prune: PrunePlan, on: Any, kind: str) -> None:
@@ -140,7 +140,7 @@ class Dimensions:
         )
         if run is None:
             return
-        run.done = self.trained
+        run.skip(self.trained)
         run.advance(steps)
         run.finish()
         self.curve += run.curve

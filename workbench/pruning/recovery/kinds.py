@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from workbench.axis import Options, parameter
+from workbench.axis import Choice, Options, parameter
 from workbench.pruning.axes import RECOVERY
 from workbench.pruning.recovery.recovery import Recovery
 from workbench.subjects import Layer, Subject
+from workbench.training.chosen import RunFields, chosen_settings
+from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
 
 
-class Finetune(Options):
+class Finetune(Options, RunFields):
     steps: int = parameter(0, "optimizer steps in all", ge=0)
-    learning_rate: float = parameter(5e-5, "peak learning rate (AdamW, linear decay)", gt=0, scale="log")
+    learning_rate: float = parameter(5e-5, "peak learning rate", gt=0, scale="log")
     batch_size: int = parameter(16, "examples in a training batch", ge=1, unit="examples")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("rise-and-fall")
 
 
 class Distil(Finetune):
@@ -53,6 +56,7 @@ def finetune(
     **more: Any,
 ) -> Recovery:
     """All weights but the embeddings."""
+    more |= {"settings": chosen_settings(options, "schedule")}
     rate = options.learning_rate
     return made(on, layers, "finetune", options.steps, rate, options.batch_size, **more)
 
@@ -74,6 +78,7 @@ def distil(
 ) -> Recovery:
     """The same, with the dense model as a teacher."""
     more |= {"teacher": teacher, "temperature": options.temperature}
+    more |= {"settings": chosen_settings(options, "schedule")}
     return made(on, layers, "distil", options.steps, options.learning_rate, options.batch_size, **more)
 
 
@@ -93,5 +98,5 @@ def low_rank(
     **more: Any,
 ) -> Recovery:
     """Masked adapters, merged at the end without losing a zero."""
-    more |= {"rank": options.rank}
+    more |= {"rank": options.rank, "settings": chosen_settings(options, "schedule")}
     return made(on, layers, "low-rank", options.steps, options.learning_rate, options.batch_size, **more)

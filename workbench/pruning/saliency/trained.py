@@ -14,6 +14,7 @@ from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import Pattern
 from workbench.pruning.recovery.pat import learn_channels
 from workbench.subjects import Layer, Subject
+from workbench.training.chosen import chosen_settings
 
 
 @SALIENCY.add(
@@ -42,6 +43,9 @@ def learned(
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """(kept (hidden,), curve): the subject is trained in place."""
     training = recovery.options
+    settings = chosen_settings(training, "schedule")
+    if training.schedule == "rise-and-fall":  # the tuning has one of its own, which rests at the end
+        del settings["schedule"]
     kept, curve = learn_channels(
         on,
         left,
@@ -52,5 +56,6 @@ def learned(
         options.rank,
         seed,
         progress,
+        settings,
     )
     return kept, list(curve)

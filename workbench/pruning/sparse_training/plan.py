@@ -18,10 +18,12 @@ from workbench.pruning.sparse_training.axes import (
     TERMS,
     TRAINABLE,
 )
+from workbench.training.chosen import RunFields
+from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
 from workbench.training.sweep.objective import Start
 
 
-class SparsePlan(SubjectInstrument):
+class SparsePlan(SubjectInstrument, RunFields):
     """What `train-sparse` is told: every part of its run reads it."""
 
     method: Choice = SPARSE_METHOD.choice("static")
@@ -56,8 +58,9 @@ class SparsePlan(SubjectInstrument):
     steps: int = parameter(200, "optimizer steps in all", ge=1, le=1_000_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
     learning_rate: float = parameter(
-        1e-3, "peak learning rate (AdamW, cosine, anew in every stage)", gt=0, le=10, scale="log"
+        1e-3, "peak learning rate, anew in every stage", gt=0, le=10, scale="log"
     )
+    learning_rate_schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
     stages: int = parameter(
         1,
         "parts of the run: the half that learns is drawn, and a staged schedule prunes, at the start of each",

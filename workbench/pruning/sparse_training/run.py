@@ -28,11 +28,21 @@ from workbench.pruning.sparse_training.trained_masks import (
     selection_of,
 )
 from workbench.subjects import Batch, Layer, Subject, all_layers
+from workbench.training.chosen import chosen_settings
 from workbench.training.loop import Training, fit
+from workbench.training.optimizer.adamw import adamw as adamw  # what it steps with by default
+from workbench.training.optimizer.optimizers import make_optimizer
+from workbench.training.schedule.profiles import cosine as cosine
 
 if TYPE_CHECKING:
     from workbench.pruning.sparse_training.plan import SparsePlan
 
+#: How it trains unless the plan says otherwise.
+SETTINGS: dict[str, Any] = {
+    "optimizer": {"name": "adamw", "betas": (0.9, 0.999), "fused": False},
+    "schedule": "cosine",
+    "weight_decay": 0.0,
+}
 RECORDS = 50  # times a run that its masks are looked at
 
 
@@ -110,14 +120,17 @@ class Course:
             on,
             steps=steps,
             batch_size=plan.batch_size,
-            learning_rate=plan.learning_rate,
-            optimizer=self.optimizer,
-            weight_decay=0.0,
             loss=self.loss,
+            clipped=lambda: learning,
             seed=plan.seed + stage,
             before_step=before,
             callbacks=[self.after_step],
             progress=progress,
+            **(
+                SETTINGS
+                | chosen_settings(plan)
+                | {"optimizer": self.optimizer, "learning_rate": plan.learning_rate}
+            ),
         )
         history = run.history.assign(stage=stage)
         if len(history):
@@ -136,19 +149,21 @@ class Course:
         )
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW without decay; trained scores have a rate of their own."""
+        """AdamW without decay unless another is chosen; trained scores have a rate of their own."""
         scores = {
             id(p) for layer in self.layers if (s := selection_of(layer)) is not None for p in s.parameters()
         }
-        every = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in every if id(p) not in scores], "lr": self.plan.learning_rate},
-            {
-                "params": [p for p in every if id(p) in scores],
-                "lr": getattr(self.plan.masks.options, "learning_rate", self.plan.learning_rate),
-            },
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        own = [p for p in model.parameters() if p.requires_grad and id(p) in scores]
+        for parameter in own:  # so that the optimizer is built on the others
+            parameter.requires_grad_(False)
+        made = make_optimizer(self.plan.optimizer, self.plan.learning_rate)(model)
+        for parameter in own:
+            parameter.requires_grad_(True)
+        if own:
+            first = {key: value for key, value in made.param_groups[0].items() if key != "params"}
+            rate = getattr(self.plan.masks.options, "learning_rate", self.plan.learning_rate)
+            made.add_param_group({**first, "params": own, "lr": rate, "weight_decay": 0.0})
+        return made
 
     def loss(self, on: Subject, batch: Batch) -> Tensor:
         plan = self.plan

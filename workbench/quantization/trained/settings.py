@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from workbench.axis import Axis, Choice, parameter
 from workbench.instruments import SubjectInstrument
+from workbench.training.chosen import RunFields
+from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
 
 #: An entry is a `TrainedRounding`, which reads its options from the settings' `method`. The trait "low-rank"
 #: says that low-rank terms of frozen weights are trained; "signs", that the layers' inputs become signs.
@@ -16,7 +18,7 @@ TRAINED_ROUNDING = Axis(
 )
 
 
-class TrainedSettings(SubjectInstrument):
+class TrainedSettings(SubjectInstrument, RunFields):
     """What `train-quantized` is told: the roundings that are trained, and the objective, read it."""
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
@@ -64,9 +66,8 @@ class TrainedSettings(SubjectInstrument):
     )
     steps: int = parameter(200, "optimizer steps", ge=1, le=100000, scale="log")
     batch_size: int = parameter(16, "examples of a step", ge=1, le=4096, scale="log", unit="examples")
-    learning_rate: float = parameter(
-        2e-4, "peak learning rate of AdamW (linear decay)", gt=0, le=1, scale="log"
-    )
+    learning_rate: float = parameter(2e-4, "peak learning rate", gt=0, le=1, scale="log")
+    learning_rate_schedule: Choice = LEARNING_RATE_SCHEDULE.choice("linear")
     switch_at: float = parameter(
         0.0, "share of the steps trained in full precision first", ge=0, lt=1, step=0.05
     )

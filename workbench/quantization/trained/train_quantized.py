@@ -11,23 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pandas as pd
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.quantization.activations.activations import ActivationQuant
 from workbench.quantization.activations.attention import (
-    AttentionChange,
     order_of,
-    round_activations,
 )
 from workbench.quantization.quantize_result import choices
 from workbench.quantization.quantized_layer import put
 from workbench.quantization.trained.objective import Objective
+from workbench.quantization.trained.rounded_course import RoundedCourse
 from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
-from workbench.quantization.trained.trained_rounding import Course, TrainedRounding, average_width
+from workbench.quantization.trained.trained_rounding import TrainedRounding
 from workbench.results import Result
-from workbench.subjects import Layer, LowRank, Subject
+from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Change
 
 if TYPE_CHECKING:
@@ -135,62 +132,17 @@ class TrainQuantized(TrainedSettings):
             device = on.device
             on = on.with_model(type(on.model)(on.model.config).to(device))
         layers = on.layers(self.layers)
-        sizes = [math.prod(layer.shape) for layer in layers]
-        generator = torch.Generator().manual_seed(self.seed)
-        course = Course(self, torch.Generator().manual_seed(self.seed + 1))
-        switch = round(self.switch_at * self.steps)
         trained = [(p, p.requires_grad) for p in on.model.parameters()]
-        optimizer = torch.optim.AdamW(
-            [{"params": [p for p, wanted in trained if wanted], "rate": 1.0}],
-            self.learning_rate,
-            weight_decay=0.0,
-        )
-        rows: list[dict[str, float]] = []
-        roundings: list[TrainedRounding] = []
-        on.model.train()
-        for step in progress.track(range(self.steps), "training"):
-            if step == switch:
-                roundings = self._switch_on(on, layers, optimizer)
-            course.done = (step - switch + 1) / (self.steps - switch)
-            for rounding in roundings:
-                rounding.prepare(course)
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * group["rate"] * (1 - step / self.steps)
-            pick = torch.randint(on.size("train"), (self.batch_size,), generator=generator)
-            batch = {k: v[pick].to(on.device) for k, v in on.split("train").items()}
-            loss = objective(on, batch)
-            if not bool(torch.isfinite(loss)):
-                raise BadInput(
-                    f"learning_rate: the loss was no longer finite at step {step}; "
-                    f"{self.learning_rate:g} is too large here"
-                )
-            extra = type(roundings[0]).extra(roundings, sizes, loss, course) if roundings else None
-            (loss if extra is None else loss + extra).backward()
-            torch.nn.utils.clip_grad_norm_(on.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            rows.append(
-                {
-                    "step": step,
-                    "train_loss": float(loss.detach()),
-                    "validation_loss": float("nan"),
-                    "quantized": float(step >= switch),
-                }
-                | objective.parts
-            )
-            if roundings and roundings[0].width is not None:
-                rows[-1]["average_width"] = float(average_width(roundings, sizes).detach())
-            if (step + 1) % max(1, self.steps // 5) == 0 and "validation" in on.splits:
-                rows[-1]["validation_loss"] = on.evaluate("validation", limit=self.test_examples)["loss"]
-                on.model.train()
-        on.model.eval()
-        if len(rows) <= switch:
-            roundings = self._switch_on(on, layers, optimizer)
+        course = RoundedCourse(self, on, layers, objective)
+        course.train(progress)
+        roundings = course.roundings
         widths = self._freeze(layers)
         for tensor, wanted in trained:
             tensor.requires_grad_(wanted)
         after = on.evaluate("test", limit=self.test_examples, progress=progress)
-        facts: dict[str, Any] = {"switch_step": switch} | {f"dense_{k}": v for k, v in dense.items()} | after
+        facts: dict[str, Any] = (
+            {"switch_step": course.switch} | {f"dense_{k}": v for k, v in dense.items()} | after
+        )
         tables = {"widths": widths} if len(widths) else {}
         if tables:
             facts["average_width"] = float(
@@ -199,53 +151,7 @@ class TrainQuantized(TrainedSettings):
             facts["bytes"] = math.ceil(widths["bytes"].sum())
         if roundings:
             tables |= type(roundings[0]).tables(roundings, layers, on, self, progress)
-        return self.result(pd.DataFrame(rows), facts, tables=tables, subject=on)
-
-    def _switch_on(
-        self, on: Subject, layers: Sequence[Layer], optimizer: torch.optim.Optimizer
-    ) -> list[TrainedRounding]:
-        """Put the roundings on and give the optimizer what they learn.
-        Methods that train low-rank terms freeze everything else.
-        """
-        low_rank = self.method.has("low-rank")
-        if low_rank:
-            for tensor in on.model.parameters():
-                tensor.requires_grad_(False)
-        made: list[TrainedRounding] = []
-        generator = torch.Generator().manual_seed(self.seed)
-        rounding: type[TrainedRounding] = self.method.value
-        surveyed = rounding.survey(on, layers, self)
-        rounding.before(layers, self, generator)
-        for layer in layers:
-            group = min(self.group_size, layer.shape[-1])
-            begun = rounding.begin(layer.weight.detach().float(), group, self)
-            if begun is not None:
-                begun.surveyed = surveyed.get(layer.name, {})
-                layer.attach(begun)
-                made.append(begun)
-        terms: list[nn.Parameter] = []
-        if low_rank:
-            changes = [c for layer in layers for c in layer.changes if isinstance(c, LowRank)]
-            terms = [p for change in changes for p in change.parameters()]
-        rounding.after(on, layers, self, generator)
-        if self.activation_bits:
-            round_activations(on, layers, self.activation_bits, self.wide_tokens, self.rounded_attention)
-        own = [p for change in made for p in change.parameters()]
-        own += [
-            p
-            for layer in layers
-            for c in layer.changes
-            if isinstance(c, (ActivationQuant, AttentionChange))
-            for p in c.parameters()
-        ]
-        for params, rate in ((own, rounding.rate), (terms, 10.0)):
-            for tensor in params:
-                tensor.requires_grad_(True)
-            if fresh := [p for p in params if not known(optimizer, p)]:
-                optimizer.add_param_group({"params": fresh, "rate": rate})
-        if self.reset_optimizer:
-            optimizer.state.clear()
-        return made
+        return self.result(pd.DataFrame(course.rows), facts, tables=tables, subject=on)
 
     @torch.no_grad()
     def _freeze(self, layers: Sequence[Layer]) -> pd.DataFrame:
@@ -274,10 +180,6 @@ class TrainQuantized(TrainedSettings):
                     )
                     break
         return pd.DataFrame(rows)
-
-
-def known(optimizer: torch.optim.Optimizer, tensor: Tensor) -> bool:
-    return any(tensor is p for group in optimizer.param_groups for p in group["params"])
 
 
 def remove(layer: Layer, change: Change) -> None:

@@ -12,6 +12,7 @@ from workbench.training.optimizer.optimizers import OPTIMIZER, MomentOptions, de
 
 class AdamWOptions(MomentOptions):
     eps: float = parameter(1e-8, "added to the root of the second moment", ge=0)
+    fused: bool = parameter(True, "torch's fused kernel where there is one; it rounds otherwise")
 
 
 @OPTIMIZER.add(
@@ -26,5 +27,5 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float, options: 
         lr=learning_rate,
         betas=options.betas,
         eps=options.eps,
-        fused=fused(model),
+        fused=options.fused and fused(model),
     )

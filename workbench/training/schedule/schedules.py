@@ -27,6 +27,7 @@ LEARNING_RATE_SCHEDULE = Axis(
         "workbench.training.schedule.one_cycle",
         "workbench.training.schedule.plateau",
         "workbench.training.schedule.power",
+        "workbench.training.schedule.rise_and_fall",
     ),
 )
 Profile = Callable[[float], float]

@@ -39,12 +39,10 @@ def listed(axis: Axis, texts: Sequence[str], field: str) -> list[Choice]:
 
 
 def labels(choices: Sequence[Choice]) -> list[str]:
-    """Names, with the options where two choices have the same name."""
+    """Names, with the options that are not the usual ones where two choices have the same name."""
     names = [choice.name for choice in choices]
-    if len(set(names)) == len(names):
-        return names
-    spelled = [
-        f"{choice.name} " + " ".join(f"{k}={v}" for k, v in choice.options.model_dump().items())
-        for choice in choices
-    ]
-    return [name if names.count(name) == 1 else text for name, text in zip(names, spelled, strict=True)]
+    found = []
+    for choice in choices:
+        unusual = choice.options.model_dump(exclude_defaults=True) if names.count(choice.name) > 1 else {}
+        found.append(" ".join([choice.name, *(f"{name}={value}" for name, value in unusual.items())]))
+    return found
