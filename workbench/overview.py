@@ -65,7 +65,7 @@ def settings(instrument: Instrument, on: Any) -> pd.DataFrame:
 def provenance(result: Result) -> pd.DataFrame:
     """Who made this result, from what, with which versions."""
     flat: dict[str, Any] = {}
-    for key, value in (result.provenance or {}).items():
+    for key, value in result.provenance.items():
         if isinstance(value, dict):
             flat |= {f"{key}: {name}": item for name, item in value.items()}
         elif isinstance(value, list):

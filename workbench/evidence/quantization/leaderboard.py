@@ -119,7 +119,7 @@ def leaderboard(
         rows.append(
             {"method": method, "bits": instrument.bits, "seed": seed}
             | {k: v for k, v in result.facts.items() if k in wanted}
-            | {"seconds": (result.provenance or {}).get("seconds")}
+            | {"seconds": result.provenance.get("seconds")}
         )
     return pd.DataFrame(rows)
 
