@@ -235,7 +235,7 @@ class AllocationPanel(ipywidgets.VBox):
         return cls(panel.result)
 
     def __init__(self, result: Result) -> None:
-        if not isinstance(result, AllocateResult) or result.tables is None:
+        if not isinstance(result, AllocateResult):
             raise BadInput(
                 f"result: the allocation panel shows a result of allocate, not of {result.instrument.name()}"
             )
@@ -257,7 +257,7 @@ class AllocationPanel(ipywidgets.VBox):
         self.note.layout.flex = "0 0 auto"
         title = ipywidgets.HTML(
             "<h3>Widths of the layers of "
-            f"{html.escape(str((result.provenance or {}).get('on', 'the subject')))}</h3>"
+            f"{html.escape(str(result.provenance.get('on', 'the subject')))}</h3>"
             "<p>The best allocation of each average width, by the integer program.</p>"
         )
         title.add_class("wb-title")
@@ -277,7 +277,6 @@ class AllocationPanel(ipywidgets.VBox):
         return self.result.widths_for(float(self.average.value))
 
     def draw(self) -> None:
-        assert self.result.tables is not None
         widths, front = self.widths, self.result.tables["front"]
         point = front.iloc[int(np.searchsorted(self._averages, self.average.value + 1e-9, side="right")) - 1]
         fig = figure("Width of each layer", "layer", "bits", yaxis_rangemode="tozero")

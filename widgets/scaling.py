@@ -199,7 +199,6 @@ class ScalingPanel(ipywidgets.VBox):
                 "<p>this law does not know model size and tokens, so it cannot divide a budget</p>"
             )
             return
-        assert self.result.arrays is not None
         draws = Draws(chosen, np.vstack([self.result.arrays["theta"][None], self.result.arrays["draws"]]))
         other = {
             c: float(np.median(self.runs.table[c])) for c in chosen.columns if c not in ("params", "tokens")

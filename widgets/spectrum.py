@@ -109,7 +109,7 @@ class SpectrumPanel(Panel):
         if point is None or self._map is None:
             return
         self.layers_plot.clicked = None  # type: ignore[assignment]  # or a second click on the same cell would be no change
-        rows, columns, where = grid_of_layers(list((self._map.tables or {})["layers"]["layer"]))
+        rows, columns, where = grid_of_layers(list(self._map.tables["layers"]["layer"]))
         wanted = (rows.index(str(point["y"])), columns.index(str(point["x"])))
         name = next((layer for layer, place in where.items() if place == wanted), None)
         if name is not None:
@@ -160,7 +160,7 @@ class SpectrumPanel(Panel):
             return
         self.overlaid = {}
         self._show_other("nothing")
-        layers = (result.tables or {}).get("layers")
+        layers = result.tables.get("layers")
         if layers is not None and len(layers) > 1:
             self._map = result
             drawn = layers_figure(layers)

@@ -77,7 +77,7 @@ def _setting_rows(name: str, value: Any, meaning: str) -> Iterator[dict[str, str
 def provenance(result: Result) -> pd.DataFrame:
     """Who made this result, from what, with which versions."""
     flat: dict[str, Any] = {}
-    for key, value in (result.provenance or {}).items():
+    for key, value in result.provenance.items():
         if isinstance(value, dict):
             flat |= {f"{key}: {name}": item for name, item in value.items()}
         elif isinstance(value, list):

@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -51,16 +51,11 @@ class Result:
     instrument: Asked
     table: pd.DataFrame
     facts: dict[str, Any]
-    tables: dict[str, pd.DataFrame] | None = None
-    arrays: dict[str, np.ndarray] | None = None
-    provenance: dict[str, Any] | None = None
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     partial: bool = False
     subject: Any = None  # a `Subject`, of an instrument that changes the model; subjects are above results
-
-    def __post_init__(self) -> None:
-        self.tables = self.tables or {}
-        self.arrays = self.arrays or {}
-        self.provenance = self.provenance or {}
 
     def figure(self, **view: Any) -> go.Figure:
         """The plot of this result; `view` holds settings declared by `view_model`."""
@@ -106,7 +101,7 @@ class Result:
             if with_subject and self.subject is not None:
                 self.subject.save_into(draft)
             self.table.to_parquet(draft / "table.parquet")
-            for name, table in (self.tables or {}).items():
+            for name, table in self.tables.items():
                 table.to_parquet(draft / f"table.{name}.parquet")
             if self.arrays:
                 save_file(
@@ -116,7 +111,7 @@ class Result:
                 "instrument": self.instrument.name(),
                 "fields": self.instrument.model_dump(mode="json"),
                 "facts": self.facts,
-                "tables": sorted(self.tables or {}),
+                "tables": sorted(self.tables),
                 "provenance": self.provenance,
                 "partial": self.partial,
             }

@@ -116,7 +116,6 @@ def quiet(progress: Progress) -> Progress:
 
 def row(series: str, result: Result) -> dict[str, Any]:
     facts = {k: v for k, v in result.facts.items() if not isinstance(v, (dict, list))}
-    assert result.provenance is not None
     before = [step["fields"] for step in result.provenance["history"] if "sparsity" in step["fields"]]
     fields = {"sparsity": before[-1]["sparsity"]} if before else {}
     sizes = [

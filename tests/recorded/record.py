@@ -89,9 +89,7 @@ def recorded(entry: dict[str, Any], checkpoints: Mapping[str, Path]) -> dict[str
         "machine": machine(),
         "start": whole(on.model),
         "facts": {key: plain(value) for key, value in result.facts.items() if not TIMING.search(key)},
-        "tables": {
-            name: summed(table) for name, table in {"": result.table, **(result.tables or {})}.items()
-        },
+        "tables": {name: summed(table) for name, table in {"": result.table, **result.tables}.items()},
     }
     if entry.get("timed"):
         return found | {

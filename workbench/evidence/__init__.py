@@ -35,6 +35,6 @@ def code(name: str) -> str:
     return digest(
         closure(
             [f"{__name__}.{family}.{file.stem}" for file in files if file.stem != "__init__"],
-            left_out=NOT_COMPUTING - {"evidence"},
+            left_out=set(NOT_COMPUTING) - {"evidence"},
         )
     )

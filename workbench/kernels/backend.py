@@ -36,8 +36,9 @@ DATA = Path(__file__).parents[2] / "data" / "kernels"
 
 if HAS_TRITON:
     import triton
-    import triton.language as tl
+    from triton import language
 
+    tl: Any = language  # assigned, not imported: the kernels' files take it from here
     #: The interpreter keeps bfloat16 as raw 16-bit integers and multiplies those,
     #: so `mma` widens to fp32 there.
     WIDEN: Any = tl.constexpr(INTERPRETED)

@@ -56,13 +56,6 @@ class LowBitWeight:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1] * (2 if self.four_bit else 1)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Storage with 16-bit scales (8-bit for e2m1) and zero points of the code's width."""
-        width = 4 if self.four_bit else 8
-        overhead = (8 if self.format == "e2m1" else 16) + (0 if self.zeros is None else width)
-        return width + overhead / self.group
-
     def dense(self) -> torch.Tensor:
         """The decoded matrix (out, in), fp32: the definition the kernel is held to."""
         codes = self.codes

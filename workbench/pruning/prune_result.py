@@ -42,10 +42,10 @@ class PruneResult(Result):
         from workbench.figures import color, figure
 
         show = PruneView(**view).show
-        distances = (self.tables or {}).get("distances")
+        distances = self.tables.get("distances")
         if show == "distances" and distances is not None:
             return distance_map(distances)
-        recovery = (self.tables or {}).get("recovery")
+        recovery = self.tables.get("recovery")
         if recovery is not None and (
             show == "recovery" or self.table.empty
         ):  # nothing else is there while the recovery runs

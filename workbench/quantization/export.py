@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from workbench.quantization.number.split_grid import SplitGrid
 from workbench.storage import replacing
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import bake
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def quantized_layers(subject: Subject) -> list[Layer]:
@@ -101,7 +104,8 @@ def to_compressed_tensors(subject: Subject, folder: str | os.PathLike[str]) -> P
         quantization_status=QuantizationStatus.FROZEN,
     )
     grids = {layer.name: quantizer_of(layer).grid for layer in layers}
-    model = bake(copy.deepcopy(subject.model)).cpu().eval()
+    # the check above has seen that it is transformers'
+    model = cast("PreTrainedModel", bake(copy.deepcopy(subject.model)).cpu().eval())
     apply_quantization_config(model, config, run_compressed=False)
     for name, grid in grids.items():
         fill_parameters(model.get_submodule(name), grid)

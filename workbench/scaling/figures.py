@@ -31,7 +31,7 @@ def short(value: float) -> str:
 
 
 def _tables(result: Result) -> dict[str, pd.DataFrame]:
-    return result.tables or {}
+    return result.tables
 
 
 def _target(result: Result) -> str:

@@ -80,19 +80,6 @@ class Fit:
         y = self.problem.target
         return float(1.0 - np.sum((y - predicted) ** 2) / np.sum((y - y.mean()) ** 2))
 
-    def gradient_of(self, columns: Mapping[str, Any]) -> Array:
-        """(points, p) derivative of the prediction (objective's space)
-        with respect to the working coordinates.
-        """
-        arrays = np.broadcast_arrays(
-            *(np.atleast_1d(np.asarray(columns[c], dtype=np.float64)) for c in self.law.columns)
-        )
-        bound = self.problem.compiled.bind(
-            {c: a.ravel() for c, a in zip(self.law.columns, arrays, strict=True)}, 1
-        )
-        out = bound(self.theta[None])
-        return np.stack([np.broadcast_to(o, (1, arrays[0].size))[0] for o in out[1:]], axis=1)
-
 
 def columns_of(law: Law, runs: Any, target: str | None = None) -> tuple[dict[str, Array], Array]:
     """The law's columns and its target from Runs, a DataFrame or a mapping of arrays;
@@ -170,9 +157,9 @@ def solve(
             f"law {problem.law.name}: undefined (not a number) at every start; "
             "check units and parameter ranges"
         )
-    candidates = distinct(coarse, problem, 1e-2)
+    candidates = distinct(coarse, 1e-2)
     fine = polish(problem, coarse.theta[candidates], weights, stop=stop)
-    apart = distinct(fine, problem, 1e-4)
+    apart = distinct(fine, 1e-4)
     near = [i for i in apart if fine.value[i] <= 1.5 * fine.value[apart[0]] + 1e-30]
     near = [i for i in near if i == apart[0] or certify(problem, fine.theta[i], weights).converged]
     law, factor = problem.law, problem.objective.factor

@@ -253,7 +253,7 @@ def inference_aware(
 
     log_n = np.linspace(np.log(size_range[0]), np.log(size_range[1]), points)
     coarse = log_cost(log_n)
-    reachable = (coarse < 1e3).any(1)
+    reachable = coarse.min(axis=1) < 1e3
     if not reachable[0]:
         raise BadInput(
             f"target_loss: {target_loss} lies below what the fitted law reaches at any size; "

@@ -61,7 +61,6 @@ class Projection:
         names = law.compile("linear").linear_names()
         self.linear = names[:6]
         self.linear_index = [i for i, p in enumerate(law.free) if p.name in self.linear]
-        self.other_index = [i for i, p in enumerate(law.free) if p.name not in self.linear]
         if not self.linear:
             return
         plain: CompiledLaw = law.compile("linear")

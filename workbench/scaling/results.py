@@ -107,7 +107,6 @@ class ScalingFitResult(Result):
         return FitView
 
     def figure(self, view: str = "fit", **more: Any) -> go.Figure:
-        assert self.tables is not None
         makers = {
             "fit": figures.fit_figure,
             "residuals": figures.residual_figure,

@@ -196,7 +196,7 @@ def polish(
     return Solutions(theta, value, settled, taken)
 
 
-def distinct(solutions: Solutions, problem: Problem, tolerance: float = 1e-3) -> Array:
+def distinct(solutions: Solutions, tolerance: float = 1e-3) -> Array:
     """Indices of starts that ended in different places, best first
     (distance in working coordinates, relative to size).
     """

@@ -70,7 +70,7 @@ class Bootstrap:
         params = self.fit.params
         rows = [
             (n, params[n], table[n].quantile(tail), table[n].quantile(1 - tail), table[n].std())
-            for n in table
+            for n in map(str, table)
         ]
         return pd.DataFrame(rows, columns=["parameter", "estimate", "low", "high", "sd"])
 

@@ -9,7 +9,8 @@ low-rank terms first, then number formats, masks last, so zeros stay zeros.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,31 @@ class LowRank(Change):
         return {"scale": self.scale}
 
 
+def stacks_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """The parametrizations of each changed weight, by the weight's name; empty where nothing is changed."""
+    if not parametrize.is_parametrized(module):
+        return {}
+    # torch types what a module holds as Tensor | Module; `is_parametrized` has seen that it is a ModuleDict
+    return dict(cast("Mapping[str, parametrize.ParametrizationList]", module.parametrizations).items())
+
+
+def original_of(module: nn.Module, tensor: str) -> nn.Parameter:
+    """The trainable tensor underneath a weight's changes, in the module's own orientation;
+    the weight itself where it has none.
+    """
+    stack = stacks_of(module).get(tensor)
+    # changes are put on parameters only, which torch keeps as parameters and types as Tensor | Module
+    return cast("nn.Parameter", getattr(module, tensor) if stack is None else stack.original)
+
+
+def restack(module: nn.Module, tensor: str, changes: Iterable[Change]) -> None:
+    """Let a changed weight carry these changes, innermost first, and no others."""
+    kept, stack = list(changes), stacks_of(module)[tensor]
+    while len(stack):
+        del stack[-1]
+    stack.extend(kept)
+
+
 def attach(module: nn.Module, tensor: str, change: Change, transposed: bool = False) -> None:
     """Add a change to a weight, at its place by `order` (replacing one of the same class)."""
     change.transposed = transposed
@@ -92,16 +118,14 @@ def attach(module: nn.Module, tensor: str, change: Change, transposed: bool = Fa
     if not parametrize.is_parametrized(module, tensor):
         parametrize.register_parametrization(module, tensor, change, unsafe=True)
         return
-    stack = module.parametrizations[tensor]  # type: ignore[index,union-attr]
-    ordered = sorted([*(c for c in stack if type(c) is not type(change)), change], key=lambda c: c.order)
-    while len(stack):
-        del stack[-1]
-    stack.extend(ordered)
+    others = (c for c in changes_of(module, tensor) if type(c) is not type(change))
+    restack(module, tensor, sorted([*others, change], key=lambda c: c.order))
 
 
 def changes_of(module: nn.Module, tensor: str) -> list[Change]:
     """The changes on a weight, innermost first."""
-    return list(module.parametrizations[tensor]) if parametrize.is_parametrized(module, tensor) else []  # type: ignore[index,union-attr,call-overload]
+    # what torch types as modules was put there by `attach`
+    return cast("list[Change]", list(stacks_of(module).get(tensor, ())))
 
 
 def detach(module: nn.Module, tensor: str, change: Change) -> None:
@@ -109,16 +133,11 @@ def detach(module: nn.Module, tensor: str, change: Change) -> None:
 
     The last change goes the way `bake` takes it: without touching the class that copies of the module share.
     """
-    left = {
-        str(name): [c for c in stack if c is not change] for name, stack in module.parametrizations.items()
-    }  # type: ignore[union-attr,operator]
+    left = {name: [c for c in changes_of(module, name) if c is not change] for name in stacks_of(module)}
     if left[tensor]:
-        stack = module.parametrizations[tensor]  # type: ignore[index,union-attr]
-        while len(stack):
-            del stack[-1]
-        stack.extend(left[tensor])
+        restack(module, tensor, left[tensor])
         return
-    originals = {name: module.parametrizations[name].original for name in left}  # type: ignore[index,union-attr]
+    originals = {name: original_of(module, name) for name in left}
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
     for name, original in originals.items():
@@ -134,11 +153,9 @@ def bake(model: nn.Module) -> nn.Module:
     shares with the model it was copied from, so baking a copy would break the original.
     """
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
-            values = {
-                str(tensor): getattr(module, str(tensor)).detach() for tensor in module.parametrizations
-            }  # type: ignore[union-attr]
-            trained = {tensor: module.parametrizations[tensor].original.requires_grad for tensor in values}  # type: ignore[index,union-attr]
+        if stacks := stacks_of(module):
+            values = {tensor: getattr(module, tensor).detach() for tensor in stacks}
+            trained = {tensor: original_of(module, tensor).requires_grad for tensor in stacks}
             del module._modules["parametrizations"]
             module.__class__ = type(module).__bases__[0]
             for tensor, value in values.items():
@@ -152,11 +169,9 @@ def describe_changes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, 
     """
     records, tensors = [], {}
     for path, module in model.named_modules():
-        if not parametrize.is_parametrized(module):
-            continue
-        for tensor, stack in module.parametrizations.items():  # type: ignore[union-attr,operator]
-            tensors[f"{path}.{tensor}.original"] = stack.original.detach()
-            for change in stack:
+        for tensor in stacks_of(module):
+            tensors[f"{path}.{tensor}.original"] = original_of(module, tensor).detach()
+            for change in changes_of(module, tensor):
                 key = f"{path}.{tensor}.{type(change).__name__}"
                 state = change.state_dict()
                 tensors |= {f"{key}.{name}": value for name, value in state.items()}
@@ -185,4 +200,4 @@ def restore_changes(model: nn.Module, records: list[dict[str, Any]], tensors: di
         attach(module, tensor, change, record["transposed"])
         change.restored(model)
         with torch.no_grad():
-            module.parametrizations[tensor].original.copy_(tensors[f"{path}.{tensor}.original"])  # type: ignore[index,union-attr]
+            original_of(module, tensor).copy_(tensors[f"{path}.{tensor}.original"])

@@ -7,15 +7,15 @@ the module keeps it: `nn.Linear.weight`, GPT-2's transposed `Conv1D.weight`, a f
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import BadInput
-from workbench.subjects.changes import Change, attach, changes_of, detach
+from workbench.subjects.changes import Change, attach, changes_of, detach, original_of, restack
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class Layer:
     @property
     def original(self) -> nn.Parameter:
         """The trainable parameter underneath, in the module's own orientation."""
-        if parametrize.is_parametrized(self.module, self.tensor):
-            return self.module.parametrizations[self.tensor].original  # type: ignore[index,union-attr,return-value]
-        return getattr(self.module, self.tensor)
+        return original_of(self.module, self.tensor)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -66,6 +64,10 @@ class Layer:
     def detach(self, change: Change) -> None:
         """Take one change off this weight, keeping the others and the parameter underneath."""
         detach(self.module, self.tensor, change)
+
+    def restack(self, changes: Iterable[Change]) -> None:
+        """Let this changed weight carry these changes, innermost first, and no others."""
+        restack(self.module, self.tensor, changes)
 
 
 def all_layers(model: nn.Module) -> list[Layer]:

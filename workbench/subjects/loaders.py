@@ -137,7 +137,7 @@ def from_checkpoint(
     seed: int,
 ) -> Subject:
     config = read_config(source, local)
-    guessed = task or guess_task(config, text_column, label_column, image_column)
+    guessed = task or guess_task(config, label_column, image_column)
     kind = TASK.chosen(guessed).value
     if isinstance(data, str) and data != "random" and not data.startswith("hf:") and not Path(data).is_file():
         raise BadInput(f"data: {data!r} is not a file; give a CSV, JSONL or Parquet file, hf:ID, or random")
@@ -201,9 +201,7 @@ def read_config(source: str, local: bool) -> Any:
         ) from None
 
 
-def guess_task(
-    config: Any, text_column: str | None, label_column: str | None, image_column: str | None
-) -> str:
+def guess_task(config: Any, label_column: str | None, image_column: str | None) -> str:
     """The task from the checkpoint's class, else from the columns given."""
     name = (getattr(config, "architectures", None) or [""])[0]
     for ending, task in (

@@ -345,11 +345,12 @@ class Subject:
 
         records, tensors = describe_changes(self.model)
         baked = stock(bake(copy.deepcopy(self.model))).cpu()
-        if hasattr(baked, "save_pretrained"):
+        save_pretrained = getattr(baked, "save_pretrained", None)
+        if save_pretrained is not None:
             from workbench.subjects.checkpoints import quiet_transformers
 
             with quiet_transformers():
-                baked.save_pretrained(folder, safe_serialization=True)
+                save_pretrained(folder, safe_serialization=True)
         else:
             from safetensors.torch import save_model
 
@@ -402,8 +403,10 @@ def plain_experts(model: nn.Module) -> nn.Module:
     """Mixture-of-experts models compute expert by expert: grouped kernels hide each expert's inputs and have
     no second derivative.
     """
-    if hasattr(model, "set_experts_implementation") and model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
+    choose = getattr(model, "set_experts_implementation", None)
+    chooses = getattr(model, "_can_set_experts_implementation", None)
+    if choose is not None and chooses is not None and chooses():
+        choose("eager")
     return model
 
 

@@ -134,7 +134,8 @@ class Seq2SeqLM(TokenTask):
     """Encoder-decoder: `labels` are the decoder's targets; its inputs are the labels shifted right."""
 
     def output(self, model: nn.Module, batch: Batch) -> Tensor:
-        decoder = model.prepare_decoder_input_ids_from_labels(labels=batch[self.targets])  # type: ignore[operator]
+        shifted: Any = model.prepare_decoder_input_ids_from_labels  # of transformers' encoder-decoders
+        decoder = shifted(labels=batch[self.targets])
         return first_tensor(model(**self.inputs(batch), decoder_input_ids=decoder, use_cache=False))
 
 

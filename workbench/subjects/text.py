@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def read_rows(data: str | Path, limit: int, seed: int) -> tuple[pd.DataFrame, st
         ]
         return pd.concat(frames, ignore_index=True), f"hub data set {data.removeprefix('hf:')}"
     file = Path(data)
-    readers = {
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         ".csv": pd.read_csv,
         ".tsv": lambda f: pd.read_csv(f, sep="\t"),
         ".jsonl": lambda f: pd.read_json(f, lines=True),
@@ -74,7 +75,7 @@ def read_rows(data: str | Path, limit: int, seed: int) -> tuple[pd.DataFrame, st
     if file.suffix not in readers:
         raise BadInput(f"data: {file.name!r} has the ending {file.suffix!r}; accepted: {', '.join(readers)}")
     try:
-        rows = readers[file.suffix](file)  # type: ignore[operator]
+        rows = readers[file.suffix](file)
     except (ValueError, OSError, pd.errors.ParserError) as error:
         raise BadInput(f"data: {file.name!r} could not be read: {str(error).splitlines()[0]}") from None
     if len(rows) > limit:
@@ -160,6 +161,12 @@ def encode(
     return cut(made, columns.seed)
 
 
+def embedding_count(model: Any) -> int:
+    """How many token ids a transformers model embeds."""
+    count: int = model.get_input_embeddings().num_embeddings
+    return count
+
+
 def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module, columns: Columns) -> Split:
     limit = min(
         columns.max_length, getattr(model.config, "max_position_embeddings", None) or columns.max_length
@@ -169,7 +176,7 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
     tokenizer.padding_side = "right"
     texts = rows[columns.text].astype(str).tolist()
     coded = tokenizer(texts, truncation=True, max_length=limit, padding="max_length", return_tensors="pt")
-    highest, size = int(coded["input_ids"].max()), model.get_input_embeddings().num_embeddings
+    highest, size = int(coded["input_ids"].max()), embedding_count(model)
     if highest >= size:
         raise BadInput(
             f"subject: the tokenizer gives id {highest} but the model has {size} embeddings; "
@@ -261,7 +268,7 @@ def random_splits(model: nn.Module, task: str, columns: Columns, examples: int =
     length = min(
         columns.max_length, getattr(config, "max_position_embeddings", None) or columns.max_length, 64
     )
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    vocabulary = embedding_count(model)
     made = {
         "input_ids": torch.randint(vocabulary, (examples, length), generator=draw),
         "attention_mask": torch.ones(examples, length, dtype=torch.long),

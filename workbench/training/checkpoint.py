@@ -26,7 +26,8 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """
     if isinstance(value, Tensor):
         # the order of dimensions in memory is kept: matrix products of a transposed matrix round differently
-        order = sorted(range(value.ndim), key=lambda d: -value.stride(d))
+        strides = value.stride()
+        order = sorted(range(value.ndim), key=lambda d: -strides[d])
         tensors[path] = value.detach().cpu().permute(order).contiguous().clone()
         return TENSOR + ",".join(map(str, order)) + TENSOR + path
     if isinstance(value, dict):

@@ -135,8 +135,13 @@ def probe_accuracy(model: nn.Module, fit: Corpus, test: Corpus) -> float:
     features.
     """
 
+    import transformers
+
+    assert isinstance(model, transformers.GPT2LMHeadModel)  # what `small_model` makes
+    body = model.transformer
+
     def features(corpus: Corpus) -> np.ndarray:
-        return model.transformer(corpus.tokens).last_hidden_state[:, -1].numpy()
+        return body(corpus.tokens).last_hidden_state[:, -1].numpy()
 
     reader = LogisticRegression(max_iter=500).fit(features(fit), fit.states[:, -1].numpy())
     return float(reader.score(features(test), test.states[:, -1].numpy()))

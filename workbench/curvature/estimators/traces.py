@@ -184,7 +184,7 @@ def xtrace(
         if count == operator.size or float(scale.min()) <= 1e3 * torch.finfo(images.dtype).eps * float(
             scale.max()
         ):
-            return _whole_range(operator, probes, images, found)
+            return _whole_range(operator, probes, images)
         core = basis.mT @ operator.matmat(basis.mT.contiguous()).mT  # Q' H Q
     except Stopped:
         return found
@@ -203,7 +203,7 @@ def xtrace(
     return found
 
 
-def _whole_range(operator: Operator, probes: Tensor, images: Tensor, found: TraceEstimate) -> TraceEstimate:
+def _whole_range(operator: Operator, probes: Tensor, images: Tensor) -> TraceEstimate:
     """The probes already span the matrix's range: its trace is the trace on that range, up to rounding."""
     basis = orthonormal(images)
     if not len(basis):

@@ -20,6 +20,7 @@ from workbench.curvature.operators.attention import twice_differentiable
 from workbench.curvature.operators.precision import KeepDouble
 from workbench.errors import BadInput
 from workbench.subjects import Layer, select
+from workbench.subjects.changes import original_of, stacks_of
 
 WHOLE = ("all", "*")
 
@@ -37,8 +38,10 @@ class Place:
     def parameter(self) -> nn.Parameter:
         """The trainable tensor underneath; its identity tells tied weights."""
         if parametrize.is_parametrized(self.module, self.tensor):
-            return self.module.parametrizations[self.tensor].original  # type: ignore[return-value]
-        return self.module._parameters[self.tensor]  # type: ignore[return-value]
+            return original_of(self.module, self.tensor)
+        parameter = self.module._parameters[self.tensor]
+        assert parameter is not None  # a place is made of a weight that is there
+        return parameter
 
 
 def place_of(layer: Layer) -> Place:
@@ -52,10 +55,8 @@ def trainable_places(model: nn.Module) -> list[Place]:
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList) or ".parametrizations." in f".{path}.":
             continue
-        names = []
-        if parametrize.is_parametrized(module):  # first, where a weight stands among a module's parameters
-            stacks = module.parametrizations.items()  # type: ignore[union-attr,operator]
-            names = [str(n) for n, stack in stacks if any(p.requires_grad for p in stack.parameters())]
+        # first, where a weight stands among a module's parameters
+        names = [n for n, s in stacks_of(module).items() if any(p.requires_grad for p in s.parameters())]
         names += [
             n for n, p in module._parameters.items() if p is not None and p.requires_grad and n not in names
         ]
@@ -104,9 +105,8 @@ def plain_weights(
     kept: list[tuple[nn.Module, type, str, nn.Parameter | None]] = []
     try:
         for module in list(model.modules()):
-            stacks = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
             fresh = {
-                str(n): getattr(module, str(n)).detach() for n in stacks if n not in module._parameters
+                n: getattr(module, n).detach() for n in stacks_of(module) if n not in module._parameters
             }  # nested: plain already
             replaced = {n for m, n in values if m is module}
             original = type(module)

@@ -209,13 +209,12 @@ class SpectrumResult(Result):
         return create_model("SpectrumView", **fields)
 
     def layer_names(self) -> list[str]:
-        table = (self.tables or {}).get("layer_density")
+        table = self.tables.get("layer_density")
         return [] if table is None else list(dict.fromkeys(table["layer"]))
 
     def figure(self, **view: Any) -> go.Figure:
         from workbench.curvature.studies.drawings import density_figure, layers_figure
 
-        assert self.tables is not None
         if view.get("show") == "layers" and "layers" in self.tables:
             return layers_figure(self.tables["layers"])
         layer = view.get("layer", "whole")

@@ -164,13 +164,12 @@ class TraceResult(Result):
     """The running estimate with its interval, or the layers as a heat map."""
 
     def view_model(self) -> type[BaseModel] | None:
-        return TraceView if "layers" in (self.tables or {}) else None
+        return TraceView if "layers" in self.tables else None
 
     def figure(self, **view: Any) -> go.Figure:
         from workbench.curvature.studies.drawings import layers_figure
         from workbench.figures import figure, line
 
-        assert self.tables is not None
         if view.get("show", "layers") == "layers" and "layers" in self.tables:
             return layers_figure(self.tables["layers"])
         shown = self.table.iloc[1:]

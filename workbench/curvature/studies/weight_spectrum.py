@@ -213,7 +213,6 @@ class WeightSpectrumResult(Result):
         from workbench.curvature.studies.drawings import layers_figure
         from workbench.figures import figure, line, rule
 
-        assert self.tables is not None
         layer = view.get("layer", "map")
         if layer == "map":
             measure = view.get("measure", "stable_rank")

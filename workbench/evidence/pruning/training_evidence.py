@@ -140,7 +140,7 @@ def run_arm(
             result = instrument.run(on, Progress(), cache=False)
             assert result.subject is not None
             facts, done[path] = result.facts, result.subject
-            for name, table in (result.tables or {}).items():
+            for name, table in result.tables.items():
                 if name == "masks" and len(table):
                     facts |= {
                         "moved_first": float(table.moved.iloc[1 : 1 + len(table) // 4].mean()),
@@ -230,7 +230,7 @@ def recovered_accuracy(
     for label, (fields, points, speedup) in targets.items():
         result = Prune(**({"predict_examples": 0} | fields)).run(on, progress)
         facts, made = result.facts, result.subject
-        assert made is not None and result.provenance is not None
+        assert made is not None
         lost = 100 * (facts["dense_accuracy"] - facts["accuracy"])
         arms[label] = {
             "fields": fields,

@@ -136,7 +136,7 @@ def allocations(
     """
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for subject in subjects:
             for seed in progress.track(seeds, f"{name} on {subject}"):
                 instrument = Allocate(**ALLOCATED, sensitivity=sensitivity, seed=seed)
@@ -251,7 +251,7 @@ def number_formats(name: str, progress: Progress) -> dict[str, Any]:
 
 def rotations(name: str, progress: Progress) -> dict[str, Any]:
     """Four-bit weights and activations of the bytelm after folded rotations, against none."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     settings = Quantize(
         format="int4",
         granularity="channel",

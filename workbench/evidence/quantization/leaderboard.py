@@ -143,7 +143,7 @@ def leaderboard(
         rows.append(
             {"method": method, "bits": width, "seed": seed}
             | {k: v for k, v in result.facts.items() if k in wanted}
-            | {"seconds": (result.provenance or {}).get("seconds")}
+            | {"seconds": result.provenance.get("seconds")}
         )
     return pd.DataFrame(rows)
 

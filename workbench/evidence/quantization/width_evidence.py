@@ -143,7 +143,7 @@ def drawn_by_trace(name: str, progress: Progress) -> dict[str, Any]:
     rates = {side: chosen(train, WIDTHS) for side, train in trainings.items()}
     for seed in progress.track(SEEDS, name):
         runs = {side: train(rates[side], seed) for side, train in trainings.items()}
-        switching = (runs["by trace"].tables or {})["switching"]
+        switching = runs["by trace"].tables["switching"]
         points.append(switching.assign(seed=seed))
         row: dict[str, Any] = {"seed": seed}
         for side, run in runs.items():

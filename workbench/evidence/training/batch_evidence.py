@@ -52,7 +52,7 @@ def ghost_batch_norm(name: str, progress: Progress) -> Record:
         "large, sqrt rate, ghosts": (ghost, large, scaled, epochs),
         "large, sqrt rate, ghosts, equal updates": (ghost, large, scaled, epochs * large / small),
     }
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for label, (on, batch, rate, passes) in progress.track(plans.items(), "plans", len(plans)):
 
         def run(
@@ -99,7 +99,8 @@ def adadagrad(name: str, progress: Progress) -> Record:
     """AdaGrad with the norm test against fixed small and large batches:
     test loss, updates and examples used.
     """
-    on, budget, found = digits_net(), 30 * 1078, {}
+    on, budget = digits_net(), 30 * 1078
+    found: dict[str, dict[str, Any]] = {}
     for label, batch, eta in progress.track(
         [("fixed 8", 8, None), ("fixed 512", 512, None), ("adaptive", 8, 0.3), ("adaptive, eta 0.6", 8, 0.6)],
         "plans",
@@ -505,7 +506,7 @@ def adam_slope(name: str, progress: Progress) -> Record:
         )
         result = study.run(on, progress=progress)
         facts = {k: result.facts.get(f"lr_batch_{k}", math.nan) for k in ("slope", "slope_low", "slope_high")}
-        found[optimizer] = facts | {"optima": (result.tables or {})["optima"].to_dict("records")}
+        found[optimizer] = facts | {"optima": result.tables["optima"].to_dict("records")}
     adam, sgd = found["adamw"], found["sgd"]
     inside = bool(adam["slope_low"] <= 0.5 <= adam["slope_high"])
     says = {k: f"{v['slope']:.2f} [{v['slope_low']:.2f}, {v['slope_high']:.2f}]" for k, v in found.items()}

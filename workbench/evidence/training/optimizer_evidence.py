@@ -86,7 +86,7 @@ def lamb(name: str, progress: Progress) -> Record:
             workers=1,
         )
         result = study.run(on, progress=progress)
-        best = (result.tables or {})["optima"]
+        best = result.tables["optima"]
         near = result.table.groupby(["batch_size", "lr"], as_index=False)[["value"]].mean()
         wide = {
             int(b): int(
@@ -184,7 +184,7 @@ def lipschitz(name: str, progress: Progress) -> Record:
                         p.mul_(min(1.0, 0.9 * cap / float(torch.linalg.matrix_norm(p.detach(), 2))))
 
         def build(model: nn.Module) -> torch.optim.Optimizer:
-            from workbench.training.optimizer.optimizers import Together
+            from workbench.training.optimizer.combined import Together
 
             matrices = [p for p in model.parameters() if p.ndim == 2]
             rest = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=2e-3, weight_decay=0.0)

@@ -27,7 +27,7 @@ class TrainSparseResult(Result):
     def figure(self, **view: Any) -> go.Figure:
         from workbench.figures import color, figure, line
 
-        show, tables = TrainSparseView(**view).show, self.tables or {}
+        show, tables = TrainSparseView(**view).show, self.tables
         method = getattr(self.instrument, "method", "train-sparse")
         if show == "layers" and len(tables.get("layers", ())):
             fig = figure(f"What {method} keeps of each layer", x="layer", y="share kept")

@@ -193,7 +193,7 @@ class DampResult(Result):
     def figure(self, **view: Any) -> go.Figure:
         from workbench.figures import figure, line
 
-        arrays, losses = self.arrays or {}, (self.tables or {}).get("damps")
+        arrays, losses = self.arrays, self.tables.get("damps")
         if DampView(**view).show == "damps" and losses is not None:
             fig = figure(
                 "SparseGPT's loss against damp",

@@ -257,7 +257,6 @@ class SaliencyMapResult(Result):
 
     def mask(self, method: str, layer: str, sparsity: float) -> NDArray[np.bool_]:
         """True where `method` keeps the weight at this sparsity, shape (..., out, in)."""
-        assert self.arrays is not None
         return self.arrays[f"{method}/{layer}"] >= round(sparsity * (LEVELS + 1))
 
     def densities(self, method: str, sparsity: float) -> NDArray[np.float64]:
@@ -266,13 +265,12 @@ class SaliencyMapResult(Result):
 
     def head_densities(self, method: str, sparsity: float) -> NDArray[np.float64]:
         """Share kept in each head of the table of heads, to 1 / 256 of the sparsity."""
-        assert self.arrays is not None
         counts = self.arrays[f"{method} heads"]
         return 1 - counts[:, : round(sparsity * BINS)].sum(1) / np.maximum(counts.sum(1), 1)
 
     def predicted(self, method: str, sparsity: float) -> float:
         """The diagonal Fisher's loss change for this method's mask, nats."""
-        curve = (self.tables or {})["curves"].query("method == @method")
+        curve = self.tables["curves"].query("method == @method")
         return float(np.interp(sparsity, [0, *curve.sparsity], [0, *curve.predicted_change]))
 
     def measure(
@@ -307,7 +305,7 @@ class SaliencyMapResult(Result):
                     marker_color=color(index),
                 )
             return fig
-        tables = self.tables or {}
+        tables = self.tables
         if shown.show == "heads":
             fig = figure(
                 f"What each method keeps of every head at {percent}",

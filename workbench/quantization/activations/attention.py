@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from workbench.errors import BadInput
 from workbench.quantization.activations.activations import (
@@ -32,7 +31,7 @@ from workbench.quantization.activations.token_importance import (
     rounded_tokens,
 )
 from workbench.subjects import Layer, Subject
-from workbench.subjects.changes import Change
+from workbench.subjects.changes import Change, stacks_of
 
 NAME = "workbench_plain"
 
@@ -115,11 +114,10 @@ def kept_tokens(mask: Tensor | None) -> Tensor | None:
 
 def change_inside(module: nn.Module) -> AttentionChange | None:
     for inner in module.modules():
-        if parametrize.is_parametrized(inner):
-            for stack in inner.parametrizations.values():  # type: ignore[union-attr,operator]
-                for change in stack:
-                    if isinstance(change, AttentionChange):
-                        return change
+        for stack in stacks_of(inner).values():
+            for change in stack:
+                if isinstance(change, AttentionChange):
+                    return change
     return None
 
 

@@ -47,7 +47,6 @@ class AllocateResult(Result):
     def figure(self, view: str = "front", **more: Any) -> go.Figure:
         from workbench.figures import figure, line, points
 
-        assert self.tables is not None
         if view == "widths":
             fig = figure("Width of each layer", "layer", "bits")
             for index, (name, part) in enumerate(self.tables["widths"].groupby("strategy", sort=False)):
@@ -90,7 +89,6 @@ class AllocateResult(Result):
         """layer -> width on the front's point of at most `average_bits`:
         what `Quantize(layer_bits=...)` takes.
         """
-        assert self.tables is not None
         table = self.tables["front"]
         fitting = table[table["average_bits"] <= average_bits + 1e-9]
         if fitting.empty:

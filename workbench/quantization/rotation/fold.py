@@ -57,7 +57,8 @@ def stream_of(model: Any) -> Stream:
     inner = getattr(model, "model", None)
     first = next(iter(inner.layers), None) if inner is not None and hasattr(inner, "layers") else None
     if (
-        first is None
+        inner is None
+        or first is None
         or not hasattr(first, "input_layernorm")
         or not hasattr(getattr(first, "mlp", None), "down_proj")
     ):

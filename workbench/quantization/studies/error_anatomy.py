@@ -125,7 +125,6 @@ class ErrorAnatomyResult(Result):
     def _weights(self, layer: str) -> go.Figure:
         from workbench.quantization.studies.matrix_histogram import histogram_figure
 
-        assert self.arrays is not None
         index = int(np.flatnonzero(self.table["layer"].to_numpy() == layer)[0])
         grid = self.arrays["grid"][np.isfinite(self.arrays["grid"])]
         return histogram_figure(
@@ -208,7 +207,7 @@ class ErrorAnatomy(Quantize):
             )
         table = pd.DataFrame(rows)
         facts: dict[str, Any] = {
-            "worst_layer": str(table.loc[table["total_sqnr"].idxmin(), "layer"]),
+            "worst_layer": str(table.set_index("layer")["total_sqnr"].idxmin()),
             "lowest_sqnr": float(table["total_sqnr"].min()),
         }
         if self.predict_examples:

@@ -38,7 +38,7 @@ class TrainQuantizedResult(Result):
         from workbench.figures import figure, line, rule
 
         if column == "readings":
-            read = (self.tables or {})["readings"]
+            read = self.tables["readings"]
             fig = figure("One stored integer, read at several widths", "bits", "test loss (nats)")
             line(fig, read["bits"].to_numpy(), read["loss"].to_numpy(), "loss", mode="lines+markers")
             return fig
@@ -69,7 +69,7 @@ class TrainQuantizedResult(Result):
         return choices(
             "TrainQuantizedView",
             column=tuple(c for c in known if c in self.table)
-            + (("readings",) if "readings" in (self.tables or {}) else ()),
+            + (("readings",) if "readings" in self.tables else ()),
         )
 
 
@@ -184,8 +184,4 @@ class TrainQuantized(TrainedSettings):
 
 def remove(layer: Layer, change: Change) -> None:
     """Take one of several changes off a weight."""
-    stack = layer.module.parametrizations[layer.tensor]
-    kept = [c for c in stack if c is not change]
-    while len(stack):
-        del stack[-1]
-    stack.extend(kept)
+    layer.restack(c for c in layer.changes if c is not change)

@@ -37,12 +37,12 @@ def restricted(module: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
     keep may lie between 0 and 1; with zeros and ones the kept channels hold exactly what the smaller norm
     computes.
     """
-    count = keep.sum()
-    bias = getattr(module, "bias", None)
+    count, scale, bias = keep.sum(), module.weight, getattr(module, "bias", None)
+    assert isinstance(scale, Tensor)  # `channel_norms` finds no norm without one
     if isinstance(module, nn.LayerNorm):
         x = x - (x * keep).sum(-1, keepdim=True) / count
     epsilon = next(float(getattr(module, name)) for name in EPSILON if hasattr(module, name))
-    x = x * torch.rsqrt((x.square() * keep).sum(-1, keepdim=True) / count + epsilon) * module.weight
+    x = x * torch.rsqrt((x.square() * keep).sum(-1, keepdim=True) / count + epsilon) * scale
     return (x if bias is None else x + bias) * keep
 
 

@@ -198,7 +198,7 @@ def discover(model: nn.Module, kinds: Sequence[str] = ("heads", "neurons")) -> l
         group = feed_forward_group(name, module, layers, stacks) if "neurons" in kinds else None
         if group is not None and group.units > 0:
             found.append(group)
-    found = tie_position_biases(model, found)
+    found = tie_position_biases(found)
     for kind in kinds:
         if kind in ("heads", "neurons") and not any(g.kind == kind for g in found):
             raise BadInput(
@@ -208,7 +208,7 @@ def discover(model: nn.Module, kinds: Sequence[str] = ("heads", "neurons")) -> l
     return found
 
 
-def tie_position_biases(model: nn.Module, groups: list[Group]) -> list[Group]:
+def tie_position_biases(groups: list[Group]) -> list[Group]:
     """T5 adds one position bias, made in the first block, to all self-attentions of a stack:
     their heads go together.
 

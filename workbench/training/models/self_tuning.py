@@ -79,6 +79,8 @@ class SelfTuningLinear(nn.Module):
     an affine best response of rank one a row.
     """
 
+    setting: Setting
+
     def __init__(self, layer: nn.Linear, setting: Setting) -> None:
         super().__init__()
         outputs, count = layer.weight.shape[0], len(setting.hyperparameters)
@@ -113,6 +115,8 @@ class SelfTuningLinear(nn.Module):
 
 class TunedDropout(nn.Module):
     """Dropout at the probability that is drawn now."""
+
+    setting: Setting
 
     def __init__(self, setting: Setting, name: str) -> None:
         super().__init__()

@@ -287,13 +287,13 @@ class ComparisonResult(Result):
 
     def figure(self, **view: Any) -> go.Figure:
         show = ComparisonView(**view).show
-        if self.table.empty and len((self.tables or {}).get("tuning", ())):
+        if self.table.empty and len(self.tables.get("tuning", ())):
             show = "tuning"  # there is no final run yet
         if show == "leaderboard" or (self.table.empty and show != "tuning"):
             fig = figure("Test loss at each one's best learning rate", x="test loss (nats)", y="")
             bars(fig, self.table, self.table.get("name", pd.Series(dtype=str)))
             return fig
-        source = (self.tables or {})[show]
+        source = self.tables[show]
         title, x = (
             ("Tuning", "learning rate") if show == "tuning" else ("Validation loss along the runs", "step")
         )
@@ -303,7 +303,7 @@ class ComparisonResult(Result):
         if show == "tuning" and len(source):
             fig.update_xaxes(dtick=ticks(source.lr.min(), source.lr.max()))
         looks = {
-            name: i for i, name in enumerate(dict.fromkeys((self.tables or {})["tuning"].name))
+            name: i for i, name in enumerate(dict.fromkeys(self.tables["tuning"].name))
         }  # a name keeps its look across views
         for name, part in source[np.isfinite(source.value)].groupby("name", sort=False):
             line(

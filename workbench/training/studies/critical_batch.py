@@ -193,7 +193,7 @@ class CriticalBatch(SweptInstrument):
             on_change=preview,
         )
         found = self.summarise(table)
-        best = (found.tables or {})["best"]
+        best = found.tables["best"]
         return (
             found if found.partial or best.empty else self.summarise(table, self._noise(on, best, progress))
         )
@@ -342,7 +342,7 @@ class CriticalResult(Result):
         return CriticalView
 
     def figure(self, **view: Any) -> go.Figure:
-        show, facts, tables = CriticalView(**view).show, self.facts, self.tables or {}
+        show, facts, tables = CriticalView(**view).show, self.facts, self.tables
         if show == "noise":
             return self._noise(tables.get("noise", pd.DataFrame()))
         best = tables.get("best", pd.DataFrame(columns=["batch_size"]))

@@ -335,14 +335,10 @@ class SurfaceResult(Result):
             )
         )
         fig.update_layout(coloraxis_colorbar_title_text="above best (%)", coloraxis_reversescale=True)
-        found = (
-            (self.tables or {})
-            .get("optima", pd.DataFrame(columns=["batch_size", "lr"]))
-            .dropna(subset=["lr"])
-        )
+        found = self.tables.get("optima", pd.DataFrame(columns=["batch_size", "lr"])).dropna(subset=["lr"])
         line(fig, found.batch_size, found.lr, "best learning rate", mode="lines+markers")
-        if settings.predictions and "predictions" in (self.tables or {}):
-            for rule, part in (self.tables or {})["predictions"].groupby("rule", sort=False):
+        if settings.predictions and "predictions" in self.tables:
+            for rule, part in self.tables["predictions"].groupby("rule", sort=False):
                 line(
                     fig,
                     part.batch_size,

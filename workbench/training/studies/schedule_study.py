@@ -129,7 +129,7 @@ class ScheduleResult(ComparisonResult):
             return super().figure(show="tuning")
         if show == "shapes":
             fig = figure("Schedules", x="step", y="learning rate / peak")
-            for name, part in (self.tables or {})["shapes"].groupby("name", sort=False):
+            for name, part in self.tables["shapes"].groupby("name", sort=False):
                 line(fig, part.step, part.multiple, f"{name} (area {part.multiple.mean():.2f})", mode="lines")
             return fig
         fig = figure("Test loss at each schedule's best learning rate", x="test loss (nats)", y="")

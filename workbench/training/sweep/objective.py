@@ -38,8 +38,9 @@ def reinitialised(on: Subject, seed: int) -> Subject:
             return on.with_model(type(on.model)(copy.deepcopy(config)).to(on.device))
         model = copy.deepcopy(on.model)
         for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
             elif any(True for _ in module.parameters(recurse=False)):
                 raise BadInput(
                     f"start: {type(module).__name__} cannot re-initialise itself; use start='weights'"
@@ -179,13 +180,14 @@ def language_subject(width: int = 48, layers: int = 2, context: int = 64, corpus
     """A small member of the `bytelm` family: the same data cut to `context` bytes,
     the same architecture at another size, untrained.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
     base = subject(corpus)
     splits = {
         name: {k: v[:, : v.shape[1] // context * context].reshape(-1, context) for k, v in columns.items()}
         for name, columns in base.splits.items()
     }
+    assert isinstance(base.model, PreTrainedModel)  # as every built-in language model is
     given = base.model.config.to_dict()
     kept = {
         k: given[k]
