@@ -64,7 +64,13 @@ def test_blocks_run(page: Path, one_cache: Path, tmp_path: Path, monkeypatch: py
 
 def test_every_page_of_a_task_has_blocks_that_run() -> None:
     tasks = {
-        "index", "shrink-a-model", "plan-a-run", "find-a-learning-rate", "compare-methods", "read-a-spectrum", "add-a-method",
-    }  # fmt: skip
+        "index",
+        "shrink-a-model",
+        "plan-a-run",
+        "find-a-learning-rate",
+        "compare-methods",
+        "read-a-spectrum",
+        "add-a-method",
+    }
     run = {page.stem for page in PAGES if any(block.reason is None for block in blocks(page))}
     assert tasks <= run

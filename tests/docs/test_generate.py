@@ -91,8 +91,13 @@ def test_registered_axes_become_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         damp: float = Field(0.01, gt=0, description="share of the mean | diagonal")
 
     entry = SimpleNamespace(
-        name="obs", formula=r"\frac{w^2}{H}", source="Hassibi 1993", needs="inputs", traits=frozenset({"rows"}), options=Damped
-    )  # fmt: skip
+        name="obs",
+        formula=r"\frac{w^2}{H}",
+        source="Hassibi 1993",
+        needs="inputs",
+        traits=frozenset({"rows"}),
+        options=Damped,
+    )
     monkeypatch.setattr(generate, "axes", lambda: {"saliency": SimpleNamespace(entries={"obs": entry})})
     page = generate.axes_page()
     row = next(line for line in page.splitlines() if line.startswith("| `obs` |"))

@@ -71,11 +71,7 @@ def put(layer: Layer, values: Tensor, grid: Grid, term: Term | None = None) -> N
     What was added before is part of `values` now.
     """
     layer.attach(FakeQuant.of(grid))
-    stack = layer.module.parametrizations[layer.tensor]
-    kept = [c for c in stack if c.order >= FakeQuant.order and not isinstance(c, Adapter)]
-    while len(stack):
-        del stack[-1]
-    stack.extend(kept)
+    layer.restack(c for c in layer.changes if c.order >= FakeQuant.order and not isinstance(c, Adapter))
     layer.write(values.to(layer.original.dtype))
     if term is not None:
         layer.attach(Adapter(*term))
