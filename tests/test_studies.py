@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 import workbench
-from workbench import BadInput, pruning, quantization, studies
+from workbench import BadInput, Progress, pruning, quantization, studies
 from workbench.names import find
 
 

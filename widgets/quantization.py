@@ -24,7 +24,9 @@ from workbench.errors import BadInput
 from workbench.figures import color, figure, line, rule
 from workbench.progress import Progress
 from workbench.quantization.allocation.allocate import AllocateResult
-from workbench.quantization.quantize import Quantize, moments_for, short_names
+from workbench.quantization.quantize import Quantize
+from workbench.quantization.quantize_result import short_names
+from workbench.quantization.quantized_layer import moments_for
 from workbench.quantization.studies.matrix_histogram import (
     Look,
     Matrix,
@@ -155,8 +157,6 @@ class FormatPanel(ipywidgets.VBox):
             "granularity": "auto" if self.fixed_block else self.granularity.value,
             "group_size": int(self.group.value),
         }
-        if self.format.startswith(("int", "uint")):
-            return Quantize(bits=self.bits.value, symmetric=self.format.startswith("int"), **shared)
         return Quantize(format=self.format, transform="hadamard" if self.rotate.value else "none", **shared)
 
     def draw(self) -> None:

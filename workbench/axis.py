@@ -293,6 +293,12 @@ class Axis:
     def unknown(self, name: object, field: str = "") -> BadInput:
         return unknown_name(field or self.kind, name, self.entries)
 
+    def said_by(self, given: Any) -> Mapping[str, Any]:
+        """The options that a text such as `int4` already says."""
+        if type(given) is not str or given in self.entries or self.shorthand is None:
+            return {}
+        return self.shorthand(given) or {}
+
     def chosen(self, given: Any, field: str = "", **more: Any) -> Choice:
         """A name, a text that stands for name and options, a mapping with `name`, or a Choice -> Choice.
         `more` are further options.
@@ -324,7 +330,7 @@ class Axis:
             raise self.unknown(name, where)
         entry = self.entries[name]
         for option in (options := options | more):
-            if option not in entry.options.model_fields:
+            if option.partition(".")[0] not in entry.options.model_fields:
                 raise no_such_option(where, entry, option)
         try:
             return Choice(entry, entry.options(**options))
@@ -393,10 +399,12 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
 
     Every field on an axis becomes a Choice; those not given come from `filled`, then from their defaults.
     """
-    values, options = _sorted_out(cls, given)
+    values, options, old = _sorted_out(cls, given)
     fields = {name: found for name, info in cls.model_fields.items() if (found := axis_of(info)) is not None}
     mine = set(values) | set(options)
     plain = {name: _name_of(value) if name in fields else value for name, value in values.items()}
+    for home_of, more in (*options.items(), *old.items()):
+        plain |= {f"{home_of}.{option}": value for option, value in more.items()}
     values = dict(cls.filled(plain)) | values
     for name, home in fields.items():
         default = cls.model_fields[name].default
@@ -404,6 +412,14 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
         if start is None:
             raise BadInput(f"{name}: is missing; known: {', '.join(home.entries)}")
         values[name] = home.chosen(start, name, **options.pop(name, {}))
+        said = home.said_by(start) if name in mine else {}
+        for option in sorted(old.get(name, {}), key=lambda path: path.count(".")):
+            placed = None if option in said else _placed(values[name], option, old[name][option], name)
+            if placed is None:
+                warn(f"{name}.{option}: has no effect with {name} {values[name]}; it is left out")
+            else:
+                values[name] = placed
+                mine.add(name)
     for name in [n for n in values if n not in cls.model_fields]:
         mine.discard(name)
         mine |= _place_flat(cls, fields, values, name)
@@ -418,13 +434,16 @@ def _name_of(value: Any) -> Any:
 
 def _sorted_out(
     cls: type[Fields], given: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(field or flat name -> value, field -> option -> value)"""
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """(field or flat name -> value, field -> option -> value, the same of options given by an old name)"""
     values: dict[str, Any] = {}
     options: dict[str, dict[str, Any]] = {}
+    old: dict[str, dict[str, Any]] = {}
     renamed = cls.renamed()
     for name, value in given.items():
+        home = options
         if name in renamed and name not in cls.model_fields:
+            home = old
             warn(f"{name}: is called {renamed[name]} now; the old name goes with the next release")
             name = renamed[name]
         if "." in name:
@@ -433,12 +452,29 @@ def _sorted_out(
                 raise BadInput(
                     f"{name}: {field} has no options; fields with options: {', '.join(_with_options(cls))}"
                 )
-            options.setdefault(field, {})[option] = value
+            home.setdefault(field, {})[option] = value
         elif value == "preset" and name in cls.model_fields and axis_of(cls.model_fields[name]) is not None:
             warn(f"{name}: 'preset' is what leaving it out means; leave it out")
         else:
             values[name] = value
-    return values, options
+    return values, options, old
+
+
+def _placed(choice: Choice, path: str, value: Any, where: str) -> Choice | None:
+    """The choice with an option (`format.bits` is one of its option `format`) set; None when it has none
+    such. The name of what an option has chosen already leaves that choice as it is.
+    """
+    head, _, rest = path.partition(".")
+    if head not in choice.entry.options.model_fields:
+        return None
+    inner = getattr(choice.options, head)
+    if rest:
+        value = _placed(inner, rest, value, f"{where}.{head}") if isinstance(inner, Choice) else None
+        if value is None:
+            return None
+    elif isinstance(inner, Choice) and value == inner.name:
+        value = inner
+    return choice.entry.axis.chosen(choice, where, **{head: value})
 
 
 def _with_options(cls: type[Fields]) -> list[str]:
@@ -446,7 +482,7 @@ def _with_options(cls: type[Fields]) -> list[str]:
 
 
 def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str, Any], name: str) -> set[str]:
-    """Give a flat option of one release ago to every chosen entry that has it; the fields of those."""
+    """Give a flat option of one release ago to every chosen entry that has it; the fields it went to."""
     homes = [f for f in fields if name in values[f].entry.options.model_fields]
     if homes:
         value = values.pop(name)

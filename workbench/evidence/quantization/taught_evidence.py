@@ -26,7 +26,7 @@ FOUR: dict[str, Any] = {
     "batch_size": 4,
     "test_examples": 64,
     "method": "lsq",
-    "bits": 4,
+    "method.bits": 4,
     "activation_bits": 4,
     "rounded_attention": True,
     "distillation": 0.5,
@@ -186,9 +186,9 @@ def residual_estimates(name: str, progress: Progress) -> dict[str, Any]:
     """
     on = opened("digits-vit")
     arms: dict[str, dict[str, Any]] = {
-        "none": {"rank": 0},
-        "rank 1": {"rank": 1},
-        "rank 8": {"rank": 8},
+        "none": {"method.rank": 0},
+        "rank 1": {"method.rank": 1},
+        "rank 8": {"method.rank": 8},
         "attention in full precision": {"method": "bibert"},
     }
     common: dict[str, Any] = {"method": "bipft", "steps": 300, "batch_size": 64, "test_examples": 512}

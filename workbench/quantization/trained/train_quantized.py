@@ -1,5 +1,5 @@
 """Quantization-aware training: the loss is minimised through the rounding, whatever of it is learned
-(see `trainable.py`).
+(see `trained_rounding.py`).
 """
 
 from __future__ import annotations
@@ -15,23 +15,17 @@ from torch import Tensor, nn
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.quantization.activations.activations import ActivationQuant, SignInputs
+from workbench.quantization.activations.activations import ActivationQuant
 from workbench.quantization.activations.attention import (
     AttentionChange,
-    attention_sites,
     order_of,
     round_activations,
 )
-from workbench.quantization.number.formats import named
-from workbench.quantization.quantize import choices, put
-from workbench.quantization.rounding.adapters import Adapter, zero_term
-from workbench.quantization.trained.binary_attention import binarise
-from workbench.quantization.trained.double_rounding import check_widths
-from workbench.quantization.trained.fbi_llm import ShiftedSign as ShiftedSign  # registers itself
-from workbench.quantization.trained.fixed_point import LearnedPoint as LearnedPoint  # registers itself
+from workbench.quantization.quantize_result import choices
+from workbench.quantization.quantized_layer import put
 from workbench.quantization.trained.objective import Objective
-from workbench.quantization.trained.settings import TrainedSettings
-from workbench.quantization.trained.trained_rounding import ROUNDINGS, Course, TrainedRounding, average_width
+from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
+from workbench.quantization.trained.trained_rounding import Course, TrainedRounding, average_width
 from workbench.results import Result
 from workbench.subjects import Layer, LowRank, Subject
 from workbench.subjects.changes import Change
@@ -98,58 +92,12 @@ class TrainQuantized(TrainedSettings):
         on.split("train")
         on.split("test")
         Objective.check(self, on)
-        if self.ramp and self.method not in ("ternary", "binary"):
-            raise BadInput(f"ramp: phasing in is for ternary and binary, not {self.method}; leave it at 0")
-        if self.ramp + self.switch_at > 1:
-            raise BadInput(
-                f"ramp: {self.ramp:g} after a switch at {self.switch_at:g} ends beyond the last step; "
-                "the two must add up to at most 1"
-            )
-        if self.method in ("l4q", "adapters") and (self.switch_at or self.from_scratch):
+        if self.method.has("low-rank") and (self.switch_at or self.from_scratch):
             raise BadInput(
                 f"method: {self.method} trains low-rank terms of frozen weights from the first step; "
                 "set switch_at 0 and from_scratch false"
             )
-        if self.method == "double-rounding":
-            check_widths(self)
-        if self.nonzero_bits and self.method != "fixed":
-            raise BadInput(
-                f"nonzero_bits: {self.nonzero_bits} is for fixed, not {self.method}; leave it at 0"
-            )
-        if self.method == "fliqs":
-            for name in self.formats:
-                if named(name).scale != "real":
-                    raise BadInput(
-                        f"formats: {name!r} fixes its own scale; fliqs chooses among formats with real "
-                        "scales, as int4, e2m1 or nf4"
-                    )
-        if self.method == "adapters":
-            if bare := [
-                layer.name for layer in layers if not any(isinstance(c, Adapter) for c in layer.changes)
-            ]:
-                raise BadInput(f"layers: {bare[0]} has no adapter to train; quantize with adapter_rank first")
-        elif quantized := [layer.name for layer in layers if any(c.order == 50 for c in layer.changes)]:
-            raise BadInput(f"layers: {quantized[0]} is quantized already; train the dense subject")
-        if self.method == "l4q" and not self.rank:
-            raise BadInput("rank: 0 leaves l4q nothing to train; it takes 1 and more")
-        if self.method == "bipft":
-            if on.task.name == "seq2seq-lm":
-                raise BadInput(
-                    "method: bipft estimates queries and keys from one input, "
-                    "and a decoder's cross-attention has two; use bibert"
-                )
-            if not attention_sites(order_of(on, layers)):
-                raise BadInput(
-                    f"layers: {self.layers!r} holds no query, key or value projection, "
-                    "whose attention bipft makes binary"
-                )
-        if self.method in ("bibert", "bipft") and (
-            fused := [layer.name for layer in layers if len(layer.shape) == 3]
-        ):
-            raise BadInput(
-                f"layers: {fused[0]} reads its inputs inside a fused expert kernel; "
-                f"{self.method} needs plain linears"
-            )
+        self.method.value.check(self, on, layers)
         self._check_activations(on, layers)
         if self.from_scratch and not hasattr(on.model, "config"):
             raise BadInput("from_scratch: only a transformers model can be made anew from its configuration")
@@ -162,10 +110,10 @@ class TrainQuantized(TrainedSettings):
                     "choose 2 to 8"
                 )
             return
-        if self.activation_bits == 1 or self.method in ("bibert", "bipft"):
+        if self.activation_bits == 1 or self.method.has("signs"):
             raise BadInput(
                 f"activation_bits: {self.activation_bits} does not go with method {self.method}; it takes 2 "
-                "to 8, and inputs of bibert and bipft are signs"
+                f"to 8, and inputs of {' and '.join(TRAINED_ROUNDING.with_trait('signs'))} are signs"
             )
         if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
             raise BadInput(
@@ -259,36 +207,30 @@ class TrainQuantized(TrainedSettings):
         """Put the roundings on and give the optimizer what they learn.
         Methods that train low-rank terms freeze everything else.
         """
-        if self.method in ("l4q", "adapters"):
+        low_rank = self.method.has("low-rank")
+        if low_rank:
             for tensor in on.model.parameters():
                 tensor.requires_grad_(False)
         made: list[TrainedRounding] = []
-        terms: list[nn.Parameter] = []
         generator = torch.Generator().manual_seed(self.seed)
-        surveyed = {} if self.method == "adapters" else ROUNDINGS[self.method].survey(on, layers, self)
+        rounding: type[TrainedRounding] = self.method.value
+        surveyed = rounding.survey(on, layers, self)
+        rounding.before(layers, self, generator)
         for layer in layers:
-            if self.method == "l4q":
-                layer.attach(LowRank(*zero_term(layer.shape, self.rank, generator, layer.original.device)))
-            if self.method != "adapters":
-                rounding = ROUNDINGS[self.method].begin(
-                    layer.weight.detach().float(), min(self.group_size, layer.shape[-1]), self
-                )
-                rounding.surveyed = surveyed.get(layer.name, {})
-                layer.attach(rounding)
-                made.append(rounding)
-            if self.method == "bibert":
-                layer.attach(SignInputs())
-            terms += [
-                p
-                for c in layer.changes
-                if isinstance(c, LowRank) and self.method in ("l4q", "adapters")
-                for p in c.parameters()
-            ]
-        if self.method == "bipft":
-            binarise(on, layers, self.rank, generator)
+            group = min(self.group_size, layer.shape[-1])
+            begun = rounding.begin(layer.weight.detach().float(), group, self)
+            if begun is not None:
+                begun.surveyed = surveyed.get(layer.name, {})
+                layer.attach(begun)
+                made.append(begun)
+        terms: list[nn.Parameter] = []
+        if low_rank:
+            changes = [c for layer in layers for c in layer.changes if isinstance(c, LowRank)]
+            terms = [p for change in changes for p in change.parameters()]
+        rounding.after(on, layers, self, generator)
         if self.activation_bits:
             round_activations(on, layers, self.activation_bits, self.wide_tokens, self.rounded_attention)
-        own = [p for rounding in made for p in rounding.parameters()]
+        own = [p for change in made for p in change.parameters()]
         own += [
             p
             for layer in layers
@@ -296,7 +238,7 @@ class TrainQuantized(TrainedSettings):
             if isinstance(c, (ActivationQuant, AttentionChange))
             for p in c.parameters()
         ]
-        for params, rate in ((own, ROUNDINGS[self.method].rate if made else 1.0), (terms, 10.0)):
+        for params, rate in ((own, rounding.rate), (terms, 10.0)):
             for tensor in params:
                 tensor.requires_grad_(True)
             if fresh := [p for p in params if not known(optimizer, p)]:

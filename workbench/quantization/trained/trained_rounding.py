@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from workbench.quantization.activations.activations import signs
+from workbench.axis import Options, parameter
+from workbench.errors import BadInput
+from workbench.quantization.activations.activations import SignInputs, signs
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, fit, in_groups, stored
+from workbench.quantization.rounding.adapters import Adapter, zero_term
+from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
+from workbench.subjects import Layer, LowRank, Subject
 from workbench.subjects.changes import Change
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.progress import Progress
-    from workbench.quantization.trained.settings import TrainedSettings
-    from workbench.subjects import Layer, Subject
 
 
 @dataclass
@@ -49,6 +52,22 @@ class TrainedRounding(Change):
     surveyed: Mapping[str, float] = {}  # what `survey` found of this layer
 
     @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        """`BadInput` for what cannot be trained this way; a dense subject is what most begin with."""
+        if quantized := [layer.name for layer in layers if any(c.order == 50 for c in layer.changes)]:
+            raise BadInput(f"layers: {quantized[0]} is quantized already; train the dense subject")
+
+    @classmethod
+    def before(cls, layers: Sequence[Layer], settings: TrainedSettings, generator: torch.Generator) -> None:
+        """What is put on the layers before their roundings."""
+
+    @classmethod
+    def after(
+        cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings, generator: torch.Generator
+    ) -> None:
+        """What is put on the layers, or around them, once they are rounded."""
+
+    @classmethod
     def survey(
         cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings
     ) -> Mapping[str, Mapping[str, float]]:
@@ -56,9 +75,9 @@ class TrainedRounding(Change):
         return {}
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> TrainedRounding:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> TrainedRounding | None:
         """The rounding of a layer whose weight (..., out, in), float32,
-        is this when quantization is switched on.
+        is this when quantization is switched on; None where none is added.
         """
         raise TypeError(f"{cls.__name__} has no begin()")
 
@@ -112,6 +131,18 @@ def spread(scale: Tensor, group: int, width: int) -> Tensor:
     return scale.repeat_interleave(group, -1)[..., :width]
 
 
+class Width(Options):
+    bits: int = parameter(3, "width", ge=2, le=8, unit="bits")
+
+
+@TRAINED_ROUNDING.add(
+    "lsq",
+    formula="s round(clip(w / s)), s learned",
+    source="Esser et al. 2020, LSQ",
+    needs="training",
+    title="LSQ",
+    options=Width,
+)
 class LearnedStep(TrainedRounding):
     """LSQ (Esser et al. 2020): s round(clip(w / s)) with a learned step s for every group.
 
@@ -128,7 +159,7 @@ class LearnedStep(TrainedRounding):
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> LearnedStep:
         """The paper's start, 2 mean|w| / sqrt(highest), on each group."""
-        format = named("int", settings.bits)
+        format = named("int", settings.method.options.bits)
         start = 2 * in_groups(weight, group).abs().mean(-1) / max(format.element.highest, 1.0) ** 0.5
         return cls(start.clamp_min(1e-6), format=format.name, group=group)
 
@@ -151,6 +182,49 @@ class LearnedStep(TrainedRounding):
         return {"format": self.format, "group": self.group}
 
 
+class WidthAndRank(Width):
+    rank: int = parameter(8, "rank of the low-rank term", ge=1, le=1024)
+
+
+@TRAINED_ROUNDING.add(
+    "l4q",
+    formula="lsq of W + A B, A and B alone trained",
+    source="Jeon et al. 2024, L4Q",
+    needs="training",
+    title="L4Q",
+    options=WidthAndRank,
+    traits="low-rank",
+)
+class StepOfLowRank(LearnedStep):
+    """A learned step around a weight and its low-rank term, which is zero at first."""
+
+    @classmethod
+    def before(cls, layers: Sequence[Layer], settings: TrainedSettings, generator: torch.Generator) -> None:
+        rank = settings.method.options.rank
+        for layer in layers:
+            layer.attach(LowRank(*zero_term(layer.shape, rank, generator, layer.original.device)))
+
+
+class Ramp(Options):
+    ramp: float = parameter(
+        0.0, "share of the steps over which rounding is phased in after the switch", ge=0, le=1, step=0.05
+    )
+
+
+@TRAINED_ROUNDING.add(
+    "ternary",
+    formula="gamma round(clip(w / gamma)), gamma = mean |w|",
+    source="Ma et al. 2024; Kaushal et al. 2024, TriLM",
+    needs="training",
+    options=Ramp,
+)
+@TRAINED_ROUNDING.add(
+    "binary",
+    formula="gamma sign(w), gamma = mean |w|",
+    source="Rastegari et al. 2016",
+    needs="training",
+    options=Ramp,
+)
 class MeanScaled(TrainedRounding):
     """Ternary or binary weights that follow the mean magnitude: gamma round(clip(w / gamma)),
     gamma = mean |w| of a group, straight through (Ma et al. 2024; Kaushal et al. 2024, TriLM).
@@ -158,6 +232,16 @@ class MeanScaled(TrainedRounding):
     """
 
     blend: Tensor
+
+    @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        super().check(settings, on, layers)
+        ramp = settings.method.options.ramp
+        if ramp + settings.switch_at > 1:
+            raise BadInput(
+                f"method.ramp: {ramp:g} after a switch at {settings.switch_at:g} ends beyond the last step; "
+                "the two must add up to at most 1"
+            )
 
     def __init__(self, blend: Tensor | None = None, *, format: str, group: int) -> None:
         super().__init__()
@@ -167,14 +251,16 @@ class MeanScaled(TrainedRounding):
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> MeanScaled:
         return cls(
-            torch.tensor(0.0 if settings.ramp else 1.0, device=weight.device),
-            format=settings.method,
+            torch.tensor(0.0 if settings.method.options.ramp else 1.0, device=weight.device),
+            format=settings.method.name,
             group=group,
         )
 
     def prepare(self, course: Course) -> None:
-        if course.settings.ramp:
-            share = course.settings.ramp / (1 - course.settings.switch_at)  # of the quantized steps
+        if course.settings.method.options.ramp:
+            share = course.settings.method.options.ramp / (
+                1 - course.settings.switch_at
+            )  # of the quantized steps
             self.blend.fill_(min(1.0, course.done / share))
 
     def grid_of(self, weight: Tensor) -> Grid:
@@ -198,6 +284,14 @@ class MeanScaled(TrainedRounding):
         return {"format": self.format, "group": self.group}
 
 
+@TRAINED_ROUNDING.add(
+    "bibert",
+    formula="mean|w| sign(w - mean w), inputs sign(x)",
+    source="Qin et al. 2022, BiBERT",
+    needs="training",
+    title="BiBERT",
+    traits="signs",
+)
 class CentredSign(TrainedRounding):
     """Binary weights with both signs equally often: mean|w| sign(w - mean w) of every row, straight through
     where |w - mean w| < 1 (Qin et al. 2022, BiBERT, whose binary attention and distillation are not part
@@ -207,6 +301,22 @@ class CentredSign(TrainedRounding):
     def __init__(self, *, group: int) -> None:
         super().__init__()
         self.group = group
+
+    @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        super().check(settings, on, layers)
+        if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
+            raise BadInput(
+                f"layers: {fused[0]} reads its inputs inside a fused expert kernel; "
+                f"{settings.method} needs plain linears"
+            )
+
+    @classmethod
+    def after(
+        cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings, generator: torch.Generator
+    ) -> None:
+        for layer in layers:
+            layer.attach(SignInputs())
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> CentredSign:
@@ -234,6 +344,19 @@ class CentredSign(TrainedRounding):
         return {"group": self.group}
 
 
+class Budget(Options):
+    budget: float = parameter(3.0, "average width that it pulls towards", ge=2, le=8, unit="bits", step=0.25)
+    strength: float = parameter(1.0, "how hard it pulls (nats a bit)", ge=0, le=1000, scale="log")
+
+
+@TRAINED_ROUNDING.add(
+    "nipq",
+    formula="clip(w, -a, a) + D n, n uniform, D = a / (2^(b-1) - 1)",
+    source="Shin et al. 2023, NIPQ",
+    needs="training",
+    title="NIPQ",
+    options=Budget,
+)
 class PseudoNoise(TrainedRounding):
     """NIPQ (Shin et al. 2023): in training clip(w, -a, a) + D n with n uniform in [-1/2, 1/2] and the step
     D = a / (2^(b-1) - 1); a and the real-valued width b are learned, without a straight-through estimate.
@@ -253,7 +376,7 @@ class PseudoNoise(TrainedRounding):
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> PseudoNoise:
-        share = (min(max(settings.budget + 1.0, cls.low + 0.5), cls.high - 0.5) - cls.low) / (
+        share = (min(max(settings.method.options.budget + 1.0, cls.low + 0.5), cls.high - 0.5) - cls.low) / (
             cls.high - cls.low
         )
         bound = in_groups(weight, group).abs().amax(-1).clamp_min(1e-8)
@@ -285,7 +408,10 @@ class PseudoNoise(TrainedRounding):
     def extra(
         cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course
     ) -> Tensor | None:
-        return course.settings.strength * (average_width(roundings, sizes) - course.settings.budget).abs()
+        return (
+            course.settings.method.options.strength
+            * (average_width(roundings, sizes) - course.settings.method.options.budget).abs()
+        )
 
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
         format = named("int", round(float(self.width.detach())))
@@ -297,6 +423,14 @@ class PseudoNoise(TrainedRounding):
         return {"group": self.group}
 
 
+@TRAINED_ROUNDING.add(
+    "csq",
+    formula="s / (2^n - 1) sum_b (f(p_b) - f(q_b)) f(m_b) 2^b",
+    source="Xiao et al. 2023, CSQ",
+    needs="training",
+    title="CSQ",
+    options=Budget,
+)
 class BitPlanes(TrainedRounding):
     """CSQ (Xiao et al. 2023): w = s/(2^n - 1) sum_b (f(p_b) - f(q_b)) f(m_b) 2^b with gates f(m) =
     sigmoid(beta m), beta growing until they are zeros and ones; m_b, one for a layer and plane, says which
@@ -377,7 +511,11 @@ class BitPlanes(TrainedRounding):
         cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course
     ) -> Tensor | None:
         average = average_width(roundings, sizes)
-        return course.settings.strength * (average.detach() - course.settings.budget) * average
+        return (
+            course.settings.method.options.strength
+            * (average.detach() - course.settings.method.options.budget)
+            * average
+        )
 
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
         """Integers of the open planes; a closed lowest plane doubles the step.
@@ -398,6 +536,20 @@ class BitPlanes(TrainedRounding):
         return {"group": self.group}
 
 
+class FormatBudget(Budget):
+    formats: list[str] = parameter(
+        ["int2", "int3", "int4", "int8"], "formats that are chosen from, by name", min_length=2
+    )
+
+
+@TRAINED_ROUNDING.add(
+    "fliqs",
+    formula="REINFORCE on a softmax over formats",
+    source="Dotzel et al. 2024, FLIQS",
+    needs="training",
+    title="FLIQS",
+    options=FormatBudget,
+)
 class FormatPolicy(TrainedRounding):
     """FLIQS (Dotzel et al. 2024): each layer draws a format at every step from a softmax policy;
     all formats share the weights (straight through).
@@ -409,6 +561,16 @@ class FormatPolicy(TrainedRounding):
 
     rate = 100.0
 
+    @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        super().check(settings, on, layers)
+        for name in settings.method.options.formats:
+            if named(name).scale != "real":
+                raise BadInput(
+                    f"method.formats: {name!r} fixes its own scale; fliqs chooses among formats with real "
+                    "scales, as int4, e2m1 or nf4"
+                )
+
     def __init__(self, logits: Tensor, *, formats: Sequence[str], group: int) -> None:
         super().__init__()
         self.logits = nn.Parameter(logits)
@@ -417,7 +579,9 @@ class FormatPolicy(TrainedRounding):
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> FormatPolicy:
         return cls(
-            torch.zeros(len(settings.formats), device=weight.device), formats=settings.formats, group=group
+            torch.zeros(len(settings.method.options.formats), device=weight.device),
+            formats=settings.method.options.formats,
+            group=group,
         )
 
     def prepare(self, course: Course) -> None:
@@ -445,7 +609,9 @@ class FormatPolicy(TrainedRounding):
     ) -> Tensor | None:
         policies = [r for r in roundings if isinstance(r, FormatPolicy)]
         drawn = sum(float(p.bits[p.drawn]) * n for p, n in zip(policies, sizes, strict=True)) / sum(sizes)
-        reward = -float(loss.detach()) - course.settings.strength * abs(drawn / course.settings.budget - 1)
+        reward = -float(loss.detach()) - course.settings.method.options.strength * abs(
+            drawn / course.settings.method.options.budget - 1
+        )
         baseline = course.kept.get("baseline", reward)
         course.kept["baseline"] = 0.9 * baseline + 0.1 * reward
         logs = [torch.log_softmax(p.logits, 0) for p in policies]
@@ -462,13 +628,23 @@ class FormatPolicy(TrainedRounding):
         return {"formats": self.formats, "group": self.group}
 
 
-ROUNDINGS: dict[str, type[TrainedRounding]] = {
-    "lsq": LearnedStep,
-    "l4q": LearnedStep,
-    "ternary": MeanScaled,
-    "binary": MeanScaled,
-    "bibert": CentredSign,
-    "nipq": PseudoNoise,
-    "csq": BitPlanes,
-    "fliqs": FormatPolicy,
-}
+@TRAINED_ROUNDING.add(
+    "adapters",
+    formula="Q + A B, A and B alone trained",
+    source="Dettmers et al. 2023, QLoRA",
+    needs="training",
+    traits="low-rank",
+)
+class TermsBeside(TrainedRounding):
+    """Low-rank terms beside weights that are rounded already."""
+
+    @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        if bare := [layer.name for layer in layers if not any(isinstance(c, Adapter) for c in layer.changes)]:
+            raise BadInput(
+                f"layers: {bare[0]} has no adapter to train; quantize with adapter qlora or loftq first"
+            )
+
+    @classmethod
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> None:
+        return None
