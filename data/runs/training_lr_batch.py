@@ -35,9 +35,9 @@ def main() -> None:
         on = language_subject(width)
         study = LearningRateBatchSize(
             examples=examples,
-            lr_low=1e-3,
-            lr_high=6.4e-2,
-            lr_points=7,
+            learning_rate_low=1e-3,
+            learning_rate_high=6.4e-2,
+            learning_rate_points=7,
             batch_sizes=(8, 32, 128),
             evaluate_limit=256,
             workers=int(sys.argv[1]) if len(sys.argv) > 1 else 2,

@@ -3,8 +3,7 @@ and what learning rate and batch size do to the loss.
 """
 
 from workbench.training.batch.batch_size import NormTest
-from workbench.training.loop import fit
-from workbench.training.state import Training
+from workbench.training.loop import Training, fit
 from workbench.training.studies.critical_batch import CriticalBatch
 from workbench.training.studies.gradient_noise import GradientNoise
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize

@@ -346,7 +346,7 @@ def continued(rate: float, seed: int) -> Subject:
         on,
         steps=TRAINED["steps"],
         batch_size=TRAINED["batch_size"],
-        lr=rate,
+        learning_rate=rate,
         weight_decay=0.0,
         schedule="linear",
         warmup=0.0,

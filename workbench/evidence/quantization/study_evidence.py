@@ -106,7 +106,7 @@ def binary_points(name: str, progress: Progress) -> dict[str, Any]:
             dense,
             steps=TRAINED["steps"],
             batch_size=TRAINED["batch_size"],
-            lr=RATE,
+            learning_rate=RATE,
             weight_decay=0.0,
             schedule="linear",
             warmup=0.0,

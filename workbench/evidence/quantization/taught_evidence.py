@@ -41,7 +41,12 @@ def teacher() -> Subject:
     """
     on = small_bytelm().copy()
     fit_weights(
-        on, steps=3 * SCRATCH["steps"], batch_size=SCRATCH["batch_size"], lr=3e-3, weight_decay=0.0, seed=0
+        on,
+        steps=3 * SCRATCH["steps"],
+        batch_size=SCRATCH["batch_size"],
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        seed=0,
     )
     return on
 

@@ -200,7 +200,7 @@ def before_or_after(name: str, progress: Progress) -> dict[str, Any]:
             more,
             steps=SWITCHED["steps"],
             batch_size=SWITCHED["batch_size"],
-            lr=rate,
+            learning_rate=rate,
             weight_decay=0.0,
             schedule="linear",
             warmup=0.0,

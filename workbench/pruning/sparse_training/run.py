@@ -29,8 +29,7 @@ from workbench.pruning.sparse_training.trained_masks import (
     selection_of,
 )
 from workbench.subjects import Batch, Layer, Mask, Subject, all_layers
-from workbench.training.loop import fit
-from workbench.training.state import Training
+from workbench.training.loop import Training, fit
 
 if TYPE_CHECKING:
     from workbench.pruning.sparse_training.plan import SparsePlan
@@ -176,7 +175,7 @@ class Course:
             on,
             steps=steps,
             batch_size=plan.batch_size,
-            lr=plan.lr,
+            learning_rate=plan.lr,
             optimizer=self.optimizer,
             weight_decay=0.0,
             loss=self.loss,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from workbench.errors import BadInput
-from workbench.training.state import Training
+from workbench.training.loop import Training
 
 Groups = list[dict[str, Any]]
 

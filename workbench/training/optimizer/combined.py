@@ -23,6 +23,15 @@ class Together(Optimizer):
 
     def _link(self) -> None:
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.linked = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Later parameters go to the last part: AdamW beside Muon, the inner one of MKOR."""
+        if not getattr(self, "linked", False):  # while torch's constructor runs
+            super().add_param_group(param_group)
+            return
+        self.parts[-1].add_param_group(param_group)
+        self._link()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -1,0 +1,30 @@
+"""AdamW (Loshchilov & Hutter 2019): Adam with decoupled weight decay; torch's."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from workbench.axis import parameter
+from workbench.training.optimizer.optimizers import OPTIMIZER, MomentOptions, decay_groups, fused
+
+
+class AdamWOptions(MomentOptions):
+    eps: float = parameter(1e-8, "added to the root of the second moment", ge=0)
+
+
+@OPTIMIZER.add(
+    "adamw",
+    formula="w <- (1 - lr wd) w - lr m_hat / (sqrt(v_hat) + eps)",
+    source="Loshchilov & Hutter 2019; torch",
+    options=AdamWOptions,
+)
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float, options: AdamWOptions) -> Optimizer:
+    return torch.optim.AdamW(
+        decay_groups(model, weight_decay),
+        lr=learning_rate,
+        betas=options.betas,
+        eps=options.eps,
+        fused=fused(model),
+    )
