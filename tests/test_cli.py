@@ -78,7 +78,7 @@ def test_a_plain_module_is_pruned_from_the_command_line(module_file, cache, caps
             ["sparsty", "did you mean --sparsity"],
         ),
         (["run", "prune", "--subject", "digits-vit", "--sparsity", "1.2"], ["sparsity", "1.2"]),
-        (["run", "quantize", "--subject", "digits-vit", "--bits", "0"], ["bits", "0"]),
+        (["run", "quantize", "--subject", "digits-vit", "--format.bits", "0"], ["format.bits", "0"]),
         (
             ["run", "prune", "--subject", "FOLDER", "--data", "random", "--layers", "*nothing*"],
             ["layers", "*nothing*"],

@@ -55,6 +55,8 @@ class Panel(ipywidgets.VBox):
     `.parameters` what Send to report writes.
     """
 
+    children: Any
+
     def __init__(
         self,
         instrument: type[Instrument] | Instrument,
@@ -65,6 +67,7 @@ class Panel(ipywidgets.VBox):
         **fields: Any,
     ) -> None:
         start = instrument.with_fields(**fields) if isinstance(instrument, Instrument) else None
+        self.special: ipywidgets.VBox | None = None
         self.kind: type[Instrument] = type(instrument) if isinstance(instrument, Instrument) else instrument
         if start is None and fields:
             start = self.kind(**fields)
@@ -141,31 +144,8 @@ class Panel(ipywidgets.VBox):
     @classmethod
     def from_parameters(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Panel:
         """The panel that these parameters (a YAML or JSON file, or a mapping) were sent from."""
-        if isinstance(source, Mapping):
-            given = dict(source)
-        else:
-            file = Path(source)
-            if not file.is_file():
-                raise BadInput(
-                    f"parameters: {str(source)!r} is not a file; "
-                    "give one that Send to report wrote, or a mapping"
-                )
-            try:
-                given = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except yaml.YAMLError:
-                raise BadInput(f"parameters: {str(source)!r} is neither YAML nor JSON") from None
-        if not isinstance(given, dict) or "instrument" not in given or "subject" not in given:
-            raise BadInput(
-                f"parameters: expected a mapping with instrument and subject (keys: {', '.join(KNOWN)})"
-            )
-        unknown = [key for key in given if key not in KNOWN]
-        if unknown:
-            raise BadInput(f"{unknown[0]}: unknown parameter of a panel (parameters: {', '.join(KNOWN)})")
-        kind = find(given["instrument"])
-        on: Any = given["subject"]
-        if given.get("fingerprint"):
-            on = workbench.reports.reopen(kind, on, given["fingerprint"])
-        return cls(as_chosen(kind(**(given.get("settings") or {}))), on, view=given.get("view"))
+        instrument, on, view = read_parameters(source)
+        return cls(instrument, on, view=view)
 
     def _settings_changed(self) -> None:
         if self.job.running:
@@ -180,9 +160,7 @@ class Panel(ipywidgets.VBox):
     # ---- running -------------------------------------------------------------------------------------------
     def _work(self, progress: Progress) -> Result:
         instrument = self.instrument
-        if isinstance(self.on, str):
-            self.on = workbench.reports.reopen(self.kind, self.on, progress=progress)
-        return instrument.run(self.on, progress=progress)
+        return instrument.run(self.opened(progress), progress=progress)
 
     def _preview(self, result: Result) -> None:
         self.plot.figure = result.figure(**self._valid_view(result))
@@ -342,6 +320,34 @@ class Panel(ipywidgets.VBox):
         else:
             self.report_note.value = f'<span role="status">{html.escape(report.state)}</span>'
 
+    # ---- a view of its own --------------------------------------------------------------------------------
+    def opened(self, progress: Progress | None = None) -> Any:
+        """What the panel works on, opened if it is still a name."""
+        if isinstance(self.on, str):
+            self.on = workbench.reports.reopen(self.kind, self.on, progress=progress)
+        return self.on
+
+    def offer(self, view: Any) -> None:
+        """A button that opens `view.beside(self)` under the panel, and closes it again."""
+        button = ipywidgets.ToggleButton(
+            description=view.caption, tooltip=view.caption, layout=ipywidgets.Layout(width="auto")
+        )
+        note, place = Note(), ipywidgets.VBox()
+
+        def show(change: Mapping[str, Any]) -> None:
+            place.children = ()
+            note.say("opening" if change["new"] else "")
+            if change["new"]:
+                place.children = (view.beside(self),)
+                note.say("")
+
+        button.observe(guarded(note, show), "value")
+        row = ipywidgets.HBox([button, note], layout=ipywidgets.Layout(flex_flow="row wrap"))
+        self.special = ipywidgets.VBox([row, place])
+        self.special.add_class("wb-section")
+        self.special.add_class("wb-special")
+        self.children = (*self.children, self.special)
+
     # ---- elsewhere -----------------------------------------------------------------------------------------
     def _title(self) -> str:
         about = (self.kind.__doc__ or "").strip().split("\n\n")[0]
@@ -365,6 +371,36 @@ class Panel(ipywidgets.VBox):
         bundle = super()._repr_mimebundle_(**options)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
         return {**data, **twin}, metadata
+
+
+def read_parameters(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+) -> tuple[Instrument, Any, Mapping[str, Any] | None]:
+    """Instrument, what it works on and the view, from a YAML or JSON file or a mapping."""
+    if isinstance(source, Mapping):
+        given = dict(source)
+    else:
+        file = Path(source)
+        if not file.is_file():
+            raise BadInput(
+                f"parameters: {str(source)!r} is not a file; give one that Send to report wrote, or a mapping"
+            )
+        try:
+            given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            raise BadInput(f"parameters: {str(source)!r} is neither YAML nor JSON") from None
+    if not isinstance(given, dict) or "instrument" not in given or "subject" not in given:
+        raise BadInput(
+            f"parameters: expected a mapping with instrument and subject (keys: {', '.join(KNOWN)})"
+        )
+    unknown = [key for key in given if key not in KNOWN]
+    if unknown:
+        raise BadInput(f"{unknown[0]}: unknown parameter of a panel (parameters: {', '.join(KNOWN)})")
+    kind = find(given["instrument"])
+    on: Any = given["subject"]
+    if given.get("fingerprint"):
+        on = workbench.reports.reopen(kind, on, given["fingerprint"])
+    return as_chosen(kind(**(given.get("settings") or {}))), on, given.get("view")
 
 
 def as_chosen(instrument: Instrument) -> Instrument:

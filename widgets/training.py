@@ -34,10 +34,19 @@ def drawn() -> tuple[str, ...]:
 class SchedulePanel(ipywidgets.VBox):
     """Schedules drawn from the schedulers themselves. `.table` holds what is drawn: name, step, lr."""
 
+    caption: ClassVar[str] = "Draw and compare schedules"
+
+    @classmethod
+    def beside(cls, panel: Panel) -> SchedulePanel:
+        """Schedules to draw; the one of the panel among them."""
+        settings: Any = panel.instrument
+        chosen = str(settings.schedule)
+        return cls(names=tuple(dict.fromkeys([name for name in (chosen, *STARTS_WITH) if name in DRAWN])))
+
     def __init__(
         self,
         on: Any = None,
-        names: tuple[str, ...] = ("cosine", "linear", "rex", "uba", "wsd"),
+        names: tuple[str, ...] = STARTS_WITH,
         steps: int = 1000,
     ) -> None:
         wide = {

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from workbench.names import Method
-from workbench.scaling.formulas.lawbook import LAWS
+from workbench.scaling.formulas.lawbook import law
 
 RUNS = "finished runs of several sizes and token counts"
 
 
 def _card(name: str, row: int | None, needs: str, claim: str, runs: str = "", **fields: Any) -> Method:
     """The card of a law. `runs` : the project's table to fit it to (none: the one that was drawn from it)."""
-    shape = LAWS[name]
+    shape = law(name)
     return Method(
         name,
         "scaling",

@@ -20,7 +20,7 @@ from workbench.subjects import text
 from workbench.subjects.changes import restore_changes
 from workbench.subjects.checkpoints import check_folder, open_model, open_tokenizer
 from workbench.subjects.subject import Split, Subject
-from workbench.subjects.tasks import TASKS, CustomLoss, Task
+from workbench.subjects.tasks import TASK, CustomLoss, Task
 from workbench.subjects.text import cut
 
 HEADS = {
@@ -68,7 +68,7 @@ def subject(
         shape and speed work only), or for a module a dict split -> dict of tensors, or a dict of tensors that
         is split here.
     text_column, label_column, image_column : the columns of `data`.
-    task : a name of `workbench.subjects.TASKS`; guessed from the checkpoint's class when left out.
+    task : a name of `workbench.subjects.TASK`; guessed from the checkpoint's class when left out.
     loss : for a module: "cross_entropy", "squared_error" or a function (output, batch)
         -> mean loss over examples.
     max_length : tokens per example. max_examples : at most so many rows of `data` are used
@@ -104,7 +104,7 @@ def subject(
             "subject",
             source,
             builtin_names(),
-            ", or a folder, a hub id (org/name or hf:name) or file.py:function",
+            " (built-in), or a folder, a hub id (org/name or hf:name), or file.py:function",
         )
     return from_checkpoint(
         source if local else source.removeprefix("hf:"),
@@ -138,8 +138,7 @@ def from_checkpoint(
 ) -> Subject:
     config = read_config(source, local)
     guessed = task or guess_task(config, text_column, label_column, image_column)
-    if guessed not in TASKS:
-        raise BadInput(f"task: {guessed!r} is unknown; known: {', '.join(TASKS)}")
+    kind = TASK.chosen(guessed).value
     if isinstance(data, str) and data != "random" and not data.startswith("hf:") and not Path(data).is_file():
         raise BadInput(f"data: {data!r} is not a file; give a CSV, JSONL or Parquet file, hf:ID, or random")
     tokenizer = tokenizer or open_tokenizer(source, local)
@@ -175,7 +174,7 @@ def from_checkpoint(
         splits = text.random_splits(model, guessed, settings)
     else:
         splits = text.encode(rows, guessed, tokenizer, model, settings)
-    built: Task = TASKS[guessed]()
+    built: Task = kind()
     made = Subject(
         name,
         model,
@@ -263,7 +262,7 @@ def from_saved(folder: Path) -> Subject:
     return Subject(
         note["name"],
         model.eval(),
-        TASKS[note["task"]](),
+        TASK[note["task"]].value(),
         splits,
         tokenizer=tokenizer,
         data_note=note["data_note"],
@@ -317,7 +316,7 @@ def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -
             f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, "
             "batch) -> scalar"
         )
-    task: Task = CustomLoss(function=loss) if callable(loss) else TASKS[kinds[loss]]()
+    task: Task = CustomLoss(function=loss) if callable(loss) else TASK[kinds[loss]].value()
     made = Subject(name, module.eval(), task, splits, data_note="tensors given in Python")
     try:
         with torch.no_grad():

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+__all__ = ["Parts", "data_folder"]
+
 
 @dataclass
 class Parts:
