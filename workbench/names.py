@@ -60,7 +60,7 @@ class Method:
     claim: str  # what the source says, checkable here
     row: int | None = None  # the technique list's number
     recipe: tuple[Step, ...] = ()
-    subject: str = "digits-vit"  # the smallest built-in subject that it is for
+    subject: str = "digits-vit"  # the smallest built-in subject that it is for, or the table of runs
 
     def evidence(self) -> dict[str, Any] | None:
         """The stored measurement, one's own before the project's (`FAMILY/NAME.json`),
@@ -245,7 +245,7 @@ def method_door(card: Method) -> Door:
     ]
     if card.recipe:
         facts.append(("recipe", in_words(card.recipe)))
-        facts.append(("run", f"workbench run {card.name} --subject {card.subject}"))
+        facts.append(("run", f"workbench run {card.name} --{find(card.recipe[0][0]).on} {card.subject}"))
         facts.append(("defined", "; ".join(places(card.recipe))))
     record = card.evidence() or {}
     facts.append(

@@ -15,6 +15,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than nearest rounding at 3 bits",
         None,
+        recipe=(("quantize", {"rounding": "gptq", "bits": 3}),),
     ),
     Method(
         "adaround",
@@ -25,6 +26,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         216,
+        recipe=(("quantize", {"rounding": "adaround", "bits": 3}),),
     ),
     Method(
         "flexround",
@@ -35,6 +37,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         244,
+        recipe=(("quantize", {"rounding": "flexround", "bits": 3}),),
     ),
     Method(
         "signround",
@@ -45,6 +48,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         295,
+        recipe=(("quantize", {"rounding": "signround", "bits": 3}),),
     ),
     Method(
         "adaquant",
@@ -55,6 +59,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         309,
+        recipe=(("quantize", {"rounding": "adaquant", "bits": 3}),),
     ),
     Method(
         "hqq",
@@ -65,6 +70,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than nearest rounding with a zero point at 3 bits",
         None,
+        recipe=(("quantize", {"rounding": "hqq", "bits": 3, "symmetric": False}),),
     ),
     Method(
         "awq",
@@ -75,6 +81,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than nearest rounding at 3 bits",
         None,
+        recipe=(("quantize", {"transform": "awq", "bits": 3}),),
     ),
     Method(
         "teq",
@@ -85,6 +92,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         387,
+        recipe=(("quantize", {"transform": "teq", "bits": 3}),),
     ),
     Method(
         "smoothquant",
@@ -95,6 +103,18 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than none with 8-bit weights by channel and 6-bit activations by tensor",
         None,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "transform": "smooth",
+                    "activations": "tensor",
+                    "bits": 8,
+                    "granularity": "channel",
+                    "activation_bits": 6,
+                },
+            ),
+        ),
     ),
     Method(
         "quarot",
@@ -105,6 +125,11 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than none with 4-bit weights and activations",
         None,
+        recipe=(
+            ("rotate", {"kind": "hadamard"}),
+            ("quantize", {"bits": 4, "granularity": "channel", "activations": "token", "activation_bits": 4}),
+        ),
+        subject="bytelm",
     ),
     Method(
         "outliertune",
@@ -115,6 +140,12 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than one activation scale a tensor at 6 bits",
         327,
+        recipe=(
+            (
+                "quantize",
+                {"activations": "channel", "bits": 8, "granularity": "channel", "activation_bits": 6},
+            ),
+        ),
     ),
     Method(
         "outlier-split",
@@ -126,6 +157,18 @@ METHODS: list[Method] = [
         "calibration inputs",
         "a sixteenth of the features apart: lower loss than none, 4-bit weights and activations",
         None,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "bits": 4,
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activation_bits": 4,
+                    "wide_share": 0.0625,
+                },
+            ),
+        ),
     ),
     Method(
         "clipping-search",
@@ -136,6 +179,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than the largest magnitude at 3 bits",
         None,
+        recipe=(("quantize", {"range": "mse", "bits": 3}),),
     ),
     Method(
         "asymmetric-calibration",
@@ -147,6 +191,7 @@ METHODS: list[Method] = [
         "GPTQ against the dense output on quantized inputs has lower loss than GPTQ on dense inputs at 2 "
         "bits",
         None,
+        recipe=(("quantize", {"rounding": "gptq", "bits": 2, "range": "mse", "sequential": True}),),
     ),
     Method(
         "hawq-v2",
@@ -157,6 +202,7 @@ METHODS: list[Method] = [
         "Hessian-vector products",
         "at an average of 3 bits lower loss than uniform, random and reversed allocations",
         348,
+        recipe=(("allocate", {"sensitivity": "trace", "group_size": 4096}),),
     ),
     Method(
         "curvature-allocation",
@@ -167,6 +213,7 @@ METHODS: list[Method] = [
         "gradients at targets the model draws",
         "at an average of 3 bits lower loss than uniform, random and reversed allocations",
         266,
+        recipe=(("allocate", {"sensitivity": "gauss-newton", "group_size": 4096}),),
     ),
     Method(
         "fp8",
@@ -177,6 +224,17 @@ METHODS: list[Method] = [
         "nothing",
         "E4M3 has less noise than E5M2 on weights and activations",
         308,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "format": "e4m3fn",
+                    "granularity": "tensor",
+                    "activations": "tensor",
+                    "activation_format": "e4m3fn",
+                },
+            ),
+        ),
     ),
     Method(
         "nf4",
@@ -187,6 +245,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than symmetric int4 in groups of 64",
         74,
+        recipe=(("quantize", {"format": "nf4"}),),
     ),
     Method(
         "minifloats",
@@ -197,6 +256,7 @@ METHODS: list[Method] = [
         "nothing",
         "E2M1 has lower loss than symmetric int4 in groups of 64",
         284,
+        recipe=(("quantize", {"format": "e2m1"}),),
     ),
     Method(
         "lsq",
@@ -207,6 +267,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than rounding after as many steps",
         None,
+        recipe=(("train-quantized", {"method": "lsq", "bits": 2}),),
     ),
     Method(
         "trilm",
@@ -217,6 +278,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than rounding to ternary after as many steps",
         197,
+        recipe=(("train-quantized", {"method": "ternary"}),),
     ),
     Method(
         "continual-qat",
@@ -227,6 +289,12 @@ METHODS: list[Method] = [
         "training",
         "an interior switch point is best",
         192,
+        recipe=(
+            (
+                "train-quantized",
+                {"method": "ternary", "from_scratch": True, "switch_at": 0.2, "learning_rate": 0.003},
+            ),
+        ),
     ),
     Method(
         "interactions",
@@ -237,6 +305,7 @@ METHODS: list[Method] = [
         "gradients at targets the model draws",
         "at an average of 3 bits lower loss than the additive integer program",
         307,
+        recipe=(("allocate", {"sensitivity": "gauss-newton", "interactions": True, "group_size": 4096}),),
     ),
     Method(
         "cbq",
@@ -247,6 +316,9 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than learning block by block at 2 bits",
         329,
+        recipe=(
+            ("quantize", {"bits": 2, "rounding": "lowrank-adaround", "objective": "block", "window": 2}),
+        ),
     ),
     Method(
         "spinquant",
@@ -257,6 +329,11 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than the Hadamard rotation it starts from, 4-bit weights and activations",
         385,
+        recipe=(
+            ("rotate", {"kind": "learned", "heads": False}),
+            ("quantize", {"bits": 4, "granularity": "channel", "activations": "token", "activation_bits": 4}),
+        ),
+        subject="bytelm",
     ),
     Method(
         "flatquant",
@@ -267,6 +344,18 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than an online Hadamard rotation, 4-bit weights and activations",
         310,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "bits": 4,
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activation_bits": 4,
+                    "transform": "flatquant",
+                },
+            ),
+        ),
     ),
     Method(
         "resq",
@@ -278,6 +367,19 @@ METHODS: list[Method] = [
         "lower loss than keeping an eighth of the features wide after a Hadamard rotation, "
         "4-bit weights and activations",
         357,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "bits": 4,
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activation_bits": 4,
+                    "transform": "resq",
+                    "wide_share": 0.125,
+                },
+            ),
+        ),
     ),
     Method(
         "loftq",
@@ -288,6 +390,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than a zero low-rank term (QLoRA's start) at 2 bits, before any training",
         345,
+        recipe=(("quantize", {"bits": 2, "adapter_rank": 8}),),
     ),
     Method(
         "nipq",
@@ -298,6 +401,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         356,
+        recipe=(("train-quantized", {"method": "nipq", "budget": 3.0}),),
     ),
     Method(
         "csq",
@@ -308,6 +412,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         276,
+        recipe=(("train-quantized", {"method": "csq", "budget": 3.0, "strength": 0.3}),),
     ),
     Method(
         "fliqs",
@@ -318,6 +423,12 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps, with formats int2, int3, int4 and e2m1",
         369,
+        recipe=(
+            (
+                "train-quantized",
+                {"method": "fliqs", "budget": 3.0, "formats": ["int2", "int3", "int4", "e2m1"]},
+            ),
+        ),
     ),
     Method(
         "l4q",
@@ -328,6 +439,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than adapters beside a rounded weight, merged and rounded, at 2 bits",
         335,
+        recipe=(("train-quantized", {"method": "l4q", "bits": 2}),),
     ),
     Method(
         "bibert",
@@ -338,6 +450,7 @@ METHODS: list[Method] = [
         "training",
         "accuracy above the commonest class with binary weights and inputs",
         8,
+        recipe=(("train-quantized", {"method": "bibert", "learning_rate": 0.002}),),
     ),
     Method(
         "halo",
@@ -349,6 +462,7 @@ METHODS: list[Method] = [
         "int6 operands, equal steps and tuning: both levels of rotation end nearer to the full-precision "
         "loss than no rotation",
         221,
+        recipe=(("train", {"precision": "int6", "rotation": 2, "start": "random"}),),
     ),
     *TAUGHT,
     Method(
@@ -363,6 +477,33 @@ METHODS: list[Method] = [
         "single weights at equal bits, and the learned scales "
         "nearest rounding to 2 bits",
         374,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "format": "binary",
+                    "range": "centred",
+                    "granularity": "channel",
+                    "salient_share": 0.2,
+                    "adapter_rank": 8,
+                    "adapter_steps": 0,
+                },
+            ),
+            ("train-quantized", {"method": "adapters"}),
+            (
+                "quantize",
+                {
+                    "format": "binary",
+                    "range": "centred",
+                    "granularity": "channel",
+                    "salient_share": 0.2,
+                    "rounding": "scales",
+                    "objective": "block",
+                    "sequential": True,
+                },
+            ),
+        ),
+        subject="bytelm",
     ),
     Method(
         "double-rounding",
@@ -374,6 +515,7 @@ METHODS: list[Method] = [
         "accuracy within a point of separate LSQ trainings of as many steps in all at 8, 6 and 4 bits, and "
         "at 2 bits a lower loss than truncated 8-bit training",
         207,
+        recipe=(("train-quantized", {"method": "double-rounding"}),),
     ),
     Method(
         "hasb",
@@ -385,6 +527,7 @@ METHODS: list[Method] = [
         "read at mixed widths of 4 bits on average, lower loss than after training all layers at one width "
         "in turn",
         207,
+        recipe=(("train-quantized", {"method": "double-rounding", "switching": "by trace"}),),
     ),
     Method(
         "ptq-or-qat",
@@ -395,6 +538,7 @@ METHODS: list[Method] = [
         "training",
         "a gap below 0.02 nats at 8 bits, which opens from 4 bits down",
         358,
+        recipe=(("train-quantized", {"method": "lsq", "bits": 3}),),
     ),
     Method(
         "log-variance",
@@ -405,6 +549,7 @@ METHODS: list[Method] = [
         "Hessian-vector products",
         "at an average of 3 bits lower loss than uniform, random and reversed allocations",
         358,
+        recipe=(("allocate", {"sensitivity": "variance", "group_size": 4096}),),
     ),
     Method(
         "q-bert",
@@ -415,6 +560,7 @@ METHODS: list[Method] = [
         "Hessian-vector products",
         "at an average of 3 bits lower loss than uniform, random and reversed allocations",
         24,
+        recipe=(("allocate", {"sensitivity": "eigenvalue", "group_size": 4096}),),
     ),
     Method(
         "bfloat16",
@@ -425,6 +571,7 @@ METHODS: list[Method] = [
         "training",
         "differs from float32 by less than seeds differ",
         198,
+        recipe=(("train", {"precision": "bf16", "start": "random"}),),
     ),
     Method(
         "gradient-ptq",
@@ -435,6 +582,18 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "what is learned moves the loss more than the size or the draw of the calibration set",
         301,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "bits": 3,
+                    "granularity": "channel",
+                    "rounding": "flexround",
+                    "objective": "block",
+                    "examples": 256,
+                },
+            ),
+        ),
     ),
     Method(
         "qfx",
@@ -445,5 +604,6 @@ METHODS: list[Method] = [
         "training",
         "at 4 bits lower loss than one binary point for all tensors after as many dense steps",
         373,
+        recipe=(("train-quantized", {"method": "fixed", "bits": 4}),),
     ),
 ]

@@ -228,16 +228,15 @@ class Runs:
         """Runs from a file (CSV, Parquet, JSON lines, W&B or TensorBoard export, MLflow or Optuna SQLite),
         a DataFrame or a mapping.
 
-        "scaling-sweep" is the project's own table: byte-level models of 20 thousand to half a million
-        parameters.
+        The project's own tables are found from anywhere: "scaling-sweep" (byte-level models of 20 thousand to
+        half a million parameters), "training-lr-batch", and "drawn/LAW" for laws that need further columns.
         """
         from workbench.scaling.run_readers import read
-        from workbench.storage import data_folder
 
         if isinstance(source, Runs):
             return source
-        if isinstance(source, str) and source == OWN_SWEEP:
-            source = data_folder() / "runs" / "scaling_sweep.csv"
+        if isinstance(source, str):
+            source = shipped(source) or source
         if isinstance(source, str | Path):
             return cls.from_table(read(source, **reader), columns, name=Path(source).name)
         return cls.from_table(source, columns)
@@ -275,6 +274,18 @@ class Runs:
             if note.startswith("warning: "):
                 warnings.warn(note.removeprefix("warning: "), stacklevel=3)
         return cls(frame, name, notes)
+
+
+def shipped(name: str) -> Path | None:
+    """The file of one of the project's own tables, by its name in `data/runs`."""
+    from workbench.storage import data_folder
+
+    folder = data_folder() / "runs"
+    own = {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in (*folder.glob("*.csv"), *folder.glob("drawn/*.csv"))
+    }
+    return own.get(name) or own.get(name.replace("-", "_"))
 
 
 def mapping(text: str | Mapping[str, str] | None) -> dict[str, str]:

@@ -37,6 +37,11 @@ BUILTINS: dict[str, tuple[str, str, str]] = {
             "trained briefly on the same text"
         ),
     ),
+    "hidden-markov": (
+        "hidden_markov",
+        "chain",
+        "an untrained GPT-2 of two layers on sequences of a hidden Markov chain, whose states are known",
+    ),
     "minilm-docstrings": (
         "minilm",
         "minilm",

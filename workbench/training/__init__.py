@@ -10,6 +10,7 @@ from workbench.training.studies.learning_rate_batch_size import LearningRateBatc
 from workbench.training.studies.learning_rate_range import LearningRateRange
 from workbench.training.studies.optimizer_comparison import OptimizerComparison
 from workbench.training.studies.schedule_study import ScheduleStudy
+from workbench.training.studies.self_tuning import SelfTuning
 from workbench.training.studies.train import Train
 from workbench.training.sweep.sweeps import Range, Sweep, Trial
 
@@ -22,6 +23,7 @@ __all__ = [
     "OptimizerComparison",
     "Range",
     "ScheduleStudy",
+    "SelfTuning",
     "Sweep",
     "Train",
     "Training",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from workbench.errors import BadInput
 from workbench.training.optimizer.optimizers import OPTIMIZER, make_optimizer
@@ -25,8 +26,13 @@ def check_pair(
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
     built = make_optimizer(stepper, learning_rate, weight_decay)(model)
     try:
-        make_schedule(planner, warmup)(built, 100)
+        made = make_schedule(planner, warmup)(built, 100)
     except BadInput:
         raise
     except ValueError as error:
         raise BadInput(f"schedule: {planner} does not go with optimizer {stepper}: {error}") from None
+    if stepper.has("scales rates") and isinstance(made, ReduceLROnPlateau):
+        raise BadInput(
+            f"schedule: {planner} leaves the rate as it was, and {stepper} scales it in every step; "
+            "take another schedule"
+        )

@@ -10,15 +10,13 @@ import torch
 
 from workbench.curvature.estimators.flatness import (
     Checkpoint,
-    Corpus,
     at_one_loss,
-    hidden_markov,
     probe_accuracy,
     rank_correlations,
-    small_model,
     train,
 )
 from workbench.subjects import TASK, Subject
+from workbench.subjects.builtin.hidden_markov import Corpus, hidden_markov, small_model
 
 
 def transitions(corpus: Corpus) -> torch.Tensor:

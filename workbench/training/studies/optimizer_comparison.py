@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.hyperparameters import speedup
 from workbench.subjects import Subject
+from workbench.training.loop import Training, fit
 from workbench.training.optimizer.optimizers import OPTIMIZER, usual_learning_rate
 from workbench.training.pairs import check_pair
 from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
@@ -25,6 +27,10 @@ from workbench.training.studies.comparison import (
     tuning_table,
 )
 from workbench.training.studies.lists import Texts, labels, listed
+from workbench.training.sweep.objective import begun
+
+#: Steps that a step's time is measured on.
+TIMED = 20
 
 
 class OptimizerComparison(Comparison):
@@ -41,6 +47,11 @@ class OptimizerComparison(Comparison):
         ["adamw", "sgd", "lamb", "lion", "muon", "soap"],
         "optimizers, one with options as 'muon momentum=0.9'",
         min_length=1,
+    )
+    equal: Literal["examples", "time"] = parameter(
+        "examples",
+        "what all have the same of: examples; or reference time, what the first optimizer takes for the "
+        "examples, each in steps of its own length as timed here first (Kaddour et al. 2023)",
     )
     schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine", "learning-rate schedule of every run")
     baseline_budgets: tuple[float, ...] = parameter(
@@ -62,6 +73,8 @@ class OptimizerComparison(Comparison):
         for optimizer in chosen:
             rate = usual_learning_rate(optimizer)
             check_pair(optimizer, self.schedule, rate, self.weight_decay, self.warmup)
+        if self.baseline_budgets and self.equal == "time":
+            raise BadInput("baseline_budgets: they are budgets of examples, and equal is time; give one")
         if self.baseline_budgets and (
             "adamw" not in labels(chosen)
             or len({1.0, *self.baseline_budgets}) < 4
@@ -72,6 +85,29 @@ class OptimizerComparison(Comparison):
                 "accepted; AdamW must be among the optimizers, and its curve "
                 "needs at least three budgets other than 1, each of a step or more"
             )
+
+    def seconds_per_step(self, on: Subject, optimizers: list[Choice]) -> list[float]:
+        """Processor time of a step of each, the mean of `TIMED` after the first on a copy: an optimizer may
+        do more in every tenth.
+        """
+        found = []
+        for optimizer in optimizers:
+            clock: list[float] = []
+
+            def told(run: Training, clock: list[float] = clock) -> None:
+                clock.append(time.process_time())
+
+            fit(
+                begun(on, self.start, self.seed),
+                steps=TIMED + 1,
+                batch_size=self.batch_size,
+                optimizer=optimizer,
+                learning_rate=1e-6,
+                evaluate_limit=1,
+                callbacks=[told],
+            )
+            found.append(max((clock[-2] - clock[0]) / (len(clock) - 2), 1e-9))
+        return found
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         optimizers = self.compared()
@@ -88,10 +124,16 @@ class OptimizerComparison(Comparison):
             }
             for budget in self.baseline_budgets
         ]
+        if self.equal == "time":
+            seconds = self.seconds_per_step(on, optimizers)
+            for candidate, spent in zip(candidates, seconds, strict=False):
+                candidate["examples"] = max(self.batch_size, round(self.examples * seconds[0] / spent))
         centres = [usual_learning_rate(candidate["optimizer"]) for candidate in candidates]
         tuning, finals = self.protocol(on, progress, candidates, centres, rows)
         everything = leaderboard(finals, [{"name": name} for name in rows], tuning, self.level)
         facts: dict[str, Any] = {"runs": len(tuning) + len(finals)}
+        if self.equal == "time":
+            facts |= {f"seconds_per_step_{name}": spent for name, spent in zip(chosen, seconds, strict=True)}
         curves = curve_table(finals[finals.candidate < len(chosen)] if len(finals) else finals, chosen)
         table = everything[everything.name.isin(chosen)] if len(everything) else everything
         if len(table):

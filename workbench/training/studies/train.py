@@ -18,6 +18,8 @@ from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.training.batch.rules import BATCH_RULE
 from workbench.training.loop import Training, fit
+from workbench.training.losses import TRAINING_LOSS
+from workbench.training.models.model_change import MODEL_CHANGE
 from workbench.training.optimizer.optimizers import OPTIMIZER, state_bytes
 from workbench.training.pairs import check_pair
 from workbench.training.precision.precision import PRECISION, arithmetic_of
@@ -46,6 +48,8 @@ class Train(SubjectInstrument):
     clip: float = parameter(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e6)
     precision: Choice = PRECISION.choice("fp32")
     batch_rule: Choice = BATCH_RULE.choice("fixed")
+    loss: Choice = TRAINING_LOSS.choice("task")
+    model_change: Choice = MODEL_CHANGE.choice("none")
     ema: float = parameter(0.0, "decay of averaged weights; 0 keeps the last weights", ge=0, lt=1)
     start: Start = parameter("weights", "start from the subject's weights or from random ones")
     split: str = parameter("train", "split to train on", min_length=1)
@@ -64,11 +68,15 @@ class Train(SubjectInstrument):
     def check(self, on: Subject) -> None:
         on.split(self.split)
         arithmetic_of(on, self.precision)
+        self.loss(on)
+        if self.model_change != "none":
+            self.model_change(on.copy())
         check_pair(self.optimizer, self.schedule, self.learning_rate, self.weight_decay, self.warmup)
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         mine = reinitialised(on, self.seed) if self.start == "random" else on
         before = on.evaluate("validation") if "validation" in on.splits and self.start == "weights" else {}
+        mine = self.model_change(mine)
 
         def draw(run: Training) -> None:
             if run.step % max(1, self.steps // 50) == 0 and type(progress).preview is not Progress.preview:
@@ -87,6 +95,7 @@ class Train(SubjectInstrument):
             clip=self.clip or None,
             precision=self.precision,
             batch_rule=self.batch_rule(),
+            loss=self.loss(mine),
             ema=self.ema,
             split=self.split,
             evaluate_every=self.evaluate_every,
@@ -114,6 +123,8 @@ class Train(SubjectInstrument):
                 if split in mine.splits
                 for k, v in mine.evaluate(split).items()
             }
+        if hasattr(mine.model, "certificate"):
+            facts["lipschitz_certificate"] = mine.model.certificate()
         facts["optimizer_state_bytes"] = state_bytes(run.optimizer)
         return self.result(table, facts, subject=mine)
 
