@@ -146,18 +146,15 @@ def entries_called(name: str) -> list[Entry]:
 
 
 def home_of(entry: Entry) -> tuple[str, str] | None:
-    """(instrument, field) where an entry is chosen: of those with a field on its axis,
-    the one with most choices.
-    """
-    found = []
+    """(instrument, field) where an entry is chosen: what its axis says, else the only ones there are."""
+    if entry.axis.home:
+        name, field = entry.axis.home.split(".")
+        return name, field
     for name, cls in catalog().items():
-        held = {
-            field: axis for field, info in cls.model_fields.items() if (axis := axis_of(info)) is not None
-        }
-        mine = [field for field, axis in held.items() if axis is entry.axis]
-        if mine:
-            found.append((-len(held), name, mine[0]))
-    return min(found)[1:] if found else None
+        for field, info in cls.model_fields.items():
+            if axis_of(info) is entry.axis:
+                return name, field
+    return None
 
 
 def accepts(cls: type[Fields], field: str) -> bool:
