@@ -16,7 +16,7 @@ from workbench.scaling import load_runs
 #: Fields that make a run small, where an instrument has them.
 SMALL: dict[str, Any] = {
     "steps": 10,
-    "probes": 1,
+    "probes": 2,
     "products": 12,
     "examples": 256,
     "calibration_examples": 8,

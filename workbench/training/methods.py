@@ -173,6 +173,7 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        subject="bytelm",
     ),
     Method(
         "ghost-batch-norm",
