@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.subjects.vocabulary import Unspoken, unspoken
+
 Batch = dict[str, Tensor]
 
 
@@ -37,11 +39,17 @@ class Task:
         options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
         return first_tensor(model(**self.inputs(batch), **options))
 
+    def deferred(self, model: nn.Module, batch: Batch) -> Tensor | Unspoken:
+        """The output, or what a language model says before its product with the vocabulary.
+        `criterion` and `metrics` take either.
+        """
+        return self.output(model, batch)
+
     def flat(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(items, classes) outputs and (items,) targets; items that are padding are left out."""
         return output, batch[self.targets]
 
-    def criterion(self, output: Tensor, batch: Batch) -> Tensor:
+    def criterion(self, output: Any, batch: Batch) -> Tensor:
         """Mean loss over the batch's items, a scalar; in float32 or wider."""
         rows, targets = self.flat(output, batch)
         return F.cross_entropy(
@@ -51,13 +59,18 @@ class Task:
     def items(self, batch: Batch) -> int:
         return int(batch[self.targets].shape[0])
 
-    def metrics(self, output: Tensor, batch: Batch) -> dict[str, float]:
+    def metrics(self, output: Any, batch: Batch) -> dict[str, float]:
         """Sums over items of each metric."""
         rows, targets = self.flat(output, batch)
         return {"accuracy": float((rows.argmax(-1) == targets).sum())}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.criterion(self.output(model, batch), batch)
+        return self.criterion(self.deferred(model, batch), batch)
+
+    def measured(self, model: nn.Module, batch: Batch) -> tuple[float, dict[str, float]]:
+        """(mean loss over the items, sums over items of each metric)."""
+        output = self.output(model, batch)
+        return float(self.criterion(output, batch)), self.metrics(output, batch)
 
 
 @dataclass(frozen=True)
@@ -91,12 +104,49 @@ class TokenClassification(TokenTask):
 
 
 @dataclass(frozen=True)
-class MaskedLM(TokenTask):
+class LanguageModel(TokenTask):
+    """A target is a word of the vocabulary. Loss and metrics form the logits of a few tokens at a time
+    (see `vocabulary`); `output` has all of them. A model without output embeddings of its own
+    (no transformers class), or whose head is being watched, computes them whole.
+    """
+
+    def call(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """The model's arguments."""
+        options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+        return {**self.inputs(batch), **options}
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        return first_tensor(model(**self.call(model, batch)))
+
+    def deferred(self, model: nn.Module, batch: Batch) -> Tensor | Unspoken:
+        found = unspoken(
+            model, self.call(model, batch), lambda hidden: self.flat(hidden, batch), first_tensor
+        )
+        return self.output(model, batch) if found is None else found
+
+    def criterion(self, output: Tensor | Unspoken, batch: Batch) -> Tensor:
+        return output.loss() if isinstance(output, Unspoken) else super().criterion(output, batch)
+
+    def metrics(self, output: Tensor | Unspoken, batch: Batch) -> dict[str, float]:
+        if isinstance(output, Unspoken):
+            return {"accuracy": float(output.measured()[1])}
+        return super().metrics(output, batch)
+
+    def measured(self, model: nn.Module, batch: Batch) -> tuple[float, dict[str, float]]:
+        output = self.deferred(model, batch)
+        if isinstance(output, Unspoken):
+            loss, hits = output.measured()
+            return float(loss), {"accuracy": float(hits)}
+        return float(self.criterion(output, batch)), self.metrics(output, batch)
+
+
+@dataclass(frozen=True)
+class MaskedLM(LanguageModel):
     name: ClassVar[str] = "masked-lm"
 
 
 @dataclass(frozen=True)
-class CausalLM(TokenTask):
+class CausalLM(LanguageModel):
     """Next-token prediction: `labels` are the input ids (-100 at padding); the shift happens here."""
 
     name: ClassVar[str] = "causal-lm"
@@ -104,14 +154,16 @@ class CausalLM(TokenTask):
 
 
 @dataclass(frozen=True)
-class Seq2SeqLM(TokenTask):
+class Seq2SeqLM(LanguageModel):
     """Encoder-decoder: `labels` are the decoder's targets; its inputs are the labels shifted right."""
 
     name: ClassVar[str] = "seq2seq-lm"
 
-    def output(self, model: nn.Module, batch: Batch) -> Tensor:
-        decoder = model.prepare_decoder_input_ids_from_labels(labels=batch[self.targets])  # type: ignore[operator]
-        return first_tensor(model(**self.inputs(batch), decoder_input_ids=decoder, use_cache=False))
+    def call(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        decoder = getattr(model, "module", model).prepare_decoder_input_ids_from_labels(
+            labels=batch[self.targets]
+        )
+        return {**self.inputs(batch), "decoder_input_ids": decoder, "use_cache": False}
 
 
 @dataclass(frozen=True)
