@@ -141,8 +141,8 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a loss is beside its tensors. The sum of the tokens' losses is divided by `count`; `autocast` is the type that
-    products are made in, None without autocast.
+    """What a loss is beside its tensors. The sum of the tokens' losses is divided by `count`; `autocast` is
+    the type that products are made in, None without autocast.
     """
 
     ignore: int
@@ -272,7 +272,8 @@ class _Gradients(torch.autograd.Function):
         x, w, bias, g, y = ctx.saved_tensors
         settings: _Settings = ctx.settings
         wide, needs = _wide(x), ctx.needs_input_grad
-        x, w, bias, g, vx, vw, vb = (None if t is None else t.to(wide) for t in (x, w, bias, g, vx, vw, vb))
+        x, w, g = x.to(wide), w.to(wide), g.to(wide)
+        bias, vx, vw, vb = (None if t is None else t.to(wide) for t in (bias, vx, vw, vb))
         gx = torch.zeros_like(x) if needs[0] else None
         gw = torch.zeros_like(w) if needs[1] else None
         gb = torch.zeros_like(bias) if needs[2] and bias is not None else None

@@ -41,11 +41,11 @@ class Task:
 
     def deferred(self, model: nn.Module, batch: Batch) -> Tensor | Unspoken:
         """The output, or what a language model says before its product with the vocabulary.
-        `criterion` and `metrics` take either.
+        `criterion` and `metrics` take either; `flat` forms the whole output.
         """
         return self.output(model, batch)
 
-    def flat(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def flat(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """(items, classes) outputs and (items,) targets; items that are padding are left out."""
         return output, batch[self.targets]
 
@@ -123,6 +123,11 @@ class LanguageModel(TokenTask):
             model, self.call(model, batch), lambda hidden: self.flat(hidden, batch), first_tensor
         )
         return self.output(model, batch) if found is None else found
+
+    def flat(self, output: Tensor | Unspoken, batch: Batch) -> tuple[Tensor, Tensor]:
+        if isinstance(output, Unspoken):
+            return output.logits(), output.targets[output.targets != -100]
+        return super().flat(output, batch)
 
     def criterion(self, output: Tensor | Unspoken, batch: Batch) -> Tensor:
         return output.loss() if isinstance(output, Unspoken) else super().criterion(output, batch)

@@ -71,18 +71,19 @@ class Unspoken:
         return loss / self.items, hits
 
     def total(self, function: Callable[..., Tensor], *others: Unspoken) -> Tensor:
-        """The sum over chunks of `function(logits, targets, *logits of the others)`; a chunk's logits are
-        formed again for its gradient.
+        """The sum over chunks of `function(logits, targets, *logits of the others)`, which gets the rows that
+        have a target; a chunk's logits are formed again for its gradient. No gradient goes to the others.
         """
         chunk = chunk_of(self.rows, self.vocabulary)
         sums: Tensor | None = None
         for first in range(0, max(len(self.rows), 1), chunk):
             part = slice(first, first + chunk)
+            kept = self.targets[part] != -100
 
-            def one(rows: Tensor, part: slice = part) -> Tensor:
+            def one(rows: Tensor, part: slice = part, kept: Tensor = kept) -> Tensor:
                 with torch.no_grad():
-                    against = [other.head(other.rows[part]) for other in others]
-                return function(self.head(rows), self.targets[part], *against)
+                    against = [other.head(other.rows[part])[kept] for other in others]
+                return function(self.head(rows)[kept], self.targets[part][kept], *against)
 
             rows = self.rows[part]
             found = checkpoint(one, rows, use_reentrant=False) if torch.is_grad_enabled() else one(rows)
