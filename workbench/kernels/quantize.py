@@ -37,7 +37,7 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 
 
 @dataclass(frozen=True)
-class Grid:
+class Numbers:
     """What numbers there are before scaling. Kind 0: integers low..high; 1: minifloat with `exponent`
     and `mantissa` bits, largest `high`; 2: the sorted entries of `codebook`."""
 
@@ -73,7 +73,7 @@ def quantize_reference(
     x: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    grid: Grid,
+    grid: Numbers,
     group: int,
     seed: int | None = None,
 ) -> torch.Tensor:
@@ -211,12 +211,17 @@ def _quantize(
     tl.store(y_ptr + row * columns + offsets, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-def _limits(grid: Grid) -> tuple[float, float]:
+def _limits(grid: Numbers) -> tuple[float, float]:
     return (-grid.high, grid.high) if grid.kind == 1 else (grid.low, grid.high)
 
 
 def _launch(
-    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, group: int, seed: int | None
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    grid: Numbers,
+    group: int,
+    seed: int | None,
 ) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
@@ -260,7 +265,7 @@ class _StraightThrough(torch.autograd.Function):
         x: torch.Tensor,
         scale: torch.Tensor,
         zero: torch.Tensor | None,
-        grid: Grid,
+        grid: Numbers,
         group: int,
         seed: int | None,
         fused: bool,
@@ -290,7 +295,7 @@ def _quantized(
     x: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    grid: Grid,
+    grid: Numbers,
     seed: int | None,
     backend: str,
 ) -> torch.Tensor:
@@ -337,7 +342,7 @@ def quantize_integer(
     """
     if not low < high or high - low > 2**20:
         raise BadInput(f"low = {low}, high = {high}: need low < high with at most 2^20 steps")
-    return _quantized(x, scale, zero, Grid(0, float(low), float(high)), seed, backend)
+    return _quantized(x, scale, zero, Numbers(0, float(low), float(high)), seed, backend)
 
 
 def quantize_minifloat(
@@ -364,7 +369,7 @@ def quantize_minifloat(
         x,
         scale,
         None,
-        Grid(1, 0.0, minifloat_max(exponent, mantissa, reserved), exponent, mantissa),
+        Numbers(1, 0.0, minifloat_max(exponent, mantissa, reserved), exponent, mantissa),
         seed,
         backend,
     )
@@ -383,7 +388,7 @@ def quantize_codebook(
     if not 2 <= len(codebook) <= 256 or any(a >= b for a, b in itertools.pairwise(codebook)):
         raise BadInput(f"codebook of {len(codebook)} entries: need 2 to 256, strictly increasing")
     return _quantized(
-        x, scale, None, Grid(2, codebook=tuple(float(c) for c in torch.tensor(codebook))), seed, backend
+        x, scale, None, Numbers(2, codebook=tuple(float(c) for c in torch.tensor(codebook))), seed, backend
     )
 
 
@@ -444,7 +449,7 @@ def cases() -> list[Case]:
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
         group = 128 if name == "int4" else columns
         scale = x.float().view(rows, -1, group).abs().amax(2) / 7
-        grid = Grid(0, -8, 7) if name == "int4" else Grid(1, 0.0, 448.0, 4, 3)
+        grid = Numbers(0, -8, 7) if name == "int4" else Numbers(1, 0.0, 448.0, 4, 3)
         return lambda: _launch(x, scale, None, grid, group, None), lambda: quantize_reference(
             x, scale, None, grid, group
         )

@@ -298,13 +298,13 @@ class Subject:
             for batch in progress.track(
                 self.batches(split, batch_size, limit, by_length=True), f"evaluate {split}", count
             ):
-                output = self.task.output(self.model, batch)
                 weight = self.task.items(batch)
                 if weight == 0:
                     continue
-                total += float(self.task.criterion(output, batch)) * weight
+                loss, metrics = self.task.measured(self.model, batch)
+                total += loss * weight
                 items += weight
-                for key, value in self.task.metrics(output, batch).items():
+                for key, value in metrics.items():
                     sums[key] = sums.get(key, 0.0) + value
         self.model.train(was_training)
         if items == 0:

@@ -27,8 +27,9 @@ from torch.autograd import Function
 
 from workbench.axis import Options, parameter
 from workbench.errors import BadInput
+from workbench.kernels.hadamard import hadamard
 from workbench.quantization.number.formats import Format, named
-from workbench.quantization.transform.coordinates import hadamard, power_of_two
+from workbench.quantization.transform.coordinates import power_of_two
 from workbench.statistics.inputs import WeightCalls
 from workbench.subjects import Layer, Subject
 from workbench.training.precision.precision import PRECISION
@@ -49,14 +50,13 @@ def rounded(x: Tensor, format: Format | None) -> Tensor:
 
 def over_features(rows: Tensor) -> Tensor:
     """rows (..., features) H; H is its own inverse."""
-    block = power_of_two(rows.shape[-1])
-    return (rows.unflatten(-1, (-1, block)) @ hadamard(block, rows.device, rows.dtype)).flatten(-2)
+    return hadamard(rows)
 
 
 def over_tokens(rows: Tensor) -> Tensor:
     """K rows (tokens, features), tokens a multiple of the block it mixes; K is its own inverse."""
     block = min(TOKENS, power_of_two(len(rows)))
-    return (hadamard(block, rows.device, rows.dtype) @ rows.unflatten(0, (-1, block))).flatten(0, 1)
+    return hadamard(rows, block, along=-2)
 
 
 def filled(rows: Tensor) -> Tensor:
