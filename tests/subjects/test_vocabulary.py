@@ -19,7 +19,7 @@ from workbench.kernels import linear_cross_entropy as kernel
 from workbench.pruning.recovery.recovery import distilled_loss
 from workbench.quantization.trained.objective import teacher_loss
 from workbench.statistics.inputs import InputCapture
-from workbench.subjects import TASKS, Subject, Task
+from workbench.subjects import TASK, Subject, Task
 from workbench.subjects.vocabulary import Unspoken
 
 SMALL: dict[str, Any] = {
@@ -97,7 +97,7 @@ def subject_of(name: str) -> Subject:
         labels = torch.randint(1, 99, (10, 11), generator=draw)
     columns = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     splits = dict.fromkeys(("train", "calibration", "validation", "test"), columns)
-    return Subject(name, plain_experts(model), TASKS[task](), splits, data_note="random")
+    return Subject(name, plain_experts(model), TASK[task].value(), splits, data_note="random")
 
 
 def plain_experts(model: nn.Module) -> nn.Module:
