@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
-.PHONY: help report lab test lint clean
+.PHONY: help report lab test lint docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort
@@ -27,6 +27,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.bench
 	$(PIP) --no-deps curvlinops-for-pytorch backpack-for-pytorch einconv linear_operator jaxtyping
 	touch $@
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.bench
+	$(PIP) -e ".[builtin,docs]"
+	touch $@
+
 report: $(VENV)/.bench ## compress the packaged MiniLM and write reports/compress.html
 	$(BIN)/workbench report compress --subject minilm-docstrings --out reports
 
@@ -38,10 +42,15 @@ test: $(VENV)/.test ## run the whole test suite (installs Chromium for the brows
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test ## ruff, mypy, notebooks without outputs
-	$(BIN)/ruff format --check workbench widgets tests
-	$(BIN)/ruff check workbench widgets tests
+	$(BIN)/ruff format --check workbench widgets tests docs
+	$(BIN)/ruff check workbench widgets tests docs
 	$(BIN)/mypy
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+docs: $(VENV)/.docs ## build the documentation in build/site and check its links (uses no network)
+	$(BIN)/python docs/generate.py --examples build
+	cd build && ../$(BIN)/zensical build --clean --strict
+	$(BIN)/python docs/check_links.py build/site
 
 clean: ## remove everything that can be made again
 	rm -rf $(VENV) build dist reports .pytest_cache .mypy_cache .ruff_cache .hypothesis

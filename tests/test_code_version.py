@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 import workbench
+from workbench.axis import entries_in
 from workbench.code_version import PACKAGE, closure, code_version
 from workbench.pruning import Prune
 from workbench.quantization import Quantize
@@ -37,11 +38,11 @@ def touch(file):
 
 
 def keys(root):
-    return {name: code_version(cls, root) for name, cls in workbench.catalog().items()}
+    return {name: code_version(cls, root=root) for name, cls in workbench.catalog().items()}
 
 
 def test_a_copy_of_the_tree_is_the_same_code(tree):
-    assert code_version(Prune, tree) == code_version(Prune)
+    assert code_version(Prune, root=tree) == code_version(Prune)
 
 
 def test_evidence_and_figures_change_no_key(tree):
@@ -54,10 +55,20 @@ def test_evidence_and_figures_change_no_key(tree):
 
 
 def test_a_family_leaves_the_others_keys_as_they_were(tree):
-    before = {cls: code_version(cls, tree) for cls in (Prune, Quantize)}
+    before = {cls: code_version(cls, root=tree) for cls in (Prune, Quantize)}
+    touch(tree / "quantization" / "rounding" / "problem.py")
+    assert code_version(Prune, root=tree) == before[Prune]
+    assert code_version(Quantize, root=tree) != before[Quantize]
+
+
+def test_an_entry_counts_where_it_is_chosen(tree):
+    def key(rounding):
+        chosen = Quantize(rounding=rounding)
+        return code_version(Quantize, [entry.value for entry in entries_in(chosen)], tree)
+
+    before = {rounding: key(rounding) for rounding in ("nearest", "gptq")}
     touch(tree / "quantization" / "rounding" / "gptq.py")
-    assert code_version(Prune, tree) == before[Prune]
-    assert code_version(Quantize, tree) != before[Quantize]
+    assert key("nearest") == before["nearest"] and key("gptq") != before["gptq"]
 
 
 def test_what_everything_stands_on_changes_every_key(tree):
@@ -72,9 +83,10 @@ def test_a_name_is_followed_to_the_file_that_defines_it():
     }
     assert {"pruning/recovery/trainable.py", "subjects/__init__.py", "subjects/subject.py"} <= reached
     assert "subjects/loaders.py" not in reached  # offered by the same package as `Subject`
-    stopped = closure(["workbench.pruning.prune"], stop={"workbench.pruning.engine.matrices"})
+    course = ["workbench.pruning.sparse_training.run"]
+    stopped = closure(course, stop={"workbench.pruning.engine.matrices"})
     assert PACKAGE / "pruning" / "engine" / "matrices.py" in stopped
-    assert PACKAGE / "pruning" / "solvers" / "icbs.py" in closure(["workbench.pruning.prune"]) - stopped
+    assert PACKAGE / "pruning" / "solvers" / "icbs.py" in closure(course) - stopped
 
 
 def test_a_class_of_ones_own_adds_its_file(tmp_path):

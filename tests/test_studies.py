@@ -35,7 +35,13 @@ def test_a_sweep_in_processes_equals_one_by_one_and_is_free_again(vit):
 def test_chains_that_begin_alike_compute_the_beginning_once(vit):
     prune = pruning.Prune(method="magnitude", sparsity=0.5, **options())
     chains = [
-        (prune, quantization.Quantize(bits=b, group_size=16, predict_examples=4, examples=8)) for b in (3, 8)
+        (
+            prune,
+            quantization.Quantize(
+                format=f"int{b}", group_size=16, predict_examples=4, calibration_examples=8
+            ),
+        )
+        for b in (3, 8)
     ]
     assert not studies.stored(vit, chains[0])
     table = studies.sweep(vit, {"both": chains}, jobs=1)
@@ -49,7 +55,10 @@ def test_chains_go_where_their_beginning_is_computed(vit):
     first, second, third = [
         (pruning.Prune(method="magnitude", sparsity=s, **options()),) for s in (0.3, 0.5, 0.7)
     ]
-    longer = (*second, quantization.Quantize(bits=4, group_size=16, predict_examples=4, examples=8))
+    longer = (
+        *second,
+        quantization.Quantize(format="int4", group_size=16, predict_examples=4, calibration_examples=8),
+    )
     found = studies.families(vit, {"short": [first, second, third], "both": [longer], "none": []})
     assert found == [[[first], [second, longer], [third]]]
     assert studies.dealt(found[0], 2) == [[first, second, longer], [third]] and studies.dealt(

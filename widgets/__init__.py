@@ -1,13 +1,11 @@
 """Interactive views: `panel` for any instrument, `Bench` to pick one, `PlotView` for figures,
-`Bitmap` for large matrices.
+`Bitmap` for large matrices. `PANELS` names the panels that are made for one instrument.
 """
 
 from widgets.bench import Bench
 from widgets.bitmap import Bitmap
+from widgets.opening import PANELS, panel
 from widgets.panels import Panel
 from widgets.plot import PlotView
 
-#: `widgets.panel(Prune, subject)` and `widgets.panel.from_parameters(file)`.
-panel = Panel
-
-__all__ = ["Bench", "Bitmap", "Panel", "PlotView", "panel"]
+__all__ = ["PANELS", "Bench", "Bitmap", "Panel", "PlotView", "panel"]

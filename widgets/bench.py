@@ -8,6 +8,7 @@ from typing import Any
 import ipywidgets
 
 from widgets.jobs import Note, guarded
+from widgets.opening import panel
 from widgets.panels import Panel
 from workbench.errors import BadInput
 from workbench.names import catalog, find
@@ -58,7 +59,7 @@ class Bench(ipywidgets.VBox):
                 f"subject: is empty; choose one of {', '.join(BUILTINS)}, or give a folder or a hub id"
             )
         self.note.say("")
-        self.place.children = [Panel(find(self.instrument.value), self.subject.value.strip())]
+        self.place.children = [panel(find(self.instrument.value), self.subject.value.strip())]
 
     def _describe(self) -> None:
         kind: Any = find(self.instrument.value)

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import plotly.graph_objects as go
 
+from workbench.axis import Choice
 from workbench.results import Result, format_fact
 
 #: Kinds of trace that stay readable when another result's lie over them.
@@ -44,17 +46,38 @@ def overlay(current: go.Figure, other: go.Figure, name: str) -> go.Figure:
     return merged
 
 
+def settings_apart(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Of two instruments: (setting, value of the first, of the second) where they differ. Of one choice with
+    different options these, as `saliency.damp`.
+    """
+    yield from _apart(first, second, "")
+
+
+def _apart(first: Any, second: Any, before: str) -> Iterator[tuple[str, Any, Any]]:
+    there = second.model_dump(mode="json")
+    for name, plain in first.model_dump(mode="json").items():
+        one, two = getattr(first, name), getattr(second, name, None)
+        if plain == there.get(name):
+            continue
+        if not isinstance(one, Choice) or not isinstance(two, Choice):
+            yield before + name, plain, there.get(name)
+        elif one.entry is not two.entry or one.entry.spelled:
+            yield before + name, str(one), str(two)
+        else:
+            yield from _apart(one.options, two.options, f"{before}{name}.")
+
+
 def differences(current: Result, other: Result, name: str) -> str:
     """An HTML table of the settings that differ and of the numbers among the facts that do."""
-    rows = []
-    here, there = current.instrument.model_dump(mode="json"), other.instrument.model_dump(mode="json")
-    for field in here:
-        if here[field] != there.get(field):
-            rows.append((field, format_fact(here[field]), format_fact(there.get(field)), ""))
+    rows = [
+        (field, format_fact(here), format_fact(there), "")
+        for field, here, there in settings_apart(current.instrument, other.instrument)
+    ]
+    fields = set(current.instrument.model_dump())
     for fact, value in current.facts.items():
         before = other.facts.get(fact)
         if _number(value) and _number(before) and value != before:
-            words = f"{fact}, measured" if fact in here else fact
+            words = f"{fact}, measured" if fact in fields else fact
             rows.append((words, format_fact(value), format_fact(before), f"{value - before:+.4g}"))
     cells = "".join(
         f"<tr><th scope='row'>{html.escape(field.replace('_', ' '))}</th>"

@@ -6,7 +6,8 @@ unit and help decide what is shown.
     panel_controls.values = {"sparsity": 0.7}
 
 Two-sided numbers become sliders (logarithmic where the field says so), choices a list, truth values a box to
-tick, one-sided numbers a number field; everything else (texts, tuples, mappings, optional numbers) is a line
+tick, one-sided numbers a number field, a field on an axis its entries with the options of the chosen one
+(`widgets.choices`); everything else (texts, tuples, mappings, optional numbers) is a line
 of text, read as YAML unless the field is text. Values survive the way there and back unchanged:
 what a slider cannot show widens it.
 """
@@ -27,6 +28,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from widgets.choices import NOT_GIVEN, ChoiceControl, entries_html
+from workbench.axis import Axis, Choice, Entry, Fields, axis_of
 from workbench.errors import BadInput
 
 MOST = 2**53  # the largest whole number JavaScript counts with
@@ -37,7 +40,7 @@ BLANKS = " \t\r\n"  # white space to YAML; a no-break space is text
 class Control:
     """One field's widget, and how its value is read and written (as JSON would hold it)."""
 
-    widget: ipywidgets.ValueWidget
+    widget: Any  # an ipywidgets widget with a trait `value`
     read: Callable[[], Any]
     write: Callable[[Any], None]
 
@@ -54,47 +57,88 @@ class Controls(ipywidgets.Box):
         changed: Callable[[], None] | None = None,
         *,
         live: bool = False,
+        inside: str = "",
     ) -> None:
+        """inside : the field whose options these are."""
         self.model = model
         fields = model.parameters() if hasattr(model, "parameters") else model.model_fields
         self.fields: dict[str, FieldInfo] = dict(fields)
-        self.controls = {name: control(name, info, live) for name, info in self.fields.items()}
+        self.controls = {name: control(name, info, live, inside) for name, info in self.fields.items()}
         super().__init__([item.widget for item in self.controls.values()])
         self.add_class("wb-controls")
+        self._given: set[str] = set()
+        for name, item in self.controls.items():
+            item.widget.observe(lambda _, name=name: self._given.add(name), "value")
+        self.watch(self._say_filled)
         if values:
             self.values = dict(values)
+        self._say_filled()
         if changed is not None:
-            for item in self.controls.values():
-                item.widget.observe(lambda _: changed(), "value")
+            self.watch(changed)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` after any change."""
+        for item in self.controls.values():
+            item.widget.observe(lambda _: changed(), "value")
 
     @property
     def values(self) -> dict[str, Any]:
-        return {name: item.read() for name, item in self.controls.items()}
+        """Every field that has a value; one that a method fills in is left out until somebody chooses."""
+        read = {name: item.read() for name, item in self.controls.items()}
+        return {name: value for name, value in read.items() if value is not NOT_GIVEN}
 
     @values.setter
     def values(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if name not in self.controls:
                 raise BadInput(f"{name}: unknown field (fields: {', '.join(self.controls)})")
-            self.controls[name].write(to_jsonable_python(value))
+            plain = value.plain() if isinstance(value, Choice) else to_jsonable_python(value)
+            self.controls[name].write(plain)
+            self._given.add(name)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that were written or moved: what a method would fill in is left to it."""
+        return {name: value for name, value in self.values.items() if name in self._given}
+
+    def _say_filled(self) -> None:
+        """Beside "by the method": what it gives with the settings shown."""
+        waiting = {
+            name: item.widget
+            for name, item in self.controls.items()
+            if isinstance(item.widget, ChoiceControl)
+        }
+        if not waiting or not issubclass(self.model, Fields):
+            return
+        try:
+            filled = self.model.filled({name: _name_of(value) for name, value in self.given.items()})
+        except BadInput:  # said where the settings are checked
+            filled = {}
+        for name, widget in waiting.items():
+            widget.say_filled(_name_of(filled.get(name)))
 
     def enable(self, enabled: bool) -> None:
         for item in self.controls.values():
             item.widget.disabled = not enabled
 
 
+def _name_of(value: Any) -> Any:
+    return value.get("name") if isinstance(value, Mapping) else value
+
+
 def help_html(fields: Mapping[str, FieldInfo]) -> str:
     """What every field means, folded: a tooltip alone reaches neither keyboard nor touch."""
     rows = "".join(
-        f"<code>{html.escape(name)}</code><span>{html.escape(info.description or '')}</span>"
+        f"<code>{html.escape(name)}</code><span>{html.escape(info.description or '')}"
+        f"{'' if (axis := axis_of(info)) is None else entries_html(axis)}</span>"
         for name, info in fields.items()
     )
     return f'<details class="wb-help"><summary>What the settings mean</summary><div>{rows}</div></details>'
 
 
-def control(name: str, info: FieldInfo, live: bool = False) -> Control:
+def control(name: str, info: FieldInfo, live: bool = False, inside: str = "") -> Control:
     """The control of one field. `live`: sliders report while they move
-    (for settings of a view, which are cheap).
+    (for settings of a view, which are cheap). `inside`: the field that it is an option of.
     """
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     unit = extra.get("unit") or ""
@@ -108,7 +152,10 @@ def control(name: str, info: FieldInfo, live: bool = False) -> Control:
     low, high = bounds(info)
     kind = info.annotation
     options = choices(kind)
-    if options is not None:
+    axis = axis_of(info)
+    if axis is not None:
+        made = _on_axis(axis, name, info.default is None, look, live)
+    elif options is not None:
         made = _choice(options, look)
     elif kind is bool:
         made = _plain(ipywidgets.Checkbox(**look))
@@ -137,7 +184,7 @@ def control(name: str, info: FieldInfo, live: bool = False) -> Control:
         made = _texts(look)
     else:
         made = _yaml(kind, look)
-    made.widget.add_class(f"wb-field-{name}")
+    made.widget.add_class(f"wb-field-{inside}-{name}" if inside else f"wb-field-{name}")
     default = info.get_default(call_default_factory=True)
     if default is not PydanticUndefined:
         made.write(to_jsonable_python(default))
@@ -182,6 +229,14 @@ def _plain(widget: ipywidgets.ValueWidget) -> Control:
         widget.value = value
 
     return Control(widget, lambda: widget.value, write)
+
+
+def _on_axis(axis: Axis, name: str, filled: bool, look: dict[str, Any], live: bool) -> Control:
+    def options_of(entry: Entry) -> Controls:
+        return Controls(entry.options, live=live, inside=name)
+
+    widget = ChoiceControl(axis, name, options_of, filled=filled, look=look)
+    return Control(widget, widget.read, widget.write)
 
 
 def _choice(options: list[tuple[str, Any]], look: dict[str, Any]) -> Control:

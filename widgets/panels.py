@@ -15,6 +15,7 @@ view. In a headless report the same cell runs at once and shows the result.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import html
 import json
@@ -28,11 +29,11 @@ import yaml
 
 import workbench
 import workbench.reports
-from widgets.compare import can_overlay, differences, facts_html, overlay
+from widgets.compare import can_overlay, differences, facts_html, overlay, settings_apart
 from widgets.controls import Controls, help_html
 from widgets.jobs import Job, Note, guarded
 from widgets.plot import PlotView
-from widgets.sending import Report, source_of
+from widgets.sending import Report, check_known_elsewhere, source_of
 from workbench.errors import BadInput
 from workbench.instruments import Instrument
 from workbench.names import find
@@ -54,6 +55,8 @@ class Panel(ipywidgets.VBox):
     `.parameters` what Send to report writes.
     """
 
+    children: Any
+
     def __init__(
         self,
         instrument: type[Instrument] | Instrument,
@@ -64,6 +67,7 @@ class Panel(ipywidgets.VBox):
         **fields: Any,
     ) -> None:
         start = instrument.with_fields(**fields) if isinstance(instrument, Instrument) else None
+        self.special: ipywidgets.VBox | None = None
         self.kind: type[Instrument] = type(instrument) if isinstance(instrument, Instrument) else instrument
         if start is None and fields:
             start = self.kind(**fields)
@@ -75,7 +79,7 @@ class Panel(ipywidgets.VBox):
         self._quiet = False
 
         self.controls = Controls(
-            self.kind, start.model_dump(mode="json") if start else None, changed=self._settings_changed
+            self.kind, what_decides(start) if start is not None else None, changed=self._settings_changed
         )
         self.job = Job(self._work, self._finished, self._preview)
         self.summary = ipywidgets.HTML()
@@ -109,8 +113,10 @@ class Panel(ipywidgets.VBox):
     # ---- settings ------------------------------------------------------------------------------------------
     @property
     def instrument(self) -> Instrument:
-        """The instrument with the settings shown; `BadInput` when they contradict each other."""
-        return self.kind(**self.controls.values)
+        """The instrument with the settings shown; `BadInput` when they contradict each other.
+        What nobody chose is left to the method.
+        """
+        return self.kind(**self.controls.given)
 
     @property
     def result(self) -> Result | None:
@@ -138,31 +144,8 @@ class Panel(ipywidgets.VBox):
     @classmethod
     def from_parameters(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> Panel:
         """The panel that these parameters (a YAML or JSON file, or a mapping) were sent from."""
-        if isinstance(source, Mapping):
-            given = dict(source)
-        else:
-            file = Path(source)
-            if not file.is_file():
-                raise BadInput(
-                    f"parameters: {str(source)!r} is not a file; "
-                    "give one that Send to report wrote, or a mapping"
-                )
-            try:
-                given = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except yaml.YAMLError:
-                raise BadInput(f"parameters: {str(source)!r} is neither YAML nor JSON") from None
-        if not isinstance(given, dict) or "instrument" not in given or "subject" not in given:
-            raise BadInput(
-                f"parameters: expected a mapping with instrument and subject (keys: {', '.join(KNOWN)})"
-            )
-        unknown = [key for key in given if key not in KNOWN]
-        if unknown:
-            raise BadInput(f"{unknown[0]}: unknown parameter of a panel (parameters: {', '.join(KNOWN)})")
-        kind = find(given["instrument"])
-        on: Any = given["subject"]
-        if given.get("fingerprint"):
-            on = workbench.reports.reopen(kind, on, given["fingerprint"])
-        return cls(kind(**(given.get("settings") or {})), on, view=given.get("view"))
+        instrument, on, view = read_parameters(source)
+        return cls(instrument, on, view=view)
 
     def _settings_changed(self) -> None:
         if self.job.running:
@@ -177,9 +160,7 @@ class Panel(ipywidgets.VBox):
     # ---- running -------------------------------------------------------------------------------------------
     def _work(self, progress: Progress) -> Result:
         instrument = self.instrument
-        if isinstance(self.on, str):
-            self.on = workbench.reports.reopen(self.kind, self.on, progress=progress)
-        return instrument.run(self.on, progress=progress)
+        return instrument.run(self.opened(progress), progress=progress)
 
     def _preview(self, result: Result) -> None:
         self.plot.figure = result.figure(**self._valid_view(result))
@@ -289,12 +270,9 @@ class Panel(ipywidgets.VBox):
 
     def _label(self, number: int, result: Result) -> str:
         """run 2 (sparsity 0.7): the settings that set it apart from the run shown."""
-        then, now = (
-            result.instrument.model_dump(mode="json"),
-            self.results[-1].instrument.model_dump(mode="json"),
-        )
         apart = [
-            f"{name.replace('_', ' ')} {value}" for name, value in then.items() if value != now.get(name)
+            f"{name.replace('_', ' ')} {then}"
+            for name, then, _ in settings_apart(result.instrument, self.results[-1].instrument)
         ]
         return f"run {number} ({', '.join(apart[:3]) or 'same settings'})"
 
@@ -323,6 +301,7 @@ class Panel(ipywidgets.VBox):
         """Write the settings as a file of parameters and start the headless report;
         returns it without waiting.
         """
+        check_known_elsewhere(self.instrument)
         self.report = Report(self.parameters, self._folder, guarded(self.report_note, self._told))
         return self.report
 
@@ -340,6 +319,34 @@ class Panel(ipywidgets.VBox):
             )
         else:
             self.report_note.value = f'<span role="status">{html.escape(report.state)}</span>'
+
+    # ---- a view of its own --------------------------------------------------------------------------------
+    def opened(self, progress: Progress | None = None) -> Any:
+        """What the panel works on, opened if it is still a name."""
+        if isinstance(self.on, str):
+            self.on = workbench.reports.reopen(self.kind, self.on, progress=progress)
+        return self.on
+
+    def offer(self, view: Any) -> None:
+        """A button that opens `view.beside(self)` under the panel, and closes it again."""
+        button = ipywidgets.ToggleButton(
+            description=view.caption, tooltip=view.caption, layout=ipywidgets.Layout(width="auto")
+        )
+        note, place = Note(), ipywidgets.VBox()
+
+        def show(change: Mapping[str, Any]) -> None:
+            place.children = ()
+            note.say("opening" if change["new"] else "")
+            if change["new"]:
+                place.children = (view.beside(self),)
+                note.say("")
+
+        button.observe(guarded(note, show), "value")
+        row = ipywidgets.HBox([button, note], layout=ipywidgets.Layout(flex_flow="row wrap"))
+        self.special = ipywidgets.VBox([row, place])
+        self.special.add_class("wb-section")
+        self.special.add_class("wb-special")
+        self.children = (*self.children, self.special)
 
     # ---- elsewhere -----------------------------------------------------------------------------------------
     def _title(self) -> str:
@@ -364,6 +371,58 @@ class Panel(ipywidgets.VBox):
         bundle = super()._repr_mimebundle_(**options)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
         return {**data, **twin}, metadata
+
+
+def read_parameters(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+) -> tuple[Instrument, Any, Mapping[str, Any] | None]:
+    """Instrument, what it works on and the view, from a YAML or JSON file or a mapping."""
+    if isinstance(source, Mapping):
+        given = dict(source)
+    else:
+        file = Path(source)
+        if not file.is_file():
+            raise BadInput(
+                f"parameters: {str(source)!r} is not a file; give one that Send to report wrote, or a mapping"
+            )
+        try:
+            given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            raise BadInput(f"parameters: {str(source)!r} is neither YAML nor JSON") from None
+    if not isinstance(given, dict) or "instrument" not in given or "subject" not in given:
+        raise BadInput(
+            f"parameters: expected a mapping with instrument and subject (keys: {', '.join(KNOWN)})"
+        )
+    unknown = [key for key in given if key not in KNOWN]
+    if unknown:
+        raise BadInput(f"{unknown[0]}: unknown parameter of a panel (parameters: {', '.join(KNOWN)})")
+    kind = find(given["instrument"])
+    on: Any = given["subject"]
+    if given.get("fingerprint"):
+        on = workbench.reports.reopen(kind, on, given["fingerprint"])
+    return as_chosen(kind(**(given.get("settings") or {}))), on, given.get("view")
+
+
+def what_decides(instrument: Instrument) -> dict[str, Any]:
+    """The fields that were given, from which the others follow; all that matter, where some came under names
+    of one release ago and are not among the given.
+    """
+    given = instrument.given()
+    return given if type(instrument)(**given) == instrument else as_chosen(instrument).given()
+
+
+def as_chosen(instrument: Instrument) -> Instrument:
+    """The same instrument with only those fields given that decide the others: settings that a report wrote
+    hold every field, those that a method fills in among them.
+    """
+    kind = type(instrument)
+    given = {name: getattr(instrument, name) for name in kind.model_fields}
+    for name in kind.model_fields:
+        rest = {key: value for key, value in given.items() if key != name}
+        with contextlib.suppress(BadInput):
+            if kind(**rest) == instrument:
+                given = rest
+    return kind(**given)
 
 
 def _settings_html(values: Mapping[str, Any]) -> str:

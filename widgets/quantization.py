@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import html
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 import numpy as np
 
 from widgets.jobs import Note, guarded
+from widgets.panels import Panel
 from widgets.plot import PlotView
 from workbench.errors import BadInput
 from workbench.figures import color, figure, line, rule
 from workbench.progress import Progress
 from workbench.quantization.allocation.allocate import AllocateResult
-from workbench.quantization.quantize import Quantize, moments_for, short_names
+from workbench.quantization.quantize import Quantize
+from workbench.quantization.quantize_result import short_names
+from workbench.quantization.quantized_layer import moments_for
 from workbench.quantization.studies.matrix_histogram import (
     Look,
     Matrix,
@@ -69,6 +72,13 @@ class FormatPanel(ipywidgets.VBox):
 
     `.instrument` is what a report runs with these settings, `.found` the numbers shown.
     """
+
+    caption: ClassVar[str] = "Number formats on real weights"
+
+    @classmethod
+    def beside(cls, panel: Panel) -> FormatPanel:
+        """For the layers that a panel quantizes."""
+        return cls(panel.opened(), panel.controls.values["layers"])
 
     def __init__(self, on: Subject, layers: str = "blocks", examples: int = 16) -> None:
         self.on, self.glob = on, layers
@@ -155,8 +165,6 @@ class FormatPanel(ipywidgets.VBox):
             "granularity": "auto" if self.fixed_block else self.granularity.value,
             "group_size": int(self.group.value),
         }
-        if self.format.startswith(("int", "uint")):
-            return Quantize(bits=self.bits.value, symmetric=self.format.startswith("int"), **shared)
         return Quantize(format=self.format, transform="hadamard" if self.rotate.value else "none", **shared)
 
     def draw(self) -> None:
@@ -216,6 +224,15 @@ class AllocationPanel(ipywidgets.VBox):
 
     `.widths` is what `Quantize(layer_bits=...)` takes.
     """
+
+    caption: ClassVar[str] = "Walk the Pareto front of widths"
+
+    @classmethod
+    def beside(cls, panel: Panel) -> AllocationPanel:
+        """For a panel's last result."""
+        if panel.result is None:
+            raise BadInput("allocation: there is no result yet; press Run first")
+        return cls(panel.result)
 
     def __init__(self, result: Result) -> None:
         if not isinstance(result, AllocateResult):

@@ -12,19 +12,21 @@ without refitting.
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 import numpy as np
 
 from widgets.jobs import Note, guarded
+from widgets.panels import Panel
 from widgets.plot import PlotView
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.results import Result
-from workbench.scaling import LAWS, Draws, Runs, ScalingFit, compute_optimal, law, load_runs
+from workbench.scaling import Draws, Runs, ScalingFit, compute_optimal, law, laws, load_runs
 from workbench.scaling.comparison import compute_of
 from workbench.scaling.figures import short
+from workbench.scaling.objective import OBJECTIVE
 
 STARTS, RESAMPLES = 96, 200  # enough for a live answer: the report fits with more
 VIEWS = ("fit", "residuals", "isoflop", "contour", "draws")
@@ -38,19 +40,24 @@ class ScalingPanel(ipywidgets.VBox):
         `.instrument` the exact settings for a report.
     """
 
+    caption: ClassVar[str] = "Refit live, drop runs, spend a budget"
+
+    @classmethod
+    def beside(cls, panel: Panel) -> ScalingPanel:
+        """For a panel's runs, with its law."""
+        settings: Any = panel.instrument
+        return cls(panel.opened(), law=str(settings.law))
+
     def __init__(self, runs: Any, columns: Any = None, law: str = "chinchilla") -> None:
         self.runs: Runs = load_runs(runs, columns)
         self.result: Result | None = None
         self.dropped: set[int] = set()
         compute = compute_of(self.runs.table)
         low, high = float(np.log10(compute.min())), float(np.log10(compute.max()))
-        fits = [
-            name
-            for name, known in LAWS.items()
-            if all(c in self.runs.table for c in (*known.columns, known.target))
-        ]
-        if law not in fits and law in LAWS:
-            missing = [c for c in (*LAWS[law].columns, LAWS[law].target) if c not in self.runs.table]
+        needed = {name: (*known.columns, known.target) for name, known in laws().items()}
+        fits = [name for name, columns in needed.items() if all(c in self.runs.table for c in columns)]
+        if law not in fits and law in needed:
+            missing = [c for c in needed[law] if c not in self.runs.table]
             raise BadInput(
                 f"law {law}: needs column {', '.join(missing)}; "
                 f"the runs have {', '.join(map(str, self.runs.table))}"
@@ -68,7 +75,7 @@ class ScalingPanel(ipywidgets.VBox):
             continuous_update=False,
             **wide,
         )
-        self.objective = ipywidgets.Dropdown(options=["huber", "squares"], description="objective", **wide)
+        self.objective = ipywidgets.Dropdown(options=list(OBJECTIVE), description="objective", **wide)
         self.view = ipywidgets.Dropdown(options=VIEWS, description="view", **wide)
         step = max((high - low) / 60, 1e-3)
         self.cutoff = ipywidgets.FloatLogSlider(
@@ -93,8 +100,11 @@ class ScalingPanel(ipywidgets.VBox):
         self.lowest = ipywidgets.Checkbox(
             value=False, description="lowest loss per size and tokens", indent=False
         )
-        self.restore = ipywidgets.Button(description="Bring back dropped runs", disabled=True)
+        self.restore = ipywidgets.Button(
+            description="Bring back dropped runs", disabled=True, layout=ipywidgets.Layout(width="auto")
+        )
         self.note, self.facts, self.plan = Note("ready"), ipywidgets.HTML(), ipywidgets.HTML()
+        self.note.layout.flex = "0 0 auto"  # below each other, not beside
         self.plot = PlotView()
         for name, control in (
             ("law", self.law),

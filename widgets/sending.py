@@ -16,6 +16,9 @@ from urllib.parse import quote
 
 import workbench
 from workbench import reports
+from workbench.axis import entries_in
+from workbench.errors import BadInput
+from workbench.instruments import Instrument
 from workbench.storage import cache_folder, replacing
 
 NOTEBOOK = "instrument"
@@ -100,6 +103,16 @@ class Report:
             f'<a href="{html.escape(address)}" target="_blank" '
             f'rel="noopener">{html.escape(self.html.name)}</a>'
         )
+
+
+def check_known_elsewhere(instrument: Instrument) -> None:
+    """Raise `BadInput` for an entry typed in a notebook: who makes the report has not seen it."""
+    for entry in entries_in(instrument):
+        if getattr(entry.value, "__module__", "") == "__main__":
+            raise BadInput(
+                f"{entry.axis.kind}: {entry.name!r} is registered in this notebook, which a report does not "
+                f"know; write it to a .py file and load that with workbench.families.load_plugins"
+            )
 
 
 def _unused(file: Path) -> Path:

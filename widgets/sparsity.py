@@ -10,13 +10,14 @@ ranks. Measure puts the masks on a copy of the model and evaluates it beside the
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 import numpy as np
 
 from widgets.bitmap import BOTH_COLOR, Bitmap
 from widgets.jobs import Job, Note, guarded
+from widgets.panels import Panel
 from widgets.plot import PlotView
 from workbench.errors import BadInput
 from workbench.figures import color
@@ -39,6 +40,13 @@ class SparsityPanel(ipywidgets.VBox):
     on : a Subject or anything `workbench.subject` opens.
         `.result` is the computed saliency map, `.measured` the list of measurements.
     """
+
+    caption: ClassVar[str] = "Masks at any sparsity"
+
+    @classmethod
+    def beside(cls, panel: Panel) -> SparsityPanel:
+        """For a panel's subject and settings."""
+        return cls(panel.opened(), **panel.controls.given)
 
     def __init__(self, on: Any, methods: str = "magnitude,wanda,obd,obert", **fields: Any) -> None:
         self.on: Subject = on if isinstance(on, Subject) else subject(on)

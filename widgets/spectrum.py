@@ -27,6 +27,7 @@ from workbench.curvature import Spectrum
 from workbench.curvature.studies.drawings import grid_of_layers, layers_figure, with_room_for_labels
 from workbench.errors import BadInput
 from workbench.figures import color
+from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
@@ -42,7 +43,14 @@ class SpectrumPanel(Panel):
 
     children: Any
 
-    def __init__(self, on: Any, others: Mapping[str, Subject] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        on: Any,
+        others: Mapping[str, Subject] | None = None,
+        *,
+        instrument: type[Instrument] | Instrument = Spectrum,
+        **options: Any,
+    ) -> None:
         self.others = dict(others or {})
         self.overlaid: dict[str, Result] = {}
         self._target: str | None = None
@@ -60,7 +68,7 @@ class SpectrumPanel(Panel):
         )
         self.other.add_class("wb-field-other")
         self.layer_note = ipywidgets.HTML()
-        super().__init__(Spectrum, on, **options)
+        super().__init__(instrument, on, **options)
         self.whole.on_click(guarded(self.job.note, lambda _: self.measure_all()))
         self.other.observe(
             guarded(self.job.note, lambda _: None if self._quiet else self.lay_over(self.other.value)),

@@ -8,7 +8,7 @@ widgets.training.SchedulePanel("digits-vit")
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, ClassVar
 
 import ipywidgets
 
@@ -18,19 +18,38 @@ from widgets.plot import PlotView
 from workbench.errors import BadInput
 from workbench.training import Train
 from workbench.training.schedule.drawings import schedule_areas, schedule_figure, schedule_table
-from workbench.training.schedule.schedules import PROFILES
-from workbench.training.studies.train import ScheduleName
+from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
 
-DRAWN = (*PROFILES, "one-cycle")
+STARTS_WITH = ("cosine", "linear", "rex", "uba", "wsd")
+
+
+def drawn() -> tuple[str, ...]:
+    """Schedules that have a curve of their own and need nothing but their defaults."""
+    return tuple(
+        name
+        for name, entry in LEARNING_RATE_SCHEDULE.entries.items()
+        if "no-curve" not in entry.traits
+        and not any(info.is_required() for info in entry.options.model_fields.values())
+    )
 
 
 class SchedulePanel(ipywidgets.VBox):
     """Schedules drawn from the schedulers themselves. `.table` holds what is drawn: name, step, lr."""
 
+    caption: ClassVar[str] = "Draw and compare schedules"
+
+    @classmethod
+    def beside(cls, panel: Panel) -> SchedulePanel:
+        """Schedules to draw; the one of the panel among them."""
+        settings: Any = panel.instrument
+        chosen = str(settings.schedule)
+        known = drawn()
+        return cls(names=tuple(dict.fromkeys(name for name in (chosen, *STARTS_WITH) if name in known)))
+
     def __init__(
         self,
         on: Any = None,
-        names: tuple[str, ...] = ("cosine", "linear", "rex", "uba", "wsd"),
+        names: tuple[str, ...] = STARTS_WITH,
         steps: int = 1000,
     ) -> None:
         wide = {
@@ -38,7 +57,7 @@ class SchedulePanel(ipywidgets.VBox):
             "layout": ipywidgets.Layout(width="auto", min_width="0"),
         }
         self.names = ipywidgets.SelectMultiple(
-            value=names, options=DRAWN, rows=8, description="schedules", **wide
+            value=names, options=drawn(), rows=8, description="schedules", **wide
         )
         self.steps = ipywidgets.FloatLogSlider(
             value=steps,
@@ -79,7 +98,7 @@ class SchedulePanel(ipywidgets.VBox):
         children: list[ipywidgets.Widget] = [title, box, self.note, self.plot, self.areas]
         self.training: Panel | None = None
         if on is not None:
-            first = next((n for n in names if n in get_args(ScheduleName)), "cosine")
+            first = next(iter(names), "cosine")
             self.training = Panel(Train, on, schedule=first, warmup=self.warmup.value, start="random")
             children.append(self.training)
         super().__init__(children)
@@ -89,11 +108,10 @@ class SchedulePanel(ipywidgets.VBox):
     def draw(self) -> None:
         """Sample the chosen schedules again and draw them."""
         if not self.names.value:
-            raise BadInput(f"schedules: choose at least one of {', '.join(DRAWN)}")
+            raise BadInput(f"schedules: choose at least one of {', '.join(drawn())}")
         steps = round(self.steps.value)
-        self.table = schedule_table(
-            self.names.value, steps, self.lr.value, self.warmup.value, self.sampling.value, self.phi.value
-        )
+        chosen = [{"name": n, "phi": self.phi.value} if n == "uba" else n for n in self.names.value]
+        self.table = schedule_table(chosen, steps, self.lr.value, self.warmup.value, self.sampling.value)
         self.plot.figure = schedule_figure(self.table)
         shown = schedule_areas(self.table).rename(columns=lambda name: name.replace("_", " "))
         self.areas.value = shown.to_html(index=False, border=0, float_format=lambda v: f"{v:.3g}")

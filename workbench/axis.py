@@ -1,7 +1,7 @@
 """An axis: one named choice of an instrument, each entry with a formula, a source and options of its own.
 
     SALIENCY = Axis("saliency", "what a weight's removal is thought to cost",
-    found_in="workbench.pruning.saliency")
+    found_in="workbench.pruning.saliency", home="prune.saliency")
 
     class Fisher(Options):
         damp: float = parameter(0.01, "share of the mean diagonal added to it", gt=0)
@@ -32,6 +32,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, core_schema
 
 from workbench.errors import BadInput, describe, unknown_name
+from workbench.families import import_families, import_plugins
 
 #: Every axis by its kind, in the order in which they were made.
 AXES: dict[str, Axis] = {}
@@ -207,7 +208,8 @@ def _brought(kind: str, entry: Entry, options: dict[str, Any]) -> Choice:
 
 
 class Axis:
-    """A named choice. `found_in` names the modules or packages whose import registers the entries
+    """A named choice. `home` is the instrument and field where an entry is tried ("prune.saliency"), where
+    several have one. `found_in` names the modules or packages whose import registers the entries
     of the package itself.
     """
 
@@ -218,10 +220,11 @@ class Axis:
         *,
         found_in: str | tuple[str, ...] = (),
         shorthand: Callable[[str], Mapping[str, Any] | None] | None = None,
+        home: str = "",
     ) -> None:
         if kind in AXES:
             raise BadInput(f"axis: {kind!r} exists already; give another kind")
-        self.kind, self.help, self.shorthand = kind, help, shorthand
+        self.kind, self.help, self.shorthand, self.home = kind, help, shorthand, home
         self.found_in = (found_in,) if isinstance(found_in, str) else tuple(found_in)
         self._entries: dict[str, Entry] = {}
         self._open = bool(self.found_in)
@@ -292,6 +295,12 @@ class Axis:
     def unknown(self, name: object, field: str = "") -> BadInput:
         return unknown_name(field or self.kind, name, self.entries)
 
+    def said_by(self, given: Any) -> Mapping[str, Any]:
+        """The options that a text such as `int4` already says."""
+        if type(given) is not str or given in self.entries or self.shorthand is None:
+            return {}
+        return self.shorthand(given) or {}
+
     def chosen(self, given: Any, field: str = "", **more: Any) -> Choice:
         """A name, a text that stands for name and options, a mapping with `name`, or a Choice -> Choice.
         `more` are further options.
@@ -312,6 +321,8 @@ class Axis:
             raise BadInput(
                 f"{where}: {name!r} is not accepted, it should be a name; known: {', '.join(self.entries)}"
             )
+        if name not in self.entries:
+            import_plugins()  # it may be one that a user's file registers
         if name not in self.entries and self.shorthand is not None:
             read = self.shorthand(name)
             if read is not None:
@@ -321,7 +332,7 @@ class Axis:
             raise self.unknown(name, where)
         entry = self.entries[name]
         for option in (options := options | more):
-            if option not in entry.options.model_fields:
+            if option.partition(".")[0] not in entry.options.model_fields:
                 raise no_such_option(where, entry, option)
         try:
             return Choice(entry, entry.options(**options))
@@ -329,8 +340,8 @@ class Axis:
             raise BadInput(f"{where}.{error}") from None
 
     def choice(self, default: str | None, help: str = "", **more: Any) -> Any:
-        """The declaration of a field of type `Choice`. `None` as default:
-        the instrument's `filled` gives it.
+        """The declaration of a field of type `Choice`. `None` as default: the instrument's `filled` gives it.
+        `usual` are defaults of options, where this field's are not the entries' own.
         """
         extra = {"axis": self.kind, "default": default, "unit": "", "scale": "linear", "step": None} | more
         return Field(
@@ -352,18 +363,14 @@ def _where(value: Any) -> str:
 def axis(kind: str) -> Axis:
     """The axis of this kind."""
     if kind not in AXES:
-        from workbench.families import import_families
-
         import_families()
     if kind not in AXES:
-        raise BadInput(f"axis: {kind!r} is unknown; known: {', '.join(AXES)}")
+        raise unknown_name("axis", kind, AXES)
     return AXES[kind]
 
 
 def axes() -> dict[str, Axis]:
     """Every axis by kind."""
-    from workbench.families import import_families
-
     import_families()
     return dict(AXES)
 
@@ -394,20 +401,32 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
 
     Every field on an axis becomes a Choice; those not given come from `filled`, then from their defaults.
     """
-    values, options = _sorted_out(cls, given)
+    values, options, old = _sorted_out(cls, given)
     fields = {name: found for name, info in cls.model_fields.items() if (found := axis_of(info)) is not None}
     mine = set(values) | set(options)
     plain = {name: _name_of(value) if name in fields else value for name, value in values.items()}
+    for home_of in [n for n, value in values.items() if n in fields and isinstance(value, Mapping)]:
+        plain |= {f"{home_of}.{option}": v for option, v in values[home_of].items() if option != "name"}
+    for home_of, more in (*options.items(), *old.items()):
+        plain |= {f"{home_of}.{option}": value for option, value in more.items()}
     values = dict(cls.filled(plain)) | values
     for name, home in fields.items():
         default = cls.model_fields[name].default
         start = values.get(name, default)
         if start is None:
             raise BadInput(f"{name}: is missing; known: {', '.join(home.entries)}")
-        values[name] = home.chosen(start, name, **options.pop(name, {}))
+        values[name] = _with_usual(home.chosen(start, name, **options.pop(name, {})), cls.model_fields[name])
+        said = home.said_by(start) if name in mine else {}
+        for option in sorted(old.get(name, {}), key=lambda path: path.count(".")):
+            placed = None if option in said else _placed(values[name], option, old[name][option], name)
+            if placed is None:
+                warn(f"{name}.{option}: has no effect with {name} {values[name]}; it is left out")
+            else:
+                values[name] = placed
+                mine.add(name)
     for name in [n for n in values if n not in cls.model_fields]:
         mine.discard(name)
-        _place_flat(cls, fields, values, name)
+        mine |= _place_flat(cls, fields, values, name)
     return Resolved(values, mine & set(cls.model_fields))
 
 
@@ -419,13 +438,16 @@ def _name_of(value: Any) -> Any:
 
 def _sorted_out(
     cls: type[Fields], given: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(field or flat name -> value, field -> option -> value)"""
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """(field or flat name -> value, field -> option -> value, the same of options given by an old name)"""
     values: dict[str, Any] = {}
     options: dict[str, dict[str, Any]] = {}
+    old: dict[str, dict[str, Any]] = {}
     renamed = cls.renamed()
     for name, value in given.items():
+        home = options
         if name in renamed and name not in cls.model_fields:
+            home = old
             warn(f"{name}: is called {renamed[name]} now; the old name goes with the next release")
             name = renamed[name]
         if "." in name:
@@ -434,20 +456,46 @@ def _sorted_out(
                 raise BadInput(
                     f"{name}: {field} has no options; fields with options: {', '.join(_with_options(cls))}"
                 )
-            options.setdefault(field, {})[option] = value
+            home.setdefault(field, {})[option] = value
         elif value == "preset" and name in cls.model_fields and axis_of(cls.model_fields[name]) is not None:
             warn(f"{name}: 'preset' is what leaving it out means; leave it out")
         else:
             values[name] = value
-    return values, options
+    return values, options, old
+
+
+def _placed(choice: Choice, path: str, value: Any, where: str) -> Choice | None:
+    """The choice with an option (`format.bits` is one of its option `format`) set; None when it has none
+    such. The name of what an option has chosen already leaves that choice as it is.
+    """
+    head, _, rest = path.partition(".")
+    if head not in choice.entry.options.model_fields:
+        return None
+    inner = getattr(choice.options, head)
+    if rest:
+        value = _placed(inner, rest, value, f"{where}.{head}") if isinstance(inner, Choice) else None
+        if value is None:
+            return None
+    elif isinstance(inner, Choice) and value == inner.name:
+        value = inner
+    return choice.entry.axis.chosen(choice, where, **{head: value})
+
+
+def _with_usual(choice: Choice, info: FieldInfo) -> Choice:
+    """The choice with the defaults that its field gives to options instead of the entry's own."""
+    extra = info.json_schema_extra
+    usual: Any = extra.get("usual") if isinstance(extra, dict) else None
+    known = choice.entry.options.model_fields.keys() - choice.options.model_fields_set
+    mine = {option: value for option, value in (usual or {}).items() if option in known}
+    return choice.with_options(**mine) if mine else choice
 
 
 def _with_options(cls: type[Fields]) -> list[str]:
     return [name for name, info in cls.model_fields.items() if axis_of(info) is not None]
 
 
-def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str, Any], name: str) -> None:
-    """Give a flat option of one release ago to every chosen entry that has it."""
+def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str, Any], name: str) -> set[str]:
+    """Give a flat option of one release ago to every chosen entry that has it; the fields it went to."""
     homes = [f for f in fields if name in values[f].entry.options.model_fields]
     if homes:
         value = values.pop(name)
@@ -455,7 +503,7 @@ def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str,
             values[home] = fields[home].chosen(values[home], home, **{name: value})
         new = " and ".join(f"{home}.{name}" for home in homes)
         warn(f"{name}: is an option of a choice now, write {new}; the flat name goes with the next release")
-        return
+        return set(homes)
     known = [
         f for f, home in fields.items() if any(name in e.options.model_fields for e in home.entries.values())
     ]
@@ -463,6 +511,7 @@ def _place_flat(cls: type[Fields], fields: Mapping[str, Axis], values: dict[str,
         values.pop(name)
         chosen = ", ".join(f"{f} {values[f]}" for f in known)
         warn(f"{name}: has no effect with {chosen}; it is left out")
+    return set()
 
 
 def warn(text: str) -> None:

@@ -14,12 +14,18 @@ class BadInput(ValueError):
     """
 
 
-def unknown_name(field: str, name: object, known: Iterable[str]) -> BadInput:
-    """The error for a name that is not there, with the nearest that is."""
+def unknown_name(field: str, name: object, known: Iterable[str], otherwise: str = "") -> BadInput:
+    """`name` is not one of the known ones; the closest is offered. `otherwise`: what is accepted besides."""
     names = list(known)
-    close = difflib.get_close_matches(str(name), names, 1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return BadInput(f"{field}: {name!r} is unknown; {hint}known: {', '.join(names)}")
+    hint = did_you_mean(name, names)
+    return BadInput(
+        f"{field}: {name!r} is unknown; {hint + ' ' if hint else ''}known: {', '.join(names)}{otherwise}"
+    )
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), 1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def describe(error: ValidationError, cls: type[BaseModel]) -> str:
@@ -28,9 +34,9 @@ def describe(error: ValidationError, cls: type[BaseModel]) -> str:
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or cls.__name__
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(field, cls.model_fields, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            lines.append(f"{field}: unknown field{hint} (fields: {', '.join(cls.model_fields)})")
+            hint = did_you_mean(field, cls.model_fields)
+            fields = ", ".join(cls.model_fields)
+            lines.append(f"{field}: unknown field{'; ' + hint if hint else ''} (fields: {fields})")
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             shown = "" if item["type"] == "missing" else f"{item['input']!r} is not accepted, it should be "

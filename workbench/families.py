@@ -1,4 +1,6 @@
-"""The families of methods; importing one registers its instruments and changes."""
+"""The families of methods, and a user's own files; importing one registers its instruments,
+changes and the entries of its axes.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +8,69 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from workbench.errors import BadInput
 
-PLUGINS = "WORKBENCH_PLUGINS"  # files of a user, separated as in PATH
 FAMILIES = ("curvature", "pruning", "quantization", "latency", "training", "scaling")
+#: Environment variable: Python files of the user's own, separated as in PATH. Reports and worker processes
+#: inherit it, so that what is registered here is known there.
+PLUGINS = "WORKBENCH_PLUGINS"
+
+
+def import_families() -> None:
+    """Import every family that is there, then the plugins; importing registers what they define."""
+    _import_own()
+    import_plugins()
 
 
 @functools.lru_cache(1)
-def import_families() -> None:
-    """Import every family that is there; importing registers its instruments and changes."""
+def _import_own() -> None:
     for family in FAMILIES:
         if importlib.util.find_spec(f"workbench.{family}") is not None:
             importlib.import_module(f"workbench.{family}")
-    load_plugins(part for part in os.environ.get(PLUGINS, "").split(os.pathsep) if part)
 
 
-def load_plugins(paths: Iterable[str]) -> None:
-    """Run these Python files, which register entries of their own, here and in the processes started here."""
-    known = [part for part in os.environ.get(PLUGINS, "").split(os.pathsep) if part]
-    wanted = [os.path.abspath(path) for path in paths]
-    os.environ[PLUGINS] = os.pathsep.join(dict.fromkeys([*known, *wanted]))
-    for path in wanted:
-        load_plugin(path)
+def load_plugins(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Import these files too, now and in every process that is started from here."""
+    files = [str(Path(path).absolute()) for path in paths]
+    for file in files:
+        import_plugin(file)
+    named = [part for part in os.environ.get(PLUGINS, "").split(os.pathsep) if part]
+    os.environ[PLUGINS] = os.pathsep.join(dict.fromkeys([*named, *files]))
 
 
-def load_plugin(path: str) -> None:
-    """Import one file by its path, once."""
-    name = f"workbench_plugin_{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+def import_plugins() -> None:
+    """Import the files that the environment names."""
+    for part in os.environ.get(PLUGINS, "").split(os.pathsep):
+        if part:
+            import_plugin(part)
+
+
+def import_plugin(path: str | os.PathLike[str]) -> None:
+    """Import one file, once. `BadInput` names the file and what its error says."""
+    file = Path(path).resolve()
+    name = module_name(file)
     if name in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(name, path)
-    if not os.path.isfile(path) or spec is None or spec.loader is None:
-        raise BadInput(f"plugins: {path!r} is not a Python file")
+    if file.suffix != ".py" or not file.is_file():
+        raise BadInput(f"plugins: {str(path)!r} is not a Python file; give the path of a .py file")
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise BadInput(f"plugins: {path} cannot be run: {type(error).__name__}: {error}") from error
+        said = (str(error).strip().splitlines() or ["no message"])[0]
+        raise BadInput(f"plugins: {str(path)!r} failed: {type(error).__name__}: {said}") from error
+
+
+def module_name(file: Path) -> str:
+    """A name that a plugin's path alone decides: what is pickled in one process is found in another."""
+    stem = re.sub(r"\W", "_", file.stem)
+    return f"workbench_plugin_{stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"

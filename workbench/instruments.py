@@ -53,8 +53,9 @@ class Instrument(Fields):
 
     @classmethod
     def parameters(cls) -> dict[str, Any]:
-        """Field name -> pydantic FieldInfo, in declaration order, shared fields last."""
-        own = {k: v for k, v in cls.model_fields.items() if k not in ("seed", "device")}
+        """Field name -> pydantic FieldInfo, an instrument's own in declaration order, then inherited ones."""
+        names = [name for base in cls.__mro__ for name in vars(base).get("__annotations__", {})]
+        own = {k: cls.model_fields[k] for k in names if k in cls.model_fields and k not in ("seed", "device")}
         return own | {k: cls.model_fields[k] for k in ("device", "seed") if k in cls.model_fields}
 
     @classmethod

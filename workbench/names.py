@@ -60,7 +60,7 @@ class Method:
     claim: str  # what the source says, checkable here
     row: int | None = None  # the technique list's number
     recipe: tuple[Step, ...] = ()
-    subject: str = "digits-vit"  # the smallest built-in subject that it is for
+    subject: str = "digits-vit"  # the smallest built-in subject that it is for, or the table of runs
 
     def evidence(self) -> dict[str, Any] | None:
         """The stored measurement, one's own before the project's (`FAMILY/NAME.json`),
@@ -146,18 +146,15 @@ def entries_called(name: str) -> list[Entry]:
 
 
 def home_of(entry: Entry) -> tuple[str, str] | None:
-    """(instrument, field) where an entry is chosen: of those with a field on its axis,
-    the one with most choices.
-    """
-    found = []
+    """(instrument, field) where an entry is chosen: what its axis says, else the only ones there are."""
+    if entry.axis.home:
+        name, field = entry.axis.home.split(".")
+        return name, field
     for name, cls in catalog().items():
-        held = {
-            field: axis for field, info in cls.model_fields.items() if (axis := axis_of(info)) is not None
-        }
-        mine = [field for field, axis in held.items() if axis is entry.axis]
-        if mine:
-            found.append((-len(held), name, mine[0]))
-    return min(found)[1:] if found else None
+        for field, info in cls.model_fields.items():
+            if axis_of(info) is entry.axis:
+                return name, field
+    return None
 
 
 def accepts(cls: type[Fields], field: str) -> bool:
@@ -245,7 +242,7 @@ def method_door(card: Method) -> Door:
     ]
     if card.recipe:
         facts.append(("recipe", in_words(card.recipe)))
-        facts.append(("run", f"workbench run {card.name} --subject {card.subject}"))
+        facts.append(("run", f"workbench run {card.name} --{find(card.recipe[0][0]).on} {card.subject}"))
         facts.append(("defined", "; ".join(places(card.recipe))))
     record = card.evidence() or {}
     facts.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import nbformat
@@ -11,6 +11,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from workbench import reports
+from workbench.axis import Choice
 from workbench.instruments import Instrument
 from workbench.names import catalog
 from workbench.results import Result
@@ -56,10 +57,21 @@ def settings(instrument: Instrument, on: Any) -> pd.DataFrame:
         {"setting": instrument.on, "value": repr(on), "meaning": ""},
     ]
     for name, info in type(instrument).parameters().items():
-        rows.append(
-            {"setting": name, "value": str(getattr(instrument, name)), "meaning": info.description or ""}
-        )
+        rows += _setting_rows(name, getattr(instrument, name), info.description or "")
     return pd.DataFrame(rows).set_index("setting")
+
+
+def _setting_rows(name: str, value: Any, meaning: str) -> Iterator[dict[str, str]]:
+    """A field; of a choice also its formula and source, and a row for each of its options."""
+    if isinstance(value, Choice):
+        source = f" ({value.entry.source})" if value.entry.source else ""
+        meaning = f"{meaning}: {value.entry.formula}{source}"
+    yield {"setting": name, "value": str(value), "meaning": meaning}
+    if isinstance(value, Choice):
+        for option, info in type(value.options).parameters().items():
+            yield from _setting_rows(
+                f"{name}.{option}", getattr(value.options, option), info.description or ""
+            )
 
 
 def provenance(result: Result) -> pd.DataFrame:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import io
 import os
 import sys
@@ -34,7 +33,7 @@ import nbformat
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, unknown_name
 from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.storage import replacing
@@ -108,12 +107,7 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
         return given
     file = notebooks_folder() / f"{name_or_path}.ipynb"
     if given.name != str(name_or_path) or not file.is_file():
-        close = difflib.get_close_matches(str(name_or_path), available(), 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise BadInput(
-            f"report: {str(name_or_path)!r} is unknown; {hint}known: "
-            f"{', '.join(available())}, or a path to an .ipynb file"
-        )
+        raise unknown_name("report", str(name_or_path), available(), ", or a path to an .ipynb file")
     return file
 
 
@@ -166,12 +160,7 @@ def check(name_or_path: str | os.PathLike[str], parameters: Mapping[str, Any]) -
     known = parameters_of(name_or_path)
     for name in parameters:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise BadInput(
-                f"{name}: unknown parameter of {Path(name_or_path).stem}{hint} (parameters: "
-                f"{', '.join(known)})"
-            )
+            raise unknown_name(f"parameter of {Path(name_or_path).stem}", name, known)
     return {name: known[name].accept(value) for name, value in parameters.items()}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from workbench.axis import Choice
 from workbench.errors import BadInput
 from workbench.figures import figure, line, points, rule
 from workbench.instruments import Instrument
@@ -126,9 +127,26 @@ def row(series: str, result: Result) -> dict[str, Any]:
         "instrument": result.instrument.name(),
         **facts,
         **fields,
-        **result.instrument.model_dump(mode="json"),
+        **columns(result.instrument),
         "seconds": result.provenance["seconds"],
     }
+
+
+def columns(fields: Any) -> dict[str, Any]:
+    """A column a field: a choice as its name, its options beside it as `rounding.damp`.
+    `bits` is the width of the format.
+    """
+    found: dict[str, Any] = {}
+    for name, value in fields.model_dump(mode="json").items():
+        chosen = getattr(fields, name)
+        if isinstance(chosen, Choice):
+            found[name] = str(chosen)
+            found |= {f"{name}.{option}": inner for option, inner in columns(chosen.options).items()}
+        else:
+            found[name] = value
+    if "format.bits" in found:
+        found["bits"] = found["format.bits"]
+    return found
 
 
 def families(on: Subject, chains: Mapping[str, Sequence[Chain]]) -> list[list[list[Chain]]]:

@@ -21,8 +21,8 @@ import torch
 import transformers
 
 from workbench.progress import TextProgress
-from workbench.training.sweep.objective import language_subject
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize, shape_of
+from workbench.training.sweep.objective import language_subject
 
 CELLS = ((24, 1024), (24, 4096), (48, 1024), (48, 4096))  # width, examples
 FOLDER = Path(__file__).parent
@@ -35,9 +35,9 @@ def main() -> None:
         on = language_subject(width)
         study = LearningRateBatchSize(
             examples=examples,
-            lr_low=1e-3,
-            lr_high=6.4e-2,
-            lr_points=7,
+            learning_rate_low=1e-3,
+            learning_rate_high=6.4e-2,
+            learning_rate_points=7,
             batch_sizes=(8, 32, 128),
             evaluate_limit=256,
             workers=int(sys.argv[1]) if len(sys.argv) > 1 else 2,

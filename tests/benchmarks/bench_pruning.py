@@ -17,9 +17,9 @@ import torch
 
 import workbench
 from workbench.progress import Progress
+from workbench.pruning.axes import SALIENCY, Gradients
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import Tiles, make_mask
-from workbench.pruning.saliency.weights import SALIENCIES
 from workbench.pruning.solvers import fisher, obs
 from workbench.statistics import second_moments
 
@@ -68,7 +68,8 @@ def main() -> None:
     torch.set_num_threads(1)
     on = workbench.subject(space.subject)
     layers = on.layers()
-    calibration = Calibration(on, layers, gradients=space.gradients, progress=Progress())
+    calibration = Calibration(on, layers, progress=Progress())
+    asked, wanda = Gradients(gradients=space.gradients), SALIENCY.chosen("wanda")
     for what, gram in (("second moments, for SparseGPT", True), ("norms, for Wanda", False)):
         began = time.process_time()
         second_moments(on, layers, examples=calibration.examples, gram=gram)
@@ -96,9 +97,7 @@ def main() -> None:
                 elif name == "reference sparsegpt":
                     reference_sparsegpt(weight, gram, 0.5)
                 elif name == "wanda":
-                    make_mask(
-                        SALIENCIES["wanda"].score(layer, calibration, Tiles(1, 1)), Tiles(1, 1), 0.5, "row"
-                    )
+                    make_mask(wanda(layer, calibration, Tiles(1, 1)), Tiles(1, 1), 0.5, "row")
                 else:
                     reference_wanda(weight, norm, 0.5)
             times[name].append(time.process_time() - began)
@@ -118,19 +117,19 @@ def main() -> None:
             )
         )
         masks &= torch.equal(
-            make_mask(SALIENCIES["wanda"].score(layer, calibration, Tiles(1, 1)), Tiles(1, 1), 0.5, "row"),
+            make_mask(wanda(layer, calibration, Tiles(1, 1)), Tiles(1, 1), 0.5, "row"),
             reference_wanda(weight, norm, 0.5),
         )
     print(
         f"Wanda masks identical: {masks}; largest gap of SparseGPT's relative output error: {max(gaps):.2e}"
     )
     for layer in layers:  # collected before the clock starts
-        calibration.factors(layer)
-    damp = calibration.absolute_damp()
+        calibration.factors(layer, asked)
+    damp = calibration.absolute_damp(asked, 0.01)
     began, cpu = time.perf_counter(), time.process_time()
     for layer, weight, _, _ in cases:
-        rho = fisher.saliency(weight, calibration.factors(layer), damp, 50)
-        fisher.update(weight, make_mask(rho, Tiles(1, 1), 0.7), calibration.factors(layer), damp, 50)
+        rho = fisher.saliency(weight, calibration.factors(layer, asked), damp, 50)
+        fisher.update(weight, make_mask(rho, Tiles(1, 1), 0.7), calibration.factors(layer, asked), damp, 50)
     count = sum(weight.numel() for _, weight, _, _ in cases)
     print(
         f"oBERT over {count / 1e6:.1f} M weights after the gradients: "

@@ -36,8 +36,9 @@ from workbench.quantization.allocation.integer_program import allocate
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, fit
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.rounding.gptq import gptq, linear_feedback
-from workbench.quantization.rounding.problem import Factors
+from workbench.quantization.rounding.feedback import Factors, linear_feedback
+from workbench.quantization.rounding.gptq import gptq
+from workbench.quantization.rounding_order import Source, round_layer
 from workbench.statistics import second_moments
 from workbench.statistics.damping import damped
 from workbench.subjects import Layer, Subject
@@ -245,9 +246,12 @@ def our_encoder(
     began = time.process_time()
     moments = second_moments(on, layers, "calibration", 128)
     middle = time.process_time()
-    quantizer, factors = Quantize(bits=4, group_size=128, rounding="gptq", act_order=act_order), Factors()
+    quantizer, factors = (
+        Quantize(format="int4", group_size=128, rounding={"name": "gptq", "act_order": act_order}),
+        Factors(),
+    )
     values = {
-        layer.name: quantizer.round_layer(layer, moments[layer.name], torch.Generator(), factors)[0]
+        layer.name: round_layer(quantizer, layer, Source(moments[layer.name], torch.Generator(), factors))[0]
         for layer in layers
     }
     return middle - began, time.process_time() - middle, values

@@ -22,13 +22,14 @@ from workbench.training import Sweep, fit
 from workbench.training.data_order import take
 from workbench.training.optimizer.galore import GaLore, projection
 from workbench.training.optimizer.kron import Kron
-from workbench.training.optimizer.lamb import LAMB, LARS
+from workbench.training.optimizer.lamb import LAMB
+from workbench.training.optimizer.lars import LARS
 from workbench.training.optimizer.mkor import MKOR
 from workbench.training.optimizer.muon import Muon
-from workbench.training.optimizer.onebit import OneBitAdam
+from workbench.training.optimizer.one_bit_adam import OneBitAdam
 from workbench.training.optimizer.scion import Scion
 from workbench.training.optimizer.sophia import Sophia
-from workbench.training.schedule.schedules import cosine
+from workbench.training.schedule.schedules import profile
 from workbench.training.sweep.objective import reinitialised
 
 
@@ -56,7 +57,8 @@ def loop(steps: int = 4, batch_size: int = 4) -> None:
         model = reinitialised(on, 0).model.train()
         before = time.process_time()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: cosine(t / steps))
+        shape = profile("cosine")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: shape(t / steps))
         for step in range(steps):
             chosen = take(len(columns["input_ids"]), 0, step * batch_size, batch_size)
             batch = {k: v[chosen] for k, v in columns.items()}

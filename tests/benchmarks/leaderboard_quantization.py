@@ -80,7 +80,7 @@ def main() -> None:
     on = workbench.subject(given.subject)
     shared = {
         "steps": given.steps,
-        "examples": given.examples,
+        "calibration_examples": given.examples,
         "test_examples": given.test_examples,
         "group_size": given.group_size,
     }
@@ -90,7 +90,9 @@ def main() -> None:
         timer = threading.Timer(60 * given.minutes, progress.stop.set)
         timer.daemon = True
         timer.start()
-    board = leaderboard(on, methods, WIDTHS, range(given.seeds), progress, given.block_steps, **shared)
+    board = leaderboard(
+        on, methods, WIDTHS, range(given.seeds), progress, block_steps=given.block_steps, **shared
+    )
     board.insert(0, "subject", given.subject)
     target = FOLDER / f"quantization-leaderboard-{given.subject}"
     board.to_csv(target.with_suffix(".csv"), index=False, float_format="%.6g")

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
-from workbench.quantization.rounding.problem import ROUNDINGS, Problem
+from workbench.quantization.rounding import nearest
+from workbench.quantization.rounding.problem import Problem
+from workbench.quantization.rounding.rounding import ROUNDING
 
 STEPS = 200  # of SignRound, AutoRound's default
 
@@ -48,8 +50,9 @@ def rounded(
     method: str, bits: int, group: int, symmetric: bool = False
 ) -> Callable[[Tensor, Tensor], Tensor]:
     def values(weight: Tensor, gram: Tensor) -> Tensor:
-        problem = Problem(weight, gram, named("int", bits, symmetric), "group", group, steps=STEPS)
-        return ROUNDINGS[method](problem)[0]
+        problem = Problem(weight, gram, named("int", bits, symmetric), "group", group)
+        learns = method in ROUNDING.with_trait("learned")
+        return nearest.rounded(problem, method, **({"steps": STEPS} if learns else {}))[0]
 
     return values
 

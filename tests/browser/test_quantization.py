@@ -26,7 +26,10 @@ CELLS = {
         "from workbench.instruments import Result\n"
         "widgets.quantization.AllocationPanel(Result.load('allocated', open_subject=False))"
     ),
-    "layers": "widgets.panel(Quantize, on, bits=3, examples=16, predict_examples=8, test_examples=64)",
+    "layers": (
+        "widgets.panel(Quantize, on, format='int3', calibration_examples=16, predict_examples=8, "
+        "test_examples=64)"
+    ),
 }
 
 # From the key to the picture of the new format, by the page's own clock:
@@ -49,7 +52,12 @@ expect.set_options(timeout=PATIENCE)
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     on = workbench.subject("digits-vit")
     small = Allocate(
-        layers="*layers.0.*", widths=[2, 3, 4, 8], examples=16, predict_examples=8, draws=0, test_examples=32
+        layers="*layers.0.*",
+        widths=[2, 3, 4, 8],
+        calibration_examples=16,
+        predict_examples=8,
+        draws=0,
+        test_examples=32,
     )
     with serve_cells(tmp_path_factory, {name: OPEN + cell for name, cell in CELLS.items()}) as found:
         small.run(on, Progress(), cache=False).save(found.root / "allocated", with_subject=False)

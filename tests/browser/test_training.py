@@ -19,16 +19,16 @@ from tests.browser.lab import PATIENCE, Lab, Watched, open_and_run, photograph, 
 SURFACE = """\
 import widgets, workbench
 from workbench.training import LearningRateBatchSize
-widgets.panel(LearningRateBatchSize(examples=2048, lr_points=4, batch_sizes=[8, 32], seeds=2, workers=1, \
-evaluate_limit=64), "digits-vit")"""
+widgets.panel(LearningRateBatchSize(examples=2048, learning_rate_points=4, batch_sizes=[8, 32], seeds=2, \
+workers=1, evaluate_limit=64), "digits-vit")"""
 SCHEDULES = """\
 from widgets.training import SchedulePanel
 SchedulePanel(steps=400)"""
 OPTIMIZERS = """\
 import widgets
 from workbench.training import OptimizerComparison
-widgets.panel(OptimizerComparison(optimizers="adamw,sgd", examples=1024, lr_points=1, seeds=2, workers=1, \
-evaluate_limit=64), "digits-vit")"""
+widgets.panel(OptimizerComparison(optimizers="adamw,sgd", examples=1024, learning_rate_points=1, seeds=2, \
+workers=1, evaluate_limit=64), "digits-vit")"""
 DRAWN = "document.querySelector('.wb-plot-figure')"
 expect.set_options(timeout=PATIENCE)
 
@@ -81,7 +81,7 @@ def test_a_sweep_seen_live_stopped_and_gone_on_with_from_the_command_line(
         "digits-vit",
         "--examples",
         "2048",
-        "--lr-points",
+        "--learning-rate-points",
         "4",
         "--batch-sizes",
         "[8, 32]",

@@ -10,7 +10,7 @@ from torch import nn
 
 import workbench
 from tests.conftest import tiny
-from workbench.subjects import TASKS, Subject
+from workbench.subjects import TASK, Subject
 
 TASK_OF = {
     "bert": "sequence-classification",
@@ -58,7 +58,7 @@ def stock(architecture: str, dtype: torch.dtype = torch.float32, examples: int =
     if architecture == "vit":
         for split in splits.values():
             split["pixel_values"] = split["pixel_values"].to(dtype)
-    return Subject(architecture, model, TASKS[TASK_OF[architecture]](), splits, data_note="random")
+    return Subject(architecture, model, TASK[TASK_OF[architecture]].value(), splits, data_note="random")
 
 
 def mlp(

@@ -12,6 +12,7 @@ import workbench
 from workbench import BadInput
 from workbench.progress import Progress
 from workbench.pruning import Prune
+from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.structures import adaptive, block_importance, groups_of, score
 from workbench.pruning.pattern import Structures
@@ -204,7 +205,9 @@ def test_adaptive_shares_add_up_and_spare_the_blocks_that_change_most():
     on = workbench.subject("digits-vit")
     pattern, layers = Structures(("neurons",)), on.layers()
     calibration = Calibration(on, layers, examples=32)
-    scored = [score(g, "magnitude", calibration, pattern) for g in groups_of(on, layers, pattern)]
+    scored = [
+        score(g, SALIENCY.chosen("magnitude"), calibration, pattern) for g in groups_of(on, layers, pattern)
+    ]
     importance = list(block_importance(calibration).values())
     assert sum(importance) == pytest.approx(0, abs=1e-6) and max(map(abs, importance)) == pytest.approx(1)
     same, counts = adaptive(scored, 0.5, 0.0, calibration), adaptive(scored, 0.5, 0.3, calibration)
@@ -257,7 +260,9 @@ def test_recovery_of_a_narrower_model_lowers_the_loss(method):
         "test_split": "validation",
     }
     before = Prune(**(fields | {"method": "minitron"})).run(on, Progress(), cache=False)
-    after = Prune(**fields, recovery="finetune", recovery_steps=40, lr=2e-3).run(on, Progress(), cache=False)
+    after = Prune(**fields, recovery={"name": "finetune", "steps": 40, "learning_rate": 2e-3}).run(
+        on, Progress(), cache=False
+    )
     assert (
         after.facts["loss"] < 0.8 * before.facts["loss"]
         and after.facts["parameters"] == before.facts["parameters"]
@@ -271,10 +276,8 @@ def test_a_gradual_cut_passes_through_its_sparsities_and_names_what_went():
         method="minitron",
         pattern="channels",
         sparsity=0.5,
-        schedule="linear",
-        steps=2,
-        recovery="distil",
-        recovery_steps=10,
+        schedule={"name": "linear", "events": 2},
+        recovery={"name": "distil", "steps": 10},
         predict_examples=16,
     ).run(on, Progress(), cache=False)
     assert result.tables["schedule"].sparsity.tolist() == [0.25, 0.5] and result.tables[

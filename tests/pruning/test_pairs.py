@@ -14,14 +14,17 @@ from tests.conftest import ARCHITECTURES
 from workbench import BadInput
 from workbench.progress import Progress
 from workbench.pruning import Prune
+from workbench.pruning.axes import DIMENSIONS, PRUNING_METHOD
 from workbench.pruning.engine.structures import EXPERT_STEP
-from workbench.pruning.methods import NOT_DIMENSIONAL, PRESETS
-from workbench.pruning.pattern import DIMENSIONS, parse
+from workbench.pruning.pattern import parse
 from workbench.subjects.structure.units import discover
 
 # Movement is collected in training.
-TRAINED = {"schedule": "linear", "steps": 2, "recovery": "finetune", "recovery_steps": 4, "batch_size": 2}
-LEAST = {"gradients": 2, "calibration_examples": 2, "predict_examples": 0, "sparsity": 0.5}
+TRAINED = {
+    "schedule": {"name": "linear", "events": 2},
+    "recovery": {"name": "finetune", "steps": 4, "batch_size": 2},
+}
+LEAST = {"calibration_examples": 2, "predict_examples": 0, "sparsity": 0.5}
 ANYWHERE = {
     "random",
     "magnitude",
@@ -71,10 +74,9 @@ def pruned(subject, pattern, accepted, **fields):
     """
     head = subject.model.get_output_embeddings()
     tied = head is not None and head.weight is subject.model.get_input_embeddings().weight
-    for method in PRESETS:
-        prune = Prune(
-            method=method, pattern=pattern, **(LEAST | fields | (TRAINED if method == "movement" else {}))
-        )
+    for method in PRUNING_METHOD:
+        given = {"method": method, "pattern": pattern} | LEAST | fields
+        prune = Prune(**(given | (TRAINED if method == "movement" else {}))).with_gradients(2)
         if method not in accepted:
             with pytest.raises(BadInput) as refused:
                 prune.run(subject, Progress(), cache=False)
@@ -110,17 +112,17 @@ def test_every_pair_is_exact_or_says_why_not(pattern, architecture, checkpoints)
             step = [g.experts * g.weights_per_unit() * (EXPERT_STEP if g.experts > 1 else 1) for g in before]
             # One threshold over all groups is off by half of the largest unit at most,
             # shares of blocks by half a unit each.
-            allowed = {"layer": 0.0, "global": max(step) / 2, "adaptive": sum(step) / 2}[
-                prune.composition()[2]
-            ]
+            allowed = {"layer": 0.0, "global": max(step) / 2, "adaptive": sum(step) / 2}[prune.allocation]
             assert weights - left == pytest.approx(weights / 2, abs=allowed)
 
 
 def test_every_method_is_accounted_for():
     named = set().union(*VALID.values())
-    assert set(PRESETS) - named == {
+    assert set(PRUNING_METHOD) - named == {
         "movement",
         "icbs",
         "pat",
     }  # collected in training; single weights; trained channels
-    assert set(NOT_DIMENSIONAL).isdisjoint(VALID["channels"] | VALID["layers"] | VALID["experts"])
+    assert set(PRUNING_METHOD.with_trait("not dimensions")).isdisjoint(
+        VALID["channels"] | VALID["layers"] | VALID["experts"]
+    )

@@ -11,16 +11,21 @@ import workbench
 from workbench import BadInput
 from workbench.progress import Progress
 from workbench.pruning import Prune
+from workbench.pruning.axes import SPARSITY_SCHEDULE
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.schedule import cubic, sparsities
+from workbench.pruning.schedule import cubic
 from workbench.results import Result
 from workbench.subjects import Mask
 
-SMALL = {"gradients": 8, "calibration_examples": 8, "predict_examples": 0}
+SMALL = {"calibration_examples": 8, "predict_examples": 0}
 
 
-def prune(subject, **fields):
-    return Prune(**(SMALL | fields)).run(subject, Progress(), cache=False)
+def prune(subject, gradients=8, **fields):
+    return Prune(**(SMALL | fields)).with_gradients(gradients).run(subject, Progress(), cache=False)
+
+
+def sparsities(name, final, events):
+    return SPARSITY_SCHEDULE.chosen({"name": name, "events": events})(final, 1)
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "wanda", "sparsegpt", "obert", "obd"])
@@ -73,7 +78,7 @@ def test_a_plain_module_is_pruned_and_the_result_reloads(tmp_path):
 def test_schedules_follow_the_formula_and_end_where_they_should():
     assert sparsities("cubic", 0.9, 3) == pytest.approx([0.9 * (1 - (1 - t / 3) ** 3) for t in (1, 2, 3)])
     assert cubic(0.2, 0.8, 0, 5) == pytest.approx(0.2) and sparsities("linear", 0.8, 4)[-1] == 0.8
-    assert sparsities("one-shot", 0.6, 1) == [0.6]
+    assert SPARSITY_SCHEDULE.chosen("one-shot")(0.6, 1) == [0.6]
 
 
 @pytest.mark.parametrize("recovery", ["finetune", "distil", "low-rank"])
@@ -81,7 +86,8 @@ def test_recovery_lowers_the_loss_and_keeps_every_zero(recovery):
     vit = workbench.subject("digits-vit")
     fields = {"method": "magnitude", "sparsity": 0.8, "test_split": "validation"}
     before = prune(vit, **fields)
-    after = prune(vit, **fields, recovery=recovery, recovery_steps=30, lr=2e-3)
+    training = {"name": recovery, "steps": 30, "learning_rate": 2e-3}
+    after = prune(vit, **fields, recovery=training)
     assert after.facts["loss"] < 0.8 * before.facts["loss"]
     assert after.facts["sparsity"] >= before.facts["sparsity"]
     for a, b in zip(before.subject.layers(), after.subject.layers(), strict=True):
@@ -98,11 +104,8 @@ def test_gradual_schedules_train_between_and_movement_uses_it():
             vit,
             method=method,
             sparsity=0.7,
-            schedule="cubic",
-            steps=3,
-            recovery="finetune",
-            recovery_steps=20,
-            lr=1e-3,
+            schedule={"name": "cubic", "events": 3},
+            recovery={"name": "finetune", "steps": 20, "learning_rate": 1e-3},
         )
         assert result.tables["schedule"].sparsity.tolist() == pytest.approx(
             sparsities("cubic", 0.7, 3), abs=2e-3
@@ -117,14 +120,14 @@ def test_the_recovery_is_drawn_while_it_runs():
         def preview(self, result):
             Watching.seen.append(len(result.figure().data[0].y))
 
-    result = Prune(**SMALL, method="magnitude", recovery="finetune", recovery_steps=4).run(
+    result = Prune(**SMALL, method="magnitude", recovery={"name": "finetune", "steps": 4}).run(
         workbench.subject("digits-vit"), Watching(), cache=False
     )
     assert Watching.seen == [1, 2, 3, 4] and len(result.figure(show="recovery").data[0].y) == 4
 
 
 @pytest.mark.parametrize(
-    ("method", "compensation"), [("sparsegpt", "preset"), ("wanda", "bias"), ("obert", "preset")]
+    ("method", "compensation"), [("sparsegpt", "obs"), ("wanda", "bias"), ("obert", "fisher")]
 )
 def test_statistics_that_do_not_fit_are_measured_group_by_group_to_the_same_end(
     method, compensation, monkeypatch
@@ -173,18 +176,16 @@ def test_stop_keeps_what_there_is():
         ({"pattern": "2:4", "sparsity": 0.7}, "contradicts"),
         ({"pattern": "stripes"}, "pattern"),
         ({"layers": "nothing*"}, "layers"),
-        ({"steps": 3}, "steps"),
-        ({"recovery": "finetune"}, "recovery_steps"),
+        ({"schedule.events": 3}, "schedule.events"),
+        ({"recovery": "finetune"}, "recovery.steps"),
         ({"method": "movement"}, "movement"),
         (
             {
                 "method": "movement",
-                "schedule": "cubic",
-                "steps": 4,
-                "recovery": "finetune",
-                "recovery_steps": 6,
+                "schedule": {"name": "cubic", "events": 4},
+                "recovery": {"name": "finetune", "steps": 6},
             },
-            "recovery_steps.*at least 7",
+            "recovery.steps.*at least 7",
         ),
         ({"method": "wanda", "allocation": "global"}, "allocation"),
         ({"pattern": "heads", "compensation": "fisher"}, "fisher"),

@@ -8,7 +8,6 @@ import pytest
 
 from tests.conftest import ARCHITECTURES
 from tests.pruning.test_pairs import pruned, small
-from workbench.pruning.methods import PRESETS
 from workbench.pruning.pattern import NM, obeys, parse, sizes
 from workbench.subjects import Mask
 
@@ -51,8 +50,8 @@ def valid(pattern: str, architecture: str) -> set[str]:
 @pytest.mark.parametrize("text", list(PATTERNS))
 def test_every_pair_has_its_count_of_zeros_or_says_why_not(text, architecture, checkpoints):
     subject, pattern, sparsity = small(architecture, checkpoints), parse(text), PATTERNS[text]
-    for method, prune, result in pruned(subject, text, valid(text, architecture), sparsity=sparsity):
-        made, allocation = result.subject, prune.composition()[2]
+    for _method, prune, result in pruned(subject, text, valid(text, architecture), sparsity=sparsity):
+        made, allocation = result.subject, prune.allocation
         missing, widest = 0.0, 0.0
         for layer in made.layers():
             (mask,) = (c.mask for c in layer.changes if isinstance(c, Mask))
@@ -66,7 +65,7 @@ def test_every_pair_has_its_count_of_zeros_or_says_why_not(text, architecture, c
                 assert layer.shape[pattern.along] % pattern.of == 0 and not bool(off.any())
             elif allocation == "global":
                 continue
-            elif PRESETS[method].refine:  # exchanges go across rows and experts
+            elif prune.method.has("refines"):  # exchanges go across rows and experts
                 assert float(off.sum().abs()) <= mask[..., 0].numel() / 2
             else:  # by rows of tiles a rounding for each of them, where there is more than one
                 groups = (

@@ -30,6 +30,7 @@ from workbench.quantization.allocation.layer_sensitivity import (
     top_eigenvalues,
     traces,
 )
+from workbench.quantization.allocation.width_cost import WIDTH_COST
 from workbench.quantization.quantize import Quantize
 from workbench.statistics import second_moments
 from workbench.subjects import Subject
@@ -118,7 +119,9 @@ def bert(checkpoints: dict[str, Path]) -> Subject:
 
 def test_alone_equals_one_prediction_for_each_layer(bert: Subject) -> None:
     layers = bert.layers("*.0.*")
-    _, deltas = candidates(bert, layers, [Quantize(bits=b, group_size=16) for b in (2, 4)], 4, Progress())
+    _, deltas = candidates(
+        bert, layers, [Quantize(format=f"int{b}", group_size=16) for b in (2, 4)], 4, Progress()
+    )
     found = alone(bert, layers, deltas, examples=4, batch_size=2)
     for layer in layers:
         for row, delta in enumerate(deltas[layer.name]):
@@ -131,7 +134,9 @@ def test_gauss_newton_scores_are_the_sampled_fisher_of_the_operator(bert: Subjec
     and the pairs of one choice add up to 1/2 D.F D of that choice.
     """
     layers = bert.layers("*.0.*")[:3]
-    _, deltas = candidates(bert, layers, [Quantize(bits=b, group_size=16) for b in (2, 4)], 4, Progress())
+    _, deltas = candidates(
+        bert, layers, [Quantize(format=f"int{b}", group_size=16) for b in (2, 4)], 4, Progress()
+    )
     scores = gauss_newton_scores(bert, layers, deltas, examples=4, samples=3, seed=5)
     joint = np.einsum("sia,sjb->iajb", scores, scores)
     with curvature_operator(
@@ -169,7 +174,7 @@ def test_gauss_newton_scores_are_the_sampled_fisher_of_the_operator(bert: Subjec
 
 def test_gauss_newton_scores_are_unbiased(bert: Subject) -> None:
     layers = bert.layers("*.0.*")[:2]
-    _, deltas = candidates(bert, layers, [Quantize(bits=2, group_size=16)], 4, Progress())
+    _, deltas = candidates(bert, layers, [Quantize(format="int2", group_size=16)], 4, Progress())
     squares = np.square(gauss_newton_scores(bert, layers, deltas, examples=4, samples=200)[:, :, 0])
     with curvature_operator(
         bert, "ggn", layers=",".join(layer.name for layer in layers), examples=4, batch_size=4
@@ -187,11 +192,11 @@ def test_allocation_with_interactions_costs_no_more_than_without(bert: Subject) 
         budget=3,
         widths=[2, 4],
         group_size=16,
-        examples=4,
+        calibration_examples=4,
         predict_examples=4,
         draws=1,
         test_examples=4,
-        interactions=True,
+        **{"sensitivity.interactions": True},
     ).run(bert, Progress(), cache=False)
     table = result.table.set_index("strategy")
     assert result.table["strategy"].iloc[0] == "with interactions" and result.facts[
@@ -202,14 +207,16 @@ def test_allocation_with_interactions_costs_no_more_than_without(bert: Subject) 
         "integer program", "loss"
     ]
     with pytest.raises(BadInput, match="interactions"):
-        Allocate(interactions=True, sensitivity="trace").run(bert, Progress(), cache=False)
+        Allocate(**{"sensitivity": "trace", "sensitivity.interactions": True}).run(
+            bert, Progress(), cache=False
+        )
 
 
 def test_measured_alone_equals_measured_change(bert: Subject) -> None:
-    result = LayerSensitivity(layers="*.0.*", widths=[2], group_size=16, examples=4, predict_examples=4).run(
-        bert, Progress(), cache=False
-    )
-    quantizer = Quantize(bits=2, group_size=16)
+    result = LayerSensitivity(
+        layers="*.0.*", widths=[2], group_size=16, calibration_examples=4, predict_examples=4
+    ).run(bert, Progress(), cache=False)
+    quantizer = Quantize(format="int2", group_size=16)
     layers = bert.layers("*.0.*")
     _, deltas = candidates(bert, layers, [quantizer], 4, Progress())
     for layer, measured in zip(layers, result.table["measured_change"], strict=True):
@@ -254,13 +261,14 @@ def test_allocate(bert: Subject, sensitivity: str) -> None:
         "budget": 3.0,
         "widths": [2, 4],
         "group_size": 16,
-        "examples": 4,
+        "calibration_examples": 4,
         "predict_examples": 4,
-        "probes": 2,
         "draws": 1,
         "test_examples": 8,
         "sensitivity": sensitivity,
     }
+    if "probes" in WIDTH_COST[sensitivity].options.model_fields:
+        settings["sensitivity.probes"] = 2
     result = Allocate(**settings).run(bert, Progress(), cache=False)
     assert result.table["code_bits"].max() <= 3.0 + 1e-9
     assert result.table.loc[0, "cost"] == pytest.approx(result.table["cost"].min())
@@ -287,7 +295,7 @@ def test_multiplications_count_the_tokens_a_layer_sees(checkpoints: dict[str, Pa
         average="multiplications",
         widths=[2, 4],
         group_size=16,
-        examples=4,
+        calibration_examples=4,
         predict_examples=4,
         draws=0,
         test_examples=8,
@@ -319,7 +327,7 @@ def test_latency_budget_is_the_time_of_the_uniform_width(bert: Subject, tmp_path
         budget=3.0,
         widths=[4, 2],
         group_size=16,
-        examples=4,
+        calibration_examples=4,
         predict_examples=4,
         draws=1,
         test_examples=8,

@@ -19,7 +19,7 @@ from workbench.subjects import Subject
 
 def test_anatomy(checkpoints: dict[str, Path]) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
-    result = ErrorAnatomy(bits=4, group_size=16, examples=8, predict_examples=4).run(
+    result = ErrorAnatomy(format="int4", group_size=16, calibration_examples=8, predict_examples=4).run(
         on, Progress(), cache=False
     )
     table = result.table.set_index("layer")
@@ -47,11 +47,10 @@ def test_noise_is_that_of_the_model_run_twice(checkpoints: dict[str, Path]) -> N
     """
     on = workbench.subject(checkpoints["bert"], data="random")
     anatomy = ErrorAnatomy(
-        bits=3,
+        format="int3",
         group_size=16,
         activations="token",
-        activation_bits=4,
-        examples=8,
+        calibration_examples=8,
         predict_examples=2,
         test_examples=4,
     )
@@ -92,12 +91,12 @@ def loss_of_two(on: Subject) -> float:
 
 def test_gptq_moves_weights_away_from_nearest(checkpoints: dict[str, Path]) -> None:
     on = workbench.subject(checkpoints["bert"], data="random")
-    found = ErrorAnatomy(bits=3, rounding="gptq", granularity="channel", examples=8, predict_examples=0).run(
-        on, Progress(), cache=False
-    )
-    nearest = ErrorAnatomy(bits=3, granularity="channel", examples=8, predict_examples=0).run(
-        on, Progress(), cache=False
-    )
+    found = ErrorAnatomy(
+        format="int3", rounding="gptq", granularity="channel", calibration_examples=8, predict_examples=0
+    ).run(on, Progress(), cache=False)
+    nearest = ErrorAnatomy(
+        format="int3", granularity="channel", calibration_examples=8, predict_examples=0
+    ).run(on, Progress(), cache=False)
     assert found.table["not_nearest"].between(0.05, 0.8).all()
     assert found.table["output_sqnr"].mean() > nearest.table["output_sqnr"].mean()
 
@@ -128,8 +127,8 @@ def test_ternary_follows_the_mean_magnitude() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"method": "lsq", "bits": 2},
-        {"method": "ternary", "switch_at": 0.5, "ramp": 0.25},
+        {"method": "lsq", "method.bits": 2},
+        {"method": "ternary", "switch_at": 0.5, "method.ramp": 0.25},
         {"method": "binary"},
     ],
 )
@@ -155,20 +154,20 @@ def test_training_beats_rounding_afterwards() -> None:
     on = workbench.subject("digits-vit")
     from workbench.quantization import Quantize
 
-    plain = Quantize(layers="*", bits=2, granularity="channel", predict_examples=0, test_examples=512).run(
-        on, Progress(), cache=False
-    )
-    trained = TrainQuantized(layers="*", bits=2, steps=60, batch_size=64, learning_rate=1e-3).run(
-        on, Progress(), cache=False
-    )
+    plain = Quantize(
+        layers="*", format="int2", granularity="channel", predict_examples=0, test_examples=512
+    ).run(on, Progress(), cache=False)
+    trained = TrainQuantized(
+        layers="*", method={"name": "lsq", "bits": 2}, steps=60, batch_size=64, learning_rate=1e-3
+    ).run(on, Progress(), cache=False)
     assert trained.facts["loss"] < 0.7 * plain.facts["loss"]
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"method": "lsq", "ramp": 0.2}, "ramp"),
-        ({"method": "ternary", "ramp": 0.6, "switch_at": 0.6}, "ramp"),
+        ({"method": "lsq", "method.ramp": 0.2}, "ramp"),
+        ({"method": "ternary", "method.ramp": 0.6, "switch_at": 0.6}, "ramp"),
     ],
 )
 def test_training_refuses(fields: dict[str, object], text: str) -> None:

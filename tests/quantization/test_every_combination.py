@@ -15,15 +15,16 @@ from tests.conftest import ARCHITECTURES
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.quantization import Quantize
-from workbench.quantization.quantize import moments_for
-from workbench.quantization.rounding.learned import LEARNED
-from workbench.quantization.rounding.problem import ROUNDINGS, Factors
+from workbench.quantization.quantized_layer import moments_for
+from workbench.quantization.rounding.feedback import Factors
+from workbench.quantization.rounding.rounding import ROUNDING
+from workbench.quantization.rounding_order import Source, round_layer
 
 FORMATS: list[dict[str, object]] = [
-    {"bits": 2},
-    {"bits": 4},
-    {"bits": 8},
-    {"bits": 3, "symmetric": False},
+    {"format": "int2"},
+    {"format": "int4"},
+    {"format": "int8"},
+    {"format": "uint3"},
     {"format": "e4m3fn"},
     {"format": "e5m2"},
     {"format": "e3m2"},
@@ -57,7 +58,7 @@ def test_every_combination_runs_or_says_why_not(checkpoints: dict[str, Path], ar
     layer = on.layers("blocks")[0]
     moments = moments_for(on, [layer], 4, Progress())[layer.name]
     factors, ran, refused = Factors(), 0, 0
-    for fields, granularity, rounding in itertools.product(FORMATS, GRANULARITIES, ROUNDINGS):
+    for fields, granularity, rounding in itertools.product(FORMATS, GRANULARITIES, ROUNDING):
         instrument = Quantize(
             **(
                 fields
@@ -66,8 +67,8 @@ def test_every_combination_runs_or_says_why_not(checkpoints: dict[str, Path], ar
                     "granularity": granularity,
                     "rounding": rounding,
                     "group_size": 16,
-                    "steps": 2,
-                    "examples": 4,
+                    "calibration_examples": 4,
+                    **({"rounding.steps": 2} if rounding in ROUNDING.with_trait("learned") else {}),
                 }
             )
         )
@@ -80,7 +81,8 @@ def test_every_combination_runs_or_says_why_not(checkpoints: dict[str, Path], ar
             refused += 1
             continue
         instrument.check(on)
-        values, grid, _ = instrument.round_layer(layer, moments, torch.Generator().manual_seed(0), factors)
+        source = Source(moments, torch.Generator().manual_seed(0), factors)
+        values, grid, _ = round_layer(instrument, layer, source)
         assert values.shape == layer.shape and bool(torch.isfinite(values).all()), (
             fields,
             granularity,
@@ -93,6 +95,4 @@ def test_every_combination_runs_or_says_why_not(checkpoints: dict[str, Path], ar
             rounding,
         )
         ran += 1
-    assert ran + refused == len(FORMATS) * len(GRANULARITIES) * len(ROUNDINGS) and len(ROUNDINGS) == 4 + len(
-        LEARNED
-    )
+    assert ran + refused == len(FORMATS) * len(GRANULARITIES) * len(ROUNDING.entries)

@@ -16,7 +16,7 @@ from workbench.quantization.export import to_compressed_tensors, to_onnx
 from workbench.quantization.number.packing import pack, packed_layer, quantizer_of, unpack, unpacked_layer
 from workbench.subjects import Subject
 
-SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 0, "group_size": 16}
+SMALL = {"calibration_examples": 8, "predict_examples": 0, "test_examples": 0, "group_size": 16}
 
 
 def quantized(folder: Path, **fields: object) -> Subject:
@@ -41,19 +41,19 @@ def test_pack_and_unpack(bits: int) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"bits": 3},
-        {"bits": 4, "symmetric": False},
+        {"format": "int3"},
+        {"format": "uint4"},
         {"format": "nf4"},
         {"format": "mxfp4"},
         {"format": "nvfp4"},
         {"format": "e4m3fn", "granularity": "channel"},
         {"format": "ternary"},
-        {"bits": 4, "rounding": "hqq", "symmetric": False},
-        {"bits": 4, "transform": "awq"},
-        {"bits": 4, "transform": "hadamard"},
+        {"format": "uint4", "rounding": "hqq"},
+        {"format": "int4", "transform": "awq"},
+        {"format": "int4", "transform": "hadamard"},
         {"format": "bf16"},
         {"format": "fixed8.6"},
-        {"bits": 8, "granularity": "tensor", "symmetric": False},
+        {"format": "uint8", "granularity": "tensor"},
     ],
 )
 def test_packed_layers_hold_the_weight_in_the_bytes_they_claim(
@@ -76,11 +76,11 @@ def test_packed_layers_hold_the_weight_in_the_bytes_they_claim(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"bits": 4},
-        {"bits": 3, "rounding": "gptq"},
-        {"bits": 4, "symmetric": False},
-        {"bits": 8, "granularity": "channel"},
-        {"bits": 8, "granularity": "tensor"},
+        {"format": "int4"},
+        {"format": "int3", "rounding": "gptq"},
+        {"format": "uint4"},
+        {"format": "int8", "granularity": "channel"},
+        {"format": "int8", "granularity": "tensor"},
         {"format": "e4m3fn", "granularity": "channel"},
     ],
 )
@@ -100,9 +100,9 @@ def test_compressed_tensors_round_trip(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"bits": 8, "granularity": "channel"},
-        {"bits": 4, "symmetric": False},
-        {"bits": 8, "granularity": "tensor"},
+        {"format": "int8", "granularity": "channel"},
+        {"format": "uint4"},
+        {"format": "int8", "granularity": "tensor"},
     ],
 )
 def test_onnx_round_trip(
@@ -135,7 +135,7 @@ def test_onnx_round_trip(
     [
         ("bert", {"format": "nf4"}, "nf4"),
         ("bert", {"transform": "awq"}, "transform"),
-        ("bert", {"rounding": "hqq", "symmetric": False}, "no integers"),
+        ("bert", {"rounding": "hqq", "format": "uint4"}, "no integers"),
         ("gpt2", {}, "Conv1D"),
         ("mixtral", {}, "experts"),
         ("bert", {"activations": "token"}, "activations"),
@@ -157,7 +157,7 @@ def test_a_dense_subject_is_refused(checkpoints: dict[str, Path], tmp_path: Path
 
 
 def test_a_truncated_file_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    folder = to_compressed_tensors(quantized(checkpoints["bert"], bits=4), tmp_path / "out")
+    folder = to_compressed_tensors(quantized(checkpoints["bert"], format="int4"), tmp_path / "out")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-200])
     with pytest.raises(BadInput):
@@ -168,7 +168,7 @@ def test_a_truncated_file_is_refused(checkpoints: dict[str, Path], tmp_path: Pat
 def test_a_file_that_does_not_match_is_refused(
     checkpoints: dict[str, Path], tmp_path: Path, fault: str
 ) -> None:
-    folder = to_compressed_tensors(quantized(checkpoints["bert"], bits=4), tmp_path / "out")
+    folder = to_compressed_tensors(quantized(checkpoints["bert"], format="int4"), tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")
     name = next(key for key in tensors if key.endswith("weight_packed"))
     if fault == "shape":

@@ -16,7 +16,7 @@ from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.subjects.changes import Mask
 
-SMALL = {"examples": 16, "predict_examples": 4, "test_examples": 8, "group_size": 16}
+SMALL = {"calibration_examples": 16, "predict_examples": 4, "test_examples": 8, "group_size": 16}
 
 
 def open_random(folder: Path) -> Subject:
@@ -37,7 +37,7 @@ def run(on: Subject, **fields: object) -> Result:
 def test_every_architecture(checkpoints: dict[str, Path], architecture: str, rounding: str) -> None:
     on = open_random(checkpoints[architecture])
     before = on.fingerprint
-    result = run(on, rounding=rounding, bits=4)
+    result = run(on, rounding=rounding, format="int4")
     assert on.fingerprint == before and result.subject is not None
     for layer in result.subject.layers():
         change = next(c for c in layer.changes if isinstance(c, FakeQuant))
@@ -61,7 +61,7 @@ def test_zeros_stay_zeros_in_either_order(bert: Subject) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in bert.layers():
         layer.attach(Mask(torch.rand(layer.shape, generator=generator) < 0.5))
-    result = run(bert, rounding="gptq", bits=3, symmetric=False)
+    result = run(bert, rounding="gptq", format="uint3")
     assert result.subject is not None
     for dense, layer in zip(bert.layers(), result.subject.layers(), strict=True):
         assert (layer.weight[dense.weight == 0] == 0).all()
@@ -71,17 +71,17 @@ def test_zeros_stay_zeros_in_either_order(bert: Subject) -> None:
 
 
 def test_gptq_is_closer_than_nearest(bert: Subject) -> None:
-    nearest, gptq = (run(bert, rounding=r, bits=3).table["output_error"] for r in ("nearest", "gptq"))
+    nearest, gptq = (run(bert, rounding=r, format="int3").table["output_error"] for r in ("nearest", "gptq"))
     assert gptq.mean() < 0.8 * nearest.mean()
 
 
 def test_more_bits_less_error(bert: Subject) -> None:
-    errors = [run(bert, bits=b, predict_examples=0).facts["output_error"] for b in range(2, 9)]
+    errors = [run(bert, format=f"int{b}", predict_examples=0).facts["output_error"] for b in range(2, 9)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4
 
 
 def test_saved_and_opened_again(bert: Subject, tmp_path: Path) -> None:
-    result = run(bert, rounding="gptq", bits=3, symmetric=False)
+    result = run(bert, rounding="gptq", format="uint3")
     result.save(tmp_path / "out")
     again = workbench.subject(tmp_path / "out")
     assert result.subject is not None
@@ -91,7 +91,7 @@ def test_saved_and_opened_again(bert: Subject, tmp_path: Path) -> None:
 
 
 def test_bits_by_layer(bert: Subject) -> None:
-    result = run(bert, bits=4, layer_bits={"*.query": 8, "*.dense": 2}, predict_examples=0)
+    result = run(bert, format="int4", layer_bits={"*.query": 8, "*.dense": 2}, predict_examples=0)
     bits = dict(zip(result.table["layer"], result.table["bits"], strict=True))
     assert {v - 1 for k, v in bits.items() if k.endswith("query")} == {8}
     assert {v - 1 for k, v in bits.items() if k.endswith("dense")} == {2}
@@ -108,14 +108,14 @@ def test_straight_through_gradient() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"bits": 0}, "bits"),
+        ({"format.bits": 0}, "bits"),
         ({"format": "int0"}, "format"),
         ({"layers": "nothing*"}, "layers"),
         ({"rounding": "bankers"}, "rounding"),
         ({"format": "mxfp4", "granularity": "channel"}, "granularity"),
         ({"layer_bits": {"*": 12}}, "layer_bits"),
         ({"layer_bits": {"zzz": 3}}, "layers"),
-        ({"format": "int", "symmetric": False, "range": "mean"}, "range"),
+        ({"format": "uint4", "range": "mean"}, "range"),
     ],
 )
 def test_refusals_name_the_field(bert: Subject, fields: dict[str, object], text: str) -> None:
@@ -127,7 +127,7 @@ def test_unusual_weights(bert: Subject) -> None:
     layer = bert.layers()[0]
     with torch.no_grad():
         layer.original[0] = 0.0
-    assert (run(bert, bits=2).subject.layers()[0].weight[0] == 0).all()  # type: ignore[union-attr]
+    assert (run(bert, format="int2").subject.layers()[0].weight[0] == 0).all()  # type: ignore[union-attr]
     with torch.no_grad():
         layer.original[0, 0] = float("nan")
     with pytest.raises(BadInput, match="nan or inf"):

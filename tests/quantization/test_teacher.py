@@ -5,7 +5,6 @@ closed forms, gradients, an exact freeze.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +30,8 @@ SHORT: dict[str, Any] = {
 
 
 def shifted(weight: torch.Tensor, shared: str, group: int) -> ShiftedSign:
-    return ShiftedSign.begin(weight, group, SimpleNamespace(shared=shared))  # type: ignore[arg-type]
+    settings = TrainQuantized(method={"name": "fbi", "shared": shared})
+    return ShiftedSign.begin(weight, group, settings)
 
 
 @pytest.mark.parametrize(("shared", "group", "axis"), [("column", 12, 0), ("row", 12, 1)])
@@ -161,7 +161,7 @@ def test_the_objective_mixes_and_its_teacher_stands_still() -> None:
 @pytest.mark.parametrize("shared", ["column", "row"])
 def test_fbi_trains_freezes_and_is_stored(shared: str, tmp_path: Path) -> None:
     on = workbench.subject("digits-vit")
-    fields = SHORT | {"method": "fbi", "shared": shared, "distillation": 1.0}
+    fields = SHORT | {"method": "fbi", "method.shared": shared, "distillation": 1.0}
     result = TrainQuantized(**fields).run(on, Progress(), cache=False)
     assert result.subject is not None
     assert result.table["teacher_loss"].iloc[-5:].mean() < result.table["teacher_loss"].iloc[:5].mean()
@@ -187,10 +187,10 @@ def test_fbi_trains_freezes_and_is_stored(shared: str, tmp_path: Path) -> None:
 
 def test_any_method_takes_a_teacher() -> None:
     on = workbench.subject("digits-vit")
-    plain = TrainQuantized(**SHORT, method="lsq", bits=2).run(on, Progress(), cache=False)
-    result = TrainQuantized(**SHORT, method="lsq", bits=2, distillation=0.5, temperature=2.0).run(
-        on, Progress(), cache=False
-    )
+    plain = TrainQuantized(**SHORT, method={"name": "lsq", "bits": 2}).run(on, Progress(), cache=False)
+    result = TrainQuantized(
+        **SHORT, method={"name": "lsq", "bits": 2}, distillation=0.5, temperature=2.0
+    ).run(on, Progress(), cache=False)
     assert (
         "teacher_loss" not in plain.table
         and not result.table["task_loss"].equals(plain.table["train_loss"])

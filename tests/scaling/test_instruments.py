@@ -196,3 +196,36 @@ def test_command_line_with_other_column_names(tmp_path, runs, capsys):
     )
     assert main(["run", "scaling-fit", "--runs", str(file)]) == 2
     assert "needs column params" in capsys.readouterr().err
+
+
+def test_a_law_of_ones_own_stands_beside_those_that_ship(runs, monkeypatch):
+    from workbench.axis import Options
+    from workbench.scaling import LAW, Law, laws
+
+    monkeypatch.setattr(LAW, "_entries", dict(LAW.entries))
+
+    @LAW.add("mine", title="Mine", formula="E + A / N^alpha", source="here")
+    def mine(options: Options) -> Law:
+        return Law.from_formula("E + A / params**alpha", parameters={"E": (0.5, 3), "A": (1, 1e4)})
+
+    shape = law("mine")
+    assert (shape.name, shape.title, shape.source, shape.columns) == ("mine", "Mine", "here", ("params",))
+    assert "mine" in laws() and "formula" not in laws()
+    one = ScalingFit(law="mine", starts=32, resamples=20, checks=False)
+    assert one.run(runs, cache=False).facts["law"] == "mine"
+    other = one.with_fields(law="power-params")
+    assert one.code() != other.code() and one.code() != one.with_fields(against=("precision",)).code()
+
+
+def test_a_formula_is_a_law_and_an_objective_has_its_own_options(runs):
+    made = ScalingFit(law="E + A/params**alpha")
+    assert made.law == "E + A/params**alpha" and made.law.name == "formula"
+    assert made.model_dump(mode="json")["law"] == "E + A/params**alpha"
+    assert ScalingFit(law={"name": "formula", "text": "E + A/params**alpha"}) == made
+    assert ScalingFit(**{"objective.delta": 0.1}).objective_for(law("chinchilla")).delta == 0.1
+    with pytest.warns(FutureWarning, match=r"write objective\.delta"):
+        assert ScalingFit(delta=0.1).objective.options.delta == 0.1
+    with pytest.raises(BadInput, match=r"objective\.delta: squares has no such option"):
+        ScalingFit(**{"objective": "squares", "objective.delta": 0.1})
+    with pytest.raises(BadInput, match="did you mean huber"):
+        ScalingFit(objective="hubr")

@@ -20,7 +20,7 @@ from workbench.training.data_order import take
 from workbench.training.optimizer.agvm import AGVM, gradient_disagreement, module_groups
 
 LR = 0.1
-PLAIN = dict(optimizer_options=None, schedule="constant", warmup=0.0, clip=None)
+PLAIN = dict(schedule="constant", warmup=0.0, clip=None)
 
 
 def double(on: Subject) -> Subject:

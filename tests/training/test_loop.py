@@ -17,8 +17,8 @@ from tests.conftest import tiny
 from workbench.errors import BadInput
 from workbench.subjects import Layer, Mask, Subject
 from workbench.subjects.tasks import CausalLM, CustomLoss, ModuleTask
-from workbench.training import fit
-from workbench.training.data_order import StreamBatchSampler, take
+from workbench.training import Training, fit
+from workbench.training.data_order import Draws, StreamBatchSampler, WholeBatches, take
 
 
 def net(dropout: float = 0.0, seed: int = 0) -> nn.Module:
@@ -61,7 +61,7 @@ def test_equals_a_bare_loop_bit_for_bit() -> None:
         on,
         steps=12,
         batch_size=16,
-        lr=0.05,
+        learning_rate=0.05,
         weight_decay=0.1,
         optimizer="sgd",
         schedule="linear",
@@ -118,7 +118,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, optimizer: str, schedule: str) -> N
         steps=15,
         batch_size=8,
         micro_batch=4,
-        lr=1e-2,
+        learning_rate=1e-2,
         optimizer=optimizer,
         schedule=schedule,
         ema=0.9,
@@ -158,7 +158,7 @@ def test_masks_stay_and_the_weights_left_train() -> None:
     mask = torch.rand(16, 8) > 0.5
     layer.attach(Mask(mask))
     before = layer.weight.detach().clone()
-    fit(on, steps=20, lr=1e-2)
+    fit(on, steps=20, learning_rate=1e-2)
     assert torch.equal(layer.weight != 0, mask)
     assert (layer.weight[mask] != before[mask]).all()
 
@@ -175,9 +175,8 @@ def test_divergence_is_a_result() -> None:
         on,
         steps=4000,
         batch_size=4,
-        lr=20.0,
-        optimizer="sgd",
-        optimizer_options={"momentum": 0.0},
+        learning_rate=20.0,
+        optimizer={"name": "sgd", "momentum": 0.0},
         schedule="constant",
         clip=None,
     )
@@ -191,7 +190,7 @@ def test_averaged_weights_follow_their_recursion() -> None:
     fit(
         on,
         steps=5,
-        lr=1e-2,
+        learning_rate=1e-2,
         ema=0.75,
         callbacks=[lambda run: seen.append(copy.deepcopy(run.model.state_dict()))],
     )
@@ -206,7 +205,7 @@ def test_averaged_weights_follow_their_recursion() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains(precision: str) -> None:
     on = small()
-    run = fit(on, steps=60, lr=1e-2, precision=precision)
+    run = fit(on, steps=60, learning_rate=1e-2, precision=precision)
     assert run.history.loss.iloc[-5:].mean() < 0.7 * run.history.loss.iloc[0]
     assert all(p.dtype == torch.float32 for p in on.model.parameters())
 
@@ -239,8 +238,8 @@ def test_order_visits_everything_equally_often() -> None:
         ({"batch_size": 0}, "steps"),
         ({"optimizer": "adamv"}, "did you mean adamw"),
         ({"schedule": "cosin"}, "did you mean cosine"),
-        ({"lr": -1.0}, "lr"),
-        ({"schedule_options": {"phi": 1}}, "takes no option phi"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"schedule": {"name": "cosine", "phi": 1}}, "cosine has no such option .* of uba"),
         ({"split": "no"}, "split"),
     ],
 )
@@ -253,9 +252,9 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from tests.training.test_loop import language
-from workbench.training import fit
+from workbench.training import Training, fit
 on = language()
-run = fit(on, steps=3, batch_size=8, micro_batch=int(sys.argv[2]), optimizer="sgd", lr=0.5)
+run = fit(on, steps=3, batch_size=8, micro_batch=int(sys.argv[2]), optimizer="sgd", learning_rate=0.5)
 import os
 if os.environ.get("RANK", "0") == "0":
     from safetensors.torch import save_file
@@ -296,3 +295,84 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6)
+
+
+def dropping() -> Subject:
+    """A model that draws dropout from a generator, so that parts of a run must hand it on."""
+    on = small()
+    return on.with_model(nn.Sequential(on.model[0], nn.Dropout(0.3), *list(on.model)[1:]))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_parts_of_a_run_add_up_to_the_whole(own: bool) -> None:
+    """advance(3) and advance(4) are advance(7), bit for bit, whatever the caller draws in between."""
+    arguments = dict(steps=7, batch_size=25, learning_rate=1e-2, ema=0.5, seed=3, own_generator=own)
+    whole, parts = dropping(), dropping()
+    torch.manual_seed(1)
+    run = Training.start(whole, **arguments)
+    run.advance(7)
+    run.finish()
+    torch.manual_seed(1)
+    again = Training.start(parts, **arguments)
+    again.advance(3)
+    assert again.step == 3 and len(again.rows) == 3 and not parts.model.training
+    if own:
+        torch.rand(5)
+        parts.evaluate("validation")
+    again.advance(4)
+    again.advance(4)
+    again.finish()
+    assert again.step == 7 and same(whole.model, parts.model)
+    columns = ["loss", "lr", "gradient_norm", "examples"]
+    assert run.history[columns].equals(again.history[columns])
+
+
+def test_a_part_of_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    arguments = dict(steps=6, batch_size=25, learning_rate=1e-2, checkpoint_every=1)
+    whole, broken, resumed = dropping(), dropping(), dropping()
+    fit(whole, **arguments)
+    Training.start(broken, checkpoint_folder=tmp_path / "kept", **arguments).advance(2)
+    run = Training.start(resumed, checkpoint_folder=tmp_path / "kept", **arguments)
+    assert run.step == 2
+    run.advance()
+    assert run.step == 6 and same(whole.model, resumed.model)
+
+
+def test_parameters_that_come_later_learn_at_their_own_rate() -> None:
+    on = small()
+    late = on.model[0].bias
+    late.requires_grad_(False)
+    run = Training.start(on, steps=6, schedule="linear", warmup=0.0, learning_rate=1e-2)
+    run.advance(2)
+    before = late.detach().clone()
+    late.requires_grad_(True)
+    run.learn([late, on.model[0].weight], rate=10.0)
+    run.advance(2)
+    assert not torch.equal(before, late.detach()) and len(run.optimizer.param_groups[-1]["params"]) == 1
+    assert run.optimizer.param_groups[-1]["lr"] == pytest.approx(10 * run.lr)
+    assert run.lr == pytest.approx(1e-2 * (1 - 4 / 6))
+
+
+def test_orders_are_functions_of_the_position() -> None:
+    generator = torch.Generator().manual_seed(2)
+    passes = [torch.randperm(10, generator=generator) for _ in range(3)]
+    expected = [p[i : i + 4] for p in passes for i in (0, 4)]
+    for made in (WholeBatches(2), WholeBatches(2)):
+        found = [made.take(10, 4 * i, 4) for i in range(6)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(made.take(10, 4, 4), expected[1])
+    generator = torch.Generator().manual_seed(5)
+    drawn = [torch.randint(10, (4,), generator=generator) for _ in range(4)]
+    order = Draws(5)
+    assert all(torch.equal(order.take(10, 4 * i, 4), d) for i, d in enumerate(drawn))
+    assert torch.equal(order.take(10, 8, 4), drawn[2]) and torch.equal(Draws(5).take(10, 12, 4), drawn[3])
+
+
+def test_settings_of_one_release_ago_and_unknown_ones() -> None:
+    with pytest.warns(FutureWarning, match="learning_rate"):
+        assert fit(small(), steps=1, lr=1e-2, warmup=0.0).rows[0]["lr"] == 1e-2
+    with pytest.warns(FutureWarning, match="optimizer_options"):
+        run = fit(small(), steps=1, optimizer_options={"betas": (0.5, 0.5)})
+    assert run.optimizer.param_groups[0]["betas"] == (0.5, 0.5)
+    with pytest.raises(BadInput, match="did you mean batch_size"):
+        fit(small(), steps=1, batch_sise=3)

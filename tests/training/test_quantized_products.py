@@ -127,7 +127,12 @@ def test_training_with_quantized_products(rotation: int) -> None:
     inputs = torch.randn(128, 4)
     net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3))
     on = workbench.subject(net, data={"inputs": inputs, "labels": (inputs @ torch.randn(4, 3)).argmax(1)})
-    run = fit(on, steps=60, lr=1e-2, precision="int8", rotation=rotation)
+    run = fit(
+        on,
+        steps=60,
+        learning_rate=1e-2,
+        precision={"name": "rounded", "format": "int8", "rotation": rotation},
+    )
     assert run.history.loss.iloc[-5:].mean() < 0.7 * run.history.loss.iloc[0]
     assert all(p.dtype == torch.float32 for p in on.model.parameters())
 
@@ -136,8 +141,8 @@ def test_what_cannot_run_is_refused(checkpoints) -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     on = workbench.subject(net, data={"inputs": torch.randn(40, 4), "labels": torch.randint(3, (40,))})
     for fields, field in (
-        ({"precision": "int8", "rotation": 3}, "rotation"),
-        ({"precision": "fp32", "rotation": 1}, "rotation"),
+        ({"precision": "int8 rotation 3"}, r"precision\.rotation"),
+        ({"precision": {"name": "fp32", "rotation": 1}}, r"precision\.rotation"),
         ({"precision": "mxfp8"}, "precision"),
         ({"precision": "uint8"}, "precision"),
         ({"precision": "tf32"}, "precision"),

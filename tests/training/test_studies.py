@@ -57,15 +57,15 @@ def surface(loss, lrs=None, batches=(8, 16, 32, 64, 128)) -> pd.DataFrame:
 
 
 def test_train(cache: Path) -> None:
-    result = Train(steps=40, lr=1e-2, evaluate_every=10).run(with_test_split())
+    result = Train(steps=40, learning_rate=1e-2, evaluate_every=10).run(with_test_split())
     assert result.facts["validation_loss"] < result.facts["before_loss"] and len(result.table) == 40
     assert result.table.validation_loss.notna().sum() == 4 and result.subject is not None
     assert result.subject.evaluate("validation")["loss"] == pytest.approx(result.facts["validation_loss"])
-    again = Train(steps=40, lr=1e-2, evaluate_every=10).run(with_test_split())
+    again = Train(steps=40, learning_rate=1e-2, evaluate_every=10).run(with_test_split())
     assert again.facts["validation_loss"] == result.facts["validation_loss"]
     assert len(result.figure().data) >= 3
-    with pytest.raises(BadInput, match="lr"):
-        Train(lr=-1.0)
+    with pytest.raises(BadInput, match="learning_rate"):
+        Train(learning_rate=-1.0)
 
 
 def test_reinitialised() -> None:
@@ -173,7 +173,7 @@ def test_surface_runs_and_goes_on_after_a_stop(cache: Path) -> None:
                 self.stop.set()
 
     study = LearningRateBatchSize(
-        examples=200, lr_points=3, batch_sizes=(5, 20), workers=1, evaluate_limit=20
+        examples=200, learning_rate_points=3, batch_sizes=(5, 20), workers=1, evaluate_limit=20
     )
     progress = Stopping()
     first = study.run(with_test_split(), progress=progress)
@@ -187,7 +187,7 @@ def test_surface_runs_and_goes_on_after_a_stop(cache: Path) -> None:
 
 
 def test_comparisons(cache: Path) -> None:
-    common = dict(examples=240, batch_size=10, lr_points=3, seeds=2, workers=1)
+    common = dict(examples=240, batch_size=10, learning_rate_points=3, seeds=2, workers=1)
     drawn: list[Result] = []
 
     class Watching(Progress):
@@ -228,7 +228,7 @@ def test_speedup_against_the_baselines_own_curve(cache: Path) -> None:
         optimizers="adamw,sgd",
         examples=400,
         batch_size=10,
-        lr_points=1,
+        learning_rate_points=1,
         seeds=1,
         workers=1,
         baseline_budgets=(0.25, 0.5, 2.0),
@@ -335,8 +335,8 @@ def test_range_test_brackets_the_stability_limit(cache: Path) -> None:
     )
     limit = 2 * 1.9 / 8
     result = LearningRateRange(
-        lr_low=limit / 30,
-        lr_high=limit * 1000,
+        learning_rate_low=limit / 30,
+        learning_rate_high=limit * 1000,
         steps=200,
         batch_size=8,
         optimizer="sgd",
@@ -354,5 +354,5 @@ def test_range_test_brackets_the_stability_limit(cache: Path) -> None:
     assert len(result.figure().data) >= 2
     growth = result.table.lr.to_numpy()[1:] / result.table.lr.to_numpy()[:-1]
     np.testing.assert_allclose(growth, growth[0], rtol=1e-9)
-    with pytest.raises(BadInput, match="lr_high"):
-        LearningRateRange(lr_low=1.0, lr_high=0.1).run(on)
+    with pytest.raises(BadInput, match="learning_rate_high"):
+        LearningRateRange(learning_rate_low=1.0, learning_rate_high=0.1).run(on)

@@ -26,7 +26,7 @@ def test_a_trainer_steps_with_them(name: str, options: dict, tmp_path) -> None:
     """The rate of every logged step is the schedule's, and the loss falls."""
     transformers = pytest.importorskip("transformers")
     on, steps, lr = language(), 12, 0.1 if name == "mkor" else 0.02
-    optimizer = make_optimizer(name, lr, 0.01, **options)(on.model)
+    optimizer = make_optimizer({"name": name, **options}, lr, 0.01)(on.model)
     schedule = make_schedule("rex", warmup=0.25)(optimizer, steps)
     settings = transformers.TrainingArguments(
         str(tmp_path),
@@ -44,6 +44,6 @@ def test_a_trainer_steps_with_them(name: str, options: dict, tmp_path) -> None:
     trainer.train()
     logged = [row for row in trainer.state.log_history if "learning_rate" in row]
     assert [row["learning_rate"] for row in logged] == pytest.approx(
-        list(sampled("rex", steps, warmup=0.25, lr=lr))
+        list(sampled("rex", steps, warmup=0.25, learning_rate=lr))
     )
     assert logged[-1]["loss"] < logged[0]["loss"]

@@ -249,11 +249,10 @@ def test_parameters_restore_the_panel_exactly(tmp_path: Path, cache: Path) -> No
     panel = widgets.panel(
         Quantize,
         "digits-softmax",
-        bits=3,
         layer_bits={"*.q": 8, "null": 2},
-        damp=1.23456789e-4,
+        sequential_damp=1.23456789e-4,
         layers="*.q_proj, 'x'",
-        symmetric=False,
+        format="uint3",
     )
     file = reports.write_parameters(tmp_path / "p.yaml", panel.parameters)
     restored = widgets.panel.from_parameters(file)
@@ -263,6 +262,10 @@ def test_parameters_restore_the_panel_exactly(tmp_path: Path, cache: Path) -> No
         and restored.kind is Quantize
     )
     assert widgets.panel.from_parameters(panel.parameters).instrument == panel.instrument
+    with pytest.warns(FutureWarning):
+        old = widgets.panel(Quantize, "digits-softmax", bits=3, damp=1.23456789e-4, symmetric=False)
+    shown = old.instrument.model_dump()
+    assert (shown["format"], shown["sequential_damp"]) == ("uint3", 1.23456789e-4)
     with_view = {**panel.parameters, "view": {"column": "sqnr"}}
     assert widgets.panel.from_parameters(with_view).view == {"column": "sqnr"}
     for wrong, words in [
@@ -335,3 +338,36 @@ def test_runs_are_sent_with_their_table(cache: Path) -> None:
     assert restored.on.fingerprint == runs.fingerprint and restored.instrument == panel.instrument
     with pytest.raises(BadInput, match="has changed"):
         widgets.panel.from_parameters({**panel.parameters, "fingerprint": "other"})
+
+
+def test_an_instruments_own_panel_stands_in_place_or_is_offered(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from widgets.spectrum import SpectrumPanel
+    from widgets.training import SchedulePanel
+    from workbench.curvature import Spectrum
+    from workbench.training import Train
+
+    assert isinstance(widgets.panel(Spectrum(probes=2), "digits-softmax", steps=4), SpectrumPanel)
+    bench = widgets.Bench("digits-softmax", "spectrum")
+    bench.opener.click()
+    assert isinstance(bench.panel, SpectrumPanel)
+    panel = widgets.panel(Train, "digits-vit", schedule="rex")
+    assert panel.special is not None
+    button, place = panel.special.children[0].children[0], panel.special.children[1]
+    button.value = True
+    assert isinstance(place.children[0], SchedulePanel) and place.children[0].names.value[0] == "rex"
+    button.value = False
+    assert not place.children
+    assert widgets.panel(Wave, Bench()).special is None
+    monkeypatch.setitem(widgets.PANELS, "wave", SchedulePanel)
+    assert widgets.panel(Wave, Bench()).special is not None
+
+
+@pytest.mark.parametrize("name", list(widgets.PANELS))
+def test_every_registration_names_an_instrument_and_a_panel(name: str) -> None:
+    from widgets.opening import special
+
+    found = special(name)
+    assert name in workbench.catalog()
+    assert issubclass(found, widgets.Panel) or (found.caption and callable(found.beside))

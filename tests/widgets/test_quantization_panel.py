@@ -31,7 +31,7 @@ def test_every_format_draws_its_grid(panel: FormatPanel, family: str) -> None:
 
 def test_numbers_equal_the_instruments(panel: FormatPanel) -> None:
     panel.bits.value, panel.group.value = 3, 16
-    result = panel.instrument.with_fields(examples=4, predict_examples=0, test_examples=0).run(
+    result = panel.instrument.with_fields(calibration_examples=4, predict_examples=0, test_examples=0).run(
         panel.on, Progress(), cache=False
     )
     row = result.table.set_index("layer").loc[panel.layer.value]
@@ -82,7 +82,7 @@ def test_allocation_panel_walks_the_front(checkpoints: dict[str, Path]) -> None:
         budget=3,
         widths=[2, 4],
         group_size=16,
-        examples=4,
+        calibration_examples=4,
         predict_examples=4,
         draws=0,
         test_examples=4,
@@ -94,7 +94,7 @@ def test_allocation_panel_walks_the_front(checkpoints: dict[str, Path]) -> None:
     assert set(panel.widths.values()) == {2} and most > sum(panel.widths.values())
     with pytest.raises(BadInput, match="allocate"):
         AllocationPanel(
-            Quantize(layers="*.0.*", predict_examples=0, test_examples=0, examples=4).run(
+            Quantize(layers="*.0.*", predict_examples=0, test_examples=0, calibration_examples=4).run(
                 on, Progress(), cache=False
             )
         )

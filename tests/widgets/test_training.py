@@ -9,12 +9,13 @@ import pytest
 
 from widgets.training import SchedulePanel
 from workbench.training.schedule.drawings import schedule_areas, schedule_table
-from workbench.training.schedule.schedules import uba
+from workbench.training.schedule.schedules import profile
 
 
 def test_the_table_is_what_the_schedulers_give() -> None:
-    table = schedule_table(["uba", "constant"], steps=50, lr=0.1, warmup=0.0, phi=4.0)
-    np.testing.assert_allclose(table.lr[table.name == "uba"], [0.1 * uba(t / 50, 4.0) for t in range(50)])
+    uba = profile("uba", phi=4.0)
+    table = schedule_table([{"name": "uba", "phi": 4.0}, "constant"], steps=50, learning_rate=0.1, warmup=0.0)
+    np.testing.assert_allclose(table.lr[table.name == "uba"], [0.1 * uba(t / 50) for t in range(50)])
     areas = schedule_areas(table).set_index("name")
     assert (
         areas.area["constant"] == pytest.approx(1.0)

@@ -124,6 +124,8 @@ def field_options(classes: Iterable[Any]) -> dict[str, Any]:
                     found.setdefault(dotted, annotation)
                     flat.setdefault(option.replace("_", "-"), annotation)
         for old, new in cls.renamed().items():
+            if old in options.SUBJECT_OPTIONS:  # on the command line it names the subject's
+                continue
             flat[old.replace("_", "-")] = found.get(new.replace("_", "-"), object)
     return flat | found
 

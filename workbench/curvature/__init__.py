@@ -11,6 +11,7 @@ from workbench.curvature.operators.curvature_operator import (
     curvature_operator,
 )
 from workbench.curvature.studies.batch_size_theory import BatchSizeTheory
+from workbench.curvature.studies.flatness import Flatness
 from workbench.curvature.studies.quadratic_prediction import QuadraticPrediction
 from workbench.curvature.studies.sharpness import Sharpness
 from workbench.curvature.studies.spectrum import Spectrum
@@ -23,6 +24,7 @@ __all__ = [
     "CurvatureOperator",
     "DenseOperator",
     "Eigenpairs",
+    "Flatness",
     "Prediction",
     "QuadraticPrediction",
     "Sharpness",

@@ -15,6 +15,8 @@ METHODS: list[Method] = [
         "data, gradients",
         "30 steps resolve the largest eigenvalue to 1e-4",
         None,
+        recipe=(("spectrum", {"reorthogonalise": "full"}),),
+        subject="digits-softmax",
     ),
     Method(
         "hutchinson",
@@ -25,6 +27,8 @@ METHODS: list[Method] = [
         "data, gradients",
         "unbiased; error falls as 1/sqrt(k); the interval covers at its rate",
         None,
+        recipe=(("trace", {"method": "hutchinson", "products": 48}),),
+        subject="digits-softmax",
     ),
     Method(
         "hutch++",
@@ -36,6 +40,8 @@ METHODS: list[Method] = [
         "needs fewer products than Hutchinson where few eigenvalues carry the trace; "
         "the interval covers at its rate",
         None,
+        recipe=(("trace", {"method": "hutch++", "products": 48}),),
+        subject="digits-softmax",
     ),
     Method(
         "xtrace",
@@ -47,6 +53,8 @@ METHODS: list[Method] = [
         "data, gradients",
         "as Hutch++, each probe doing both jobs; the interval covers at its rate",
         None,
+        recipe=(("trace", {"method": "xtrace", "products": 48}),),
+        subject="digits-softmax",
     ),
     Method(
         "batch-size-theory",
@@ -58,6 +66,8 @@ METHODS: list[Method] = [
         "data, gradients",
         "the top eigenvalue of a batch falls to the full one as the formula says",
         115,
+        recipe=(("batch-size-theory", {}),),
+        subject="digits-softmax",
     ),
     Method(
         "flatness",
@@ -69,6 +79,8 @@ METHODS: list[Method] = [
         "among models of equal pre-training loss, the Hessian's trace anti-correlates with downstream "
         "accuracy",
         342,
+        recipe=(("flatness", {}),),
+        subject="bytelm",
     ),
     Method(
         "quadratic-prediction",
@@ -79,5 +91,6 @@ METHODS: list[Method] = [
         "data, gradients",
         "orders the layers by what rounding or pruning them costs (rank correlation above 0.8)",
         None,
+        recipe=(("quadratic-prediction", {}),),
     ),
 ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from workbench.axis import Choice
 from workbench.progress import Progress
+from workbench.pruning.axes import Gradients
+from workbench.pruning.pattern import Pattern
 from workbench.pruning.solvers import fisher
 from workbench.statistics import (
     InputMoments,
@@ -37,19 +40,15 @@ class Calibration:
     layers: Sequence[Layer]
     split: str = "calibration"
     examples: int = 128
-    gradients: int = 256
-    damp: float = 0.01
-    block: int = 50
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
     memory: int = BYTES
-    gradient_batch: int = 1
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    # layer -> scores collected in training, for saliencies that are
 
     def __post_init__(self) -> None:
-        self.passes: dict[str, list[list[Layer]]] = {}
-        self.store: dict[Any, Any] = self.subject.memo(
-            ("pruning calibration", self.split, self.names, self.gradient_batch), dict
-        )
+        self.passes: dict[Any, list[list[Layer]]] = {}
+        self.store: dict[Any, Any] = self.subject.memo(("pruning calibration", self.split, self.names), dict)
 
     def remember(self, key: tuple[Any, ...], compute: Any) -> Any:
         if key in self.store:
@@ -59,22 +58,23 @@ class Calibration:
             self.store[key] = found
         return found
 
-    def scores(self, saliency: str, pattern: Any, layer: Layer, compute: Callable[[Layer], Tensor]) -> Tensor:
+    def scores(self, saliency: Choice, pattern: Pattern, layer: Layer) -> Tensor:
         """A layer's saliencies, kept like every other statistic:
         they do not depend on the sparsity asked for.
         """
+        if saliency.entry.needs == "training":
+            return saliency(layer, self, pattern).float()  # type: ignore[no-any-return]
         key = (
             "scores",
-            saliency,
+            repr(saliency),
+            saliency.value,
             repr(pattern),
             self.examples,
-            self.gradients,
-            self.damp,
-            self.block,
             self.seed,
             layer.name,
         )
-        return self.remember(key, lambda: compute(layer))
+        found: Tensor = self.remember(key, lambda: saliency(layer, self, pattern).float())
+        return found
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class Calibration:
     def grouped(
         self,
         what: str,
-        examples: int,
+        examples: Any,
         groups: list[list[Layer]],
         layer: Layer,
         measure: Callable[[list[Layer]], Any],
@@ -133,7 +133,7 @@ class Calibration:
         """(experts, in) variance of each input feature over the tokens."""
         return (self.norm(layer).square() - self.mean(layer).square()).clamp_min(0)
 
-    def groups(self, what: str, bytes_of: Callable[[Layer], int]) -> list[list[Layer]]:
+    def groups(self, what: Any, bytes_of: Callable[[Layer], int]) -> list[list[Layer]]:
         """Neighbouring layers that are measured in one pass over the data;
         plain matrices and stacks of experts apart.
         """
@@ -155,11 +155,11 @@ class Calibration:
         self.passes[what] = made
         return made
 
-    def collect(self, layers: Sequence[Layer]) -> dict[str, fisher.Gradients]:
-        """Gradients of some layers, each the mean of `gradient_batch` examples'
+    def collect(self, layers: Sequence[Layer], count: int, size: int) -> dict[str, fisher.Gradients]:
+        """`count` gradients of some layers, each the mean of `size` examples'
         (for stacked experts: of the mean loss of so many).
         """
-        size, examples = self.gradient_batch, self.gradients * self.gradient_batch
+        examples = count * size
         if len(layers[0].shape) == 3:
             rows = list(example_gradients(self.subject, layers, self.split, examples, size, self.progress))
             return {
@@ -178,26 +178,28 @@ class Calibration:
         )
         return {name: factors.averaged(size) if size > 1 else factors for name, factors in found.items()}
 
-    def factors(self, layer: Layer) -> fisher.Gradients:
+    def factors(self, layer: Layer, asked: Gradients) -> fisher.Gradients:
         """The gradients of one layer; neighbours that fit in memory come with it."""
+        count, size = asked.gradients, asked.gradient_batch
         groups = self.groups(
-            "gradients",
-            lambda a: (
-                self.gradients
-                * self.gradient_batch
-                * bytes_per_example(self.subject, [a], self.split, torch.bfloat16)
-            ),
+            ("gradients", count, size),
+            lambda a: count * size * bytes_per_example(self.subject, [a], self.split, torch.bfloat16),
         )
-        return self.grouped("gradients", self.gradients, groups, layer, self.collect)[layer.name]
+        found: dict[str, fisher.Gradients] = self.grouped(
+            "gradients", (count, size), groups, layer, lambda group: self.collect(group, count, size)
+        )
+        return found[layer.name]
 
-    def absolute_damp(self) -> float:
+    def absolute_damp(self, asked: Gradients, damp: float) -> float:
         """The Fisher's damp: `damp` times the mean of its diagonal over all layers."""
         weights = sum(layer.original.numel() for layer in self.layers)
-        trace = self.remember(
-            ("trace", self.gradients),
-            lambda: sum(self.factors(a).square_sum() / self.factors(a).examples for a in self.layers),
+        trace: float = self.remember(
+            ("trace", asked.gradients, asked.gradient_batch),
+            lambda: sum(
+                self.factors(a, asked).square_sum() / self.factors(a, asked).examples for a in self.layers
+            ),
         )
-        return max(self.damp * trace / weights, 1e-30)
+        return max(damp * trace / weights, 1e-30)
 
 
 def rows_of(weight: Tensor) -> Tensor:

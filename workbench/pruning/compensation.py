@@ -1,4 +1,8 @@
-"""Compensations: what the surviving weights (or the bias) do about the removed ones."""
+"""Compensations: what the surviving weights (or the bias) do about the removed ones.
+
+Traits: "weights", "structures": what they have a form for. "nothing": weights stay as they are. "bias": the
+bias takes what is lost. "swept": see `workbench.pruning.saliency.weights`.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from workbench.axis import Options
 from workbench.errors import BadInput
+from workbench.pruning.axes import COMPENSATION, BlockFisher, Damped
 from workbench.pruning.calibration import Calibration, rows_of
 from workbench.pruning.solvers import fisher, obs
 from workbench.subjects import Layer
 
-Compensation = Callable[[Layer, Tensor, Calibration], Tensor]  # layer, mask -> new weight (..., out, in)
+
+@COMPENSATION.add("none", formula="w M", source="baseline", traits=("weights", "structures", "nothing"))
+def none(layer: Layer, mask: Tensor, calibration: Calibration, options: Options) -> Tensor:
+    return layer.weight.detach() * mask
 
 
-def none(layer: Layer, mask: Tensor, calibration: Calibration) -> Tensor:
+@COMPENSATION.add(
+    "bias",
+    formula="b -= (w M - w) E[x]",
+    source="An et al. 2024 (FLAP)",
+    needs="inputs",
+    traits=("weights", "structures", "nothing", "bias"),
+)
+def bias(layer: Layer, mask: Tensor, calibration: Calibration, options: Options) -> Tensor:
+    """The weights stay as they are; see `bias_shift`."""
     return layer.weight.detach() * mask
 
 
@@ -29,36 +46,51 @@ def per_matrix(
     return torch.stack([solve(w, g, m) for w, g, m in zip(weight, gram, mask, strict=True)])
 
 
-def output_obs(layer: Layer, mask: Tensor, calibration: Calibration) -> Tensor:
+@COMPENSATION.add(
+    "obs",
+    formula="dw = -w_q / [H^-1]_qq H^-1_:,q, column by column",
+    source="Frantar and Alistarh 2023 (SparseGPT)",
+    needs="inputs",
+    options=Damped,
+    traits=("weights", "swept"),
+)
+def output_obs(layer: Layer, mask: Tensor, calibration: Calibration, options: Damped) -> Tensor:
     """SparseGPT's column sweep for a mask that is given."""
     return per_matrix(
-        layer, mask, calibration, lambda w, g, m: obs.sweep(w * 1.0, g, calibration.damp, mask=m)[0]
+        layer, mask, calibration, lambda w, g, m: obs.sweep(w * 1.0, g, options.damp, mask=m)[0]
     )
 
 
-def least_squares(layer: Layer, mask: Tensor, calibration: Calibration) -> Tensor:
-    return per_matrix(layer, mask, calibration, lambda w, g, m: obs.least_squares(w, g, m, calibration.damp))
+@COMPENSATION.add(
+    "least-squares",
+    formula="argmin_v ||(w - v) X|| over v with the mask's zeros",
+    source="Kurtic, Frantar and Alistarh 2023 (ZipLM)",
+    needs="inputs",
+    options=Damped,
+    traits=("weights", "structures"),
+)
+def least_squares(layer: Layer, mask: Tensor, calibration: Calibration, options: Damped) -> Tensor:
+    return per_matrix(layer, mask, calibration, lambda w, g, m: obs.least_squares(w, g, m, options.damp))
 
 
-def block_fisher(layer: Layer, mask: Tensor, calibration: Calibration) -> Tensor:
+@COMPENSATION.add(
+    "fisher",
+    formula="dw = -F^-1 E (E^T F^-1 E)^-1 w_Q, F block-diagonal",
+    source="Kurtic et al. 2022 (oBERT)",
+    needs="gradients",
+    options=BlockFisher,
+    traits="weights",
+)
+def block_fisher(layer: Layer, mask: Tensor, calibration: Calibration, options: BlockFisher) -> Tensor:
     weight = layer.weight.detach()
     found = fisher.update(
         rows_of(weight),
         rows_of(mask),
-        calibration.factors(layer),
-        calibration.absolute_damp(),
-        calibration.block,
+        calibration.factors(layer, options),
+        calibration.absolute_damp(options, options.damp),
+        options.block,
     )
     return found.reshape(weight.shape)
-
-
-COMPENSATIONS: dict[str, Compensation] = {
-    "none": none,
-    "bias": none,
-    "obs": output_obs,
-    "least-squares": least_squares,
-    "fisher": block_fisher,
-}
 
 
 def bias_shift(layer: Layer, delta: Tensor, calibration: Calibration) -> Tensor:

@@ -12,7 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from workbench.progress import Progress
-from workbench.pruning.pattern import NM, Pattern
+from workbench.pruning.pattern import Pattern
 from workbench.subjects import Layer, Subject
 
 
@@ -20,12 +20,7 @@ def packed_bytes(weights: int, nonzero: int, pattern: Pattern) -> int:
     """Bytes of the non-zeros in float32 and of what says where they are:
     a bitmap, indices inside M, or a bitmap of tiles.
     """
-    if isinstance(pattern, NM):
-        index = math.ceil(math.log2(pattern.of)) * nonzero / 8
-    else:
-        size = getattr(pattern, "rows", 1) * getattr(pattern, "columns", 1) or 1
-        index = weights / size / 8
-    return int(nonzero * 4 + index)
+    return int(nonzero * 4 + pattern.index_bytes(weights, nonzero))
 
 
 def layer_table(

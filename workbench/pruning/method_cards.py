@@ -16,6 +16,7 @@ METHODS: list[Method] = [
         "calibration gradients",
         "one-shot at 80 %: oBERT <= diagonal Fisher <= magnitude, and its update helps",
         0,
+        recipe=(("prune", {"method": "obert", "sparsity": 0.8}),),
     ),
     Method(
         "obert-minilm",
@@ -26,6 +27,8 @@ METHODS: list[Method] = [
         "calibration gradients",
         "one-shot on minilm-docstrings at 70 %: oBERT <= Wanda <= magnitude, and its update helps",
         0,
+        recipe=(("prune", {"method": "obert", "sparsity": 0.7}),),
+        subject="minilm-docstrings",
     ),
     Method(
         "obert-greedy",
@@ -36,6 +39,7 @@ METHODS: list[Method] = [
         "calibration gradients",
         "one-shot at 80 %: no worse than scores computed once",
         0,
+        recipe=(("prune", {"method": "obert-greedy", "sparsity": 0.8}),),
     ),
     Method(
         "magnitude",
@@ -46,6 +50,7 @@ METHODS: list[Method] = [
         "nothing",
         "better than random at 50 %",
         None,
+        recipe=(("prune", {"method": "magnitude"}),),
     ),
     Method(
         "magnitude-global",
@@ -56,6 +61,7 @@ METHODS: list[Method] = [
         "nothing",
         "better than the same share in each layer at 50 %",
         None,
+        recipe=(("prune", {"method": "magnitude", "allocation": "global"}),),
     ),
     Method(
         "wanda",
@@ -66,6 +72,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "better than magnitude at 50 %",
         None,
+        recipe=(("prune", {"method": "wanda"}),),
     ),
     Method(
         "sparsegpt",
@@ -76,6 +83,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "better than Wanda and magnitude at 60 %",
         None,
+        recipe=(("prune", {"method": "sparsegpt", "sparsity": 0.6}),),
     ),
     Method(
         "sparsegpt-2:4",
@@ -86,6 +94,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "better than Wanda and magnitude at 2:4",
         None,
+        recipe=(("prune", {"method": "sparsegpt", "pattern": "2:4"}),),
     ),
     Method(
         "snip",
@@ -96,6 +105,7 @@ METHODS: list[Method] = [
         "calibration gradients",
         "better than magnitude at 70 %",
         None,
+        recipe=(("prune", {"method": "gradient", "sparsity": 0.7}),),
     ),
     Method(
         "obd",
@@ -106,6 +116,7 @@ METHODS: list[Method] = [
         "calibration gradients",
         "better than magnitude at 80 %",
         None,
+        recipe=(("prune", {"method": "obd", "sparsity": 0.8}),),
     ),
     Method(
         "movement",
@@ -116,6 +127,20 @@ METHODS: list[Method] = [
         "fine-tuning",
         "better than magnitude at 90 % with the same training",
         None,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "movement",
+                    "sparsity": 0.9,
+                    "schedule": "cubic",
+                    "schedule.events": 6,
+                    "recovery": "finetune",
+                    "recovery.steps": 60,
+                    "recovery.learning_rate": 0.001,
+                },
+            ),
+        ),
     ),
     Method(
         "icbs",
@@ -126,6 +151,7 @@ METHODS: list[Method] = [
         "calibration gradients",
         "a refined Wanda mask beats Wanda at 50 %",
         15,
+        recipe=(("prune", {"method": "icbs", "method.gradients": 128, "method.damp": 1.0}),),
     ),
     Method(
         "gradual-magnitude",
@@ -136,6 +162,20 @@ METHODS: list[Method] = [
         "fine-tuning",
         "a cubic ramp beats one-shot pruning and as many training steps at 90 %",
         108,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "magnitude",
+                    "sparsity": 0.9,
+                    "schedule": "cubic",
+                    "schedule.events": 6,
+                    "recovery": "finetune",
+                    "recovery.steps": 60,
+                    "recovery.learning_rate": 0.001,
+                },
+            ),
+        ),
     ),
     Method(
         "flap",
@@ -146,6 +186,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "30 % of heads and neurons: bias compensation helps, and beats Wanda's and magnitude's structures",
         65,
+        recipe=(("prune", {"method": "flap", "pattern": "heads+neurons", "sparsity": 0.3}),),
     ),
     Method(
         "llm-pruner",
@@ -156,6 +197,19 @@ METHODS: list[Method] = [
         "calibration gradients",
         "30 % of heads and neurons: better than magnitude and random; short low-rank recovery helps",
         88,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "llm-pruner",
+                    "pattern": "heads+neurons",
+                    "sparsity": 0.3,
+                    "recovery": "low-rank",
+                    "recovery.learning_rate": 0.002,
+                    "recovery.steps": 40,
+                },
+            ),
+        ),
     ),
     Method(
         "ziplm",
@@ -166,6 +220,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "half of heads and neurons: better than magnitude and FLAP, and its update helps",
         94,
+        recipe=(("prune", {"method": "ziplm", "pattern": "heads+neurons", "sparsity": 0.5}),),
     ),
     Method(
         "perp",
@@ -176,6 +231,18 @@ METHODS: list[Method] = [
         "fine-tuning",
         "masked adapters, biases and norms recover most of what full retraining does at 70 %",
         331,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "magnitude",
+                    "sparsity": 0.7,
+                    "recovery": "low-rank",
+                    "recovery.learning_rate": 0.002,
+                    "recovery.steps": 60,
+                },
+            ),
+        ),
     ),
     Method(
         "sparse-peft",
@@ -186,6 +253,18 @@ METHODS: list[Method] = [
         "fine-tuning",
         "adapters on a Wanda mask at 60 % help, and the merged weight keeps the mask exactly",
         359,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "wanda",
+                    "sparsity": 0.6,
+                    "recovery": "low-rank",
+                    "recovery.learning_rate": 0.002,
+                    "recovery.steps": 60,
+                },
+            ),
+        ),
     ),
     Method(
         "distillation",
@@ -196,6 +275,18 @@ METHODS: list[Method] = [
         "fine-tuning",
         "at 90 %: distillation recovers more than the task's loss alone in as many steps",
         None,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "obert",
+                    "sparsity": 0.9,
+                    "recovery": "distil",
+                    "recovery.steps": 60,
+                    "recovery.learning_rate": 0.001,
+                },
+            ),
+        ),
     ),
     Method(
         "erdos-renyi",
@@ -206,6 +297,7 @@ METHODS: list[Method] = [
         "nothing",
         "better than the same share in each layer at 60 %, by magnitude",
         None,
+        recipe=(("prune", {"method": "magnitude", "sparsity": 0.6, "allocation": "erdos-renyi"}),),
     ),
     Method(
         "least-squares",
@@ -216,6 +308,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "a refitted Wanda mask beats Wanda at 60 %",
         None,
+        recipe=(("prune", {"method": "wanda", "sparsity": 0.6, "compensation": "least-squares"}),),
     ),
     *STRUCTURAL,
     *TRAINED,

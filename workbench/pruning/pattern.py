@@ -13,26 +13,23 @@ heads, neurons, heads+neurons
 channels, layers, experts
                     dimensions of the architecture, cut for the whole model at once
                     (see `workbench.subjects.structure.dimensions`)
+hybrid RxC          blocks in attention and whole neurons elsewhere, for trained gates only
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workbench.errors import BadInput
-
-STRUCTURES = ("heads", "neurons")
-DIMENSIONS = ("channels", "layers", "experts")
-ACCEPTED = (
-    "unstructured, N:M (2:4), N:M outputs, block RxC (block 16x16), row, column, heads, neurons, "
-    "heads+neurons, channels, layers, experts"
-)
+from workbench.axis import Choice
+from workbench.pruning.axes import PATTERN
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,28 @@ class Tiles:
     rows: int
     columns: int
 
+    fixed: ClassVar[float | None] = None
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def tiles(self) -> Tiles:
+        return self
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether SparseGPT's sweep can choose it column by column."""
+        return self.single
+
     def size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return self.rows or shape[-2], self.columns or shape[-1]
 
     @property
     def single(self) -> bool:
         return (self.rows, self.columns) == (1, 1)
+
+    def index_bytes(self, weights: int, nonzero: int) -> float:
+        """Of a bitmap of the tiles."""
+        return weights / (self.rows * self.columns or 1) / 8
 
 
 @dataclass(frozen=True)
@@ -60,9 +73,29 @@ class NM:
     of: int
     along: int = -1
 
+    kinds: ClassVar[tuple[str, ...]] = ()
+    single: ClassVar[bool] = True
+
     @property
     def sparsity(self) -> float:
         return 1 - self.keep / self.of
+
+    @property
+    def fixed(self) -> float | None:
+        """The sparsity that the pattern has, whatever is asked for."""
+        return self.sparsity
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles(1, 1)
+
+    @property
+    def stepwise(self) -> bool:
+        return self.along == -1
+
+    def index_bytes(self, weights: int, nonzero: int) -> float:
+        """Of the places inside M of what stays."""
+        return math.ceil(math.log2(self.of)) * nonzero / 8
 
 
 @dataclass(frozen=True)
@@ -71,6 +104,11 @@ class Structures:
 
     kinds: tuple[str, ...]
 
+    fixed: ClassVar[float | None] = None
+
+    def index_bytes(self, weights: int, nonzero: int) -> float:
+        return weights / 8
+
 
 @dataclass(frozen=True)
 class Dimension:
@@ -78,33 +116,56 @@ class Dimension:
 
     kind: str
 
+    fixed: ClassVar[float | None] = None
 
-Pattern = Tiles | NM | Structures | Dimension
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (self.kind,)
+
+    def index_bytes(self, weights: int, nonzero: int) -> float:
+        return 0.0
 
 
+@dataclass(frozen=True)
+class Hybrid:
+    """Tiles in attention and whole neurons elsewhere, for gates that are trained (Lagunas et al. 2021)."""
+
+    tiles: Tiles
+
+    fixed: ClassVar[float | None] = None
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    def index_bytes(self, weights: int, nonzero: int) -> float:
+        return self.tiles.index_bytes(weights, nonzero)
+
+
+Pattern = Tiles | NM | Structures | Dimension | Hybrid
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an entry of the axis holds.
+
+    func : options -> the pattern;  engine : (settings of `prune`, the pattern) -> what prunes by it, see
+    `workbench.pruning.prune.Engine`; None for a pattern that is only trained for.
+    """
+
+    func: Callable[[Any], Pattern]
+    engine: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        """A form is at home where its engine registers it: a result's key follows that file."""
+        object.__setattr__(self, "__module__", self.func.__module__)
+
+    def __call__(self, options: Any) -> Pattern:
+        return self.func(options)
+
+
+@functools.lru_cache(256)
 def parse(text: str) -> Pattern:
     """The pattern called `text`; `BadInput` with the accepted forms otherwise."""
-    text = text.strip().lower()
-    if text == "unstructured":
-        return Tiles(1, 1)
-    if text in ("row", "column"):
-        return Tiles(1, 0) if text == "row" else Tiles(0, 1)
-    if match := re.fullmatch(r"(\d+):(\d+)( outputs)?", text):
-        keep, of = int(match[1]), int(match[2])
-        if not 0 < keep < of:
-            raise BadInput(f"pattern: {text!r} keeps {keep} of {of}; N:M needs 0 < N < M, such as 2:4")
-        return NM(keep, of, -2 if match[3] else -1)
-    if match := re.fullmatch(r"block (\d+)x(\d+)", text):
-        rows, columns = int(match[1]), int(match[2])
-        if not rows or not columns:
-            raise BadInput(f"pattern: {text!r} has an empty block; give positive sizes, such as block 16x16")
-        return Tiles(rows, columns)
-    if text in DIMENSIONS:
-        return Dimension(text)
-    kinds = tuple(text.split("+"))
-    if all(kind in STRUCTURES for kind in kinds) and len(set(kinds)) == len(kinds):
-        return Structures(kinds)
-    raise BadInput(f"pattern: {text!r} is not accepted; it should be one of {ACCEPTED}")
+    made: Pattern = (text if isinstance(text, Choice) else PATTERN.chosen(text))()
+    return made
 
 
 def reduce(scores: Tensor, tiles: Tiles) -> Tensor:
@@ -204,9 +265,10 @@ def yield_to(scores: Tensor, gone: Tensor, pattern: Tiles | NM) -> Tensor:
     """Scores in which weights that are `gone` already are the first to go again,
     so a second pruning adds to the first.
     """
-    if isinstance(pattern, NM) or pattern.single:
+    if pattern.single:
         return scores.masked_fill(gone, -1)
-    empty = expand(reduce((~gone).float(), pattern) == 0, pattern, tuple(scores.shape))
+    tiles = pattern.tiles
+    empty = expand(reduce((~gone).float(), tiles) == 0, tiles, tuple(scores.shape))
     return scores.masked_fill(gone, 0).masked_fill(empty, -1)
 
 

@@ -5,28 +5,37 @@ subject.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
-
-import numpy as np
-import pandas as pd
-from torch import Tensor
+from typing import Any, ClassVar, Protocol
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.pruning.allocation.latency import measured_speedup
-from workbench.pruning.engine.dimensions import check_dimension, prune_dimension
-from workbench.pruning.engine.matrices import prune_once, zero_share
-from workbench.pruning.engine.structure_events import check_structures, prune_units
-from workbench.pruning.error_table import add_prediction, layer_table, packed_bytes
-from workbench.pruning.methods import PRESETS
-from workbench.pruning.pattern import NM, Dimension, Structures, Tiles, parse
+from workbench.pruning.axes import DIMENSIONS, STRUCTURES, scores_weights
 from workbench.pruning.plan import TRAINED_BEFORE_LAST, PrunePlan
-from workbench.pruning.recovery.recovery import Recovery
-from workbench.pruning.saliency.weights import SALIENCIES
-from workbench.pruning.schedule import sparsities
 from workbench.results import Result
-from workbench.subjects import Layer, Subject
+from workbench.subjects import Subject
+
+
+class Engine(Protocol):
+    """What carries a pruning out for a kind of pattern; `workbench.pruning.engine` has three."""
+
+    def check(self, on: Any) -> None:
+        """Say why a combination makes no sense, before anything is computed."""
+
+    def begin(self, on: Subject, progress: Progress) -> None:
+        """Take the subject, and keep what it is compared with."""
+
+    def train(self, steps: int) -> None:
+        """Recover for so many steps."""
+
+    @property
+    def trained(self) -> int:
+        """Steps of recovery so far."""
+
+    def event(self, sparsity: float) -> bool:
+        """Score, and prune to a sparsity in all; False when it was stopped and nothing can follow."""
+
+    def finish(self) -> Result:
+        """The result, after the last step of recovery."""
 
 
 class Prune(PrunePlan):
@@ -45,233 +54,82 @@ class Prune(PrunePlan):
 
         return PruneResult
 
+    def engine(self) -> Engine:
+        made = self.pattern.value.engine
+        if made is None:
+            raise BadInput(f"pattern: {self.pattern} is only trained for, by `train-sparse`; choose another")
+        engine: Engine = made(self, self.pattern())
+        return engine
+
     def check(self, on: Any) -> None:
-        pattern = parse(self.pattern)
-        saliency, compensation, allocation = self.composition()
         for split in (self.calibration_split, self.test_split):
             on.split(split)
-        layers = on.layers(self.layers)
-        if isinstance(pattern, Dimension):
-            check_dimension(self, on, pattern)
-        elif not isinstance(pattern, Structures) and saliency not in SALIENCIES and saliency != "movement":
+        on.layers(self.layers)
+        engine, fixed = self.engine(), self.pattern().fixed
+        self._check_method()
+        if fixed is not None and not math.isclose(self.sparsity, fixed, abs_tol=1e-6):
             raise BadInput(
-                f"saliency: {saliency} scores whole structures and dimensions, not single weights; "
-                "choose another, or such a pattern"
+                f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, "
+                f"which fixes it at {fixed:g}; leave sparsity out"
             )
-        if allocation == "adaptive" and not isinstance(pattern, Structures):
+        if self.schedule.has("stages"):
             raise BadInput(
-                "allocation: adaptive shares heads and neurons among the blocks; choose layer, row or global"
+                f"schedule: {self.schedule} goes from stage to stage of `train-sparse`; "
+                "choose one-shot, cubic or linear"
             )
-        if isinstance(pattern, NM):
-            if not math.isclose(self.sparsity, pattern.sparsity, abs_tol=1e-6) and self.sparsity != 0.5:
+        if not self.recovery.has("nothing"):
+            if not self.recovery_steps:
                 raise BadInput(
-                    f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, "
-                    f"which fixes it at {pattern.sparsity:g}; leave sparsity out"
+                    f"recovery.steps: 0 makes no sense with recovery {self.recovery}; "
+                    "give recovery.steps, or recovery none"
                 )
-            if self.schedule != "one-shot":
-                raise BadInput(
-                    "schedule: an N:M pattern has one sparsity, so it cannot be reached gradually; "
-                    "use one-shot"
-                )
-        if self.schedule == "one-shot" and self.steps != 1:
-            raise BadInput(
-                f"steps: {self.steps} makes no sense with schedule one-shot; "
-                "choose cubic or linear, or leave steps at 1"
-            )
-        if (self.recovery == "none") != (self.recovery_steps == 0):
-            raise BadInput(
-                f"recovery_steps: {self.recovery_steps} makes no sense with recovery {self.recovery}; "
-                "give both or neither"
-            )
-        if PRESETS[self.method].refine and pattern != Tiles(1, 1):
-            raise BadInput(
-                f"pattern: {self.method} exchanges single weights, so it needs pattern unstructured"
-            )
-        if self.recovery != "none":
             on.split("train")
-        if (allocation == "latency") != (self.speedup > 1) or (
-            allocation == "latency" and not (isinstance(pattern, Structures) and self.remove)
-        ):
-            raise BadInput(
-                f"speedup: {self.speedup:g} with allocation {allocation} and pattern {self.pattern}; "
-                "a speed-up above 1, allocation latency and removed heads or neurons belong together"
-            )
-        if allocation == "latency" and self.schedule != "one-shot":
-            raise BadInput(
-                "schedule: allocation latency is one-shot; prune again with a larger speed-up to go on "
-                "gradually"
-            )
-        if saliency == "movement" and (self.recovery == "none" or self.schedule == "one-shot"):
-            raise BadInput(
-                "saliency: movement is collected while training; "
-                "it needs a gradual schedule, a recovery and recovery_steps"
-            )
-        if saliency == "movement" and not self.steps_between(self.steps):
-            raise BadInput(
-                f"recovery_steps: {self.recovery_steps} leave no training before the first of {self.steps} "
-                "pruning steps, and movement is collected there; "
-                f"give at least {math.ceil(self.steps / TRAINED_BEFORE_LAST)}"
-            )
-        if (
-            self.allocation == "global"
-            and saliency in ("wanda", "obs", "fluctuation", "random")
-            and not isinstance(pattern, Structures)
-        ):
-            raise BadInput(
-                f"allocation: global compares scores across layers and {saliency} scores do not compare; "
-                "use layer, row or a loss-like saliency"
-            )
-        if isinstance(pattern, Structures):
-            check_structures(on, layers, pattern, saliency, compensation, allocation)
-        elif compensation == "bias":
-            for layer in layers:
-                if layer.bias is None or len(layer.shape) != 2:
-                    raise BadInput(
-                        f"compensation: bias needs a bias in every layer and {layer.name} has none; "
-                        "use obs, least-squares or none"
-                    )
+        self.allocation.value.check(self, self.allocation.options)
+        self._check_collected()
+        engine.check(on)
 
-    def _recovery(
-        self, on: Subject, layers: Sequence[Layer], teacher: Subject | None, progress: Progress
-    ) -> Recovery | None:
-        if self.recovery == "none":
-            return None
+    def _check_method(self) -> None:
+        kinds, method = set(self.pattern().kinds), self.method
+        only = [kind for kind in (*STRUCTURES, *DIMENSIONS) if method.has(kind)]
+        if only and not (kinds and kinds <= set(only)):
+            raise BadInput(
+                f"method: {method} removes {', '.join(only)}; "
+                "choose one of them as the pattern, or another method"
+            )
+        if method.has("not dimensions") and kinds & set(DIMENSIONS):
+            raise BadInput(
+                f"method: {method} has no form for whole {self.pattern}; "
+                "choose magnitude, taylor2, minitron or another that scores them"
+            )
 
-        def draw(run: Recovery) -> None:
-            if type(progress).preview is not Progress.preview:
-                progress.preview(
-                    self.result(
-                        pd.DataFrame(),
-                        {"steps": run.done},
-                        tables={"recovery": pd.DataFrame(run.curve)},
-                        partial=True,
-                    )
-                )
-
-        return Recovery(
-            on,
-            layers,
-            self.recovery,
-            self.recovery_steps,
-            self.lr,
-            self.batch_size,
-            seed=self.seed,
-            rank=self.rank,
-            teacher=teacher,
-            movement=self.composition()[0] == "movement",
-            progress=progress,
-            watch=draw,
-        )
+    def _check_collected(self) -> None:
+        """Scores that are collected in training need some before every event."""
+        saliency, events = self.saliency, len(self.schedule(self.sparsity, 1))
+        if saliency.entry.needs != "training" or not scores_weights(saliency):
+            return
+        if self.recovery.has("nothing") or self.schedule.has("at once"):
+            raise BadInput(
+                f"saliency: {saliency} is collected while training; "
+                "it needs a gradual schedule, a recovery and recovery.steps"
+            )
+        if not self.steps_between(events):
+            raise BadInput(
+                f"recovery.steps: {self.recovery_steps} leave no training before the first of {events} "
+                f"pruning events, and {saliency} is collected there; "
+                f"give at least {math.ceil(events / TRAINED_BEFORE_LAST)}"
+            )
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        layers, pattern = on.layers(self.layers), parse(self.pattern)
-        if isinstance(pattern, Dimension):
-            return prune_dimension(self, on, pattern, progress)
-        dense_test = on.evaluated(self.test_split, progress=progress)
-        dense = on.copy()
-        before = {layer.name: layer.weight.detach().clone() for layer in layers}
-        calibration = self.calibration(on, layers, progress)
-        recovery = self._recovery(on, layers, dense, progress)
-        target = pattern.sparsity if isinstance(pattern, NM) else self.sparsity
-        events = sparsities(self.schedule, target, self.steps)
+        engine = self.engine()
+        engine.begin(on, progress)
+        events = self.schedule(self.sparsity, 1)
         between = self.steps_between(len(events))
-        history: list[dict[str, float]] = []
-        kept: dict[str, Tensor] = {}
-        extra: dict[str, float] = {}
-        for number, sparsity in enumerate(events):
+        for sparsity in events:
             if progress.stopped:
                 break
-            if recovery is not None and between:
-                recovery.advance(between)
-            if number or between:
-                calibration = self.calibration(on, layers, progress)
-            if isinstance(pattern, Structures):
-                kept = prune_units(
-                    on,
-                    layers,
-                    calibration,
-                    pattern,
-                    sparsity,
-                    *self.composition(),
-                    progress,
-                    self.speedup,
-                    self.amplitude,
-                    self.batch_size,
-                    extra,
-                )
-            else:
-                scores = recovery.scores if recovery is not None else {}
-                prune_once(
-                    layers,
-                    calibration,
-                    pattern,
-                    sparsity,
-                    *self.composition(),
-                    progress,
-                    scores,
-                    PRESETS[self.method].refine,
-                )
-            history.append(
-                {
-                    "step": number + 1,
-                    "trained": recovery.done if recovery else 0,
-                    "sparsity": zero_share(layers),
-                }
-            )
-        if recovery is not None:
-            recovery.advance(self.recovery_steps - recovery.done)
-            recovery.finish()
-        # The dense model's statistics: still held when they fit in memory,
-        # otherwise measured on the copy again, a group of layers at a time.
-        table = layer_table(
-            layers,
-            before,
-            None if progress.stopped else self.calibration(dense, dense.layers(self.layers), progress).gram,
-        )
-        facts = self._facts(layers, dense_test)
-        if self.predict_examples and not progress.stopped:
-            deltas = {layer.name: layer.weight.detach() - before[layer.name] for layer in layers}
-            add_prediction(
-                table, facts, dense, deltas, self.calibration_split, self.predict_examples, progress
-            )
-        arrays = {
-            layer.name: np.packbits((layer.weight.detach() != 0).cpu().numpy(), axis=-1) for layer in layers
-        }
-        if kept and self.remove:
-            from workbench.subjects.structure.removal import remove
-
-            remove(on.model, kept)
-            if extra:
-                extra["speedup"] = measured_speedup(dense, on, self.batch_size, split=self.calibration_split)
-            facts |= extra
-            facts["packed_bytes"] = facts["dense_bytes"] - 4 * (
-                facts["weights"] - sum(layer.original.numel() for layer in on.layers(self.layers))
-            )
-        if not progress.stopped:
-            facts |= on.evaluate(self.test_split, progress=progress)
-        tables = {"schedule": pd.DataFrame(history)} if len(history) > 1 else {}
-        if recovery is not None:
-            tables["recovery"] = pd.DataFrame(recovery.curve)
-            facts["trained_share"] = recovery.trainable_share
-        if kept:
-            tables["units"] = pd.DataFrame(
-                [{"group": n, "units": k.shape[1], "kept": int(k[0].sum())} for n, k in kept.items()]
-            )
-        return self.result(table, facts, tables=tables, arrays=arrays, subject=on)
-
-    def _facts(self, layers: Sequence[Layer], dense: dict[str, float]) -> dict[str, Any]:
-        saliency, compensation, allocation = self.composition()
-        weights = sum(layer.original.numel() for layer in layers)
-        zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
-        return {
-            "sparsity": zeros / weights,
-            **{f"dense_{k}": v for k, v in dense.items()},
-            "weights": weights,
-            "nonzero": weights - zeros,
-            "dense_bytes": weights * 4,
-            "packed_bytes": packed_bytes(weights, weights - zeros, parse(self.pattern)),
-            "composition": (
-                f"{saliency} x {self.pattern} x {allocation} x {compensation} x {self.schedule} x "
-                f"{self.recovery}"
-            ),
-        }
+            if between:
+                engine.train(between)
+            if not engine.event(sparsity):
+                break
+        engine.train(self.recovery_steps - engine.trained)
+        return engine.finish()

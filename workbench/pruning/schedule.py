@@ -1,10 +1,19 @@
-"""Schedules: the sparsities a run passes through."""
+"""Schedules: the sparsities a run passes through.
+
+Traits: "stages": it goes from stage to stage of `train-sparse`; "inside a stage": `train-sparse` can follow
+it from step to step; "at once": nothing is reached gradually. `prune` takes those that do not count stages.
+"""
 
 from __future__ import annotations
 
 import math
 
-SCHEDULES = ("one-shot", "cubic", "linear")
+from workbench.axis import Options, parameter
+from workbench.pruning.axes import SPARSITY_SCHEDULE
+
+
+class Events(Options):
+    events: int = parameter(1, "pruning events", ge=1)
 
 
 def cubic(start: float, final: float, step: int, steps: int) -> float:
@@ -29,17 +38,46 @@ def late(final: float, steps: int) -> list[float]:
     return [0.0] * (steps - 1) + [final]
 
 
-def sparsities(schedule: str, final: float, steps: int, start: float = 0.0) -> list[float]:
-    """The sparsity after each of the pruning events; the last one is `final`."""
-    if schedule == "one-shot":
-        return [final]
-    if schedule == "geometric":
-        return geometric(final, steps)
-    if schedule == "late":
-        return late(final, steps)
-    if schedule == "linear":
-        return [start + (final - start) * t / steps for t in range(1, steps + 1)]
-    return [cubic(start, final, t, steps) for t in range(1, steps + 1)]
+@SPARSITY_SCHEDULE.add("one-shot", formula="s_f", source="baseline", traits="at once")
+def one_shot(final: float, stages: int, options: Options) -> list[float]:
+    return [final]
+
+
+@SPARSITY_SCHEDULE.add(
+    "cubic",
+    formula="s_f - s_f (1 - t / n)^3",
+    source="Zhu and Gupta 2017, eq. 1",
+    options=Events,
+    traits="inside a stage",
+)
+def cubic_events(final: float, stages: int, options: Events) -> list[float]:
+    return [cubic(0.0, final, t, options.events) for t in range(1, options.events + 1)]
+
+
+@SPARSITY_SCHEDULE.add("linear", formula="s_f t / n", source="baseline", options=Events)
+def linear(final: float, stages: int, options: Events) -> list[float]:
+    return [final * t / options.events for t in range(1, options.events + 1)]
+
+
+@SPARSITY_SCHEDULE.add(
+    "from-start", formula="s_f in every stage", source="baseline", traits=("stages", "at once")
+)
+def from_start(final: float, stages: int, options: Options) -> list[float]:
+    return [final] * stages
+
+
+@SPARSITY_SCHEDULE.add(
+    "geometric", formula="1 - 0.8^n, n evenly spaced", source="Misra et al. 2022 (APP)", traits="stages"
+)
+def geometric_stages(final: float, stages: int, options: Options) -> list[float]:
+    return geometric(final, stages)
+
+
+@SPARSITY_SCHEDULE.add(
+    "late", formula="0 until the last stage", source="Chen et al. 2021 (DSEE)", traits="stages"
+)
+def late_stages(final: float, stages: int, options: Options) -> list[float]:
+    return late(final, stages)
 
 
 def annealed(peak: float, share: float, rise: float = 0.25, hold: float = 0.75) -> float:

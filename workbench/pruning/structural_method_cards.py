@@ -15,6 +15,19 @@ METHODS: list[Method] = [
         "half the channels: distilled better than fine-tuned, "
         "far better than the same size from random weights; importance better than random",
         64,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "minitron",
+                    "pattern": "channels",
+                    "sparsity": 0.5,
+                    "recovery": "distil",
+                    "recovery.steps": 60,
+                    "recovery.learning_rate": 0.002,
+                },
+            ),
+        ),
     ),
     Method(
         "minitron-depth",
@@ -25,6 +38,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "one block of three removed: Block Influence better than random and no worse than magnitude",
         64,
+        recipe=(("prune", {"method": "minitron", "pattern": "layers", "sparsity": 0.33}),),
     ),
     Method(
         "adapt-pruner",
@@ -36,6 +50,21 @@ METHODS: list[Method] = [
         "half of heads and neurons: adaptive shares better than equal ones; "
         "five steps with training between better than one before it",
         84,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "adapt-pruner",
+                    "pattern": "heads+neurons",
+                    "sparsity": 0.5,
+                    "schedule": "linear",
+                    "schedule.events": 5,
+                    "recovery": "finetune",
+                    "recovery.steps": 60,
+                    "recovery.learning_rate": 0.001,
+                },
+            ),
+        ),
     ),
     Method(
         "deeper-layers",
@@ -47,6 +76,19 @@ METHODS: list[Method] = [
         "the run of smallest angular distance is no worse than random or deepest blocks, "
         "and healing closes most of the gap",
         354,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "deeper-layers",
+                    "pattern": "layers",
+                    "sparsity": 0.33,
+                    "recovery": "low-rank",
+                    "recovery.learning_rate": 0.002,
+                    "recovery.steps": 40,
+                },
+            ),
+        ),
     ),
     Method(
         "pat",
@@ -58,6 +100,21 @@ METHODS: list[Method] = [
         "a quarter of the channels: better than pruning by activation and then as many steps of adapters "
         "with as many parameters",
         58,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "pat",
+                    "pattern": "channels",
+                    "sparsity": 0.25,
+                    "recovery": "low-rank",
+                    "recovery.learning_rate": 0.002,
+                    "recovery.steps": 60,
+                    "saliency.rank": 28,
+                    "recovery.rank": 28,
+                },
+            ),
+        ),
     ),
     Method(
         "heapr",
@@ -69,6 +126,8 @@ METHODS: list[Method] = [
         "25 % and 50 % of the experts' neurons: better than magnitude, random and whole experts; "
         "the scores predict the loss",
         31,
+        recipe=(("prune", {"method": "heapr", "pattern": "neurons", "sparsity": 0.25}),),
+        subject="bytemoe",
     ),
     Method(
         "premoe",
@@ -80,6 +139,8 @@ METHODS: list[Method] = [
         "half of the experts: TCESS better than usage, random and other domains' patterns; "
         "queries find their pattern",
         86,
+        recipe=(("prune", {"method": "premoe", "pattern": "experts", "sparsity": 0.5}),),
+        subject="bytemoe",
     ),
     Method(
         "slimmoe",
@@ -91,6 +152,22 @@ METHODS: list[Method] = [
         "half of the experts' width: two stages better than one, and both better than half of the experts, "
         "equal steps",
         96,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "slimmoe",
+                    "pattern": "neurons",
+                    "sparsity": 0.5,
+                    "schedule": "linear",
+                    "schedule.events": 2,
+                    "recovery": "distil",
+                    "recovery.steps": 24,
+                    "recovery.learning_rate": 0.001,
+                },
+            ),
+        ),
+        subject="bytemoe",
     ),
     Method(
         "ziplm-minilm",
@@ -102,5 +179,17 @@ METHODS: list[Method] = [
         "1.5, 2 and 3 times faster on this CPU, within a tenth, "
         "and more accurate than magnitude and FLAP at the same target",
         94,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "ziplm",
+                    "pattern": "heads+neurons",
+                    "allocation": "latency",
+                    "allocation.speedup": 2.0,
+                },
+            ),
+        ),
+        subject="minilm-docstrings",
     ),
 ]

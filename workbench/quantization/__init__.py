@@ -10,6 +10,7 @@ from workbench.quantization.quantize import Quantize
 from workbench.quantization.rotation.fold import rotate
 from workbench.quantization.rotation.rotate import Rotate
 from workbench.quantization.studies.error_anatomy import ErrorAnatomy
+from workbench.quantization.studies.ptq_or_qat import PtqOrQat
 from workbench.quantization.trained.double_rounding import at_width
 from workbench.quantization.trained.train_quantized import TrainQuantized
 
@@ -20,6 +21,7 @@ __all__ = [
     "Format",
     "Grid",
     "LayerSensitivity",
+    "PtqOrQat",
     "Quantize",
     "Rotate",
     "TrainQuantized",

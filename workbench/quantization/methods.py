@@ -15,6 +15,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than nearest rounding at 3 bits",
         None,
+        recipe=(("quantize", {"rounding": "gptq", "format.bits": 3}),),
     ),
     Method(
         "adaround",
@@ -25,6 +26,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         216,
+        recipe=(("quantize", {"rounding": "adaround", "format.bits": 3}),),
     ),
     Method(
         "flexround",
@@ -35,6 +37,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         244,
+        recipe=(("quantize", {"rounding": "flexround", "format.bits": 3}),),
     ),
     Method(
         "signround",
@@ -45,6 +48,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         295,
+        recipe=(("quantize", {"rounding": "signround", "format.bits": 3}),),
     ),
     Method(
         "adaquant",
@@ -55,6 +59,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         309,
+        recipe=(("quantize", {"rounding": "adaquant", "format.bits": 3}),),
     ),
     Method(
         "hqq",
@@ -65,6 +70,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than nearest rounding with a zero point at 3 bits",
         None,
+        recipe=(("quantize", {"rounding": "hqq", "format.bits": 3, "format.symmetric": False}),),
     ),
     Method(
         "awq",
@@ -75,6 +81,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than nearest rounding at 3 bits",
         None,
+        recipe=(("quantize", {"transform": "awq", "format.bits": 3}),),
     ),
     Method(
         "teq",
@@ -85,6 +92,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         387,
+        recipe=(("quantize", {"transform": "teq", "format.bits": 3}),),
     ),
     Method(
         "smoothquant",
@@ -95,6 +103,18 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than none with 8-bit weights by channel and 6-bit activations by tensor",
         None,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "transform": "smooth",
+                    "activations": "tensor",
+                    "format.bits": 8,
+                    "granularity": "channel",
+                    "activations.format.bits": 6,
+                },
+            ),
+        ),
     ),
     Method(
         "quarot",
@@ -105,6 +125,19 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than none with 4-bit weights and activations",
         None,
+        recipe=(
+            ("rotate", {"kind": "hadamard"}),
+            (
+                "quantize",
+                {
+                    "format.bits": 4,
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activations.format.bits": 4,
+                },
+            ),
+        ),
+        subject="bytelm",
     ),
     Method(
         "outliertune",
@@ -115,6 +148,17 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than one activation scale a tensor at 6 bits",
         327,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "activations": "channel",
+                    "format.bits": 8,
+                    "granularity": "channel",
+                    "activations.format.bits": 6,
+                },
+            ),
+        ),
     ),
     Method(
         "outlier-split",
@@ -126,6 +170,18 @@ METHODS: list[Method] = [
         "calibration inputs",
         "a sixteenth of the features apart: lower loss than none, 4-bit weights and activations",
         None,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "format.bits": 4,
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activations.format.bits": 4,
+                    "activations.wide_share": 0.0625,
+                },
+            ),
+        ),
     ),
     Method(
         "clipping-search",
@@ -136,6 +192,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than the largest magnitude at 3 bits",
         None,
+        recipe=(("quantize", {"range": "mse", "format.bits": 3}),),
     ),
     Method(
         "asymmetric-calibration",
@@ -147,6 +204,7 @@ METHODS: list[Method] = [
         "GPTQ against the dense output on quantized inputs has lower loss than GPTQ on dense inputs at 2 "
         "bits",
         None,
+        recipe=(("quantize", {"rounding": "gptq", "format.bits": 2, "range": "mse", "sequential": True}),),
     ),
     Method(
         "hawq-v2",
@@ -157,6 +215,7 @@ METHODS: list[Method] = [
         "Hessian-vector products",
         "at an average of 3 bits lower loss than uniform, random and reversed allocations",
         348,
+        recipe=(("allocate", {"sensitivity": "trace", "group_size": 4096}),),
     ),
     Method(
         "curvature-allocation",
@@ -167,6 +226,7 @@ METHODS: list[Method] = [
         "gradients at targets the model draws",
         "at an average of 3 bits lower loss than uniform, random and reversed allocations",
         266,
+        recipe=(("allocate", {"sensitivity": "gauss-newton", "group_size": 4096}),),
     ),
     Method(
         "fp8",
@@ -177,6 +237,17 @@ METHODS: list[Method] = [
         "nothing",
         "E4M3 has less noise than E5M2 on weights and activations",
         308,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "format": "e4m3fn",
+                    "granularity": "tensor",
+                    "activations": "tensor",
+                    "activations.format": "e4m3fn",
+                },
+            ),
+        ),
     ),
     Method(
         "nf4",
@@ -187,6 +258,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than symmetric int4 in groups of 64",
         74,
+        recipe=(("quantize", {"format": "nf4"}),),
     ),
     Method(
         "minifloats",
@@ -197,6 +269,7 @@ METHODS: list[Method] = [
         "nothing",
         "E2M1 has lower loss than symmetric int4 in groups of 64",
         284,
+        recipe=(("quantize", {"format": "e2m1"}),),
     ),
     Method(
         "lsq",
@@ -207,6 +280,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than rounding after as many steps",
         None,
+        recipe=(("train-quantized", {"method": "lsq", "method.bits": 2}),),
     ),
     Method(
         "trilm",
@@ -217,6 +291,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than rounding to ternary after as many steps",
         197,
+        recipe=(("train-quantized", {"method": "ternary"}),),
     ),
     Method(
         "continual-qat",
@@ -227,6 +302,12 @@ METHODS: list[Method] = [
         "training",
         "an interior switch point is best",
         192,
+        recipe=(
+            (
+                "train-quantized",
+                {"method": "ternary", "from_scratch": True, "switch_at": 0.2, "learning_rate": 0.003},
+            ),
+        ),
     ),
     Method(
         "interactions",
@@ -237,6 +318,12 @@ METHODS: list[Method] = [
         "gradients at targets the model draws",
         "at an average of 3 bits lower loss than the additive integer program",
         307,
+        recipe=(
+            (
+                "allocate",
+                {"sensitivity": "gauss-newton", "sensitivity.interactions": True, "group_size": 4096},
+            ),
+        ),
     ),
     Method(
         "cbq",
@@ -247,6 +334,17 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than learning block by block at 2 bits",
         329,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "format.bits": 2,
+                    "rounding": "lowrank-adaround",
+                    "rounding.objective": "block",
+                    "rounding.objective.window": 2,
+                },
+            ),
+        ),
     ),
     Method(
         "spinquant",
@@ -257,6 +355,19 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than the Hadamard rotation it starts from, 4-bit weights and activations",
         385,
+        recipe=(
+            ("rotate", {"kind": "learned", "kind.heads": False}),
+            (
+                "quantize",
+                {
+                    "format.bits": 4,
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activations.format.bits": 4,
+                },
+            ),
+        ),
+        subject="bytelm",
     ),
     Method(
         "flatquant",
@@ -267,6 +378,18 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than an online Hadamard rotation, 4-bit weights and activations",
         310,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "format.bits": 4,
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activations.format.bits": 4,
+                    "transform": "flatquant",
+                },
+            ),
+        ),
     ),
     Method(
         "resq",
@@ -278,6 +401,19 @@ METHODS: list[Method] = [
         "lower loss than keeping an eighth of the features wide after a Hadamard rotation, "
         "4-bit weights and activations",
         357,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "format.bits": 4,
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activations.format.bits": 4,
+                    "transform": "resq",
+                    "activations.wide_share": 0.125,
+                },
+            ),
+        ),
     ),
     Method(
         "loftq",
@@ -288,6 +424,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than a zero low-rank term (QLoRA's start) at 2 bits, before any training",
         345,
+        recipe=(("quantize", {"format.bits": 2, "adapter": "loftq", "adapter.rank": 8}),),
     ),
     Method(
         "nipq",
@@ -298,6 +435,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         356,
+        recipe=(("train-quantized", {"method": "nipq", "method.budget": 3.0}),),
     ),
     Method(
         "csq",
@@ -308,6 +446,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         276,
+        recipe=(("train-quantized", {"method": "csq", "method.budget": 3.0, "method.strength": 0.3}),),
     ),
     Method(
         "fliqs",
@@ -318,6 +457,12 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps, with formats int2, int3, int4 and e2m1",
         369,
+        recipe=(
+            (
+                "train-quantized",
+                {"method": "fliqs", "method.budget": 3.0, "method.formats": ["int2", "int3", "int4", "e2m1"]},
+            ),
+        ),
     ),
     Method(
         "l4q",
@@ -328,6 +473,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than adapters beside a rounded weight, merged and rounded, at 2 bits",
         335,
+        recipe=(("train-quantized", {"method": "l4q", "method.bits": 2}),),
     ),
     Method(
         "bibert",
@@ -338,6 +484,7 @@ METHODS: list[Method] = [
         "training",
         "accuracy above the commonest class with binary weights and inputs",
         8,
+        recipe=(("train-quantized", {"method": "bibert", "learning_rate": 0.002}),),
     ),
     Method(
         "halo",
@@ -349,6 +496,7 @@ METHODS: list[Method] = [
         "int6 operands, equal steps and tuning: both levels of rotation end nearer to the full-precision "
         "loss than no rotation",
         221,
+        recipe=(("train", {"precision": "int6", "precision.rotation": 2, "start": "random"}),),
     ),
     *TAUGHT,
     Method(
@@ -363,6 +511,33 @@ METHODS: list[Method] = [
         "single weights at equal bits, and the learned scales "
         "nearest rounding to 2 bits",
         374,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "format": "binary",
+                    "range": "centred",
+                    "granularity": "channel",
+                    "salient.share": 0.2,
+                    "adapter": "qlora",
+                    "adapter.rank": 8,
+                },
+            ),
+            ("train-quantized", {"method": "adapters"}),
+            (
+                "quantize",
+                {
+                    "format": "binary",
+                    "range": "centred",
+                    "granularity": "channel",
+                    "salient.share": 0.2,
+                    "rounding": "scales",
+                    "rounding.objective": "block",
+                    "sequential": True,
+                },
+            ),
+        ),
+        subject="bytelm",
     ),
     Method(
         "double-rounding",
@@ -374,6 +549,7 @@ METHODS: list[Method] = [
         "accuracy within a point of separate LSQ trainings of as many steps in all at 8, 6 and 4 bits, and "
         "at 2 bits a lower loss than truncated 8-bit training",
         207,
+        recipe=(("train-quantized", {"method": "double-rounding"}),),
     ),
     Method(
         "hasb",
@@ -385,6 +561,7 @@ METHODS: list[Method] = [
         "read at mixed widths of 4 bits on average, lower loss than after training all layers at one width "
         "in turn",
         207,
+        recipe=(("train-quantized", {"method": "double-rounding", "method.switching": "by trace"}),),
     ),
     Method(
         "ptq-or-qat",
@@ -395,6 +572,7 @@ METHODS: list[Method] = [
         "training",
         "a gap below 0.02 nats at 8 bits, which opens from 4 bits down",
         358,
+        recipe=(("ptq-or-qat", {}),),
     ),
     Method(
         "log-variance",
@@ -405,6 +583,7 @@ METHODS: list[Method] = [
         "Hessian-vector products",
         "at an average of 3 bits lower loss than uniform, random and reversed allocations",
         358,
+        recipe=(("allocate", {"sensitivity": "variance", "group_size": 4096}),),
     ),
     Method(
         "q-bert",
@@ -415,6 +594,7 @@ METHODS: list[Method] = [
         "Hessian-vector products",
         "at an average of 3 bits lower loss than uniform, random and reversed allocations",
         24,
+        recipe=(("allocate", {"sensitivity": "eigenvalue", "group_size": 4096}),),
     ),
     Method(
         "bfloat16",
@@ -425,6 +605,7 @@ METHODS: list[Method] = [
         "training",
         "differs from float32 by less than seeds differ",
         198,
+        recipe=(("train", {"precision": "bf16", "start": "random"}),),
     ),
     Method(
         "gradient-ptq",
@@ -435,6 +616,18 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "what is learned moves the loss more than the size or the draw of the calibration set",
         301,
+        recipe=(
+            (
+                "quantize",
+                {
+                    "format.bits": 3,
+                    "granularity": "channel",
+                    "rounding": "flexround",
+                    "rounding.objective": "block",
+                    "calibration_examples": 256,
+                },
+            ),
+        ),
     ),
     Method(
         "qfx",
@@ -445,5 +638,6 @@ METHODS: list[Method] = [
         "training",
         "at 4 bits lower loss than one binary point for all tensors after as many dense steps",
         373,
+        recipe=(("train-quantized", {"method": "fixed", "method.bits": 4}),),
     ),
 ]

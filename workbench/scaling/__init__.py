@@ -10,7 +10,7 @@ Underneath, without the instruments: `fit(law("chinchilla"), runs)`, `bootstrap`
 
 from workbench.scaling.comparison import compare, cross_validate, extrapolation, held_out
 from workbench.scaling.fitting import Fit, fit
-from workbench.scaling.formulas.lawbook import LAWS, law
+from workbench.scaling.formulas.lawbook import LAW, law, laws
 from workbench.scaling.formulas.laws import Law, Parameter
 from workbench.scaling.objective import Objective
 from workbench.scaling.planning import Draws, compute_optimal
@@ -23,7 +23,7 @@ from workbench.scaling.uncertainty import bootstrap, influence, profile
 load_runs = Runs.open
 
 __all__ = [
-    "LAWS",
+    "LAW",
     "Draws",
     "Fit",
     "Law",
@@ -41,6 +41,7 @@ __all__ = [
     "held_out",
     "influence",
     "law",
+    "laws",
     "load_runs",
     "profile",
 ]

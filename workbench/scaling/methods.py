@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from workbench.names import Method
-from workbench.scaling.formulas.lawbook import LAWS
+from workbench.scaling.formulas.lawbook import law
 
 RUNS = "finished runs of several sizes and token counts"
 
 
-def _card(name: str, row: int | None, needs: str, claim: str) -> Method:
-    shape = LAWS[name]
-    return Method(name, "scaling", shape.title, shape.source, shape.latex, needs, claim, row)
+def _card(name: str, row: int | None, needs: str, claim: str, runs: str = "", **fields: Any) -> Method:
+    """The card of a law. `runs` : the project's table to fit it to (none: the one that was drawn from it)."""
+    shape = law(name)
+    return Method(
+        name,
+        "scaling",
+        shape.title,
+        shape.source,
+        shape.latex,
+        needs,
+        claim,
+        row,
+        recipe=(("scaling-fit", {"law": name} | fields),),
+        subject=runs or f"drawn/{name}",
+    )
+
+
+#: Of runs that differ in what the law does not see, the best: how it was measured here.
+LOWEST: dict[str, Any] = {"runs": "scaling-sweep", "lowest_per_cell": True}
 
 
 METHODS: list[Method] = [
-    _card("chinchilla", None, RUNS, "fitted to small runs, predicts a larger one within 2 %"),
-    _card("kaplan", None, RUNS, "fitted to small runs, predicts a larger one within 2 %"),
+    _card("chinchilla", None, RUNS, "fitted to small runs, predicts a larger one within 2 %", **LOWEST),
+    _card("kaplan", None, RUNS, "fitted to small runs, predicts a larger one within 2 %", **LOWEST),
     _card(
-        "over-training", None, RUNS, "fitted to small runs, predicts a larger, over-trained one within 2 %"
+        "over-training",
+        None,
+        RUNS,
+        "fitted to small runs, predicts a larger, over-trained one within 2 %",
+        **LOWEST,
     ),
     _card(
         "log-time",
@@ -30,6 +53,7 @@ METHODS: list[Method] = [
         140,
         "training curves of several sizes at several batch sizes",
         "predicts a larger run's curve at any batch before it starts",
+        "scaling-sweep",
     ),
     _card(
         "step-law-lr",
@@ -49,6 +73,7 @@ METHODS: list[Method] = [
         28,
         "end-of-schedule losses of a baseline optimizer",
         "an optimizer's worth is the tokens the baseline would need",
+        **LOWEST,
     ),
     _card(
         "sparse-average",
@@ -67,6 +92,7 @@ METHODS: list[Method] = [
         176,
         "runs of several sizes on fixed data with tuned regularisation",
         "the loss falls to an asymptote as a power of the parameters",
+        **LOWEST,
     ),
     _card(
         "quantization-aware",
@@ -105,7 +131,14 @@ METHODS: list[Method] = [
         "dense and routed runs",
         "log loss is bilinear in log size and log experts, with saturation",
     ),
-    _card("critical-batch", None, "steps to one loss at several batch sizes", "steps are smin + emin / B"),
+    # the instrument of this name trains at every batch size and fits the law to the steps it counts
+    replace(
+        _card(
+            "critical-batch", None, "steps to one loss at several batch sizes", "steps are smin + emin / B"
+        ),
+        recipe=(("critical-batch", {}),),
+        subject="digits-vit",
+    ),
     _card("broken-power", None, "losses across a change of slope", "one smooth break joins two power laws"),
     _card("sparse", None, "runs at several sparsities", "sparsity and size act through one term"),
 ]

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from workbench.axis import Axis, Options, parameter
 from workbench.errors import BadInput
 from workbench.scaling.formulas.laws import Law, Space
 
@@ -49,6 +50,30 @@ class Objective:
     def factor(self) -> float:
         """Reported objective over the internal one, which is 0.5 r^2 for squares."""
         return 1.0 if self.kind == "huber" else 2.0
+
+
+OBJECTIVE = Axis("scaling-objective", "what a fit minimises", home="scaling-fit.objective")
+
+
+class Huber(Options):
+    delta: float = parameter(
+        1e-3, "Huber threshold: residuals beyond it count linearly", gt=0, le=10.0, scale="log"
+    )
+
+
+@OBJECTIVE.add(
+    "huber",
+    formula="r^2 / 2 up to delta, delta (|r| - delta / 2) beyond",
+    source="Huber 1964; Hoffmann et al. 2022, eq. 3",
+    options=Huber,
+)
+def huber(space: Space, options: Huber) -> Objective:
+    return Objective("huber", space, options.delta)
+
+
+@OBJECTIVE.add("squares", formula="r^2", source="Legendre 1805")
+def squares(space: Space, options: Options) -> Objective:
+    return Objective("squares", space)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, unknown_name
 from workbench.scaling.formulas.formula import Graph, parse
 from workbench.scaling.formulas.laws import KNOWN_COLUMNS
 from workbench.scaling.formulas.program import Program
@@ -228,16 +228,15 @@ class Runs:
         """Runs from a file (CSV, Parquet, JSON lines, W&B or TensorBoard export, MLflow or Optuna SQLite),
         a DataFrame or a mapping.
 
-        "scaling-sweep" is the project's own table: byte-level models of 20 thousand to half a million
-        parameters.
+        The project's own tables are found from anywhere: "scaling-sweep" (byte-level models of 20 thousand to
+        half a million parameters), "training-lr-batch", and "drawn/LAW" for laws that need further columns.
         """
         from workbench.scaling.run_readers import read
-        from workbench.storage import data_folder
 
         if isinstance(source, Runs):
             return source
-        if isinstance(source, str) and source == OWN_SWEEP:
-            source = data_folder() / "runs" / "scaling_sweep.csv"
+        if isinstance(source, str):
+            source = shipped(source) or source
         if isinstance(source, str | Path):
             return cls.from_table(read(source, **reader), columns, name=Path(source).name)
         return cls.from_table(source, columns)
@@ -277,6 +276,18 @@ class Runs:
         return cls(frame, name, notes)
 
 
+def shipped(name: str) -> Path | None:
+    """The file of one of the project's own tables, by its name in `data/runs`."""
+    from workbench.storage import data_folder
+
+    folder = data_folder() / "runs"
+    own = {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in (*folder.glob("*.csv"), *folder.glob("drawn/*.csv"))
+    }
+    return own.get(name) or own.get(name.replace("-", "_"))
+
+
 def mapping(text: str | Mapping[str, str] | None) -> dict[str, str]:
     """``"params=Model Size, tokens=D*1e9"`` -> ``{"params": "Model Size", "tokens": "D*1e9"}``."""
     if text is None or isinstance(text, Mapping):
@@ -296,13 +307,7 @@ def mapping(text: str | Mapping[str, str] | None) -> dict[str, str]:
 def _rename(frame: pd.DataFrame, wanted: dict[str, str], notes: list[str]) -> pd.DataFrame:
     unknown = [n for n in wanted if n not in SCHEMA]
     if unknown:
-        import difflib
-
-        close = difflib.get_close_matches(unknown[0], SCHEMA, 1)
-        raise BadInput(
-            f"columns: {unknown[0]!r} is not a column of the "
-            f"schema{f'; did you mean {close[0]}?' if close else ''} (known: {', '.join(SCHEMA)})"
-        )
+        raise unknown_name("columns", unknown[0], SCHEMA)
     made: dict[Any, Any] = {}
     for name, source in wanted.items():
         made[name] = frame[source] if source in frame else _formula(frame, name, source)

@@ -11,16 +11,17 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 
-from workbench.axis import parameter
+from workbench.axis import Choice, entries_in, parameter
+from workbench.code_version import code_version
 from workbench.errors import BadInput
 from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.comparison import compare, compute_of, extrapolation, held_out, information
 from workbench.scaling.fitting import Fit, columns_of, fit
-from workbench.scaling.formulas.lawbook import LAWS, law
+from workbench.scaling.formulas.lawbook import LAW, law
 from workbench.scaling.formulas.laws import Law
-from workbench.scaling.objective import Objective
+from workbench.scaling.objective import OBJECTIVE, Objective
 from workbench.scaling.results import ScalingFitResult, curve_tables
 from workbench.scaling.runs import Runs
 from workbench.scaling.uncertainty import Bootstrap, bootstrap, influence, profile
@@ -33,18 +34,10 @@ class ScalingFit(Instrument):
 
     on: ClassVar[Literal["subject", "runs"]] = "runs"
 
-    law: str = parameter(
-        "chinchilla",
-        "a law by name (" + ", ".join(LAWS) + ") or a formula of columns such as 'E + A/params**alpha'",
-    )
-    objective: Literal["huber", "squares"] = parameter(
-        "huber", "what is minimised: a Huber loss or squares of the residuals"
-    )
+    law: Choice = LAW.choice("chinchilla")
+    objective: Choice = OBJECTIVE.choice("huber")
     space: Literal["auto", "log", "linear"] = parameter(
         "auto", "compare logarithms or plain values; auto: logarithms for losses"
-    )
-    delta: float = parameter(
-        1e-3, "Huber threshold: residuals beyond it count linearly", gt=0, le=10.0, scale="log"
     )
     starts: int = parameter(512, "starting points of the search", ge=1, le=100_000, scale="log")
     fit_below: float | None = parameter(
@@ -81,11 +74,20 @@ class ScalingFit(Instrument):
     def chosen_law(self) -> Law:
         return law(self.law)
 
+    def laws_called(self) -> tuple[str, ...]:
+        """Laws that a run fits besides the chosen one."""
+        return self.against
+
+    def code(self) -> str:
+        """Also the code of the laws that are called by name."""
+        called = [LAW.chosen(name, "against").entry for name in self.laws_called()]
+        return code_version(type(self), [entry.value for entry in (*entries_in(self), *called)])
+
     def objective_for(self, chosen: Law) -> Objective:
         space: Literal["log", "linear"] = (
             ("log" if chosen.positive else "linear") if self.space == "auto" else self.space
         )
-        return Objective(self.objective, space, self.delta)
+        return self.objective(space)
 
     def check(self, on: Any) -> None:
         """Raise `BadInput` for a missing column, too few runs, or a cut-off that leaves nothing to fit."""

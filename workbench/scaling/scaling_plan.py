@@ -54,6 +54,9 @@ class ScalingPlan(ScalingFit):
     def result_class(cls) -> type[Result]:
         return ScalingPlanResult
 
+    def laws_called(self) -> tuple[str, ...]:
+        return (*super().laws_called(), "step-law-lr", "step-law-batch")
+
     def budget(self, on: Any) -> float:
         """The budget in FLOPs; without one, ten times the largest run."""
         if self.flops is None and self.gpu_hours is None and self.money is None:

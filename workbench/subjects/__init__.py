@@ -6,10 +6,10 @@ from workbench.subjects.changes import Change, LowRank, Mask, attach, bake
 from workbench.subjects.layers import Layer, all_layers, blocks, select
 from workbench.subjects.loaders import subject
 from workbench.subjects.subject import Split, Subject
-from workbench.subjects.tasks import TASKS, Batch, Task
+from workbench.subjects.tasks import TASK, Batch, Task
 
 __all__ = [
-    "TASKS",
+    "TASK",
     "Batch",
     "Change",
     "Layer",

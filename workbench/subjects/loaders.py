@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import re
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, unknown_name
 from workbench.families import import_families
 from workbench.progress import Progress
 from workbench.results import Result
@@ -21,7 +20,7 @@ from workbench.subjects import text
 from workbench.subjects.changes import restore_changes
 from workbench.subjects.checkpoints import check_folder, open_model, open_tokenizer
 from workbench.subjects.subject import Split, Subject
-from workbench.subjects.tasks import TASKS, CustomLoss, Task
+from workbench.subjects.tasks import TASK, CustomLoss, Task
 from workbench.subjects.text import cut
 
 HEADS = {
@@ -69,7 +68,7 @@ def subject(
         shape and speed work only), or for a module a dict split -> dict of tensors, or a dict of tensors that
         is split here.
     text_column, label_column, image_column : the columns of `data`.
-    task : a name of `workbench.subjects.TASKS`; guessed from the checkpoint's class when left out.
+    task : a name of `workbench.subjects.TASK`; guessed from the checkpoint's class when left out.
     loss : for a module: "cross_entropy", "squared_error" or a function (output, batch)
         -> mean loss over examples.
     max_length : tokens per example. max_examples : at most so many rows of `data` are used
@@ -101,11 +100,11 @@ def subject(
         if (folder / "workbench.json").is_file() and data is None:
             return from_saved(folder)
     elif not re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?|[\w-][\w.-]*/[\w.-]+", source):
-        close = difflib.get_close_matches(source, builtin_names(), 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise BadInput(
-            f"subject: {source!r} is unknown; {hint}give a built-in ({', '.join(builtin_names())}), "
-            "a folder, a hub id (org/name or hf:name) or file.py:function"
+        raise unknown_name(
+            "subject",
+            source,
+            builtin_names(),
+            " (built-in), or a folder, a hub id (org/name or hf:name), or file.py:function",
         )
     return from_checkpoint(
         source if local else source.removeprefix("hf:"),
@@ -139,8 +138,7 @@ def from_checkpoint(
 ) -> Subject:
     config = read_config(source, local)
     guessed = task or guess_task(config, label_column, image_column)
-    if guessed not in TASKS:
-        raise BadInput(f"task: {guessed!r} is unknown; known: {', '.join(TASKS)}")
+    kind = TASK.chosen(guessed).value
     if isinstance(data, str) and data != "random" and not data.startswith("hf:") and not Path(data).is_file():
         raise BadInput(f"data: {data!r} is not a file; give a CSV, JSONL or Parquet file, hf:ID, or random")
     tokenizer = tokenizer or open_tokenizer(source, local)
@@ -176,7 +174,7 @@ def from_checkpoint(
         splits = text.random_splits(model, guessed, settings)
     else:
         splits = text.encode(rows, guessed, tokenizer, model, settings)
-    built: Task = TASKS[guessed]()
+    built: Task = kind()
     made = Subject(
         name,
         model,
@@ -262,7 +260,7 @@ def from_saved(folder: Path) -> Subject:
     return Subject(
         note["name"],
         model.eval(),
-        TASKS[note["task"]](),
+        TASK[note["task"]].value(),
         splits,
         tokenizer=tokenizer,
         data_note=note["data_note"],
@@ -316,7 +314,7 @@ def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -
             f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, "
             "batch) -> scalar"
         )
-    task: Task = CustomLoss(function=loss) if callable(loss) else TASKS[kinds[loss]]()
+    task: Task = CustomLoss(function=loss) if callable(loss) else TASK[kinds[loss]].value()
     made = Subject(name, module.eval(), task, splits, data_note="tensors given in Python")
     try:
         with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import nn
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.subjects.subject import Subject
-from workbench.subjects.tasks import TASKS
+from workbench.subjects.tasks import TASK
 
 # name -> (module under workbench.subjects.builtin, function, what it is)
 BUILTINS: dict[str, tuple[str, str, str]] = {
@@ -37,6 +37,11 @@ BUILTINS: dict[str, tuple[str, str, str]] = {
             "trained briefly on the same text"
         ),
     ),
+    "hidden-markov": (
+        "hidden_markov",
+        "chain",
+        "an untrained GPT-2 of two layers on sequences of a hidden Markov chain, whose states are known",
+    ),
     "minilm-docstrings": (
         "minilm",
         "minilm",
@@ -62,7 +67,7 @@ def build(name: str, progress: Progress | None = None, **options: Any) -> Subjec
     return Subject(
         name,
         parts.model.eval(),
-        TASKS[parts.task](),
+        TASK[parts.task].value(),
         parts.splits,
         tokenizer=parts.tokenizer,
         data_note=parts.info.get("note", ""),

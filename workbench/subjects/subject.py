@@ -343,6 +343,10 @@ class Subject:
 
         from workbench.subjects.structure.removal import record_of, stock
 
+        if named := getattr(self.model, "without_file", ""):
+            raise BadInput(
+                f"subject: a model changed by {named} has no file format; keep the run, which makes it again"
+            )
         records, tensors = describe_changes(self.model)
         baked = stock(bake(copy.deepcopy(self.model))).cpu()
         save_pretrained = getattr(baked, "save_pretrained", None)

@@ -1,5 +1,5 @@
 """Tasks: how a batch becomes an output, a loss and metrics.
-A new modality is a new task; nothing else changes.
+A new modality is a new task, registered by `@task(name, formula=...)`; nothing else changes.
 
 A batch is a dict of tensors whose first dimension is the example. Every loss is the mean over *items*
 (examples, or target tokens), so totals over batches are exact:
@@ -10,13 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.axis import Axis
+
 Batch = dict[str, Tensor]
+Made = TypeVar("Made", bound="Task")
+
+
+TASK = Axis("task", "how a batch becomes an output, a loss that is a mean over items, and metrics")
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,27 @@ class Task:
         return self.criterion(self.output(model, batch), batch)
 
 
+def task(name: str, *, formula: str, source: str = "") -> Callable[[type[Made]], type[Made]]:
+    """Register the task that follows under `name`, which is also its own."""
+
+    def register(cls: type[Made]) -> type[Made]:
+        cls.name = name
+        TASK.add(name, formula=formula, source=source)(cls)
+        return cls
+
+    return register
+
+
+@task("sequence-classification", formula="-mean_i log softmax(z_i)[y_i] over texts")
 @dataclass(frozen=True)
 class SequenceClassification(Task):
-    name: ClassVar[str] = "sequence-classification"
+    """One class for a text."""
 
 
+@task("image-classification", formula="-mean_i log softmax(z_i)[y_i] over images")
 @dataclass(frozen=True)
 class ImageClassification(Task):
-    name: ClassVar[str] = "image-classification"
+    """One class for an image."""
 
 
 @dataclass(frozen=True)
@@ -85,29 +104,34 @@ class TokenTask(Task):
         return int((batch[self.targets][:, self.shift :] != -100).sum())
 
 
+@task("token-classification", formula="-mean_t log softmax(z_t)[y_t] over labelled tokens")
 @dataclass(frozen=True)
 class TokenClassification(TokenTask):
-    name: ClassVar[str] = "token-classification"
+    """One class for each labelled token."""
 
 
+@task(
+    "masked-lm",
+    formula="-mean_t log p(x_t | the rest) over hidden tokens t",
+    source="Devlin et al. 2019, sec. 3.1",
+)
 @dataclass(frozen=True)
 class MaskedLM(TokenTask):
-    name: ClassVar[str] = "masked-lm"
+    """The hidden tokens of a text; `labels` are -100 elsewhere."""
 
 
+@task("causal-lm", formula="-mean_t log p(x_t | x_<t)", source="Bengio et al. 2003, sec. 2")
 @dataclass(frozen=True)
 class CausalLM(TokenTask):
     """Next-token prediction: `labels` are the input ids (-100 at padding); the shift happens here."""
 
-    name: ClassVar[str] = "causal-lm"
     shift: ClassVar[int] = 1
 
 
+@task("seq2seq-lm", formula="-mean_t log p(y_t | y_<t, x)", source="Sutskever et al. 2014, eq. 1")
 @dataclass(frozen=True)
 class Seq2SeqLM(TokenTask):
     """Encoder-decoder: `labels` are the decoder's targets; its inputs are the labels shifted right."""
-
-    name: ClassVar[str] = "seq2seq-lm"
 
     def output(self, model: nn.Module, batch: Batch) -> Tensor:
         shifted: Any = model.prepare_decoder_input_ids_from_labels  # of transformers' encoder-decoders
@@ -136,18 +160,18 @@ class SquaredErrorTask(Task):
         return {"squared_error": float((rows - targets).square().sum())}
 
 
+@task("regression", formula="mean_i |z_i - y_i|^2 / 2")
 @dataclass(frozen=True)
 class Regression(SquaredErrorTask):
-    name: ClassVar[str] = "regression"
+    """One or more numbers for a text."""
 
 
+@task("embedding", formula="mean_i |h_i - y_i|^2 / 2, h_i the mean over tokens of the hidden states")
 @dataclass(frozen=True)
 class Embedding(SquaredErrorTask):
     """A checkpoint without a head: mean-pooled hidden states against target vectors
     (by default the dense model's own).
     """
-
-    name: ClassVar[str] = "embedding"
 
     def output(self, model: nn.Module, batch: Batch) -> Tensor:
         hidden = super().output(model, batch)
@@ -160,11 +184,10 @@ class Embedding(SquaredErrorTask):
         return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp_min(1)
 
 
+@task("classification", formula="-mean_i log softmax(z_i)[y_i]")
 @dataclass(frozen=True)
 class ModuleTask(Task):
     """A plain `nn.Module` called as `model(batch["inputs"])` with cross-entropy on integer labels."""
-
-    name: ClassVar[str] = "classification"
 
     def output(self, model: nn.Module, batch: Batch) -> Tensor:
         return first_tensor(model(batch["inputs"]))
@@ -176,10 +199,9 @@ class ModuleTask(Task):
         return int(batch[self.targets].numel())
 
 
+@task("module-regression", formula="mean_i |z_i - y_i|^2 / 2")
 @dataclass(frozen=True)
 class ModuleRegression(SquaredErrorTask):
-    name: ClassVar[str] = "module-regression"
-
     def output(self, model: nn.Module, batch: Batch) -> Tensor:
         return first_tensor(model(batch["inputs"]))
 
@@ -203,23 +225,6 @@ class CustomLoss(Task):
 
     def metrics(self, output: Tensor, batch: Batch) -> dict[str, float]:
         return {}
-
-
-TASKS: dict[str, type[Task]] = {
-    cls.name: cls
-    for cls in (
-        SequenceClassification,
-        TokenClassification,
-        CausalLM,
-        MaskedLM,
-        Seq2SeqLM,
-        ImageClassification,
-        Regression,
-        Embedding,
-        ModuleTask,
-        ModuleRegression,
-    )
-}
 
 
 def first_tensor(output: Any) -> Tensor:

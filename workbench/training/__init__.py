@@ -3,14 +3,14 @@ and what learning rate and batch size do to the loss.
 """
 
 from workbench.training.batch.batch_size import NormTest
-from workbench.training.loop import fit
-from workbench.training.state import Training
+from workbench.training.loop import Training, fit
 from workbench.training.studies.critical_batch import CriticalBatch
 from workbench.training.studies.gradient_noise import GradientNoise
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize
 from workbench.training.studies.learning_rate_range import LearningRateRange
 from workbench.training.studies.optimizer_comparison import OptimizerComparison
 from workbench.training.studies.schedule_study import ScheduleStudy
+from workbench.training.studies.self_tuning import SelfTuning
 from workbench.training.studies.train import Train
 from workbench.training.sweep.sweeps import Range, Sweep, Trial
 
@@ -23,6 +23,7 @@ __all__ = [
     "OptimizerComparison",
     "Range",
     "ScheduleStudy",
+    "SelfTuning",
     "Sweep",
     "Train",
     "Training",

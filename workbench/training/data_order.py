@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +37,61 @@ def take(size: int, seed: int, position: int, count: int) -> Tensor:
         parts.append(part)
         position, count = position + len(part), count - len(part)
     return torch.cat(parts)
+
+
+class DataOrder(Protocol):
+    """Which examples a step takes."""
+
+    def take(self, size: int, position: int, count: int) -> Tensor:
+        """Indices (count,) int64 of `count` examples of `size`, after `position` of them were taken."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Shuffled passes one after the other without a gap: `take`."""
+
+    seed: int = 0
+
+    def take(self, size: int, position: int, count: int) -> Tensor:
+        return take(size, self.seed, position, count)
+
+
+@dataclass
+class WholeBatches:
+    """Shuffled passes, all drawn from one generator; what is left of a pass below a whole batch is skipped.
+
+    The batch size must stay as it is.
+    """
+
+    seed: int = 0
+    _passes: list[Tensor] = field(default_factory=list, repr=False)
+    _generator: torch.Generator | None = field(default=None, repr=False)
+
+    def take(self, size: int, position: int, count: int) -> Tensor:
+        count = min(count, size)
+        number, place = divmod(position // count, size // count)
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.seed)
+        while len(self._passes) <= number:
+            self._passes.append(torch.randperm(size, generator=self._generator))
+        return self._passes[number][place * count : (place + 1) * count]
+
+
+@dataclass
+class Draws:
+    """Every batch drawn anew, with replacement, from one generator. The batch size must stay as it is."""
+
+    seed: int = 0
+    _drawn: int = 0
+    _generator: torch.Generator | None = field(default=None, repr=False)
+
+    def take(self, size: int, position: int, count: int) -> Tensor:
+        if self._generator is None or position < self._drawn:
+            self._generator, self._drawn = torch.Generator().manual_seed(self.seed), 0
+        while self._drawn < position:
+            self._drawn += len(torch.randint(size, (count,), generator=self._generator))
+        self._drawn += count
+        return torch.randint(size, (count,), generator=self._generator)
 
 
 class StreamBatchSampler(Sampler[list[int]]):

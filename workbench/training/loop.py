@@ -1,7 +1,13 @@
-"""The training loop: one readable function for every subject, used by every instrument that trains.
+"""The training loop, used by everything that trains: pruning's recovery, training through rounding and
+sparse training are losses, callbacks and parameter groups on it.
 
-    run = fit(subject, steps=500, batch_size=32, lr=1e-3)         # trains subject.model in place
+    run = fit(subject, steps=500, batch_size=32, learning_rate=1e-3)      # trains subject.model in place
     run.history, run.diverged, run.validation
+
+    run = Training.start(subject, steps=500)          # the same in parts, other things between them
+    run.advance(200)
+    run.advance()
+    run.finish()
 
 It trains whatever is underneath the model's parametrizations:
 masks stay masks, fake quantization is trained through.
@@ -12,9 +18,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,238 +30,367 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from workbench.errors import BadInput
+from workbench.axis import warn
+from workbench.errors import BadInput, unknown_name
 from workbench.progress import Progress
 from workbench.subjects import Batch, Subject
 from workbench.subjects.subject import trim
 from workbench.training import checkpoint
-from workbench.training.data_order import take
+from workbench.training.data_order import DataOrder, Stream
 from workbench.training.optimizer.optimizers import make_optimizer
+from workbench.training.precision.precision import PRECISION
+from workbench.training.resume import load_run, save_run
 from workbench.training.schedule.schedules import make_schedule
-from workbench.training.state import Training
+from workbench.training.state import TrainingState
 
-Precision = Literal["fp32", "bf16", "fp16", "int8", "int6", "int4", "e4m3fn", "e5m2", "e3m2"]
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Callback = Callable[["Training"], None]
+Scheduler = LRScheduler | ReduceLROnPlateau
+#: Losses that may stay on the device before they are fetched together.
+PENDING = 16
 
 
-Callback = Callable[[Training], None]
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run goes.
 
-
-def fit(
-    subject: Subject,
-    *,
-    steps: int | None = None,
-    epochs: float | None = None,
-    batch_size: int = 32,
-    micro_batch: int = 0,
-    lr: float = 1e-3,
-    optimizer: str | Callable[[nn.Module], Optimizer] = "adamw",
-    optimizer_options: dict[str, Any] | None = None,
-    weight_decay: float = 0.01,
-    schedule: str | Callable[[Optimizer, int], LRScheduler | ReduceLROnPlateau] = "cosine",
-    schedule_options: dict[str, Any] | None = None,
-    warmup: float = 0.05,
-    clip: float | None = 1.0,
-    precision: Precision = "fp32",
-    rotation: int = 0,
-    ema: float = 0.0,
-    loss: Callable[[Subject, Batch], Tensor] | None = None,
-    split: str = "train",
-    evaluate_every: int = 0,
-    evaluate_split: str = "validation",
-    evaluate_limit: int | None = None,
-    seed: int = 0,
-    before_step: Sequence[Callback] = (),
-    callbacks: Sequence[Callback] = (),
-    checkpoint_folder: str | Path | None = None,
-    checkpoint_every: int = 0,
-    progress: Progress | None = None,
-) -> Training:
-    """Train `subject.model` in place for `steps` optimizer steps (or `epochs` passes over `split`).
-
+    steps : optimizer steps; or `epochs` passes over `split`.
     batch_size : examples per optimizer step; `micro_batch` of them at once when positive (gradient
         accumulation, exact: every item weighs the same). loss : replaces the task's loss, e.g. for
         distillation; a mean over the batch's items.
-    optimizer, schedule : names (see `optimizers.OPTIMIZERS`, `schedules.PROFILES`) or factories.
-        warmup : fraction of the steps.
-    clip : largest gradient norm, None for none. precision : fp16 scales the loss dynamically (Micikevicius et
-        al. 2018); a number format (int8, e4m3fn) rounds the operands of the blocks' matrix products, with
-        Hadamard rotations by level `rotation` (see `products`).
+    optimizer, schedule, precision : a name, a mapping with options, a choice; of the first two also a
+        factory, model -> optimizer and (optimizer, steps) -> scheduler. warmup : fraction of the steps.
+    clip : largest gradient norm, None for none, over the parameters that are `clipped` (default: those of
+        the optimizer).
     ema : decay of averaged weights; when positive they are what is evaluated and what the model holds at
         the end.
+    order : which examples a step takes; by default shuffled passes drawn from `seed`.
+        own_generator : dropout and other chance of the model draw from a generator of `seed`, and the
+        caller's is left alone; else they draw from the caller's.
     evaluate_every : steps between evaluations, 0 for none but the last; checkpoint_every likewise, into
         `checkpoint_folder`, from which an interrupted run with the same arguments goes on,
         on one device bit for bit.
-    before_step, callbacks : called with the `Training` once gradients are complete, and after the step.
+    before_gradient, batch_rule, before_step, callbacks : called with the run when a step begins, when
+        gradients are complete, when they are clipped, and after the step.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    micro_batch: int = 0
+    learning_rate: float = 1e-3
+    optimizer: str | Mapping[str, Any] | Callable[[nn.Module], Optimizer] = "adamw"
+    weight_decay: float = 0.01
+    schedule: str | Mapping[str, Any] | Callable[[Optimizer, int], Scheduler] = "cosine"
+    warmup: float = 0.05
+    clip: float | None = 1.0
+    clipped: Callable[[], Iterable[Tensor]] | None = None
+    precision: str | Mapping[str, Any] = "fp32"
+    ema: float = 0.0
+    loss: Callable[[Subject, Batch], Tensor] | None = None
+    split: str = "train"
+    order: DataOrder | None = None
+    evaluate_every: int = 0
+    evaluate_split: str = "validation"
+    evaluate_limit: int | None = None
+    seed: int = 0
+    own_generator: bool = True
+    before_gradient: Sequence[Callback] = ()
+    batch_rule: Callback | None = None
+    before_step: Sequence[Callback] = ()
+    callbacks: Sequence[Callback] = ()
+    checkpoint_folder: str | Path | None = None
+    checkpoint_every: int = 0
+    progress: Progress | None = None
+    label: str = "train"
+
+    def steps_on(self, subject: Subject) -> int:
+        """Optimizer steps of the whole run on a subject."""
+        if self.steps is not None:
+            return self.steps
+        passes = 1.0 if self.epochs is None else self.epochs
+        return math.ceil(passes * subject.size(self.split) / max(self.batch_size, 1))
+
+
+def fit(subject: Subject, **settings: Any) -> Training:
+    """Train `subject.model` in place, from the first step to the last; `settings` are those of `Settings`.
 
     Several processes started by `accelerate launch` or torchrun share every batch (the result is the same
     mean gradient). A loss or gradient that is not finite ends the run with `diverged` set; it is a result,
     not an error.
     """
-    progress = progress or Progress()
-    size = subject.size(split)
-    steps = (
-        steps
-        if steps is not None
-        else math.ceil((epochs if epochs is not None else 1.0) * size / max(batch_size, 1))
-    )
-    if steps < 1 or batch_size < 1:
-        raise BadInput(
-            f"steps: {steps} steps of batch_size {batch_size} are nothing to train; both must be at least 1"
-        )
-    if not any(p.requires_grad for p in subject.model.parameters()):
-        raise BadInput("subject: no parameter requires a gradient; unfreeze the ones to train")
-    device, model = subject.device, subject.model
-    accelerator = make_accelerator(device)
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    if accelerator:
-        model = accelerator.prepare_model(model)
-    placed = subject if model is subject.model else subject.with_model(model)
-
-    maker = (
-        optimizer
-        if callable(optimizer)
-        else make_optimizer(optimizer, lr, weight_decay, **(optimizer_options or {}))
-    )
-    stepper = maker(subject.model)
-    planner = (
-        schedule if callable(schedule) else make_schedule(schedule, warmup=warmup, **(schedule_options or {}))
-    )
-    run = Training(subject, model, stepper, planner(stepper, steps), steps, batch_size, split=split)
-    # an optimizer that needs more than gradients asks for it here, once they are complete
-    prepared = (*before_step, *([stepper.prepare] if hasattr(stepper, "prepare") else []))
-    if ema > 0:
-        run.averaged = AveragedModel(subject.model, multi_avg_fn=get_ema_multi_avg_fn(ema))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    arithmetic = arithmetic_of(subject, precision, rotation)
-    parameters = [p for group in stepper.param_groups for p in group["params"]]
-    columns, compute = subject.split(split), loss or (lambda on, batch: on.loss(batch))
-    pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # rows whose loss is still on the device
-
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed + 7919 * rank)
-        folder = Path(checkpoint_folder) if checkpoint_folder else None
-        if folder and folder.exists():
-            load_checkpoint(folder, run, scaler, device)
-        began = time.perf_counter() - run.seconds
-        for _ in progress.track(range(run.step, steps), "train", steps - run.step):
-            model.train()
-            # ---- gradient of the mean loss over the batch, micro-batch by micro-batch
-            used = run.batch_size  # callbacks may set another for the next step
-            run.chosen = take(size, seed, run.position, used)[rank::world]
-            micro = [
-                {k: v[part] for k, v in columns.items()}
-                for part in run.chosen.split(micro_batch or max(len(run.chosen), 1))
-            ]
-            counts = [subject.task.items(batch) for batch in micro]
-            total = (
-                sum(counts)
-                if not accelerator
-                else int(accelerator.reduce(torch.tensor(sum(counts), device=device), "sum"))
-            )
-            mean = torch.zeros((), device=device)
-            for index, (batch, count) in enumerate(zip(micro, counts, strict=True)):
-                if count == 0:
-                    continue
-                quiet = accelerator is not None and index + 1 < len(micro)
-                with accelerator.no_sync(model) if quiet else contextlib.nullcontext():  # type: ignore[union-attr]
-                    with arithmetic:
-                        part = compute(placed, {k: v.to(device) for k, v in trim(batch).items()}) * (
-                            count / total
-                        )
-                    scaler.scale(part * world).backward()  # distributed gradients are averaged over processes
-                mean += part.detach()
-            if accelerator:
-                mean = accelerator.reduce(mean, "sum")
-            # ---- one step
-            scaler.unscale_(stepper)
-            norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else math.inf)
-            for callback in prepared:
-                callback(run)
-            row = {"step": run.step + 1, "lr": run.lr, "batch_size": used}
-            scaler.step(stepper)
-            scaler.update()
-            stepper.zero_grad(set_to_none=True)
-            if run.averaged is not None:
-                run.averaged.update_parameters(subject.model)
-            run.step, run.position, run.items = run.step + 1, run.position + used, run.items + total
-            run.seconds = time.perf_counter() - began
-            pending.append(
-                (row | {"examples": run.position, "items": run.items, "seconds": run.seconds}, mean, norm)
-            )
-            last = run.step == steps
-            evaluating = last if evaluate_every == 0 else last or run.step % evaluate_every == 0
-            if evaluating or len(pending) == 16 or callbacks or checkpoint_every:
-                settle(run, pending, skipping=precision == "fp16")
-            if evaluating and not run.diverged and evaluate_split in subject.splits:
-                measured = evaluated(run).evaluate(evaluate_split, limit=evaluate_limit)
-                run.rows[-1] |= {f"validation_{k}": v for k, v in measured.items()}
-            if not isinstance(run.schedule, ReduceLROnPlateau):
-                run.schedule.step()
-            elif evaluating and not run.diverged:
-                run.schedule.step(run.validation)
-            for callback in callbacks:
-                callback(run)
-            if (
-                folder
-                and checkpoint_every
-                and run.step % checkpoint_every == 0
-                and not run.diverged
-                and rank == 0
-            ):
-                save_checkpoint(folder, run, scaler, device)
-            if run.stop or run.diverged:
-                break
-        settle(run, pending, skipping=precision == "fp16")
-    if run.averaged is not None:
-        with torch.no_grad():
-            for target, source in zip(
-                subject.model.parameters(), run.averaged.module.parameters(), strict=True
-            ):
-                target.copy_(source)
-    subject.model.eval()
+    run = Training.start(subject, **settings)
+    run.advance()
+    run.finish()
     return run
 
 
-def arithmetic_of(subject: Subject, precision: str, rotation: int) -> contextlib.AbstractContextManager[Any]:
-    """What the forward pass runs in; it may be entered again and again."""
-    if precision not in get_args(Precision):
-        raise BadInput(f"precision: {precision!r} is unknown; accepted: {', '.join(get_args(Precision))}")
-    if precision not in ("fp32", *AUTOCAST):
-        from workbench.training.quantized_products import QuantizedProducts
+class Training(TrainingState):
+    """A run that is advanced any number of steps at a time; its parts add up to the whole, bit for bit."""
 
-        return QuantizedProducts(subject.layers("blocks"), precision, rotation)
-    if rotation:
-        raise BadInput(
-            f"rotation: {rotation} rotates the operands of quantized products; "
-            f"with precision {precision} there are none, set it to 0"
+    settings: Settings
+    accelerator: Any
+    scaler: torch.amp.GradScaler
+    generators: dict[str, Any]
+    began: float
+
+    @classmethod
+    def start(cls, subject: Subject, **settings: Any) -> Training:
+        """A run of `settings` (see `Settings`) before its first step, or where its checkpoint stopped."""
+        wanted = Settings(**todays_names(settings))
+        steps = wanted.steps_on(subject)
+        if steps < 1 or wanted.batch_size < 1:
+            raise BadInput(
+                f"steps: {steps} steps of batch_size {wanted.batch_size} are nothing to train; "
+                "both must be at least 1"
+            )
+        if not any(p.requires_grad for p in subject.model.parameters()):
+            raise BadInput("subject: no parameter requires a gradient; unfreeze the ones to train")
+        accelerator = make_accelerator(subject.device)
+        model = accelerator.prepare_model(subject.model) if accelerator else subject.model
+        optimizer = optimizer_of(wanted)(subject.model)
+        schedule = schedule_of(wanted)(optimizer, steps)
+        run = cls(subject, model, optimizer, schedule, steps, wanted.batch_size, split=wanted.split)
+        run.settings, run.accelerator = wanted, accelerator
+        run.begin()
+        return run
+
+    def begin(self) -> None:
+        """Everything besides model, optimizer and schedule that a run needs."""
+        wanted, subject = self.settings, self.subject
+        precision = PRECISION.chosen(wanted.precision, "precision")
+        self.arithmetic = precision(subject)
+        self.skipping = precision.has("loss-scaling")
+        self.scaler = torch.amp.GradScaler(subject.device.type, enabled=self.skipping)
+        self.rank, self.world = 0, 1
+        if self.accelerator:
+            self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.placed = subject if self.model is subject.model else subject.with_model(self.model)
+        self.order: DataOrder = wanted.order or Stream(wanted.seed)
+        self.columns = subject.split(wanted.split)
+        self.progress = wanted.progress or Progress()
+        self.folder = Path(wanted.checkpoint_folder) if wanted.checkpoint_folder else None
+        # an optimizer that needs more than gradients asks for it here, once they are complete
+        own = [self.optimizer.prepare] if hasattr(self.optimizer, "prepare") else []
+        self.before_step: tuple[Callback, ...] = (*wanted.before_step, *own)
+        #: Rows whose loss and gradient norm are still on the device.
+        self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
+        if wanted.ema > 0:
+            self.averaged = AveragedModel(subject.model, multi_avg_fn=get_ema_multi_avg_fn(wanted.ema))
+        with self.forked():
+            torch.manual_seed(wanted.seed + 7919 * self.rank)
+            self.generators = checkpoint.rng_state(subject.device)
+        if self.folder and self.folder.exists():
+            load_run(self.folder, self)
+
+    def forked(self) -> contextlib.AbstractContextManager[None]:
+        """What is drawn inside leaves the caller's generators as they were."""
+        device = self.subject.device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+    @contextlib.contextmanager
+    def own_generators(self) -> Any:
+        """The run's own generators in place of the caller's, and kept for the next part."""
+        if not self.settings.own_generator:
+            yield
+            return
+        with self.forked():
+            checkpoint.set_rng_state(self.generators, self.subject.device)
+            yield
+            self.generators = checkpoint.rng_state(self.subject.device)
+
+    def advance(self, steps: int | None = None) -> None:
+        """So many steps more, at most all that are left; ends early, keeping the state, when somebody asks
+        to stop, a callback sets `stop` or the loss is no longer finite.
+        """
+        left = self.steps - self.step
+        steps = left if steps is None else min(steps, left)
+        if self.stop or self.diverged:
+            return
+        with self.own_generators():
+            self.began = time.perf_counter() - self.seconds
+            for _ in self.progress.track(range(steps), self.settings.label, steps):
+                self.one_step()
+                if self.stop or self.diverged:
+                    break
+            self.settle()
+        self.subject.model.eval()
+
+    def skip(self, steps: int) -> None:
+        """The schedule goes on as if so many steps had been done; the order of the data does not."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch: the optimizer has not stepped yet
+            for _ in range(steps):
+                self.schedule.step()  # type: ignore[call-arg]
+        self.step += steps
+
+    def finish(self) -> None:
+        """The averaged weights, where there are any, become the model's."""
+        if self.averaged is None:
+            return
+        with torch.no_grad():
+            pairs = zip(self.subject.model.parameters(), self.averaged.module.parameters(), strict=True)
+            for target, source in pairs:
+                target.copy_(source)
+
+    # ---- one step ------------------------------------------------------------------------------------------
+    def one_step(self) -> None:
+        wanted = self.settings
+        self.model.train()
+        for callback in wanted.before_gradient:
+            callback(self)
+        used = self.batch_size  # callbacks may set another for the next step
+        mean, items = self.gradient(used)
+        self.scaler.unscale_(self.optimizer)
+        if wanted.batch_rule is not None:
+            wanted.batch_rule(self)
+        limit = wanted.clip if wanted.clip is not None else math.inf
+        norm = nn.utils.clip_grad_norm_(self.clipped_parameters(), limit)
+        for callback in self.before_step:
+            callback(self)
+        row = {"step": self.step + 1, "lr": self.lr, "batch_size": used}
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.subject.model)
+        self.step, self.position, self.items = self.step + 1, self.position + used, self.items + items
+        self.seconds = time.perf_counter() - self.began
+        row |= {"examples": self.position, "items": self.items, "seconds": self.seconds}
+        self.pending.append((row, mean, norm))
+        self.after_step()
+
+    def gradient(self, used: int) -> tuple[Tensor, int]:
+        """The gradient of the mean loss over the batch, micro-batch by micro-batch: (loss, items)."""
+        device, task = self.subject.device, self.subject.task
+        size = self.subject.size(self.split)
+        self.chosen = self.order.take(size, self.position, used)[self.rank :: self.world]
+        micro = [
+            {k: v[part] for k, v in self.columns.items()}
+            for part in self.chosen.split(self.settings.micro_batch or max(len(self.chosen), 1))
+        ]
+        counts = [task.items(batch) for batch in micro]
+        total = sum(counts)
+        if self.accelerator:
+            total = int(self.accelerator.reduce(torch.tensor(total, device=device), "sum"))
+        mean = torch.zeros((), device=device)
+        for index, (batch, count) in enumerate(zip(micro, counts, strict=True)):
+            if count == 0:
+                continue
+            with self.synchronised(last=index + 1 == len(micro)), torch.enable_grad():
+                with self.arithmetic:
+                    part = self.loss({k: v.to(device) for k, v in trim(batch).items()}) * (count / total)
+                # distributed gradients are averaged over processes
+                self.scaler.scale(part * self.world).backward()
+            mean += part.detach()
+        return self.accelerator.reduce(mean, "sum") if self.accelerator else mean, total
+
+    def loss(self, batch: Batch) -> Tensor:
+        compute = self.settings.loss
+        return self.placed.loss(batch) if compute is None else compute(self.placed, batch)
+
+    def synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Processes exchange gradients after the last micro-batch only."""
+        if self.accelerator is None or last:
+            return contextlib.nullcontext()
+        quiet: contextlib.AbstractContextManager[Any] = self.accelerator.no_sync(self.model)
+        return quiet
+
+    def clipped_parameters(self) -> list[Tensor]:
+        if self.settings.clipped is not None:
+            return list(self.settings.clipped())
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def after_step(self) -> None:
+        wanted = self.settings
+        last = self.step == self.steps
+        evaluating = last or (wanted.evaluate_every > 0 and self.step % wanted.evaluate_every == 0)
+        if evaluating or len(self.pending) == PENDING or wanted.callbacks or wanted.checkpoint_every:
+            self.settle()
+        if evaluating and not self.diverged and wanted.evaluate_split in self.subject.splits:
+            measured = self.evaluated().evaluate(wanted.evaluate_split, limit=wanted.evaluate_limit)
+            self.rows[-1] |= {f"validation_{k}": v for k, v in measured.items()}
+        if not isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step()
+        elif evaluating and not self.diverged:
+            self.schedule.step(self.validation)
+        for callback in wanted.callbacks:
+            callback(self)
+        due = wanted.checkpoint_every and self.step % wanted.checkpoint_every == 0
+        if self.folder and due and not self.diverged and self.rank == 0:
+            save_run(self.folder, self)
+
+    def settle(self) -> None:
+        """Fetch the losses that are still on the device; the first that is not finite marks the run as
+        diverged.
+
+        Under loss scaling a gradient that overflowed was skipped by the scaler and is no divergence.
+        """
+        for row, loss, norm in self.pending:
+            values = {"loss": float(loss), "gradient_norm": float(norm)}
+            if self.diverged:
+                break
+            self.rows.append(row | values)
+            self.diverged = not math.isfinite(values["loss"]) or not (
+                self.skipping or math.isfinite(values["gradient_norm"])
+            )
+        self.pending.clear()
+
+    def evaluated(self) -> Subject:
+        """The subject as it would be used now: with averaged weights when there are."""
+        return self.subject if self.averaged is None else self.subject.with_model(self.averaged.module)
+
+    # ---- parameters that come later ------------------------------------------------------------------------
+    def learn(self, parameters: Iterable[Tensor], rate: float = 1.0) -> None:
+        """Give the optimizer parameters that it does not have yet, at `rate` times the learning rate of its
+        first group and without weight decay.
+        """
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        fresh = [p for p in parameters if id(p) not in known]
+        if not fresh:
+            return
+        first = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
+        for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if name in first:
+                first[name] = first[name] * rate
+        self.optimizer.add_param_group({**first, "params": fresh, "weight_decay": 0.0})
+        for name in ("base_lrs", "min_lrs"):
+            if values := getattr(self.schedule, name, None):
+                values.append(values[0] * rate)
+
+
+def optimizer_of(wanted: Settings) -> Callable[[nn.Module], Optimizer]:
+    if callable(wanted.optimizer) and not isinstance(wanted.optimizer, str):
+        return wanted.optimizer
+    return make_optimizer(wanted.optimizer, wanted.learning_rate, wanted.weight_decay)
+
+
+def schedule_of(wanted: Settings) -> Callable[[Optimizer, int], Scheduler]:
+    if callable(wanted.schedule) and not isinstance(wanted.schedule, str):
+        return wanted.schedule
+    return make_schedule(wanted.schedule, warmup=wanted.warmup)
+
+
+def todays_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names of today, from those of one release ago; `BadInput` for one that is unknown."""
+    found = dict(given)
+    if "lr" in found:
+        warn("lr: is called learning_rate now; the old name goes with the next release")
+        found["learning_rate"] = found.pop("lr")
+    for name in ("optimizer", "schedule"):
+        if (options := found.pop(f"{name}_options", None)) is not None:
+            warn(f"{name}_options: belong to {name} now, as a mapping with name and options")
+            chosen = found.get(name, getattr(Settings, name))
+            found[name] = {"name": str(chosen), **options}
+    if rotation := found.pop("rotation", 0):
+        warn("rotation: is an option of precision now; the old name goes with the next release")
+        found["precision"] = PRECISION.chosen(
+            found.get("precision", Settings.precision), "precision", rotation=rotation
         )
-    return (
-        torch.autocast(subject.device.type, AUTOCAST[precision])
-        if precision in AUTOCAST
-        else contextlib.nullcontext()
-    )
-
-
-def settle(run: Training, pending: list[tuple[dict[str, Any], Tensor, Tensor]], skipping: bool) -> None:
-    """Fetch the losses that are still on the device; the first that is not finite marks the run as diverged.
-
-    Under loss scaling a gradient that overflowed was skipped by the scaler and is no divergence.
-    """
-    for row, loss, norm in pending:
-        values = {"loss": float(loss), "gradient_norm": float(norm)}
-        if run.diverged:
-            break
-        run.rows.append(row | values)
-        run.diverged = not math.isfinite(values["loss"]) or not (
-            skipping or math.isfinite(values["gradient_norm"])
-        )
-    pending.clear()
-
-
-def evaluated(run: Training) -> Subject:
-    """The subject as it would be used now: with averaged weights when there are."""
-    return run.subject if run.averaged is None else run.subject.with_model(run.averaged.module)
+    known = [field.name for field in fields(Settings)]
+    for name in found:
+        if name not in known:
+            raise unknown_name("setting", name, known)
+    return found
 
 
 def make_accelerator(device: torch.device) -> Any:
@@ -265,41 +402,3 @@ def make_accelerator(device: torch.device) -> Any:
     from accelerate import Accelerator
 
     return Accelerator(cpu=device.type == "cpu")
-
-
-def save_checkpoint(folder: Path, run: Training, scaler: Any, device: torch.device) -> None:
-    state = {
-        "model": run.subject.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "schedule": run.schedule.state_dict(),
-        "scaler": scaler.state_dict(),
-        "rng": checkpoint.rng_state(device),
-        "step": run.step,
-        "position": run.position,
-        "items": run.items,
-        "batch_size": run.batch_size,
-        "seconds": run.seconds,
-        "steps": run.steps,
-    }
-    if run.averaged is not None:
-        state["averaged"] = run.averaged.state_dict()
-    checkpoint.save(folder, state, run.rows)
-
-
-def load_checkpoint(folder: Path, run: Training, scaler: Any, device: torch.device) -> None:
-    state, run.rows = checkpoint.load(folder)
-    if state["steps"] != run.steps:
-        raise BadInput(
-            f"steps: the checkpoint in {str(folder)!r} is of a run of {state['steps']} steps, "
-            f"not {run.steps}; delete it or ask for the same"
-        )
-    run.subject.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.schedule.load_state_dict(state["schedule"])
-    if scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
-    if run.averaged is not None:
-        run.averaged.load_state_dict(state["averaged"])
-    checkpoint.set_rng_state(state["rng"], device)
-    run.step, run.position, run.items = state["step"], state["position"], state["items"]
-    run.batch_size, run.seconds = state["batch_size"], state["seconds"]

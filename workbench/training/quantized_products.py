@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.quantization.number.formats import Format, named
 from workbench.quantization.transform.coordinates import hadamard, power_of_two
 from workbench.statistics.inputs import WeightCalls
-from workbench.subjects import Layer
+from workbench.subjects import Layer, Subject
+from workbench.training.precision.precision import PRECISION
 
 LEVELS = (0, 1, 2)
 TOKENS = 128  # tokens mixed by one rotation: the product with the rotation stays small beside the layer's
@@ -174,3 +176,25 @@ class QuantizedProducts(WeightCalls):
         elif name == "addmm" and len(args) == 3 and self.found(args[2]) is not None:
             return QuantizedLinear.apply(args[1], args[2].mT, self.format, self.level) + args[0]
         return func(*args, **kwargs)
+
+
+class Rounded(Options):
+    format: str = parameter(help="number format with one scale a tensor, as int8, int4, e4m3fn or e5m2")
+    rotation: int = parameter(
+        0, "Hadamard rotations (HALO's levels): none, forward, forward and input gradient", ge=0, le=2
+    )
+
+
+def spelled(options: Rounded) -> str:
+    return f"{options.format} rotation {options.rotation}" if options.rotation else options.format
+
+
+@PRECISION.add(
+    "rounded",
+    formula="Y = Q(X H) Q(W H)^T, dX = K^T (Q(K dY) Q(W)), dW = Q(dY)^T Q(X)",
+    source="Ashkboos, Nikdan, Tabesh et al. 2025, HALO",
+    options=Rounded,
+    spelled=spelled,
+)
+def rounded_products(subject: Subject, options: Rounded) -> QuantizedProducts:
+    return QuantizedProducts(subject.layers("blocks"), options.format, options.rotation)

@@ -18,8 +18,8 @@ from workbench.subjects.subject import trim
 
 
 @dataclass
-class Training:
-    """The state of a run. Callbacks get it after every optimizer step and may set `batch_size` and `stop`."""
+class TrainingState:
+    """What callbacks see of a run, after every optimizer step; they may set `batch_size` and `stop`."""
 
     subject: Subject
     model: nn.Module

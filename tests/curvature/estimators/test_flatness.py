@@ -10,15 +10,13 @@ import torch
 
 from workbench.curvature.estimators.flatness import (
     Checkpoint,
-    Corpus,
     at_one_loss,
-    hidden_markov,
     probe_accuracy,
     rank_correlations,
-    small_model,
     train,
 )
-from workbench.subjects import TASKS, Subject
+from workbench.subjects import TASK, Subject
+from workbench.subjects.builtin.hidden_markov import Corpus, hidden_markov, small_model
 
 
 def transitions(corpus: Corpus) -> torch.Tensor:
@@ -53,7 +51,7 @@ def test_checkpoints_fall_and_hold_the_weights_of_their_loss() -> None:
         for i, (name, count) in enumerate((("train", 256), ("validation", 64)))
     }
     splits = {name: {"input_ids": corpus.tokens, "labels": corpus.tokens} for name, corpus in parts.items()}
-    subject = Subject("hidden-markov", small_model(0), TASKS["causal-lm"](), splits)
+    subject = Subject("hidden-markov", small_model(0), TASK["causal-lm"].value(), splits)
     before = subject.evaluate("validation")["loss"]
     points = train(subject, ("adam", 3e-3, 32), 0, steps=60, every=10)
     losses = [point.loss for point in points]

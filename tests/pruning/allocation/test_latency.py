@@ -71,15 +71,17 @@ def test_prune_to_a_speedup_removes_units_and_reports_it(tmp_path):
     fields = {
         "method": "magnitude",
         "pattern": "neurons",
-        "allocation": "latency",
-        "speedup": 1.5,
+        "allocation": {"name": "latency", "speedup": 1.5},
         "predict_examples": 0,
     }
     result = Prune(**fields).run(subject, Progress(), cache=False)
     assert result.facts["expected_speedup"] > 1 and result.facts["speedup"] > 0
     assert result.subject.parameter_count() < subject.parameter_count()
-    with pytest.raises(BadInput, match="belong together"):
-        Prune(method="magnitude", pattern="neurons", speedup=2.0).run(subject, Progress(), cache=False)
+    with pytest.raises(BadInput, match=r"allocation.speedup: .* it is an option of latency"):
+        Prune(method="magnitude", pattern="neurons", **{"allocation.speedup": 2.0})
+    for fields in ({"pattern": "neurons"}, {"pattern": "block", "allocation.speedup": 2.0}):
+        with pytest.raises(BadInput, match="belong together"):
+            Prune(method="magnitude", allocation="latency", **fields).run(subject, Progress(), cache=False)
 
 
 def test_damp_doctor_finds_rank_dead_inputs_and_the_damp_that_is_needed():

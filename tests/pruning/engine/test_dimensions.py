@@ -236,7 +236,7 @@ def test_counts_and_choices():
         ("bert", {"pattern": "experts"}, "no stack of experts"),
         ("bert", {"pattern": "channels", "sparsity": 0.01}, "steps of 4 is none"),
         ("bert", {"pattern": "channels", "layers": "*.query"}, "layers"),
-        ("bert", {"pattern": "channels", "remove": False}, "remove"),
+        ("bert", {"pattern": "channels", "pattern.remove": False}, "pattern.remove"),
         ("bert", {"pattern": "channels", "method": "sparsegpt"}, "no form"),
         ("bert", {"pattern": "channels", "allocation": "global"}, "allocation"),
         ("bert", {"pattern": "channels", "compensation": "least-squares"}, "compensation"),

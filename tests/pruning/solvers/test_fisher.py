@@ -9,6 +9,7 @@ import workbench
 from workbench.evidence.oracles.exact import best_subset, obs_path, refit
 from workbench.progress import Progress
 from workbench.pruning import Prune
+from workbench.pruning.axes import Gradients
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import NM, make_mask
 from workbench.pruning.solvers import fisher
@@ -131,17 +132,17 @@ def test_short_factors_give_the_rows_of_their_float_products_rounded_once():
 def test_gradients_of_small_batches_are_means_of_examples(architecture, checkpoints):
     subject = workbench.subject(checkpoints[architecture], data="random")
     layers = subject.layers()
-    single, means = (
-        Calibration(subject, layers, gradients=count, gradient_batch=size) for count, size in ((6, 1), (3, 2))
-    )
+    calibration = Calibration(subject, layers)
+    single, means = (Gradients(gradients=count, gradient_batch=size) for count, size in ((6, 1), (3, 2)))
     for layer in layers:
-        whole, rows = single.factors(layer), means.factors(layer)
+        whole, rows = calibration.factors(layer, single), calibration.factors(layer, means)
         expected = whole.rows(0, 8).unflatten(0, (3, 2)).mean(1)
         assert rows.examples == 3 and torch.allclose(
             rows.rows(0, 8), expected, atol=0.02 * float(expected.abs().max())
         )
-    assert means.absolute_damp() < single.absolute_damp()  # means vary less
-    result = Prune(gradients=3, gradient_batch=2, calibration_examples=4, predict_examples=0).run(
+    assert calibration.absolute_damp(means, 0.01) < calibration.absolute_damp(single, 0.01)  # means vary less
+    few = {"name": "fisher", "gradients": 3, "gradient_batch": 2}
+    result = Prune(saliency=few, compensation=few, calibration_examples=4, predict_examples=0).run(
         subject, Progress(), cache=False
     )
     assert result.facts["sparsity"] == pytest.approx(0.5, abs=1e-3)

@@ -59,10 +59,9 @@ def test_icbs_starts_from_wanda_and_lowers_the_loss():
     fields = {
         "sparsity": 0.4,
         "predict_examples": 0,
-        "gradients": 64,
-        "damp": 1.0,
         "test_split": "validation",
     }
     wanda = Prune(method="wanda", **fields).run(vit, Progress(), cache=False).facts
-    refined = Prune(method="icbs", **fields).run(vit, Progress(), cache=False).facts
+    settings = {"name": "icbs", "gradients": 64, "damp": 1.0}
+    refined = Prune(method=settings, **fields).run(vit, Progress(), cache=False).facts
     assert refined["sparsity"] == wanda["sparsity"] and refined["loss"] < wanda["loss"]

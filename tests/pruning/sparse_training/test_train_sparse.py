@@ -15,8 +15,8 @@ from workbench.progress import Progress
 from workbench.pruning import Prune, TrainSparse
 from workbench.pruning.pattern import obeys, parse
 from workbench.pruning.recovery.trainable import frozen_half, modules_by_category, set_trainable
-from workbench.pruning.sparse_training.methods import METHODS
-from workbench.pruning.sparse_training.run import megabatch
+from workbench.pruning.sparse_training.axes import SPARSE_METHOD
+from workbench.pruning.sparse_training.parts import megabatch
 from workbench.pruning.sparse_training.side_terms import (
     SideBlocks,
     SideEntries,
@@ -31,16 +31,17 @@ from workbench.subjects import LowRank, Mask
 NEEDS = {
     "app": {"stages": 3},
     "dsee": {"stages": 2},
-    "slope": {"pattern": "2:4", "lazy": 0.5},
+    "slope": {"pattern": "2:4", "backward.lazy": 0.5},
     "ast": {"pattern": "2:4"},
-    "dsl": {"period": 2},
+    "dsl": {"masks.period": 2},
     "block-movement": {"pattern": "hybrid 8x8"},
 }
 
 
 def train(subject, method, **fields):
     given = (
-        {"steps": 12, "gradients": 8, "calibration_examples": 8, "sparsity": 0.5}
+        {"steps": 12, "calibration_examples": 8, "sparsity": 0.5}
+        | ({"saliency.gradients": 8} if method == "app" else {})
         | NEEDS.get(method, {})
         | fields
     )
@@ -52,7 +53,7 @@ def vit():
     return workbench.subject("digits-vit")
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(SPARSE_METHOD))
 def test_every_method_trains_and_leaves_what_it_says(method, vit):
     result = train(vit, method)
     made = result.subject
@@ -64,13 +65,13 @@ def test_every_method_trains_and_leaves_what_it_says(method, vit):
     for layer in made.layers():
         masks = [c for c in layer.changes if c.order == 90]
         assert all(type(c) is Mask for c in masks) and all(type(c) is not LowRank for c in layer.changes)
-        if masks and METHODS[method].masks not in ("none", "gates"):
+        if masks and result.instrument.masks not in ("none", "gates"):
             assert obeys(mask_in_force(layer), parse(NEEDS.get(method, {}).get("pattern", "unstructured")))
             if not any(
                 c.order > 90 for c in layer.changes
             ):  # merged adapters and trained weights keep every zero
                 assert bool((layer.weight[~masks[0].mask] == 0).all())
-    if METHODS[method].masks not in ("none", "gates"):
+    if result.instrument.masks not in ("none", "gates"):
         assert result.facts["sparsity"] == pytest.approx(0.5, abs=2e-3)
     for show in ("loss", "masks", "layers"):
         assert result.figure(show=show).data
@@ -122,7 +123,7 @@ def test_only_the_named_blocks_and_the_head_learn(vit):
     assert {id(p) for p in set_trainable(copy, "head")} == {
         id(p) for n, p in copy.model.named_parameters() if n.startswith(("classifier", "vit.layernorm."))
     }
-    result = train(vit, "dense", trainable="blocks", blocks="1")
+    result = train(vit, "dense", trainable={"name": "blocks", "blocks": "1"})
     for a, b in zip(vit.layers(), result.subject.layers(), strict=True):
         assert torch.equal(a.weight, b.weight) == (".layers.1." not in a.name)
 
@@ -139,7 +140,7 @@ def test_lifted_masks_start_at_the_masked_weights_and_then_learn(vit):
     lifted = train(pruned, "dense", masks="lifted")
     assert not any(layer.changes for layer in lifted.subject.layers()) and lifted.facts["sparsity"] == 0
     assert all(bool((layer.weight[zero[layer.name]] != 0).any()) for layer in lifted.subject.layers())
-    still = train(pruned, "dense", masks="lifted", steps=1, lr=1e-12)
+    still = train(pruned, "dense", masks="lifted", steps=1, learning_rate=1e-12)
     assert all(
         torch.allclose(a.weight, b.weight, atol=1e-9)
         for a, b in zip(still.subject.layers(), pruned.layers(), strict=True)
@@ -176,7 +177,7 @@ def test_a_planted_low_rank_plus_sparse_matrix_is_found_again():
 
 
 def test_free_entries_move_only_their_places(vit):
-    made = train(vit, "dsee", entries=5, lr=1e-2).subject
+    made = train(vit, "dsee", **{"terms.entries": 5}, learning_rate=1e-2).subject
     for before, layer in zip(vit.layers(), made.layers(), strict=True):
         mask, entries, low = (
             next(c for c in layer.changes if isinstance(c, kind)) for kind in (Mask, SideEntries, SideLowRank)
@@ -230,7 +231,7 @@ def test_other_architectures(architecture, method, checkpoints):
         ({"schedule": "cubic"}, "cubic"),
         ({"pattern": "2:4", "sparsity": 0.7}, "contradicts"),
         ({"trainable": "blocks"}, "blocks"),
-        ({"trainable": "blocks", "blocks": "9"}, "0 to 2"),
+        ({"trainable": {"name": "blocks", "blocks": "9"}}, "0 to 2"),
         ({"saliency": "loud"}, "saliency"),
         ({"masks": "gates", "pattern": "2:4"}, "gates"),
         ({"stages": 400}, "stages"),

@@ -18,12 +18,12 @@ def test_every_cell_is_that_pruning_and_the_map_shows_it(tmp_path):
         (d, g) for d in (0.01, 1.0) for g in (16, 32)
     }
     row = result.table.query("damp == 1 and gradients == 32").iloc[0]
+    fisher = {"name": "fisher", "damp": 1.0, "gradients": 32, "block": 8}
     alone = Prune(
         method="obert",
         sparsity=0.8,
-        damp=1.0,
-        gradients=32,
-        block=8,
+        saliency=fisher,
+        compensation=fisher,
         predict_examples=0,
         test_split="validation",
     )

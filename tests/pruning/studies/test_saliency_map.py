@@ -26,10 +26,10 @@ def test_a_threshold_on_the_ranks_is_the_methods_own_mask(found):
             method=method,
             sparsity=0.5,
             compensation="none",
-            gradients=16,
             calibration_examples=16,
             predict_examples=0,
-        ).run(vit, Progress(), cache=False)
+        )
+        pruned = pruned.with_gradients(16).run(vit, Progress(), cache=False)
         same = [
             np.mean(result.mask(method, layer.name, 0.5) == (layer.weight != 0).numpy())
             for layer in pruned.subject.layers()

@@ -18,7 +18,11 @@ def test_the_choice_is_greedy_and_the_rest_is_untouched():
     first = table[table.step == 1].sort_values("loss").iloc[0]
     assert set(first.blocks) <= set(result.facts["chosen"]) and len(table) == 4 + 2
     again = TrainSparse(
-        method="dense", trainable="blocks", blocks=first.blocks, steps=8, lr=1e-3, test_split="validation"
+        method="dense",
+        trainable={"name": "blocks", "blocks": first.blocks},
+        steps=8,
+        learning_rate=1e-3,
+        test_split="validation",
     ).run(on, Progress(), cache=False)
     assert again.facts["loss"] == pytest.approx(first.loss)
     chosen = {int(b) for b in result.facts["chosen"].split(",")}
@@ -31,7 +35,10 @@ def test_the_choice_is_greedy_and_the_rest_is_untouched():
 def test_a_gain_that_nothing_reaches_leaves_the_head():
     on = lying_digits(workbench.subject("digits-vit"), 100)
     assert (
-        Subtune(steps=1, lr=1e-9, most=1, gain=0.5).run(on, Progress(), cache=False).facts["chosen"] == "head"
+        Subtune(steps=1, learning_rate=1e-9, most=1, gain=0.5)
+        .run(on, Progress(), cache=False)
+        .facts["chosen"]
+        == "head"
     )
     with pytest.raises(BadInput, match="choose_on"):
         Subtune(choose_on="test").run(on, Progress(), cache=False)

@@ -36,7 +36,7 @@ from workbench.subjects import Layer, Subject
 
 SHORT: dict[str, Any] = {
     "method": "lsq",
-    "bits": 4,
+    "method.bits": 4,
     "steps": 10,
     "batch_size": 32,
     "learning_rate": 5e-3,

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from workbench.errors import BadInput
-from workbench.quantization.number.formats import NAMED, Codebook, lloyd_max, named, normal_float
+from workbench.quantization.number.formats import Codebook, lloyd_max, named, normal_float
 from workbench.quantization.number.grid import fit
+from workbench.quantization.number.number_format import NUMBER_FORMAT
+
+#: Formats without options, each under its own name.
+STANDARD = [name for name, entry in NUMBER_FORMAT.entries.items() if not entry.options.model_fields]
 
 ORACLES = {
     "e4m3fn": ml_dtypes.float8_e4m3fn,
@@ -173,7 +177,10 @@ def test_stochastic_rounding_is_unbiased(name: str) -> None:
     ).all()  # 37 points: 4.5 keeps the chance of a false alarm below 1e-3
 
 
-@pytest.mark.parametrize("name", [*NAMED, "int4", "uint3", "e3m0", "fixed8.4", "nf3", "quantile3"])
+@pytest.mark.parametrize(
+    "name",
+    [*STANDARD, "e3m2", "e2m3", "e2m1", "nf4", "int4", "uint3", "e3m0", "fixed8.4", "nf3", "quantile3"],
+)
 def test_rounding_is_the_nearest_value_and_idempotent(name: str) -> None:
     element = named(name).element
     if element.bits > 8:

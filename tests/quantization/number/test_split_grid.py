@@ -16,11 +16,18 @@ from workbench.progress import Progress
 from workbench.quantization import Quantize, fit, named
 from workbench.quantization.number.packing import packed_layer, quantizer_of, unpacked_layer
 from workbench.quantization.number.split_grid import Salient, SplitGrid, effective_bits, index_bits
-from workbench.quantization.rounding.learned import LEARNED
-from workbench.quantization.rounding.problem import ROUNDINGS, Problem
+from workbench.quantization.rounding.learned import Learned, Scales
+from workbench.quantization.rounding.nearest import rounded
+from workbench.quantization.rounding.problem import Problem
 
-BINARY = {"format": "binary", "range": "centred", "granularity": "channel", "salient_share": 0.2}
-SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 12}
+BINARY = {
+    "format": "binary",
+    "range": "centred",
+    "granularity": "channel",
+    "salient": "columns",
+    "salient.share": 0.2,
+}
+SMALL = {"calibration_examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16}
 
 
 def problem(
@@ -32,7 +39,7 @@ def problem(
         * torch.linspace(0.2, 3, width)
     )
     return Problem(
-        torch.randn(rows, width) + 0.1, inputs.T @ inputs, named(name), "channel", 16, rule, steps=80, **more
+        torch.randn(rows, width) + 0.1, inputs.T @ inputs, named(name), "channel", 16, rule, **more
     )  # type: ignore[arg-type]
 
 
@@ -69,7 +76,7 @@ def test_the_mask_is_of_the_features_with_the_most_energy_or_of_single_weights()
 def test_a_split_grid_is_its_two_parts(pattern: str, name: str) -> None:
     one = problem(name=name, rule="auto", salient=Salient(0.2, 4, pattern))
     one.granularity = "auto"
-    values, grid = ROUNDINGS["nearest"](one)
+    values, grid = rounded(one, "nearest")
     assert (
         isinstance(grid, SplitGrid)
         and torch.allclose(grid.round(values), values, atol=1e-5)
@@ -87,7 +94,7 @@ def test_a_split_grid_is_its_two_parts(pattern: str, name: str) -> None:
 def test_bits_are_counted_with_the_mask_and_the_scales() -> None:
     for pattern, column_factors in (("columns", False), ("columns", True), ("weights", False)):
         one = problem(salient=Salient(0.2, 4, pattern))
-        _, grid = ROUNDINGS["scales" if column_factors else "nearest"](one)
+        _, grid = rounded(one, "scales" if column_factors else "nearest")
         assert grid.bytes((24, 40)) * 8 / 960 == pytest.approx(
             effective_bits(24, 40, 0.2, pattern=pattern, column_factors=column_factors)
         )
@@ -103,7 +110,7 @@ def test_bits_are_counted_with_the_mask_and_the_scales() -> None:
 def test_learned_scales_come_close_to_the_best_of_all_scales() -> None:
     """Codes are fixed, so one row's best scale is a least-squares quotient: learning reaches it."""
     one = problem(rows=1, width=12, rule="mean")
-    module = LEARNED["scales"](one)
+    module = Scales(one, Learned(steps=80))
     module.log_column.requires_grad_(False)
     signs = torch.sign(one.weight)
     best = float((signs @ one.gram @ one.weight.T) / (signs @ one.gram @ signs.T))
@@ -119,8 +126,8 @@ def test_learned_scales_come_close_to_the_best_of_all_scales() -> None:
 @pytest.mark.parametrize("pattern", ["columns", "weights"])
 def test_learned_scales_keep_codes_and_salient_values(pattern: str) -> None:
     one = problem(salient=Salient(0.2, 4, pattern))
-    start, before = ROUNDINGS["nearest"](one)
-    values, grid = ROUNDINGS["scales"](one)
+    start, before = rounded(one, "nearest")
+    values, grid = rounded(one, "scales", steps=80)
     assert isinstance(grid, SplitGrid) and torch.allclose(grid.round(values), values, atol=1e-4)
     assert torch.equal(grid.codes(values), before.codes(start)) and one.error(values) < 0.95 * one.error(
         start
@@ -134,8 +141,8 @@ def test_learned_scales_keep_codes_and_salient_values(pattern: str) -> None:
     [
         {},
         {"rounding": "scales"},
-        {"rounding": "scales", "objective": "block", "sequential": True},
-        {"format": "int", "range": "auto", "bits": 2},
+        {"rounding": "scales", "rounding.objective": "block", "sequential": True},
+        {"format": "int2", "range": "auto"},
         {"granularity": "group"},
     ],
 )
@@ -166,23 +173,24 @@ def test_each_step_lowers_the_loss() -> None:
     they lower it as well.
     """
     on = workbench.subject("digits-vit")
-    shared = BINARY | {"predict_examples": 0, "examples": 32, "steps": 30}
+    few = {"predict_examples": 0, "calibration_examples": 32}
+    learned = BINARY | few | {"rounding": "scales", "rounding.steps": 30}
     steps: list[dict[str, object]] = [
-        {"salient_share": 0.0},
-        {},
-        {"rounding": "scales"},
-        {"rounding": "scales", "objective": "block", "sequential": True},
+        few | {name: BINARY[name] for name in ("format", "range", "granularity")},
+        few | BINARY,
+        learned,
+        learned | {"rounding.objective": "block", "sequential": True},
     ]
-    losses = [Quantize(**(shared | step)).run(on, Progress(), cache=False).facts["loss"] for step in steps]
+    losses = [Quantize(**step).run(on, Progress(), cache=False).facts["loss"] for step in steps]
     assert losses[1] < losses[0] and max(losses[2:]) < 0.5 * losses[1]
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"rounding": "gptq"}, "salient_share"),
-        ({"rounding": "flexround"}, "salient_share"),
-        ({"format": "bf16", "range": "auto"}, "salient_share"),
+        ({"rounding": "gptq"}, "salient: "),
+        ({"rounding": "flexround"}, "salient: "),
+        ({"format": "bf16", "range": "auto"}, "salient: "),
         ({"format": "int"}, "centred"),
         ({"rounding": "scales", "transform": "awq"}, "scales"),
         ({"rounding": "scales", "format": "mxfp4", "granularity": "auto", "range": "auto"}, "scales"),
@@ -205,7 +213,18 @@ def test_experts_and_exports_are_refused(checkpoints: dict[str, Path], tmp_path:
         Quantize(**(SMALL | BINARY)).run(experts, Progress(), cache=False)
     bert = workbench.subject(checkpoints["bert"], data="random")
     wide = (
-        Quantize(**(SMALL | {"bits": 4, "salient_share": 0.1, "salient_bits": 8, "layers": "*.0.*"}))
+        Quantize(
+            **(
+                SMALL
+                | {
+                    "format": "int4",
+                    "salient": "columns",
+                    "salient.share": 0.1,
+                    "salient.bits": 8,
+                    "layers": "*.0.*",
+                }
+            )
+        )
         .run(bert, Progress(), cache=False)
         .subject
     )

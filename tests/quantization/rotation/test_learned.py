@@ -109,7 +109,9 @@ def test_the_instrument_measures_the_spread_before_and_after(
     checkpoints: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
     on = with_outliers(checkpoints, "llama")
-    result = Rotate(kind=kind, steps=3, examples=8).run(on, Progress(), cache=False)
+    result = Rotate(
+        kind=kind, calibration_examples=8, **({"kind.steps": 3} if kind == "learned" else {})
+    ).run(on, Progress(), cache=False)
     assert result.facts["largest_change_of_logits"] < 1e-5 * max(1.0, float(logits(on).abs().max()))
     assert len(result.table) == len(on.layers())
     readers = result.table[result.table["layer"].str.endswith("q_proj")]

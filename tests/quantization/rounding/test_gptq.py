@@ -8,7 +8,8 @@ from torch import Tensor
 
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, fit
-from workbench.quantization.rounding.gptq import gptq, gptq_error, gptq_with_moving_scales, linear_feedback
+from workbench.quantization.rounding.feedback import linear_feedback
+from workbench.quantization.rounding.gptq import gptq, gptq_error, gptq_with_moving_scales
 from workbench.statistics.damping import damped
 
 

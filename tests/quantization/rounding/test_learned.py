@@ -17,20 +17,26 @@ from workbench.progress import Progress
 from workbench.quantization import Quantize
 from workbench.quantization.activations.sequential import block_calls, paired_moments, target
 from workbench.quantization.number.formats import named
+from workbench.quantization.number.grid import Grid
 from workbench.quantization.rounding.blockwise import output_of, windows
-from workbench.quantization.rounding.learned import LEARNED, AdaRound
-from workbench.quantization.rounding.problem import ROUNDINGS, Problem
+from workbench.quantization.rounding.learned import AdaRound, Learned, LearnedLowRank, LowRankAdaRound
+from workbench.quantization.rounding.nearest import rounded
+from workbench.quantization.rounding.problem import Problem
+from workbench.quantization.rounding.rounding import ROUNDING
 
-SMALL = {"examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16, "steps": 20}
+LEARNED = ROUNDING.with_trait("learned")
+SMALL = {"calibration_examples": 8, "predict_examples": 0, "test_examples": 4, "group_size": 16}
+
+
+def learned(one: Problem, method: str, steps: int = 150) -> tuple[torch.Tensor, Grid]:
+    return rounded(one, method, **({"steps": steps} if method in LEARNED else {}))
 
 
 def problem(
     rows: int = 24, width: int = 32, name: str = "int3", granularity: str = "group", **more: object
 ) -> Problem:
     inputs = torch.randn(300, width) @ (torch.eye(width) + 0.4 * torch.randn(width, width))
-    return Problem(
-        torch.randn(rows, width), inputs.T @ inputs, named(name), granularity, 16, steps=150, **more
-    )  # type: ignore[arg-type]
+    return Problem(torch.randn(rows, width), inputs.T @ inputs, named(name), granularity, 16, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", LEARNED)
@@ -38,9 +44,9 @@ def problem(
 @pytest.mark.parametrize("granularity", ["group", "channel", "tensor"])
 def test_better_than_nearest_and_on_the_grid(method: str, name: str, granularity: str) -> None:
     one = problem(name=name, granularity=granularity)
-    values, grid = ROUNDINGS[method](one)
+    values, grid = learned(one, method)
     assert torch.allclose(grid.round(values), values, atol=1e-5)
-    nearest = one.error(ROUNDINGS["nearest"](one)[0])
+    nearest = one.error(rounded(one, "nearest")[0])
     assert one.error(values) < 0.97 * nearest
 
 
@@ -48,27 +54,26 @@ def test_better_than_nearest_and_on_the_grid(method: str, name: str, granularity
 @pytest.mark.parametrize("method", ["flexround", "signround", "adaquant"])
 def test_other_formats(method: str, name: str) -> None:
     one = problem(name=name)
-    values, grid = ROUNDINGS[method](one)
+    values, grid = learned(one, method)
     assert torch.allclose(grid.round(values), values, atol=1e-5)
-    assert one.error(values) < one.error(ROUNDINGS["nearest"](one)[0])
+    assert one.error(values) < one.error(rounded(one, "nearest")[0])
 
 
 def test_adaround_comes_close_to_the_best_of_all_roundings() -> None:
     """Ten weights, every one of the 2^10 up-or-down choices tried."""
     one = problem(rows=1, width=10, name="int4", granularity="channel")
-    one.steps = 800
-    found = one.error(ROUNDINGS["adaround"](one)[0])
+    found = one.error(rounded(one, "adaround", steps=800)[0])
     grid = one.grid()
     floor = torch.floor(one.weight / grid.scale)
     choices = torch.tensor(list(itertools.product((0.0, 1.0), repeat=10)))
     best = min(one.error((floor + c).clamp(-7, 7) * grid.scale) for c in choices)
-    nearest = one.error(ROUNDINGS["nearest"](one)[0])
+    nearest = one.error(rounded(one, "nearest")[0])
     assert best <= found * (1 + 1e-6) and found - best < 0.25 * (nearest - best)
 
 
 def test_adaround_starts_at_the_weights_and_ends_at_bits() -> None:
     one = problem()
-    module = AdaRound(one)
+    module = AdaRound(one, Learned())
     inside = (module.units.abs() < 3) & ((module.units - module.floor - 0.5).abs() < 0.48)
     assert torch.allclose(module.soft(0.0)[inside], one.weight[inside], atol=1e-4)
     values, _ = module.hard()
@@ -80,7 +85,7 @@ def test_half_quadratic_lowers_its_norm_and_keeps_zeros() -> None:
     mask = torch.rand(24, 32) < 0.6
     one = problem(name="uint3", mask=mask)
     one.weight = one.weight * mask
-    values, grid = ROUNDINGS["hqq"](one)
+    values, grid = rounded(one, "hqq")
     start = one.masked(one.grid().round(one.weight))
     assert (values - one.weight).abs().pow(0.7).mean() < (start - one.weight).abs().pow(0.7).mean()
     assert (values[~mask] == 0).all()
@@ -95,9 +100,9 @@ def test_half_quadratic_finds_a_grid_that_is_not_whole_at_zero() -> None:
         torch.stack([torch.randperm(16) for _ in range(8)]).float() - torch.linspace(3.1, 11.9, 8)[:, None]
     )
     one = Problem(weight, torch.eye(16), named("uint4"), "channel")
-    values, grid = ROUNDINGS["hqq"](one)
+    values, grid = rounded(one, "hqq")
     assert torch.allclose(values, weight, atol=0.125 * 1e-2) and (grid.round(weight) == values).all()
-    assert not torch.allclose(ROUNDINGS["nearest"](one)[0], weight, atol=0.125 * 1e-2)
+    assert not torch.allclose(rounded(one, "nearest")[0], weight, atol=0.125 * 1e-2)
 
 
 @pytest.mark.parametrize("method", [*LEARNED, "gptq"])
@@ -105,8 +110,8 @@ def test_masked_weights_stay_zero(method: str) -> None:
     mask = torch.rand(24, 32) < 0.5
     one = problem(mask=mask)
     one.weight = one.weight * mask
-    values, _ = ROUNDINGS[method](one)
-    assert (values[~mask] == 0).all() and one.error(values) < one.error(ROUNDINGS["nearest"](one)[0])
+    values, _ = learned(one, method)
+    assert (values[~mask] == 0).all() and one.error(values) < one.error(rounded(one, "nearest")[0])
 
 
 def test_the_asymmetric_target_minimises_the_error_to_the_dense_output() -> None:
@@ -123,15 +128,21 @@ def test_the_asymmetric_target_minimises_the_error_to_the_dense_output() -> None
     "fields",
     [
         {"rounding": "gptq", "sequential": True},
-        {"rounding": "signround", "objective": "block"},
-        {"rounding": "flexround", "objective": "block", "sequential": True, "window": 2},
+        {"rounding": "signround", "rounding.objective": "block"},
+        {
+            "rounding": "flexround",
+            "rounding.objective": "block",
+            "sequential": True,
+            "rounding.objective.window": 2,
+        },
     ],
 )
 def test_block_by_block_on_every_architecture(
     checkpoints: dict[str, Path], architecture: str, fields: dict[str, object]
 ) -> None:
     on = workbench.subject(checkpoints[architecture], data="random")
-    result = Quantize(**(SMALL | fields | {"bits": 3, "steps": 8})).run(on, Progress(), cache=False)
+    few = {} if fields["rounding"] == "gptq" else {"rounding.steps": 8}
+    result = Quantize(**(SMALL | fields | few | {"format": "int3"})).run(on, Progress(), cache=False)
     assert len(result.table) == len(on.layers())
     assert result.subject is not None
     for layer in result.subject.layers():
@@ -169,17 +180,28 @@ def test_a_window_lowers_the_error_behind_it_and_low_rank_rounding_has_few_param
     outputs, shared = (
         {},
         SMALL
-        | {"bits": 2, "granularity": "channel", "steps": 120, "objective": "block", "rounding": "flexround"},
+        | {
+            "format": "int2",
+            "granularity": "channel",
+            "rounding.steps": 120,
+            "rounding.objective": "block",
+            "rounding": "flexround",
+        },
     )
+    nearest = SMALL | {"format": "int2", "granularity": "channel"}
     for name, fields in {
         "dense": None,
-        "nearest": {"rounding": "nearest", "objective": "layer"},
+        "nearest": None,
         "one": {},
-        "two": {"window": 2},
-        "two, low rank": {"window": 2, "rounding": "lowrank-adaround"},
+        "two": {"rounding.objective.window": 2},
+        "two, low rank": {"rounding.objective.window": 2, "rounding": "lowrank-adaround"},
     }.items():
         made = (
-            on if fields is None else Quantize(**(shared | fields)).run(on, Progress(), cache=False).subject
+            on
+            if name == "dense"
+            else Quantize(**(nearest if fields is None else shared | fields))
+            .run(on, Progress(), cache=False)
+            .subject
         )
         assert made is not None
         with torch.no_grad():
@@ -188,7 +210,7 @@ def test_a_window_lowers_the_error_behind_it_and_low_rank_rounding_has_few_param
             ).hidden_states[-1]
     errors = {k: float((v - outputs["dense"]).square().mean()) for k, v in outputs.items()}
     assert errors["two"] < errors["one"] < errors["nearest"] and errors["two, low rank"] < errors["nearest"]
-    module = LEARNED["lowrank-adaround"](problem())
+    module = LowRankAdaRound(problem(), LearnedLowRank())
     assert sum(p.numel() for p in module.parameters()) == 5 * (24 + 32)
 
 
@@ -209,12 +231,14 @@ def test_block_objective_lowers_the_block_error(checkpoints: dict[str, Path]) ->
     for name, fields in {
         "dense": None,
         "nearest": {"rounding": "nearest"},
-        "flexround": {"rounding": "flexround", "objective": "block", "steps": 80},
+        "flexround": {"rounding": "flexround", "rounding.objective": "block", "rounding.steps": 80},
     }.items():
         subject = on
         if fields is not None:
             made = (
-                Quantize(**(SMALL | {"bits": 3, "granularity": "channel", "layers": "*.layer.0.*"} | fields))
+                Quantize(
+                    **(SMALL | {"format": "int3", "granularity": "channel", "layers": "*.layer.0.*"} | fields)
+                )
                 .run(on, Progress(), cache=False)
                 .subject
             )
@@ -235,8 +259,8 @@ def test_block_objective_lowers_the_block_error(checkpoints: dict[str, Path]) ->
         ({"rounding": "adaround", "format": "nf4"}, "adaround"),
         ({"rounding": "hqq"}, "hqq"),
         ({"rounding": "flexround", "format": "mxfp4"}, "flexround"),
-        ({"rounding": "gptq", "objective": "block"}, "objective"),
-        ({"rounding": "adaround", "window": 2}, "window"),
+        ({"rounding": "gptq", "rounding.objective": "block"}, "objective"),
+        ({"rounding": "adaround", "rounding.objective.window": 2}, "window"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(

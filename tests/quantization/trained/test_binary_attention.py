@@ -116,7 +116,7 @@ def test_it_begins_as_plain_binary_attention_and_every_estimator_learns(checkpoi
 @pytest.mark.parametrize("rank", [0, 1])
 def test_bipft_trains_and_is_stored(rank: int, tmp_path: Path) -> None:
     on = workbench.subject("digits-vit")
-    result = TrainQuantized(**SHORT, rank=rank).run(on, Progress(), cache=False)
+    result = TrainQuantized(**SHORT, **{"method.rank": rank}).run(on, Progress(), cache=False)
     assert result.subject is not None
     assert result.table["train_loss"].iloc[-5:].mean() < result.table["train_loss"].iloc[:5].mean()
     layers = result.subject.layers()
@@ -142,7 +142,7 @@ def test_bipft_trains_and_is_stored(rank: int, tmp_path: Path) -> None:
 
 def test_refusals(checkpoints: dict[str, Path]) -> None:
     for fields, on, text in (
-        ({"method": "l4q", "rank": 0}, workbench.subject("digits-vit"), "rank"),
+        ({"method": "l4q", "method.rank": 0}, workbench.subject("digits-vit"), "rank"),
         ({"method": "bipft", "layers": "*fc1"}, workbench.subject("digits-vit"), "layers"),
         ({"method": "bipft", "activation_bits": 4}, workbench.subject("digits-vit"), "activation_bits"),
         ({"method": "bipft"}, workbench.subject(checkpoints["t5"], data="random"), "cross-attention"),

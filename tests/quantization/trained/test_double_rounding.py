@@ -5,7 +5,6 @@ probabilities by trace, training and saving.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +66,9 @@ def test_training_reads_what_is_stored_and_its_step_moves_as_lsq_moves_its_own(w
 
 def test_two_roundings_cost_at_most_half_a_stored_step_more() -> None:
     weight = torch.randn(50, 64)
-    switched = DoubleRounding.begin(weight, 64, SimpleNamespace(widths=[8, 4]))  # type: ignore[arg-type]
+    switched = DoubleRounding.begin(
+        weight, 64, TrainQuantized(method={"name": "double-rounding", "widths": [8, 4]})
+    )  # type: ignore[arg-type]
     values, grid = switched.final(weight)
     narrow = narrowed(grid, 4)
     inside = weight.abs() <= 7 * narrow.scale
@@ -91,7 +92,7 @@ def test_one_training_serves_every_width(tmp_path: Path) -> None:
     readings = result.tables["readings"].set_index("bits")["loss"]
     assert list(readings.index) == [8, 6, 4, 2] and readings[8] == pytest.approx(result.facts["loss"])
     late = (
-        Quantize(layers="*", bits=8, granularity="channel", predict_examples=0)
+        Quantize(layers="*", format="int8", granularity="channel", predict_examples=0)
         .run(on, Progress(), cache=False)
         .subject
     )
@@ -122,7 +123,7 @@ def test_one_training_serves_every_width(tmp_path: Path) -> None:
 
 
 def test_layers_with_large_traces_draw_wide_widths() -> None:
-    result = TrainQuantized(**SHORT, switching="by trace").run(
+    result = TrainQuantized(**SHORT, **{"method.switching": "by trace"}).run(
         workbench.subject("digits-vit"), Progress(), cache=False
     )
     assert result.tables is not None
@@ -135,7 +136,7 @@ def test_layers_with_large_traces_draw_wide_widths() -> None:
 def test_widths_by_layer_and_truncation() -> None:
     on = workbench.subject("digits-vit")
     stored = (
-        Quantize(layers="*", bits=8, granularity="channel", predict_examples=0)
+        Quantize(layers="*", format="int8", granularity="channel", predict_examples=0)
         .run(on, Progress(), cache=False)
         .subject
     )
@@ -153,7 +154,9 @@ def test_widths_by_layer_and_truncation() -> None:
     )
 
 
-@pytest.mark.parametrize(("fields", "text"), [({"widths": [8, 1]}, "widths"), ({"widths": [4, 4]}, "widths")])
+@pytest.mark.parametrize(
+    ("fields", "text"), [({"method.widths": [8, 1]}, "widths"), ({"method.widths": [4, 4]}, "widths")]
+)
 def test_refusals(fields: dict[str, object], text: str) -> None:
     with pytest.raises(BadInput, match=text):
         TrainQuantized(**(SHORT | fields)).run(workbench.subject("digits-vit"), Progress(), cache=False)

@@ -39,7 +39,7 @@ def test_products_are_those_of_integers() -> None:
     """
     torch.manual_seed(0)
     weight = torch.randn(12, 20)
-    rounding = LearnedPoint.begin(weight, 20, TrainQuantized(method="fixed", bits=6))
+    rounding = LearnedPoint.begin(weight, 20, TrainQuantized(method={"name": "fixed", "bits": 6}))
     values, grid = rounding.final(weight)
     codes = (values * 2.0**rounding.fraction).to(torch.int64)
     assert (
@@ -58,7 +58,7 @@ def test_products_are_those_of_integers() -> None:
 def test_the_point_starts_at_the_least_error_and_its_gradient_is_that_of_a_step() -> None:
     torch.manual_seed(1)
     weight = torch.randn(8, 8)
-    rounding = LearnedPoint.begin(weight, 8, TrainQuantized(method="fixed", bits=4))
+    rounding = LearnedPoint.begin(weight, 8, TrainQuantized(method={"name": "fixed", "bits": 4}))
     errors = [float((LearnedPoint.rounded(weight, f, 4, 0) - weight).square().sum()) for f in range(8)]
     assert rounding.fraction == min(range(8), key=lambda f: errors[f])
     upstream = torch.randn(8, 8)
@@ -79,7 +79,7 @@ def test_the_point_starts_at_the_least_error_and_its_gradient_is_that_of_a_step(
 def test_trains_freezes_and_opens_again(terms: int, tmp_path: Path) -> None:
     on = workbench.subject("digits-vit")
     result = TrainQuantized(
-        method="fixed", bits=5, nonzero_bits=terms, steps=6, batch_size=16, test_examples=64
+        method={"name": "fixed", "bits": 5, "nonzero_bits": terms}, steps=6, batch_size=16, test_examples=64
     ).run(on, Progress(), cache=False)
     assert result.subject is not None
     for layer in result.subject.layers("blocks"):
@@ -92,4 +92,4 @@ def test_trains_freezes_and_opens_again(terms: int, tmp_path: Path) -> None:
     again = workbench.subject(tmp_path / "fixed")
     assert again.evaluate("test", limit=64)["loss"] == pytest.approx(result.facts["loss"], rel=1e-5)
     with pytest.raises(BadInput, match="nonzero_bits"):
-        TrainQuantized(method="lsq", nonzero_bits=2).run(on, Progress(), cache=False)
+        TrainQuantized(**{"method": "lsq", "method.nonzero_bits": 2}).run(on, Progress(), cache=False)

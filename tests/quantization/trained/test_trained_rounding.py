@@ -7,34 +7,36 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import workbench
+from workbench.axis import Options
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.quantization import FakeQuant, Quantize, TrainQuantized
 from workbench.quantization.activations.activations import SignInputs
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.packing import quantizer_of
-from workbench.quantization.rounding.adapters import Adapter, best_term, with_term
-from workbench.quantization.rounding.problem import ROUNDINGS, Problem
-from workbench.quantization.trained.trained_rounding import (
-    BitPlanes,
-    CentredSign,
-    Course,
-    FormatPolicy,
-    PseudoNoise,
-)
+from workbench.quantization.rounding.adapters import ADAPTER, Adapter, best_term
+from workbench.quantization.rounding.nearest import nearest
+from workbench.quantization.rounding.problem import Problem
+from workbench.quantization.trained.chosen_widths import BitPlanes, FormatPolicy, PseudoNoise
+from workbench.quantization.trained.trained_rounding import CentredSign, Course
 
 SHORT = {"layers": "*", "steps": 40, "batch_size": 64, "learning_rate": 1e-3}
 
 
-def course(**settings: object) -> Course:
-    return Course(
-        SimpleNamespace(**({"budget": 3.0, "strength": 1.0} | settings)), torch.Generator().manual_seed(0)
-    )  # type: ignore[arg-type]
+def told(**options: object) -> Any:
+    """Settings whose method has these options."""
+    return SimpleNamespace(method=SimpleNamespace(options=SimpleNamespace(**options)))
+
+
+def course(**options: object) -> Course:
+    settings = told(**({"budget": 3.0, "strength": 1.0} | options))
+    return Course(settings, torch.Generator().manual_seed(0))
 
 
 def test_pseudo_noise_has_the_variance_of_rounding() -> None:
@@ -42,7 +44,7 @@ def test_pseudo_noise_has_the_variance_of_rounding() -> None:
     nothing beyond the bound but noise.
     """
     weight = torch.rand(200, 500) * 2 - 1
-    noise = PseudoNoise.begin(weight, 500, SimpleNamespace(budget=3.0))  # type: ignore[arg-type]
+    noise = PseudoNoise.begin(weight, 500, told(budget=3.0))
     noise.prepare(course())
     step = noise.step().detach()
     found = (noise.change(weight).detach() - weight) / step
@@ -59,7 +61,7 @@ def test_pseudo_noise_has_the_variance_of_rounding() -> None:
 
 def test_pseudo_noise_rounds_outside_training_and_its_width_has_a_gradient() -> None:
     weight = torch.randn(4, 16)
-    noise = PseudoNoise.begin(weight, 16, SimpleNamespace(budget=3.0))  # type: ignore[arg-type]
+    noise = PseudoNoise.begin(weight, 16, told(budget=3.0))
     noise.eval()
     values, grid = noise.final(weight)
     assert (
@@ -148,7 +150,9 @@ def test_loftq_never_grows_and_its_term_is_the_best_of_its_rank() -> None:
     assert float((gap - up @ down).norm()) == pytest.approx(float(values[5:].square().sum().sqrt()), rel=1e-5)
     residuals = []
     for alternations in range(6):
-        rounded, grid, (up, down) = with_term(problem, ROUNDINGS["nearest"], 8, alternations)
+        more = {"alternations": alternations} if alternations else {}
+        adapter = ADAPTER.chosen("loftq" if alternations else "qlora", rank=8, **more)
+        rounded, grid, (up, down) = adapter(problem, lambda p: nearest(p, Options()))
         assert torch.allclose(grid.round(rounded), rounded, atol=1e-6)
         residuals.append(float((problem.weight - rounded - up @ down).norm()))
     assert all(b <= a + 1e-6 for a, b in itertools.pairwise(residuals))
@@ -165,15 +169,15 @@ def test_adapters_are_counted_saved_and_leave_zeros_alone(
     layer = on.layers()[0]
     layer.attach(Mask(torch.rand(layer.shape) < 0.5))
     fields = {
-        "bits": 2,
-        "examples": 8,
+        "format": "int2",
+        "calibration_examples": 8,
         "predict_examples": 0,
         "test_examples": 4,
         "group_size": 16,
         "rounding": rounding,
     }
     plain = Quantize(**fields).run(on, Progress(), cache=False)
-    result = Quantize(**fields, adapter_rank=4).run(on, Progress(), cache=False)
+    result = Quantize(**fields, adapter={"name": "loftq", "rank": 4}).run(on, Progress(), cache=False)
     assert result.subject is not None and (result.table["weight_error"] < plain.table["weight_error"]).all()
     assert (result.subject.layers()[0].weight[layer.weight == 0] == 0).all()
     extra = result.table["bytes"] - plain.table["bytes"]
@@ -181,7 +185,7 @@ def test_adapters_are_counted_saved_and_leave_zeros_alone(
     result.save(tmp_path / "out")
     again = workbench.subject(tmp_path / "out")
     assert again.evaluate("test")["loss"] == pytest.approx(result.subject.evaluate("test")["loss"], abs=1e-6)
-    over = Quantize(**(fields | {"bits": 8})).run(result.subject, Progress(), cache=False).subject
+    over = Quantize(**(fields | {"format": "int8"})).run(result.subject, Progress(), cache=False).subject
     assert over is not None and not any(
         isinstance(c, Adapter) for found in over.layers() for c in found.changes
     )
@@ -192,7 +196,13 @@ def test_adapters_are_counted_saved_and_leave_zeros_alone(
 def test_only_the_adapters_are_trained() -> None:
     on = workbench.subject("digits-vit")
     base = (
-        Quantize(layers="*", bits=2, granularity="channel", adapter_rank=4, predict_examples=0)
+        Quantize(
+            layers="*",
+            format="int2",
+            granularity="channel",
+            adapter={"name": "loftq", "rank": 4},
+            predict_examples=0,
+        )
         .run(on, Progress(), cache=False)
         .subject
     )
@@ -208,8 +218,8 @@ def test_only_the_adapters_are_trained() -> None:
 
 def test_l4q_ends_fully_quantized() -> None:
     on = workbench.subject("digits-vit")
-    result = TrainQuantized(**SHORT, method="l4q", bits=2).run(on, Progress(), cache=False)
-    plain = Quantize(layers="*", bits=2, granularity="channel", predict_examples=0).run(
+    result = TrainQuantized(**SHORT, method={"name": "l4q", "bits": 2}).run(on, Progress(), cache=False)
+    plain = Quantize(layers="*", format="int2", granularity="channel", predict_examples=0).run(
         on, Progress(), cache=False
     )
     assert result.subject is not None and result.facts["loss"] < 0.8 * plain.facts["loss"]
@@ -227,8 +237,8 @@ def test_l4q_ends_fully_quantized() -> None:
     "fields",
     [
         {"method": "nipq"},
-        {"method": "csq", "strength": 0.3},
-        {"method": "fliqs", "formats": ["int2", "int4", "e2m1"]},
+        {"method": "csq", "method.strength": 0.3},
+        {"method": "fliqs", "method.formats": ["int2", "int4", "e2m1"]},
     ],
 )
 def test_learned_widths_end_on_formats(fields: dict[str, object], tmp_path: Path) -> None:
@@ -262,8 +272,8 @@ def test_binary_weights_and_inputs_train() -> None:
     ("fields", "text"),
     [
         ({"method": "l4q", "switch_at": 0.5}, "switch_at"),
-        ({"method": "fliqs", "formats": ["int4", "mxfp4"]}, "formats"),
-        ({"method": "csq", "ramp": 0.5}, "ramp"),
+        ({"method": "fliqs", "method.formats": ["int4", "mxfp4"]}, "formats"),
+        ({"method": "csq", "method.ramp": 0.5}, "ramp"),
     ],
 )
 def test_refusals(fields: dict[str, object], text: str) -> None:

@@ -114,7 +114,7 @@ def test_norm_test_grows_the_batch_in_the_loop() -> None:
         small(),
         steps=40,
         batch_size=4,
-        lr=0.05,
+        learning_rate=0.05,
         optimizer=lambda model: torch.optim.Adagrad(model.parameters(), lr=0.05),
         before_step=[rule],
     )
@@ -177,7 +177,7 @@ def test_weight_standardisation() -> None:
     weight = layer.weight.detach()
     torch.testing.assert_close(weight.mean(1), torch.zeros(16), atol=1e-6, rtol=0)
     torch.testing.assert_close(weight.std(1, unbiased=False), torch.ones(16), atol=1e-5, rtol=0)
-    run = fit(on, steps=30, lr=1e-2)
+    run = fit(on, steps=30, learning_rate=1e-2)
     assert run.history.loss.iloc[-1] < run.history.loss.iloc[0]
     torch.testing.assert_close(layer.weight.detach().mean(1), torch.zeros(16), atol=1e-6, rtol=0)
     # the gradient lives in the tangent space: orthogonal to constants and to the weight itself

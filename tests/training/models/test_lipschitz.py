@@ -74,9 +74,14 @@ def test_causal_and_trained_within_its_cap() -> None:
         on,
         steps=30,
         batch_size=10,
-        lr=0.1,
-        optimizer="muon",
-        optimizer_options={"scale": "none", "weight_map": "soft-cap", "cap": 1.5, "adamw_ratio": 0.1},
+        learning_rate=0.1,
+        optimizer={
+            "name": "muon",
+            "scale": "none",
+            "weight_map": "soft-cap",
+            "cap": 1.5,
+            "adamw_ratio": 0.1,
+        },
     )
     assert run.history.loss.iloc[-1] < run.history.loss.iloc[0]
     assert max(spectral_norm(m) for m in made.blocks.modules() if isinstance(m, torch.nn.Linear)) <= 1.5 * (

@@ -10,6 +10,15 @@ import torch
 
 from workbench.errors import BadInput
 from workbench.training.schedule import schedules as s
+from workbench.training.schedule.power import PowerLR
+from workbench.training.schedule.time_budget import TimeBudgetLR
+
+PROFILES = [n for n, e in s.LEARNING_RATE_SCHEDULE.entries.items() if "scheduler" not in e.traits]
+
+
+def at(name: str, p: float, **options: object) -> float:
+    """A schedule's multiple of the peak at the finished fraction p."""
+    return s.profile(name, **options)(p)
 
 
 def optimizer(lr: float = 1.0) -> torch.optim.Optimizer:
@@ -17,41 +26,40 @@ def optimizer(lr: float = 1.0) -> torch.optim.Optimizer:
 
 
 def test_rex() -> None:
-    assert s.rex(0.5) == pytest.approx(2 / 3, abs=1e-15) and s.rex(0) == 1 and s.rex(1) == 0
+    assert at("rex", 0.5) == pytest.approx(2 / 3, abs=1e-15) and at("rex", 0) == 1 and at("rex", 1) == 0
     for p in np.linspace(0, 1, 11):
-        assert s.rex(p) == pytest.approx(2 * (1 - p) / (2 - p)) and s.linear(p) <= s.rex(p)
+        assert at("rex", p) == pytest.approx(2 * (1 - p) / (2 - p)) and at("linear", p) <= at("rex", p)
 
 
 def test_uba() -> None:
     for p in np.linspace(0, 1, 101):
-        assert s.uba(p, 2.0) == pytest.approx(s.cosine(p), abs=1e-14)
-        assert s.uba(p, 0.5) >= s.uba(p, 2.0) - 1e-15 >= s.uba(p, 5.0) - 2e-15
+        assert at("uba", p, phi=2.0) == pytest.approx(at("cosine", p), abs=1e-14)
+        assert at("uba", p, phi=0.5) >= at("uba", p, phi=2.0) - 1e-15 >= at("uba", p, phi=5.0) - 2e-15
     for phi in (0.25, 1.0, 5.0, 20.0):
-        values = [s.uba(p, phi, final=0.1) for p in np.linspace(0, 1, 101)]
+        values = [at("uba", p, phi=phi, final=0.1) for p in np.linspace(0, 1, 101)]
         assert (
             values[0] == pytest.approx(1)
             and values[-1] == pytest.approx(0.1)
             and all(np.diff(values) <= 1e-15)
         )
         for p in np.linspace(0, 0.99, 12):
-            assert 1 / s.uba(p, phi) - 1 == pytest.approx(phi / 2 * (1 / s.cosine(p) - 1))
+            assert 1 / at("uba", p, phi=phi) - 1 == pytest.approx(phi / 2 * (1 / at("cosine", p) - 1))
 
 
 def test_infinite_corners() -> None:
     for shape in ("cosine", "inverse-sqrt"):
-        at = lambda p, shape=shape: s.infinite(p, 0.3, 0.4, 0.2, 0.02, shape)  # noqa: E731
-        assert at(0) == 1 and at(0.3) == 0.4 and at(0.3 - 1e-12) == pytest.approx(0.4) and at(0.79) == 0.4
-        assert at(0.9) == pytest.approx(math.sqrt(0.4 * 0.02)) and at(1) == pytest.approx(0.02)
-    assert s.infinite(1.0, anneal=0.0, constant=0.3) == 0.3
+        rate = s.profile("infinite", cooldown=0.3, constant=0.4, anneal=0.2, final=0.02, shape=shape)
+        assert rate(0) == 1 and rate(0.3) == 0.4 and rate(0.3 - 1e-12) == pytest.approx(0.4)
+        assert rate(0.79) == 0.4
+        assert rate(0.9) == pytest.approx(math.sqrt(0.4 * 0.02)) and rate(1) == pytest.approx(0.02)
+    assert at("infinite", 1.0, anneal=0.0, constant=0.3) == 0.3
 
 
 def test_power() -> None:
     """Batch and token number agnostic: constant until the power law falls below the peak; the law itself;
     the decay's ends.
     """
-    rate = s.PowerLR(
-        optimizer(0.02), 1000, batch=128, tokens=128 * 4096, warmup=10, decay=0.1, final=0.01
-    ).rate
+    rate = PowerLR(optimizer(0.02), 1000, batch=128, tokens=128 * 4096, warmup=10, decay=0.1, final=0.01).rate
     crossing = (0.02 / (128 * 4)) ** (1 / -0.51) / (128 * 4096)  # the step whose tokens give exactly the peak
     assert rate(0.02, 20) == 0.02 if crossing > 21 else True
     late = 800
@@ -60,26 +68,30 @@ def test_power() -> None:
         rate(0.02, 900) * 0.01
     )
     # two budgets share the rate up to the earlier one's decay
-    longer = s.PowerLR(optimizer(0.02), 5000, batch=128, tokens=128 * 4096, warmup=10).rate
+    longer = PowerLR(optimizer(0.02), 5000, batch=128, tokens=128 * 4096, warmup=10).rate
     assert all(rate(0.02, t) == longer(0.02, t) for t in range(900))
     # doubling the batch at the same tokens doubles the law
-    double = s.PowerLR(optimizer(1e9), 500, batch=256, tokens=256 * 4096).rate
+    double = PowerLR(optimizer(1e9), 500, batch=256, tokens=256 * 4096).rate
     assert double(1e9, 99) == pytest.approx(
-        2 * s.PowerLR(optimizer(1e9), 1000, batch=128, tokens=128 * 4096).rate(1e9, 199)
+        2 * PowerLR(optimizer(1e9), 1000, batch=128, tokens=128 * 4096).rate(1e9, 199)
     )
 
 
 def test_wsd() -> None:
-    assert s.wsd(0.8) == 1 and s.wsd(0.9) == pytest.approx(0.5) and s.wsd(1.0) == pytest.approx(0, abs=1e-15)
-    assert s.wsd(0.85, shape="sqrt") == pytest.approx(0.5) and s.wsd(0.9, shape="cosine") == pytest.approx(
-        0.5
+    assert (
+        at("wsd", 0.8) == 1
+        and at("wsd", 0.9) == pytest.approx(0.5)
+        and at("wsd", 1.0) == pytest.approx(0, abs=1e-15)
     )
-    assert s.wsd(0.9, shape="exponential") == pytest.approx(0.1)
+    assert at("wsd", 0.85, shape="sqrt") == pytest.approx(0.5) and at(
+        "wsd", 0.9, shape="cosine"
+    ) == pytest.approx(0.5)
+    assert at("wsd", 0.9, shape="exponential") == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", s.PROFILES)
+@pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_starts_at_one_and_never_rises(name: str) -> None:
-    values = [s.PROFILES[name](p) for p in np.linspace(0, 1, 201)]
+    values = [at(name, p) for p in np.linspace(0, 1, 201)]
     assert values[0] == pytest.approx(1.0) and min(values) >= 0 and max(np.diff(values)) <= 1e-12
 
 
@@ -99,7 +111,7 @@ def test_equal_to_torch_where_torch_has_them() -> None:
             theirs.optimizer.step()
             theirs.step()
         np.testing.assert_allclose(mine, expected, atol=1e-9, err_msg=name)
-    one = s.sampled("one-cycle", 40, lr=2.0)
+    one = s.sampled("one-cycle", 40, learning_rate=2.0)
     assert one.max() == pytest.approx(2.0, rel=0.01) and one[0] == pytest.approx(2.0 / 25)
 
 
@@ -108,12 +120,14 @@ def test_warmup_and_sampling() -> None:
     np.testing.assert_allclose(values[:11], np.arange(1, 12) / 11)
     assert values[10] == 1.0
     coarse = s.sampled("rex", 100, sampling=25)
-    assert len(set(coarse)) == 4 and coarse[25] == pytest.approx(s.rex(0.25)) and coarse[99] == coarse[75]
+    assert len(set(coarse)) == 4 and coarse[25] == pytest.approx(at("rex", 0.25)) and coarse[99] == coarse[75]
 
 
 def test_time_budget() -> None:
     now = [0.0]
-    schedule = s.TimeBudgetLR(opt := optimizer(), s.linear, total=10.0, warmup=2.0, clock=lambda: now[0])
+    schedule = TimeBudgetLR(
+        opt := optimizer(), s.profile("linear"), total=10.0, warmup=2.0, clock=lambda: now[0]
+    )
     seen = {}
     for now[0] in (1.0, 2.0, 6.0, 10.0):
         opt.step()
@@ -123,7 +137,7 @@ def test_time_budget() -> None:
     now[0] = 6.0
     state = schedule.state_dict()
     now[0] = 100.0
-    again = s.TimeBudgetLR(optimizer(), s.linear, total=10.0, warmup=2.0, clock=lambda: now[0])
+    again = TimeBudgetLR(optimizer(), s.profile("linear"), total=10.0, warmup=2.0, clock=lambda: now[0])
     again.load_state_dict(state)
     assert again.elapsed == pytest.approx(6.0)
 
@@ -144,7 +158,7 @@ def test_areas() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(BadInput, match="needs the options batch"):
+    with pytest.raises(BadInput, match="schedule.batch: "):
         s.make_schedule("power")
     with pytest.raises(BadInput, match="warmup"):
         s.make_schedule("cosine", warmup=1.0)

@@ -66,7 +66,7 @@ def test_steps_to_a_known_loss() -> None:
         CustomLoss(lambda output, batch: 0.5 * output.square().mean()),
         {"train": columns, "validation": columns},
     )
-    made = {"batch_size": 8, "lr": 0.1, "optimizer": "sgd", "optimizer_options": {"momentum": 0.0}}
+    made = {"batch_size": 8, "learning_rate": 0.1, "optimizer": {"name": "sgd", "momentum": 0.0}}
     found, run = steps_to_target(on.copy(), 0.5 * 0.81**7, 100, **made)
     assert found == pytest.approx(7, abs=1e-3) and run.step in (7, 8)
     assert steps_to_target(on.copy(), 0.5 * 0.81**50, 20, **made)[0] == math.inf
@@ -105,9 +105,9 @@ def test_both_estimates_in_one_run(cache: Path) -> None:
     study = CriticalBatch(
         target=0.6,
         batch_sizes=(5, 20, 60),
-        lr_low=1e-2,
-        lr_high=4e-2,
-        lr_points=3,
+        learning_rate_low=1e-2,
+        learning_rate_high=4e-2,
+        learning_rate_points=3,
         examples=2000,
         steps=60,
         noise_groups=8,
@@ -140,9 +140,9 @@ def test_both_estimates_in_one_run(cache: Path) -> None:
 def test_nothing_reached_and_wrong_requests(cache: Path) -> None:
     common = dict(
         batch_sizes=(5, 20, 60),
-        lr_low=1e-6,
-        lr_high=1e-6,
-        lr_points=1,
+        learning_rate_low=1e-6,
+        learning_rate_high=1e-6,
+        learning_rate_points=1,
         examples=16,
         steps=10,
         noise_groups=4,

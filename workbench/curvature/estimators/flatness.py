@@ -1,15 +1,16 @@
 """Flatness study: models with the same pre-training loss, their Hessian trace and top eigenvalue,
 and what they learned (Liu et al. 2023).
 
-The corpus is a hidden Markov chain, so the downstream question has an answer: which hidden state is the chain
-in? Small causal transformers are trained with several optimizers and noise levels for the same number
-of steps. The loss at which they are compared comes from the runs themselves: the lowest validation loss
-of the run that got least far. Every run's checkpoint is the one where it first got there; then its curvature
-is measured and a linear probe reads the hidden state from its features.
+The corpus (`hidden-markov`) is a hidden Markov chain, so the downstream question has an answer: which hidden
+state is the chain in? Small causal transformers are trained with several optimizers and noise levels for the
+same number of steps. The loss at which they are compared comes from the runs themselves: the lowest
+validation loss of the run that got least far. Every run's checkpoint is the one where it first got there;
+then its curvature is measured and a linear probe reads the hidden state from its features.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,56 +24,11 @@ from workbench.curvature.estimators.eigenpairs import eigenpairs
 from workbench.curvature.estimators.traces import hutchinson
 from workbench.curvature.operators.curvature_operator import curvature_operator
 from workbench.progress import Progress
-from workbench.subjects import TASKS, Subject
+from workbench.subjects import Subject
+from workbench.subjects.builtin.hidden_markov import Corpus
 
-
-@dataclass(frozen=True)
-class Corpus:
-    """Token sequences (n, length), and the hidden state at every position."""
-
-    tokens: Tensor
-    states: Tensor
-
-
-def hidden_markov(
-    count: int, length: int = 24, states: int = 6, tokens: int = 24, seed: int = 0, rules: int = 0
-) -> Corpus:
-    """Sequences of a sticky hidden chain whose states emit overlapping sets of tokens;
-    `rules` seeds the chain itself.
-    """
-    draw, world = np.random.default_rng(seed), np.random.default_rng(rules)
-    move = 0.85 * np.eye(states)[world.permutation(states)] + 0.15 * world.dirichlet(np.ones(states), states)
-    emit = world.dirichlet(0.35 * np.ones(tokens), states)
-    hidden = np.empty((count, length), dtype=np.int64)
-    seen = np.empty_like(hidden)
-    hidden[:, 0] = draw.integers(states, size=count)
-    for t in range(length):
-        if t:
-            hidden[:, t] = (
-                (draw.random(count)[:, None] > move[hidden[:, t - 1]].cumsum(1)).sum(1).clip(max=states - 1)
-            )
-        seen[:, t] = (draw.random(count)[:, None] > emit[hidden[:, t]].cumsum(1)).sum(1).clip(max=tokens - 1)
-    return Corpus(torch.tensor(seen), torch.tensor(hidden))
-
-
-def small_model(seed: int, width: int = 32, tokens: int = 24) -> nn.Module:
-    import transformers
-
-    torch.manual_seed(seed)
-    config = transformers.GPT2Config(
-        vocab_size=tokens,
-        n_embd=width,
-        n_layer=2,
-        n_head=2,
-        n_positions=32,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return transformers.GPT2LMHeadModel(config)
-
+#: Splits that the probe is fitted on and judged by.
+PROBED = ("read", "asked")
 
 # name -> (optimizer, rate, batch): what varies is how noisy the path to the same loss is
 RECIPES: dict[str, tuple[str, float, int]] = {
@@ -118,7 +74,7 @@ def train(
                 )
         rows = torch.randint(subject.size("train"), (batch,), generator=draw)
         rule.zero_grad()
-        subject.loss({k: v[rows] for k, v in columns.items()}).backward()
+        subject.loss({k: v[rows].to(subject.device) for k, v in columns.items()}).backward()
         rule.step()
     return found
 
@@ -141,33 +97,33 @@ def probe_accuracy(model: nn.Module, fit: Corpus, test: Corpus) -> float:
     body = model.transformer
 
     def features(corpus: Corpus) -> np.ndarray:
-        return body(corpus.tokens).last_hidden_state[:, -1].numpy()
+        return body(corpus.tokens.to(model.device)).last_hidden_state[:, -1].cpu().numpy()
 
     reader = LogisticRegression(max_iter=500).fit(features(fit), fit.states[:, -1].numpy())
     return float(reader.score(features(test), test.states[:, -1].numpy()))
 
 
+def untrained(on: Subject, seed: int) -> Subject:
+    """The subject's architecture with weights drawn from `seed`."""
+    torch.manual_seed(seed)
+    return on.with_model(type(on.model)(copy.deepcopy(on.model.config)).to(on.device))
+
+
 def flatness_study(
-    seeds: int = 3, steps: int = 1500, examples: int = 64, probes: int = 48, progress: Progress | None = None
+    on: Subject,
+    seeds: int = 3,
+    steps: int = 1500,
+    examples: int = 64,
+    probes: int = 48,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """One row a model: recipe, seed, validation loss and step of its checkpoint, trace with standard error,
     top eigenvalue, probe accuracy.
     """
     progress = progress or Progress()
-    parts = {
-        name: hidden_markov(count, seed=i)
-        for i, (name, count) in enumerate(
-            (("train", 4096), ("validation", 512), ("fit", 1024), ("test", 1024))
-        )
-    }
-    splits = {
-        name: {"input_ids": parts[name].tokens, "labels": parts[name].tokens}
-        for name in ("train", "validation")
-    }
     jobs = [(name, recipe, seed) for seed in range(seeds) for name, recipe in RECIPES.items()]
-    subjects = [
-        Subject("hidden-markov", small_model(seed), TASKS["causal-lm"](), splits) for _, _, seed in jobs
-    ]
+    subjects = [untrained(on, seed) for _, _, seed in jobs]
+    read, asked = (Corpus(on.split(name)["input_ids"], on.split(name)["states"]) for name in PROBED)
     runs = []
     for subject, (_, recipe, seed) in zip(progress.track(subjects, "models trained"), jobs, strict=False):
         runs.append(train(subject, recipe, seed, steps))
@@ -192,7 +148,7 @@ def flatness_study(
                 "trace": trace.value,
                 "trace_standard_error": trace.error,
                 "top_eigenvalue": float(top.values[0]),
-                "probe_accuracy": probe_accuracy(subject.model, parts["fit"], parts["test"]),
+                "probe_accuracy": probe_accuracy(subject.model, read, asked),
             }
         )
     return pd.DataFrame(rows)

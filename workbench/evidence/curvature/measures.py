@@ -114,9 +114,10 @@ def measure_batch_theory(name: str, progress: Progress) -> dict[str, Any]:
 
 
 def measure_flatness(name: str, progress: Progress) -> dict[str, Any]:
+    import workbench
     from workbench.curvature.estimators.flatness import flatness_study, rank_correlations
 
-    table = flatness_study(progress=progress)
+    table = flatness_study(workbench.subject("hidden-markov"), progress=progress)
     found = rank_correlations(table)
     holds = found["trace_correlation"] < 0 and found["trace_p"] < 0.05
     return {

@@ -24,10 +24,11 @@ def leaderboard(
     sparsities: Sequence[float],
     seeds: Sequence[int] = (0, 1, 2),
     progress: Progress | None = None,
+    gradients: int = 256,
     **fields: Any,
 ) -> pd.DataFrame:
     """One row for each method, sparsity and seed: test loss, accuracy and the dense loss;
-    `fields` go to every `Prune` alike.
+    `fields` go to every `Prune` alike, `gradients` to those that measure any.
 
     The seed is the network's own for `digits-vit` (trained anew for each) and the pruning's otherwise.
     """
@@ -38,7 +39,7 @@ def leaderboard(
         raise BadInput("leaderboard: give at least one method, one sparsity and one seed")
     shared: dict[str, Any] = {"predict_examples": 0} | fields
     plan = [
-        (seed, Prune(method=m, sparsity=s, seed=seed, **shared))  # type: ignore[arg-type]
+        (seed, Prune(method=m, sparsity=s, seed=seed, **shared).with_gradients(gradients))
         for seed in seeds
         for m in methods
         for s in sparsities
@@ -54,7 +55,7 @@ def leaderboard(
         facts = instrument.run(subjects[seed], progress=Progress()).facts
         rows.append(
             {
-                "method": instrument.method,
+                "method": str(instrument.method),
                 "asked": instrument.sparsity,
                 "seed": seed,
                 **{

@@ -22,8 +22,9 @@ def arms_at(sparsity: float, **methods: dict[str, Any]) -> dict[str, dict[str, A
 
 
 HN = {"pattern": "heads+neurons"}
-TUNE = {"recovery": "finetune", "recovery_steps": 60, "lr": 1e-3}
-GRADUAL = TUNE | {"schedule": "cubic", "steps": 6}
+TUNE = {"recovery": {"name": "finetune", "steps": 60, "learning_rate": 1e-3}}
+ADAPTERS = {"recovery": {"name": "low-rank", "steps": 60, "learning_rate": 2e-3}}
+GRADUAL = TUNE | {"schedule": {"name": "cubic", "events": 6}}
 
 MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "obert": functools.partial(
@@ -110,7 +111,9 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     ),
     "icbs": functools.partial(
         compare,
-        arms=arms_at(0.5, icbs={"method": "icbs", "gradients": 128, "damp": 1.0}, wanda={"method": "wanda"}),
+        arms=arms_at(
+            0.5, icbs={"method": {"name": "icbs", "gradients": 128, "damp": 1.0}}, wanda={"method": "wanda"}
+        ),
         claims=[("icbs", "wanda")],
     ),
     "gradual-magnitude": functools.partial(
@@ -136,7 +139,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
             taylor=HN | {"method": "llm-pruner"},
             magnitude=HN | {"method": "magnitude"},
             random=HN | {"method": "random"},
-            recovered=HN | {"method": "llm-pruner", "recovery": "low-rank", "recovery_steps": 40, "lr": 2e-3},
+            recovered=HN | ADAPTERS | {"method": "llm-pruner", "recovery.steps": 40},
         ),
         claims=[("taylor", "magnitude"), ("taylor", "random"), ("recovered", "taylor")],
     ),
@@ -155,7 +158,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         compare,
         arms=arms_at(
             0.7,
-            adapters={"method": "magnitude", "recovery": "low-rank", "recovery_steps": 60, "lr": 2e-3},
+            adapters=ADAPTERS | {"method": "magnitude"},
             none={"method": "magnitude"},
             full=TUNE | {"method": "magnitude"},
         ),
@@ -165,7 +168,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         compare,
         arms=arms_at(
             0.6,
-            adapted={"method": "wanda", "recovery": "low-rank", "recovery_steps": 60, "lr": 2e-3},
+            adapted=ADAPTERS | {"method": "wanda"},
             wanda={"method": "wanda"},
         ),
         claims=[("adapted", "wanda")],
@@ -174,7 +177,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         compare,
         arms=arms_at(
             0.9,
-            distil=TUNE | {"method": "obert", "recovery": "distil"},
+            distil={"method": "obert", "recovery": TUNE["recovery"] | {"name": "distil"}},
             task=TUNE | {"method": "obert"},
             none={"method": "obert"},
         ),

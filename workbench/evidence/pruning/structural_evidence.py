@@ -116,9 +116,14 @@ def tuned(on: Subject, fields: dict[str, Any], rates: Sequence[float], progress:
     """Test facts of one pruning with the learning rate that is best on the validation split."""
     shared: dict[str, Any] = {"predict_examples": 0} | fields
     best = min(
-        rates, key=lambda lr: Prune(**shared, lr=lr, test_split="validation").run(on, progress).facts["loss"]
+        rates,
+        key=lambda rate: at_rate(shared | {"test_split": "validation"}, rate).run(on, progress).facts["loss"],
     )
-    return Prune(**shared, lr=best).run(on, progress).facts | {"lr": best}
+    return at_rate(shared, best).run(on, progress).facts | {"lr": best}
+
+
+def at_rate(fields: dict[str, Any], rate: float) -> Prune:
+    return Prune(**fields, **{"recovery.learning_rate": rate})
 
 
 def rates_compared(
@@ -158,7 +163,7 @@ def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 
     and the small configuration from random weights; equal steps.
     """
     import workbench
-    from workbench.pruning.engine.dimensions import train
+    from workbench.pruning.engine.dimensions import ShrunkRecovery
 
     rates = (2e-3, 6e-3)
     arms: dict[str, list[float]] = {
@@ -180,7 +185,7 @@ def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 
             arms[label].append(
                 tuned(
                     on,
-                    shared | {"recovery": recovery, "recovery_steps": steps, "seed": seed},
+                    shared | {"recovery": recovery, "recovery.steps": steps, "seed": seed},
                     rates,
                     progress,
                 )["loss"]
@@ -196,14 +201,11 @@ def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 
         for rate in rates:
             torch.manual_seed(seed)
             fresh = on.with_model(type(on.model)(copy.deepcopy(config)))
-            train(
-                Prune(**shared, recovery="finetune", recovery_steps=steps, lr=rate, seed=seed),
-                fresh,
-                None,
-                0,
-                steps,
-                progress,
+            run = ShrunkRecovery(
+                fresh, fresh.layers(), "finetune", steps, rate, 16, seed=seed, progress=progress
             )
+            run.advance(steps)
+            run.finish()
             found[rate] = fresh
         best = min(rates, key=lambda rate: found[rate].evaluate("validation")["loss"])
         arms["from random weights"].append(found[best].evaluate("test")["loss"])
@@ -241,16 +243,16 @@ def heapr(name: str, progress: Progress, examples: int = 32, windows: int = 64) 
     """bytemoe without 25 % and 50 % of its experts' neurons, by several scores, beside as many whole experts;
     and the score against the loss.
     """
+    from workbench.pruning.axes import SALIENCY
     from workbench.pruning.calibration import Calibration
-    from workbench.pruning.engine.structures import UNIT_SALIENCIES
     from workbench.subjects.structure.units import discover
 
     on = with_windows("bytemoe", windows, progress)
     arms: dict[str, list[float]] = {}
-    shared: dict[str, Any] = {"predict_examples": 0, "gradients": examples, "calibration_examples": examples}
+    shared: dict[str, Any] = {"predict_examples": 0, "calibration_examples": examples}
     for share in (0.25, 0.5):
         for label, fields in (
-            ("heapr", {"method": "heapr"}),
+            ("heapr", {"method": "heapr", "saliency.gradients": examples}),
             ("magnitude", {"method": "magnitude", "allocation": "global"}),
             ("random", {"method": "random"}),
             ("whole experts by usage", {"method": "premoe", "saliency": "usage", "pattern": "experts"}),
@@ -266,9 +268,8 @@ def heapr(name: str, progress: Progress, examples: int = 32, windows: int = 64) 
         for other in ("magnitude", "random", "whole experts by usage")
     ]
     groups = discover(on.model, ("neurons",))
-    scores = UNIT_SALIENCIES["heapr"].score(
-        Calibration(on, on.layers(), gradients=examples, progress=progress), groups
-    )
+    score = SALIENCY.chosen({"name": "heapr", "gradients": examples})
+    scores = score(Calibration(on, on.layers(), progress=progress), groups)
     dense = on.evaluate("calibration", limit=examples)["loss"]
     predicted, measured = [], []
     generator = torch.Generator().manual_seed(0)
@@ -409,8 +410,7 @@ def speed_targets(
                 Prune(
                     method=method,
                     pattern="heads+neurons",
-                    allocation="latency",
-                    speedup=speedup,
+                    allocation={"name": "latency", "speedup": speedup},
                     predict_examples=0,
                 )
                 .run(on, progress, cache=False)

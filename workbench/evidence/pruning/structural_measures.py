@@ -11,9 +11,9 @@ from workbench.evidence.pruning import structural_evidence as evidence
 from workbench.progress import Progress
 
 HN = {"pattern": "heads+neurons"}
-HEAL = {"recovery": "low-rank", "recovery_steps": 40, "lr": 2e-3}
-TUNE = {"recovery": "finetune", "recovery_steps": 60, "lr": 1e-3}
-DISTIL = {"recovery": "distil", "recovery_steps": 24, "lr": 1e-3, "batch_size": 4}
+HEAL = {"recovery": {"name": "low-rank", "steps": 40, "learning_rate": 2e-3}}
+TUNE = {"recovery": {"name": "finetune", "steps": 60, "learning_rate": 1e-3}}
+DISTIL = {"recovery": {"name": "distil", "steps": 24, "learning_rate": 1e-3, "batch_size": 4}}
 
 
 def depth(sparsity: float, **more: Any) -> dict[str, dict[str, Any]]:
@@ -48,7 +48,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
             "equal shares": HN | {"method": "adapt-pruner", "sparsity": 0.5, "allocation": "layer"},
             "in five steps": HN
             | TUNE
-            | {"method": "adapt-pruner", "sparsity": 0.5, "schedule": "linear", "steps": 5},
+            | {"method": "adapt-pruner", "sparsity": 0.5, "schedule": {"name": "linear", "events": 5}},
             "at once": HN | TUNE | {"method": "adapt-pruner", "sparsity": 0.5},
         },
         claims=[("adaptive", "equal shares"), ("in five steps", "at once")],
@@ -64,7 +64,9 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
             "bytelm": {
                 "arms": depth(0.25)
                 | {
-                    "angular, healed": depth(0.25)["angular"] | HEAL | {"recovery_steps": 20, "batch_size": 4}
+                    "angular, healed": depth(0.25)["angular"]
+                    | HEAL
+                    | {"recovery.steps": 20, "recovery.batch_size": 4}
                 },
                 "source": "bytelm",
                 "claims": [("angular", "random"), ("angular", "deepest"), ("angular, healed", "angular")],
@@ -78,16 +80,14 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                 "method": "pat",
                 "pattern": "channels",
                 "sparsity": 0.25,
-                "recovery": "low-rank",
-                "recovery_steps": 60,
-                "rank": 28,
+                "saliency.rank": 28,
+                "recovery": {"name": "low-rank", "steps": 60},
             },
             "prune, then adapters": {
                 "method": "minitron",
                 "pattern": "channels",
                 "sparsity": 0.25,
-                "recovery": "low-rank",
-                "recovery_steps": 60,
+                "recovery": {"name": "low-rank", "steps": 60},
             },
         },
         claims=[("pat", "prune, then adapters")],
@@ -103,12 +103,11 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                 "method": "slimmoe",
                 "pattern": "neurons",
                 "sparsity": 0.5,
-                "schedule": "linear",
-                "steps": 2,
-                "gradients": 32,
+                "schedule": {"name": "linear", "events": 2},
+                "saliency.gradients": 32,
             },
             "one stage": DISTIL
-            | {"method": "slimmoe", "pattern": "neurons", "sparsity": 0.5, "gradients": 32},
+            | {"method": "slimmoe", "pattern": "neurons", "sparsity": 0.5, "saliency.gradients": 32},
             "half of the experts": DISTIL | {"method": "premoe", "pattern": "experts", "sparsity": 0.5},
         },
         claims=[("two stages", "one stage"), ("one stage", "half of the experts")],

@@ -26,7 +26,7 @@ from workbench.progress import Progress
 from workbench.subjects import Subject
 
 # One epoch of the training split is 320 such steps; what is asked of each pruning is the project's own goal.
-RECOVERY: dict[str, Any] = {"recovery": "distil", "lr": 2e-4, "batch_size": 16, "gradients": 64}
+RECOVERY: dict[str, Any] = {"recovery": {"name": "distil", "learning_rate": 2e-4, "batch_size": 16}}
 
 
 def sparse(**fields: Any) -> Any:
@@ -79,23 +79,19 @@ def measured_gains(base: Subject, subjects: dict[str, Subject]) -> dict[str, dic
     return {label: {"speedup": measured_speedup(base, on, 64)} for label, on in subjects.items()}
 
 
-LYING: dict[str, Any] = {"steps": 100, "lr": 1e-3}
+LYING: dict[str, Any] = {"steps": 100, "learning_rate": 1e-3}
 GRADUAL: dict[str, Any] = {
-    "recovery": "finetune",
-    "recovery_steps": 100,
-    "lr": 1e-3,
-    "batch_size": 32,
-    "schedule": "cubic",
-    "steps": 5,
+    "recovery": {"name": "finetune", "steps": 100, "learning_rate": 1e-3, "batch_size": 32},
+    "schedule": {"name": "cubic", "events": 5},
 }
-BYTES: dict[str, Any] = {"steps": 150, "lr": 3e-3, "batch_size": 16, "start": "random"}
-MORE: dict[str, Any] = {"steps": 75, "lr": 1e-3, "batch_size": 16}
+BYTES: dict[str, Any] = {"steps": 150, "learning_rate": 3e-3, "batch_size": 16, "start": "random"}
+MORE: dict[str, Any] = {"steps": 75, "learning_rate": 1e-3, "batch_size": 16}
 APART: dict[str, Any] = {
     "steps": 200,
-    "lr": 1e-3,
+    "learning_rate": 1e-3,
     "start": "random",
     "stages": 5,
-    "data": "megabatches",
+    "portion": "megabatches",
     "sparsity": 0.9,
 }
 
@@ -124,7 +120,13 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         recovered_accuracy,
         targets={
             "2:4": (
-                RECOVERY | {"method": "sparsegpt", "pattern": "2:4", "recovery_steps": 480, "lr": 1e-4},
+                RECOVERY
+                | {
+                    "method": "sparsegpt",
+                    "pattern": "2:4",
+                    "recovery.steps": 480,
+                    "recovery.learning_rate": 1e-4,
+                },
                 1.0,
                 0.0,
             ),
@@ -134,9 +136,8 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                     "method": "ziplm",
                     "pattern": "heads+neurons",
                     "sparsity": 0.5,
-                    "schedule": "cubic",
-                    "steps": 3,
-                    "recovery_steps": 480,
+                    "schedule": {"name": "cubic", "events": 3},
+                    "recovery.steps": 480,
                 },
                 3.0,
                 1.4,
@@ -146,9 +147,10 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                 | {
                     "method": "obert",
                     "sparsity": 0.8,
-                    "schedule": "cubic",
-                    "steps": 4,
-                    "recovery_steps": 640,
+                    "saliency.gradients": 64,
+                    "compensation.gradients": 64,
+                    "schedule": {"name": "cubic", "events": 4},
+                    "recovery.steps": 640,
                 },
                 1.0,
                 0.0,
@@ -167,8 +169,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                     method="block-movement",
                     pattern="hybrid 8x8",
                     objective="task",
-                    penalty=20.0,
-                    score_lr=0.1,
+                    masks={"name": "gates", "penalty": 20.0, "learning_rate": 0.1},
                     **LYING,
                 ),
             ],
@@ -215,7 +216,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
             "dense": [sparse(method="dense", **BYTES)],
             "2:4": [sparse(method="spdf", pattern="2:4", **BYTES)],
             "double-pruned": [sparse(method="slope", pattern="2:4", terms="none", **BYTES)],
-            "with adapters": [sparse(method="slope", pattern="2:4", lazy=0.1, **BYTES)],
+            "with adapters": [sparse(method="slope", pattern="2:4", **{"backward.lazy": 0.1}, **BYTES)],
         },
         claims=[
             Claim(
@@ -231,7 +232,9 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
             "dense": [sparse(method="dense", **BYTES)],
             "static": [sparse(method="spdf", sparsity=0.9, **BYTES)],
             "moving": [sparse(method="dsl", sparsity=0.9, **BYTES)],
-            "moving at random": [sparse(method="dsl", sparsity=0.9, regrow_by="random", **BYTES)],
+            "moving at random": [
+                sparse(method="dsl", sparsity=0.9, **{"masks.regrow_by": "random"}, **BYTES)
+            ],
         },
         claims=[
             better("moving < static", "moving", "static"),
@@ -274,7 +277,16 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         compare_arms,
         make=digits,
         arms={
-            "PST": ["lying", sparse(method="pst", sparsity=0.8, rank=4, steps=100, lr=3e-3)],
+            "PST": [
+                "lying",
+                sparse(
+                    method="pst",
+                    sparsity=0.8,
+                    steps=100,
+                    learning_rate=3e-3,
+                    **{"masks.rank": 4, "terms.rank": 4},
+                ),
+            ],
             "movement": ["lying", pruned(method="movement", sparsity=0.8, **GRADUAL)],
             "magnitude": ["lying", pruned(method="magnitude", sparsity=0.8, **GRADUAL)],
         },
@@ -287,11 +299,11 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         compare_arms,
         make=digits,
         arms={
-            "adapters": ["lying", sparse(method="lora", steps=100, lr=3e-3)],
-            "DSEE": ["lying", sparse(method="dsee", stages=2, steps=100, lr=3e-3)],
+            "adapters": ["lying", sparse(method="lora", steps=100, learning_rate=3e-3)],
+            "DSEE": ["lying", sparse(method="dsee", stages=2, steps=100, learning_rate=3e-3)],
             "random support": [
                 "lying",
-                sparse(method="dsee", stages=2, steps=100, lr=3e-3, support="random"),
+                sparse(method="dsee", stages=2, steps=100, learning_rate=3e-3, **{"terms.support": "random"}),
             ],
         },
         claims=[
@@ -321,7 +333,10 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         arms={
             "chosen": ["lying-100", subtuned(steps=60, most=2)],
             "full": ["lying-100", sparse(method="dense", steps=60)],
-            "last block": ["lying-100", sparse(method="dense", trainable="blocks", blocks="2", steps=60)],
+            "last block": [
+                "lying-100",
+                sparse(method="dense", trainable={"name": "blocks", "blocks": "2"}, steps=60),
+            ],
             "head": ["lying-100", sparse(method="dense", trainable="head", steps=60)],
         },
         claims=[

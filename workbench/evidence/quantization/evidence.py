@@ -54,10 +54,10 @@ def loss_of(fields: Mapping[str, Any], subject: str, seed: int, test_examples: i
     the result cache shares comparators between cards.
     """
     common = {
-        "examples": CALIBRATION,
+        "calibration_examples": CALIBRATION,
         "predict_examples": 0,
         "test_examples": test_examples,
-        "bits": 3,
+        "format": "int3",
         "seed": seed,
     }
     return float(Quantize(**(common | dict(fields))).run(drawn(subject, seed), Progress()).facts["loss"])
@@ -119,9 +119,8 @@ ALLOCATED: dict[str, Any] = dict(
     budget=3.0,
     widths=[2, 3, 4, 8],
     group_size=4096,
-    examples=64,
+    calibration_examples=64,
     predict_examples=128,
-    probes=4,
     draws=1,
     test_examples=1024,
 )
@@ -174,7 +173,7 @@ def interactions(name: str, progress: Progress) -> dict[str, Any]:
     the additive one of the same size.
     """
     rows = []
-    settings: dict[str, Any] = ALLOCATED | dict(interactions=True, draws=0)
+    settings: dict[str, Any] = ALLOCATED | {"sensitivity.interactions": True, "draws": 0}
     for seed in progress.track(SEEDS, name):
         facts = (
             Allocate(**settings, seed=seed)
@@ -254,11 +253,10 @@ def rotations(name: str, progress: Progress) -> dict[str, Any]:
     """Four-bit weights and activations of the bytelm after folded rotations, against none."""
     rows: list[dict[str, Any]] = []
     settings = Quantize(
-        bits=4,
+        format="int4",
         granularity="channel",
-        activations="token",
-        activation_bits=4,
-        examples=16,
+        activations={"name": "token", "format": "uint4"},
+        calibration_examples=16,
         predict_examples=0,
         test_examples=TEST,
     )
@@ -348,7 +346,7 @@ def continued(rate: float, seed: int) -> Subject:
         on,
         steps=TRAINED["steps"],
         batch_size=TRAINED["batch_size"],
-        lr=rate,
+        learning_rate=rate,
         weight_decay=0.0,
         schedule="linear",
         warmup=0.0,
@@ -364,8 +362,10 @@ def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]
     Both sides train with AdamW and a linearly decaying rate;
     each takes the rate with the lower validation loss of its first seed.
     """
-    format = {"format": "int", "bits": bits} if method == "lsq" else {"format": method}
-    settings: dict[str, Any] = TRAINED | {"method": method, "bits": bits}
+    format = {"format": f"int{bits}" if method == "lsq" else method}
+    settings: dict[str, Any] = TRAINED | {"method": method}
+    if method == "lsq":
+        settings |= {"method.bits": bits}
 
     def aware(rate: float, seed: int) -> tuple[float, float]:
         result = TrainQuantized(**settings, learning_rate=rate, seed=seed).run(opened("bytelm"), Progress())
@@ -376,7 +376,7 @@ def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]
             **format,
             granularity="channel",
             range="mse",
-            examples=CALIBRATION,
+            calibration_examples=CALIBRATION,
             predict_examples=0,
             test_examples=TRAINED["test_examples"],
             seed=seed,
@@ -464,16 +464,17 @@ def merged(name: str, progress: Progress) -> dict[str, Any]:
     """
     rows, on = [], opened("digits-vit")
     rounding: dict[str, Any] = dict(
-        bits=2, granularity="channel", range="mse", predict_examples=0, test_examples=512
+        format="int2", granularity="channel", range="mse", predict_examples=0, test_examples=512
     )
     training: dict[str, Any] = dict(steps=150, batch_size=64, learning_rate=1e-3, test_examples=512)
     for seed in progress.track(SEEDS, name):
         inside = float(
-            TrainQuantized(method="l4q", bits=2, rank=8, seed=seed, **training)
+            TrainQuantized(method={"name": "l4q", "bits": 2, "rank": 8}, seed=seed, **training)
             .run(on, Progress())
             .facts["loss"]
         )
-        start = Quantize(**rounding, adapter_rank=8, adapter_steps=0, seed=seed).run(on, Progress()).subject
+        beginning = Quantize(**rounding, adapter={"name": "qlora", "rank": 8}, seed=seed)
+        start = beginning.run(on, Progress()).subject
         tuned = TrainQuantized(method="adapters", seed=seed, **training).run(start, Progress())
         beside = float(Quantize(**rounding, seed=seed).run(tuned.subject, Progress()).facts["loss"])
         rows.append(
@@ -527,15 +528,17 @@ def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
     """
     rows, on = [], opened("bytelm")
     settings = Quantize(
-        bits=4,
+        format="int4",
         granularity="channel",
-        activations="token",
-        activation_bits=4,
-        examples=16,
+        activations={"name": "token", "format": "uint4"},
+        calibration_examples=16,
         predict_examples=0,
         test_examples=ROUNDED_INPUTS,
     )
-    learning: dict[str, Any] = dict(kind="learned", steps=40, examples=32, activation_bits=4, heads=False)
+    learning: dict[str, Any] = {
+        "kind": {"name": "learned", "steps": 40, "activation_bits": 4, "heads": False},
+        "calibration_examples": 32,
+    }
     for seed in progress.track(SEEDS, name):
         losses = [
             float(
@@ -543,7 +546,7 @@ def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
                     "loss"
                 ]
             )
-            for fields in (learning, {"kind": "hadamard", "examples": 16})
+            for fields in (learning, {"kind": "hadamard", "calibration_examples": 16})
         ]
         rows.append({"seed": seed, "learned": losses[0], "hadamard": losses[1]})
     mean, low, high = interval([r["learned"] - r["hadamard"] for r in rows])

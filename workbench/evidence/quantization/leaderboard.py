@@ -5,7 +5,7 @@ loss against width, with intervals over calibration draws.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,8 @@ import torch
 from workbench.errors import BadInput
 from workbench.progress import Progress, TextProgress
 from workbench.quantization.quantize import Quantize
+from workbench.quantization.rounding.rounding import ROUNDING
+from workbench.quantization.transform.transform import TRANSFORM
 from workbench.studies import quiet
 from workbench.subjects import Subject
 
@@ -25,17 +27,21 @@ if TYPE_CHECKING:
 COMPOSED: dict[str, dict[str, Any]] = {
     "nearest": {},
     "clipping": {"range": "mse"},
-    "zero point": {"symmetric": False},
-    "salient columns": {"salient_share": 0.1},
+    "zero point": {"format.symmetric": False},
+    "salient columns": {"salient": "columns"},
     "gptq, sequential": {"rounding": "gptq", "sequential": True},
-    "block by block": {"rounding": "flexround", "objective": "block"},
-    "cbq": {"rounding": "lowrank-adaround", "objective": "block", "window": 2},
-    "loftq": {"adapter_rank": 8},
+    "block by block": {"rounding": "flexround", "rounding.objective": "block"},
+    "cbq": {
+        "rounding": "lowrank-adaround",
+        "rounding.objective": "block",
+        "rounding.objective.window": 2,
+    },
+    "loftq": {"adapter": "loftq"},
     "awq, gptq": {"transform": "awq", "rounding": "gptq"},
     "hadamard, gptq": {"transform": "hadamard", "rounding": "gptq"},
 }
 #: What a choice needs beside it to be itself.
-NEEDS: dict[str, dict[str, Any]] = {"hqq": {"symmetric": False}}
+NEEDS: dict[str, dict[str, Any]] = {"hqq": {"format.symmetric": False}}
 
 
 def every_method() -> dict[str, dict[str, Any]]:
@@ -44,8 +50,8 @@ def every_method() -> dict[str, dict[str, Any]]:
     """
     single = {
         choice: {field: choice} | NEEDS.get(choice, {})
-        for field, plain in (("rounding", "nearest"), ("transform", "none"))
-        for choice in get_args(Quantize.model_fields[field].annotation)
+        for field, axis, plain in (("rounding", ROUNDING, "nearest"), ("transform", TRANSFORM, "none"))
+        for choice in axis
         if choice != plain
     }
     return COMPOSED | single
@@ -54,15 +60,30 @@ def every_method() -> dict[str, dict[str, Any]]:
 METHODS = every_method()
 
 
-def accepted(on: Subject, bits: Sequence[int], **fields: Any) -> tuple[list[str], dict[str, str]]:
+def instrument(method: str, width: int, steps: int = 0, **fields: Any) -> Quantize:
+    """A method at a width of integers (another format has its own); steps : of what learns (0: its own)."""
+    made = Quantize(**({"predict_examples": 0} | fields | METHODS[method]))
+    changed: dict[str, Any] = {}
+    if made.format.name == "int":
+        changed["format"] = made.format.with_options(bits=width)
+    for field in ("rounding", "transform"):
+        choice = getattr(made, field)
+        if steps and "steps" in choice.entry.options.model_fields:
+            changed[field] = choice.with_options(steps=steps)
+    return made.with_fields(**changed)
+
+
+def accepted(
+    on: Subject, bits: Sequence[int], steps: int = 0, **fields: Any
+) -> tuple[list[str], dict[str, str]]:
     """(methods that can run at all these widths with these shared settings, name -> why not
     of the others).
     """
     taken, refused = [], {}
-    for name, own in METHODS.items():
+    for name in METHODS:
         try:
             for width in bits:
-                Quantize(**({"predict_examples": 0} | fields | own), bits=width).check(on)
+                instrument(name, width, steps, **fields).check(on)
             taken.append(name)
         except BadInput as error:
             refused[name] = str(error)
@@ -81,14 +102,16 @@ def leaderboard(
     bits: Sequence[int],
     seeds: Sequence[int] = (0, 1, 2),
     progress: Progress | None = None,
+    steps: int = 0,
     block_steps: int = 0,
     **fields: Any,
 ) -> pd.DataFrame:
     """One row for each method, width and seed: test loss, accuracy, bits with scales counted;
     `fields` go to every `Quantize` alike.
 
-    block_steps : iterations of the methods that learn a block at a time,
-        each of which costs as much as dozens of a layer's (0: `steps`).
+    steps : iterations of the methods that learn (0: their own);
+    block_steps : of those that learn a block at a time, each of which costs as much as dozens of a layer's
+        (0: `steps`).
 
     A seed draws the calibration examples (all methods see the same) and seeds what is random in a method.
     `BadInput` for a name that is not in METHODS, or a setting that a method refuses, before anything runs. A
@@ -99,25 +122,26 @@ def leaderboard(
         raise BadInput(f"methods: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}")
     if not methods or not bits or not seeds:
         raise BadInput("leaderboard: give at least one method, one width and one seed")
-    shared: dict[str, Any] = {"predict_examples": 0} | fields
-    drawn = {seed: redrawn(on, seed, int(shared.get("examples", 128))) for seed in seeds}
-    fewer = {"steps": block_steps} if block_steps else {}
-    settings = {
-        m: shared | METHODS[m] | (fewer if METHODS[m].get("objective") == "block" else {}) for m in methods
+    drawn = {seed: redrawn(on, seed, int(fields.get("calibration_examples", 128))) for seed in seeds}
+    fewer = {
+        m: block_steps or steps if METHODS[m].get("rounding.objective") == "block" else steps for m in methods
     }
     plan = [
-        (seed, m, Quantize(**settings[m], bits=b, seed=seed)) for seed in seeds for m in methods for b in bits
+        (seed, method, width, instrument(method, width, fewer[method], **fields, seed=seed))
+        for seed in seeds
+        for method in methods
+        for width in bits
     ]
-    for seed, _, instrument in plan:
-        instrument.check(drawn[seed])
+    for seed, _, _, made in plan:
+        made.check(drawn[seed])
     rows = []
-    for seed, method, instrument in progress.track(plan, "leaderboard"):
-        result = instrument.run(drawn[seed], progress=quiet(progress))
+    for seed, method, width, made in progress.track(plan, "leaderboard"):
+        result = made.run(drawn[seed], progress=quiet(progress))
         if result.partial:
             break
         wanted = ("loss", "accuracy", "perplexity", "dense_loss", "average_bits", "output_error")
         rows.append(
-            {"method": method, "bits": instrument.bits, "seed": seed}
+            {"method": method, "bits": width, "seed": seed}
             | {k: v for k, v in result.facts.items() if k in wanted}
             | {"seconds": result.provenance.get("seconds")}
         )

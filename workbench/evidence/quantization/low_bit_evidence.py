@@ -18,13 +18,13 @@ from workbench.subjects import Layer, Subject
 CALIBRATION = 32
 SHARED: dict[str, Any] = {
     "granularity": "channel",
-    "examples": CALIBRATION,
+    "calibration_examples": CALIBRATION,
     "predict_examples": 0,
     "test_examples": TEST,
 }
-BINARISED = SHARED | {"format": "binary", "range": "centred", "salient_share": 0.2}
-LAYER = BINARISED | {"rounding": "scales", "steps": 40}
-BLOCK = LAYER | {"objective": "block", "sequential": True, "steps": 40}
+BINARISED = SHARED | {"format": "binary", "range": "centred", "salient": "columns", "salient.share": 0.2}
+LAYER = BINARISED | {"rounding": "scales", "rounding.steps": 40}
+BLOCK = LAYER | {"rounding.objective": "block", "sequential": True}
 RESTORING: dict[str, Any] = {"method": "adapters", "steps": 40, "batch_size": 4, "test_examples": 64}
 RATES = (3e-4, 1e-3, 3e-3)
 
@@ -53,7 +53,8 @@ def restored(on: Subject, rate: float, seed: int) -> tuple[Subject, float]:
     """(the subject with low-rank terms trained beside its binarised weights and added to them, their
     validation loss).
     """
-    start = Quantize(**BINARISED, adapter_rank=8, adapter_steps=0, seed=seed).run(on, Progress()).subject
+    beginning = Quantize(**BINARISED, adapter={"name": "qlora", "rank": 8}, seed=seed)
+    start = beginning.run(on, Progress()).subject
     tuned = TrainQuantized(**RESTORING, learning_rate=rate, seed=seed).run(start, Progress())
     assert tuned.subject is not None
     return tuned.subject, float(tuned.table["validation_loss"].dropna().iloc[-1])
@@ -67,18 +68,18 @@ def binarised(name: str, progress: Progress) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     tuning: dict[str, float] = {}
     settings: dict[str, dict[str, Any]] = {
-        "nearest, 2 bits": SHARED | {"bits": 2, "symmetric": False},
-        "nearest, 2 bits, clipped": SHARED | {"bits": 2, "symmetric": False, "range": "mse"},
-        "binary": BINARISED | {"salient_share": 0.0},
+        "nearest, 2 bits": SHARED | {"format": "uint2"},
+        "nearest, 2 bits, clipped": SHARED | {"format": "uint2", "range": "mse"},
+        "binary": SHARED | {"format": "binary", "range": "centred"},
         "salient columns": BINARISED,
-        "salient weights": BINARISED | {"salient_pattern": "weights"},
+        "salient weights": BINARISED | {"salient": "weights"},
         "scales of a layer": LAYER,
         "scales of a block": BLOCK,
         "restored": LAYER,
     }
     for seed in progress.track(SEEDS, name):
         on = drawn("bytelm", seed)
-        settings["salient weights"]["salient_share"] = share_of_single_weights(on.layers("blocks"))
+        settings["salient weights"]["salient.share"] = share_of_single_weights(on.layers("blocks"))
         for step, fields in settings.items():
             start = on
             if step == "restored":
@@ -91,7 +92,7 @@ def binarised(name: str, progress: Progress) -> dict[str, Any]:
                     "step": step,
                     "loss": float(facts["loss"]),
                     "bits": float(facts["average_bits"]),
-                    "salient_share": fields.get("salient_share", 0.0),
+                    "salient_share": fields.get("salient.share", 0.0),
                 }
             )
     losses = {step: [r["loss"] for r in rows if r["step"] == step] for step in settings}

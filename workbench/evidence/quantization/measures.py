@@ -28,9 +28,20 @@ from workbench.progress import Progress
 
 FAMILY = "quantization"
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
-FEW = {"steps": 60}
-BLOCKS: dict[str, Any] = {"bits": 2, "rounding": "lowrank-adaround", "objective": "block", "steps": 200}
-FOUR: dict[str, Any] = {"bits": 4, "granularity": "channel", "activations": "token", "activation_bits": 4}
+FEW = {"rounding.steps": 60}
+FEW_FOR_TRANSFORM = {"transform.steps": 60}
+BLOCKS: dict[str, Any] = {
+    "format": "int2",
+    "rounding": "lowrank-adaround",
+    "rounding.objective": "block",
+    "rounding.steps": 200,
+}
+FOUR: dict[str, Any] = {
+    "format": "int4",
+    "granularity": "channel",
+    "activations": "token",
+    "activations.format": "uint4",
+}
 
 
 MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
@@ -39,64 +50,64 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "flexround": against({"rounding": "flexround"} | FEW, NEAREST),
     "signround": against({"rounding": "signround"} | FEW, NEAREST),
     "adaquant": against({"rounding": "adaquant"} | FEW, NEAREST, ("bytelm",)),
-    "hqq": against({"rounding": "hqq", "symmetric": False}, {"symmetric": False}),
+    "hqq": against({"rounding": "hqq", "format": "uint3"}, {"format": "uint3"}),
     "awq": against({"transform": "awq"}, NEAREST),
-    "teq": against({"transform": "teq"} | FEW, NEAREST, ("bytelm",)),
+    "teq": against({"transform": "teq"} | FEW_FOR_TRANSFORM, NEAREST, ("bytelm",)),
     "smoothquant": against(
         {
-            "bits": 8,
+            "format": "int8",
             "granularity": "channel",
             "activations": "tensor",
-            "activation_bits": 6,
+            "activations.format": "uint6",
             "transform": "smooth",
         },
-        {"bits": 8, "granularity": "channel", "activations": "tensor", "activation_bits": 6},
+        {"format": "int8", "granularity": "channel", "activations": "tensor", "activations.format": "uint6"},
         test_examples=ROUNDED_INPUTS,
     ),
     "quarot": rotations,
     "outliertune": against(
-        {"bits": 8, "granularity": "channel", "activations": "channel", "activation_bits": 6},
-        {"bits": 8, "granularity": "channel", "activations": "tensor", "activation_bits": 6},
+        {"format": "int8", "granularity": "channel", "activations": "channel", "activations.format": "uint6"},
+        {"format": "int8", "granularity": "channel", "activations": "tensor", "activations.format": "uint6"},
         test_examples=ROUNDED_INPUTS,
     ),
-    "outlier-split": against(FOUR | {"wide_share": 0.0625}, FOUR, test_examples=ROUNDED_INPUTS),
+    "outlier-split": against(FOUR | {"activations.wide_share": 0.0625}, FOUR, test_examples=ROUNDED_INPUTS),
     "clipping-search": against({"range": "mse"}, NEAREST),
     "asymmetric-calibration": against(
-        {"rounding": "gptq", "bits": 2, "range": "mse", "sequential": True},
-        {"rounding": "gptq", "bits": 2, "range": "mse"},
+        {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True},
+        {"rounding": "gptq", "format": "int2", "range": "mse"},
         ("bytelm",),
     ),
     "hawq-v2": allocations("trace"),
     "curvature-allocation": allocations("gauss-newton", seeds=(0, 1, 2, 3, 4)),
     "fp8": number_formats,
-    "nf4": against({"format": "nf4"}, {"bits": 4}),
-    "minifloats": against({"format": "e2m1"}, {"bits": 4}),
+    "nf4": against({"format": "nf4"}, {"format": "int4"}),
+    "minifloats": against({"format": "e2m1"}, {"format": "int4"}),
     "lsq": trained("lsq", 2),
     "trilm": trained("ternary", 2),
     "continual-qat": switch_over,
     "interactions": interactions,
-    "cbq": against(BLOCKS | {"window": 2}, BLOCKS, ("digits-vit",)),
+    "cbq": against(BLOCKS | {"rounding.objective.window": 2}, BLOCKS, ("digits-vit",)),
     "spinquant": learned_rotations,
     "flatquant": against(
-        FOUR | {"transform": "flatquant"} | FEW,
+        FOUR | {"transform": "flatquant"} | FEW_FOR_TRANSFORM,
         FOUR | {"transform": "hadamard"},
         ("bytelm",),
         ROUNDED_INPUTS,
     ),
     "resq": against(
-        FOUR | {"transform": "resq", "wide_share": 0.125},
-        FOUR | {"transform": "hadamard", "wide_share": 0.125},
+        FOUR | {"transform": "resq", "activations.wide_share": 0.125},
+        FOUR | {"transform": "hadamard", "activations.wide_share": 0.125},
         ("bytelm",),
         ROUNDED_INPUTS,
     ),
     "loftq": against(
-        {"bits": 2, "adapter_rank": 8}, {"bits": 2, "adapter_rank": 8, "adapter_steps": 0}, ("bytelm",)
+        {"format": "int2", "adapter": "loftq"}, {"format": "int2", "adapter": "qlora"}, ("bytelm",)
     ),
-    "nipq": compared({"method": "nipq", "budget": 3.0}, {"method": "lsq", "bits": 3}),
-    "csq": compared({"method": "csq", "budget": 3.0, "strength": 0.3}, {"method": "lsq", "bits": 3}),
+    "nipq": compared({"method": "nipq"}, {"method": "lsq"}),
+    "csq": compared({"method": "csq", "method.strength": 0.3}, {"method": "lsq"}),
     "fliqs": compared(
-        {"method": "fliqs", "budget": 3.0, "formats": ["int2", "int3", "int4", "e2m1"]},
-        {"method": "lsq", "bits": 3},
+        {"method": "fliqs", "method.formats": ["int2", "int3", "int4", "e2m1"]},
+        {"method": "lsq"},
     ),
     "l4q": merged,
     "bibert": above_majority,

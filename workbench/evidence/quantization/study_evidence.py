@@ -55,19 +55,24 @@ def what_matters(name: str, progress: Progress) -> dict[str, Any]:
     calibration examples} x three draws of them: how far the mean moves between the levels of each factor."""
     rows = []
     shared: dict[str, Any] = {
-        "bits": 3,
+        "format": "int3",
         "granularity": "channel",
-        "steps": 100,
+        "rounding.steps": 100,
         "predict_examples": 0,
         "test_examples": TEST,
     }
     grid = list(itertools.product(LEARNED, ("layer", "block"), (64, 256), SEEDS))
     for rounding, objective, examples, seed in progress.track(grid, name):
         on = redrawn(opened("digits-vit"), seed, examples)
-        fields = {"rounding": rounding, "objective": objective, "examples": examples, "seed": seed}
+        fields = {
+            "rounding": rounding,
+            "rounding.objective": objective,
+            "calibration_examples": examples,
+            "seed": seed,
+        }
         rows.append(fields | {"loss": float(Quantize(**(shared | fields)).run(on, Progress()).facts["loss"])})
     effects = {}
-    for factor in ("rounding", "objective", "examples", "seed"):
+    for factor in ("rounding", "rounding.objective", "calibration_examples", "seed"):
         means = [
             float(np.mean([r["loss"] for r in rows if r[factor] == level]))
             for level in dict.fromkeys(r[factor] for r in rows)
@@ -79,7 +84,7 @@ def what_matters(name: str, progress: Progress) -> dict[str, Any]:
         + " nats"
     )
     return {
-        "holds": effects["rounding"] > max(effects["examples"], effects["seed"]),
+        "holds": effects["rounding"] > max(effects["calibration_examples"], effects["seed"]),
         "note": note,
         "effects": effects,
         "rows": rows,
@@ -101,7 +106,7 @@ def binary_points(name: str, progress: Progress) -> dict[str, Any]:
             dense,
             steps=TRAINED["steps"],
             batch_size=TRAINED["batch_size"],
-            lr=RATE,
+            learning_rate=RATE,
             weight_decay=0.0,
             schedule="linear",
             warmup=0.0,
@@ -112,7 +117,7 @@ def binary_points(name: str, progress: Progress) -> dict[str, Any]:
             for fraction in range(2, 9):
                 rounded = Quantize(
                     format=f"fixed{bits}.{fraction}",
-                    examples=8,
+                    calibration_examples=8,
                     predict_examples=0,
                     test_examples=TEST,
                     seed=seed,
@@ -127,9 +132,7 @@ def binary_points(name: str, progress: Progress) -> dict[str, Any]:
         for bits, terms in ((8, 0), (6, 0), (4, 0), (8, 1), (8, 2), (8, 3)):
             trained = TrainQuantized(
                 **TRAINED,
-                method="fixed",
-                bits=bits,
-                nonzero_bits=terms,
+                method={"name": "fixed", "bits": bits, "nonzero_bits": terms},
                 learning_rate=RATE,
                 test_examples=TEST,
                 seed=seed,

@@ -26,7 +26,7 @@ FOUR: dict[str, Any] = {
     "batch_size": 4,
     "test_examples": 64,
     "method": "lsq",
-    "bits": 4,
+    "method.bits": 4,
     "activation_bits": 4,
     "rounded_attention": True,
     "distillation": 0.5,
@@ -41,7 +41,12 @@ def teacher() -> Subject:
     """
     on = small_bytelm().copy()
     fit_weights(
-        on, steps=3 * SCRATCH["steps"], batch_size=SCRATCH["batch_size"], lr=3e-3, weight_decay=0.0, seed=0
+        on,
+        steps=3 * SCRATCH["steps"],
+        batch_size=SCRATCH["batch_size"],
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        seed=0,
     )
     return on
 
@@ -186,9 +191,9 @@ def residual_estimates(name: str, progress: Progress) -> dict[str, Any]:
     """
     on = opened("digits-vit")
     arms: dict[str, dict[str, Any]] = {
-        "none": {"rank": 0},
-        "rank 1": {"rank": 1},
-        "rank 8": {"rank": 8},
+        "none": {"method.rank": 0},
+        "rank 1": {"method.rank": 1},
+        "rank 8": {"method.rank": 8},
         "attention in full precision": {"method": "bibert"},
     }
     common: dict[str, Any] = {"method": "bipft", "steps": 300, "batch_size": 64, "test_examples": 512}

@@ -58,16 +58,16 @@ def one_for_all(name: str, progress: Progress) -> dict[str, Any]:
     four LSQ trainings of 50 steps each (as many in all) or of 200 each (four times as many), and a training
     for 8 bits alone whose integers are rounded or truncated.
     """
-    joint = functools.partial(switched, method="double-rounding", switching="in turn")
-    alone = functools.partial(switched, method="double-rounding", widths=(8,))
+    joint = functools.partial(switched, method="double-rounding")
+    alone = functools.partial(switched, **{"method": "double-rounding", "method.widths": (8,)})
     sides: dict[str, Callable[[int], tuple[Callable[[float, int], Result], bool]]] = {
         "joint": lambda _: (lambda rate, seed: joint(rate, seed), False),
         "separate": lambda width: (
-            lambda rate, seed: switched(rate, seed, method="lsq", bits=width, steps=50),
+            lambda rate, seed: switched(rate, seed, **{"method": "lsq", "method.bits": width}, steps=50),
             False,
         ),
         "separate, four times the steps": lambda width: (
-            lambda rate, seed: switched(rate, seed, method="lsq", bits=width),
+            lambda rate, seed: switched(rate, seed, **{"method": "lsq", "method.bits": width}),
             False,
         ),
         "8 bits rounded": lambda _: (lambda rate, seed: alone(rate, seed), False),
@@ -137,7 +137,7 @@ def drawn_by_trace(name: str, progress: Progress) -> dict[str, Any]:
     """
     rows, points = [], []
     trainings = {
-        side: functools.partial(switched, method="double-rounding", switching=side)
+        side: functools.partial(switched, **{"method": "double-rounding", "method.switching": side})
         for side in ("in turn", "by trace")
     }
     rates = {side: chosen(train, WIDTHS) for side, train in trainings.items()}
@@ -200,7 +200,7 @@ def before_or_after(name: str, progress: Progress) -> dict[str, Any]:
             more,
             steps=SWITCHED["steps"],
             batch_size=SWITCHED["batch_size"],
-            lr=rate,
+            learning_rate=rate,
             weight_decay=0.0,
             schedule="linear",
             warmup=0.0,
@@ -209,14 +209,14 @@ def before_or_after(name: str, progress: Progress) -> dict[str, Any]:
         return more
 
     def aware(width: int, rate: float, seed: int) -> Result:
-        return switched(rate, seed, method="lsq", bits=width)
+        return switched(rate, seed, **{"method": "lsq", "method.bits": width})
 
     def late(width: int, rate: float, seed: int) -> Result:
         rounding = Quantize(
-            bits=width,
+            format=f"int{width}",
             granularity="channel",
             range="mse",
-            examples=CALIBRATION,
+            calibration_examples=CALIBRATION,
             predict_examples=0,
             test_examples=held,
             seed=seed,

@@ -30,9 +30,8 @@ from workbench.training.batch.normalisation import (
     GhostBatchNorm,
     WeightStandardization,
 )
-from workbench.training.loop import fit
+from workbench.training.loop import Training, fit
 from workbench.training.optimizer.agvm import AGVM, module_groups
-from workbench.training.state import Training
 from workbench.training.studies.comparison import interval
 from workbench.training.studies.critical_batch import steps_to_target
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize, best_lr
@@ -64,7 +63,7 @@ def ghost_batch_norm(name: str, progress: Progress) -> Record:
                 mine,
                 epochs=passes,
                 batch_size=batch,
-                lr=rate,
+                learning_rate=rate,
                 optimizer="sgd",
                 schedule="step",
                 seed=seed,
@@ -117,7 +116,7 @@ def adadagrad(name: str, progress: Progress) -> Record:
                 mine,
                 steps=budget // batch,
                 batch_size=batch,
-                lr=0.05,
+                learning_rate=0.05,
                 schedule="constant",
                 warmup=0.0,
                 clip=None,
@@ -167,15 +166,16 @@ def noise(name: str, progress: Progress) -> Record:
         limit = max(300, 6000 // batch)
         made: dict[str, Any] = {
             "batch_size": batch,
-            "optimizer": "sgd",
-            "optimizer_options": {"momentum": 0.0},
+            "optimizer": {"name": "sgd", "momentum": 0.0},
             "progress": quiet(progress),
         }
         counts = {
             lr: float(
                 np.mean(
                     [
-                        steps_to_target(reinitialised(on, seed), target, limit, lr=lr, seed=seed, **made)[0]
+                        steps_to_target(
+                            reinitialised(on, seed), target, limit, learning_rate=lr, seed=seed, **made
+                        )[0]
                         for seed in SEEDS
                     ]
                 )
@@ -192,7 +192,7 @@ def noise(name: str, progress: Progress) -> Record:
             mine,
             steps=12,
             batch_size=32,
-            lr=0.1,
+            learning_rate=0.1,
             optimizer="sgd",
             schedule="constant",
             warmup=0.0,
@@ -242,14 +242,18 @@ def accumulation(name: str, progress: Progress) -> Record:
         }
         limit = max(80, 3200 // batch)
         first = {
-            lr: steps_to_target(reinitialised(on, SEEDS[0]), target, limit, lr=lr, seed=SEEDS[0], **made)[0]
+            lr: steps_to_target(
+                reinitialised(on, SEEDS[0]), target, limit, learning_rate=lr, seed=SEEDS[0], **made
+            )[0]
             for lr in rates
         }
         best = min(first, key=lambda lr: first[lr])
         values = [
             first[best],
             *(
-                steps_to_target(reinitialised(on, seed), target, limit, lr=best, seed=seed, **made)[0]
+                steps_to_target(
+                    reinitialised(on, seed), target, limit, learning_rate=best, seed=seed, **made
+                )[0]
                 for seed in SEEDS[1:]
             ),
         ]
@@ -406,8 +410,7 @@ def concurrent_adversary(name: str, progress: Progress) -> Record:
             return {
                 "epochs": 40,
                 "batch_size": 539,
-                "optimizer": "lars",
-                "optimizer_options": {"trust": 0.01},
+                "optimizer": {"name": "lars", "trust": 0.01},
                 "weight_decay": 1e-4,
                 "warmup": 0.1,
                 "loss": loss,
@@ -492,9 +495,9 @@ def adam_slope(name: str, progress: Progress) -> Record:
     for optimizer, low, high in (("adamw", 2e-3, 0.256), ("sgd", 2e-2, 2.56)):
         study = LearningRateBatchSize(
             examples=3 * 1078,
-            lr_low=low,
-            lr_high=high,
-            lr_points=6,
+            learning_rate_low=low,
+            learning_rate_high=high,
+            learning_rate_points=6,
             batch_sizes=(8, 16, 32, 64, 128),
             seeds=3,
             optimizer=optimizer,  # type: ignore[arg-type]

@@ -14,8 +14,7 @@ from workbench.evidence.harness import SEEDS
 from workbench.progress import Progress
 from workbench.subjects import Subject, subject
 from workbench.subjects.tasks import ModuleTask
-from workbench.training.loop import fit
-from workbench.training.state import Training
+from workbench.training.loop import Training, fit
 from workbench.training.studies.comparison import interval
 from workbench.training.sweep.objective import reinitialised
 
@@ -74,7 +73,7 @@ def tuned(
 
     def run(lr: float, seed: int) -> tuple[Training, Subject]:
         mine = fresh(on, seed)
-        fixed: dict[str, Any] = {"seed": seed, "lr": lr, "progress": quiet(progress)}
+        fixed: dict[str, Any] = {"seed": seed, "learning_rate": lr, "progress": quiet(progress)}
         return fit(mine, **(fixed | given(lr, seed))), mine
 
     found = {lr: run(lr, SEEDS[0]) for lr in progress.track(rates, label, len(rates))}

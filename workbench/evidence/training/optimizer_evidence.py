@@ -16,7 +16,7 @@ from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Batch, Subject
 from workbench.training.batch.batch_size import log_slope
-from workbench.training.loop import fit
+from workbench.training.loop import Training, fit
 from workbench.training.models.lipschitz import LipschitzTransformer, largest_slope
 from workbench.training.models.self_tuning import (
     Hyperparameter,
@@ -27,12 +27,11 @@ from workbench.training.models.self_tuning import (
     tune,
 )
 from workbench.training.optimizer.mkor import rank_one_inverse
-from workbench.training.state import Training
+from workbench.training.optimizer.optimizers import OPTIMIZER
 from workbench.training.studies.comparison import interval
 from workbench.training.studies.critical_batch import steps_to_target
 from workbench.training.studies.learning_rate_batch_size import LearningRateBatchSize
 from workbench.training.studies.optimizer_comparison import OptimizerComparison
-from workbench.training.studies.train import OptimizerName
 from workbench.training.sweep.objective import language_subject, reinitialised
 
 
@@ -41,9 +40,9 @@ def optimizer_result(progress: Progress) -> Result:
     study = OptimizerComparison(
         examples=2048,
         batch_size=32,
-        optimizers="adamw,lamb,lion,muon,soap,sophia,kron,mars,scion,adafactor",
-        lr_points=3,
-        lr_factor=2.0,
+        optimizers="adamw lamb lion muon soap sophia kron mars scion adafactor".split(),
+        learning_rate_points=3,
+        learning_rate_factor=2.0,
         seeds=3,
         evaluate_limit=128,
         workers=1,
@@ -74,18 +73,18 @@ def lamb(name: str, progress: Progress) -> Record:
     LAMB against AdamW.
     """
     on, found = digits_net(), {}
-    ranges: dict[OptimizerName, tuple[float, float]] = {"adamw": (5e-4, 3.2e-2), "lamb": (2e-3, 0.128)}
+    ranges = {"adamw": (5e-4, 3.2e-2), "lamb": (2e-3, 0.128)}
     for optimizer_name, (low, high) in ranges.items():
         study = LearningRateBatchSize(
             examples=21_560,
-            lr_low=low,
-            lr_high=high,
-            lr_points=7,
+            learning_rate_low=low,
+            learning_rate_high=high,
+            learning_rate_points=7,
             batch_sizes=(32, 128, 512, 1078),
             seeds=3,
-            optimizer=optimizer_name,
+            optimizer=OPTIMIZER.chosen(optimizer_name),
             workers=1,
-        )  # type: ignore[arg-type]
+        )
         result = study.run(on, progress=progress)
         best = result.tables["optima"]
         near = result.table.groupby(["batch_size", "lr"], as_index=False)[["value"]].mean()
@@ -132,7 +131,7 @@ def galore(name: str, progress: Progress) -> Record:
                 mine,
                 steps=60,
                 batch_size=16,
-                lr=lr,
+                learning_rate=lr,
                 optimizer=made,
                 seed=seed,
                 warmup=0.1,
@@ -244,8 +243,7 @@ def lipschitz_transformer(name: str, progress: Progress) -> Record:
 
     on = fresh(given, 0)
     muon = {
-        "optimizer": "muon",
-        "optimizer_options": {"scale": "none", "adamw_ratio": 0.1},
+        "optimizer": {"name": "muon", "scale": "none", "adamw_ratio": 0.1},
         "weight_decay": 0.0,
     }
     ladder: tuple[float, ...] = (1.6e-2, 3.2e-2, 6.4e-2)
@@ -255,8 +253,8 @@ def lipschitz_transformer(name: str, progress: Progress) -> Record:
         "Muon": (muon, (0.1, 0.3, 0.9)),
     }
     for cap in (1.0, 2.0, 4.0):
-        options = {**muon["optimizer_options"], "weight_map": "soft-cap", "cap": cap}  # type: ignore[dict-item]
-        capped_muon = muon | {"optimizer_options": options}
+        options = {**muon["optimizer"], "weight_map": "soft-cap", "cap": cap}  # type: ignore[dict-item]
+        capped_muon = muon | {"optimizer": options}
         plans[f"Muon, cap {cap:g}"] = (capped_muon, (0.1, 0.2, 0.4))
     found: dict[str, Record] = {}
     for label, (made, rates) in plans.items():
@@ -329,9 +327,8 @@ def one_bit(name: str, progress: Progress) -> Record:
             "micro_batch": batch // 4,
             "clip": None,
             "weight_decay": 0.0,
-            "optimizer": "one-bit-adam",
+            "optimizer": {"name": "one-bit-adam", "workers": 4, "betas": (0.9, 0.95), **options},
             "warmup": 0.1,
-            "optimizer_options": {"workers": 4, "betas": (0.9, 0.95), **options},
             "evaluate_limit": 128,
         }
         found[label] = tuned(on, (2e-3, 4e-3, 8e-3, 1.6e-2), made, progress, label)
@@ -355,18 +352,21 @@ def mkor(name: str, progress: Progress) -> Record:
     cost of an inverse against its width.
     """
     on, found = digits_net(), {}
-    for label, options in (("sgd", {}), ("mkor", {"every": 1, "inner": "sgd"})):
+    plain = {"name": "sgd", "momentum": 0.0}
+    preconditioned = {"name": "mkor", "every": 1, "inner": plain}
+    for label, optimizer in (("sgd", plain), ("mkor", preconditioned)):
         made: dict[str, Any] = {
             "batch_size": 64,
-            "optimizer": label,
-            "optimizer_options": {"momentum": 0.0} | options,
+            "optimizer": optimizer,
             "progress": quiet(progress),
         }
         counts = {
             lr: float(
                 np.mean(
                     [
-                        steps_to_target(reinitialised(on, seed), 0.35, 400, lr=lr, seed=seed, **made)[0]
+                        steps_to_target(
+                            reinitialised(on, seed), 0.35, 400, learning_rate=lr, seed=seed, **made
+                        )[0]
                         for seed in SEEDS
                     ]
                 )
@@ -381,10 +381,10 @@ def mkor(name: str, progress: Progress) -> Record:
             "steps_by_rate": counts,
         }
     longer: dict[str, Record] = {}
-    for label, options in (
-        ("sgd", {}),
-        ("mkor", {"every": 1, "inner": "sgd"}),
-        ("mkor-h", {"every": 1, "inner": "sgd", "stall": 0.1}),
+    for label, optimizer in (
+        ("sgd", plain),
+        ("mkor", preconditioned),
+        ("mkor-h", preconditioned | {"stall": 0.1}),
     ):
         done = []
         for seed in SEEDS:
@@ -393,13 +393,12 @@ def mkor(name: str, progress: Progress) -> Record:
                 mine,
                 steps=300,
                 batch_size=64,
-                lr=found[label.removesuffix("-h")]["lr"],
-                optimizer=label.removesuffix("-h"),
+                learning_rate=found[label.removesuffix("-h")]["lr"],
+                optimizer=optimizer,
                 schedule="constant",
                 warmup=0.0,
                 clip=None,
                 weight_decay=0.0,
-                optimizer_options={"momentum": 0.0} | options,
                 seed=seed,
                 progress=quiet(progress),
             )
@@ -529,14 +528,14 @@ def self_tuned(name: str, progress: Progress) -> Record:
                 mine,
                 steps=2 * rounds,
                 batch_size=batch,
-                lr=2e-3,
+                learning_rate=2e-3,
                 weight_decay=0.0,
                 schedule="constant",
                 warmup=0.0,
                 clip=None,
                 loss=loss,
                 seed=seed,
-                optimizer_options={"betas": (0.9, 0.999)},
+                optimizer={"name": "adamw", "betas": (0.9, 0.999)},
                 progress=quiet(progress),
             )
             tried += 1

@@ -18,10 +18,9 @@ from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import log_slope
-from workbench.training.loop import fit
+from workbench.training.loop import Training, fit
 from workbench.training.optimizer.optimizers import make_optimizer
-from workbench.training.schedule.schedules import ProfileLR, infinite
-from workbench.training.state import Training
+from workbench.training.schedule.schedules import ProfileLR, profile
 from workbench.training.studies.comparison import interval
 from workbench.training.studies.schedule_study import ScheduleStudy
 from workbench.training.sweep.objective import language_subject, reinitialised
@@ -32,11 +31,10 @@ def schedule_result(progress: Progress) -> Result:
     study = ScheduleStudy(
         examples=21_560,
         batch_size=32,
-        schedules="cosine,linear,rex,uba,step,one-cycle,plateau,delayed-linear,constant",
+        schedules="cosine linear rex uba step one-cycle plateau delayed-linear constant".split(),
         budgets=(0.05, 0.25, 1.0),
-        phi=0.5,
         optimizer="sgd",
-        lr_points=3,
+        learning_rate_points=3,
         seeds=3,
         warmup=0.0,
         weight_decay=0.0,
@@ -94,7 +92,7 @@ def budgeted_decay(name: str, progress: Progress) -> Record:
                 mine,
                 steps=steps,
                 batch_size=32,
-                lr=lr,
+                learning_rate=lr,
                 optimizer="sgd",
                 schedule=plan,
                 warmup=0.0,
@@ -147,7 +145,7 @@ def power(name: str, progress: Progress) -> Record:
     for batch, steps in cells:
         own: dict[str, Any] = {"batch_size": batch, "steps": steps, **common}
         options = {"batch": batch, "tokens": float(batch * tokens), "a": a, "b": b}
-        one = tuned(on, [4e-2], own | {"schedule": "power", "schedule_options": options}, progress, "power")
+        one = tuned(on, [4e-2], own | {"schedule": {"name": "power", **options}}, progress, "power")
         same = tuned(on, [typical], own | {"schedule": "constant"}, progress, "constant")
         best = wsd[batch, steps]
         rows.append(
@@ -236,7 +234,7 @@ def phase(
         on,
         steps=steps,
         batch_size=32,
-        lr=peak,
+        learning_rate=peak,
         optimizer=lambda model: optimizer,
         seed=seed,
         evaluate_limit=128,
@@ -273,6 +271,7 @@ def infinite_schedule(name: str, progress: Progress) -> Record:
         """(mean test loss over all corpora at the end, mean rise of the earlier corpora's loss at the shifts,
         mean validation loss).
         """
+        infinite = profile("infinite", cooldown=0.25, constant=0.4, anneal=0.1, final=0.04)
         model = reinitialised(texts[0], seed).model
         optimizer, rises = make_optimizer("adamw", peak)(model), []
         for i, text in enumerate(texts):
@@ -282,7 +281,7 @@ def infinite_schedule(name: str, progress: Progress) -> Record:
 
                 def multiple(t: int, i: int = i) -> float:
                     warm = (i * steps + t + 1) / 9
-                    return min(warm, infinite((i * steps + t) / total, 0.25, 0.4, 0.1, 0.04))
+                    return min(warm, infinite((i * steps + t) / total))
             else:
 
                 def multiple(t: int, i: int = i) -> float:
@@ -435,7 +434,7 @@ def reference_time(name: str, progress: Progress) -> Record:
             steps=40,
             batch_size=32,
             optimizer=label,
-            lr=1e-3,
+            learning_rate=1e-3,
             evaluate_limit=1,
             callbacks=[clock],
             progress=quiet(progress),

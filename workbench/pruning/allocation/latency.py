@@ -12,14 +12,18 @@ import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.latency import timed
 from workbench.progress import Progress
-from workbench.pruning.engine.structures import Scored
+from workbench.pruning.allocation.shares import Allocation
+from workbench.pruning.axes import SPARSITY_ALLOCATION
+from workbench.pruning.engine.structures import Asked, Scored
 from workbench.subjects import Subject
 from workbench.subjects.structure.removal import remove
 from workbench.subjects.structure.units import Group, discover
@@ -207,3 +211,46 @@ def measured_speedup(
         return timed(forward, 2, on.device)[-1]
 
     return statistics.median([run(dense) / run(small) for _ in range(repeats)])
+
+
+class Speedup(Options):
+    speedup: float = parameter(1.0, "measured speed-up to reach", ge=1, step=0.1)
+    batch_size: int = parameter(16, "examples in the batch that is timed", ge=1, unit="examples")
+
+
+@SPARSITY_ALLOCATION.add(
+    "latency",
+    formula="min cost with time <= dense / speedup",
+    source="Kurtic, Frantar and Alistarh 2023 (ZipLM); Frantar and Alistarh 2022 (SPDY)",
+    options=Speedup,
+    traits="structures",
+)
+class Latency(Allocation):
+    @staticmethod
+    def counts(asked: Asked, options: Speedup) -> list[int]:
+        on, split, batch_size = asked.on, asked.calibration.split, options.batch_size
+        table = on.memo(
+            ("latency table", asked.kinds, batch_size, split),
+            lambda: measure_table(on, asked.kinds, batch_size, split=split, progress=asked.progress),
+        )
+        counts, _ = reach(on, asked.scored, table, options.speedup, batch_size, split)
+        expected = table.dense / expected_seconds(asked.scored, counts, table)
+        asked.facts.update({"target_speedup": options.speedup, "expected_speedup": expected})
+        return counts
+
+    @staticmethod
+    def check(prune: Any, options: Speedup) -> None:
+        if options.speedup <= 1 or not prune.pattern.options.model_dump().get("remove"):
+            raise BadInput(
+                f"allocation.speedup: {options.speedup:g} with allocation latency and {prune.pattern}; "
+                "a speed-up above 1, allocation latency and removed heads or neurons belong together"
+            )
+        if not prune.schedule.has("at once"):
+            raise BadInput(
+                "schedule: allocation latency is one-shot; prune again with a larger speed-up to go on "
+                "gradually"
+            )
+
+    @staticmethod
+    def reached(dense: Subject, small: Subject, split: str, options: Speedup) -> dict[str, float]:
+        return {"speedup": measured_speedup(dense, small, options.batch_size, split=split)}

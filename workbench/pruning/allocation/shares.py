@@ -2,15 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from workbench.pruning.pattern import NM, Tiles, cheapest, reduce, sizes
-from workbench.subjects import Layer
+from workbench.axis import Options, parameter
+from workbench.pruning.axes import SPARSITY_ALLOCATION
+from workbench.pruning.engine import structures
+from workbench.pruning.engine.structures import Asked
+from workbench.pruning.pattern import NM, Tiles, cheapest, reduce, sizes, smallest
+from workbench.subjects import Layer, Subject
 
-ALLOCATIONS = ("row", "layer", "global", "erdos-renyi")
+
+class Allocation:
+    """Base of the axis's entries: single weights are shared out by `shares`, heads and neurons by `counts`.
+
+    Traits "weights" and "structures" say which of the two there is; "across layers": scores of different
+    layers are compared. `within` is the comparison group inside a layer, see `pattern.tile_mask`.
+    """
+
+    within: ClassVar[str] = "matrix"
+
+    @staticmethod
+    def shares(
+        layers: Sequence[Layer],
+        scores: Mapping[str, Tensor],
+        pattern: Tiles | NM,
+        sparsity: float,
+        options: Any,
+    ) -> dict[str, float]:
+        """Layer name -> sparsity, with the asked total over all layers."""
+        return uniform(layers, sparsity)
+
+    @staticmethod
+    def counts(asked: Asked, options: Any) -> list[int]:
+        """Units that each group loses."""
+        return structures.uniform(asked.scored, asked.sparsity)
+
+    @staticmethod
+    def check(prune: Any, options: Any) -> None:
+        """Raise `BadInput` when the settings of a pruning leave this allocation no sense."""
+
+    @staticmethod
+    def reached(dense: Subject, small: Subject, split: str, options: Any) -> dict[str, float]:
+        """Facts of the model whose units have been taken out."""
+        return {}
+
+
+@SPARSITY_ALLOCATION.add(
+    "row", formula="s in every row", source="Sun et al. 2023 (Wanda)", traits=("weights", "structures")
+)
+class Row(Allocation):
+    within = "row"
+
+
+@SPARSITY_ALLOCATION.add(
+    "layer", formula="s in every layer", source="baseline", traits=("weights", "structures")
+)
+class Uniform(Allocation):
+    pass
+
+
+@SPARSITY_ALLOCATION.add(
+    "global",
+    formula="one threshold over all layers",
+    source="Lee et al. 2019 (SNIP); z-scores by group: An et al. 2024 (FLAP)",
+    traits=("weights", "structures", "across layers"),
+)
+class Global(Allocation):
+    within = "stack"
+
+    @staticmethod
+    def shares(
+        layers: Sequence[Layer],
+        scores: Mapping[str, Tensor],
+        pattern: Tiles | NM,
+        sparsity: float,
+        options: Any,
+    ) -> dict[str, float]:
+        return global_threshold(layers, scores, pattern, sparsity)
+
+    @staticmethod
+    def counts(asked: Asked, options: Any) -> list[int]:
+        standardise = not asked.saliency.has("loss-like")
+        return structures.across(asked.scored, asked.sparsity, standardise)
+
+
+@SPARSITY_ALLOCATION.add(
+    "erdos-renyi",
+    formula="density ~ (in + out) / (in x out)",
+    source="Mocanu et al. 2018; Evci et al. 2020",
+    traits="weights",
+)
+class ErdosRenyi(Allocation):
+    @staticmethod
+    def shares(
+        layers: Sequence[Layer],
+        scores: Mapping[str, Tensor],
+        pattern: Tiles | NM,
+        sparsity: float,
+        options: Any,
+    ) -> dict[str, float]:
+        return erdos_renyi(layers, sparsity)
+
+
+class Amplitude(Options):
+    amplitude: float = parameter(0.1, "how far a block's sparsity moves from the mean", ge=0, le=1)
+
+
+@SPARSITY_ALLOCATION.add(
+    "adaptive",
+    formula="s_b = s - amplitude x importance of the block",
+    source="Wang et al. 2025 (Adapt-Pruner)",
+    needs="inputs",
+    options=Amplitude,
+    traits="structures",
+)
+class Adaptive(Allocation):
+    @staticmethod
+    def counts(asked: Asked, options: Amplitude) -> list[int]:
+        return structures.adaptive(asked.scored, asked.sparsity, options.amplitude, asked.calibration)
 
 
 def uniform(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
@@ -39,10 +152,10 @@ def erdos_renyi(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:
 
 
 def global_threshold(
-    layers: Sequence[Layer], scores: dict[str, Tensor], pattern: Tiles | NM, sparsity: float
+    layers: Sequence[Layer], scores: Mapping[str, Tensor], pattern: Tiles | NM, sparsity: float
 ) -> dict[str, float]:
     """The sparsities that one threshold over all units' mean scores leaves in each layer."""
-    tiles = pattern if isinstance(pattern, Tiles) else Tiles(1, 1)
+    tiles = pattern.tiles
     parts = []
     for layer in layers:
         weights = sizes(tiles, layer.shape)
@@ -50,8 +163,6 @@ def global_threshold(
         parts.append((means.flatten(), weights.flatten()))
     if tiles.single:
         values = torch.cat([v for v, _ in parts])
-        from workbench.pruning.pattern import smallest
-
         drop = smallest(values, round(sparsity * len(values)))
     else:
         drop = cheapest(torch.cat([v for v, _ in parts]), torch.cat([w for _, w in parts]), sparsity)
@@ -61,14 +172,3 @@ def global_threshold(
         found[layer.name] = float(weights[mine].sum() / weights.sum())
         at += len(values)
     return found
-
-
-def allocate(
-    kind: str, layers: Sequence[Layer], scores: dict[str, Tensor], pattern: Tiles | NM, sparsity: float
-) -> dict[str, float]:
-    """Layer name -> sparsity, with the asked total over all layers (each by itself for `row` and `layer`)."""
-    if isinstance(pattern, NM) or kind in ("row", "layer"):
-        return uniform(layers, sparsity)
-    if kind == "erdos-renyi":
-        return erdos_renyi(layers, sparsity)
-    return global_threshold(layers, scores, pattern, sparsity)

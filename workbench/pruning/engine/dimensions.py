@@ -16,14 +16,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.latency import count_flops
 from workbench.progress import Progress
-from workbench.pruning.pattern import Dimension
-from workbench.pruning.recovery.pat import learn_channels
+from workbench.pruning.axes import PATTERN
+from workbench.pruning.pattern import Dimension, Form
 from workbench.pruning.recovery.recovery import Recovery, distilled_loss
 from workbench.pruning.saliency.dimensions import check_saliency, keep
-from workbench.pruning.schedule import sparsities
 from workbench.results import Result
 from workbench.subjects import Batch, Subject
 from workbench.subjects.structure.dimensions import (
@@ -45,24 +45,24 @@ class ShrunkRecovery(Recovery):
     so only its outputs are matched.
     """
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, on: Subject, batch: Batch) -> Tensor:
         if self.kind != "distil" or self.teacher is None:
-            return self.on.loss(batch)
-        return distilled_loss(self.on, self.teacher, batch, self.temperature, hidden_states=False)
+            return on.loss(batch)
+        return distilled_loss(on, self.teacher, batch, self.temperature, hidden_states=False)
 
 
-def check_dimension(prune: PrunePlan, on: Any, pattern: Dimension) -> None:
+def check_dimension(prune: PrunePlan, on: Any, kind: str) -> None:
     """Say why a combination with channels, layers or experts makes no sense, before anything is computed."""
-    kind, (saliency, compensation, _) = pattern.kind, prune.composition()
+    saliency, compensation = prune.saliency, prune.compensation
     check_shrinkable(on.model, kind)
     total, step = extent(on.model, kind)
     check_saliency(kind, saliency)
-    if compensation != "none":
+    if not compensation.has("nothing") or compensation.has("bias"):
         raise BadInput(
             f"compensation: {compensation} refits single matrices, and {kind} go from all of them at once; "
             "leave it out"
         )
-    if prune.allocation != "preset":
+    if prune.allocation != prune.parts()["allocation"]:
         raise BadInput(
             f"allocation: {prune.allocation} makes no sense for {kind}, "
             "which are compared over the whole model (experts: in each layer); leave it out"
@@ -71,8 +71,6 @@ def check_dimension(prune: PrunePlan, on: Any, pattern: Dimension) -> None:
         raise BadInput(
             f"layers: {prune.layers!r}: {kind} are cut from the whole model; leave layers at blocks"
         )
-    if not prune.remove:
-        raise BadInput(f"remove: {kind} cannot be masked, only removed; leave remove at true")
     if record_of(on.model):
         raise BadInput(
             f"pattern: {kind} have to go before heads or neurons: "
@@ -83,12 +81,12 @@ def check_dimension(prune: PrunePlan, on: Any, pattern: Dimension) -> None:
             f"sparsity: {prune.sparsity:g} of {total} {kind} in steps of {step} is none; "
             f"the smallest is about {step / total:.2f}"
         )
-    if saliency == "learned" and (
-        prune.recovery not in ("finetune", "low-rank") or prune.schedule != "one-shot"
+    if saliency.entry.needs == "training" and (
+        prune.recovery not in ("finetune", "low-rank") or not prune.schedule.has("at once")
     ):
         raise BadInput(
-            "saliency: learned channels are found by training; "
-            "give recovery finetune or low-rank, recovery_steps and schedule one-shot"
+            f"saliency: {saliency} channels are found by training; "
+            "give recovery finetune or low-rank, recovery.steps and schedule one-shot"
         )
 
 
@@ -98,103 +96,100 @@ def left_at(on: Any, kind: str, sparsity: float) -> int:
     return left_after(total, sparsity, step, len(stacks(on.model)) if kind == "layers" else 1)
 
 
-def train(
-    prune: PrunePlan, on: Subject, teacher: Subject | None, done: int, steps: int, progress: Progress
-) -> tuple[list[dict[str, float]], float]:
-    """`steps` of recovery after `done` earlier ones, on one learning-rate schedule;
-    returns (curve, trained share).
-    """
-    run = ShrunkRecovery(
-        on,
-        on.layers(prune.layers),
-        prune.recovery,
-        prune.recovery_steps,
-        prune.lr,
-        prune.batch_size,
-        seed=prune.seed + done,
-        rank=prune.rank,
-        teacher=teacher,
-        progress=progress,
-    )
-    run.done = done
-    run.advance(steps)
-    run.finish()
-    return run.curve, run.trainable_share
+class Dimensions:
+    """Events of choosing and rebuilding, with recovery before, between and after."""
 
+    def __init__(self, prune: PrunePlan, pattern: Dimension) -> None:
+        self.prune, self.kind = prune, pattern.kind
 
-def prune_dimension(prune: PrunePlan, on: Subject, pattern: Dimension, progress: Progress) -> Result:
-    """The `prune` instrument for a dimension: events of choosing and rebuilding, with recovery before,
-    between and after.
-    """
-    kind, saliency = pattern.kind, prune.composition()[0]
-    facts = {f"dense_{k}": v for k, v in on.evaluated(prune.test_split, progress=progress).items()}
-    dense = on.copy()
-    batch = next(dense.batches(prune.test_split, min(prune.batch_size, 16)))
-    total = extent(on.model, kind)[0]
-    alive = [
-        layer.name for layer in on.layers(prune.layers)
-    ]  # the dense layers, by the names they have by now ("" when gone)
-    events = sparsities(prune.schedule, prune.sparsity, prune.steps)
-    between = prune.steps_between(len(events))
-    teacher = dense if prune.recovery == "distil" else None
-    history: list[dict[str, float]] = []
-    curve: list[dict[str, float]] = []
-    lost: list[dict[str, Any]] = []
-    distances = None
-    for number, sparsity in enumerate(events):
-        if progress.stopped:
-            break
-        if between:
-            curve += train(prune, on, teacher, len(curve), between, progress)[0]
-        left = left_at(dense, kind, sparsity)
-        if saliency == "learned":
-            kept, curve = learn_channels(
-                on,
-                left,
-                prune.recovery,
-                prune.recovery_steps,
-                prune.lr,
-                prune.batch_size,
-                prune.rank,
-                prune.seed,
-                progress,
-            )
+    def check(self, on: Any) -> None:
+        check_dimension(self.prune, on, self.kind)
+
+    def begin(self, on: Subject, progress: Progress) -> None:
+        prune = self.prune
+        self.on, self.progress = on, progress
+        self.dense_test = on.evaluated(prune.test_split, progress=progress)
+        self.dense = on.copy()
+        size = min(prune.pattern.options.batch_size, 16)
+        self.batch = next(self.dense.batches(prune.test_split, size))
+        self.total = extent(on.model, self.kind)[0]
+        self.alive = [layer.name for layer in on.layers(prune.layers)]
+        # the dense layers, by the names they have by now ("" when gone)
+        self.history: list[dict[str, float]] = []
+        self.curve: list[dict[str, float]] = []
+        self.lost: list[dict[str, Any]] = []
+        self.distances: pd.DataFrame | None = None
+        self.share: float | None = None
+
+    @property
+    def trained(self) -> int:
+        return len(self.curve)
+
+    def train(self, steps: int) -> None:
+        """Recovery after that of earlier events, on one learning-rate schedule."""
+        prune = self.prune
+        if prune.saliency.entry.needs == "training":  # its training is the event itself
+            return
+        run: Recovery | None = prune.recovery(
+            self.on,
+            self.on.layers(prune.layers),
+            self.dense,
+            made=ShrunkRecovery,
+            seed=prune.seed + self.trained,
+            progress=self.progress,
+        )
+        if run is None:
+            return
+        run.skip(self.trained)
+        run.advance(steps)
+        run.finish()
+        self.curve += run.curve
+        self.share = run.trainable_share
+
+    def event(self, sparsity: float) -> bool:
+        prune, kind = self.prune, self.kind
+        left = left_at(self.dense, kind, sparsity)
+        if prune.saliency.entry.needs == "training":
+            kept, self.curve = prune.saliency(self.on, left, prune.recovery, prune.seed, self.progress)
         else:
-            calibration = prune.calibration(on, on.layers(prune.layers), progress)
-            kept = keep(kind, saliency, left, calibration)
-            if kind == "layers" and distances is None:
-                distances = distance_table(on, prune, progress)
-        if progress.stopped:
-            break
-        lost += gone_units(on, kind, kept, number + 1)
-        alive = renamed(on, kind, kept, alive)
-        on = on.with_model(shrink(on.model, kind, kept))
-        history.append(
-            {"step": number + 1, "trained": len(curve), "left": left, "sparsity": 1 - left / total}
+            calibration = prune.calibration(self.on, self.on.layers(prune.layers), self.progress)
+            kept = keep(kind, prune.saliency, left, calibration)
+            if kind == "layers" and self.distances is None:
+                self.distances = distance_table(self.on, prune, self.progress)
+        if self.progress.stopped:
+            return False
+        number = len(self.history) + 1
+        self.lost += gone_units(self.on, kind, kept, number)
+        self.alive = renamed(self.on, kind, kept, self.alive)
+        self.on = self.on.with_model(shrink(self.on.model, kind, kept))
+        self.history.append(
+            {"step": number, "trained": self.trained, "left": left, "sparsity": 1 - left / self.total}
         )
-    share = None
-    if prune.recovery != "none" and saliency != "learned":
-        more, share = train(prune, on, teacher, len(curve), prune.recovery_steps - len(curve), progress)
-        curve += more
-    table = layer_sizes(dense, on, alive, prune.layers)
-    facts = shrunk_facts(prune, dense, on, batch, table, kind, total, history) | facts
-    if prune.predict_examples and not progress.stopped:
-        before, after = (
-            s.evaluate(prune.calibration_split, limit=prune.predict_examples)["loss"] for s in (dense, on)
-        )
-        facts["measured_change"] = after - before
-    if not progress.stopped:
-        facts |= on.evaluate(prune.test_split, progress=progress)
-    tables = {"units": pd.DataFrame(lost, columns=["event", "group", "unit"])}
-    if len(history) > 1:
-        tables["schedule"] = pd.DataFrame(history)
-    if curve:
-        tables["recovery"] = pd.DataFrame(curve)
-    if share is not None:
-        facts["trained_share"] = share
-    if distances is not None:
-        tables["distances"] = distances
-    return prune.result(table, facts, tables=tables, subject=on)
+        return True
+
+    def finish(self) -> Result:
+        prune, on, progress = self.prune, self.on, self.progress
+        table = layer_sizes(self.dense, on, self.alive, prune.layers)
+        sizes = shrunk_facts(prune, self.dense, on, self.batch, table, self.kind, self.total, self.history)
+        facts = sizes | {f"dense_{k}": v for k, v in self.dense_test.items()}
+        if prune.predict_examples and not progress.stopped:
+            before, after = (
+                s.evaluate(prune.calibration_split, limit=prune.predict_examples)["loss"]
+                for s in (self.dense, on)
+            )
+            facts["measured_change"] = after - before
+        if not progress.stopped:
+            facts |= on.evaluate(prune.test_split, progress=progress)
+        tables = {"units": pd.DataFrame(self.lost, columns=["event", "group", "unit"])}
+        if len(self.history) > 1:
+            tables["schedule"] = pd.DataFrame(self.history)
+        if self.curve:
+            tables["recovery"] = pd.DataFrame(self.curve)
+        if self.share is not None:
+            facts["trained_share"] = self.share
+        if self.distances is not None:
+            tables["distances"] = self.distances
+        return prune.result(table, facts, tables=tables, subject=on)
 
 
 def distance_table(on: Subject, prune: PrunePlan, progress: Progress) -> pd.DataFrame:
@@ -266,7 +261,7 @@ def shrunk_facts(
     history: list[dict[str, float]],
 ) -> dict[str, Any]:
     """Sizes before and after: units, weights of the blocks, all parameters, FLOPs of one batch."""
-    saliency, left = prune.composition()[0], int(history[-1]["left"]) if history else total
+    saliency, left = prune.saliency, int(history[-1]["left"]) if history else total
     with torch.no_grad():
         flops = {"dense_flops": count_flops(dense, batch), "flops": count_flops(on, batch)}
     return {
@@ -282,3 +277,23 @@ def shrunk_facts(
         **flops,
         "composition": f"{saliency} x {kind} x none x {prune.schedule} x {prune.recovery}",
     }
+
+
+class Counted(Options):
+    batch_size: int = parameter(
+        16, "examples in the batch whose operations are counted, 16 at most", ge=1, unit="examples"
+    )
+
+
+PATTERN.add(
+    "channels",
+    formula="a hidden channel of the whole model",
+    source="Muralidharan et al. 2024",
+    options=Counted,
+)(Form(lambda options: Dimension("channels"), Dimensions))
+PATTERN.add("layers", formula="a block of the whole model", source="Gromov et al. 2024", options=Counted)(
+    Form(lambda options: Dimension("layers"), Dimensions)
+)
+PATTERN.add(
+    "experts", formula="an expert of every layer with experts", source="Lu et al. 2024", options=Counted
+)(Form(lambda options: Dimension("experts"), Dimensions))

@@ -1,122 +1,136 @@
-"""One pruning event of heads and neurons: scores of units, how many each group keeps,
-and the new weights of their consumers.
+"""Pruning of heads and neurons: events of scoring units, sharing out how many each group keeps,
+and giving their consumers new weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
+import pandas as pd
 from torch import Tensor
 
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.pruning.allocation.latency import expected_seconds, measure_table, reach
-from workbench.pruning.calibration import Calibration
-from workbench.pruning.engine.structures import (
-    UNIT_SALIENCIES,
-    across,
-    adaptive,
-    groups_of,
-    loss_like,
-    prune_structures,
-    score,
-    uniform,
+from workbench.pruning.axes import COMPENSATION, PATTERN, SPARSITY_ALLOCATION, scores_weights
+from workbench.pruning.engine.masked import Masked
+from workbench.pruning.engine.structures import Asked, groups_of, prune_structures, score
+from workbench.pruning.pattern import Form, Structures
+from workbench.subjects import Subject
+from workbench.subjects.structure.removal import remove
+
+
+class Units(Masked):
+    """Masks of whole heads and neurons, which are then taken out of the matrices."""
+
+    pattern: Structures
+
+    def begin(self, on: Subject, progress: Progress) -> None:
+        super().begin(on, progress)
+        self.kept: dict[str, Tensor] = {}
+        self.shared: dict[str, float] = {}
+
+    def check(self, on: Any) -> None:
+        prune, pattern = self.prune, self.pattern
+        saliency, compensation, allocation = prune.saliency, prune.compensation, prune.allocation
+        groups = groups_of(on, on.layers(prune.layers), pattern)
+        whole = "+".join(pattern.kinds)
+        if not compensation.has("structures"):
+            others = ", ".join(COMPENSATION.with_trait("structures"))
+            raise BadInput(
+                f"compensation: {compensation} refits weight by weight along the rows, which whole {whole} "
+                f"cut through; use {others}"
+            )
+        if saliency.entry.needs == "training":
+            raise BadInput(
+                f"saliency: {saliency} is collected for single weights; use gradient, taylor2 or obs for "
+                "heads and neurons"
+            )
+        if not scores_weights(saliency) and not set(pattern.kinds) <= saliency.entry.traits:
+            accepted = " or ".join(sorted(saliency.entry.traits - {"loss-like", "runs"}))
+            raise BadInput(
+                f"saliency: {saliency} scores {accepted}, not {whole}; choose another, or that pattern"
+            )
+        if not allocation.has("structures"):
+            others = ", ".join(SPARSITY_ALLOCATION.with_trait("structures"))
+            raise BadInput(
+                f"allocation: {allocation} is a rule for densities of matrices; for {whole} use {others}"
+            )
+        if prune.method.has("refines"):
+            raise BadInput(
+                f"pattern: {prune.method} exchanges single weights, so it needs pattern unstructured"
+            )
+        for group in groups:
+            if saliency.has("one after the other") and len(group.consumers) != 1:
+                raise BadInput(
+                    f"saliency: {saliency} needs one consumer for each group and {group.name} ties several "
+                    "together; use magnitude, wanda or gradient"
+                )
+            if compensation.has("bias") and any(
+                m.layer.bias is None or len(m.layer.shape) == 3 for m in group.consumers
+            ):
+                raise BadInput(
+                    f"compensation: bias needs a bias and the output of {group.name} has none; "
+                    "use least-squares or none"
+                )
+
+    def prune_to(self, sparsity: float) -> None:
+        prune, progress = self.prune, self.progress
+        groups = groups_of(self.on, self.layers, self.pattern)
+        scored = [
+            score(g, prune.saliency, self.calibration, self.pattern)
+            for g in progress.track(groups, f"units by {prune.saliency}")
+        ]
+        self.kept = {}
+        if progress.stopped:
+            return
+        asked = Asked(
+            self.on,
+            scored,
+            sparsity,
+            prune.saliency,
+            self.calibration,
+            self.pattern.kinds,
+            progress,
+            self.shared,
+        )
+        counts = prune.allocation.value.counts(asked, prune.allocation.options)
+        self.kept = prune_structures(scored, counts, prune.compensation, self.calibration, progress)
+
+    def removed(self, facts: dict[str, Any]) -> dict[str, pd.DataFrame]:
+        prune, on, kept = self.prune, self.on, self.kept
+        if not kept:
+            return {}
+        rows = [{"group": n, "units": k.shape[1], "kept": int(k[0].sum())} for n, k in kept.items()]
+        if prune.pattern.options.remove:
+            remove(on.model, kept)
+            facts |= self.shared
+            facts |= prune.allocation.value.reached(
+                self.dense, on, prune.calibration_split, prune.allocation.options
+            )
+            left = sum(layer.original.numel() for layer in on.layers(prune.layers))
+            facts["packed_bytes"] = facts["dense_bytes"] - 4 * (facts["weights"] - left)
+        return {"units": pd.DataFrame(rows)}
+
+
+class Removal(Options):
+    remove: bool = parameter(
+        True, "take what is pruned out of the matrices, so that the model is smaller; otherwise it is masked"
+    )
+
+
+PATTERN.add(
+    "heads",
+    formula="one attention head in all matrices it spans",
+    source="Michel et al. 2019",
+    options=Removal,
+)(Form(lambda options: Structures(("heads",)), Units))
+PATTERN.add(
+    "neurons",
+    formula="one feed-forward neuron in all matrices it spans",
+    source="baseline",
+    options=Removal,
+)(Form(lambda options: Structures(("neurons",)), Units))
+PATTERN.add("heads+neurons", formula="both", source="baseline", options=Removal)(
+    Form(lambda options: Structures(("heads", "neurons")), Units)
 )
-from workbench.pruning.pattern import Structures
-from workbench.subjects import Layer, Subject
-
-
-def check_structures(
-    on: Subject,
-    layers: Sequence[Layer],
-    pattern: Structures,
-    saliency: str,
-    compensation: str,
-    allocation: str,
-) -> None:
-    """Say why a combination with heads or neurons makes no sense, before anything is computed."""
-    groups = groups_of(on, layers, pattern)
-    if compensation == "fisher":
-        raise BadInput(
-            "compensation: fisher updates blocks along a row, which whole heads and neurons cut through; "
-            "use least-squares, bias or none"
-        )
-    if compensation == "obs":
-        raise BadInput(
-            "compensation: obs chooses weight by weight; for heads and neurons the same optimum is called "
-            "least-squares"
-        )
-    if saliency == "movement":
-        raise BadInput(
-            "saliency: movement is collected for single weights; "
-            "use gradient, taylor2 or obs for heads and neurons"
-        )
-    if saliency in UNIT_SALIENCIES and not set(pattern.kinds) <= set(UNIT_SALIENCIES[saliency].kinds):
-        accepted = " or ".join(UNIT_SALIENCIES[saliency].kinds)
-        raise BadInput(
-            f"saliency: {saliency} scores {accepted}, not {'+'.join(pattern.kinds)}; "
-            "choose another saliency or that pattern"
-        )
-    if allocation == "erdos-renyi":
-        raise BadInput(
-            "allocation: erdos-renyi is a rule for densities of matrices; "
-            "use layer or global for heads and neurons"
-        )
-    for group in groups:
-        if saliency == "obs" and len(group.consumers) != 1:
-            raise BadInput(
-                f"saliency: obs needs one consumer for each group and {group.name} ties several together; "
-                "use magnitude, wanda or gradient"
-            )
-        if compensation == "bias" and any(
-            m.layer.bias is None or len(m.layer.shape) == 3 for m in group.consumers
-        ):
-            raise BadInput(
-                f"compensation: bias needs a bias and the output of {group.name} has none; "
-                "use least-squares or none"
-            )
-
-
-def prune_units(
-    on: Subject,
-    layers: Sequence[Layer],
-    calibration: Calibration,
-    pattern: Structures,
-    sparsity: float,
-    saliency: str,
-    compensation: str,
-    allocation: str,
-    progress: Progress,
-    speedup: float = 1.0,
-    amplitude: float = 0.1,
-    batch_size: int = 16,
-    facts: dict[str, float] | None = None,
-) -> dict[str, Tensor]:
-    """The same event for heads and neurons; returns what each group keeps.
-    A speed-up's expectation is put into `facts`.
-    """
-    groups = groups_of(on, layers, pattern)
-    scored = [
-        score(g, saliency, calibration, pattern) for g in progress.track(groups, f"units by {saliency}")
-    ]
-    if progress.stopped:
-        return {}
-    if allocation == "latency":
-        key = ("latency table", pattern.kinds, batch_size, calibration.split)
-        table = on.memo(
-            key,
-            lambda: measure_table(on, pattern.kinds, batch_size, split=calibration.split, progress=progress),
-        )
-        counts, _ = reach(on, scored, table, speedup, batch_size, calibration.split)
-        if facts is not None:
-            facts |= {
-                "target_speedup": speedup,
-                "expected_speedup": table.dense / expected_seconds(scored, counts, table),
-            }
-    elif allocation == "global":
-        counts = across(scored, sparsity, standardise=not loss_like(saliency))
-    elif allocation == "adaptive":
-        counts = adaptive(scored, sparsity, amplitude, calibration)
-    else:
-        counts = uniform(scored, sparsity)
-    return prune_structures(scored, counts, compensation, calibration, progress)

@@ -4,64 +4,25 @@ and what the consumers do about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from workbench.axis import Choice
 from workbench.errors import BadInput
 from workbench.progress import Progress
+from workbench.pruning.axes import scores_weights
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import Structures, cheapest
-from workbench.pruning.saliency.activations import unit_activations
 from workbench.pruning.saliency.depth import Stack, measure_stacks
-from workbench.pruning.saliency.heapr import atomic_scores
-from workbench.pruning.saliency.weights import SALIENCIES
 from workbench.pruning.solvers import ziplm
 from workbench.subjects import Layer, Subject
 from workbench.subjects.structure.dimensions import stacks
-from workbench.subjects.structure.units import Group, discover
+from workbench.subjects.structure.units import Group, Member, discover
 
-#: Saliencies of a layer's inputs say what a unit is worth where it is consumed;
-#: the others are summed over all its weights.
-CONSUMER_ONLY = ("wanda", "fluctuation", "obs")
 EXPERT_STEP = 8  # grouped matrix products of experts want widths in steps of 16 bytes
-
-
-@dataclass(frozen=True)
-class UnitSaliency:
-    """A rule that scores whole units of all groups at once:
-    (calibration, groups) -> group name -> (experts, units).
-    """
-
-    score: Callable[[Calibration, Sequence[Group]], dict[str, Tensor]]
-    kinds: tuple[str, ...]
-    source: str
-    loss_like: bool = False
-
-
-def activation(calibration: Calibration, groups: Sequence[Group]) -> dict[str, Tensor]:
-    return unit_activations(
-        calibration.subject, groups, calibration.split, calibration.examples, calibration.progress
-    )
-
-
-def atomic(calibration: Calibration, groups: Sequence[Group]) -> dict[str, Tensor]:
-    return atomic_scores(
-        calibration.subject, groups, calibration.split, calibration.gradients, progress=calibration.progress
-    )
-
-
-UNIT_SALIENCIES: dict[str, UnitSaliency] = {
-    "activation": UnitSaliency(activation, ("heads", "neurons"), "Muralidharan et al. 2024 (Minitron)"),
-    "heapr": UnitSaliency(atomic, ("neurons",), "Li et al. 2025 (HEAPr)", True),
-}
-
-
-def loss_like(saliency: str) -> bool:
-    """Whether scores are predicted losses, which compare across groups as they are."""
-    return (UNIT_SALIENCIES if saliency in UNIT_SALIENCIES else SALIENCIES)[saliency].loss_like
 
 
 @dataclass
@@ -86,6 +47,23 @@ class Scored:
         return mask.scatter(1, self.order[:, :count], False)
 
 
+@dataclass
+class Asked:
+    """What is known when the units of heads and neurons are shared out.
+
+    scored : the groups, with the cost of every number of removals;  facts : what the result reports besides
+    """
+
+    on: Subject
+    scored: Sequence[Scored]
+    sparsity: float
+    saliency: Choice
+    calibration: Calibration
+    kinds: tuple[str, ...]
+    progress: Progress
+    facts: dict[str, float]
+
+
 def groups_of(on: Subject, layers: Sequence[Layer], pattern: Structures) -> list[Group]:
     """The groups whose matrices are all among the chosen layers."""
     names = {layer.name for layer in layers}
@@ -97,34 +75,17 @@ def groups_of(on: Subject, layers: Sequence[Layer], pattern: Structures) -> list
     return found
 
 
-def score(group: Group, saliency: str, calibration: Calibration, pattern: Structures) -> Scored:
+def score(group: Group, saliency: Choice, calibration: Calibration, pattern: Structures) -> Scored:
     """Order and costs of one group's units."""
-    if saliency == "obs":
-        member = consumer(group)
-        weight, gram = member.layer.weight.detach(), calibration.gram(member.layer)
-        matrices = weight if weight.ndim == 3 else weight[None]
-        key = ("removal order", group.name, calibration.examples, calibration.damp)
-        pairs = calibration.remember(
-            key,
-            lambda: [
-                ziplm.removal_order(w, g, member.index, calibration.damp)
-                for w, g in zip(matrices, gram, strict=True)
-            ],
-        )
-        order, errors = torch.stack([o for o, _ in pairs]).cpu(), sum(e for _, e in pairs)
-        assert isinstance(errors, Tensor)
-        return Scored(group, order, torch.cat([errors.new_zeros(1), errors]).cpu())
-    if saliency in UNIT_SALIENCIES:
+    if saliency.has("one after the other"):
+        return removal_order(group, saliency.options.damp, calibration)
+    if not scores_weights(saliency):
         groups = groups_of(calibration.subject, calibration.layers, pattern)
-        every = ("units", saliency, pattern.kinds, calibration.examples, calibration.gradients)
-        units = calibration.remember(every, lambda: UNIT_SALIENCIES[saliency].score(calibration, groups))[
-            group.name
-        ]
+        every = ("units", repr(saliency), saliency.value, pattern.kinds, calibration.examples)
+        units = calibration.remember(every, lambda: saliency(calibration, groups))[group.name]
     else:
-        members = group.consumers if saliency in CONSUMER_ONLY else group.members
-        scores = {
-            m.layer.name: SALIENCIES[saliency].score(m.layer, calibration, pattern).float() for m in members
-        }
+        members = group.consumers if saliency.has("consumer side") else group.members
+        scores = {m.layer.name: saliency(m.layer, calibration, pattern).float() for m in members}
         units = group.unit_scores(scores, members)
     if not bool(torch.isfinite(units).all()):
         raise BadInput(
@@ -137,7 +98,21 @@ def score(group: Group, saliency: str, calibration: Calibration, pattern: Struct
     return Scored(group, order, torch.cat([costs.new_zeros(1), costs]))
 
 
-def consumer(group: Group):  # type: ignore[no-untyped-def]
+def removal_order(group: Group, damp: float, calibration: Calibration) -> Scored:
+    """Units in the order in which their removal costs least, the consumer refitted after each (ZipLM)."""
+    member = consumer(group)
+    weight, gram = member.layer.weight.detach(), calibration.gram(member.layer)
+    matrices = weight if weight.ndim == 3 else weight[None]
+    pairs = calibration.remember(
+        ("removal order", group.name, calibration.examples, damp),
+        lambda: [ziplm.removal_order(w, g, member.index, damp) for w, g in zip(matrices, gram, strict=True)],
+    )
+    order, errors = torch.stack([o for o, _ in pairs]).cpu(), sum(e for _, e in pairs)
+    assert isinstance(errors, Tensor)
+    return Scored(group, order, torch.cat([errors.new_zeros(1), errors]).cpu())
+
+
+def consumer(group: Group) -> Member:
     if len(group.consumers) != 1:
         raise BadInput(
             f"saliency: obs needs one consumer for each group and {group.name} ties several together; "
@@ -222,11 +197,9 @@ def adaptive(
     ]
 
 
-def compensate(group: Group, kept: Tensor, compensation: str, calibration: Calibration) -> None:
-    """Change the consumers (or their biases) for the units about to go;
-    `fisher` has no structured form here.
-    """
-    if compensation == "none":
+def compensate(group: Group, kept: Tensor, compensation: Choice, calibration: Calibration) -> None:
+    """Change the consumers (or their biases) for the units about to go."""
+    if compensation.has("nothing") and not compensation.has("bias"):
         return
     for member in group.consumers:
         layer = member.layer
@@ -235,7 +208,7 @@ def compensate(group: Group, kept: Tensor, compensation: str, calibration: Calib
         columns = torch.ones(group.experts, weight.shape[-1], dtype=torch.bool, device=weight.device)
         for e in range(group.experts):
             columns[e, member.index[~kept[e]].flatten().to(weight.device)] = False
-        if compensation == "bias":
+        if compensation.has("bias"):
             if layer.bias is None or weight.ndim == 3:
                 raise BadInput(
                     f"compensation: bias needs a bias and {layer.name} has none; use least-squares or none"
@@ -245,7 +218,7 @@ def compensate(group: Group, kept: Tensor, compensation: str, calibration: Calib
             continue
         new = torch.stack(
             [
-                ziplm.refit(w, g, c, calibration.damp)
+                ziplm.refit(w, g, c, compensation.options.damp)
                 for w, g, c in zip(matrices, moments, columns, strict=True)
             ]
         )
@@ -258,7 +231,7 @@ def compensate(group: Group, kept: Tensor, compensation: str, calibration: Calib
 def prune_structures(
     scored: Sequence[Scored],
     counts: Sequence[int],
-    compensation: str,
+    compensation: Choice,
     calibration: Calibration,
     progress: Progress,
 ) -> dict[str, Tensor]:

@@ -21,18 +21,23 @@ do, the heads lose their last principal axes on top of that, and the run has not
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from workbench.progress import Progress
-from workbench.pruning.recovery.recovery import random_batches
+from workbench.pruning.recovery.recovery import SETTINGS
 from workbench.pruning.recovery.trainable import set_trainable
-from workbench.subjects import Layer, Subject, bake
+from workbench.subjects import Batch, Layer, Subject, bake
 from workbench.subjects.structure.dimensions import channels, smallest_units
 from workbench.subjects.structure.norms import restrict
 from workbench.subjects.structure.units import discover
+from workbench.training.data_order import WholeBatches
+from workbench.training.loop import Training
+from workbench.training.schedule.rise_and_fall import RiseAndFallLR
 
 SOFT = 0.8  # share of the run with a soft mask
 MASK_RATE = 20.0  # the mask's learning rate over that of the rest: it has a few hundred steps to separate
@@ -121,11 +126,13 @@ def learn_channels(
     rank: int,
     seed: int,
     progress: Progress,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """Train, in place, and merge; returns (kept (hidden,), curve).
     The model computes its outputs over the kept channels once they are cut.
 
     `kind` low-rank trains the modules, biases and norms; finetune all weights but the embeddings besides.
+    settings : of the run, where they differ from recovery's.
     """
     bake(on.model)
     size, device = channels(on.model), on.device
@@ -143,35 +150,38 @@ def learn_channels(
     mask = ChannelMask(size, left, steps, device)
     known = {id(p) for p in parameters}
     parameters += [p for t in transforms for p in t.parameters() if id(p) not in known]
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "rate": lr}, {"params": [mask.logits], "rate": MASK_RATE * lr}],
-        lr=lr,
-        weight_decay=0.0,
-    )
-    batches = random_batches(on, "train", min(batch_size, on.size("train")), seed)
     curve: list[dict[str, float]] = []
-    on.model.train()
+    task_losses: list[float] = []
+
+    def loss(subject: Subject, batch: Batch) -> Tensor:
+        mask.set(run.step)
+        task = subject.loss(batch)
+        task_losses.append(float(task.detach()))
+        identity = torch.stack([t.identity_loss() for t in transforms]).mean()
+        return task + mask.loss() + identity
+
+    def keep_row(state: Training) -> None:
+        kept = float((mask.logits >= 0).sum())
+        curve.append({"step": float(state.step), "loss": task_losses[-1], "kept": kept})
+
+    given: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": min(batch_size, on.size("train")),
+        "learning_rate": lr,
+        "schedule": lambda optimizer, total: RiseAndFallLR(optimizer, total, 0.05, total - total // 20),
+        "order": WholeBatches(seed),
+        "own_generator": False,
+        "evaluate_split": "",
+        "clipped": lambda: parameters,
+        "loss": loss,
+        "callbacks": [keep_row],
+        "progress": progress,
+        "label": "pruning-aware tuning",
+    }
+    run = Training.start(on, **(SETTINGS | given | dict(settings or {})))
+    run.learn([mask.logits], MASK_RATE)
     with restrict(on.model, lambda: mask.value):
-        for step in progress.track(range(steps), "pruning-aware tuning"):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * min(
-                    (step + 1) / max(steps // 20, 1), (steps - step) / max(steps - steps // 20, 1), 1.0
-                )
-            with torch.enable_grad():
-                mask.set(step)
-                task = on.loss(next(batches))
-                identity = torch.stack([t.identity_loss() for t in transforms]).mean()
-                optimizer.zero_grad(set_to_none=True)
-                (task + mask.loss() + identity).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            curve.append(
-                {
-                    "step": float(step + 1),
-                    "loss": float(task.detach()),
-                    "kept": float((mask.logits >= 0).sum()),
-                }
-            )
+        run.advance()
     bake(on.model)
     for name, parameter in on.model.named_parameters():
         parameter.requires_grad_(was.get(name, True))

@@ -10,8 +10,9 @@ low-rank   masked adapters, biases and norms only: W = M * (W_p + B A), merged a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +22,35 @@ from workbench.progress import Progress
 from workbench.pruning.recovery.trainable import set_trainable
 from workbench.pruning.sparse_training.side_terms import add_low_rank
 from workbench.subjects import Batch, Layer, LowRank, Subject
-from workbench.subjects.subject import trim
+from workbench.training.data_order import WholeBatches
+from workbench.training.loop import Training
+from workbench.training.optimizer.adamw import adamw as adamw  # what recovery steps with by default
+from workbench.training.schedule.rise_and_fall import rise_and_fall as rise_and_fall
 
 RECOVERIES = ("none", "finetune", "distil", "low-rank")
 
 
-def random_batches(on: Subject, split: str, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches without end: every example once in an order drawn from `seed`, then again in another order."""
-    columns, size = on.split(split), on.size(split)
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(size, generator=generator)
-        for start in range(0, max(size - batch_size, 0) + 1, batch_size):
-            index = order[start : start + batch_size]
-            yield {k: v.to(on.device) for k, v in trim({k: v[index] for k, v in columns.items()}).items()}
+#: How recovery trains unless its `settings` say otherwise.
+SETTINGS: dict[str, Any] = {
+    "optimizer": {"name": "adamw", "betas": (0.9, 0.999), "fused": False},
+    "schedule": "rise-and-fall",
+    "weight_decay": 0.0,
+    "clip": 1.0,
+}
 
 
 @dataclass
 class Recovery:
-    """A training run that is advanced a few steps at a time, between pruning events."""
+    """A training run that is advanced a few steps at a time, between pruning events.
+
+    settings : of the run (`workbench.training.loop.Settings`), where they differ from `SETTINGS`.
+    """
 
     on: Subject
     layers: Sequence[Layer]
     kind: str
     total: int
-    lr: float
+    learning_rate: float
     batch_size: int = 16
     split: str = "train"
     seed: int = 0
@@ -57,10 +62,9 @@ class Recovery:
     watch: Callable[[Recovery], None] | None = (
         None  # called about fifty times a run, for whoever wants to see it
     )
-    curve: list[dict[str, float]] = field(default_factory=list)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.done = 0
         self.scores: dict[str, Tensor] = {}
         self._was = {name: p.requires_grad for name, p in self.on.model.named_parameters()}
         if self.kind == "low-rank":
@@ -68,54 +72,62 @@ class Recovery:
                 self.layers, self.rank, beside=False, generator=torch.Generator().manual_seed(self.seed)
             )
         self.parameters = set_trainable(self.on, "adapters" if self.kind == "low-rank" else "body")
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=0.0)
-        self._batches = random_batches(
-            self.on, self.split, min(self.batch_size, self.on.size(self.split)), self.seed
-        )
+        given: dict[str, Any] = {
+            "steps": self.total,
+            "batch_size": min(self.batch_size, self.on.size(self.split)),
+            "learning_rate": self.learning_rate,
+            "split": self.split,
+            "order": WholeBatches(self.seed),
+            "own_generator": False,
+            "evaluate_split": "",
+            "loss": self.loss,
+            "before_step": [self._accumulate] if self.movement else [],
+            "callbacks": [self._watched],
+            "progress": self.progress,
+            "label": f"recovery {self.kind}",
+        }
+        self.run = Training.start(self.on, **(SETTINGS | given | dict(self.settings)))
+
+    @property
+    def done(self) -> int:
+        """Steps done, those skipped included."""
+        return self.run.step
+
+    def skip(self, steps: int) -> None:
+        """Go on with the schedule of a run whose first steps another recovery has done."""
+        self.run.skip(steps)
+
+    @property
+    def curve(self) -> list[dict[str, float]]:
+        """Step and loss of every step."""
+        return [{"step": float(row["step"]), "loss": row["loss"]} for row in self.run.rows]
 
     @property
     def trainable_share(self) -> float:
         """Trained parameters as a share of all."""
         return sum(p.numel() for p in self.parameters) / sum(p.numel() for p in self.on.model.parameters())
 
-    def rate(self) -> float:
-        """Linear warm-up over a twentieth of the run, then linear decay to zero."""
-        warm = max(self.total // 20, 1)
-        return min((self.done + 1) / warm, max(self.total - self.done, 0) / max(self.total - warm, 1), 1.0)
-
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, on: Subject, batch: Batch) -> Tensor:
         if self.kind != "distil" or self.teacher is None:
-            return self.on.loss(batch)
-        return distilled_loss(self.on, self.teacher, batch, self.temperature)
+            return on.loss(batch)
+        return distilled_loss(on, self.teacher, batch, self.temperature)
 
     def advance(self, steps: int) -> None:
         """Train so many steps more; stops early, keeping the state, when asked to."""
-        self.on.model.train()
-        for _ in self.progress.track(range(steps), f"recovery {self.kind}"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * self.rate()
-            with torch.enable_grad():
-                loss = self.loss(next(self._batches))
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            if self.movement:
-                self._accumulate()
-            self.optimizer.step()
-            self.done += 1
-            self.curve.append({"step": float(self.done), "loss": float(loss.detach())})
-            if self.watch is not None and self.done % max(self.total // 50, 1) == 0:
-                self.watch(self)
-        self.on.model.eval()
+        self.run.advance(steps)
 
-    def _accumulate(self) -> None:
+    def _watched(self, run: Training) -> None:
+        if self.watch is not None and run.step % max(self.total // 50, 1) == 0:
+            self.watch(self)
+
+    def _accumulate(self, run: Training) -> None:
         """Movement scores S = -sum of lr g w over the steps (Sanh et al. 2020):
         weights that move away from zero grow.
         """
         for layer in self.layers:
             parameter = layer.original
             if parameter.grad is not None:
-                grown = -self.optimizer.param_groups[0]["lr"] * (parameter.grad * parameter.detach())
+                grown = -run.lr * (parameter.grad * parameter.detach())
                 grown = grown.mT if layer.transposed else grown
                 self.scores[layer.name] = (
                     self.scores[layer.name] + grown if layer.name in self.scores else grown
@@ -123,6 +135,7 @@ class Recovery:
 
     def finish(self) -> None:
         """Merge the adapters into the weights below the masks and leave training mode."""
+        self.run.finish()
         if self.kind == "low-rank":
             for layer in self.layers:
                 merge(layer)

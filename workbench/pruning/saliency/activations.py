@@ -14,9 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from workbench.axis import Options
 from workbench.progress import Progress
+from workbench.pruning.axes import SALIENCY
+from workbench.pruning.calibration import Calibration
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Subject
+from workbench.subjects.structure.dimensions import channels
 from workbench.subjects.structure.norms import channel_norms
 from workbench.subjects.structure.units import Group
 
@@ -83,3 +87,19 @@ def channel_activations(
         for handle in handles:
             handle.remove()
     return (squares / max(count, 1)).sqrt().sum(0)
+
+
+@SALIENCY.add(
+    "activation",
+    formula="rms over examples of the mean over tokens of ||a||",
+    source="Muralidharan et al. 2024 (Minitron)",
+    needs="inputs",
+    traits=("heads", "neurons", "channels"),
+)
+def activation(
+    calibration: Calibration, groups: Sequence[Group], options: Options
+) -> dict[str, Tensor] | Tensor:
+    on, split, examples = calibration.subject, calibration.split, calibration.examples
+    if groups:
+        return unit_activations(on, groups, split, examples, calibration.progress)
+    return channel_activations(on, channels(on.model), split, examples, calibration.progress)

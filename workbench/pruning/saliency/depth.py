@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from workbench.axis import Options
 from workbench.errors import BadInput
 from workbench.progress import Progress
+from workbench.pruning.axes import SALIENCY
+from workbench.pruning.calibration import Calibration
 from workbench.subjects import Batch, Subject
 from workbench.subjects.structure.dimensions import shrink, stacks
-
-DEPTH = ("angular", "block-influence", "loss", "deepest")
 
 
 @dataclass
@@ -191,3 +192,52 @@ def deepest(sizes: list[int]) -> list[Tensor]:
     the last stays to the end.
     """
     return [torch.tensor([*(float(size - i) for i in range(size - 1)), float(size + 1)]) for size in sizes]
+
+
+def of_calibration(calibration: Calibration) -> list[Stack]:
+    return measure_stacks(
+        calibration.subject, calibration.split, calibration.examples, progress=calibration.progress
+    )
+
+
+@SALIENCY.add(
+    "angular",
+    formula="arccos(cos(x^l, x^l+n)) / pi",
+    source="Gromov et al. 2024",
+    needs="inputs",
+    traits=("layers", "runs"),
+)
+def angular(calibration: Calibration, groups: Sequence[object], options: Options) -> list[Stack]:
+    """Distances over every run of blocks: what goes is one run of each stack (`runs`)."""
+    return of_calibration(calibration)
+
+
+@SALIENCY.add(
+    "block-influence",
+    formula="1 - E[cos(x^l, x^l+1)]",
+    source="Men et al. 2024",
+    needs="inputs",
+    traits="layers",
+)
+def block_influence(calibration: Calibration, groups: Sequence[object], options: Options) -> list[Tensor]:
+    return [s.influence for s in of_calibration(calibration)]
+
+
+@SALIENCY.add(
+    "loss",
+    formula="L without the block",
+    source="Muralidharan et al. 2024 (Minitron)",
+    needs="inputs",
+    traits="layers",
+)
+def loss(calibration: Calibration, groups: Sequence[object], options: Options) -> list[Tensor]:
+    on = calibration.subject
+    found = losses_without(on, calibration.split, calibration.examples, calibration.progress)
+    return list(found.split([len(paths) for paths in stacks(on.model).values()]))
+
+
+@SALIENCY.add(
+    "deepest", formula="the last blocks but one go first", source="Gromov et al. 2024", traits="layers"
+)
+def deepest_first(calibration: Calibration, groups: Sequence[object], options: Options) -> list[Tensor]:
+    return deepest([len(paths) for paths in stacks(calibration.subject.model).values()])

@@ -21,8 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from workbench.axis import Options
 from workbench.errors import BadInput
 from workbench.progress import Progress
+from workbench.pruning.axes import SALIENCY
+from workbench.pruning.calibration import Calibration
 from workbench.statistics import InputCapture
 from workbench.storage import replacing
 from workbench.subjects import Batch, Layer, Subject
@@ -162,3 +165,31 @@ class ExpertPatterns:
         with safe_open(file, "pt") as stream:
             names = json.loads(stream.metadata()["tasks"])
             return cls({name: stream.get_tensor(str(i)) for i, name in enumerate(names)})
+
+
+def of_calibration(calibration: Calibration) -> Routing:
+    return routing(
+        calibration.subject, calibration.split, calibration.examples, progress=calibration.progress
+    )
+
+
+@SALIENCY.add(
+    "tcess",
+    formula="E[z_e, where e is among the K largest and confident]",
+    source="Pei et al. 2025 (PreMoe)",
+    needs="inputs",
+    traits="experts",
+)
+def tcess(calibration: Calibration, groups: Sequence[object], options: Options) -> Tensor:
+    return of_calibration(calibration).tcess
+
+
+@SALIENCY.add(
+    "usage",
+    formula="share of the tokens that choose the expert",
+    source="baseline",
+    needs="inputs",
+    traits="experts",
+)
+def usage(calibration: Calibration, groups: Sequence[object], options: Options) -> Tensor:
+    return of_calibration(calibration).usage

@@ -20,10 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.axis import Options, parameter
 from workbench.progress import Progress
+from workbench.pruning.axes import SALIENCY
+from workbench.pruning.calibration import Calibration
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Subject
-from workbench.subjects.structure.units import Group
+from workbench.subjects.structure.dimensions import expert_count, expert_modules
+from workbench.subjects.structure.units import Group, discover
 
 
 class OutputGradients(InputCapture):
@@ -100,3 +104,29 @@ def atomic_scores(
         # 1/2 E[h^2] w^T G w for a token of the expert, times the expert's tokens for each item of the loss
         scores[group.name] = squares[name] / seen * quadratic / 2 * tokens[name] / max(items, 1)
     return scores
+
+
+class Examples(Options):
+    gradients: int = parameter(256, "examples whose output gradients are measured", ge=1, unit="examples")
+
+
+@SALIENCY.add(
+    "heapr",
+    formula="1/2 E[h_k^2] w_k^T G w_k",
+    source="Li et al. 2025 (HEAPr)",
+    needs="gradients",
+    options=Examples,
+    traits=("neurons", "experts", "loss-like"),
+)
+def heapr(calibration: Calibration, groups: Sequence[Group], options: Examples) -> dict[str, Tensor] | Tensor:
+    on, split = calibration.subject, calibration.split
+    if groups:
+        return atomic_scores(on, groups, split, options.gradients, progress=calibration.progress)
+    paths, size = expert_modules(on.model), expert_count(on.model)[1]
+    groups = [g for g in discover(on.model, ("neurons",)) if g.experts == size]
+    found = atomic_scores(on, groups, split, options.gradients, progress=calibration.progress)
+    total = torch.zeros(len(paths), size)
+    for g in groups:
+        owner = next(i for i, path in enumerate(paths) if g.name.startswith(path + "."))
+        total[owner] += found[g.name].sum(-1)
+    return total

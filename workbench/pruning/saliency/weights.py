@@ -3,66 +3,82 @@ Larger stays; every score is >= 0 and adds up over a unit.
 
 Scores of a unit (a block, a row, a head) are the sums of its weights' scores, so each saliency works with
 every pattern whose units it can be summed over; magnitude and Wanda are summed as they are (an L1 norm).
+
+Traits: "loss-like" scores are predicted losses, so they compare across layers as they are; "not across
+layers" ones do not compare at all. "consumer side" ones say what a unit is worth where its output is
+consumed, the others are summed over all its weights. "follows weights": cheap enough for every step of
+training. "one after the other": units are removed one by one, each removal seen by the next. "swept": with a
+swept compensation the mask is chosen while the error is passed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from workbench.axis import Options
+from workbench.pruning.axes import SALIENCY, BlockFisher, Damped, Gradients
 from workbench.pruning.calibration import Calibration, rows_of
 from workbench.pruning.pattern import NM, Pattern
 from workbench.pruning.solvers import fisher, obs
 from workbench.subjects import Layer
 
 
-@dataclass(frozen=True)
-class Saliency:
-    """A scoring rule: (layer, calibration, pattern) -> scores (..., out, in);
-    `needs` inputs or gradients, or nothing.
-    """
-
-    score: Callable[[Layer, Calibration, Pattern], Tensor]
-    formula: str
-    source: str
-    needs: str = ""
-    loss_like: bool = False  # scores are predicted losses, so they may be compared across layers
-
-
-def random(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
+@SALIENCY.add("random", formula="u ~ U(0, 1)", source="baseline", traits="not across layers")
+def random(layer: Layer, calibration: Calibration, pattern: Pattern, options: Options) -> Tensor:
     import zlib
 
     generator = torch.Generator().manual_seed(calibration.seed * 1_000_003 + zlib.crc32(layer.name.encode()))
     return torch.rand(layer.shape, generator=generator).to(layer.original.device)
 
 
-def magnitude(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
+@SALIENCY.add("magnitude", formula="|w|", source="Han et al. 2015", traits="follows weights")
+def magnitude(layer: Layer, calibration: Calibration, pattern: Pattern, options: Options) -> Tensor:
     return layer.weight.detach().abs()
 
 
-def wanda(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
+@SALIENCY.add(
+    "wanda",
+    formula="|w| * rms(x)",
+    source="Sun et al. 2023",
+    needs="inputs",
+    traits=("consumer side", "not across layers", "follows weights"),
+)
+def wanda(layer: Layer, calibration: Calibration, pattern: Pattern, options: Options) -> Tensor:
     norm = calibration.norm(layer)
     return layer.weight.detach().abs() * (norm[:, None, :] if len(layer.shape) == 3 else norm)
 
 
-def fluctuation(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
+@SALIENCY.add(
+    "fluctuation",
+    formula="w^2 * var(x)",
+    source="An et al. 2024 (FLAP)",
+    needs="inputs",
+    traits=("consumer side", "not across layers"),
+)
+def fluctuation(layer: Layer, calibration: Calibration, pattern: Pattern, options: Options) -> Tensor:
     variance = calibration.variance(layer)
     return layer.weight.detach().square() * (variance[:, None, :] if len(layer.shape) == 3 else variance)
 
 
-def mean_gradient(layer: Layer, calibration: Calibration) -> Tensor:
-    return calibration.factors(layer).mean().reshape(layer.shape)
+def mean_gradient(layer: Layer, calibration: Calibration, options: Gradients) -> Tensor:
+    return calibration.factors(layer, options).mean().reshape(layer.shape)
 
 
-def snip(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
-    return (mean_gradient(layer, calibration) * layer.weight.detach()).abs()
+@SALIENCY.add(
+    "gradient",
+    formula="|g w|",
+    source="Lee et al. 2019 (SNIP)",
+    needs="gradients",
+    options=Gradients,
+    traits="loss-like",
+)
+def snip(layer: Layer, calibration: Calibration, pattern: Pattern, options: Gradients) -> Tensor:
+    return (mean_gradient(layer, calibration, options) * layer.weight.detach()).abs()
 
 
-def fisher_diagonal(layer: Layer, calibration: Calibration) -> Tensor:
-    gradients = calibration.factors(layer)
+def fisher_diagonal(layer: Layer, calibration: Calibration, options: Gradients) -> Tensor:
+    gradients = calibration.factors(layer, options)
     weight = rows_of(layer.weight.detach())
     parts = [
         gradients.rows(a, b).square().mean(0)
@@ -71,63 +87,78 @@ def fisher_diagonal(layer: Layer, calibration: Calibration) -> Tensor:
     return torch.cat(parts).reshape(layer.shape)
 
 
-def obd(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
-    return layer.weight.detach().square() * fisher_diagonal(layer, calibration) / 2
+@SALIENCY.add(
+    "obd",
+    formula="w^2 E[g^2] / 2",
+    source="LeCun et al. 1990, empirical Fisher diagonal",
+    needs="gradients",
+    options=Gradients,
+    traits="loss-like",
+)
+def obd(layer: Layer, calibration: Calibration, pattern: Pattern, options: Gradients) -> Tensor:
+    return layer.weight.detach().square() * fisher_diagonal(layer, calibration, options) / 2
 
 
-def taylor2(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
+@SALIENCY.add(
+    "taylor2",
+    formula="|g w - w^2 E[g^2] / 2|",
+    source="Ma et al. 2023 (LLM-Pruner)",
+    needs="gradients",
+    options=Gradients,
+    traits="loss-like",
+)
+def taylor2(layer: Layer, calibration: Calibration, pattern: Pattern, options: Gradients) -> Tensor:
     weight = layer.weight.detach()
     return (
-        mean_gradient(layer, calibration) * weight - weight.square() * fisher_diagonal(layer, calibration) / 2
+        mean_gradient(layer, calibration, options) * weight
+        - weight.square() * fisher_diagonal(layer, calibration, options) / 2
     ).abs()
 
 
-def output_obs(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
+@SALIENCY.add(
+    "obs",
+    formula="w^2 / (2 [H^-1]_jj), H = E[x x^T]",
+    source="Hassibi and Stork 1993, on a layer's outputs",
+    needs="inputs",
+    options=Damped,
+    traits=("consumer side", "not across layers", "one after the other", "swept"),
+)
+def output_obs(layer: Layer, calibration: Calibration, pattern: Pattern, options: Damped) -> Tensor:
     weight, gram = layer.weight.detach(), calibration.gram(layer)
     if len(layer.shape) == 2:
-        return obs.static_saliency(weight, gram[0], calibration.damp)
-    return torch.stack(
-        [obs.static_saliency(w, g, calibration.damp) for w, g in zip(weight, gram, strict=True)]
-    )
+        return obs.static_saliency(weight, gram[0], options.damp)
+    return torch.stack([obs.static_saliency(w, g, options.damp) for w, g in zip(weight, gram, strict=True)])
 
 
-def block_fisher(layer: Layer, calibration: Calibration, pattern: Pattern, greedy: bool = False) -> Tensor:
-    weight, gradients, damp = (
-        rows_of(layer.weight.detach()),
-        calibration.factors(layer),
-        calibration.absolute_damp(),
-    )
+@SALIENCY.add(
+    "fisher",
+    formula="w^2 / (2 [F^-1]_qq), F block-diagonal",
+    source="Kurtic et al. 2022 (oBERT)",
+    needs="gradients",
+    options=BlockFisher,
+    traits="loss-like",
+)
+def block_fisher(layer: Layer, calibration: Calibration, pattern: Pattern, options: BlockFisher) -> Tensor:
+    return fisher_scores(layer, calibration, pattern, options, greedy=False)
+
+
+@SALIENCY.add(
+    "fisher-greedy",
+    formula="w^2 / (2 [F^-1]_qq), updated after every removal",
+    source="Kurtic et al. 2022, Frantar and Alistarh 2022",
+    needs="gradients",
+    options=BlockFisher,
+    traits="loss-like",
+)
+def greedy_fisher(layer: Layer, calibration: Calibration, pattern: Pattern, options: BlockFisher) -> Tensor:
+    return fisher_scores(layer, calibration, pattern, options, greedy=True)
+
+
+def fisher_scores(
+    layer: Layer, calibration: Calibration, pattern: Pattern, options: BlockFisher, greedy: bool
+) -> Tensor:
+    weight, gradients = rows_of(layer.weight.detach()), calibration.factors(layer, options)
+    damp = calibration.absolute_damp(options, options.damp)
     if isinstance(pattern, NM) and pattern.along == -1 and pattern.of <= 8:
-        return fisher.nm_scores(weight, gradients, damp, calibration.block, pattern).reshape(layer.shape)
-    return fisher.saliency(weight, gradients, damp, calibration.block, greedy).reshape(layer.shape)
-
-
-def greedy_fisher(layer: Layer, calibration: Calibration, pattern: Pattern) -> Tensor:
-    return block_fisher(layer, calibration, pattern, greedy=True)
-
-
-SALIENCIES: dict[str, Saliency] = {
-    "random": Saliency(random, "u ~ U(0, 1)", "baseline"),
-    "magnitude": Saliency(magnitude, "|w|", "Han et al. 2015"),
-    "wanda": Saliency(wanda, "|w| * rms(x)", "Sun et al. 2023", "inputs"),
-    "fluctuation": Saliency(fluctuation, "w^2 * var(x)", "An et al. 2024 (FLAP)", "inputs"),
-    "gradient": Saliency(snip, "|g w|", "Lee et al. 2019 (SNIP)", "gradients", True),
-    "obd": Saliency(obd, "w^2 E[g^2] / 2", "LeCun et al. 1990, empirical Fisher diagonal", "gradients", True),
-    "taylor2": Saliency(taylor2, "|g w - w^2 E[g^2] / 2|", "Ma et al. 2023 (LLM-Pruner)", "gradients", True),
-    "obs": Saliency(
-        output_obs,
-        "w^2 / (2 [H^-1]_jj), H = E[x x^T]",
-        "Hassibi and Stork 1993, on a layer's outputs",
-        "inputs",
-    ),
-    "fisher": Saliency(
-        block_fisher, "w^2 / (2 [F^-1]_qq), F block-diagonal", "Kurtic et al. 2022 (oBERT)", "gradients", True
-    ),
-    "fisher-greedy": Saliency(
-        greedy_fisher,
-        "the same, updated after every removal",
-        "Kurtic et al. 2022, Frantar and Alistarh 2022",
-        "gradients",
-        True,
-    ),
-}
+        return fisher.nm_scores(weight, gradients, damp, options.block, pattern).reshape(layer.shape)
+    return fisher.saliency(weight, gradients, damp, options.block, greedy).reshape(layer.shape)

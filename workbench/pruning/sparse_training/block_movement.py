@@ -8,38 +8,53 @@ the outputs are the same.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
-from workbench.pruning.pattern import Tiles, parse
+from workbench.pruning.axes import PATTERN
+from workbench.pruning.pattern import Form, Hybrid, Tiles, parse
 from workbench.pruning.sparse_training.trained_masks import Gates, selection_of
 from workbench.subjects import Layer, Subject
 from workbench.subjects.structure.removal import remove, safe
 
 
+class Block(Options):
+    rows: int = parameter(16, "outputs in a block", ge=1)
+    columns: int = parameter(16, "inputs in a block", ge=1)
+
+
+def hybrid_text(options: Block) -> str:
+    return f"hybrid {options.rows}x{options.columns}"
+
+
+PATTERN.add(
+    "hybrid",
+    formula="blocks of R outputs by C inputs in attention, whole neurons elsewhere",
+    source="Lagunas et al. 2021",
+    options=Block,
+    spelled=hybrid_text,
+)(Form(lambda options: Hybrid(Tiles(options.rows, options.columns))))
+
+
 def hybrid_tiles(pattern: str) -> Tiles | None:
     """The block of 'hybrid RxC'; None for another pattern."""
-    match = re.fullmatch(r"hybrid (\d+)x(\d+)", pattern.strip().lower())
-    if match is None:
-        return None
-    if not int(match[1]) or not int(match[2]):
-        raise BadInput(f"pattern: {pattern!r} has an empty block; give positive sizes, such as hybrid 16x16")
-    return Tiles(int(match[1]), int(match[2]))
+    form = parse(pattern)
+    return form.tiles if isinstance(form, Hybrid) else None
 
 
 def gate_pattern(pattern: str) -> Tiles:
     """The tiles that get a score each; `BadInput` for patterns that have none of their own."""
-    tiles = hybrid_tiles(pattern) or parse(pattern)
-    if not isinstance(tiles, Tiles):
+    form = parse(pattern)
+    if not isinstance(form, (Hybrid, Tiles)):
         raise BadInput(
             f"pattern: gates are trained for tiles or as a hybrid and {pattern!r} is neither; "
             "use block 16x16, row, column or hybrid 16x16"
         )
-    return tiles
+    return form.tiles
 
 
 def unit_count(size: int, tile: int) -> int:

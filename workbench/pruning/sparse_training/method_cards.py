@@ -15,6 +15,21 @@ METHODS: list[Method] = [
         "80 % of the weights within 1 accuracy point of dense, 2:4 within 1, "
         "half of heads and neurons within 3 at a measured 1.4x",
         0,
+        recipe=(
+            (
+                "prune",
+                {
+                    "method": "obert",
+                    "sparsity": 0.8,
+                    "schedule": "cubic",
+                    "schedule.events": 4,
+                    "recovery": "distil",
+                    "recovery.steps": 640,
+                    "recovery.learning_rate": 0.0002,
+                },
+            ),
+        ),
+        subject="minilm-docstrings",
     ),
     Method(
         "block-movement",
@@ -26,6 +41,18 @@ METHODS: list[Method] = [
         "hybrid blocks beat magnitude blocks of the same density, "
         "and removing what is empty makes the model faster",
         195,
+        recipe=(
+            (
+                "train-sparse",
+                {
+                    "method": "block-movement",
+                    "pattern": "hybrid 8x8",
+                    "objective": "task",
+                    "masks.penalty": 20.0,
+                    "masks.learning_rate": 0.1,
+                },
+            ),
+        ),
     ),
     Method(
         "ast",
@@ -37,6 +64,8 @@ METHODS: list[Method] = [
         "2:4: adaptive masks beat a fixed mask retrained as long; distillation and block sums help; "
         "masks come to rest",
         240,
+        recipe=(("train-sparse", {"method": "ast", "pattern": "2:4"}),),
+        subject="bytelm",
     ),
     Method(
         "slope",
@@ -48,6 +77,19 @@ METHODS: list[Method] = [
         "2:4 from the start: pruning the backward pass twice costs less than the mask itself, "
         "and adapters in the last tenth win some back",
         204,
+        recipe=(
+            (
+                "train-sparse",
+                {
+                    "method": "slope",
+                    "pattern": "2:4",
+                    "backward.lazy": 0.1,
+                    "start": "random",
+                    "learning_rate": 0.003,
+                },
+            ),
+        ),
+        subject="bytelm",
     ),
     Method(
         "dsl",
@@ -59,6 +101,10 @@ METHODS: list[Method] = [
         "90 % from the start: moving masks beat a mask that stays; regrowth by gradient beats random "
         "regrowth (layers here; the paper's are embedding tables)",
         158,
+        recipe=(
+            ("train-sparse", {"method": "dsl", "sparsity": 0.9, "start": "random", "learning_rate": 0.003}),
+        ),
+        subject="bytelm",
     ),
     Method(
         "spdf",
@@ -69,6 +115,11 @@ METHODS: list[Method] = [
         "training",
         "75 %: lifting the mask beats keeping it, and the gap to dense shrinks in dense fine-tuning",
         196,
+        recipe=(
+            ("train-sparse", {"method": "spdf", "sparsity": 0.75, "start": "random", "learning_rate": 0.003}),
+            ("train-sparse", {"method": "dense", "masks": "lifted"}),
+        ),
+        subject="bytelm",
     ),
     Method(
         "mediswift",
@@ -80,6 +131,14 @@ METHODS: list[Method] = [
         "75 %: less than half of the pre-training gap is left after dense fine-tuning, "
         "for less than half of the matrix work",
         318,
+        recipe=(
+            (
+                "train-sparse",
+                {"method": "mediswift", "sparsity": 0.75, "start": "random", "learning_rate": 0.003},
+            ),
+            ("train-sparse", {"method": "dense", "masks": "lifted"}),
+        ),
+        subject="bytelm",
     ),
     Method(
         "app",
@@ -91,6 +150,12 @@ METHODS: list[Method] = [
         "90 % over five megabatches: pruning progressively makes fewer errors in all than pruning once at "
         "the start, by |g w|",
         341,
+        recipe=(
+            (
+                "train-sparse",
+                {"method": "app", "sparsity": 0.9, "stages": 5, "portion": "megabatches", "start": "random"},
+            ),
+        ),
     ),
     Method(
         "pst",
@@ -102,6 +167,12 @@ METHODS: list[Method] = [
         "80 %: within 1 accuracy point of movement pruning and above magnitude, "
         "with fewer trained parameters",
         16,
+        recipe=(
+            (
+                "train-sparse",
+                {"method": "pst", "sparsity": 0.8, "masks.rank": 4, "terms.rank": 4, "learning_rate": 0.003},
+            ),
+        ),
     ),
     Method(
         "dsee",
@@ -113,6 +184,7 @@ METHODS: list[Method] = [
         "half of the frozen weights away: within 1 accuracy point of adapters on all of them; "
         "the decomposition's support beats a random one",
         33,
+        recipe=(("train-sparse", {"method": "dsee", "stages": 2, "learning_rate": 0.003}),),
     ),
     Method(
         "hft",
@@ -124,6 +196,7 @@ METHODS: list[Method] = [
         "a second task: less of the first is forgotten than by full fine-tuning, "
         "at most 1 accuracy point behind on the second",
         189,
+        recipe=(("train-sparse", {"method": "hft"}),),
     ),
     Method(
         "subtuning",
@@ -135,5 +208,6 @@ METHODS: list[Method] = [
         "100 labels of a second task: chosen blocks do no worse than full fine-tuning, "
         "the last block or the head alone",
         257,
+        recipe=(("subtune", {"steps": 60}),),
     ),
 ]

@@ -1,70 +1,120 @@
 """Published ways to train with masks, as compositions: each names what differs from plain training along
 the axes of `TrainSparse`.
-
-masks      none, kept (those there are), lifted, static, adaptive (chosen from the weights at every step),
-           gates (a trained score for each block), scores (trained low-rank scores), regrow
-           (pruned and regrown at a constant budget)
-schedule   from-start, cubic (inside the run, for masks that are chosen at every step), geometric and late
-           (from stage to stage)
-trainable  all, body (no embeddings), adapters, half, blocks, head
-terms      none, low-rank (under the mask), side-low-rank, side-blocks, side-low-rank+entries (beside it)
-objective  task, distil
-backward   exact, double-pruned
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from workbench.axis import Options
+from workbench.pruning.sparse_training.axes import SPARSE_METHOD
 
-
-@dataclass(frozen=True)
-class Training:
-    """One composition; a field left alone is plain dense training."""
-
-    masks: str = "none"
-    saliency: str = "magnitude"
-    allocation: str = "layer"
-    schedule: str = "from-start"
-    trainable: str = "all"
-    terms: str = "none"
-    objective: str = "task"
-    backward: str = "exact"
-    data: str = "whole"
-    source: str = ""
-
-
-METHODS: dict[str, Training] = {
-    "dense": Training(source="baseline"),
-    "static": Training("static", source="baseline: one mask, kept"),
-    "spdf": Training(
-        "static", "random", source="Thangarasa et al. 2023; the fine-tuning after it has masks=lifted"
-    ),
-    "mediswift": Training(
-        "static", "random", source="Thangarasa et al. 2024; the same composition on a field's own texts"
-    ),
-    "slope": Training(
-        "static", "random", terms="side-low-rank", backward="double-pruned", source="Mozaffari et al. 2024"
-    ),
-    "ast": Training("adaptive", terms="side-blocks", objective="distil", source="Huang et al. 2024"),
-    "dsl": Training(
-        "regrow",
-        "random",
-        source="Wang et al. 2024; Evci et al. 2020 (RigL) and Mocanu et al. 2018 (SET) are its relatives",
-    ),
-    "app": Training(
-        "static", "gradient", "global", "geometric", data="megabatches", source="Misra et al. 2022"
-    ),
-    "block-movement": Training("gates", objective="distil", source="Lagunas et al. 2021"),
-    "pst": Training(
-        "scores", schedule="cubic", trainable="adapters", terms="low-rank", source="Li et al. 2022"
-    ),
-    "dsee": Training(
-        "static",
-        schedule="late",
-        trainable="adapters",
-        terms="side-low-rank+entries",
-        source="Chen et al. 2021",
-    ),
-    "lora": Training(trainable="adapters", terms="low-rank", source="Hu et al. 2021"),
-    "hft": Training(trainable="half", source="Hui et al. 2024"),
+#: Plain dense training; a mask that is made before training keeps its place unless a method says more.
+PLAIN = {
+    "masks": "none",
+    "saliency": "magnitude",
+    "allocation": "layer",
+    "schedule": "from-start",
+    "trainable": "all",
+    "terms": "none",
+    "objective": "task",
+    "backward": "exact",
+    "portion": "whole",
 }
+
+
+@SPARSE_METHOD.add("dense", formula="W", source="baseline")
+def dense(options: Options) -> dict[str, str]:
+    return dict(PLAIN)
+
+
+@SPARSE_METHOD.add("static", formula="W M, one mask, kept", source="baseline")
+def static(options: Options) -> dict[str, str]:
+    return PLAIN | {"masks": "static"}
+
+
+@SPARSE_METHOD.add(
+    "spdf", formula="random M; the fine-tuning after it has masks lifted", source="Thangarasa et al. 2023"
+)
+def spdf(options: Options) -> dict[str, str]:
+    return PLAIN | {"masks": "static", "saliency": "random"}
+
+
+@SPARSE_METHOD.add(
+    "mediswift", formula="the same composition on a field's own texts", source="Thangarasa et al. 2024"
+)
+def mediswift(options: Options) -> dict[str, str]:
+    return PLAIN | {"masks": "static", "saliency": "random"}
+
+
+@SPARSE_METHOD.add(
+    "slope",
+    formula="M * W + B A, dX from a matrix that is N:M along both sides",
+    source="Mozaffari et al. 2024",
+)
+def slope(options: Options) -> dict[str, str]:
+    return PLAIN | {
+        "masks": "static",
+        "saliency": "random",
+        "terms": "side-low-rank",
+        "backward": "double-pruned",
+    }
+
+
+@SPARSE_METHOD.add(
+    "ast", formula="M = choice(|w|) at every step, + S P^T beside it, distilled", source="Huang et al. 2024"
+)
+def ast(options: Options) -> dict[str, str]:
+    return PLAIN | {"masks": "adaptive", "terms": "side-blocks", "objective": "distil"}
+
+
+@SPARSE_METHOD.add("dsl", formula="the smallest |w| go, the largest |g| come back", source="Wang et al. 2024")
+def dsl(options: Options) -> dict[str, str]:
+    return PLAIN | {"masks": "regrow", "saliency": "random"}
+
+
+@SPARSE_METHOD.add(
+    "app",
+    formula="|g w|, density 0.8^n from stage to stage, a part of the data for each",
+    source="Misra et al. 2022",
+)
+def app(options: Options) -> dict[str, str]:
+    return PLAIN | {
+        "masks": "static",
+        "saliency": "gradient",
+        "allocation": "global",
+        "schedule": "geometric",
+        "portion": "megabatches",
+    }
+
+
+@SPARSE_METHOD.add(
+    "block-movement",
+    formula="M = sigmoid(S) > threshold, S trained for each block",
+    source="Lagunas et al. 2021",
+)
+def block_movement(options: Options) -> dict[str, str]:
+    return PLAIN | {"masks": "gates", "objective": "distil"}
+
+
+@SPARSE_METHOD.add("pst", formula="M = choice(|w| + A B + R + C), adapters under it", source="Li et al. 2022")
+def pst(options: Options) -> dict[str, str]:
+    return PLAIN | {"masks": "scores", "schedule": "cubic", "trainable": "adapters", "terms": "low-rank"}
+
+
+@SPARSE_METHOD.add("dsee", formula="M * W + B A + S2, dense until the last stage", source="Chen et al. 2021")
+def dsee(options: Options) -> dict[str, str]:
+    return PLAIN | {
+        "masks": "static",
+        "schedule": "late",
+        "trainable": "adapters",
+        "terms": "side-low-rank+entries",
+    }
+
+
+@SPARSE_METHOD.add("lora", formula="W + B A", source="Hu et al. 2021")
+def lora(options: Options) -> dict[str, str]:
+    return PLAIN | {"trainable": "adapters", "terms": "low-rank"}
+
+
+@SPARSE_METHOD.add("hft", formula="half of each kind of matrix learns in a stage", source="Hui et al. 2024")
+def hft(options: Options) -> dict[str, str]:
+    return PLAIN | {"trainable": "half"}

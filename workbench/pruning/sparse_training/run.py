@@ -4,7 +4,7 @@ stage by stage and step by step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,28 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from workbench.progress import Progress
+from workbench.pruning.axes import COMPENSATION
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.matrices import prune_once
-from workbench.pruning.pattern import NM, Tiles, parse
-from workbench.pruning.recovery.recovery import distilled_loss, merge
-from workbench.pruning.recovery.trainable import parse_blocks, set_trainable
+from workbench.pruning.pattern import NM, Tiles
+from workbench.pruning.recovery.recovery import merge
 from workbench.pruning.schedule import annealed, cubic
 from workbench.pruning.sparse_training import block_movement, regrow, side_terms
 from workbench.pruning.sparse_training.slope import DoublePruned
 from workbench.pruning.sparse_training.trained_masks import (
     AdaptiveMask,
-    LowRankScores,
     freeze,
     mask_in_force,
     selection_of,
 )
-from workbench.subjects import Batch, Layer, Mask, Subject, all_layers
-from workbench.training.loop import fit
-from workbench.training.state import Training
+from workbench.subjects import Batch, Layer, Subject, all_layers
+from workbench.training.chosen import chosen_settings
+from workbench.training.loop import Training, fit
+from workbench.training.optimizer.adamw import adamw as adamw  # what it steps with by default
+from workbench.training.optimizer.optimizers import make_optimizer
+from workbench.training.schedule.profiles import cosine as cosine
 
 if TYPE_CHECKING:
     from workbench.pruning.sparse_training.plan import SparsePlan
 
+#: How it trains unless the plan says otherwise.
+SETTINGS: dict[str, Any] = {
+    "optimizer": {"name": "adamw", "betas": (0.9, 0.999), "fused": False},
+    "schedule": "cosine",
+    "weight_decay": 0.0,
+}
 RECORDS = 50  # times a run that its masks are looked at
 
 
@@ -52,7 +60,7 @@ class Course:
         generator: torch.Generator,
     ) -> None:
         self.plan, self.on, self.layers, self.teacher, self.generator = plan, on, layers, teacher, generator
-        self.masks, self.records = plan.axis("masks"), []
+        self.masks, self.records = plan.masks, []
         self.last: dict[str, Tensor] = {}
         self.done, self.learning, self.removed = 0, 0, {}  # type: ignore[var-annotated]
         self.backward: DoublePruned | None = None
@@ -63,127 +71,66 @@ class Course:
     # ---- masks ---------------------------------------------------------------------------------------------
     def prepare(self, sparsity: float) -> None:
         """Put the masks of this run on the layers."""
-        plan, form = self.plan, self.masks
-        if form == "gates":
-            block_movement.attach_gates(self.on, self.layers, plan.pattern, plan.threshold)
-        elif form == "adaptive":
-            calibration = self._calibration(Progress())
-            for layer in self.layers:
-                wanda = plan.axis("saliency") == "wanda"
-                norm = (
-                    calibration.norm(layer)
-                    if wanda
-                    else torch.ones(1, layer.shape[-1], device=layer.original.device)
-                )
-                layer.attach(
-                    AdaptiveMask(
-                        norm[:, None] if len(layer.shape) == 3 and wanda else norm[0], plan.pattern, sparsity
-                    )
-                )
-        elif form == "scores":
-            for layer in self.layers:
-                out, width = layer.shape
-                rank = min(plan.rank, out, width)
-                # The product starts at zero and can still learn, as in an adapter; the lines start at zero.
-                device, right = (
-                    layer.original.device,
-                    torch.randn(rank, width, generator=self.generator) / width**0.5,
-                )
-                zeros = [torch.zeros(shape, device=device) for shape in ((out, rank), (out, 1), (1, width))]
-                layer.attach(
-                    LowRankScores(zeros[0], right.to(device), zeros[1], zeros[2], plan.pattern, sparsity)
-                )
-        elif form == "lifted":
-            for layer in self.layers:
-                for change in [c for c in layer.changes if isinstance(c, Mask)]:
-                    layer.write(layer.weight.detach())
-                    layer.detach(change)
-        elif form == "regrow":
-            self.prune(sparsity, Progress())
+        self.masks(self, sparsity)
 
     def prune(self, sparsity: float, progress: Progress) -> None:
-        plan = self.plan
-        form = parse(plan.pattern)
+        plan, form = self.plan, self.plan.pattern()
         assert isinstance(form, (Tiles, NM))
         prune_once(
             self.layers,
-            self._calibration(progress),
+            self.calibration(progress),
             form,
             sparsity,
-            plan.axis("saliency"),
-            "none",
-            plan.axis("allocation"),
+            plan.saliency,
+            COMPENSATION.chosen("none"),
+            plan.allocation,
             progress,
         )
 
-    def _calibration(self, progress: Progress) -> Calibration:
+    def calibration(self, progress: Progress) -> Calibration:
         plan = self.plan
         split = "calibration" if "calibration" in self.on.splits else "train"
-        return Calibration(
-            self.on,
-            self.layers,
-            split,
-            plan.calibration_examples,
-            plan.gradients,
-            seed=plan.seed,
-            progress=progress,
-        )
+        return Calibration(self.on, self.layers, split, plan.calibration_examples, plan.seed, progress)
 
     # ---- terms ---------------------------------------------------------------------------------------------
+    @property
+    def late(self) -> bool:
+        """Whether adapters wait until the last steps of a double-pruned run."""
+        return self.backward is not None
+
     def add_terms(self, stage: int) -> None:
         """Attach the terms before the first stage; the second mask of a double-pruned backward pass is chosen
         then as well.
         """
         if stage:
             return
-        plan, terms = self.plan, self.plan.axis("terms")
-        if plan.axis("backward") == "double-pruned":
-            form = parse(plan.pattern)
-            assert isinstance(form, NM)
-            self.backward = DoublePruned(self.layers, form.keep, form.of)
-        for layer in self.layers:
-            if terms == "side-blocks":
-                mask = mask_in_force(layer)
-                weight = (layer.original.mT if layer.transposed else layer.original).detach()
-                side_terms.add_blocks(
-                    layer,
-                    torch.ones_like(weight, dtype=torch.bool) if mask is None else mask,
-                    weight,
-                    plan.group,
-                )
-            if terms == "side-low-rank+entries":
-                side_terms.add_entries(layer, plan.rank, plan.entries, plan.support, self.generator)
-        if terms in ("low-rank", "side-low-rank", "side-low-rank+entries"):
-            side_terms.add_low_rank(
-                self.layers, plan.rank, terms != "low-rank", self.generator, off=self.backward is not None
-            )
+        self.backward = self.plan.backward(self.layers, self.plan.pattern())
+        self.plan.terms(self)
 
     # ---- training ------------------------------------------------------------------------------------------
     def train(self, stage: int, progress: Progress) -> dict[str, Any]:
         """One stage; returns its row of the table of stages, with the history of its steps."""
         plan, self.progress = self.plan, progress
-        chosen = parse_blocks(plan.blocks, len(self.on.blocks())) if plan.blocks else ()
-        learning = set_trainable(self.on, plan.axis("trainable"), chosen, plan.seed + stage)
+        learning = plan.trainable(self.on, plan.seed + stage)
         self.learning = sum(p.numel() for p in learning)
         steps = [len(part) for part in np.array_split(np.arange(plan.steps), plan.stages)][stage]
-        on = (
-            megabatch(self.on, stage, plan.stages, plan.replay)
-            if plan.axis("data") == "megabatches"
-            else self.on
-        )
+        on = plan.portion(self.on, stage, plan.stages)
         before = [self.exchange] if self.masks == "regrow" else []
         run = fit(
             on,
             steps=steps,
             batch_size=plan.batch_size,
-            lr=plan.lr,
-            optimizer=self.optimizer,
-            weight_decay=0.0,
             loss=self.loss,
+            clipped=lambda: learning,
             seed=plan.seed + stage,
             before_step=before,
             callbacks=[self.after_step],
             progress=progress,
+            **(
+                SETTINGS
+                | chosen_settings(plan)
+                | {"optimizer": self.optimizer, "learning_rate": plan.learning_rate}
+            ),
         )
         history = run.history.assign(stage=stage)
         if len(history):
@@ -202,46 +149,45 @@ class Course:
         )
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW without decay; trained scores have a rate of their own."""
+        """AdamW without decay unless another is chosen; trained scores have a rate of their own."""
         scores = {
             id(p) for layer in self.layers if (s := selection_of(layer)) is not None for p in s.parameters()
         }
-        every = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in every if id(p) not in scores], "lr": self.plan.lr},
-            {"params": [p for p in every if id(p) in scores], "lr": self.plan.score_lr},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        own = [p for p in model.parameters() if p.requires_grad and id(p) in scores]
+        for parameter in own:  # so that the optimizer is built on the others
+            parameter.requires_grad_(False)
+        made = make_optimizer(self.plan.optimizer, self.plan.learning_rate)(model)
+        for parameter in own:
+            parameter.requires_grad_(True)
+        if own:
+            first = {key: value for key, value in made.param_groups[0].items() if key != "params"}
+            rate = getattr(self.plan.masks.options, "learning_rate", self.plan.learning_rate)
+            made.add_param_group({**first, "params": own, "lr": rate, "weight_decay": 0.0})
+        return made
 
     def loss(self, on: Subject, batch: Batch) -> Tensor:
         plan = self.plan
-        compute: Callable[[], Tensor] = (
-            (lambda: on.loss(batch))
-            if self.teacher is None
-            else (lambda: distilled_loss(on, self.teacher, batch, hidden_states=False))  # type: ignore[arg-type]
-        )
         if self.backward is not None:
             with self.backward:
-                return compute()
-        return (
-            compute() + plan.penalty * block_movement.open_share(self.layers)
-            if self.masks == "gates"
-            else compute()
-        )
+                return plan.objective(on, self.teacher, batch)  # type: ignore[no-any-return]
+        found: Tensor = plan.objective(on, self.teacher, batch)
+        if self.masks == "gates":
+            found = found + self.masks.options.penalty * block_movement.open_share(self.layers)
+        return found
 
     def exchange(self, run: Training) -> None:
         """Prune and regrow before a step: at every period, none in the last quarter,
         so that what came back can learn.
         """
         plan, last = self.plan, max(int(0.75 * self.plan.steps), 1)
-        if self.done == 0 or self.done % plan.period or self.done >= last:
+        if self.done == 0 or self.done % self.masks.options.period or self.done >= last:
             return
         columns, generator = (
             run.subject.split("train"),
             torch.Generator().manual_seed(plan.seed * 1_000_003 + self.done),
         )
         index = torch.randperm(run.subject.size("train"), generator=generator)[: plan.batch_size]
-        if plan.regrow_by == "gradient":
+        if self.masks.options.regrow_by == "gradient":
             batch = {k: v[index].to(run.subject.device) for k, v in columns.items()}
             wanted = {
                 name: g.abs() for name, g in regrow.dense_gradients(run.subject, self.layers, batch).items()
@@ -252,7 +198,10 @@ class Course:
                 for layer in self.layers
             }
         regrow.exchange(
-            self.layers, wanted, regrow.exchanged_share(plan.exchanged, self.done, last), run.optimizer
+            self.layers,
+            wanted,
+            regrow.exchanged_share(self.masks.options.exchanged, self.done, last),
+            run.optimizer,
         )
 
     def after_step(self, run: Training) -> None:
@@ -265,12 +214,12 @@ class Course:
         for layer in self.layers:
             selection = selection_of(layer)
             if isinstance(selection, AdaptiveMask):
-                selection.decay = annealed(plan.decay, share)
-            if selection is not None and plan.axis("schedule") == "cubic":
+                selection.decay = annealed(self.masks.options.decay, share)
+            if selection is not None and plan.schedule.has("inside a stage"):
                 selection.sparsity = cubic(
                     0.0, plan.sparsity, min(round(share * 1000), 700), 700
                 )  # the last three tenths at full sparsity
-        if self.backward is not None and share >= 1 - plan.lazy:
+        if self.backward is not None and share >= 1 - plan.backward.options.lazy:
             side_terms.let_in(self.layers)
         if self.done % max(plan.steps // RECORDS, 1) == 0 or self.done == plan.steps:
             self.record()
@@ -329,7 +278,7 @@ class Course:
         self.final = self.sparsity()
         self.weights = sum(layer.original.numel() for layer in self.layers)
         self.side = side_terms.side_parameters(self.layers)
-        if self.masks == "gates" and block_movement.hybrid_tiles(self.plan.pattern) is not None:
+        if self.masks == "gates" and block_movement.hybrid_tiles(str(self.plan.pattern)) is not None:
             self.removed = block_movement.remove_dead(self.on)
 
     def facts(self) -> dict[str, Any]:
@@ -349,7 +298,7 @@ class Course:
             if not self.removed
             else 1 - mean,
             "composition": " x ".join(
-                f"{plan.axis(name)}"
+                str(getattr(plan, name))
                 for name in ("masks", "schedule", "trainable", "terms", "objective", "backward")
             ),
         }
@@ -359,16 +308,6 @@ class Course:
                 for name, kept in self.removed.items()
                 if (("att" in name.lower()) == (kind == "heads"))
             )
-            if self.masks == "gates" and block_movement.hybrid_tiles(plan.pattern) is not None:
+            if self.masks == "gates" and block_movement.hybrid_tiles(str(plan.pattern)) is not None:
                 found[f"removed_{kind}"] = gone
         return found
-
-
-def megabatch(on: Subject, index: int, count: int, replay: bool) -> Subject:
-    """The same model with one of `count` consecutive parts of the training split,
-    or with all parts up to it.
-    """
-    bounds = np.linspace(0, on.size("train"), count + 1).round().astype(int)
-    first = 0 if replay else int(bounds[index])
-    part = {key: value[first : int(bounds[index + 1])] for key, value in on.split("train").items()}
-    return on.with_split("train", part)

@@ -4,6 +4,8 @@ on one subject.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,16 +14,15 @@ import torch
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.pruning.pattern import NM, Tiles, parse
+from workbench.pruning.axes import SALIENCY, SPARSITY_ALLOCATION, SPARSITY_SCHEDULE, scores_weights
+from workbench.pruning.pattern import NM, Tiles
 from workbench.pruning.recovery.trainable import parse_blocks
-from workbench.pruning.saliency.weights import SALIENCIES
-from workbench.pruning.schedule import sparsities
 from workbench.pruning.sparse_training import block_movement
 from workbench.pruning.sparse_training.plan import SparsePlan
 from workbench.pruning.sparse_training.run import Course
 from workbench.pruning.sparse_training.trained_masks import Selection, mask_in_force
 from workbench.results import Result
-from workbench.subjects import Mask, Subject
+from workbench.subjects import Layer, Mask, Subject
 from workbench.training.sweep.objective import reinitialised
 
 
@@ -43,56 +44,75 @@ class TrainSparse(SparsePlan):
         return TrainSparseResult
 
     def check(self, on: Any) -> None:
-        masks, schedule, terms = self.axis("masks"), self.axis("schedule"), self.axis("terms")
         layers = on.layers(self.layers)
         for split in ("train", self.test_split):
             on.split(split)
-        if self.axis("saliency") not in SALIENCIES:
+        self._check_saliency()
+        self._check_pattern()
+        self._check_masks(layers)
+        self._check_schedule()
+        if self.trainable == "blocks":
+            if not self.trainable.options.blocks:
+                raise BadInput("trainable.blocks: is empty with trainable blocks; give numbers such as 0,2")
+            parse_blocks(self.trainable.options.blocks, len(on.blocks()))
+        if self.stages > self.steps or (self.portion.has("parts") and self.stages > on.size("train")):
+            raise BadInput(f"stages: {self.stages} stages need at least as many steps and training examples")
+
+    def _check_saliency(self) -> None:
+        saliency, masks = self.saliency, self.masks
+        if not scores_weights(saliency) or saliency.entry.needs == "training":
+            known = [
+                name
+                for name, entry in SALIENCY.entries.items()
+                if scores_weights(SALIENCY.chosen(name)) and entry.needs != "training"
+            ]
+            raise BadInput(f"saliency: {saliency} chooses no mask before training; choose {', '.join(known)}")
+        if masks == "adaptive" and not saliency.has("follows weights"):
             raise BadInput(
-                f"saliency: {self.saliency!r} is not accepted; "
-                f"it should be preset or one of {', '.join(SALIENCIES)}"
+                f"saliency: {saliency} cannot follow the weights at every step; adaptive masks take "
+                f"{' or '.join(SALIENCY.with_trait('follows weights'))}"
             )
-        if masks == "adaptive" and self.axis("saliency") not in ("magnitude", "wanda"):
+        if self.allocation.has("structures") and not self.allocation.has("weights"):
             raise BadInput(
-                f"saliency: {self.saliency} cannot follow the weights at every step; "
-                "adaptive masks take magnitude or wanda"
+                f"allocation: {self.allocation} shares out heads and neurons; choose "
+                f"{', '.join(SPARSITY_ALLOCATION.with_trait('weights'))}"
             )
-        if (
-            self.allocation == "global"
-            and masks in ("static", "regrow")
-            and self.axis("saliency") in ("wanda", "obs", "fluctuation", "random")
-        ):
+        if masks.has("made") and saliency.has("not across layers") and self.compares_layers_by_itself():
             raise BadInput(
-                f"allocation: global compares scores across layers and {self.axis('saliency')} scores do "
+                f"allocation: {self.allocation} compares scores across layers and {saliency} scores do "
                 "not compare; use layer or a loss-like saliency"
             )
-        if masks == "gates":
-            block_movement.gate_pattern(self.pattern)
-        elif masks not in ("none", "kept", "lifted"):
-            form = parse(self.pattern)
-            if not isinstance(form, (NM, Tiles)):
-                raise BadInput(
-                    f"pattern: {self.pattern} spans several matrices; "
-                    "prune it with `prune`, or train gates with pattern hybrid 16x16"
-                )
-            if isinstance(form, NM) and abs(self.sparsity - form.sparsity) > 1e-6 and self.sparsity != 0.5:
-                raise BadInput(
-                    f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, "
-                    f"which fixes it at {form.sparsity:g}; leave sparsity out"
-                )
-            if masks == "regrow" and (isinstance(form, NM) or not form.single):
-                raise BadInput(
-                    f"pattern: regrow exchanges single weights, so it needs unstructured, not {self.pattern}"
-                )
-            if (
-                isinstance(form, NM)
-                and schedule != "from-start"
-                and not (schedule == "late" and self.stages > 1)
-            ):
-                raise BadInput(
-                    f"schedule: an N:M pattern has one sparsity, so {schedule} cannot reach it; "
-                    "use from-start"
-                )
+
+    def _check_pattern(self) -> None:
+        masks, form = self.masks, self.pattern()
+        if masks.has("tiles"):
+            block_movement.gate_pattern(str(self.pattern))
+            return
+        if masks.has("given"):
+            return
+        if not isinstance(form, (NM, Tiles)):
+            raise BadInput(
+                f"pattern: {self.pattern} spans several matrices; "
+                "prune it with `prune`, or train gates with pattern hybrid 16x16"
+            )
+        if form.fixed is not None and not math.isclose(self.sparsity, form.fixed, abs_tol=1e-6):
+            raise BadInput(
+                f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, "
+                f"which fixes it at {form.fixed:g}; leave sparsity out"
+            )
+        if masks == "regrow" and (form.fixed is not None or not form.single):
+            raise BadInput(
+                f"pattern: regrow exchanges single weights, so it needs unstructured, not {self.pattern}"
+            )
+        late = self.schedule == "late" and self.stages > 1
+        if form.fixed is not None and not self.schedule.has("at once") and not late:
+            raise BadInput(
+                f"schedule: an N:M pattern has one sparsity, so {self.schedule} cannot reach it; "
+                "use from-start"
+            )
+
+    def _check_masks(self, layers: Sequence[Layer]) -> None:
+        masks = self.masks
         masked = [
             layer.name for layer in layers if any(isinstance(c, (Mask, Selection)) for c in layer.changes)
         ]
@@ -101,45 +121,44 @@ class TrainSparse(SparsePlan):
                 f"masks: {masks} needs a subject with masks and this one has none; "
                 "prune it first, or use static"
             )
-        if masks in ("adaptive", "gates", "scores") and masked:
+        if masks.has("moving") and masked:
             raise BadInput(
                 f"masks: {masked[0]} is masked already; {masks} chooses masks of its own, "
                 "so start from the dense subject"
             )
-        if (schedule == "cubic") and masks not in ("adaptive", "scores"):
+        if self.backward.has("n:m") and not (masks in ("static", "kept") and isinstance(self.pattern(), NM)):
             raise BadInput(
-                f"schedule: cubic rises inside the run, which masks {masks} cannot; "
-                "use geometric with stages, or `prune` with schedule cubic"
+                f"backward: {self.backward} needs static masks of an N:M pattern such as 2:4, "
+                f"not masks {masks} of {self.pattern}"
             )
-        if schedule in ("geometric", "late") and (masks != "static" or self.stages < 2):
+        if (self.backward.has("n:m") or self.terms.has("entries") or masks == "scores") and any(
+            len(a.shape) > 2 for a in layers
+        ):
+            raise BadInput("layers: stacked experts are not accepted here; choose plain matrices by a glob")
+
+    def _check_schedule(self) -> None:
+        masks, schedule = self.masks, self.schedule
+        if not schedule.has("stages") and not schedule.has("inside a stage"):
+            raise BadInput(
+                f"schedule: {schedule} counts the events of `prune`; choose "
+                f"{', '.join(SPARSITY_SCHEDULE.with_trait('stages'))} or cubic"
+            )
+        if schedule.has("inside a stage"):
+            if masks not in ("adaptive", "scores"):
+                raise BadInput(
+                    f"schedule: {schedule} rises inside the run, which masks {masks} cannot; "
+                    "use geometric with stages, or `prune` with schedule cubic"
+                )
+            if schedule.options != type(schedule.options)():
+                raise BadInput(f"schedule.events: here {schedule} rises at every step; leave its options out")
+        elif not schedule.has("at once") and (masks != "static" or self.stages < 2):
             raise BadInput(
                 f"stages: schedule {schedule} prunes from stage to stage; "
                 f"it needs masks static and at least 2 stages, not {self.stages}"
             )
-        if (self.axis("trainable") == "blocks") != bool(self.blocks):
-            raise BadInput(
-                f"blocks: {self.blocks!r} with trainable {self.axis('trainable')}; give both or neither"
-            )
-        if self.blocks:
-            parse_blocks(self.blocks, len(on.blocks()))
-        if self.axis("backward") == "double-pruned" and not (
-            masks in ("static", "kept") and isinstance(parse(self.pattern), NM)
-        ):
-            raise BadInput(
-                "backward: double-pruned needs static masks of an N:M pattern such as 2:4, "
-                f"not masks {masks} of {self.pattern}"
-            )
-        if self.stages > self.steps or (
-            self.axis("data") == "megabatches" and self.stages > on.size("train")
-        ):
-            raise BadInput(f"stages: {self.stages} stages need at least as many steps and training examples")
-        if (
-            self.axis("backward") == "double-pruned" or terms.endswith("entries") or masks == "scores"
-        ) and any(len(a.shape) > 2 for a in layers):
-            raise BadInput("layers: stacked experts are not accepted here; choose plain matrices by a glob")
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        teacher = on.copy() if self.axis("objective") == "distil" else None
+        teacher = on.copy() if self.objective.has("teacher") else None
         if self.start == "random":
             on = reinitialised(on, self.seed)
         was = {name: p.requires_grad for name, p in on.model.named_parameters()}
@@ -152,11 +171,7 @@ class TrainSparse(SparsePlan):
         for stage, sparsity in enumerate(planned):
             if progress.stopped or (learned and learned[-1].get("diverged")):
                 break
-            if (
-                self.axis("masks") == "static"
-                and sparsity > 0
-                and (stage == 0 or sparsity != planned[stage - 1])
-            ):
+            if self.masks == "static" and sparsity > 0 and (stage == 0 or sparsity != planned[stage - 1]):
                 course.prune(sparsity, progress)
             course.add_terms(stage)
             learned.append(course.train(stage, progress))
@@ -192,13 +207,5 @@ class TrainSparse(SparsePlan):
 
     def _planned(self) -> list[float]:
         """The sparsity of plain masks in every stage."""
-        schedule, form = (
-            self.axis("schedule"),
-            None if self.axis("masks") in ("none", "kept", "lifted", "gates") else parse(self.pattern),
-        )
-        target = form.sparsity if isinstance(form, NM) else self.sparsity
-        return (
-            sparsities(schedule, target, self.stages)
-            if schedule in ("geometric", "late")
-            else [target] * self.stages
-        )
+        inside = self.schedule.has("inside a stage")
+        return [self.sparsity] * self.stages if inside else self.schedule(self.sparsity, self.stages)

@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from workbench.axis import parameter
+from workbench.axis import entries_in, parameter
+from workbench.code_version import code_version
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
@@ -55,6 +56,28 @@ class DampDoctor(SubjectInstrument):
     @classmethod
     def result_class(cls) -> type[Result]:
         return DampResult
+
+    def step(self, damp: float) -> Any:
+        """The pruning whose loss is compared."""
+        from workbench.pruning.prune import Prune
+
+        return Prune(
+            method="sparsegpt",
+            sparsity=self.sparsity,
+            layers=self.layers,
+            saliency={"name": "obs", "damp": damp},
+            compensation={"name": "obs", "damp": damp},
+            predict_examples=0,
+            seed=self.seed,
+            device=self.device,
+            calibration_examples=self.calibration_examples,
+            calibration_split=self.calibration_split,
+            test_split=self.test_split,
+        )
+
+    def code(self) -> str:
+        """Version of the code that its prunings reach."""
+        return code_version(type(self), [entry.value for entry in entries_in(self.step(0.01))])
 
     def check(self, on: Any) -> None:
         on.layers(self.layers)
@@ -98,28 +121,14 @@ class DampDoctor(SubjectInstrument):
 
     def _losses(self, on: Subject, needed: float, progress: Progress) -> pd.DataFrame:
         """The loss after SparseGPT at each damp."""
-        from workbench.pruning.prune import Prune
-
         first = max(needed, 1e-5)
         grid = (
             [10.0**e for e in np.linspace(math.log10(first), 0.0, self.damps)] if self.damps > 1 else [first]
         )
         found = []
         for damp in progress.track(grid, "damps"):
-            prune = Prune(
-                method="sparsegpt",
-                sparsity=self.sparsity,
-                layers=self.layers,
-                damp=float(damp),
-                predict_examples=0,
-                seed=self.seed,
-                device=self.device,
-                calibration_examples=self.calibration_examples,
-                calibration_split=self.calibration_split,
-                test_split=self.test_split,
-            )
             try:
-                result = prune.run(on, Progress(), cache=False)
+                result = self.step(float(damp)).run(on, Progress(), cache=False)
             except BadInput:  # float32 has less room with the grid's first value than the search found
                 continue
             found.append(

@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel
 
-from workbench.axis import parameter
+from workbench.axis import Choice, entries_in, parameter
+from workbench.code_version import code_version
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
+from workbench.pruning.axes import PATTERN
 from workbench.results import Result
 from workbench.subjects import Subject
 
@@ -37,7 +39,7 @@ class FisherSweep(SubjectInstrument):
     )
     blocks: str = parameter("10,50,200", "weights in one block of the Fisher, separated by commas")
     sparsity: float = parameter(0.8, "share of the weights to remove", gt=0, lt=1, step=0.01)
-    pattern: str = parameter(
+    pattern: Choice = PATTERN.choice(
         "unstructured", "unstructured, 2:4, block 4x1: what single-weight pruning accepts"
     )
     layers: str = parameter("blocks", "which layers: blocks or globs")
@@ -79,20 +81,27 @@ class FisherSweep(SubjectInstrument):
     def step(self, damp: float, gradients: int, block: int) -> Any:
         from workbench.pruning.prune import Prune
 
+        fisher = {"damp": damp, "gradients": gradients, "block": block}
+        structured = bool(set(self.pattern().kinds))
+        more: dict[str, Any] = {} if structured else {"compensation": {"name": "fisher", **fisher}}
         return Prune(
             method="obert",
             sparsity=self.sparsity,
             pattern=self.pattern,
             layers=self.layers,
-            damp=damp,
-            gradients=gradients,
-            block=block,
+            saliency={"name": "fisher", **fisher},
             predict_examples=0,
             seed=self.seed,
             device=self.device,
             calibration_split=self.calibration_split,
             test_split=self.test_split,
+            **more,
         )
+
+    def code(self) -> str:
+        """Version of the code that the prunings of the grid reach."""
+        prunes = [self.step(*cell) for cell in self.grid()[:1]]
+        return code_version(type(self), [entry.value for p in prunes for entry in entries_in(p)])
 
     def check(self, on: Any) -> None:
         for cell in self.grid():

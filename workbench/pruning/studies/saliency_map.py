@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from workbench.axis import parameter
+from workbench.axis import Choice, parameter
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
+from workbench.pruning.axes import DIMENSIONS, PRUNING_METHOD, SALIENCY, STRUCTURES, scores_weights
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.methods import PRESETS
 from workbench.pruning.pattern import Tiles
-from workbench.pruning.saliency.weights import SALIENCIES
 from workbench.results import Result
 from workbench.subjects import Mask, Subject
 from workbench.subjects.structure.units import discover
@@ -36,11 +35,19 @@ if TYPE_CHECKING:
 LEVELS = 65535
 BINS = 256
 GRID = tuple(round(0.05 * i, 2) for i in range(1, 20))
-KNOWN = tuple(
-    name
-    for name, preset in PRESETS.items()
-    if preset.saliency in SALIENCIES and not preset.only and name not in ("icbs", "llm-pruner", "ziplm")
-)
+LEFT_OUT = ("icbs", "llm-pruner", "ziplm")  # the scores of others
+
+
+def scored_methods() -> dict[str, tuple[Choice, str]]:
+    """Method -> saliency and allocation, of those that score single weights without training."""
+    found = {}
+    for name, entry in PRUNING_METHOD.entries.items():
+        fields = PRUNING_METHOD.chosen(name)(Tiles(1, 1))
+        saliency = SALIENCY.chosen(fields["saliency"])
+        single = scores_weights(saliency) and saliency.entry.needs != "training"
+        if single and not entry.traits & {*STRUCTURES, *DIMENSIONS} and name not in LEFT_OUT:
+            found[name] = (saliency, fields["allocation"])
+    return found
 
 
 class SaliencyMap(SubjectInstrument):
@@ -54,7 +61,7 @@ class SaliencyMap(SubjectInstrument):
     )
 
     methods: str = parameter(
-        "magnitude,wanda,obd,obert", f"methods, separated by commas, among {', '.join(KNOWN)}"
+        "magnitude,wanda,obd,obert", "methods that score single weights, separated by commas"
     )
     layers: str = parameter("blocks", "which layers: blocks or globs")
     calibration_examples: int = parameter(
@@ -77,43 +84,41 @@ class SaliencyMap(SubjectInstrument):
     def check(self, on: Any) -> None:
         on.layers(self.layers)
         on.split(self.calibration_split)
+        known = scored_methods()
         for name in self.names():
-            if name not in KNOWN:
+            if name not in known:
                 raise BadInput(
-                    f"methods: {name!r} has no scores of single weights; give some of {', '.join(KNOWN)}"
+                    f"methods: {name!r} has no scores of single weights; give some of {', '.join(known)}"
                 )
         if not self.names():
-            raise BadInput(f"methods: is empty; give some of {', '.join(KNOWN)}")
+            raise BadInput(f"methods: is empty; give some of {', '.join(known)}")
+
+    def with_settings(self, saliency: Choice) -> Choice:
+        """A saliency with those of this instrument's settings that are options of it."""
+        settings = {"gradients": self.gradients, "damp": self.damp, "block": self.block}
+        known = saliency.entry.options.model_fields
+        return saliency.with_options(**{k: v for k, v in settings.items() if k in known})
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
         calibration = Calibration(
-            on,
-            layers,
-            self.calibration_split,
-            self.calibration_examples,
-            self.gradients,
-            self.damp,
-            self.block,
-            self.seed,
-            progress,
+            on, layers, self.calibration_split, self.calibration_examples, self.seed, progress
         )
+        diagonal, known = self.with_settings(SALIENCY.chosen("obd")), scored_methods()
         cost = {
-            layer.name: SALIENCIES["obd"].score(layer, calibration, Tiles(1, 1)).float()
+            layer.name: diagonal(layer, calibration, Tiles(1, 1)).float()
             for layer in progress.track(layers, "diagonal Fisher")
         }
         ranks: dict[str, NDArray[np.uint16]] = {}
         curves: list[dict[str, Any]] = []
         for method in self.names():
-            preset = PRESETS[method]
+            saliency, allocation = self.with_settings(known[method][0]), known[method][1]
             scores = {}
             for layer in progress.track(layers, f"saliency {method}"):
-                scores[layer.name] = (
-                    SALIENCIES[preset.saliency].score(layer, calibration, Tiles(1, 1)).float()
-                )
+                scores[layer.name] = saliency(layer, calibration, Tiles(1, 1)).float()
             if progress.stopped:
                 break
-            mine = ranked(scores, preset.allocation)
+            mine = ranked(scores, allocation)
             ranks |= {f"{method}/{name}": rank for name, rank in mine.items()}
             lost = np.zeros(BINS)
             for layer in layers:

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
-from workbench.axis import parameter
+from workbench.axis import entries_in, parameter
+from workbench.code_version import code_version
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
@@ -36,13 +38,34 @@ class Subtune(SubjectInstrument):
     )
     steps: int = parameter(100, "optimizer steps of every candidate", ge=1, le=1_000_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
-    lr: float = parameter(1e-3, "peak learning rate (AdamW, cosine)", gt=0, le=10, scale="log")
+    learning_rate: float = parameter(1e-3, "peak learning rate (AdamW, cosine)", gt=0, le=10, scale="log")
     choose_on: str = parameter("validation", "split whose loss chooses the blocks")
     test_split: str = parameter("test", "split for the reported loss and metrics")
 
     @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {"lr": "learning_rate"}
+
+    @classmethod
     def result_class(cls) -> type[Result]:
         return SubtuneResult
+
+    def tuning(self, blocks: tuple[int, ...]) -> TrainSparse:
+        """The training of these blocks and the head, or of the head alone."""
+        named = {"name": "blocks", "blocks": ",".join(map(str, blocks))}
+        return TrainSparse(
+            method="dense",
+            trainable=named if blocks else "head",
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            test_split=self.choose_on,
+        )
+
+    def code(self) -> str:
+        """Version of the code that its trainings reach."""
+        return code_version(type(self), [entry.value for entry in entries_in(self.tuning((0,)))])
 
     def check(self, on: Any) -> None:
         for split in ("train", self.choose_on, self.test_split):
@@ -60,21 +83,7 @@ class Subtune(SubjectInstrument):
         tuned: dict[tuple[int, ...], Subject] = {}
 
         def tried(blocks: tuple[int, ...], step: int) -> float:
-            fields: dict[str, Any] = (
-                {"trainable": "blocks", "blocks": ",".join(map(str, blocks))}
-                if blocks
-                else {"trainable": "head"}
-            )
-            run = TrainSparse(
-                method="dense",
-                steps=self.steps,
-                batch_size=self.batch_size,
-                lr=self.lr,
-                seed=self.seed,
-                test_split=self.choose_on,
-                **fields,
-            )
-            result = run.run(on, Progress(), cache=False)
+            result = self.tuning(blocks).run(on, Progress(), cache=False)
             assert result.subject is not None
             tuned[blocks] = result.subject
             loss = float(result.facts.get("loss", float("inf")))

@@ -11,14 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.axis import Axis, Choice, Options, parameter
 from workbench.progress import Progress
 from workbench.quantization.number.formats import Format, named
 from workbench.quantization.number.grid import spanning
+from workbench.quantization.number.number_format import NUMBER_FORMAT
 from workbench.quantization.transform.coordinates import Transform
 from workbench.statistics import InputCapture
 from workbench.statistics.inputs import kept_positions
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Change
+
+#: `entry(low, high, wide, options)` gives the range (low, high) kept with a layer, of calibration's extremes
+#: (in,) of each input feature (None where the entry does not ask for "ranges") and of the features that are
+#: rounded apart, (in,) or None.
+ACTIVATION_QUANTIZER = Axis(
+    "activation-quantizer",
+    "round layer inputs, a scale per token (dynamic), tensor or channel",
+    found_in="workbench.quantization.activations",
+    home="quantize.activations",
+)
+Range = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -241,6 +254,64 @@ class KeyValueQuant(ActivationQuant):
     place = "output"
 
 
+class Rounded(Options):
+    format: Choice = NUMBER_FORMAT.choice("uint8")
+    wide_share: float = parameter(
+        0.0,
+        "share of each layer's input features, those with the most energy, rounded apart and to 8 bits",
+        ge=0,
+        le=0.5,
+        step=0.0625,
+    )
+
+
+@ACTIVATION_QUANTIZER.add("none", formula="x", source="inputs in full precision")
+def left_alone(low: None, high: None, wide: None, options: Options) -> Range:
+    """Inputs as they are."""
+    return None, None
+
+
+@ACTIVATION_QUANTIZER.add(
+    "token",
+    formula="s = (max x - min x) / (2^b - 1) of every token",
+    source="Yao et al. 2022, ZeroQuant, section 4.1",
+    options=Rounded,
+)
+def token(low: None, high: None, wide: Tensor | None, options: Rounded) -> Range:
+    """A token's own range, found as it comes."""
+    return None, None
+
+
+@ACTIVATION_QUANTIZER.add(
+    "channel",
+    formula="s_j = (max x_j - min x_j) / (2^b - 1) over calibration",
+    source="Jacob et al. 2018",
+    needs="inputs",
+    options=Rounded,
+    traits="ranges",
+)
+def channel(low: Tensor, high: Tensor, wide: Tensor | None, options: Rounded) -> Range:
+    return low, high
+
+
+@ACTIVATION_QUANTIZER.add(
+    "tensor",
+    formula="s = (max x - min x) / (2^b - 1) over calibration",
+    source="Jacob et al. 2018",
+    needs="inputs",
+    options=Rounded,
+    traits="ranges",
+)
+def tensor(low: Tensor, high: Tensor, wide: Tensor | None, options: Rounded) -> Range:
+    """One range, or one each for the wide features and the others."""
+    if wide is None:
+        return low.min(), high.max()
+    low, high = low.clone(), high.clone()
+    for part in (~wide, wide):
+        low[part], high[part] = low[part].min(), high[part].max()
+    return low, high
+
+
 def activation_format(name: str, bits: int) -> Format:
     """The format of activations: affine integers (post-GELU inputs are one-sided), or a minifloat by name."""
     return named("int", bits, symmetric=False) if name == "int" else named(name)
@@ -272,17 +343,12 @@ def quantize_activations(
     """Attach an `ActivationQuant` to a linear layer; static granularities take their range from `ranges`,
     in transformed coordinates.
     """
-    low = high = None
-    if granularity != "token":
+    chosen = ACTIVATION_QUANTIZER.chosen(granularity)
+    seen: Range = (None, None)
+    if chosen.has("ranges"):
         assert ranges is not None
-        low, high = ranges.low[0], ranges.high[0]
-        if granularity == "tensor":
-            parts = [torch.ones_like(low, dtype=torch.bool)] if wide is None else [~wide, wide]
-            low, high = low.clone(), high.clone()
-            for part in parts:
-                low[part], high[part] = low[part].min(), high[part].max()
-            if wide is None:
-                low, high = low[0], high[0]
+        seen = ranges.low[0], ranges.high[0]
+    low, high = chosen(*seen, wide)
     transform = transform or Transform()
     layer.attach(
         ActivationQuant(
@@ -291,7 +357,7 @@ def quantize_activations(
             **transform.tensors,
             wide=wide,
             format=format,
-            granularity=granularity,
+            granularity=str(granularity),
             block=transform.block,
             orthogonal=transform.orthogonal,
         )

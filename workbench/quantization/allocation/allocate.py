@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from workbench.axis import parameter
+from workbench.axis import Choice, parameter
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
@@ -25,18 +24,14 @@ from workbench.quantization.allocation.integer_program import (
     Allocation,
     allocate,
     front,
-    log_variance,
     with_interactions,
 )
-from workbench.quantization.allocation.layer_sensitivity import (
-    alone,
-    candidates,
-    gauss_newton_scores,
-    measured_alone,
-    top_eigenvalues,
-    traces,
-)
-from workbench.quantization.quantize import Quantize, choices, moments_for
+from workbench.quantization.allocation.layer_sensitivity import candidates, check_alone
+from workbench.quantization.allocation.width_cost import WIDTH_COST, Candidates, WidthCost
+from workbench.quantization.quantize import Quantize
+from workbench.quantization.quantize_result import choices
+from workbench.quantization.quantized_layer import moments_for
+from workbench.quantization.rounding.rounding import ROUNDING
 from workbench.results import Result
 from workbench.subjects import Layer, Subject
 
@@ -130,32 +125,17 @@ class Allocate(SubjectInstrument):
         "for average latency",
     )
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
-    sensitivity: Literal[
-        "gauss-newton", "curvature", "trace", "eigenvalue", "variance", "output", "measured"
-    ] = parameter(
-        "gauss-newton",
-        "a width's cost: 1/2 d.Gd of its rounding error d with Gauss-Newton's matrix, or the Hessian's; "
-        "mean trace or top eigenvalue of H x |d|^2; "
-        "mean trace x variance x 4^-width; output error; measured change",
-    )
-    interactions: bool = parameter(
-        False, "count what every two layers cost together as well (sensitivity gauss-newton)"
-    )
+    sensitivity: Choice = WIDTH_COST.choice("gauss-newton")
     symmetric: bool = parameter(
         False, "integers symmetric about zero, which at 2 bits leaves three of four values"
     )
     group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
     range: Literal["auto", "minmax", "mse"] = parameter("mse", "how scales are found")
-    rounding: Literal["nearest", "gptq"] = parameter("gptq", "how weights are put on the grid")
-    examples: int = parameter(64, "calibration examples of the inputs' second moments", ge=1, unit="examples")
-    predict_examples: int = parameter(64, "calibration examples of the sensitivities", ge=1, unit="examples")
-    probes: int = parameter(
-        4,
-        "targets drawn for each example (gauss-newton); random probes of the trace; "
-        "shares of the data for the top eigenvalue",
-        ge=2,
-        le=1000,
+    rounding: Choice = ROUNDING.choice("gptq")
+    calibration_examples: int = parameter(
+        64, "calibration examples of the inputs' second moments", ge=1, unit="examples"
     )
+    predict_examples: int = parameter(64, "calibration examples of the sensitivities", ge=1, unit="examples")
     draws: int = parameter(3, "random allocations to compare with (0: compare with none at all)", ge=0, le=50)
     test_examples: int = parameter(1024, "test examples at most", ge=1, unit="examples")
 
@@ -163,18 +143,22 @@ class Allocate(SubjectInstrument):
     def result_class(cls) -> type[Result]:
         return AllocateResult
 
-    def quantizer(self, **fields: Any) -> Quantize:
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {"examples": "calibration_examples"}
+
+    def quantizer(self, bits: int = 4, layer_bits: Mapping[str, int] | None = None) -> Quantize:
         return Quantize(
             layers=self.layers,
-            symmetric=self.symmetric,
+            format={"name": "int", "bits": bits, "symmetric": self.symmetric},
+            layer_bits=dict(layer_bits or {}),
             group_size=self.group_size,
             range=self.range,
             rounding=self.rounding,
-            examples=self.examples,
+            calibration_examples=self.calibration_examples,
             predict_examples=0,
             test_examples=self.test_examples,
             seed=self.seed,
-            **fields,
         )
 
     def check(self, on: Subject) -> None:
@@ -183,6 +167,8 @@ class Allocate(SubjectInstrument):
                 f"budget: {self.budget:g} bits lies outside the widths {self.widths}; "
                 "ask for something between them"
             )
+        if bad := [width for width in self.widths if not 2 <= width <= 8]:
+            raise BadInput(f"widths: {bad[0]} bits are not accepted; give widths from 2 to 8")
         if len(set(self.widths)) != len(self.widths):
             raise BadInput(f"widths: {self.widths} repeats a width")
         if (self.average == "latency") != bool(self.times):
@@ -193,16 +179,12 @@ class Allocate(SubjectInstrument):
             )
         if self.times:
             layer_times(self.times, on.layers(self.layers), self.widths)
-        if self.interactions and self.sensitivity != "gauss-newton":
+        if self.sensitivity.has("drawn targets") and on.task.loss_kind == "other":
             raise BadInput(
-                "interactions: pairs of layers are costed by Gauss-Newton's matrix, not by "
-                f"{self.sensitivity}; set sensitivity gauss-newton"
-            )
-        if self.sensitivity == "gauss-newton" and on.task.loss_kind == "other":
-            raise BadInput(
-                "sensitivity: gauss-newton draws targets from the model's own distribution, "
+                f"sensitivity: {self.sensitivity} draws targets from the model's own distribution, "
                 "which this custom loss does not define; use curvature"
             )
+        check_alone(self.rounding)
         for width in self.widths:
             self.quantizer(bits=width).check(on)
 
@@ -298,7 +280,7 @@ class Allocate(SubjectInstrument):
         """(layers,) how much a bit of each layer's width counts in the average width."""
         if self.average != "multiplications":
             return np.array([math.prod(layer.shape) for layer in layers], dtype=float)
-        moments = moments_for(on, layers, self.examples, progress)
+        moments = moments_for(on, layers, self.calibration_examples, progress)
         return np.array(
             [math.prod(layer.shape[-2:]) * float(moments[layer.name].tokens.sum()) for layer in layers]
         )
@@ -307,73 +289,16 @@ class Allocate(SubjectInstrument):
         self, on: Subject, layers: Sequence[Layer], widths: list[int], progress: Progress
     ) -> tuple[Costs, pd.DataFrame, Costs | None]:
         rows, deltas = candidates(
-            on, layers, [self.quantizer(bits=w) for w in widths], self.examples, progress
+            on, layers, [self.quantizer(bits=w) for w in widths], self.calibration_examples, progress
         )
         table = pd.DataFrame([row for layer in layers for row in rows[layer.name]])
-        joint = None
-        if self.sensitivity == "gauss-newton":
-            scores = gauss_newton_scores(
-                on,
-                layers,
-                deltas,
-                examples=self.predict_examples,
-                samples=self.probes,
-                seed=self.seed,
-                progress=progress,
+        found: WidthCost = self.sensitivity(
+            Candidates(
+                on, layers, widths, table, deltas, self.predict_examples, self.budget, self.seed, progress
             )
-            squares = np.square(scores).reshape(len(scores), -1)
-            table["cost"] = squares.sum(0)
-            table["cost_error"] = squares.std(0, ddof=1) * len(squares) ** 0.5
-            if self.interactions:
-                joint = np.einsum("sia,sjb->iajb", scores, scores)
-        elif self.sensitivity in ("trace", "eigenvalue", "variance"):
-            estimate, measure = (
-                (top_eigenvalues, "eigenvalue") if self.sensitivity == "eigenvalue" else (traces, "trace")
-            )
-            found = estimate(
-                on,
-                layers,
-                self.probes,
-                self.predict_examples,
-                torch.Generator().manual_seed(self.seed),
-                progress=progress,
-            )
-            table[measure] = [found[name][0] for name in table["layer"]]
-            table[f"{measure}_error"] = [found[name][1] for name in table["layer"]]
-            if measure == "trace":
-                size = table["trace"].clip(lower=0) / table["weights"]
-            else:
-                size = table["eigenvalue"].abs() + table["eigenvalue_error"]
-            if self.sensitivity == "variance":
-                table["variance"] = [
-                    float(layer.weight.detach().float().var()) for layer in layers for _ in widths
-                ]
-                size = size.clip(lower=1e-3 * size.max())  # a trace that noise made zero has no logarithm
-                first = table.iloc[:: len(widths)]
-                table["ideal_width"] = log_variance(
-                    size.iloc[:: len(widths)], first["variance"], first["weights"], self.budget
-                ).repeat(len(widths))
-                noise = table["weights"] * table["variance"] * 4.0 ** -table["width"]
-            else:
-                noise = pd.Series(
-                    [float(d.float().square().sum()) for layer in layers for d in deltas[layer.name]]
-                )
-            table["cost"] = 0.5 * size * noise
-        elif self.sensitivity == "output":
-            table["cost"] = table["output_error"]
-        elif self.sensitivity == "measured":
-            before = on.evaluate("calibration", batch_size=8, limit=self.predict_examples)["loss"]
-            table["cost"] = [
-                change
-                for layer in progress.track(layers, "measuring each layer")
-                for change in measured_alone(
-                    on, layer, deltas[layer.name], before, "calibration", self.predict_examples
-                )
-            ]
-        else:
-            predicted = alone(on, layers, deltas, examples=self.predict_examples, progress=progress)
-            table["cost"] = [max(second, 0.0) for layer in layers for _, second in predicted[layer.name]]
-        return table["cost"].to_numpy().reshape(len(layers), len(widths)), table, joint
+        )
+        table = table.assign(cost=found.cost, **found.columns)
+        return found.cost.reshape(len(layers), len(widths)), table, found.joint
 
     def _rivals(
         self, cost: Costs, size: Costs, budget: float, widths: list[int], weights: NDArray[np.float64]

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from workbench.axis import parameter
+from workbench.axis import Choice, parameter
 from workbench.curvature.estimators.quadratic import mean_loss, predicted_change
 from workbench.curvature.operators.curvature_operator import curvature_operator
 from workbench.curvature.operators.output_space import (
@@ -23,8 +23,13 @@ from workbench.curvature.operators.weights import differentiable, place_of, with
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
-from workbench.quantization.quantize import Quantize, choices, layer_row, moments_for
-from workbench.quantization.rounding.problem import Factors
+from workbench.quantization.number.number_format import NUMBER_FORMAT
+from workbench.quantization.quantize import Quantize
+from workbench.quantization.quantize_result import choices
+from workbench.quantization.quantized_layer import layer_row, moments_for
+from workbench.quantization.rounding.feedback import Factors
+from workbench.quantization.rounding.rounding import ROUNDING
+from workbench.quantization.rounding_order import Source, round_layer
 from workbench.results import Result
 from workbench.subjects import Batch, Layer, Subject
 
@@ -288,16 +293,17 @@ class LayerSensitivity(SubjectInstrument):
     """
 
     layers: str = parameter("blocks", "layers, comma-separated globs")
-    format: str = parameter("int", "number format, as in quantize")
+    format: Choice = NUMBER_FORMAT.choice("int4")
     widths: list[int] = parameter(
         [4], "widths to try (integer format; any other format ignores them)", min_length=1, unit="bits"
     )
-    symmetric: bool = parameter(True, "integers symmetric about zero")
     granularity: Literal["auto", "tensor", "channel", "group"] = parameter("auto", "what shares a scale")
     group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
     range: Literal["auto", "minmax", "mse", "mean"] = parameter("auto", "how scales are found")
-    rounding: Literal["nearest", "gptq"] = parameter("nearest", "how weights are put on the grid")
-    examples: int = parameter(64, "calibration examples of the inputs' second moments", ge=1, unit="examples")
+    rounding: Choice = ROUNDING.choice("nearest")
+    calibration_examples: int = parameter(
+        64, "calibration examples of the inputs' second moments", ge=1, unit="examples"
+    )
     predict_examples: int = parameter(
         32, "calibration examples of prediction and measurement", ge=1, unit="examples"
     )
@@ -307,28 +313,34 @@ class LayerSensitivity(SubjectInstrument):
     def result_class(cls) -> type[Result]:
         return LayerSensitivityResult
 
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {"symmetric": "format.symmetric", "examples": "calibration_examples"}
+
     def quantizer(self, width: int) -> Quantize:
+        integer = self.format.name == "int"
         return Quantize(
             layers=self.layers,
-            format=self.format,
-            bits=width,
-            symmetric=self.symmetric,
+            format=self.format.with_options(bits=width) if integer else self.format,
             granularity=self.granularity,
             group_size=self.group_size,
             range=self.range,
             rounding=self.rounding,
-            examples=self.examples,
+            calibration_examples=self.calibration_examples,
             seed=self.seed,
         )
 
     def check(self, on: Subject) -> None:
         for width in self.widths:
+            if self.format.name == "int" and not 2 <= width <= 8:
+                raise BadInput(f"widths: {width} bits are not accepted; give widths from 2 to 8")
             self.quantizer(width).check(on)
+        check_alone(self.rounding)
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
         rows, deltas = candidates(
-            on, layers, [self.quantizer(w) for w in self.widths], self.examples, progress
+            on, layers, [self.quantizer(w) for w in self.widths], self.calibration_examples, progress
         )
         predicted = alone(on, layers, deltas, examples=self.predict_examples, progress=progress)
         before = mean_loss(on, "calibration", self.predict_examples, 8)
@@ -389,11 +401,17 @@ def candidates(
         rows[layer.name], deltas[layer.name] = [], []
         for quantizer in quantizers:
             generator = torch.Generator().manual_seed(quantizer.seed)
-            values, grid, _ = quantizer.round_layer(layer, moments[layer.name], generator, factors)
+            values, grid, _ = round_layer(quantizer, layer, Source(moments[layer.name], generator, factors))
             delta = values - weight.float()
-            width = quantizer.bits if quantizer.format == "int" else grid.format.element.bits
+            width = grid.format.element.bits
             rows[layer.name].append(
                 layer_row(layer, weight.float(), delta, grid, moments[layer.name]) | {"width": width}
             )
             deltas[layer.name].append(delta.to(weight.dtype))
     return rows, deltas
+
+
+def check_alone(rounding: Choice) -> None:
+    """`BadInput` for a rounding that does not take layers one by one."""
+    if rounding.has("learned") and rounding.options.objective.has("by blocks"):
+        raise BadInput("rounding.objective: 'block' learns layers together; each is taken alone, use layer")

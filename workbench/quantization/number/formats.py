@@ -13,15 +13,17 @@ Where the scale comes from is `workbench.quantization.number.grid`'s business.
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from scipy.stats import norm
 from torch import Tensor
 
+from workbench.axis import Choice, Entry, Options, parameter
 from workbench.errors import BadInput
+from workbench.quantization.number.number_format import NUMBER_FORMAT
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,7 @@ class Format:
         return isinstance(self.element, Integer)
 
 
+@functools.lru_cache
 def normal_float(bits: int = 4) -> tuple[float, ...]:
     """NormalFloat codebook (Dettmers et al. 2023): quantiles of N(0,1) with an exact zero,
     one more value above it than below, over their maximum.
@@ -336,66 +339,170 @@ def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-#: Formats with a fixed name; `named` also reads int2..int8, uint2..uint8, ExMy[fn|ieee], fixedW.F,
-#: nfB and quantileB.
-NAMED: dict[str, Format] = {
-    f.name: f
-    for f in (
-        Format("e4m3fn", Minifloat(8, 4, 3, "fn")),
-        Format("e5m2", Minifloat(8, 5, 2, "ieee")),
-        Format("e3m2", Minifloat(6, 3, 2)),
-        Format("e2m3", Minifloat(6, 2, 3)),
-        Format("e2m1", Minifloat(4, 2, 1)),
-        Format("bf16", Minifloat(16, 8, 7, "ieee"), scale="none"),
-        Format("fp16", Minifloat(16, 5, 10, "ieee"), scale="none"),
-        Format("mxfp8", Minifloat(8, 4, 3, "fn"), 32, "e8m0"),
-        Format("mxfp8-e5m2", Minifloat(8, 5, 2, "ieee"), 32, "e8m0"),
-        Format("mxfp6", Minifloat(6, 3, 2), 32, "e8m0"),
-        Format("mxfp6-e2m3", Minifloat(6, 2, 3), 32, "e8m0"),
-        Format("mxfp4", Minifloat(4, 2, 1), 32, "e8m0"),
-        Format("nvfp4", Minifloat(4, 2, 1), 16, "e4m3"),
-        Format("nf4", Codebook(4, normal_float(4))),
-        Format("ternary", Codebook(2, (-1.0, 0.0, 1.0)), rule="mean"),
-        Format("binary", Codebook(1, (-1.0, 1.0)), rule="mean"),
+class Int(Options):
+    bits: int = parameter(4, "width", ge=1, le=16, unit="bits")
+    symmetric: bool = parameter(True, "symmetric about zero; otherwise with a zero point")
+
+
+@NUMBER_FORMAT.add(
+    "int",
+    formula="s (q - z), q an integer",
+    source="Jacob et al. 2018, eq. 1",
+    title="integer",
+    options=Int,
+    spelled=lambda options: f"{'' if options.symmetric else 'u'}int{options.bits}",
+)
+def integer(options: Int) -> Format:
+    if options.bits == 1 and options.symmetric:
+        raise BadInput("bits: 'int1' has no value but zero; use binary, ternary or uint1")
+    name = f"int{options.bits}" if options.symmetric else f"uint{options.bits}"
+    return Format(name, Integer(options.bits, options.symmetric))
+
+
+class ExMy(Options):
+    exponent: int = parameter(3, "bits of the exponent", ge=1, le=8, unit="bits")
+    mantissa: int = parameter(2, "bits of the mantissa", ge=0, le=14, unit="bits")
+    special: Literal["finite", "fn", "ieee"] = parameter(
+        "finite",
+        "what the top codes are: numbers, nan in the last (fn), inf and nan in the top exponent (ieee)",
     )
-}
-ACCEPTED = (
-    "int, "
-    + ", ".join(NAMED)
-    + ", ExMy (as e3m4; add fn or ieee for special codes), fixedW.F, nfB, quantileB"
+
+
+def spelled_minifloat(options: ExMy) -> str:
+    special = "" if options.special == "finite" else options.special
+    return f"e{options.exponent}m{options.mantissa}{special}"
+
+
+@NUMBER_FORMAT.add(
+    "ExMy",
+    formula="(-1)^s 2^(e - bias) 1.m",
+    source="Micikevicius et al. 2022",
+    title="minifloat",
+    options=ExMy,
+    spelled=spelled_minifloat,
+)
+def minifloat(options: ExMy) -> Format:
+    exponent, mantissa, special = options.exponent, options.mantissa, options.special
+    name = spelled_minifloat(options)
+    if (
+        1 + exponent + mantissa > 16
+        or (special != "finite" and mantissa < 1)
+        or (special == "ieee" and exponent < 2)
+    ):
+        raise BadInput(
+            f"format: {name!r} is too wide or has no room for special codes; "
+            "ExMy needs 1+x+y <= 16, fn and ieee need y >= 1"
+        )
+    if name == "e5m2":
+        raise BadInput("format: 'e5m2' has inf and nan; write e5m2 for it, or e5m2fn for one without inf")
+    return Format(name, Minifloat(1 + exponent + mantissa, exponent, mantissa, special))
+
+
+class FixedPoint(Options):
+    width: int = parameter(8, "bits in all", ge=2, le=16, unit="bits")
+    fraction: int = parameter(4, "bits behind the binary point", ge=0, le=99, unit="bits")
+
+
+@NUMBER_FORMAT.add(
+    "fixed",
+    formula="2^-fraction q, q a signed integer of `width` bits",
+    source="Dai et al. 2024, QFX",
+    title="fixed point",
+    options=FixedPoint,
+    spelled=lambda options: f"fixed{options.width}.{options.fraction}",
+)
+def fixed_point(options: FixedPoint) -> Format:
+    name = f"fixed{options.width}.{options.fraction}"
+    return Format(name, Fixed(options.width, options.fraction), scale="none")
+
+
+class NormalFloat(Options):
+    bits: int = parameter(4, "width", ge=2, le=8, unit="bits")
+
+
+@NUMBER_FORMAT.add(
+    "nf",
+    formula="quantiles of N(0, 1) with an exact zero, over their maximum",
+    source="Dettmers et al. 2023, QLoRA, eq. 4",
+    title="NormalFloat",
+    options=NormalFloat,
+    spelled=lambda options: f"nf{options.bits}",
+)
+def normal(options: NormalFloat) -> Format:
+    return Format(f"nf{options.bits}", Codebook(options.bits, normal_float(options.bits)))
+
+
+class Quantile(Options):
+    bits: int = parameter(3, "width", ge=1, le=6, unit="bits")
+
+
+@NUMBER_FORMAT.add(
+    "quantile",
+    formula="the 2^bits values with the least squared error for N(0, 1)",
+    source="Lloyd 1957, Max 1960",
+    title="Lloyd-Max codebook",
+    options=Quantile,
+    spelled=lambda options: f"quantile{options.bits}",
+)
+def quantile(options: Quantile) -> Format:
+    return Format(f"quantile{options.bits}", Codebook(options.bits, lloyd_max(options.bits)), rule="rms")
+
+
+def standard(format: Format, formula: str, source: str) -> None:
+    """Register a format without options under its name."""
+
+    def made(options: Options) -> Format:
+        return format
+
+    NUMBER_FORMAT.add(format.name, formula=formula, source=source)(made)
+
+
+OCP = "Micikevicius et al. 2022"
+MX = "Rouhani et al. 2023, microscaling formats"
+standard(Format("e4m3fn", Minifloat(8, 4, 3, "fn")), "ExMy without inf", OCP)
+standard(Format("e5m2", Minifloat(8, 5, 2, "ieee")), "ExMy with inf and nan", OCP)
+standard(
+    Format("bf16", Minifloat(16, 8, 7, "ieee"), scale="none"),
+    "float32 cut to 16 bits",
+    "Kalamkar et al. 2019",
+)
+standard(Format("fp16", Minifloat(16, 5, 10, "ieee"), scale="none"), "half precision", "IEEE 754-2008")
+standard(Format("mxfp8", Minifloat(8, 4, 3, "fn"), 32, "e8m0"), "e4m3fn, a power of two for 32", MX)
+standard(Format("mxfp8-e5m2", Minifloat(8, 5, 2, "ieee"), 32, "e8m0"), "e5m2, a power of two for 32", MX)
+standard(Format("mxfp6", Minifloat(6, 3, 2), 32, "e8m0"), "e3m2, a power of two for 32", MX)
+standard(Format("mxfp6-e2m3", Minifloat(6, 2, 3), 32, "e8m0"), "e2m3, a power of two for 32", MX)
+standard(Format("mxfp4", Minifloat(4, 2, 1), 32, "e8m0"), "e2m1, a power of two for 32", MX)
+standard(
+    Format("nvfp4", Minifloat(4, 2, 1), 16, "e4m3"), "e2m1, an e4m3 for 16 and a float for all", "NVIDIA 2025"
+)
+standard(
+    Format("ternary", Codebook(2, (-1.0, 0.0, 1.0)), rule="mean"),
+    "s {-1, 0, 1}, s = mean |w|",
+    "Ma et al. 2024",
+)
+standard(
+    Format("binary", Codebook(1, (-1.0, 1.0)), rule="mean"),
+    "s sign(w), s = mean |w|",
+    "Rastegari et al. 2016",
 )
 
+_made: dict[tuple[str, int, bool], tuple[Entry, Format]] = {}
 
-@functools.lru_cache
+
 def named(name: str, bits: int = 4, symmetric: bool = True) -> Format:
-    """A format by name; "int" takes its width and symmetry from `bits` and `symmetric`.
-    `BadInput` for an unknown one.
+    """A format by name, as int4, uint4, e3m4, fixed8.4, nf4; "int" alone takes its width and symmetry from
+    `bits` and `symmetric`. `BadInput` for an unknown one.
     """
-    if name == "int":
-        return Format(f"int{bits}" if symmetric else f"uint{bits}", Integer(bits, symmetric))
-    if name in NAMED:
-        return NAMED[name]
-    if found := re.fullmatch(r"(u?)int([1-9]|1[0-6])", name):
-        width = int(found[2])
-        if width == 1 and not found[1]:
-            raise BadInput("format: 'int1' has no value but zero; use binary, ternary or uint1")
-        return Format(name, Integer(width, not found[1]))
-    if found := re.fullmatch(r"e([1-8])m(\d{1,2})(fn|ieee)?", name):
-        exponent, mantissa, special = int(found[1]), int(found[2]), found[3] or "finite"
-        if (
-            1 + exponent + mantissa > 16
-            or (special != "finite" and mantissa < 1)
-            or (special == "ieee" and exponent < 2)
-        ):
-            raise BadInput(
-                f"format: {name!r} is too wide or has no room for special codes; "
-                "ExMy needs 1+x+y <= 16, fn and ieee need y >= 1"
-            )
-        return Format(name, Minifloat(1 + exponent + mantissa, exponent, mantissa, special))
-    if (found := re.fullmatch(r"fixed(\d{1,2})\.(\d{1,2})", name)) and 2 <= int(found[1]) <= 16:
-        return Format(name, Fixed(int(found[1]), int(found[2])), scale="none")
-    if found := re.fullmatch(r"nf([2-8])", name):
-        return Format(name, Codebook(int(found[1]), normal_float(int(found[1]))))
-    if found := re.fullmatch(r"quantile([1-6])", name):
-        return Format(name, Codebook(int(found[1]), lloyd_max(int(found[1]))), rule="rms")
-    raise BadInput(f"format: {name!r} is unknown; accepted: {ACCEPTED}")
+    key = (str(name), bits, symmetric)
+    if key in _made:
+        entry, format = _made[key]
+        if NUMBER_FORMAT.entries.get(entry.name) is entry:
+            return format
+    more = {"bits": bits, "symmetric": symmetric} if name == "int" else {}
+    try:
+        choice: Choice = NUMBER_FORMAT.chosen(str(name), "format", **more)
+        found: Format = choice()
+    except BadInput as error:
+        raise BadInput(f"format: {str(name)!r} is no format ({error})") from None
+    _made[key] = (choice.entry, found)
+    return found

@@ -10,10 +10,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from workbench.axis import Axis, Choice, Options, parameter
 from workbench.quantization.number.formats import Format, named
 from workbench.quantization.number.grid import Grid, fit
 
-ROUNDINGS = ("nearest", "stochastic", "scales")  # those that ask a grid for nothing but its values
+#: `entry(weight, gram, options)` scores the weights (out, in), or the input features (1, in), that stay wide;
+#: None where none do.
+SALIENT = Axis(
+    "salient",
+    "weights that matter most to their row's output, kept on a wider grid",
+    found_in="workbench.quantization.number",
+    home="quantize.salient",
+)
+
+
+class Wide(Options):
+    share: float = parameter(0.1, "share of each row's weights", gt=0, le=0.5, step=0.05)
+    bits: int = parameter(4, "width of the salient weights", ge=2, le=8, unit="bits")
+
+
+@SALIENT.add("none", formula="no weight", source="one grid for all")
+def none(weight: Tensor, gram: Tensor, options: Options) -> None:
+    """One grid for every weight."""
+
+
+@SALIENT.add("columns", formula="G_jj", source="Zhao et al. 2025, PTQ1.61", needs="inputs", options=Wide)
+def columns(weight: Tensor, gram: Tensor, options: Wide) -> Tensor:
+    """Whole input features, those with the most energy."""
+    return gram.diagonal().clamp_min(0)[None]
+
+
+@SALIENT.add(
+    "weights",
+    formula="|w_ij| (G_jj)^1/2",
+    source="Sun et al. 2023, Wanda's score",
+    needs="inputs",
+    options=Wide,
+)
+def weights(weight: Tensor, gram: Tensor, options: Wide) -> Tensor:
+    """Single weights, whose places cost bits."""
+    return weight.abs() * gram.diagonal().clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -21,21 +57,20 @@ class Salient:
     """Which weights stay wide. share : of a row, the same number in every row;
     bits : their width, with a zero point
 
-    pattern : "columns", the input features with the most energy (Zhao et al. 2025, PTQ1.61); "weights", in
-        each row those with the largest |w_ij| (G_jj)^1/2, as Sun et al. (2023) rank them,
+    pattern : of `SALIENT`: "columns", the input features with the most energy (Zhao et al. 2025, PTQ1.61);
+        "weights", in each row those with the largest |w_ij| (G_jj)^1/2, as Sun et al. (2023) rank them,
         where only their place costs more
     """
 
     share: float
     bits: int = 4
-    pattern: str = "columns"
+    pattern: Choice | str = "columns"
 
     def mask(self, weight: Tensor, gram: Tensor) -> Tensor:
         """(1, in) or (out, in), True where a weight (out, in) stays wide, for inputs of second moment
         (in, in).
         """
-        energy = gram.diagonal().clamp_min(0)
-        score = energy[None] if self.pattern == "columns" else weight.abs() * energy.sqrt()
+        score = SALIENT.chosen(self.pattern)(weight, gram)
         found = torch.zeros_like(score, dtype=torch.bool)
         chosen = score.argsort(dim=-1, descending=True, stable=True)[:, : self.count(weight.shape[-1])]
         return found.scatter_(-1, chosen, True)

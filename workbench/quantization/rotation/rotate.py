@@ -4,19 +4,20 @@ and show what it does to what its layers read.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import torch
 from pydantic import BaseModel
 
-from workbench.axis import parameter
+from workbench.axis import Choice, parameter
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import InputRanges, input_ranges
-from workbench.quantization.quantize import choices
-from workbench.quantization.rotation.fold import rotate, stream_of
-from workbench.quantization.rotation.learned import learned_rotation, principal_rotation
+from workbench.quantization.quantize_result import choices
+from workbench.quantization.rotation.fold import stream_of
+from workbench.quantization.rotation.rotations import ROTATION
 from workbench.results import Result
 from workbench.subjects import Subject
 
@@ -53,29 +54,12 @@ class Rotate(SubjectInstrument):
 
     changes_model: ClassVar[bool] = True
 
-    kind: Literal["hadamard", "orthogonal", "learned", "principal"] = parameter(
-        "hadamard",
-        "random signs times Hadamard blocks; Haar; learned for rounded activations; "
-        "principal components, the widest features last",
-    )
-    steps: int = parameter(
-        50, "learned: descent steps on the orthogonal matrices", ge=1, le=10000, scale="log"
-    )
-    rate: float = parameter(
-        1.0,
-        "learned: first step's length in the tangent space; it decays linearly",
-        gt=0,
-        le=100,
-        scale="log",
-    )
-    activation_bits: int = parameter(
-        4, "learned: width of the rounded inputs whose loss is minimised", ge=2, le=8, unit="bits"
-    )
-    heads: bool = parameter(True, "learned: also turn what each block's heads read and write")
-    share: float = parameter(
-        0.125, "principal: share of the features with the largest variance, put last", gt=0, lt=1
-    )
-    examples: int = parameter(64, "calibration examples", ge=1, unit="examples")
+    kind: Choice = ROTATION.choice("hadamard")
+    calibration_examples: int = parameter(64, "calibration examples", ge=1, unit="examples")
+
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {"rate": "kind.learning_rate", "examples": "calibration_examples"}
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -86,24 +70,10 @@ class Rotate(SubjectInstrument):
         on.split("calibration")
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        losses: list[float] = []
-        if self.kind == "learned":
-            made, losses = learned_rotation(
-                on,
-                self.steps,
-                self.rate,
-                self.activation_bits,
-                self.examples,
-                heads=self.heads,
-                seed=self.seed,
-                progress=progress,
-            )
-        elif self.kind == "principal":
-            made = principal_rotation(on, self.share, self.examples, self.seed, progress)
-        else:
-            made = rotate(on, self.kind, self.seed)
+        made, losses = self.kind(on, self.calibration_examples, self.seed, progress)
         found = [
-            input_ranges(s, s.layers("blocks"), examples=self.examples, progress=progress) for s in (on, made)
+            input_ranges(s, s.layers("blocks"), examples=self.calibration_examples, progress=progress)
+            for s in (on, made)
         ]
         rows = [
             {"layer": name}

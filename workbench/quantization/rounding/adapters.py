@@ -8,18 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from workbench.axis import Axis, Options, parameter
+from workbench.quantization.number.grid import Grid
+from workbench.quantization.rounding.problem import Problem
 from workbench.subjects.changes import LowRank
 
-if TYPE_CHECKING:
-    from workbench.quantization.number.grid import Grid
-    from workbench.quantization.rounding.problem import Problem
-
+Rounder = Callable[[Problem], tuple[Tensor, Grid]]
 Term = tuple[Tensor, Tensor]  # up (..., out, rank), down (..., rank, in)
+
+#: `entry(problem, rounder, options)` gives (values, grid, term or None): the effective weight is their sum.
+ADAPTER = Axis(
+    "quantization-adapter",
+    "a low-rank term in full precision kept beside each rounded weight",
+    found_in="workbench.quantization.rounding",
+    home="quantize.adapter",
+)
 
 
 class Adapter(LowRank):
@@ -46,23 +53,49 @@ def best_term(gap: Tensor, rank: int) -> Term:
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
-def with_term(
-    problem: Problem, rounder: Callable[[Problem], tuple[Tensor, Grid]], rank: int, alternations: int
-) -> tuple[Tensor, Grid, Term]:
-    """LoftQ: Q_t = q(W - A B), then (A, B) = the best rank-r fit of W - Q_t,
-    `alternations` times from A B = 0 (Li et al. 2024, algorithm 1).
+@ADAPTER.add("none", formula="W ~ Q", source="no term")
+def none(problem: Problem, rounder: Rounder, options: Options) -> tuple[Tensor, Grid, None]:
+    """The rounded weight alone."""
+    return *rounder(problem), None
 
-    The pair with the least ||W - Q - A B||_F is taken: scales are fitted anew to every W - A B, so a step can
-    make it worse. With no alternation, QLoRA: q(W) and a zero term.
+
+class Rank(Options):
+    rank: int = parameter(8, "rank of the term", ge=1, le=1024)
+
+
+class LoftQ(Rank):
+    alternations: int = parameter(5, "alternations of rounding and best low-rank fit", ge=1, le=100)
+
+
+@ADAPTER.add(
+    "qlora",
+    formula="W ~ q(W) + A B, A B = 0 at first",
+    source="Dettmers et al. 2023, QLoRA",
+    title="QLoRA",
+    options=Rank,
+)
+def qlora(problem: Problem, rounder: Rounder, options: Rank) -> tuple[Tensor, Grid, Term]:
+    values, grid = rounder(problem)
+    shape = problem.weight.shape
+    up, down = zero_term(tuple(shape), options.rank, problem.generator)
+    return values, grid, (up.to(values.device), down.to(values.device))
+
+
+@ADAPTER.add(
+    "loftq",
+    formula="Q_t = q(W - A B), then A B = the best rank-r fit of W - Q_t",
+    source="Li et al. 2024, LoftQ, algorithm 1",
+    title="LoftQ",
+    options=LoftQ,
+)
+def loftq(problem: Problem, rounder: Rounder, options: LoftQ) -> tuple[Tensor, Grid, Term]:
+    """`alternations` times from A B = 0. The pair with the least ||W - Q - A B||_F is taken: scales are
+    fitted anew to every W - A B, so a step can make it worse.
     """
-    weight, rank = problem.weight, min(rank, *problem.weight.shape)
-    if alternations == 0:
-        return *rounder(problem), tuple(
-            t.to(weight.device) for t in zero_term(tuple(weight.shape), rank, problem.generator)
-        )  # type: ignore[return-value]
+    weight, rank = problem.weight, min(options.rank, *problem.weight.shape)
     best: tuple[Tensor, Grid, Term] | None = None
     least, term = float("inf"), torch.zeros_like(weight)
-    for _ in range(alternations):
+    for _ in range(options.alternations):
         values, grid = rounder(replace(problem, weight=problem.masked(weight - term)))
         up, down = best_term(problem.masked(weight - values), rank)
         term = up @ down

@@ -11,13 +11,34 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from workbench.axis import Options, parameter
 from workbench.curvature.operators.weights import plain_weights
 from workbench.progress import Progress
 from workbench.quantization.activations.sequential import Call, first
 from workbench.quantization.rounding.learned import LearnedRounding, advance, descend
+from workbench.quantization.rounding.rounding import OBJECTIVE
 from workbench.subjects import Layer
 
 
+class Window(Options):
+    window: int = parameter(
+        1,
+        "consecutive blocks learned together (2 and more add CBQ's divergence)",
+        ge=1,
+        le=16,
+        unit="blocks",
+    )
+    overlap: int = parameter(1, "blocks a window shares with the one before", ge=0, le=15, unit="blocks")
+
+
+@OBJECTIVE.add(
+    "block",
+    formula="||f(Q) - f(W)||^2 of what a window of blocks puts out",
+    source="Li et al. 2021, BRECQ, eq. 10; Ding et al. 2025, CBQ",
+    needs="inputs",
+    options=Window,
+    traits="by blocks",
+)
 def reconstruct(
     model: nn.Module,
     blocks: Sequence[str],

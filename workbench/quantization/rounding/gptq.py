@@ -5,35 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workbench.axis import Options, parameter
 from workbench.quantization.number.formats import Format
-from workbench.quantization.number.grid import Grid, fit
-from workbench.statistics.damping import damped
+from workbench.quantization.number.grid import Grid, fit, group_of
+from workbench.quantization.rounding.problem import Problem
+from workbench.quantization.rounding.rounding import ROUNDING
 
 LEAF = 16  # columns handled one by one between two matrix updates
-
-
-def linear_feedback(gram: Tensor, damp: float) -> Tensor:
-    """Unit upper triangular F with F D F^T the damped second moment, D diagonal: column i of F holds how
-    the rounding errors of the columns before i are best answered in column i (Chee et al. 2023, QuIP,
-    equation 4 and theorem 6, who show that this is GPTQ).
-
-    F is the inverse of GPTQ's factor, its rows divided by their diagonal, so that one Cholesky factorisation,
-    from the last column to the first, replaces two and an inverse.
-    Damping grows tenfold while the matrix is numerically singular.
-    """
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, damp).flip(0, 1))
-        if not failed:
-            upper = lower.flip(0, 1)
-            return upper.div_(upper.diagonal().clone())
-        damp = max(damp * 10, 1e-6)
-
-
-def column_order(gram: Tensor) -> Tensor:
-    """Columns by decreasing input energy ("act-order"): the costly ones are rounded while many can still
-    compensate.
-    """
-    return torch.argsort(gram.diagonal(), descending=True, stable=True)
 
 
 def gptq(
@@ -188,3 +166,36 @@ def gptq_with_moving_scales(
         )
     zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None], -1)
     return rounded.T.contiguous(), Grid(format, torch.cat(scales, -1), zero, group)
+
+
+class GPTQ(Options):
+    damp: float = parameter(
+        0.01, "damping of the inputs' second moment, as a share of its mean diagonal", gt=0, le=1, scale="log"
+    )
+    act_order: bool = parameter(False, "round the columns with the largest inputs first")
+
+
+@ROUNDING.add(
+    "gptq",
+    formula="w_j <- w_j - (w_q - Q(w_q)) / [H^-1]_qq [H^-1]_qj, column by column",
+    source="Frantar, Ashkboos, Hoefler and Alistarh 2023, algorithm 1",
+    needs="inputs",
+    options=GPTQ,
+)
+def column_wise(problem: Problem, options: GPTQ) -> tuple[Tensor, Grid]:
+    """Scales of groups are found on the way where the format leaves them free and columns stay in order."""
+    feedback, order = problem.factors.of(problem.gram, options.damp, options.act_order)
+    width = problem.weight.shape[1]
+    group = group_of(problem.format, problem.granularity, problem.group_size, width)
+    if (
+        group < width
+        and width % group == 0
+        and not problem.format.block
+        and order is None
+        and problem.granularity != "tensor"
+    ):
+        return gptq_with_moving_scales(
+            problem.weight, feedback, problem.format, group, problem.rule, problem.mask
+        )
+    grid = problem.grid()
+    return gptq(problem.weight, feedback, grid, problem.mask, order), grid

@@ -15,16 +15,27 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from workbench.axis import Choice, Options, parameter
 from workbench.quantization.number.formats import Integer
-from workbench.quantization.number.grid import Grid, in_groups, stored
+from workbench.quantization.number.grid import Grid, stored
 from workbench.quantization.number.split_grid import SplitGrid
-from workbench.quantization.rounding.problem import Problem, rounding
+from workbench.quantization.rounding.problem import Problem
+from workbench.quantization.rounding.rounding import OBJECTIVE, ROUNDING
 from workbench.quantization.transform.coordinates import Transform, half
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """The value of `hard` with the gradient of `soft` (Bengio et al. 2013)."""
     return soft + (hard - soft).detach()
+
+
+class Learned(Options):
+    steps: int = parameter(300, "optimizer steps", ge=1, le=10000, scale="log")
+    objective: Choice = OBJECTIVE.choice("layer")
+
+
+class LearnedLowRank(Learned):
+    rank: int = parameter(5, "columns of the thin matrices", ge=1, le=1024)
 
 
 class LearnedRounding(nn.Module):
@@ -37,9 +48,9 @@ class LearnedRounding(nn.Module):
     # target
     angular: ClassVar[bool] = False
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, options: Learned) -> None:
         super().__init__()
-        self.problem = problem
+        self.problem, self.options = problem, options
         self.base = problem.grid()
         scale, zero = self.base.columns(problem.weight.shape[1])
         self.step, self.zero = (
@@ -53,6 +64,10 @@ class LearnedRounding(nn.Module):
 
     def penalty(self, progress: float) -> Tensor | None:
         return None
+
+    def learned(self) -> tuple[Tensor, Grid]:
+        """(values, grid) after a descent on this layer's own reconstruction error."""
+        return learn(self)
 
     def grid(self) -> Grid:
         return self.base
@@ -69,6 +84,14 @@ class LearnedRounding(nn.Module):
         return straight_through(element.round(units.detach()), inside)
 
 
+@ROUNDING.add(
+    "adaround",
+    formula="s clip(floor(W / s) + h(V)), h a stretched sigmoid pushed to 0 or 1",
+    source="Nagel et al. 2020, eqs. 22 to 24",
+    needs="inputs",
+    options=Learned,
+    traits=("learned", "needs equal steps"),
+)
 class AdaRound(LearnedRounding):
     """Up or down, learned: s clip(floor(W/s) + h(V)), h a stretched sigmoid pushed to 0 or 1
     (Nagel et al. 2020, eqs. 22 to 24).
@@ -78,8 +101,8 @@ class AdaRound(LearnedRounding):
     exact: ClassVar[bool] = False
     low, high, warm, weight = -0.1, 1.1, 0.2, 0.02
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, options: Learned) -> None:
+        super().__init__(problem, options)
         self.floor = torch.floor(self.units)
         part = (self.units - self.floor).clamp(0.01, 0.99)
         self.learn(torch.logit((part - self.low) / (self.high - self.low)))
@@ -112,6 +135,14 @@ class AdaRound(LearnedRounding):
         return self.problem.masked((units - self.zero) * self.step), self.base
 
 
+@ROUNDING.add(
+    "lowrank-adaround",
+    formula="adaround with V = V_0 + A_1 A_2",
+    source="Ding et al. 2025, CBQ, LoRA-rounding",
+    needs="inputs",
+    options=LearnedLowRank,
+    traits=("learned", "needs equal steps"),
+)
 class LowRankAdaRound(AdaRound):
     """AdaRound whose logits are moved by a product of two thin matrices, V = V_0 + A_1 A_2
     (Ding et al. 2025, CBQ's LoRA-rounding; rank 5).
@@ -119,21 +150,30 @@ class LowRankAdaRound(AdaRound):
     V_0, held fixed, leaves the weights as they are, as in AdaRound.
     """
 
-    rank: ClassVar[int] = 5
+    options: LearnedLowRank
 
     def learn(self, start: Tensor) -> None:
         rows, columns = start.shape
+        rank = self.options.rank
         self.start = start
-        drawn = torch.randn(rows, self.rank, generator=self.problem.generator).to(start)
+        drawn = torch.randn(rows, rank, generator=self.problem.generator).to(start)
         self.A1, self.A2 = (
             nn.Parameter(drawn),
-            nn.Parameter(torch.zeros(self.rank, columns, device=start.device)),
+            nn.Parameter(torch.zeros(rank, columns, device=start.device)),
         )
 
     def logits(self) -> Tensor:
         return self.start + self.A1 @ self.A2
 
 
+@ROUNDING.add(
+    "flexround",
+    formula="s1 round(W / (s1 S2 s3))",
+    source="Lee et al. 2023, eq. 2",
+    needs="inputs",
+    options=Learned,
+    traits=("learned", "needs real scales"),
+)
 class FlexRound(LearnedRounding):
     """A learned divisor for every weight: s1 round(W / (s1 S2 s3)) (Lee et al. 2023, eq. 2);
     the grid's own step s1 is learned too.
@@ -143,8 +183,8 @@ class FlexRound(LearnedRounding):
 
     learning_rate: ClassVar[float] = 4e-3
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, options: Learned) -> None:
+        super().__init__(problem, options)
         self.log_s1 = nn.Parameter(torch.zeros_like(self.base.scale))
         self.log_S2 = nn.Parameter(torch.zeros_like(problem.weight))
         self.log_s3 = nn.Parameter(torch.zeros(len(problem.weight), 1, device=problem.weight.device))
@@ -162,6 +202,14 @@ class FlexRound(LearnedRounding):
         return replace(self.base, scale=self.scale().detach())
 
 
+@ROUNDING.add(
+    "signround",
+    formula="s round(clip(W / s + V)), |V| <= 1/2, by signed gradient descent",
+    source="Cheng et al. 2023, eqs. 3 to 5",
+    needs="inputs",
+    options=Learned,
+    traits=("learned", "needs real scales"),
+)
 class SignRound(LearnedRounding):
     """A learned offset V in [-1/2, 1/2] before rounding and learned clipping, by signed gradient descent
     (Cheng et al. 2023, eqs. 3 to 5).
@@ -169,8 +217,8 @@ class SignRound(LearnedRounding):
 
     signed: ClassVar[bool] = True
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, options: Learned) -> None:
+        super().__init__(problem, options)
         self.V = nn.Parameter(torch.zeros_like(problem.weight))
         self.alpha = nn.Parameter(torch.ones_like(self.base.scale))
         self.beta = nn.Parameter(torch.ones_like(self.base.scale))
@@ -213,6 +261,14 @@ class SignRound(LearnedRounding):
         return replace(self.base, scale=scale.detach(), zero=None if zero is None else zero.detach())
 
 
+@ROUNDING.add(
+    "adaquant",
+    formula="Q_s(W + V)",
+    source="Hubara et al. 2021, eq. 5",
+    needs="inputs",
+    options=Learned,
+    traits=("learned", "needs real scales"),
+)
 class AdaQuant(LearnedRounding):
     """The weights themselves and the step move freely: Q_s(W + V)
     (Hubara et al. 2021, eq. 5, with the inputs not quantized).
@@ -220,8 +276,8 @@ class AdaQuant(LearnedRounding):
 
     learning_rate: ClassVar[float] = 1e-2
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, options: Learned) -> None:
+        super().__init__(problem, options)
         self.V = nn.Parameter(torch.zeros_like(problem.weight))  # in steps
         self.log_step = nn.Parameter(torch.zeros_like(self.base.scale))
 
@@ -237,6 +293,14 @@ class AdaQuant(LearnedRounding):
         return replace(self.base, scale=self.scale().detach())
 
 
+@ROUNDING.add(
+    "scales",
+    formula="r_i c_j (s (code - zero)), codes nearest",
+    source="Zhao et al. 2025, PTQ1.61",
+    needs="inputs",
+    options=Learned,
+    traits=("learned", "needs real scales", "any grid", "column factors"),
+)
 class Scales(LearnedRounding):
     """Codes stay nearest; scales of groups, factors of rows and factors of columns are learned:
     r_i c_j (s (code - zero)).
@@ -249,8 +313,8 @@ class Scales(LearnedRounding):
     learning_rate: ClassVar[float] = 1e-2
     angular: ClassVar[bool] = True
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, options: Learned) -> None:
+        super().__init__(problem, options)
         self.codes = self.base.round(problem.weight) / self.step + self.zero
         free = torch.ones_like(self.codes[0])
         if isinstance(self.base, SplitGrid):
@@ -320,20 +384,25 @@ def advance(module: LearnedRounding, optimizers: list[torch.optim.Optimizer], st
         optimizer.zero_grad(set_to_none=True)
 
 
-def learn(problem: Problem, kind: type[LearnedRounding]) -> tuple[Tensor, Grid]:
+@OBJECTIVE.add(
+    "layer",
+    formula="tr((Q - W) G (Q - W)^T), G the second moment of the layer's inputs",
+    source="Nagel et al. 2020, eq. 13",
+)
+def learn(module: LearnedRounding, options: Options | None = None) -> tuple[Tensor, Grid]:
     """Minimise one layer's reconstruction error. Rows are independent, so each keeps the best values it ever
     had, nearest rounding included (all rows together when the whole matrix shares a learned scale)."""
+    problem, steps = module.problem, module.options.steps
     gram = problem.gram / problem.gram.diagonal().mean().clamp_min(1e-30)
     with torch.enable_grad():
-        module = kind(problem)
         unit = module.step.square().mean(
             1, keepdim=True
         )  # errors are counted in steps: one learning rate fits every layer
-        optimizers = descend(module, problem.steps)
+        optimizers = descend(module, steps)
         best, best_grid = problem.masked(module.base.round(problem.weight)), module.base
         best_error = row_errors(best - problem.weight, gram)
-        for step in range(problem.steps):
-            progress = step / problem.steps
+        for step in range(steps):
+            progress = step / steps
             values = problem.masked(module.soft(progress))
             gap = values.detach() - problem.weight
             slope = gap @ gram
@@ -345,7 +414,7 @@ def learn(problem: Problem, kind: type[LearnedRounding]) -> tuple[Tensor, Grid]:
             values.backward(2 * slope / unit, retain_graph=penalty is not None)
             if penalty is not None:
                 penalty.backward()
-            advance(module, optimizers, step, problem.steps)
+            advance(module, optimizers, step, steps)
         values, grid = module.hard()
         best, best_grid, _ = keep_best(
             best, best_grid, best_error, values, grid, row_errors(values - problem.weight, gram)
@@ -381,86 +450,3 @@ def keep_best(
         replace(grid, scale=scale, zero=zero),
         torch.where(better, new_error, error),
     )
-
-
-LEARNED: dict[str, type[LearnedRounding]] = {
-    "adaround": AdaRound,
-    "lowrank-adaround": LowRankAdaRound,
-    "flexround": FlexRound,
-    "signround": SignRound,
-    "adaquant": AdaQuant,
-    "scales": Scales,
-}
-
-
-@rounding("adaround")
-def adaround(problem: Problem) -> tuple[Tensor, Grid]:
-    return learn(problem, AdaRound)
-
-
-@rounding("lowrank-adaround")
-def lowrank_adaround(problem: Problem) -> tuple[Tensor, Grid]:
-    return learn(problem, LowRankAdaRound)
-
-
-@rounding("flexround")
-def flexround(problem: Problem) -> tuple[Tensor, Grid]:
-    return learn(problem, FlexRound)
-
-
-@rounding("signround")
-def signround(problem: Problem) -> tuple[Tensor, Grid]:
-    return learn(problem, SignRound)
-
-
-@rounding("adaquant")
-def adaquant(problem: Problem) -> tuple[Tensor, Grid]:
-    return learn(problem, AdaQuant)
-
-
-@rounding("scales")
-def scales(problem: Problem) -> tuple[Tensor, Grid]:
-    return learn(problem, Scales)
-
-
-@rounding("hqq")
-def half_quadratic(
-    problem: Problem, norm: float = 0.7, beta: float = 10.0, growth: float = 1.01, iterations: int = 20
-) -> tuple[Tensor, Grid]:
-    """Half-quadratic quantization (Badri and Shaji 2023): zero points that minimise a robust norm
-    of the weight error, without data.
-
-    Alternates the proximal step of |.|^p on the error (generalised soft threshold) with the mean that fits
-    the zero point. It starts from the zero point that spans each group exactly, as the authors' code does,
-    and from the grid's whole one; the better is kept.
-    """
-    grid = problem.grid()
-    assert grid.zero is not None, "half-quadratic quantization moves zero points"
-    blocks = in_groups(problem.weight, grid.group)
-    kept = (
-        torch.ones_like(blocks)
-        if problem.mask is None
-        else in_groups(problem.mask.to(blocks.dtype), grid.group)
-    )
-    if problem.granularity == "tensor":
-        blocks, kept = blocks.flatten().reshape(1, 1, -1), kept.flatten().reshape(1, 1, -1)
-    kept = kept / kept.sum(-1, keepdim=True).clamp_min(1)  # pruned weights have no say in the zero point
-    scale, whole = grid.scale.unsqueeze(-1), grid.zero.unsqueeze(-1)
-    element = grid.format.element
-    low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
-    exact = torch.where(high > low, -low / (high - low) * element.highest, whole)
-    best, best_error = whole, torch.full_like(whole, torch.inf)
-    for start in (exact, whole):
-        zero, strength = start, beta
-        for _ in range(iterations):
-            codes = element.round(blocks / scale + zero)
-            gap = blocks - (codes - zero) * scale
-            error = (gap.abs().pow(norm) * kept).sum(-1, keepdim=True)
-            better = error < best_error
-            best, best_error = torch.where(better, zero, best), torch.where(better, error, best_error)
-            size = gap.abs()
-            shrunk = torch.sign(gap) * torch.relu(size - size.clamp_min(1e-12).pow(norm - 1) / strength)
-            zero = ((codes - (blocks - shrunk) / scale) * kept).sum(-1, keepdim=True)
-            strength *= growth
-    found = replace(grid, zero=best.squeeze(-1).to(torch.float16).float())
-    return problem.masked(found.round(problem.weight)), found

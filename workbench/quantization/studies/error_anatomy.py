@@ -22,7 +22,9 @@ from workbench.quantization.allocation.layer_sensitivity import alone, measured_
 from workbench.quantization.noise import decibel, kurtosis
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.packing import quantizer_of
-from workbench.quantization.quantize import Quantize, choices, mask_of, short_names
+from workbench.quantization.quantize import Quantize
+from workbench.quantization.quantize_result import choices, short_names
+from workbench.quantization.quantized_layer import mask_of
 from workbench.results import Result
 from workbench.subjects import Layer, Subject
 
@@ -151,7 +153,7 @@ class ErrorAnatomy(Quantize):
     changes_model: ClassVar[bool] = False
     summary_line: ClassVar[str] = ""
 
-    examples: int = parameter(64, "calibration examples", ge=1, unit="examples")
+    calibration_examples: int = parameter(64, "calibration examples", ge=1, unit="examples")
     predict_examples: int = parameter(
         16, "calibration examples of the loss changes (0: none)", ge=0, unit="examples"
     )
@@ -168,12 +170,12 @@ class ErrorAnatomy(Quantize):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
-        ranges = input_ranges(on, layers, examples=self.examples, progress=progress)
+        ranges = input_ranges(on, layers, examples=self.calibration_examples, progress=progress)
         quantized = self.quantizer()._run(on.copy(), progress)
         twin = quantized.subject
         assert twin is not None
         after = {layer.name: layer for layer in twin.layers(self.layers)}
-        noise = output_noise(on, twin, layers, min(self.examples, 32), progress)
+        noise = output_noise(on, twin, layers, min(self.calibration_examples, 32), progress)
         rows, histograms = [], []
         element = self.format_for(layers[0].name).element
         reach = 1.25 * max(-element.lowest, element.highest)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.axis import Options, parameter
+from workbench.errors import BadInput
 from workbench.quantization.activations.activations import SignInputs, signs
 from workbench.quantization.activations.attention import (
     AttentionCall,
@@ -16,7 +18,8 @@ from workbench.quantization.activations.attention import (
     order_of,
     use_plain_attention,
 )
-from workbench.quantization.trained.trained_rounding import ROUNDINGS, CentredSign, slowed
+from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
+from workbench.quantization.trained.trained_rounding import CentredSign, slowed
 from workbench.subjects import Layer, Subject
 
 SMALLEST = 1e-5  # of a learned scale
@@ -178,4 +181,38 @@ def binarise(
     use_plain_attention(on.model)
 
 
-ROUNDINGS["bipft"] = CentredSign
+class Estimators(Options):
+    rank: int = parameter(8, "rank of the estimates of what binary attention loses (0: none)", ge=0, le=1024)
+
+
+@TRAINED_ROUNDING.add(
+    "bipft",
+    formula="bibert's weights; Q K^T ~ Q_b K_b^T + Q_b R_k^T + R_q K_b^T + R_q R_k^T",
+    source="Xing et al. 2024, BiPFT",
+    needs="training",
+    title="BiPFT",
+    options=Estimators,
+    traits="signs",
+)
+class BinaryWithEstimates(CentredSign):
+    """BiBERT's weights, and binary attention around the layers that project for one."""
+
+    @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        if on.task.name == "seq2seq-lm":
+            raise BadInput(
+                "method: bipft estimates queries and keys from one input, "
+                "and a decoder's cross-attention has two; use bibert"
+            )
+        if not attention_sites(order_of(on, layers)):
+            raise BadInput(
+                f"layers: {settings.layers!r} holds no query, key or value projection, "
+                "whose attention bipft makes binary"
+            )
+        super().check(settings, on, layers)
+
+    @classmethod
+    def after(
+        cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings, generator: torch.Generator
+    ) -> None:
+        binarise(on, layers, settings.method.options.rank, generator)

@@ -7,27 +7,42 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.quantization.number.fake_quant import FakeQuant
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, in_groups, stored
 from workbench.quantization.number.packing import quantizer_of
-from workbench.quantization.trained.trained_rounding import ROUNDINGS, Course, TrainedRounding, spread
+from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
+from workbench.quantization.trained.trained_rounding import Course, TrainedRounding, spread
 from workbench.subjects import Layer, Subject
-
-if TYPE_CHECKING:
-    from workbench.quantization.trained.settings import TrainedSettings
 
 PROBES, EXAMPLES = 4, 32  # of the Hessian traces
 
 
+class Widths(Options):
+    widths: list[int] = parameter(
+        [8, 6, 4, 2], "widths that are trained for; the widest is stored", min_length=1, unit="bits"
+    )
+    switching: Literal["in turn", "by trace"] = parameter(
+        "in turn", "a step's width, one for all layers in turn, or drawn for each by its Hessian trace"
+    )
+
+
+@TRAINED_ROUNDING.add(
+    "double-rounding",
+    formula="W_l = clip(round(W_h / 2^(h-l))), W_h = clip(round(W / s))",
+    source="Huang et al. 2025",
+    needs="training",
+    options=Widths,
+)
 class DoubleRounding(TrainedRounding):
     """W_h = clip(round(W / s)) at the widest of several widths, and W_l = clip(round(W_h / 2^(h-l)))
     at a step s 2^(h-l) for a narrower one.
@@ -51,11 +66,22 @@ class DoubleRounding(TrainedRounding):
         self.draws: list[int] = []
 
     @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        super().check(settings, on, layers)
+        widths = settings.method.options.widths
+        if bad := [w for w in widths if not 2 <= w <= 8]:
+            raise BadInput(
+                f"method.widths: {bad[0]} is not a width that can be stored; give numbers of bits from 2 to 8"
+            )
+        if len(set(widths)) < len(widths):
+            raise BadInput(f"method.widths: {widths} names a width twice; give each once")
+
+    @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> DoubleRounding:
-        highest = named("int", max(settings.widths)).element.highest
+        highest = named("int", max(settings.method.options.widths)).element.highest
         return cls(
             (in_groups(weight, group).abs().amax(-1).clamp_min(1e-8) / highest).log(),
-            widths=settings.widths,
+            widths=settings.method.options.widths,
             group=group,
         )
 
@@ -68,7 +94,7 @@ class DoubleRounding(TrainedRounding):
         """
         from workbench.quantization.allocation.layer_sensitivity import traces
 
-        if settings.switching == "in turn":
+        if settings.method.options.switching == "in turn":
             return {}
         found = traces(on, layers, PROBES, EXAMPLES, torch.Generator().manual_seed(settings.seed), "train")
         logs = {name: math.log(max(trace, 1e-12)) for name, (trace, _) in found.items()}
@@ -120,7 +146,7 @@ class DoubleRounding(TrainedRounding):
         """ "readings": test metrics at each width of the one stored tensor, and the bytes of that width
         alone; "switching": each layer's trace beside the mean of the widths it drew."""
         rows = []
-        for width in progress.track(sorted(settings.widths, reverse=True), "reading widths"):
+        for width in progress.track(sorted(settings.method.options.widths, reverse=True), "reading widths"):
             read = at_width(on, width, layers=settings.layers)
             size = sum(quantizer_of(layer).grid.bytes(layer.shape) for layer in read.layers(settings.layers))
             rows.append(
@@ -150,16 +176,6 @@ def chances_of(place: float, count: int) -> Tensor:
     """
     up = torch.arange(count, 0, -1, dtype=torch.float64)
     return (place * up + (1 - place) * up.flip(0)) / up.sum()
-
-
-def check_widths(settings: TrainedSettings) -> None:
-    """`BadInput` for widths that cannot be read from one integer."""
-    if bad := [w for w in settings.widths if not 2 <= w <= 8]:
-        raise BadInput(
-            f"widths: {bad[0]} is not a width that can be stored; give numbers of bits from 2 to 8"
-        )
-    if len(set(settings.widths)) < len(settings.widths):
-        raise BadInput(f"widths: {settings.widths} names a width twice; give each once")
 
 
 @torch.no_grad()
@@ -202,6 +218,3 @@ def narrowed(grid: Grid, width: int) -> Grid:
     return replace(
         grid, format=named("int", width), scale=grid.scale * 2.0 ** (grid.format.element.bits - width)
     )
-
-
-ROUNDINGS["double-rounding"] = DoubleRounding

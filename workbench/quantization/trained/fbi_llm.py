@@ -4,22 +4,35 @@ two values a column (or row), wherever they are best.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from workbench.axis import Options, parameter
 from workbench.quantization.activations.activations import signs
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, in_groups, stored
-from workbench.quantization.trained.trained_rounding import ROUNDINGS, TrainedRounding, spread
-
-if TYPE_CHECKING:
-    from workbench.quantization.trained.settings import TrainedSettings
+from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
+from workbench.quantization.trained.trained_rounding import TrainedRounding, spread
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # of 16-bit floats
 
 
+class Shared(Options):
+    shared: Literal["column", "row"] = parameter(
+        "column", "a scale and an offset for every input feature (column), or for every group of a row"
+    )
+
+
+@TRAINED_ROUNDING.add(
+    "fbi",
+    formula="alpha sign(w) + beta, both learned",
+    source="Ma, Sun and Shen 2024, FBI-LLM",
+    needs="training",
+    title="FBI-LLM",
+    options=Shared,
+)
 class ShiftedSign(TrainedRounding):
     """FBI-LLM (Ma, Sun, Shen 2024): alpha sign(w) + beta with learned alpha and beta,
     straight through the sign for every w.
@@ -37,17 +50,19 @@ class ShiftedSign(TrainedRounding):
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> ShiftedSign:
-        """A column of `weight` (..., out, in) shares the two when `settings.shared` is "column",
+        """A column of `weight` (..., out, in) shares the two when `shared` is "column",
         else `group` weights of a row do.
         """
         blocks = (
-            weight.mT.unsqueeze(-3) if settings.shared == "column" else in_groups(weight, group)
+            weight.mT.unsqueeze(-3)
+            if settings.method.options.shared == "column"
+            else in_groups(weight, group)
         )  # (..., out or 1, groups, members)
         beta = blocks.mean(-1)
         return cls(
             (blocks - beta.unsqueeze(-1)).abs().mean(-1),
             beta,
-            group=1 if settings.shared == "column" else group,
+            group=1 if settings.method.options.shared == "column" else group,
         )
 
     def grid(self) -> Grid:
@@ -73,6 +88,3 @@ class ShiftedSign(TrainedRounding):
 
     def config(self) -> dict[str, Any]:
         return {"group": self.group}
-
-
-ROUNDINGS["fbi"] = ShiftedSign

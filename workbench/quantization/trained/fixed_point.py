@@ -4,17 +4,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workbench.axis import parameter
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid, fit
-from workbench.quantization.trained.trained_rounding import ROUNDINGS, TrainedRounding
-
-if TYPE_CHECKING:
-    from workbench.quantization.trained.settings import TrainedSettings
+from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
+from workbench.quantization.trained.trained_rounding import TrainedRounding, Width
 
 MOST = 24  # fraction bits
 
@@ -37,6 +36,18 @@ def few_powers(units: Tensor, terms: int, highest: float) -> Tensor:
     return found
 
 
+class Powers(Width):
+    nonzero_bits: int = parameter(0, "signed powers of two that a weight may consist of (0: any)", ge=0, le=7)
+
+
+@TRAINED_ROUNDING.add(
+    "fixed",
+    formula="clip(round(w 2^f)) 2^-f, f learned",
+    source="Dai et al. 2024, QFX",
+    needs="training",
+    title="QFX",
+    options=Powers,
+)
 class LearnedPoint(TrainedRounding):
     """clip(round(w 2^f), -2^(b-1), 2^(b-1) - 1) 2^-f with b bits in all and the fraction bits f of a tensor
     learned, straight through both roundings.
@@ -57,12 +68,21 @@ class LearnedPoint(TrainedRounding):
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> LearnedPoint:
         def error(fraction: int) -> float:
             return float(
-                (cls.rounded(weight, fraction, settings.bits, settings.nonzero_bits) - weight).square().sum()
+                (
+                    cls.rounded(
+                        weight, fraction, settings.method.options.bits, settings.method.options.nonzero_bits
+                    )
+                    - weight
+                )
+                .square()
+                .sum()
             )
 
         best = min(range(MOST + 1), key=error)
         return cls(
-            torch.tensor(float(best), device=weight.device), bits=settings.bits, terms=settings.nonzero_bits
+            torch.tensor(float(best), device=weight.device),
+            bits=settings.method.options.bits,
+            terms=settings.method.options.nonzero_bits,
         )
 
     @staticmethod
@@ -93,6 +113,3 @@ class LearnedPoint(TrainedRounding):
 
     def config(self) -> dict[str, Any]:
         return {"bits": self.bits, "terms": self.terms}
-
-
-ROUNDINGS["fixed"] = LearnedPoint

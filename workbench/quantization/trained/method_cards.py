@@ -16,6 +16,8 @@ METHODS: list[Method] = [
         "binary from random weights, equal steps: the teacher's distribution alone gives a lower loss on "
         "the text than the text itself",
         252,
+        recipe=(("train-quantized", {"method": "fbi", "distillation": 1.0, "from_scratch": True}),),
+        subject="bytelm",
     ),
     Method(
         "edgeqat",
@@ -28,6 +30,22 @@ METHODS: list[Method] = [
         "4-bit weights, inputs and attention, equal steps: "
         "the two terms give a lower loss and nearer maps than distillation alone",
         80,
+        recipe=(
+            (
+                "train-quantized",
+                {
+                    "method": "lsq",
+                    "method.bits": 4,
+                    "activation_bits": 4,
+                    "rounded_attention": True,
+                    "distillation": 0.5,
+                    "temperature": 2.0,
+                    "entropy": 0.5,
+                    "attention_match": 1.0,
+                },
+            ),
+        ),
+        subject="bytelm",
     ),
     Method(
         "bipft",
@@ -39,5 +57,6 @@ METHODS: list[Method] = [
         "binary weights, inputs and attention, equal steps from a dense model: "
         "estimates of rank 1 give a lower loss than none",
         193,
+        recipe=(("train-quantized", {"method": "bipft", "method.rank": 1}),),
     ),
 ]

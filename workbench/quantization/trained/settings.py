@@ -2,63 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from workbench.axis import parameter
+from workbench.axis import Axis, Choice, parameter
 from workbench.instruments import SubjectInstrument
+from workbench.training.chosen import RunFields
+from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
+
+#: An entry is a `TrainedRounding`, which reads its options from the settings' `method`. The trait "low-rank"
+#: says that low-rank terms of frozen weights are trained; "signs", that the layers' inputs become signs.
+TRAINED_ROUNDING = Axis(
+    "trained-rounding",
+    "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit "
+    "planes; formats by policy; LoRA inside the rounding; "
+    "several widths of one stored integer; fixed point with a learned binary point; LoRA beside it",
+    found_in="workbench.quantization.trained",
+)
 
 
-class TrainedSettings(SubjectInstrument):
+class TrainedSettings(SubjectInstrument, RunFields):
     """What `train-quantized` is told: the roundings that are trained, and the objective, read it."""
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
-    method: Literal[
-        "lsq",
-        "ternary",
-        "binary",
-        "bibert",
-        "bipft",
-        "fbi",
-        "nipq",
-        "csq",
-        "fliqs",
-        "l4q",
-        "double-rounding",
-        "fixed",
-        "adapters",
-    ] = parameter(
-        "lsq",
-        "learned steps; values that follow the mean magnitude; two learned values; widths by noise or bit "
-        "planes; formats by policy; LoRA inside the rounding; "
-        "several widths of one stored integer; fixed point with a learned binary point; LoRA beside it",
-    )
-    bits: int = parameter(3, "width for lsq, l4q and fixed", ge=2, le=8, unit="bits")
-    nonzero_bits: int = parameter(
-        0, "fixed: signed powers of two that a weight may consist of (0: any)", ge=0, le=7
-    )
-    budget: float = parameter(
-        3.0, "average width that nipq, csq and fliqs pull towards", ge=2, le=8, unit="bits", step=0.25
-    )
-    strength: float = parameter(1.0, "how hard they pull (nats a bit)", ge=0, le=1000, scale="log")
-    formats: list[str] = parameter(
-        ["int2", "int3", "int4", "int8"], "formats that fliqs chooses from, by name", min_length=2
-    )
-    widths: list[int] = parameter(
-        [8, 6, 4, 2],
-        "widths that double-rounding trains for; the widest is stored",
-        min_length=1,
-        unit="bits",
-    )
-    switching: Literal["in turn", "by trace"] = parameter(
-        "in turn",
-        "double-rounding: a step's width, one for all layers in turn, or drawn for each by its Hessian trace",
-    )
-    rank: int = parameter(
-        8,
-        "rank of l4q's low-rank term, or of bipft's estimates of what binary attention loses (0: none)",
-        ge=0,
-        le=1024,
-    )
+    method: Choice = TRAINED_ROUNDING.choice("lsq")
     group_size: int = parameter(
         4096,
         "weights of a group (4096 and wider rows: one scale a row)",
@@ -66,9 +30,6 @@ class TrainedSettings(SubjectInstrument):
         le=4096,
         scale="log",
         unit="weights",
-    )
-    shared: Literal["column", "row"] = parameter(
-        "column", "fbi: a scale and an offset for every input feature (column), or for every group of a row"
     )
     distillation: float = parameter(
         0.0,
@@ -105,18 +66,10 @@ class TrainedSettings(SubjectInstrument):
     )
     steps: int = parameter(200, "optimizer steps", ge=1, le=100000, scale="log")
     batch_size: int = parameter(16, "examples of a step", ge=1, le=4096, scale="log", unit="examples")
-    learning_rate: float = parameter(
-        2e-4, "peak learning rate of AdamW (linear decay)", gt=0, le=1, scale="log"
-    )
+    learning_rate: float = parameter(2e-4, "peak learning rate", gt=0, le=1, scale="log")
+    learning_rate_schedule: Choice = LEARNING_RATE_SCHEDULE.choice("linear")
     switch_at: float = parameter(
         0.0, "share of the steps trained in full precision first", ge=0, lt=1, step=0.05
-    )
-    ramp: float = parameter(
-        0.0,
-        "share of the steps over which rounding is phased in after the switch (ternary and binary)",
-        ge=0,
-        le=1,
-        step=0.05,
     )
     reset_optimizer: bool = parameter(False, "forget the optimizer's moments at the switch")
     from_scratch: bool = parameter(False, "start from random weights instead of the subject's")

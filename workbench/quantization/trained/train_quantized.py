@@ -1,5 +1,5 @@
 """Quantization-aware training: the loss is minimised through the rounding, whatever of it is learned
-(see `trainable.py`).
+(see `trained_rounding.py`).
 """
 
 from __future__ import annotations
@@ -11,29 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pandas as pd
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.quantization.activations.activations import ActivationQuant, SignInputs
 from workbench.quantization.activations.attention import (
-    AttentionChange,
-    attention_sites,
     order_of,
-    round_activations,
 )
-from workbench.quantization.number.formats import named
-from workbench.quantization.quantize import choices, put
-from workbench.quantization.rounding.adapters import Adapter, zero_term
-from workbench.quantization.trained.binary_attention import binarise
-from workbench.quantization.trained.double_rounding import check_widths
-from workbench.quantization.trained.fbi_llm import ShiftedSign as ShiftedSign  # registers itself
-from workbench.quantization.trained.fixed_point import LearnedPoint as LearnedPoint  # registers itself
+from workbench.quantization.quantize_result import choices
+from workbench.quantization.quantized_layer import put
 from workbench.quantization.trained.objective import Objective
-from workbench.quantization.trained.settings import TrainedSettings
-from workbench.quantization.trained.trained_rounding import ROUNDINGS, Course, TrainedRounding, average_width
+from workbench.quantization.trained.rounded_course import RoundedCourse
+from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
+from workbench.quantization.trained.trained_rounding import TrainedRounding
 from workbench.results import Result
-from workbench.subjects import Layer, LowRank, Subject
+from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Change
 
 if TYPE_CHECKING:
@@ -98,58 +89,12 @@ class TrainQuantized(TrainedSettings):
         on.split("train")
         on.split("test")
         Objective.check(self, on)
-        if self.ramp and self.method not in ("ternary", "binary"):
-            raise BadInput(f"ramp: phasing in is for ternary and binary, not {self.method}; leave it at 0")
-        if self.ramp + self.switch_at > 1:
-            raise BadInput(
-                f"ramp: {self.ramp:g} after a switch at {self.switch_at:g} ends beyond the last step; "
-                "the two must add up to at most 1"
-            )
-        if self.method in ("l4q", "adapters") and (self.switch_at or self.from_scratch):
+        if self.method.has("low-rank") and (self.switch_at or self.from_scratch):
             raise BadInput(
                 f"method: {self.method} trains low-rank terms of frozen weights from the first step; "
                 "set switch_at 0 and from_scratch false"
             )
-        if self.method == "double-rounding":
-            check_widths(self)
-        if self.nonzero_bits and self.method != "fixed":
-            raise BadInput(
-                f"nonzero_bits: {self.nonzero_bits} is for fixed, not {self.method}; leave it at 0"
-            )
-        if self.method == "fliqs":
-            for name in self.formats:
-                if named(name).scale != "real":
-                    raise BadInput(
-                        f"formats: {name!r} fixes its own scale; fliqs chooses among formats with real "
-                        "scales, as int4, e2m1 or nf4"
-                    )
-        if self.method == "adapters":
-            if bare := [
-                layer.name for layer in layers if not any(isinstance(c, Adapter) for c in layer.changes)
-            ]:
-                raise BadInput(f"layers: {bare[0]} has no adapter to train; quantize with adapter_rank first")
-        elif quantized := [layer.name for layer in layers if any(c.order == 50 for c in layer.changes)]:
-            raise BadInput(f"layers: {quantized[0]} is quantized already; train the dense subject")
-        if self.method == "l4q" and not self.rank:
-            raise BadInput("rank: 0 leaves l4q nothing to train; it takes 1 and more")
-        if self.method == "bipft":
-            if on.task.name == "seq2seq-lm":
-                raise BadInput(
-                    "method: bipft estimates queries and keys from one input, "
-                    "and a decoder's cross-attention has two; use bibert"
-                )
-            if not attention_sites(order_of(on, layers)):
-                raise BadInput(
-                    f"layers: {self.layers!r} holds no query, key or value projection, "
-                    "whose attention bipft makes binary"
-                )
-        if self.method in ("bibert", "bipft") and (
-            fused := [layer.name for layer in layers if len(layer.shape) == 3]
-        ):
-            raise BadInput(
-                f"layers: {fused[0]} reads its inputs inside a fused expert kernel; "
-                f"{self.method} needs plain linears"
-            )
+        self.method.value.check(self, on, layers)
         self._check_activations(on, layers)
         if self.from_scratch and not hasattr(on.model, "config"):
             raise BadInput("from_scratch: only a transformers model can be made anew from its configuration")
@@ -162,10 +107,10 @@ class TrainQuantized(TrainedSettings):
                     "choose 2 to 8"
                 )
             return
-        if self.activation_bits == 1 or self.method in ("bibert", "bipft"):
+        if self.activation_bits == 1 or self.method.has("signs"):
             raise BadInput(
                 f"activation_bits: {self.activation_bits} does not go with method {self.method}; it takes 2 "
-                "to 8, and inputs of bibert and bipft are signs"
+                f"to 8, and inputs of {' and '.join(TRAINED_ROUNDING.with_trait('signs'))} are signs"
             )
         if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
             raise BadInput(
@@ -187,62 +132,17 @@ class TrainQuantized(TrainedSettings):
             device = on.device
             on = on.with_model(type(on.model)(on.model.config).to(device))
         layers = on.layers(self.layers)
-        sizes = [math.prod(layer.shape) for layer in layers]
-        generator = torch.Generator().manual_seed(self.seed)
-        course = Course(self, torch.Generator().manual_seed(self.seed + 1))
-        switch = round(self.switch_at * self.steps)
         trained = [(p, p.requires_grad) for p in on.model.parameters()]
-        optimizer = torch.optim.AdamW(
-            [{"params": [p for p, wanted in trained if wanted], "rate": 1.0}],
-            self.learning_rate,
-            weight_decay=0.0,
-        )
-        rows: list[dict[str, float]] = []
-        roundings: list[TrainedRounding] = []
-        on.model.train()
-        for step in progress.track(range(self.steps), "training"):
-            if step == switch:
-                roundings = self._switch_on(on, layers, optimizer)
-            course.done = (step - switch + 1) / (self.steps - switch)
-            for rounding in roundings:
-                rounding.prepare(course)
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * group["rate"] * (1 - step / self.steps)
-            pick = torch.randint(on.size("train"), (self.batch_size,), generator=generator)
-            batch = {k: v[pick].to(on.device) for k, v in on.split("train").items()}
-            loss = objective(on, batch)
-            if not bool(torch.isfinite(loss)):
-                raise BadInput(
-                    f"learning_rate: the loss was no longer finite at step {step}; "
-                    f"{self.learning_rate:g} is too large here"
-                )
-            extra = type(roundings[0]).extra(roundings, sizes, loss, course) if roundings else None
-            (loss if extra is None else loss + extra).backward()
-            torch.nn.utils.clip_grad_norm_(on.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            rows.append(
-                {
-                    "step": step,
-                    "train_loss": float(loss.detach()),
-                    "validation_loss": float("nan"),
-                    "quantized": float(step >= switch),
-                }
-                | objective.parts
-            )
-            if roundings and roundings[0].width is not None:
-                rows[-1]["average_width"] = float(average_width(roundings, sizes).detach())
-            if (step + 1) % max(1, self.steps // 5) == 0 and "validation" in on.splits:
-                rows[-1]["validation_loss"] = on.evaluate("validation", limit=self.test_examples)["loss"]
-                on.model.train()
-        on.model.eval()
-        if len(rows) <= switch:
-            roundings = self._switch_on(on, layers, optimizer)
+        course = RoundedCourse(self, on, layers, objective)
+        course.train(progress)
+        roundings = course.roundings
         widths = self._freeze(layers)
         for tensor, wanted in trained:
             tensor.requires_grad_(wanted)
         after = on.evaluate("test", limit=self.test_examples, progress=progress)
-        facts: dict[str, Any] = {"switch_step": switch} | {f"dense_{k}": v for k, v in dense.items()} | after
+        facts: dict[str, Any] = (
+            {"switch_step": course.switch} | {f"dense_{k}": v for k, v in dense.items()} | after
+        )
         tables = {"widths": widths} if len(widths) else {}
         if tables:
             facts["average_width"] = float(
@@ -251,59 +151,7 @@ class TrainQuantized(TrainedSettings):
             facts["bytes"] = math.ceil(widths["bytes"].sum())
         if roundings:
             tables |= type(roundings[0]).tables(roundings, layers, on, self, progress)
-        return self.result(pd.DataFrame(rows), facts, tables=tables, subject=on)
-
-    def _switch_on(
-        self, on: Subject, layers: Sequence[Layer], optimizer: torch.optim.Optimizer
-    ) -> list[TrainedRounding]:
-        """Put the roundings on and give the optimizer what they learn.
-        Methods that train low-rank terms freeze everything else.
-        """
-        if self.method in ("l4q", "adapters"):
-            for tensor in on.model.parameters():
-                tensor.requires_grad_(False)
-        made: list[TrainedRounding] = []
-        terms: list[nn.Parameter] = []
-        generator = torch.Generator().manual_seed(self.seed)
-        surveyed = {} if self.method == "adapters" else ROUNDINGS[self.method].survey(on, layers, self)
-        for layer in layers:
-            if self.method == "l4q":
-                layer.attach(LowRank(*zero_term(layer.shape, self.rank, generator, layer.original.device)))
-            if self.method != "adapters":
-                rounding = ROUNDINGS[self.method].begin(
-                    layer.weight.detach().float(), min(self.group_size, layer.shape[-1]), self
-                )
-                rounding.surveyed = surveyed.get(layer.name, {})
-                layer.attach(rounding)
-                made.append(rounding)
-            if self.method == "bibert":
-                layer.attach(SignInputs())
-            terms += [
-                p
-                for c in layer.changes
-                if isinstance(c, LowRank) and self.method in ("l4q", "adapters")
-                for p in c.parameters()
-            ]
-        if self.method == "bipft":
-            binarise(on, layers, self.rank, generator)
-        if self.activation_bits:
-            round_activations(on, layers, self.activation_bits, self.wide_tokens, self.rounded_attention)
-        own = [p for rounding in made for p in rounding.parameters()]
-        own += [
-            p
-            for layer in layers
-            for c in layer.changes
-            if isinstance(c, (ActivationQuant, AttentionChange))
-            for p in c.parameters()
-        ]
-        for params, rate in ((own, ROUNDINGS[self.method].rate if made else 1.0), (terms, 10.0)):
-            for tensor in params:
-                tensor.requires_grad_(True)
-            if fresh := [p for p in params if not known(optimizer, p)]:
-                optimizer.add_param_group({"params": fresh, "rate": rate})
-        if self.reset_optimizer:
-            optimizer.state.clear()
-        return made
+        return self.result(pd.DataFrame(course.rows), facts, tables=tables, subject=on)
 
     @torch.no_grad()
     def _freeze(self, layers: Sequence[Layer]) -> pd.DataFrame:
@@ -332,10 +180,6 @@ class TrainQuantized(TrainedSettings):
                     )
                     break
         return pd.DataFrame(rows)
-
-
-def known(optimizer: torch.optim.Optimizer, tensor: Tensor) -> bool:
-    return any(tensor is p for group in optimizer.param_groups for p in group["params"])
 
 
 def remove(layer: Layer, change: Change) -> None:

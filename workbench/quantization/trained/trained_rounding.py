@@ -7,7 +7,6 @@ and for `final` at the end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,17 +14,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from workbench.quantization.activations.activations import signs
+from workbench.axis import Options, parameter
+from workbench.errors import BadInput
+from workbench.quantization.activations.activations import SignInputs, signs
 from workbench.quantization.number.formats import named
-from workbench.quantization.number.grid import Grid, fit, in_groups, stored
+from workbench.quantization.number.grid import Grid, in_groups, stored
+from workbench.quantization.rounding.adapters import Adapter, zero_term
+from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
+from workbench.subjects import Layer, LowRank, Subject
 from workbench.subjects.changes import Change
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from workbench.progress import Progress
-    from workbench.quantization.trained.settings import TrainedSettings
-    from workbench.subjects import Layer, Subject
 
 
 @dataclass
@@ -49,6 +51,22 @@ class TrainedRounding(Change):
     surveyed: Mapping[str, float] = {}  # what `survey` found of this layer
 
     @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        """`BadInput` for what cannot be trained this way; a dense subject is what most begin with."""
+        if quantized := [layer.name for layer in layers if any(c.order == 50 for c in layer.changes)]:
+            raise BadInput(f"layers: {quantized[0]} is quantized already; train the dense subject")
+
+    @classmethod
+    def before(cls, layers: Sequence[Layer], settings: TrainedSettings, generator: torch.Generator) -> None:
+        """What is put on the layers before their roundings."""
+
+    @classmethod
+    def after(
+        cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings, generator: torch.Generator
+    ) -> None:
+        """What is put on the layers, or around them, once they are rounded."""
+
+    @classmethod
     def survey(
         cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings
     ) -> Mapping[str, Mapping[str, float]]:
@@ -56,9 +74,9 @@ class TrainedRounding(Change):
         return {}
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> TrainedRounding:
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> TrainedRounding | None:
         """The rounding of a layer whose weight (..., out, in), float32,
-        is this when quantization is switched on.
+        is this when quantization is switched on; None where none is added.
         """
         raise TypeError(f"{cls.__name__} has no begin()")
 
@@ -112,6 +130,18 @@ def spread(scale: Tensor, group: int, width: int) -> Tensor:
     return scale.repeat_interleave(group, -1)[..., :width]
 
 
+class Width(Options):
+    bits: int = parameter(3, "width", ge=2, le=8, unit="bits")
+
+
+@TRAINED_ROUNDING.add(
+    "lsq",
+    formula="s round(clip(w / s)), s learned",
+    source="Esser et al. 2020, LSQ",
+    needs="training",
+    title="LSQ",
+    options=Width,
+)
 class LearnedStep(TrainedRounding):
     """LSQ (Esser et al. 2020): s round(clip(w / s)) with a learned step s for every group.
 
@@ -128,7 +158,7 @@ class LearnedStep(TrainedRounding):
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> LearnedStep:
         """The paper's start, 2 mean|w| / sqrt(highest), on each group."""
-        format = named("int", settings.bits)
+        format = named("int", settings.method.options.bits)
         start = 2 * in_groups(weight, group).abs().mean(-1) / max(format.element.highest, 1.0) ** 0.5
         return cls(start.clamp_min(1e-6), format=format.name, group=group)
 
@@ -151,6 +181,49 @@ class LearnedStep(TrainedRounding):
         return {"format": self.format, "group": self.group}
 
 
+class WidthAndRank(Width):
+    rank: int = parameter(8, "rank of the low-rank term", ge=1, le=1024)
+
+
+@TRAINED_ROUNDING.add(
+    "l4q",
+    formula="lsq of W + A B, A and B alone trained",
+    source="Jeon et al. 2024, L4Q",
+    needs="training",
+    title="L4Q",
+    options=WidthAndRank,
+    traits="low-rank",
+)
+class StepOfLowRank(LearnedStep):
+    """A learned step around a weight and its low-rank term, which is zero at first."""
+
+    @classmethod
+    def before(cls, layers: Sequence[Layer], settings: TrainedSettings, generator: torch.Generator) -> None:
+        rank = settings.method.options.rank
+        for layer in layers:
+            layer.attach(LowRank(*zero_term(layer.shape, rank, generator, layer.original.device)))
+
+
+class Ramp(Options):
+    ramp: float = parameter(
+        0.0, "share of the steps over which rounding is phased in after the switch", ge=0, le=1, step=0.05
+    )
+
+
+@TRAINED_ROUNDING.add(
+    "ternary",
+    formula="gamma round(clip(w / gamma)), gamma = mean |w|",
+    source="Ma et al. 2024; Kaushal et al. 2024, TriLM",
+    needs="training",
+    options=Ramp,
+)
+@TRAINED_ROUNDING.add(
+    "binary",
+    formula="gamma sign(w), gamma = mean |w|",
+    source="Rastegari et al. 2016",
+    needs="training",
+    options=Ramp,
+)
 class MeanScaled(TrainedRounding):
     """Ternary or binary weights that follow the mean magnitude: gamma round(clip(w / gamma)),
     gamma = mean |w| of a group, straight through (Ma et al. 2024; Kaushal et al. 2024, TriLM).
@@ -158,6 +231,16 @@ class MeanScaled(TrainedRounding):
     """
 
     blend: Tensor
+
+    @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        super().check(settings, on, layers)
+        ramp = settings.method.options.ramp
+        if ramp + settings.switch_at > 1:
+            raise BadInput(
+                f"method.ramp: {ramp:g} after a switch at {settings.switch_at:g} ends beyond the last step; "
+                "the two must add up to at most 1"
+            )
 
     def __init__(self, blend: Tensor | None = None, *, format: str, group: int) -> None:
         super().__init__()
@@ -167,14 +250,16 @@ class MeanScaled(TrainedRounding):
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> MeanScaled:
         return cls(
-            torch.tensor(0.0 if settings.ramp else 1.0, device=weight.device),
-            format=settings.method,
+            torch.tensor(0.0 if settings.method.options.ramp else 1.0, device=weight.device),
+            format=settings.method.name,
             group=group,
         )
 
     def prepare(self, course: Course) -> None:
-        if course.settings.ramp:
-            share = course.settings.ramp / (1 - course.settings.switch_at)  # of the quantized steps
+        if course.settings.method.options.ramp:
+            share = course.settings.method.options.ramp / (
+                1 - course.settings.switch_at
+            )  # of the quantized steps
             self.blend.fill_(min(1.0, course.done / share))
 
     def grid_of(self, weight: Tensor) -> Grid:
@@ -198,6 +283,14 @@ class MeanScaled(TrainedRounding):
         return {"format": self.format, "group": self.group}
 
 
+@TRAINED_ROUNDING.add(
+    "bibert",
+    formula="mean|w| sign(w - mean w), inputs sign(x)",
+    source="Qin et al. 2022, BiBERT",
+    needs="training",
+    title="BiBERT",
+    traits="signs",
+)
 class CentredSign(TrainedRounding):
     """Binary weights with both signs equally often: mean|w| sign(w - mean w) of every row, straight through
     where |w - mean w| < 1 (Qin et al. 2022, BiBERT, whose binary attention and distillation are not part
@@ -207,6 +300,22 @@ class CentredSign(TrainedRounding):
     def __init__(self, *, group: int) -> None:
         super().__init__()
         self.group = group
+
+    @classmethod
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        super().check(settings, on, layers)
+        if fused := [layer.name for layer in layers if len(layer.shape) == 3]:
+            raise BadInput(
+                f"layers: {fused[0]} reads its inputs inside a fused expert kernel; "
+                f"{settings.method} needs plain linears"
+            )
+
+    @classmethod
+    def after(
+        cls, on: Subject, layers: Sequence[Layer], settings: TrainedSettings, generator: torch.Generator
+    ) -> None:
+        for layer in layers:
+            layer.attach(SignInputs())
 
     @classmethod
     def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> CentredSign:
@@ -234,241 +343,23 @@ class CentredSign(TrainedRounding):
         return {"group": self.group}
 
 
-class PseudoNoise(TrainedRounding):
-    """NIPQ (Shin et al. 2023): in training clip(w, -a, a) + D n with n uniform in [-1/2, 1/2] and the step
-    D = a / (2^(b-1) - 1); a and the real-valued width b are learned, without a straight-through estimate.
-    Outside training w is rounded to the nearest whole width.
-
-    The penalty is strength |average width - budget|. Only weights get noise here, not activations.
-    """
-
-    rate = 30.0
-    low, high = 2.0, 8.0
-
-    def __init__(self, log_bound: Tensor, place: Tensor, *, group: int) -> None:
-        super().__init__()
-        self.log_bound = nn.Parameter(log_bound)  # (..., out, groups)
-        self.place = nn.Parameter(place)  # b = low + (high - low) sigmoid(place)
-        self.group, self.drawn = group, 0
+@TRAINED_ROUNDING.add(
+    "adapters",
+    formula="Q + A B, A and B alone trained",
+    source="Dettmers et al. 2023, QLoRA",
+    needs="training",
+    traits="low-rank",
+)
+class TermsBeside(TrainedRounding):
+    """Low-rank terms beside weights that are rounded already."""
 
     @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> PseudoNoise:
-        share = (min(max(settings.budget + 1.0, cls.low + 0.5), cls.high - 0.5) - cls.low) / (
-            cls.high - cls.low
-        )
-        bound = in_groups(weight, group).abs().amax(-1).clamp_min(1e-8)
-        return cls(
-            bound.log(), torch.tensor(math.log(share / (1 - share)), device=weight.device), group=group
-        )
-
-    def prepare(self, course: Course) -> None:
-        self.drawn = int(
-            torch.randint(2**31, (), generator=course.generator)
-        )  # the step's noise, the same in every forward pass
-
-    @property
-    def width(self) -> Tensor:
-        return self.low + (self.high - self.low) * torch.sigmoid(self.place)
-
-    def step(self) -> Tensor:
-        return self.log_bound.exp() / (2 ** (self.width - 1) - 1)
-
-    def change(self, weight: Tensor) -> Tensor:
-        if not self.training:
-            values, _ = self.final(weight.float())
-            return values.to(weight.dtype)
-        bound, step = (spread(t, self.group, weight.shape[-1]) for t in (self.log_bound.exp(), self.step()))
-        noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(self.drawn)).to(weight) - 0.5
-        return torch.minimum(torch.maximum(weight, -bound), bound) + step * noise
-
-    @classmethod
-    def extra(
-        cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course
-    ) -> Tensor | None:
-        return course.settings.strength * (average_width(roundings, sizes) - course.settings.budget).abs()
-
-    def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
-        format = named("int", round(float(self.width.detach())))
-        scale = stored(self.log_bound.detach().exp() / format.element.highest, format)
-        grid = Grid(format, scale, None, self.group)
-        return grid.round(weight), grid
-
-    def config(self) -> dict[str, Any]:
-        return {"group": self.group}
-
-
-class BitPlanes(TrainedRounding):
-    """CSQ (Xiao et al. 2023): w = s/(2^n - 1) sum_b (f(p_b) - f(q_b)) f(m_b) 2^b with gates f(m) =
-    sigmoid(beta m), beta growing until they are zeros and ones; m_b, one for a layer and plane, says which
-    planes stay. No rounding and no straight-through estimate in training.
-
-    The penalty is strength (average width - budget) sum_b f(m_b), its first factor held fixed, so a layer's
-    width grows or shrinks. The planes start at the weight's own bits,
-    with the step enlarged by what the soft gates take away.
-    """
-
-    rate = 30.0
-    planes: ClassVar[int] = 7  # with the sign, eight bits
-    first, last, ajar = (
-        4.0,
-        200.0,
-        0.25,
-    )  # sharpness at both ends; where the planes' gates start, so that few steps can close them
-    sharpness: Tensor
-
-    def __init__(
-        self,
-        log_step: Tensor,
-        positive: Tensor,
-        negative: Tensor,
-        keep: Tensor,
-        sharpness: Tensor | None = None,
-        *,
-        group: int,
-    ) -> None:
-        super().__init__()
-        self.log_step = nn.Parameter(log_step)  # (..., out, groups): log of s / (2^n - 1)
-        self.positive, self.negative = (
-            nn.Parameter(positive),
-            nn.Parameter(negative),
-        )  # (planes, ..., out, in)
-        self.keep = nn.Parameter(keep)  # (planes,)
-        self.register_buffer("sharpness", torch.tensor(self.first) if sharpness is None else sharpness)
-        self.group = group
-
-    @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> BitPlanes:
-        step = in_groups(weight, group).abs().amax(-1).clamp_min(1e-8) / (2**cls.planes - 1)
-        whole = (weight / spread(step, group, weight.shape[-1])).round().long()
-        digits = torch.stack([(whole.abs() >> b) & 1 for b in range(cls.planes)])
-        positive, negative = (torch.where((digits == 1) & (sign * whole > 0), 1.0, -1.0) for sign in (1, -1))
-        soft = math.tanh(cls.first / 2) * torch.sigmoid(
-            torch.tensor(cls.first * cls.ajar)
-        )  # f(1) - f(-1), times a plane's gate
-        return cls(
-            (step / soft).log(),
-            positive,
-            negative,
-            torch.full((cls.planes,), cls.ajar, device=weight.device),
-            group=group,
-        )
-
-    def prepare(self, course: Course) -> None:
-        self.sharpness.fill_(self.first * (self.last / self.first) ** course.done)
-
-    def gates(self) -> Tensor:
-        return torch.sigmoid(self.sharpness * self.keep)
-
-    @property
-    def width(self) -> Tensor:
-        return self.gates().sum() + 1  # the sign
-
-    def change(self, weight: Tensor) -> Tensor:
-        powers = 2.0 ** torch.arange(self.planes, device=weight.device)
-        units = torch.zeros_like(weight)
-        for gate, power, p, q in zip(self.gates(), powers, self.positive, self.negative, strict=True):
-            units = units + gate * power * (
-                torch.sigmoid(self.sharpness * p) - torch.sigmoid(self.sharpness * q)
+    def check(cls, settings: TrainedSettings, on: Subject, layers: Sequence[Layer]) -> None:
+        if bare := [layer.name for layer in layers if not any(isinstance(c, Adapter) for c in layer.changes)]:
+            raise BadInput(
+                f"layers: {bare[0]} has no adapter to train; quantize with adapter qlora or loftq first"
             )
-        return units * spread(self.log_step.exp(), self.group, weight.shape[-1])
 
     @classmethod
-    def extra(
-        cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course
-    ) -> Tensor | None:
-        average = average_width(roundings, sizes)
-        return course.settings.strength * (average.detach() - course.settings.budget) * average
-
-    def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
-        """Integers of the open planes; a closed lowest plane doubles the step.
-        A closed plane between open ones still takes its bit.
-        """
-        open_planes = [b for b in range(self.planes) if float(self.keep[b].detach()) > 0] or [self.planes - 1]
-        low, high = open_planes[0], open_planes[-1]
-        whole = sum(
-            2.0 ** (b - low) * ((self.positive[b] > 0).float() - (self.negative[b] > 0).float())
-            for b in open_planes
-        )
-        assert isinstance(whole, Tensor)
-        format = named("int", max(2, high - low + 2))
-        grid = Grid(format, stored(self.log_step.detach().exp() * 2.0**low, format), None, self.group)
-        return whole.detach() * grid.columns(weight.shape[-1])[0], grid
-
-    def config(self) -> dict[str, Any]:
-        return {"group": self.group}
-
-
-class FormatPolicy(TrainedRounding):
-    """FLIQS (Dotzel et al. 2024): each layer draws a format at every step from a softmax policy;
-    all formats share the weights (straight through).
-
-    REINFORCE with an exponential-average baseline on the reward -loss - strength |bits / budget - 1|
-    (the paper's absolute cost, with the loss in the accuracy's place) and an entropy bonus that follows
-    a cosine: exploring first, a single format at the end.
-    """
-
-    rate = 100.0
-
-    def __init__(self, logits: Tensor, *, formats: Sequence[str], group: int) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(logits)
-        self.formats, self.group, self.drawn = list(formats), group, -1
-
-    @classmethod
-    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> FormatPolicy:
-        return cls(
-            torch.zeros(len(settings.formats), device=weight.device), formats=settings.formats, group=group
-        )
-
-    def prepare(self, course: Course) -> None:
-        chances = torch.softmax(self.logits.detach().cpu(), 0)
-        self.drawn = int(torch.multinomial(chances, 1, generator=course.generator))
-
-    def grid_of(self, weight: Tensor, index: int) -> Grid:
-        return fit(weight, named(self.formats[index]), "group", self.group)
-
-    @property
-    def index(self) -> int:
-        """The format of this forward pass: the drawn one in training, else the likeliest."""
-        return self.drawn if self.training and self.drawn >= 0 else int(self.logits.detach().argmax())
-
-    def change(self, weight: Tensor) -> Tensor:
-        return weight + (self.grid_of(weight, self.index).round(weight.detach()) - weight).detach()
-
-    @property
-    def bits(self) -> Tensor:
-        return torch.tensor([float(named(f).element.bits) for f in self.formats])
-
-    @classmethod
-    def extra(
-        cls, roundings: Sequence[TrainedRounding], sizes: Sequence[int], loss: Tensor, course: Course
-    ) -> Tensor | None:
-        policies = [r for r in roundings if isinstance(r, FormatPolicy)]
-        drawn = sum(float(p.bits[p.drawn]) * n for p, n in zip(policies, sizes, strict=True)) / sum(sizes)
-        reward = -float(loss.detach()) - course.settings.strength * abs(drawn / course.settings.budget - 1)
-        baseline = course.kept.get("baseline", reward)
-        course.kept["baseline"] = 0.9 * baseline + 0.1 * reward
-        logs = [torch.log_softmax(p.logits, 0) for p in policies]
-        chosen = torch.stack([log[p.drawn] for log, p in zip(logs, policies, strict=True)]).sum()
-        entropy = torch.stack([-(log.exp() * log).sum() for log in logs]).mean()
-        bonus = 0.05 * math.cos(math.pi * course.done)  # from exploring to deciding
-        return -(reward - baseline) * chosen - bonus * entropy
-
-    def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
-        grid = self.grid_of(weight, int(self.logits.detach().argmax()))
-        return grid.round(weight), grid
-
-    def config(self) -> dict[str, Any]:
-        return {"formats": self.formats, "group": self.group}
-
-
-ROUNDINGS: dict[str, type[TrainedRounding]] = {
-    "lsq": LearnedStep,
-    "l4q": LearnedStep,
-    "ternary": MeanScaled,
-    "binary": MeanScaled,
-    "bibert": CentredSign,
-    "nipq": PseudoNoise,
-    "csq": BitPlanes,
-    "fliqs": FormatPolicy,
-}
+    def begin(cls, weight: Tensor, group: int, settings: TrainedSettings) -> None:
+        return None

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +13,10 @@ from torch import Tensor
 from workbench.quantization.activations.activations import rounded_inputs
 from workbench.quantization.activations.sequential import collecting
 from workbench.quantization.number.grid import steps_of
+from workbench.quantization.rounding.problem import Problem
 from workbench.quantization.transform.coordinates import Transform, haar, half
+from workbench.quantization.transform.transform import TRANSFORM, TransformSteps
 from workbench.subjects import Layer, Subject
-
-if TYPE_CHECKING:
-    from workbench.quantization.rounding.problem import Problem
 
 ROWS = 512  # sampled tokens of a layer's inputs
 
@@ -29,7 +27,16 @@ def factors_of(width: int) -> tuple[int, int]:
     return small, width // small
 
 
-def flat(problem: Problem, alpha: float) -> Transform:
+@TRANSFORM.add(
+    "flatquant",
+    formula="T = diag(c) (P1 kron P2), P1 and P2 any invertible matrices",
+    source="Sun et al. 2025, FlatQuant, eq. 4",
+    needs="inputs",
+    title="FlatQuant",
+    options=TransformSteps,
+    traits=("mixes inputs", "needs rows"),
+)
+def flat(problem: Problem, options: TransformSteps) -> Transform:
     """T = diag(c) (P1 kron P2), P1 and P2 any invertible matrices, that minimises ||Q(X T^-T)
     Q(W T)^T - X W^T||^2 (Sun et al. 2025, eq. 4).
 
@@ -67,9 +74,9 @@ def flat(problem: Problem, alpha: float) -> Transform:
     left, right = left.clone().requires_grad_(), right.clone().requires_grad_()
     optimizer = torch.optim.Adam([{"params": [left, right], "lr": 5e-3}, {"params": [log_scale], "lr": 1e-2}])
     first = [group["lr"] for group in optimizer.param_groups]
-    for step in range(problem.steps):
+    for step in range(options.steps):
         for group, rate in zip(optimizer.param_groups, first, strict=True):
-            group["lr"] = rate * (1 - step / problem.steps)
+            group["lr"] = rate * (1 - step / options.steps)
         with torch.enable_grad():
             transform = Transform(scale=log_scale.exp(), left=left, right=right)
             loss = relative_error(transform)

@@ -4,38 +4,57 @@ where outliers are smaller.
 A transform belongs to a grid: the weight's value is Q(W T) T^-1 in the model's own coordinates, and quantized
 activations are T Q(T^-1 x), so nothing else of the model changes and any architecture can be used. On
 hardware T^-1 is applied to the activations, or folded into the layer before
-(`rotation.py` does that where the model's normalisation allows it).
+(`rotation/fold.py` does that where the model's normalisation allows it).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
+from workbench.axis import Options, parameter
 from workbench.quantization.number.grid import steps_of
+from workbench.quantization.rounding.problem import Problem
 from workbench.quantization.transform.coordinates import Transform, half, power_of_two
-
-if TYPE_CHECKING:
-    from workbench.quantization.rounding.problem import Problem
+from workbench.quantization.transform.transform import TRANSFORM, TransformSteps
 
 
-Finder = Callable[["Problem", float], Transform | None]
+class Smooth(Options):
+    alpha: float = parameter(0.5, "how far outliers move from activations to weights", ge=0, le=1, step=0.05)
 
 
-def smooth(problem: Problem, alpha: float) -> Transform:
+@TRANSFORM.add("none", formula="T = I", source="the identity")
+def none(problem: Problem, options: Options) -> None:
+    """The model's own coordinates."""
+
+
+@TRANSFORM.add(
+    "smooth",
+    formula="s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)",
+    source="Xiao et al. 2023, SmoothQuant, eq. 4",
+    needs="inputs",
+    title="SmoothQuant",
+    options=Smooth,
+    traits="needs ranges",
+)
+def smooth(problem: Problem, options: Smooth) -> Transform:
     """SmoothQuant: s_j = max|x_j|^alpha / max|w_j|^(1-alpha), weights taking over the activations' outliers
     (Xiao et al. 2023, eq. 4).
     """
     assert problem.largest is not None
     weight = problem.weight.abs().amax(0).clamp_min(1e-5)
-    scale = problem.largest.clamp_min(1e-5).pow(alpha) / weight.pow(1 - alpha)
+    scale = problem.largest.clamp_min(1e-5).pow(options.alpha) / weight.pow(1 - options.alpha)
     return Transform(scale=half(scale))
 
 
-def activation_aware(problem: Problem, alpha: float) -> Transform:
+@TRANSFORM.add(
+    "awq",
+    formula="s = rms(x)^a, the a in 0, 0.05, ... 1 with the least output error",
+    source="Lin et al. 2023, AWQ",
+    needs="inputs",
+)
+def activation_aware(problem: Problem, options: Options) -> Transform:
     """AWQ: s = rms(x)^a with the a in 0, 0.05, ... 1 whose nearest rounding has the least output error
     (Lin et al. 2023).
     """
@@ -51,7 +70,14 @@ def activation_aware(problem: Problem, alpha: float) -> Transform:
     return best
 
 
-def trained(problem: Problem, alpha: float) -> Transform:
+@TRANSFORM.add(
+    "teq",
+    formula="diag(s) learned by gradient through the rounding",
+    source="Cheng et al. 2023, TEQ",
+    needs="inputs",
+    options=TransformSteps,
+)
+def trained(problem: Problem, options: TransformSteps) -> Transform:
     """TEQ: input scales learned by gradient through the rounding, from 1, keeping the best
     (Cheng et al. 2023).
     """
@@ -60,10 +86,10 @@ def trained(problem: Problem, alpha: float) -> Transform:
     optimizer = torch.optim.Adam([log_scale], 1e-2)
     best, least = Transform(scale=torch.ones_like(log_scale).detach()), math.inf
     unit = (problem.weight @ gram * problem.weight).sum().clamp_min(1e-30)
-    for step in range(problem.steps):
+    for step in range(options.steps):
         with torch.enable_grad():
             for group in optimizer.param_groups:
-                group["lr"] = 1e-2 * (1 - step / problem.steps)
+                group["lr"] = 1e-2 * (1 - step / options.steps)
             scale = log_scale.exp()
             moved = problem.weight * scale
             fixed = problem.moved(Transform(scale=scale.detach()))
@@ -83,45 +109,32 @@ def trained(problem: Problem, alpha: float) -> Transform:
     return best
 
 
-def rotation(problem: Problem, alpha: float) -> Transform:
+@TRANSFORM.add(
+    "hadamard",
+    formula="T = diag(+-1) H",
+    source="Ashkboos et al. 2024, QuaRot's online rotation",
+    traits="mixes inputs",
+)
+def rotation(problem: Problem, options: Options) -> Transform:
     """A randomised Hadamard rotation of the inputs (Ashkboos et al. 2024, QuaRot's online rotation)."""
     width = problem.weight.shape[1]
     signs = torch.randint(0, 2, (width,), generator=problem.generator).to(problem.weight) * 2 - 1
     return Transform(signs=signs, block=power_of_two(width))
 
 
-def principal_components(problem: Problem, alpha: float) -> Transform:
+@TRANSFORM.add(
+    "resq",
+    formula="principal components of the inputs, turned at random within the widest eighth and the rest",
+    source="Saxena et al. 2025, ResQ",
+    needs="inputs",
+    traits="mixes inputs",
+)
+def principal_components(problem: Problem, options: Options) -> Transform:
     """ResQ's coordinates for one layer: principal components of its inputs, turned at random within
     the eighth of largest variance and within the rest (Saxena et al. 2025).
-    With `wide_share` 1/8 of quantized activations that subspace keeps 8 bits.
+    With `activations.wide_share` 1/8 of quantized activations that subspace keeps 8 bits.
     """
     from workbench.quantization.rotation.learned import principal
 
     found = principal(problem.gram, 0.125, problem.generator).to(problem.weight.dtype)
     return Transform(left=torch.ones_like(found[:1, :1]), right=found, orthogonal=True)
-
-
-def flat(problem: Problem, alpha: float) -> Transform:
-    """FlatQuant's learned Kronecker transform (Sun et al. 2025), see `flatness.py`."""
-    from workbench.quantization.transform import flatquant
-
-    return flatquant.flat(problem, alpha)
-
-
-TRANSFORMS: dict[str, Finder] = {
-    "smooth": smooth,
-    "awq": activation_aware,
-    "teq": trained,
-    "hadamard": rotation,
-    "resq": principal_components,
-    "flatquant": flat,
-}
-
-
-def in_coordinates(problem: Problem, name: str, alpha: float) -> tuple[Problem, Transform | None]:
-    """The problem in the coordinates of the named transform."""
-    if name == "none":
-        return problem, None
-    found = TRANSFORMS[name](problem, alpha)
-    assert found is not None
-    return problem.moved(found), found

@@ -4,6 +4,7 @@
 |---|---|---|
 | `digits-softmax`, `digits-vit` | `digits` | scikit-learn's digits: softmax regression, a small transformer |
 | `bytelm`, `bytemoe` | `bytelm` | byte language models trained by the project, weights in `data/` |
+| `hidden-markov` | `hidden_markov` | sequences of a hidden Markov chain, a small GPT-2 without training |
 | `minilm-docstrings` | `minilm` | the MiniLM-L6 BERT telling packages apart by their docstrings |
 """
 
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+
+__all__ = ["Parts", "data_folder"]
 
 
 @dataclass

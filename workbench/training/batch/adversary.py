@@ -7,13 +7,16 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.subjects import Batch, Subject
+from workbench.training.losses import TRAINING_LOSS
 
 
 class ConcurrentAdversary:
@@ -95,3 +98,29 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             for module, buffers in zip(norms, kept, strict=True):
                 for name, value in buffers.items():
                     setattr(module, name, value)
+
+
+class AdversaryOptions(Options):
+    epsilon: float = parameter(0.05, "size of the disturbance, in units of the inputs", gt=0)
+    delay: int = parameter(
+        1, "age of the weights that make it; 0: the weights of now, one gradient after the other", ge=0
+    )
+    norm: Literal["sign", "l2"] = parameter("sign", "unit ball: largest entry, or length of an example")
+
+
+@TRAINING_LOSS.add(
+    "concurrent-adversary",
+    formula="(L(w_t; x) + L(w_t; x + eps sign grad_x L(w_{t - delay}; x))) / 2",
+    source="Liu et al. 2022",
+    needs="gradients",
+    options=AdversaryOptions,
+)
+def concurrent_adversary(on: Subject, options: AdversaryOptions) -> ConcurrentAdversary:
+    columns = on.split("train")
+    continuous = [name for name, value in columns.items() if value.is_floating_point()]
+    if not continuous:
+        raise BadInput(
+            f"loss: concurrent-adversary disturbs continuous inputs, and this subject has "
+            f"{', '.join(columns)}; take one with images or features"
+        )
+    return ConcurrentAdversary(options.epsilon, options.delay, options.norm, continuous[0])

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.subjects import Batch, Subject
+from workbench.training.batch.rules import BATCH_RULE
 from workbench.training.data_order import take
-from workbench.training.state import Training
+from workbench.training.state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ def next_batch(variance: float, square_norm: float, batch: int, eta: float, larg
 
 @dataclass
 class NormTest:
-    """A callback of `fit(..., before_step=[NormTest(...)])` that grows `run.batch_size` by the norm test.
+    """A callback of `fit(..., batch_rule=NormTest(...))` that grows `run.batch_size` by the norm test.
+    As `before_step` it would read gradients that are clipped already.
 
     Per-example gradients are those of `sample` examples of the batch just used, by one backward pass each.
     `sizes` records the batch of every step. With torch.optim.Adagrad this is AdAdaGrad.
@@ -142,7 +145,7 @@ class NormTest:
     every: int = 1
     sizes: list[int] = field(default_factory=list)
 
-    def __call__(self, run: Training) -> None:
+    def __call__(self, run: TrainingState) -> None:
         self.sizes.append(run.batch_size)
         if run.step % self.every or run.batch_size >= self.largest:
             return
@@ -155,6 +158,24 @@ class NormTest:
         variance, _ = gradient_variance(torch.stack(rows))
         square = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)
         run.batch_size = next_batch(float(variance), square, run.batch_size, self.eta, self.largest)
+
+
+class NormTestOptions(Options):
+    eta: float = parameter(0.5, "standard error of the gradient borne, as a share of its norm", gt=0)
+    largest: int = parameter(4096, "batch size at most", ge=1, unit="examples")
+    sample: int = parameter(32, "examples whose own gradients are taken", ge=2, unit="examples")
+    every: int = parameter(1, "steps between two tests", ge=1, unit="steps")
+
+
+@BATCH_RULE.add(
+    "norm-test",
+    formula="B <- max(B, ceil(tr Sigma / (eta^2 |g|^2)))",
+    source="Byrd et al. 2012, eq. 3.10; Lau et al. 2024, AdAdaGrad, eq. 7",
+    needs="gradients",
+    options=NormTestOptions,
+)
+def norm_test(options: NormTestOptions) -> NormTest:
+    return NormTest(**options.model_dump())
 
 
 def log_slope(x: Iterable[float], y: Iterable[float], level: float = 0.9) -> dict[str, Any]:

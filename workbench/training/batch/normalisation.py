@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
-from workbench.subjects import Change
+from workbench.subjects import Change, Subject
+from workbench.training.models.model_change import MODEL_CHANGE
 
 
 class GhostBatchNorm(nn.Module):
@@ -145,3 +147,75 @@ class WeightStandardization(Change):
 
     def config(self) -> dict[str, Any]:
         return {"eps": self.eps}
+
+
+class OverTokens(nn.Module):
+    """A norm of features in the place of one over the last dimension: (batch, tokens, features) or
+    (batch, features) -> the same.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.norm(inputs.transpose(1, -1)).transpose(1, -1) if inputs.ndim > 2 else self.norm(inputs)
+
+
+def layer_norms(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, norm) of every norm with one scale a feature over the last dimension."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if "norm" in type(child).__name__.lower()
+        and set(dict(child.named_parameters(recurse=False))) in ({"weight"}, {"weight", "bias"})
+        and child.get_parameter("weight").ndim == 1
+        and not isinstance(child, nn.modules.batchnorm._BatchNorm)
+    ]
+
+
+class GhostOptions(Options):
+    ghost: int = parameter(32, "examples of a ghost batch", ge=2, unit="examples")
+
+
+@MODEL_CHANGE.add(
+    "ghost-batch-norm",
+    formula="gamma (x - mean_ghost) / sqrt(var_ghost + eps) + beta",
+    source="Hoffer, Hubara & Soudry 2017, algorithm 1",
+    options=GhostOptions,
+)
+def ghost_batch_norm(on: Subject, options: GhostOptions) -> Subject:
+    """Every batch norm and every norm over the last dimension becomes a batch norm over ghosts, with the
+    scale and shift that the other had.
+    """
+    found = layer_norms(on.model)
+    batch = [m for m in on.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not found and not batch:
+        raise BadInput("model_change: ghost-batch-norm takes the place of norms, and this model has none")
+    GhostBatchNorm.replacing(on.model, options.ghost)
+    for parent, name, norm in found:
+        made = GhostBatchNorm(norm.get_parameter("weight").shape[0], options.ghost).to(on.device)
+        with torch.no_grad():
+            for own, value in norm.named_parameters(recurse=False):
+                made.get_parameter(own).copy_(value)
+        setattr(parent, name, OverTokens(made).train(norm.training))
+    on.model.without_file = "ghost-batch-norm"  # type: ignore[assignment]
+    return on.with_model(on.model)
+
+
+class StandardizedOptions(Options):
+    layers: str = parameter("blocks", "layers whose weights are standardised: blocks or globs", min_length=1)
+    eps: float = parameter(1e-10, "added to the variance of a row", ge=0)
+
+
+@MODEL_CHANGE.add(
+    "weight-standardization",
+    formula="(W - mean) / sqrt(var + eps) over each output's inputs",
+    source="Qiao et al. 2019, eq. 8",
+    options=StandardizedOptions,
+)
+def weight_standardization(on: Subject, options: StandardizedOptions) -> Subject:
+    for layer in on.layers(options.layers):
+        layer.attach(WeightStandardization(options.eps))
+    return on

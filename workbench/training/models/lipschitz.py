@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workbench.axis import Options, parameter
+from workbench.errors import BadInput
+from workbench.subjects import Subject
+from workbench.training.models.model_change import MODEL_CHANGE
+
 
 class Attention(nn.Module):
     """Wo softmax(q k / d) v of one causal head, (batch, tokens, width) -> the same."""
@@ -122,3 +127,28 @@ def largest_slope(model: LipschitzTransformer, input_ids: Tensor, ascents: int =
             v + gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         ).detach()  # every token at full length may help
     return best
+
+
+class LipschitzOptions(Options):
+    width: int = parameter(32, "width of a token's vector", ge=2)
+    layers: int = parameter(2, "blocks of attention and perceptron", ge=1)
+
+
+@MODEL_CHANGE.add(
+    "lipschitz-transformer",
+    formula="x <- (1 - 1/L) x + (1/L) f(x), softmax(Q K^T / d) V, no norms",
+    source="Newhouse et al. 2025",
+    options=LipschitzOptions,
+)
+def lipschitz_transformer(on: Subject, options: LipschitzOptions) -> Subject:
+    """A causal transformer with a certificate in the model's place, with random weights."""
+    vocabulary = getattr(getattr(on.model, "config", None), "vocab_size", None)
+    if on.task.name != "causal-lm" or vocabulary is None:
+        raise BadInput(
+            f"model_change: lipschitz-transformer predicts the next token and this subject's task is "
+            f"{on.task.name}; take a causal language model, such as bytelm"
+        )
+    context = on.split("train")["input_ids"].shape[1]
+    model = LipschitzTransformer(int(vocabulary), options.width, options.layers, context).to(on.device)
+    model.without_file = "lipschitz-transformer"  # type: ignore[assignment]
+    return on.with_model(model)

@@ -136,6 +136,22 @@ def self_tuning(model: nn.Module, setting: Setting) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def settled(model: nn.Module) -> nn.Module:
+    """Put an `nn.Linear` with the response at the setting's centre back in every layer's place; in place."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, SelfTuningLinear):
+                outputs, inputs = child.weight.shape
+                plain = nn.Linear(inputs, outputs, child.bias is not None).to(child.weight)
+                plain.weight.copy_(child.responding())
+                if child.bias is not None:
+                    gate = child.bias_gate @ child.setting.drawn
+                    plain.bias.copy_(child.bias + gate * child.bias_response)
+                setattr(module, name, plain.train(child.training))
+    return model
+
+
 def squared_weights(model: nn.Module) -> Tensor:
     """Sum of squares of the responding weights, for an L2 penalty."""
     return torch.stack(

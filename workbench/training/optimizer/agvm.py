@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from workbench.axis import Choice, parameter
 from workbench.errors import BadInput
-from workbench.training.state import Training
+from workbench.training.optimizer.combined import Together
+from workbench.training.optimizer.optimizers import OPTIMIZER, OptimizerOptions
+from workbench.training.state import TrainingState
 
 Groups = list[dict[str, Any]]
 
@@ -72,13 +75,13 @@ class AGVM:
         self.scales: dict[str, float] = {}
         self.history: list[tuple[int, dict[str, float], dict[str, float]]] = []
 
-    def __call__(self, run: Training) -> None:
+    def __call__(self, run: TrainingState) -> None:
         if run.step >= self.start and (run.step - self.start) % self.every == 0 and len(run.chosen) >= 2:
             self._measure(run)
         for group in run.optimizer.param_groups:
             group["lr"] = group["lr"] * self.scales.get(group["module"], 1.0)
 
-    def _measure(self, run: Training) -> None:
+    def _measure(self, run: TrainingState) -> None:
         batch, half = run.batch(), len(run.chosen) // 2
         parts = [
             by_module(run, {k: v[chosen] for k, v in batch.items()})
@@ -96,7 +99,7 @@ class AGVM:
         self.history.append((run.step, noise, dict(self.scales)))
 
 
-def by_module(run: Training, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_module(run: TrainingState, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The gradient of the batch's loss, a vector for each module of the optimizer's groups;
     preconditioned where there is a second moment.
     """
@@ -115,3 +118,55 @@ def preconditioned(optimizer: Optimizer, group: dict[str, Any], p: Tensor, gradi
     if second is None:
         return gradient
     return gradient / (torch.lerp(second, gradient.square(), 1 - group["betas"][1]).sqrt() + group["eps"])
+
+
+def module_of(model: nn.Module) -> dict[int, str]:
+    """id of a parameter -> its module: its repeated block, else the module that holds it, two names deep."""
+    from workbench.subjects import blocks
+
+    repeated = [name for name, _ in blocks(model)]
+    found: dict[int, str] = {}
+    for name, p in model.named_parameters():
+        block = next((block for block in repeated if name.startswith(f"{block}.")), None)
+        found[id(p)] = block or ".".join(name.split(".")[:-1][:2])
+    return found
+
+
+def split_by_module(optimizer: Optimizer, model: nn.Module) -> None:
+    """Every parameter group becomes one for each module, in the order of the model; before the first step."""
+    modules = module_of(model)
+    groups: Groups = []
+    for group in optimizer.param_groups:
+        parts: dict[str, list[Tensor]] = {}
+        for p in group["params"]:
+            parts.setdefault(modules[id(p)], []).append(p)
+        groups += [{**group, "params": part, "module": module} for module, part in parts.items()]
+    optimizer.param_groups = groups
+
+
+class AgvmOptions(OptimizerOptions):
+    usual_learning_rate = 1e-1
+
+    inner: Choice = OPTIMIZER.choice("sgd", "optimizer whose learning rates are aligned")
+    every: int = parameter(5, "steps between two measurements", ge=1, unit="steps")
+    begin: int = parameter(0, "step of the first measurement", ge=0, unit="steps")
+    average: float = parameter(0.97, "decay of the averages of the modules' factors", ge=0, le=1)
+
+
+@OPTIMIZER.add(
+    "agvm",
+    formula="lr_i = mu_i lr, mu_i <- average of sqrt(clamp(Phi_1 / Phi_i, 1/2, 10)), Phi = 1 - cos(g_A, g_B)",
+    source="Xue et al. 2022",
+    options=AgvmOptions,
+    traits="scales rates",
+)
+def agvm(model: nn.Module, learning_rate: float, weight_decay: float, options: AgvmOptions) -> Optimizer:
+    inner: Optimizer = options.inner(model, learning_rate, weight_decay)
+    if isinstance(inner, Together) or hasattr(inner, "prepare"):
+        raise BadInput(
+            f"optimizer.inner: {options.inner} does more than a step for each group of parameters; "
+            "take sgd, adamw, lars or lamb"
+        )
+    split_by_module(inner, model)
+    inner.prepare = AGVM(options.every, options.begin, options.average)  # type: ignore[attr-defined]
+    return inner

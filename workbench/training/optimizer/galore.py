@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from workbench.axis import parameter
 from workbench.training.optimizer.group_optimizer import GroupOptimizer, adam_direction
+from workbench.training.optimizer.optimizers import OPTIMIZER, MomentOptions, hidden_matrices
 
 
 def projection(gradient: Tensor, rank: int) -> tuple[Tensor, bool]:
@@ -76,3 +79,38 @@ class GaLore(GroupOptimizer):
             if basis is not None:  # the product is added where the weight lies: no matrix of its size is made
                 left, right = (basis, update) if len(basis) == len(p) else (update, basis.mT)
                 p.addmm_(left, right, alpha=-lr * group["alpha"])
+
+
+class GaLoreOptions(MomentOptions):
+    usual_learning_rate = 1e-2
+
+    betas: tuple[float, float] = parameter(
+        (0.9, 0.999), "decay of the averages of gradients and of their squares, each in [0, 1)"
+    )
+    eps: float = parameter(1e-8, "added to the root of the second moment", ge=0)
+    rank: int = parameter(32, "dimensions of the subspace; smaller matrices are not projected", ge=1)
+    refresh: int = parameter(200, "steps between two subspaces", ge=1, unit="steps")
+    alpha: float = parameter(0.25, "length of a projected step over Adam's", gt=0)
+
+
+@OPTIMIZER.add(
+    "galore",
+    formula="N = Adam(P^T G); w <- w - lr (alpha P N + wd w), P the leading singular vectors of G",
+    source="Zhao et al. 2024",
+    options=GaLoreOptions,
+)
+def galore(model: nn.Module, learning_rate: float, weight_decay: float, options: GaLoreOptions) -> Optimizer:
+    matrices, rest = hidden_matrices(model)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0, "rank": 2**31},
+    ]
+    return GaLore(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        betas=options.betas,
+        eps=options.eps,
+        rank=options.rank,
+        refresh=options.refresh,
+        alpha=options.alpha,
+    )

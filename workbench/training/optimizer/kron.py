@@ -13,9 +13,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from workbench.axis import parameter
 from workbench.training.optimizer.group_optimizer import GroupOptimizer
+from workbench.training.optimizer.optimizers import OPTIMIZER, OptimizerOptions, decay_groups
 
 TINY = torch.finfo(torch.bfloat16).tiny
 
@@ -128,3 +131,29 @@ class Kron(GroupOptimizer):
                     else torch.ones(size, dtype=p.dtype, device=p.device)
                 )
         return state["first"], state["second"]
+
+
+class KronOptions(OptimizerOptions):
+    momentum: float = parameter(0.9, "decay of the average of gradients", ge=0, lt=1)
+    factor_learning_rate: float = parameter(0.1, "relative rate of the factors", gt=0, scale="log")
+    largest: int = parameter(2048, "a side above it has a diagonal factor", ge=1)
+    flat: int = parameter(500, "steps at first in which the factors always follow", ge=0, unit="steps")
+    least: float = parameter(0.03, "share of the steps in which they follow in the end", gt=0, le=1)
+
+
+@OPTIMIZER.add(
+    "kron",
+    formula="w <- w - lr (Q1^T Q1 m Q2^T Q2 + wd w), Q1 and Q2 fitted to whiten m",
+    source="Li 2018, PSGD",
+    options=KronOptions,
+)
+def kron(model: nn.Module, learning_rate: float, weight_decay: float, options: KronOptions) -> Optimizer:
+    return Kron(
+        decay_groups(model, weight_decay),
+        lr=learning_rate,
+        momentum=options.momentum,
+        factor_lr=options.factor_learning_rate,
+        largest=options.largest,
+        flat=options.flat,
+        least=options.least,
+    )

@@ -1,6 +1,4 @@
-"""Layer-wise adaptive rates for large batches: LAMB (You et al. 2020, algorithm 2) and LARS
-(You, Gitman & Ginsburg 2017).
-"""
+"""LAMB (You et al. 2020, algorithm 2): Adam with a rate for every layer, for large batches."""
 
 from __future__ import annotations
 
@@ -8,9 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from workbench.axis import parameter
 from workbench.training.optimizer.group_optimizer import GroupOptimizer, adam_direction
+from workbench.training.optimizer.optimizers import OPTIMIZER, MomentOptions, decay_groups
 
 
 def trust_ratios(weights: list[Tensor], updates: list[Tensor], scale: float, largest: float) -> list[Tensor]:
@@ -73,32 +74,29 @@ class LAMB(GroupOptimizer):
             self.state[p]["trust_ratio"] = ratio
 
 
-class LARS(GroupOptimizer):
-    """Momentum SGD whose step is scaled per tensor to the size of the weights.
+class LambOptions(MomentOptions):
+    usual_learning_rate = 1e-2
 
-    u = g + wd w;  m <- momentum m + lr eta |w| / (|g| + wd |w|) u;  w <- w - m. Ratio 1 when a norm is 0.
-    """
+    betas: tuple[float, float] = parameter(
+        (0.9, 0.999), "decay of the averages of gradients and of their squares, each in [0, 1)"
+    )
+    eps: float = parameter(1e-6, "added to the root of the second moment", ge=0)
+    largest: float = parameter(10.0, "norm of weights above which a layer's rate grows no more", gt=0)
+    bias_correction: bool = parameter(True, "moments corrected for their start; the authors' code has none")
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1.0,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        trust: float = 0.001,
-    ) -> None:
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 
-    def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
-        momenta, decay = self.kept("momentum", weights), group["weight_decay"]
-        w, g = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(gradients))
-        ratios = torch.where((w > 0) & (g > 0), group["trust"] * w / (g + decay * w), torch.ones_like(w))
-        # the rate of each tensor stays on its device as a scalar:
-        # one fused pass, no copy of the gradients, no synchronisation
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_addcmul_(momenta, gradients, list(ratios.unbind()), value=group["lr"])
-        if decay:
-            torch._foreach_addcmul_(momenta, weights, list(ratios.unbind()), value=group["lr"] * decay)
-        torch._foreach_sub_(weights, momenta)
-        for p, ratio in zip(weights, ratios.unbind(), strict=True):
-            self.state[p]["trust_ratio"] = ratio
+@OPTIMIZER.add(
+    "lamb",
+    formula="u = m_hat / (sqrt(v_hat) + eps) + wd w; w <- w - lr phi(|w|) / |u| u",
+    source="You et al. 2020",
+    options=LambOptions,
+)
+def lamb(model: nn.Module, learning_rate: float, weight_decay: float, options: LambOptions) -> Optimizer:
+    return LAMB(
+        decay_groups(model, weight_decay),
+        lr=learning_rate,
+        betas=options.betas,
+        eps=options.eps,
+        largest=options.largest,
+        bias_correction=options.bias_correction,
+    )

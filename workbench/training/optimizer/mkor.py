@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from workbench.axis import Choice, parameter
+from workbench.errors import BadInput
 from workbench.training.optimizer.combined import Together
+from workbench.training.optimizer.optimizers import OPTIMIZER, OptimizerOptions
 
 if TYPE_CHECKING:
-    from workbench.training.state import Training
+    from workbench.training.loop import Training
 
 
 def rank_one_inverse(inverse: Tensor, vector: Tensor, decay: float) -> Tensor:
@@ -184,3 +187,40 @@ class MKOR(Together):
 
     def kept_state(self) -> list[Any]:
         return [*super().kept_state(), self.inverses]
+
+
+class MkorOptions(OptimizerOptions):
+    usual_learning_rate = 1e-1
+
+    inner: Choice = OPTIMIZER.choice("sgd", "optimizer that takes the preconditioned gradients")
+    decay: float = parameter(0.9, "decay of the averages g g^T and a a^T", gt=0, lt=1)
+    every: int = parameter(10, "steps between two updates of the inverses", ge=1, unit="steps")
+    stabiliser: float = parameter(
+        0.1, "share of the identity given to an inverse that is too large", ge=0, le=1
+    )
+    threshold: float = parameter(100.0, "largest entry above which an inverse is too large", gt=0)
+    stall: float = parameter(
+        0.0, "MKOR-H: share of the largest fall below which the inner one goes on alone", ge=0
+    )
+    window: int = parameter(20, "steps whose mean loss a fall is measured by", ge=1, unit="steps")
+
+
+@OPTIMIZER.add(
+    "mkor",
+    formula="G <- L^-1 G R^-1 |G| / |L^-1 G R^-1| for the inner optimizer, L^-1 and R^-1 by rank-one updates",
+    source="Mozaffari et al. 2023",
+    options=MkorOptions,
+)
+def mkor(model: nn.Module, learning_rate: float, weight_decay: float, options: MkorOptions) -> Optimizer:
+    if options.inner == "mkor":
+        raise BadInput("optimizer.inner: MKOR cannot be its own inner optimizer; use sgd or lamb")
+    return MKOR(
+        model,
+        options.inner(model, learning_rate, weight_decay),
+        options.decay,
+        options.every,
+        options.stabiliser,
+        options.threshold,
+        stall=options.stall,
+        window=options.window,
+    )

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
+from workbench.training.optimizer.combined import Together
 from workbench.training.optimizer.group_optimizer import GroupOptimizer
+from workbench.training.optimizer.optimizers import OPTIMIZER, MomentOptions, hidden_matrices
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 #: No singular value leaves five steps of the iteration above this
@@ -172,3 +176,47 @@ class Muon(GroupOptimizer):
             p.add_(torch.outer(left, state["right"]) * (cap - sigma))
         else:
             p.sub_(torch.outer(left, state["right"]) * (group["lr"] * group["weight_decay"] * sigma))
+
+
+class MuonOptions(MomentOptions):
+    momentum: float = parameter(0.95, "decay of the running sum of gradients", ge=0, lt=1)
+    nesterov: bool = parameter(True, "look ahead along the momentum")
+    iterations: int = parameter(5, "Newton-Schulz iterations", ge=1, le=100)
+    scale: Literal["rms", "spectral", "none"] = parameter(
+        "rms", "length of a step: AdamW's root mean square, the spectral norm of the layer's shape, or 1"
+    )
+    weight_map: Literal["none", "soft-cap", "normalise", "hammer", "decay"] = parameter(
+        "none", "what keeps spectral norms below the cap after every step (Newhouse et al. 2025)"
+    )
+    cap: float = parameter(1.0, "largest spectral norm", gt=0)
+    adamw_ratio: float = parameter(1.0, "rate of AdamW, on all but the hidden matrices, over Muon's", gt=0)
+    betas: tuple[float, float] = parameter((0.9, 0.95), "AdamW's, on all but the hidden matrices")
+
+
+@OPTIMIZER.add(
+    "muon",
+    formula="m <- mu m + g; w <- (1 - lr wd) w - lr s NS(g + mu m)",
+    source="Jordan et al. 2024, Liu et al. 2025",
+    options=MuonOptions,
+)
+def muon(model: nn.Module, learning_rate: float, weight_decay: float, options: MuonOptions) -> Optimizer:
+    matrices, rest = hidden_matrices(model)
+    parts: list[Optimizer] = []
+    if matrices:
+        parts.append(
+            Muon(
+                matrices,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                momentum=options.momentum,
+                nesterov=options.nesterov,
+                steps=options.iterations,
+                scale=options.scale,
+                weight_map=options.weight_map,
+                cap=options.cap,
+            )
+        )
+    if rest:
+        rate = learning_rate * options.adamw_ratio
+        parts.append(torch.optim.AdamW(rest, lr=rate, betas=options.betas, weight_decay=0.0))
+    return Together(parts)

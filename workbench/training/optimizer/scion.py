@@ -8,11 +8,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.training.optimizer.group_optimizer import GroupOptimizer
 from workbench.training.optimizer.muon import orthogonalise
+from workbench.training.optimizer.optimizers import OPTIMIZER, OptimizerOptions, hidden_matrices
 
 NORMS = ("spectral", "sign", "rms")
 
@@ -62,3 +65,29 @@ class Scion(GroupOptimizer):
         torch._foreach_sub_(
             weights, [steepest(d, group["norm"]) for d in averages], alpha=group["lr"] * group["radius"]
         )
+
+
+class ScionOptions(OptimizerOptions):
+    usual_learning_rate = 1e-2
+
+    momentum: float = parameter(0.9, "decay of the average of gradients", ge=0, lt=1)
+    radius: float = parameter(1.0, "norm of a step on hidden matrices and vectors, at rate 1", gt=0)
+    edge_radius: float = parameter(10.0, "norm of a step on embeddings and the head, at rate 1", gt=0)
+
+
+@OPTIMIZER.add(
+    "scion",
+    formula="d <- mu d + (1 - mu) g; w <- (1 - lr wd) w - lr radius argmax_{|s| = 1} <d, s>",
+    source="Pethick et al. 2025",
+    options=ScionOptions,
+)
+def scion(model: nn.Module, learning_rate: float, weight_decay: float, options: ScionOptions) -> Optimizer:
+    matrices, rest = hidden_matrices(model)
+    edges, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
+    inner, outer = options.radius, options.edge_radius
+    groups = [
+        {"params": matrices, "norm": "spectral", "radius": inner, "weight_decay": weight_decay},
+        {"params": edges, "norm": "sign", "radius": outer, "weight_decay": weight_decay},
+        {"params": vectors, "norm": "rms", "radius": inner, "weight_decay": 0.0},
+    ]
+    return Scion([group for group in groups if group["params"]], lr=learning_rate, momentum=options.momentum)

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from workbench.axis import parameter
 from workbench.curvature.operators.attention import twice_differentiable
 from workbench.training.optimizer.group_optimizer import GroupOptimizer, divide_into
+from workbench.training.optimizer.optimizers import OPTIMIZER, MomentOptions, decay_groups
 
 if TYPE_CHECKING:
-    from workbench.training.state import Training
+    from workbench.training.loop import Training
 
 
 class Sophia(GroupOptimizer):
@@ -76,3 +79,31 @@ class Sophia(GroupOptimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_sub_(weights, updates, alpha=group["lr"])
+
+
+class SophiaOptions(MomentOptions):
+    betas: tuple[float, float] = parameter(
+        (0.96, 0.99), "decay of the averages of gradients and of the Hessian's diagonal, each in [0, 1)"
+    )
+    gamma: float = parameter(0.01, "scale of the diagonal; smaller clips more coordinates", gt=0)
+    eps: float = parameter(1e-12, "smallest scaled curvature", gt=0)
+    every: int = parameter(10, "steps between two estimates of the diagonal", ge=1, unit="steps")
+    examples: int = parameter(32, "examples of the batch that an estimate uses", ge=1, unit="examples")
+
+
+@OPTIMIZER.add(
+    "sophia",
+    formula="w <- (1 - lr wd) w - lr clip(m / max(gamma h, eps), 1), h a Hutchinson diagonal",
+    source="Liu et al. 2023",
+    options=SophiaOptions,
+)
+def sophia(model: nn.Module, learning_rate: float, weight_decay: float, options: SophiaOptions) -> Optimizer:
+    return Sophia(
+        decay_groups(model, weight_decay),
+        lr=learning_rate,
+        betas=options.betas,
+        gamma=options.gamma,
+        eps=options.eps,
+        every=options.every,
+        examples=options.examples,
+    )

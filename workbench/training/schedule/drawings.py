@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,25 +14,23 @@ from workbench.training.schedule.schedules import sampled
 
 
 def schedule_table(
-    names: Sequence[str],
+    schedules: Sequence[str | Mapping[str, Any]],
     steps: int = 1000,
-    lr: float = 1.0,
+    learning_rate: float = 1.0,
     warmup: float = 0.05,
     sampling: int = 1,
-    phi: float = 0.5,
 ) -> pd.DataFrame:
-    """The learning rate of every step of each schedule, as an optimizer would see it: columns name, step, lr.
+    """The learning rate of every step of each schedule, as an optimizer would see it:
+    columns name, step, lr.
 
-    `phi` goes to the UBA schedule; `one-cycle` has its own warm-up,
-    `plateau` and `power` have no curve of their own (`BadInput`).
+    A schedule is a name, a mapping with options or a choice. `one-cycle` has its own warm-up;
+    `plateau` has no curve of its own (`BadInput`).
     """
     parts = []
-    for name in names:
-        if name == "uba":
-            values = sampled(name, steps, warmup, sampling, lr, phi=phi)
-        else:
-            values = sampled(name, steps, 0.0 if name == "one-cycle" else warmup, sampling, lr)
-        parts.append(pd.DataFrame({"name": name, "step": np.arange(steps), "lr": values}))
+    for schedule in schedules:
+        values = sampled(schedule, steps, warmup, sampling, learning_rate)
+        name = schedule if isinstance(schedule, str) else schedule["name"]
+        parts.append(pd.DataFrame({"name": str(name), "step": np.arange(steps), "lr": values}))
     return pd.concat(parts, ignore_index=True)
 
 

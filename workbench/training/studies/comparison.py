@@ -1,8 +1,14 @@
-"""DOC"""
+"""Fair comparisons: equal tuning, end-of-schedule losses, seeds, and costs beside the losses.
+
+Each candidate's peak learning rate is tuned on validation at the first seed with as many runs as every
+other's; the best one is run at all seeds, and the test loss of those is what is compared
+(Wen et al. 2025; Kaddour et al. 2023).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -10,23 +16,20 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
-from workbench.axis import parameter
+from workbench.axis import Choice, entries_in, parameter
+from workbench.code_version import code_version
 from workbench.errors import BadInput
 from workbench.figures import color, figure, line
-from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
-from workbench.training.schedule.schedules import SCHEDULES
 from workbench.training.studies.learning_rate_batch_size import ticks
+from workbench.training.sweep.fields import SweptInstrument
 from workbench.training.sweep.objective import Start, TrainingObjective, prepared_folder, swept
 
 #: How often a ladder is extended by two rungs where the best learning rate was at its end:
 #: the rule is everybody's.
 EXTENSIONS = 2
-
-
-COMPARED_SCHEDULES = tuple(s for s in SCHEDULES if s not in ("power",))
 
 
 def interval(values: Any, level: float = 0.9) -> tuple[float, float, float]:
@@ -41,26 +44,37 @@ def interval(values: Any, level: float = 0.9) -> tuple[float, float, float]:
     return mean, mean - reach, mean + reach
 
 
-class Comparison(SubjectInstrument):
+class Comparison(SweptInstrument):
     """Fields and protocol that both comparisons share."""
 
     examples: int = parameter(8192, "training examples of a full run", ge=16, le=10**9, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
-    lr_points: int = parameter(
+    learning_rate_points: int = parameter(
         5,
-        "learning rates tried for every candidate, a factor lr_factor apart around the usual one",
+        "learning rates tried for every candidate, a factor learning_rate_factor apart around the usual one",
         ge=1,
         le=20,
     )
-    lr_factor: float = parameter(2.0, "ratio of neighbouring learning rates", gt=1, le=10)
+    learning_rate_factor: float = parameter(2.0, "ratio of neighbouring learning rates", gt=1, le=10)
     seeds: int = parameter(3, "runs of every candidate at its best learning rate", ge=1, le=20)
     warmup: float = parameter(0.1, "linear warm-up as a fraction of the steps", ge=0, lt=1)
     weight_decay: float = parameter(0.01, "weight decay of matrices", ge=0, le=10)
     start: Start = parameter("random", "start every run from random weights or from the subject's")
     evaluate_limit: int = parameter(512, "validation and test examples that a run is judged by", ge=1)
     level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1)
-    workers: int = parameter(2, "worker processes", ge=1, le=256)
-    storage: str = parameter("", "database of the sweep, an SQLAlchemy URL; empty: SQLite in the cache")
+
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {"lr_points": "learning_rate_points", "lr_factor": "learning_rate_factor"}
+
+    def compared(self) -> list[Choice]:
+        """The choices that are compared."""
+        return []
+
+    def code(self) -> str:
+        """That of the compared choices counts as well."""
+        entries = [*entries_in(self), *(choice.entry for choice in self.compared())]
+        return code_version(type(self), [entry.value for entry in entries])
 
     def check(self, on: Subject) -> None:
         for split in ("train", "validation", "test"):
@@ -72,8 +86,8 @@ class Comparison(SubjectInstrument):
             )
 
     def ladder(self, centre: float) -> list[float]:
-        middle = (self.lr_points - 1) / 2
-        return [centre * self.lr_factor ** (i - middle) for i in range(self.lr_points)]
+        middle = (self.learning_rate_points - 1) / 2
+        return [centre * self.learning_rate_factor ** (i - middle) for i in range(self.learning_rate_points)]
 
     def beyond(self, tried: pd.DataFrame) -> list[float]:
         """Two more learning rates past the end of the ladder that the best run is at;
@@ -84,8 +98,12 @@ class Comparison(SubjectInstrument):
             return []
         best = float(good.lr[good.value.idxmin()])
         if best == tried.lr.max():
-            return [best * self.lr_factor, best * self.lr_factor**2]
-        return [best / self.lr_factor, best / self.lr_factor**2] if best == tried.lr.min() else []
+            return [best * self.learning_rate_factor, best * self.learning_rate_factor**2]
+        return (
+            [best / self.learning_rate_factor, best / self.learning_rate_factor**2]
+            if best == tried.lr.min()
+            else []
+        )
 
     def protocol(
         self,
@@ -140,6 +158,7 @@ class Comparison(SubjectInstrument):
                     progress,
                     self.workers,
                     self.storage,
+                    self.backend,
                     on_change=preview,
                 )
             )
@@ -157,7 +176,7 @@ class Comparison(SubjectInstrument):
         finals = [tuple_text([int(c), float(lr)]) for c, lr in zip(best.candidate, best.lr, strict=True)]
         space = {"point": finals, "seed": [self.seed + i for i in range(self.seeds)]}
         return tuning, with_points(
-            swept(self, on, "final", space, objective, progress, self.workers, self.storage)
+            swept(self, on, "final", space, objective, progress, self.workers, self.storage, self.backend)
         )
 
 

@@ -5,7 +5,7 @@ and from gradients on the way there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,19 +14,26 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
-from workbench.axis import parameter
+from workbench.axis import Choice, parameter
 from workbench.errors import BadInput
 from workbench.figures import figure, line, rule
-from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.hyperparameters import critical_batch, steps_and_examples
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import gradient_groups, noise_scale, noise_scale_interval
-from workbench.training.loop import Callback, fit
-from workbench.training.state import Training
-from workbench.training.studies.train import OptimizerName
-from workbench.training.sweep.objective import Start, TrainingObjective, axis, begun, prepared_folder, swept
+from workbench.training.loop import Callback, Training, fit
+from workbench.training.optimizer.optimizers import OPTIMIZER
+from workbench.training.pairs import check_pair
+from workbench.training.sweep.fields import SweptInstrument
+from workbench.training.sweep.objective import (
+    Start,
+    TrainingObjective,
+    begun,
+    learning_rates,
+    prepared_folder,
+    swept,
+)
 from workbench.training.sweep.sweeps import Trial
 
 #: Evaluations on the way to a target; the step of passing it is interpolated between two of them.
@@ -83,7 +90,7 @@ class TargetObjective(TrainingObjective):
         }
 
 
-class CriticalBatch(SubjectInstrument):
+class CriticalBatch(SweptInstrument):
     """Critical batch size from the steps that each batch size takes to one loss at its best rate,
     beside the gradient noise scale on the way there.
 
@@ -101,15 +108,14 @@ class CriticalBatch(SubjectInstrument):
     batch_sizes: tuple[int, ...] = parameter(
         (4, 16, 64, 256), "batch sizes (examples), at least three", min_length=3
     )
-    lr_low: float = parameter(2.5e-4, "lowest learning rate", gt=0, le=100, scale="log")
-    lr_high: float = parameter(4e-3, "highest learning rate", gt=0, le=100, scale="log")
-    lr_points: int = parameter(3, "learning rates, evenly spaced in the logarithm", ge=1, le=50)
-    seeds: int = parameter(1, "runs per cell, with different weights and data order", ge=1, le=20)
+    learning_rate_low: float = parameter(2.5e-4, "lowest learning rate", gt=0, le=100, scale="log")
+    learning_rate_high: float = parameter(4e-3, "highest learning rate", gt=0, le=100, scale="log")
+    learning_rate_points: int = parameter(3, "learning rates, evenly spaced in the logarithm", ge=1, le=50)
     examples: int = parameter(
         6144, "a run that has not reached the loss ends after so many examples", ge=16, le=10**9, scale="log"
     )
     steps: int = parameter(150, "but not before so many steps", ge=10, le=1_000_000, scale="log")
-    optimizer: OptimizerName = parameter("adamw", "optimizer, at a constant rate")
+    optimizer: Choice = OPTIMIZER.choice("adamw", "optimizer, at a constant rate")
     start: Start = parameter("random", "start every run from random weights or from the subject's")
     evaluate_limit: int = parameter(256, "validation examples that the loss is measured on", ge=1)
     overhead: float = parameter(
@@ -120,22 +126,18 @@ class CriticalBatch(SubjectInstrument):
     noise_size: int = parameter(16, "examples of each of them", ge=1, le=4096)
     level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1)
     resamples: int = parameter(500, "bootstrap resamples of the hyperbola", ge=2, le=10_000)
-    workers: int = parameter(2, "worker processes", ge=1, le=256)
-    storage: str = parameter(
-        "",
-        "database of the sweep, an SQLAlchemy URL that several machines may share; empty: "
-        "SQLite in the cache",
-    )
-    backend: Literal["loky", "dask", "ray"] = parameter(
-        "loky", "where workers run: processes here, or a Dask or Ray cluster that is already joined"
-    )
+
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {f"lr_{end}": f"learning_rate_{end}" for end in ("low", "high", "points")}
 
     @classmethod
     def result_class(cls) -> type[Result]:
         return CriticalResult
 
     def check(self, on: Subject) -> None:
-        axis(self.lr_low, self.lr_high, self.lr_points)
+        learning_rates(self.learning_rate_low, self.learning_rate_high, self.learning_rate_points)
+        check_pair(self.optimizer, "constant", self.learning_rate_high)
         on.split("validation")
         if len(set(self.batch_sizes)) < 3 or min(self.batch_sizes) < 1:
             raise BadInput(
@@ -170,7 +172,7 @@ class CriticalBatch(SubjectInstrument):
         )
         space = {
             "batch_size": sorted(set(self.batch_sizes)),
-            "lr": axis(self.lr_low, self.lr_high, self.lr_points),
+            "lr": learning_rates(self.learning_rate_low, self.learning_rate_high, self.learning_rate_points),
             "seed": [self.seed + i for i in range(self.seeds)],
         }
 
@@ -223,7 +225,7 @@ class CriticalBatch(SubjectInstrument):
             last,
             [measure],
             batch_size=int(middle.batch_size),
-            lr=float(middle.lr),
+            learning_rate=float(middle.lr),
             optimizer=self.optimizer,
             seed=self.seed,
             evaluate_limit=1,

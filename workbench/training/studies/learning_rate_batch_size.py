@@ -5,6 +5,7 @@ its bowl, its plateau, and what the rules predict.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -12,18 +13,25 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
-from workbench.axis import parameter
+from workbench.axis import Choice, parameter
 from workbench.errors import BadInput
 from workbench.figures import figure, line
-from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.hyperparameters import best_settings, excess_loss, step_law
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import log_slope
-from workbench.training.schedule.schedules import scaled_lr
-from workbench.training.studies.train import OptimizerName, ScheduleName
-from workbench.training.sweep.objective import Start, TrainingObjective, axis, prepared_folder, swept
+from workbench.training.optimizer.optimizers import OPTIMIZER
+from workbench.training.pairs import check_pair
+from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE, scaled_lr
+from workbench.training.sweep.fields import SweptInstrument
+from workbench.training.sweep.objective import (
+    Start,
+    TrainingObjective,
+    learning_rates,
+    prepared_folder,
+    swept,
+)
 
 
 def best_lr(cell: pd.DataFrame) -> tuple[float, float, bool]:
@@ -78,7 +86,7 @@ def bowl_interval(
     }
 
 
-class LearningRateBatchSize(SubjectInstrument):
+class LearningRateBatchSize(SweptInstrument):
     """Final loss over a grid of learning rates and batch sizes,
     every run given the same number of examples and a fully decayed rate.
     """
@@ -89,14 +97,13 @@ class LearningRateBatchSize(SubjectInstrument):
     )
 
     examples: int = parameter(8192, "training examples of every run", ge=16, le=10**9, scale="log")
-    lr_low: float = parameter(3e-4, "lowest peak learning rate", gt=0, le=100, scale="log")
-    lr_high: float = parameter(3e-2, "highest peak learning rate", gt=0, le=100, scale="log")
-    lr_points: int = parameter(6, "learning rates, evenly spaced in the logarithm", ge=2, le=50)
+    learning_rate_low: float = parameter(3e-4, "lowest peak learning rate", gt=0, le=100, scale="log")
+    learning_rate_high: float = parameter(3e-2, "highest peak learning rate", gt=0, le=100, scale="log")
+    learning_rate_points: int = parameter(6, "learning rates, evenly spaced in the logarithm", ge=2, le=50)
     batch_sizes: tuple[int, ...] = parameter((8, 32, 128), "batch sizes (examples)", min_length=1)
     micro_batch: int = parameter(0, "examples at once (gradient accumulation); 0 takes the whole batch", ge=0)
-    seeds: int = parameter(1, "runs per cell, with different weights and data order", ge=1, le=20)
-    optimizer: OptimizerName = parameter("adamw", "optimizer")
-    schedule: ScheduleName = parameter("cosine", "learning-rate schedule")
+    optimizer: Choice = OPTIMIZER.choice("adamw", "optimizer")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine", "learning-rate schedule")
     warmup: float = parameter(0.1, "linear warm-up as a fraction of the steps", ge=0, lt=1)
     weight_decay: float = parameter(0.01, "weight decay of matrices", ge=0, le=10)
     start: Start = parameter("random", "start every run from random weights or from the subject's")
@@ -106,22 +113,22 @@ class LearningRateBatchSize(SubjectInstrument):
     )
     level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1)
     resamples: int = parameter(200, "bootstrap resamples of the bowl's interval", ge=2, le=10_000)
-    workers: int = parameter(2, "worker processes", ge=1, le=256)
-    storage: str = parameter(
-        "",
-        "database of the sweep, an SQLAlchemy URL that several machines may share; empty: "
-        "SQLite in the cache",
-    )
-    backend: Literal["loky", "dask", "ray"] = parameter(
-        "loky", "where workers run: processes here, or a Dask or Ray cluster that is already joined"
-    )
+
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {
+            "lr_low": "learning_rate_low",
+            "lr_high": "learning_rate_high",
+            "lr_points": "learning_rate_points",
+        }
 
     @classmethod
     def result_class(cls) -> type[Result]:
         return SurfaceResult
 
     def check(self, on: Subject) -> None:
-        axis(self.lr_low, self.lr_high, self.lr_points)
+        learning_rates(self.learning_rate_low, self.learning_rate_high, self.learning_rate_points)
+        check_pair(self.optimizer, self.schedule, self.learning_rate_high, self.weight_decay, self.warmup)
         on.split("train")
         on.split("validation")
         if max(self.batch_sizes) > self.examples or min(self.batch_sizes) < 1:
@@ -144,7 +151,7 @@ class LearningRateBatchSize(SubjectInstrument):
         )
         space = {
             "batch_size": list(dict.fromkeys(self.batch_sizes)),
-            "lr": axis(self.lr_low, self.lr_high, self.lr_points),
+            "lr": learning_rates(self.learning_rate_low, self.learning_rate_high, self.learning_rate_points),
             "seed": [self.seed + i for i in range(self.seeds)],
         }
         shape = shape_of(on)
@@ -369,7 +376,7 @@ class SurfaceResult(Result):
             return fig
         finite = self.table[np.isfinite(self.table.value)]
         asked = (
-            (self.instrument.lr_low, self.instrument.lr_high)
+            (self.instrument.learning_rate_low, self.instrument.learning_rate_high)
             if isinstance(self.instrument, LearningRateBatchSize)
             else (math.inf, 0.0)
         )

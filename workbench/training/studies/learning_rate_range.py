@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench.axis import parameter
+from workbench.axis import Choice, parameter
 from workbench.figures import figure, line, rule
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
-from workbench.training.loop import fit
+from workbench.training.loop import Training, fit
+from workbench.training.optimizer.optimizers import OPTIMIZER
+from workbench.training.pairs import check_pair
 from workbench.training.schedule.schedules import ExponentialRise
-from workbench.training.state import Training
-from workbench.training.studies.train import OptimizerName
-from workbench.training.sweep.objective import Start, axis, begun
+from workbench.training.sweep.objective import Start, begun, learning_rates
 
 
 def smoothed(losses: np.ndarray, memory: float) -> np.ndarray:
@@ -43,21 +44,26 @@ class LearningRateRange(SubjectInstrument):
         "learning-rate range test: loss against a growing rate, the steepest descent and where it diverges"
     )
 
-    lr_low: float = parameter(1e-5, "learning rate of the first step", gt=0, le=100, scale="log")
-    lr_high: float = parameter(1.0, "learning rate of the last step", gt=0, le=1e4, scale="log")
+    learning_rate_low: float = parameter(1e-5, "learning rate of the first step", gt=0, le=100, scale="log")
+    learning_rate_high: float = parameter(1.0, "learning rate of the last step", gt=0, le=1e4, scale="log")
     steps: int = parameter(200, "steps between them", ge=10, le=100_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
-    optimizer: OptimizerName = parameter("adamw", "optimizer")
+    optimizer: Choice = OPTIMIZER.choice("adamw", "optimizer")
     weight_decay: float = parameter(0.0, "weight decay of matrices", ge=0, le=10)
     memory: float = parameter(0.9, "of the exponential average that smooths the losses", ge=0, lt=1)
     start: Start = parameter("random", "start from random weights or from the subject's")
+
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {"lr_low": "learning_rate_low", "lr_high": "learning_rate_high"}
 
     @classmethod
     def result_class(cls) -> type[Result]:
         return RangeResult
 
     def check(self, on: Subject) -> None:
-        axis(self.lr_low, self.lr_high, 2)
+        learning_rates(self.learning_rate_low, self.learning_rate_high, 2)
+        check_pair(self.optimizer, "constant", self.learning_rate_high, self.weight_decay)
         on.split("train")
 
     def _run(self, on: Subject, progress: Progress) -> Result:
@@ -67,14 +73,15 @@ class LearningRateRange(SubjectInstrument):
             found = smoothed(np.array([row["loss"] for row in run.rows]), self.memory)
             run.stop = len(found) > 10 and found[-1] > 2 * found[0]
 
+        factor = self.learning_rate_high / self.learning_rate_low
         run = fit(
             mine,
             steps=self.steps,
             batch_size=self.batch_size,
-            lr=self.lr_low,
+            learning_rate=self.learning_rate_low,
             optimizer=self.optimizer,
             weight_decay=self.weight_decay,
-            schedule=lambda optimizer, total: ExponentialRise(optimizer, total, self.lr_high / self.lr_low),
+            schedule=lambda optimizer, total: ExponentialRise(optimizer, total, factor),
             clip=None,
             seed=self.seed,
             callbacks=[hopeless],

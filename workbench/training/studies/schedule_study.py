@@ -9,23 +9,23 @@ import pandas as pd
 import plotly.graph_objects as go
 from pydantic import BaseModel, Field
 
-from workbench.axis import parameter
+from workbench.axis import Choice, parameter, warn
 from workbench.errors import BadInput
 from workbench.figures import figure, line
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
-from workbench.training.optimizer.optimizers import OPTIMIZERS
-from workbench.training.schedule.schedules import sampled
+from workbench.training.optimizer.optimizers import OPTIMIZER, usual_learning_rate
+from workbench.training.pairs import check_pair
+from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE, has_curve, sampled
 from workbench.training.studies.comparison import (
-    COMPARED_SCHEDULES,
     Comparison,
     ComparisonResult,
     bars,
     leaderboard,
     tuning_table,
 )
-from workbench.training.studies.train import OptimizerName, names
+from workbench.training.studies.lists import Texts, labels, listed, separated
 
 
 class ScheduleStudy(Comparison):
@@ -35,9 +35,9 @@ class ScheduleStudy(Comparison):
         "schedules at several budgets: test loss with intervals, average rank, the curves and their areas"
     )
 
-    schedules: str = parameter(
-        "cosine,linear,rex,uba,step,one-cycle,constant",
-        f"comma-separated, of {', '.join(COMPARED_SCHEDULES)}",
+    schedules: Texts = parameter(
+        ["cosine", "linear", "rex", "uba", "step", "one-cycle", "constant"],
+        "schedules, one with options as 'uba phi=5'",
         min_length=1,
     )
     budgets: tuple[float, ...] = parameter(
@@ -45,14 +45,18 @@ class ScheduleStudy(Comparison):
         "budgets as fractions of the examples; every schedule decays fully within each",
         min_length=1,
     )
-    phi: float = parameter(
-        0.5,
-        "phi of the UBA schedule; 2 is cosine, smaller holds the rate high longer",
-        gt=0,
-        le=50,
-        scale="log",
-    )
-    optimizer: OptimizerName = parameter("adamw", "optimizer of every run")
+    optimizer: Choice = OPTIMIZER.choice("adamw", "optimizer of every run")
+
+    def __init__(self, **given: Any) -> None:
+        if "phi" in given:
+            warn("phi: is an option of a schedule now, write 'uba phi=5' in schedules")
+            phi = given.pop("phi")
+            texts = separated(given.get("schedules", type(self).model_fields["schedules"].default))
+            given["schedules"] = [f"uba phi={phi}" if text == "uba" else text for text in texts]
+        super().__init__(**given)
+
+    def compared(self) -> list[Choice]:
+        return listed(LEARNING_RATE_SCHEDULE, self.schedules, "schedules")
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -60,7 +64,9 @@ class ScheduleStudy(Comparison):
 
     def check(self, on: Subject) -> None:
         super().check(on)
-        names(self.schedules, COMPARED_SCHEDULES, "schedules")
+        rate = usual_learning_rate(self.optimizer)
+        for schedule in self.compared():
+            check_pair(self.optimizer, schedule, rate, self.weight_decay, self.warmup)
         if not all(0 < b <= 1 for b in self.budgets) or min(self.budgets) * self.examples < self.batch_size:
             raise BadInput(
                 f"budgets: {self.budgets} must lie in (0, 1] and leave at least one step of batch_size "
@@ -68,20 +74,20 @@ class ScheduleStudy(Comparison):
             )
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        chosen = names(self.schedules, COMPARED_SCHEDULES, "schedules")
+        schedules = self.compared()
+        chosen = labels(schedules)
         pairs = [(name, budget) for budget in self.budgets for name in chosen]
         candidates = [
             {
                 "optimizer": self.optimizer,
-                "schedule": name,
+                "schedule": schedules[chosen.index(name)],
                 "examples": max(self.batch_size, round(budget * self.examples)),
             }
-            | ({"schedule_options": {"phi": self.phi}} if name == "uba" else {})
             for name, budget in pairs
         ]
-        labels = [f"{name} at {budget:g}" for name, budget in pairs]
+        rows = [f"{name} at {budget:g}" for name, budget in pairs]
         tuning, finals = self.protocol(
-            on, progress, candidates, [OPTIMIZERS[self.optimizer].lr] * len(pairs), labels
+            on, progress, candidates, [usual_learning_rate(self.optimizer)] * len(pairs), rows
         )
         table = leaderboard(
             finals, [{"name": name, "budget": budget} for name, budget in pairs], tuning, self.level
@@ -96,15 +102,14 @@ class ScheduleStudy(Comparison):
             }
         steps = max(2, round(self.examples / self.batch_size))
         shapes = [pd.DataFrame(columns=["name", "step", "multiple"])]
-        for name in chosen:
-            if name != "plateau":
-                options: dict[str, Any] = {"phi": self.phi} if name == "uba" else {}
-                multiples = sampled(name, steps, 0.0 if name == "one-cycle" else self.warmup, **options)
+        for name, schedule in zip(chosen, schedules, strict=True):
+            if has_curve(schedule):
+                multiples = sampled(schedule, steps, self.warmup)
                 shapes.append(pd.DataFrame({"name": name, "step": np.arange(steps), "multiple": multiples}))
         return self.result(
             table,
             facts,
-            tables={"tuning": tuning_table(tuning, labels), "shapes": pd.concat(shapes[1:] or shapes)},
+            tables={"tuning": tuning_table(tuning, rows), "shapes": pd.concat(shapes[1:] or shapes)},
         )
 
 

@@ -4,57 +4,27 @@ get the trained subject and its curves.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.axis import parameter
-from workbench.errors import BadInput
+from workbench.axis import Choice, parameter
 from workbench.figures import figure, line
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
-from workbench.training.loop import Precision, arithmetic_of, fit
-from workbench.training.optimizer.optimizers import make_optimizer, state_bytes
-from workbench.training.schedule.schedules import make_schedule
-from workbench.training.state import Training
+from workbench.training.batch.rules import BATCH_RULE
+from workbench.training.loop import Training, fit
+from workbench.training.losses import TRAINING_LOSS
+from workbench.training.models.model_change import MODEL_CHANGE
+from workbench.training.optimizer.optimizers import OPTIMIZER, state_bytes
+from workbench.training.pairs import check_pair
+from workbench.training.precision.precision import PRECISION, arithmetic_of
+from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
 from workbench.training.sweep.objective import Start, reinitialised
-
-OptimizerName = Literal[
-    "adamw",
-    "sgd",
-    "adafactor",
-    "lamb",
-    "lars",
-    "lion",
-    "muon",
-    "soap",
-    "sophia",
-    "kron",
-    "mars",
-    "scion",
-    "mkor",
-    "one-bit-adam",
-    "galore",
-]
-ScheduleName = Literal[
-    "cosine",
-    "linear",
-    "constant",
-    "rex",
-    "uba",
-    "delayed-linear",
-    "polynomial",
-    "step",
-    "exponential",
-    "inverse-sqrt",
-    "wsd",
-    "infinite",
-    "one-cycle",
-    "plateau",
-]
 
 
 class Train(SubjectInstrument):
@@ -70,21 +40,16 @@ class Train(SubjectInstrument):
     micro_batch: int = parameter(
         0, "examples at once (gradient accumulation); 0 takes the whole batch", ge=0, le=65536
     )
-    lr: float = parameter(1e-3, "peak learning rate", gt=0, le=100, scale="log")
-    optimizer: OptimizerName = parameter("adamw", "optimizer")
+    learning_rate: float = parameter(1e-3, "peak learning rate", gt=0, le=100, scale="log")
+    optimizer: Choice = OPTIMIZER.choice("adamw")
     weight_decay: float = parameter(0.01, "weight decay of matrices", ge=0, le=10)
-    schedule: ScheduleName = parameter("cosine", "learning-rate schedule")
-    phi: float = parameter(2.0, "phi of the UBA schedule; 2 is cosine", gt=0, le=50, scale="log")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
     warmup: float = parameter(0.05, "linear warm-up as a fraction of the steps", ge=0, lt=1)
     clip: float = parameter(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e6)
-    precision: Precision = parameter(
-        "fp32",
-        "precision of the forward and backward pass; a number format rounds the operands of its matrix "
-        "products",
-    )
-    rotation: Literal[0, 1, 2] = parameter(
-        0, "Hadamard rotations of rounded operands (HALO's levels): none, forward, forward and input gradient"
-    )
+    precision: Choice = PRECISION.choice("fp32")
+    batch_rule: Choice = BATCH_RULE.choice("fixed")
+    loss: Choice = TRAINING_LOSS.choice("task")
+    model_change: Choice = MODEL_CHANGE.choice("none")
     ema: float = parameter(0.0, "decay of averaged weights; 0 keeps the last weights", ge=0, lt=1)
     start: Start = parameter("weights", "start from the subject's weights or from random ones")
     split: str = parameter("train", "split to train on", min_length=1)
@@ -93,21 +58,25 @@ class Train(SubjectInstrument):
     )
 
     @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {"lr": "learning_rate"}
+
+    @classmethod
     def result_class(cls) -> type[Result]:
         return TrainResult
 
     def check(self, on: Subject) -> None:
         on.split(self.split)
-        arithmetic_of(on, self.precision, self.rotation)
-        make_optimizer(self.optimizer, self.lr, self.weight_decay)
-        make_schedule(self.schedule, self.warmup, **self._schedule_options())
-
-    def _schedule_options(self) -> dict[str, Any]:
-        return {"phi": self.phi} if self.schedule == "uba" else {}
+        arithmetic_of(on, self.precision)
+        self.loss(on)
+        if self.model_change != "none":
+            self.model_change(on.copy())
+        check_pair(self.optimizer, self.schedule, self.learning_rate, self.weight_decay, self.warmup)
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         mine = reinitialised(on, self.seed) if self.start == "random" else on
         before = on.evaluate("validation") if "validation" in on.splits and self.start == "weights" else {}
+        mine = self.model_change(mine)
 
         def draw(run: Training) -> None:
             if run.step % max(1, self.steps // 50) == 0 and type(progress).preview is not Progress.preview:
@@ -118,15 +87,15 @@ class Train(SubjectInstrument):
             steps=self.steps,
             batch_size=self.batch_size,
             micro_batch=self.micro_batch,
-            lr=self.lr,
+            learning_rate=self.learning_rate,
             optimizer=self.optimizer,
             weight_decay=self.weight_decay,
             schedule=self.schedule,
-            schedule_options=self._schedule_options(),
             warmup=self.warmup,
             clip=self.clip or None,
             precision=self.precision,
-            rotation=self.rotation,
+            batch_rule=self.batch_rule(),
+            loss=self.loss(mine),
             ema=self.ema,
             split=self.split,
             evaluate_every=self.evaluate_every,
@@ -154,6 +123,8 @@ class Train(SubjectInstrument):
                 if split in mine.splits
                 for k, v in mine.evaluate(split).items()
             }
+        if hasattr(mine.model, "certificate"):
+            facts["lipschitz_certificate"] = mine.model.certificate()
         facts["optimizer_state_bytes"] = state_bytes(run.optimizer)
         return self.result(table, facts, subject=mine)
 
@@ -186,20 +157,3 @@ class TrainResult(Result):
             margin_r=60,
         )
         return fig
-
-
-def names(text: str, known: tuple[str, ...], field: str) -> list[str]:
-    """A comma-separated list of names, each of them known."""
-    import difflib
-
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found:
-        raise BadInput(f"{field}: {text!r} names nothing; known: {', '.join(known)}")
-    for name in found:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            raise BadInput(
-                f"{field}: {name!r} is unknown; {f'did you mean {close[0]}? ' if close else ''}known: "
-                f"{', '.join(known)}"
-            )
-    return list(dict.fromkeys(found))

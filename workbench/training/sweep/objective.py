@@ -22,9 +22,8 @@ from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.storage import cache_folder
 from workbench.subjects import Subject, subject
-from workbench.training.loop import fit
+from workbench.training.loop import Training, fit
 from workbench.training.optimizer.optimizers import state_bytes
-from workbench.training.state import Training
 from workbench.training.sweep.sweeps import Range, Sampling, Sweep, Trial
 
 Start = Literal["weights", "random"]
@@ -83,6 +82,8 @@ class TrainingObjective:
         """The subject of one run on its device, and the arguments of the run."""
         torch.set_num_threads(1)
         arguments = {**self.fixed, **params}
+        if "lr" in arguments:  # as it is called in tables of runs
+            arguments["learning_rate"] = arguments.pop("lr")
         base = opened(self.folder)
         mine = begun(base, self.start, int(arguments.get("seed", 0)))
         mine.model.to(self.device)
@@ -223,10 +224,12 @@ def language_subject(width: int = 48, layers: int = 2, context: int = 64, corpus
     )
 
 
-def axis(low: float, high: float, points: int) -> Range:
+def learning_rates(low: float, high: float, points: int) -> Range:
+    """Learning rates evenly spaced in the logarithm."""
     if not 0 < low <= high:
         raise BadInput(
-            f"lr_high: the range {low:g} to {high:g} is empty; lr_low must be positive and at most lr_high"
+            f"learning_rate_high: the range {low:g} to {high:g} is empty; "
+            "learning_rate_low must be positive and at most learning_rate_high"
         )
     return Range(low, high, log=True, points=points)
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.training.optimizer.group_optimizer import GroupOptimizer, adam_direction
+from workbench.training.optimizer.optimizers import OPTIMIZER, MomentOptions, decay_groups
 
 
 def compress(values: Tensor) -> Tensor:
@@ -170,3 +173,35 @@ def gathered(sent: list[Tensor]) -> Tensor:
         dist.all_gather(all_scales, scale)
         found += [unpacked(b, s, mine) for b, s in zip(all_bits, all_scales, strict=True)]
     return torch.stack(found).mean(0)
+
+
+class OneBitAdamOptions(MomentOptions):
+    betas: tuple[float, float] = parameter(
+        (0.9, 0.999), "decay of the averages of gradients and of their squares, each in [0, 1)"
+    )
+    eps: float = parameter(1e-8, "added to the root of the second moment", ge=0)
+    freeze: int = parameter(100, "steps of Adam before the second moment is frozen", ge=1, unit="steps")
+    workers: int = parameter(
+        0, "workers simulated in this process, one micro-batch each; 0: the processes there are", ge=0
+    )
+    feedback: bool = parameter(True, "what compression leaves out is added to the next step")
+
+
+@OPTIMIZER.add(
+    "one-bit-adam",
+    formula="c_i = C(m_i + e_i); m <- C(mean c_i + e); w <- w - lr m_hat / (sqrt(v_frozen) + eps)",
+    source="Tang et al. 2021",
+    options=OneBitAdamOptions,
+)
+def one_bit_adam(
+    model: nn.Module, learning_rate: float, weight_decay: float, options: OneBitAdamOptions
+) -> Optimizer:
+    return OneBitAdam(
+        decay_groups(model, weight_decay),
+        lr=learning_rate,
+        betas=options.betas,
+        eps=options.eps,
+        freeze=options.freeze,
+        workers=options.workers,
+        feedback=options.feedback,
+    )

@@ -1,0 +1,88 @@
+"""What was a loop of its own takes the settings of the training loop: recovery between pruning events,
+pruning-aware tuning, training through rounding and sparse training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import workbench
+from workbench.progress import Progress
+from workbench.pruning import Prune, TrainSparse
+from workbench.pruning.recovery.recovery import Recovery
+from workbench.quantization import TrainQuantized
+from workbench.subjects import Subject
+
+OTHER: dict[str, Any] = {"optimizer": "lion", "learning_rate_schedule": "cosine", "precision": "bf16"}
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings that every instrument which trains on the way finds, as if it had the fields."""
+    from workbench.training import chosen as module
+
+    settings: dict[str, Any] = {}
+
+    def found(instrument: Any) -> dict[str, Any]:
+        return {setting: settings[name] for name, setting in module.FIELDS.items() if name in settings}
+
+    for name in ("pruning.prune", "pruning.engine.dimensions", "pruning.sparse_training.run",
+                 "quantization.trained.rounded_course"):  # fmt: skip
+        monkeypatch.setattr(f"workbench.{name}.chosen_settings", found)
+    return settings
+
+
+def weights(on: Subject) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in on.model.parameters()])
+
+
+RUNS = {
+    "recovery": Prune(method="magnitude", recovery="finetune", recovery_steps=4, batch_size=8),
+    "tuning": Prune(method="pat", pattern="channels", sparsity=0.25, recovery="finetune", recovery_steps=4),
+    "rounding": TrainQuantized(steps=4, batch_size=8, test_examples=32, switch_at=0.5),
+    "sparse": TrainSparse(method="static", sparsity=0.5, steps=4, batch_size=8),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_each_takes_optimizer_schedule_precision_and_accumulation(name: str, chosen: dict[str, Any]) -> None:
+    """Another optimizer gives other weights; micro-batches give the same ones."""
+
+    def trained() -> torch.Tensor:
+        torch.manual_seed(0)
+        on = workbench.subject("digits-vit")
+        return weights(RUNS[name].run(on, Progress(), cache=False).subject)
+
+    plain = trained()
+    chosen["micro_batch"] = 3
+    accumulated = trained()
+    del chosen["micro_batch"]
+    chosen.update(OTHER)
+    other = trained()
+    chosen["optimizer"] = "muon"
+    fourth = trained()
+    assert torch.isfinite(other).all() and not torch.equal(other, plain) and not torch.equal(fourth, other)
+    assert float((accumulated - plain).norm() / plain.norm()) < 2e-3
+
+
+def test_recovery_in_parts_is_recovery_in_one(checkpoints: Any) -> None:
+    """And one that skips what another did goes on with the other's learning rates."""
+
+    def recovered(parts: tuple[int, ...], skipped: int = 0) -> tuple[Recovery, torch.Tensor]:
+        on = workbench.subject(checkpoints["llama"], data="random")
+        run = Recovery(on, on.layers(), "finetune", 8, 1e-3, batch_size=4)
+        run.skip(skipped)
+        for steps in parts:
+            run.advance(steps)
+        run.finish()
+        return run, weights(on)
+
+    whole, expected = recovered((8,))
+    parts, found = recovered((3, 1, 4))
+    late, _ = recovered((5,), skipped=3)
+    assert torch.equal(expected, found) and whole.curve == parts.curve and whole.done == 8
+    rates = [row["lr"] for row in whole.run.rows]
+    assert [row["lr"] for row in late.run.rows] == pytest.approx(rates[3:]) and late.curve[0]["step"] == 4

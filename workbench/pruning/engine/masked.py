@@ -1,0 +1,133 @@
+"""What the engines that leave masks have in common: the dense model beside the pruned one, statistics,
+recovery and the tables of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from workbench.progress import Progress
+from workbench.pruning.error_table import add_prediction, layer_table, packed_bytes
+from workbench.pruning.pattern import Pattern
+from workbench.pruning.recovery.recovery import Recovery
+from workbench.results import Result
+from workbench.subjects import Layer, Subject
+
+if TYPE_CHECKING:
+    from workbench.pruning.plan import PrunePlan
+
+
+class Masked:
+    """An engine whose events mask weights; a subclass says how (`prune_to`) and what follows (`removed`)."""
+
+    def __init__(self, prune: PrunePlan, pattern: Pattern) -> None:
+        self.prune, self.pattern = prune, pattern
+
+    def begin(self, on: Subject, progress: Progress) -> None:
+        self.on, self.progress = on, progress
+        self.layers = on.layers(self.prune.layers)
+        self.dense_test = on.evaluated(self.prune.test_split, progress=progress)
+        self.dense = on.copy()
+        self.before = {layer.name: layer.weight.detach().clone() for layer in self.layers}
+        self.calibration = self.prune.calibration(on, self.layers, progress)
+        self.changed = False
+        self.recovery: Recovery | None = self.prune.recovery(
+            on,
+            self.layers,
+            self.dense,
+            seed=self.prune.seed,
+            movement=self.prune.saliency.entry.needs == "training",
+            progress=progress,
+            watch=self.draw,
+        )
+        self.history: list[dict[str, float]] = []
+        self.extra: dict[str, float] = {}
+
+    def draw(self, run: Recovery) -> None:
+        if type(self.progress).preview is not Progress.preview:
+            tables = {"recovery": pd.DataFrame(run.curve)}
+            shown = self.prune.result(pd.DataFrame(), {"steps": run.done}, tables=tables, partial=True)
+            self.progress.preview(shown)
+
+    def train(self, steps: int) -> None:
+        if self.recovery is not None:
+            self.recovery.advance(steps)
+            self.changed = True
+
+    @property
+    def trained(self) -> int:
+        return self.recovery.done if self.recovery else 0
+
+    def event(self, sparsity: float) -> bool:
+        if self.changed:
+            self.calibration = self.prune.calibration(self.on, self.layers, self.progress)
+        self.prune_to(sparsity)
+        self.changed = True
+        self.history.append(
+            {
+                "step": len(self.history) + 1,
+                "trained": self.trained,
+                "sparsity": zero_share(self.layers),
+            }
+        )
+        return True
+
+    def prune_to(self, sparsity: float) -> None:
+        raise TypeError(f"{type(self).__name__} has no prune_to")
+
+    def removed(self, facts: dict[str, Any]) -> dict[str, pd.DataFrame]:
+        """Take out what is masked as a whole, if that is asked for; further facts, and tables."""
+        return {}
+
+    def finish(self) -> Result:
+        prune, on, progress, layers = self.prune, self.on, self.progress, self.layers
+        if self.recovery is not None:
+            self.recovery.finish()
+        # The dense model's statistics: still held when they fit in memory,
+        # otherwise measured on the copy again, a group of layers at a time.
+        gram = prune.calibration(self.dense, self.dense.layers(prune.layers), progress).gram
+        table = layer_table(layers, self.before, None if progress.stopped else gram)
+        facts = self.facts()
+        if prune.predict_examples and not progress.stopped:
+            deltas = {layer.name: layer.weight.detach() - self.before[layer.name] for layer in layers}
+            add_prediction(
+                table, facts, self.dense, deltas, prune.calibration_split, prune.predict_examples, progress
+            )
+        arrays = {
+            layer.name: np.packbits((layer.weight.detach() != 0).cpu().numpy(), axis=-1) for layer in layers
+        }
+        more = self.removed(facts)
+        if not progress.stopped:
+            facts |= on.evaluate(prune.test_split, progress=progress)
+        tables = {"schedule": pd.DataFrame(self.history)} if len(self.history) > 1 else {}
+        if self.recovery is not None:
+            tables["recovery"] = pd.DataFrame(self.recovery.curve)
+            facts["trained_share"] = self.recovery.trainable_share
+        return prune.result(table, facts, tables=tables | more, arrays=arrays, subject=on)
+
+    def facts(self) -> dict[str, Any]:
+        prune, layers = self.prune, self.layers
+        weights = sum(layer.original.numel() for layer in layers)
+        zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+        return {
+            "sparsity": zeros / weights,
+            **{f"dense_{k}": v for k, v in self.dense_test.items()},
+            "weights": weights,
+            "nonzero": weights - zeros,
+            "dense_bytes": weights * 4,
+            "packed_bytes": packed_bytes(weights, weights - zeros, self.pattern),
+            "composition": (
+                f"{prune.saliency} x {prune.pattern} x {prune.allocation} x {prune.compensation} x "
+                f"{prune.schedule} x {prune.recovery}"
+            ),
+        }
+
+
+def zero_share(layers: Sequence[Layer]) -> float:
+    return sum(int((layer.weight == 0).sum()) for layer in layers) / sum(
+        layer.original.numel() for layer in layers
+    )

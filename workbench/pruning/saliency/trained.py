@@ -1,0 +1,61 @@
+"""Saliencies that come out of training: scores collected by the recovery, and channels that learn to stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from workbench.axis import Choice, Options, parameter
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.pruning.axes import SALIENCY
+from workbench.pruning.calibration import Calibration
+from workbench.pruning.pattern import Pattern
+from workbench.pruning.recovery.pat import learn_channels
+from workbench.subjects import Layer, Subject
+from workbench.training.chosen import chosen_settings
+
+
+@SALIENCY.add(
+    "movement", formula="-sum over steps of lr g w", source="Sanh et al. 2020, eq. 4", needs="training"
+)
+def movement(layer: Layer, calibration: Calibration, pattern: Pattern, options: Options) -> Tensor:
+    if layer.name not in calibration.trained:
+        raise BadInput("saliency: movement is collected while training, and nothing has been trained")
+    return calibration.trained[layer.name]
+
+
+class Learned(Options):
+    rank: int = parameter(8, "rank of the channels' transforms", ge=1)
+
+
+@SALIENCY.add(
+    "learned",
+    formula="m = sigmoid(T M) + c, M trained",
+    source="Liu et al. 2024 (PAT)",
+    needs="training",
+    traits="channels",
+    options=Learned,
+)
+def learned(
+    on: Subject, left: int, recovery: Choice, seed: int, progress: Progress, options: Learned
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """(kept (hidden,), curve): the subject is trained in place."""
+    training = recovery.options
+    settings = chosen_settings(training, "schedule")
+    if training.schedule == "rise-and-fall":  # the tuning has one of its own, which rests at the end
+        del settings["schedule"]
+    kept, curve = learn_channels(
+        on,
+        left,
+        recovery.name,
+        training.steps,
+        training.learning_rate,
+        training.batch_size,
+        options.rank,
+        seed,
+        progress,
+        settings,
+    )
+    return kept, list(curve)

@@ -1,0 +1,238 @@
+"""Layers in the order in which they are rounded: one by one, block by block, or in windows of blocks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from workbench.progress import Progress
+from workbench.quantization.activations.activations import InputRanges
+from workbench.quantization.activations.sequential import block_calls, grouped, paired_moments, target
+from workbench.quantization.number.grid import Grid
+from workbench.quantization.number.split_grid import Salient
+from workbench.quantization.quantize_settings import QuantizeSettings
+from workbench.quantization.quantized_layer import mask_of, stacked
+from workbench.quantization.rounding.adapters import Term
+from workbench.quantization.rounding.blockwise import reconstruct, windows
+from workbench.quantization.rounding.feedback import Factors
+from workbench.quantization.rounding.learned import LearnedRounding
+from workbench.quantization.rounding.nearest import rounded
+from workbench.quantization.rounding.problem import Problem
+from workbench.quantization.transform.transform import in_coordinates
+from workbench.statistics import InputMoments
+from workbench.subjects import Layer, Subject
+
+Rounded = tuple[Tensor, Grid, Term | None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What some transforms ask about a layer's inputs besides the second moment:
+    ranges, and sampled rows, by layer.
+    """
+
+    ranges: dict[str, InputRanges]
+    rows: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one layer's rounding reads beside its weight.
+
+    moments : second moments of the inputs it will see;  cross : (in, in) products of the dense model's inputs
+        with those, where blocks before are quantized already (`sequential`)
+    generator : the source of every random choice;  factors : shared by layers with the same inputs
+    """
+
+    moments: InputMoments
+    generator: torch.Generator
+    factors: Factors
+    cross: Tensor | None = None
+    seen: Inputs | None = None
+
+
+def problems(settings: QuantizeSettings, layer: Layer, source: Source) -> list[Problem]:
+    """What to round: one matrix, or each of a stack of experts with its own inputs."""
+    grams, mask = source.moments.gram, mask_of(layer)
+    assert grams is not None
+    weight = layer.weight.detach().float()
+    if source.cross is not None:
+        weight = target(weight, grams[0], source.cross, settings.sequential_damp)
+    matrices = weight if weight.ndim == 3 else weight[None]
+    masks = [None] * len(matrices) if mask is None else mask.reshape(matrices.shape)
+    ranges = None if source.seen is None else source.seen.ranges.get(layer.name)
+    rows = None if source.seen is None else source.seen.rows.get(layer.name)
+    salient = None
+    if settings.salient != "none":
+        wide = settings.salient.options
+        salient = Salient(wide.share, wide.bits, settings.salient)
+    shared = Problem(
+        weight=matrices[0],
+        gram=grams[0],
+        format=settings.format_for(layer.name),
+        granularity=settings.granularity,
+        group_size=settings.group_size,
+        rule=settings.range,
+        generator=source.generator,
+        factors=source.factors,
+        rows=rows,
+        activation=None if rows is None else settings.activations.options.format(),
+        salient=salient,
+    )
+    return [
+        replace(
+            shared,
+            weight=matrix if kept is None else matrix * kept,
+            gram=grams[expert],
+            mask=kept,
+            largest=None if ranges is None else ranges.largest[expert],
+        )
+        for expert, (matrix, kept) in enumerate(zip(matrices, masks, strict=True))
+    ]
+
+
+def round_matrix(settings: QuantizeSettings, problem: Problem) -> tuple[Tensor, Grid]:
+    """One matrix: its values in the model's coordinates, and the grid they are on in the transform's."""
+    moved, transform = in_coordinates(problem, settings.transform)
+    values, grid = rounded(moved, settings.rounding)
+    if transform is None:
+        return values, grid
+    return transform.weight_back(values), replace(grid, transform=transform)
+
+
+def round_layer(settings: QuantizeSettings, layer: Layer, source: Source) -> Rounded:
+    """Values (..., out, in), float32, in the model's coordinates, their grid,
+    and the low-rank term beside them, if any.
+    """
+
+    def rounder(problem: Problem) -> tuple[Tensor, Grid]:
+        return round_matrix(settings, problem)
+
+    parts = [settings.adapter(problem, rounder) for problem in problems(settings, layer, source)]
+    values, grid = stacked([(values, grid) for values, grid, _ in parts])
+    terms = [term for _, _, term in parts if term is not None]
+    if not terms:
+        return values, grid, None
+    if len(terms) == 1:
+        return values, grid, terms[0]
+    ups, downs = zip(*terms, strict=True)
+    return values, grid, (torch.stack(ups), torch.stack(downs))
+
+
+@dataclass
+class RoundingOrder:
+    """A walk over the layers of `on`, whose inputs have these second moments.
+
+    dense : the subject before anything was rounded, the same as `on` unless blocks are rounded in sequence
+    """
+
+    settings: QuantizeSettings
+    on: Subject
+    dense: Subject
+    layers: Sequence[Layer]
+    moments: dict[str, InputMoments]
+    seen: Inputs
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.settings.seed)
+        self.factors = Factors()
+
+    def __iter__(self) -> Iterator[tuple[Layer, Tensor, Grid, Term | None]]:
+        """Each layer with its values and grid. With `sequential` a block's statistics are taken once those
+        before it are in place.
+        """
+        if not self.settings.by_blocks and not self.settings.sequential:
+            for layer in self.progress.track(self.layers, "rounding"):
+                source = Source(self.moments[layer.name], self.generator, self.factors, seen=self.seen)
+                yield layer, *round_layer(self.settings, layer, source)
+            return
+        groups = grouped(self.on, self.layers)
+        if self.settings.by_blocks:
+            inside = [group for group in groups if group[0]]
+            stacks = itertools.groupby(inside, key=lambda group: group[0].rsplit(".", 1)[0])
+            for _, stack in stacks:  # an encoder's, then a decoder's
+                yield from self.by_windows(list(stack))
+            groups = [group for group in groups if not group[0]]  # what lies outside goes layer by layer
+        for block, mine in groups:
+            if self.progress.stopped:
+                return
+            sources = self.sources(block, mine)
+            for layer in self.progress.track(mine, "rounding"):
+                source = replace(sources[layer.name], seen=self.seen)
+                yield layer, *round_layer(self.settings, layer, source)
+
+    def sources(self, block: str, layers: Sequence[Layer]) -> dict[str, Source]:
+        """What the layers of a block read, measured anew where the blocks before it are rounded already."""
+        moments, cross = self.moments, dict[str, Tensor]()
+        if self.settings.sequential:
+            moments, cross = paired_moments(
+                self.dense,
+                self.on,
+                block,
+                layers,
+                self.settings.calibration_examples,
+                progress=self.progress,
+            )
+        return {
+            layer.name: Source(moments[layer.name], self.generator, self.factors, cross.get(layer.name))
+            for layer in layers
+        }
+
+    def by_windows(
+        self, groups: Sequence[tuple[str, list[Layer]]]
+    ) -> Iterator[tuple[Layer, Tensor, Grid, Term | None]]:
+        """Blocks learned in windows; a block's rounding is final once the window has left it,
+        and those after it go on from where they are.
+        """
+        options = self.settings.rounding.options.objective.options
+        modules, done = dict[str, list[LearnedRounding]](), 0
+        spans = windows(len(groups), options.window, options.overlap)
+        for span, following in zip(spans, [*spans[1:], range(len(groups), len(groups))], strict=True):
+            if self.progress.stopped:
+                return
+            inside = [groups[i] for i in span]
+            for block, mine in inside:
+                if mine[0].name not in modules:
+                    for name, source in self.sources(block, mine).items():
+                        layer = next(layer for layer in mine if layer.name == name)
+                        modules[name] = [
+                            self.settings.rounding(problem)
+                            for problem in problems(self.settings, layer, source)
+                        ]
+            self.learn(inside, modules)
+            for _, mine in groups[done : following.start]:
+                for layer in mine:
+                    yield layer, *stacked([m.hard() for m in modules.pop(layer.name)]), None
+            done = following.start
+
+    def learn(
+        self, inside: Sequence[tuple[str, list[Layer]]], modules: dict[str, list[LearnedRounding]]
+    ) -> None:
+        """Move the roundings of a window's blocks towards what its last block puts out."""
+        blocks = [block for block, _ in inside]
+        layers = [layer for _, mine in inside for layer in mine]
+        examples, rounding = self.settings.calibration_examples, self.settings.rounding
+        calls = [block_calls(self.on, block, examples) for block in blocks]
+        wanted = block_calls(self.dense, blocks[-1], examples) if self.settings.sequential else calls[-1]
+        targets = [[call.output for call in wanted]]
+        angular = modules[layers[0].name][0].angular
+        if angular and self.settings.sequential:
+            targets.append([call.output for call in calls[-1]])
+        reconstruct(
+            self.on.model,
+            blocks,
+            layers,
+            modules,
+            list(zip(*calls, strict=True)),
+            targets,
+            rounding.options.steps,
+            self.generator,
+            self.progress,
+            divergence=rounding.options.objective.options.window > 1,
+            angular=angular,
+        )

@@ -1,0 +1,194 @@
+"""Laws of model size, data and compute."""
+
+from __future__ import annotations
+
+from workbench.axis import Options
+from workbench.scaling.formulas.lawbook import LAW
+from workbench.scaling.formulas.laws import Law, Parameter
+from workbench.scaling.formulas.parameters import CHINCHILLA, exponent, floor, predicts, scale
+
+DATA_CONSTRAINED = """
+G = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
+unique = min(unique_tokens, tokens)
+best = G * (unique * G) ** (beta / alpha)
+useful = min(params, best)
+repeats = max(tokens / unique - 1, 0)
+excess = max(params / useful - 1, 0)
+data = unique + unique * RD * (1 - exp(-repeats / RD))
+size = useful + useful * RN * (1 - exp(-excess / RN))
+E + A / size**alpha + B / data**beta
+"""
+
+
+@LAW.add(
+    "chinchilla",
+    title="Chinchilla, parametric (approach 3)",
+    formula=r"L = E + \frac{A}{N^{\alpha}} + \frac{B}{D^{\beta}}",
+    source="Hoffmann et al. 2022, eq. 2",
+)
+def chinchilla(options: Options) -> Law:
+    return predicts(
+        "E + A / params**alpha + B / tokens**beta",
+        CHINCHILLA,
+        ("params", "tokens"),
+    )
+
+
+@LAW.add(
+    "kaplan",
+    title="Kaplan, model and data",
+    formula=r"L = \left[(N_c/N)^{\alpha_N/\alpha_D} + D_c/D\right]^{\alpha_D}",
+    source="Kaplan et al. 2020, eq. 1.5",
+)
+def kaplan(options: Options) -> Law:
+    return predicts(
+        "((Nc / params) ** (alpha_n / alpha_d) + Dc / tokens) ** alpha_d",
+        (
+            scale("Nc", "critical model size", (1e6, 1e18)),
+            scale("Dc", "critical data size", (1e6, 1e18)),
+            exponent("alpha_n", "model exponent", (0.02, 0.5)),
+            Parameter("alpha_d", "data exponent", (0.02, 0.5), low=1e-3, high=5.0),
+        ),
+        ("params", "tokens"),
+    )
+
+
+@LAW.add(
+    "kaplan-steps",
+    title="Kaplan, model and minimum steps",
+    formula=r"L = (N_c/N)^{\alpha_N} + (S_c/S_{\min})^{\alpha_S}",
+    source="Kaplan et al. 2020, eq. 5.6; Su et al. 2024, eq. 2",
+)
+def kaplan_steps(options: Options) -> Law:
+    return predicts(
+        "(Nc / params) ** alpha_n + (Sc / steps) ** alpha_s",
+        (
+            scale("Nc", "critical model size", (1e6, 1e18)),
+            scale("Sc", "critical steps", (1.0, 1e8)),
+            exponent("alpha_n", "model exponent", (0.02, 0.5)),
+            exponent("alpha_s", "step exponent", (0.2, 1.5)),
+        ),
+        ("params", "steps"),
+    )
+
+
+@LAW.add(
+    "power-data",
+    title="Power law in tokens",
+    formula=r"L = E + B D^{-\beta}",
+    source="Hestness et al. 2017",
+)
+def power_data(options: Options) -> Law:
+    return predicts(
+        "E + B / tokens**beta",
+        (floor(), CHINCHILLA[2], CHINCHILLA[4]),
+        ("tokens",),
+    )
+
+
+@LAW.add(
+    "power-params",
+    title="Power law in parameters",
+    formula=r"L = E + A N^{-\alpha}",
+    source="Hestness et al. 2017; Kim et al. 2025 (asymptote of a tuned recipe)",
+)
+def power_params(options: Options) -> Law:
+    return predicts(
+        "E + A / params**alpha",
+        (floor(), CHINCHILLA[1], CHINCHILLA[3]),
+        ("params",),
+    )
+
+
+@LAW.add(
+    "power-compute",
+    title="Power law in compute",
+    formula=r"L = E + K C^{-\gamma}",
+    source="Kaplan et al. 2020; Henighan et al. 2020",
+)
+def power_compute(options: Options) -> Law:
+    return predicts(
+        "E + K / flops**gamma",
+        (
+            floor(),
+            scale("K", "size of the finite-compute term", (1e-2, 1e6)),
+            exponent("gamma", "how fast more compute helps", (0.01, 0.5)),
+        ),
+        ("flops",),
+    )
+
+
+@LAW.add(
+    "over-training",
+    title="Over-training",
+    formula=r"L = E + a N^{-\eta} + b\,6^{-\eta/2} (M N)^{-\eta},\; M = D/N",
+    source="Gadre et al. 2024, eq. 4",
+)
+def over_training(options: Options) -> Law:
+    return predicts(
+        "E + a * params**(-eta) + b * 6**(-eta / 2) * tokens**(-eta)",
+        (
+            floor(),
+            scale("a", "model term", (1e-1, 1e6)),
+            scale("b", "data term", (1e-1, 1e6)),
+            exponent("eta", "twice the compute exponent", (0.02, 0.8)),
+        ),
+        ("params", "tokens"),
+    )
+
+
+@LAW.add(
+    "data-constrained",
+    title="Data-constrained (repeated tokens)",
+    formula=r"L = E + A/N'^{\alpha} + B/D'^{\beta},\; D' = U + U R_D^*(1-e^{-R_D/R_D^*})",
+    source="Muennighoff et al. 2023, eqs. 5-7",
+)
+def data_constrained(options: Options) -> Law:
+    return predicts(
+        DATA_CONSTRAINED,
+        (
+            *CHINCHILLA,
+            scale("RD", "repetitions after which repeated tokens lose their worth", (0.5, 200.0)),
+            scale("RN", "excess of parameters after which more are worthless", (0.2, 100.0)),
+        ),
+        ("params", "tokens", "unique_tokens"),
+    )
+
+
+@LAW.add(
+    "broken-power",
+    title="Smoothly broken power law (one break)",
+    formula=r"L = E + B D^{-c_0}\left(1+(D/d_1)^{1/f}\right)^{-c_1 f}",
+    source="Caballero et al. 2023, eq. 1 with n = 1",
+)
+def broken_power(options: Options) -> Law:
+    return predicts(
+        "E + B * tokens**(-c0) * exp(-c1 * f * softplus((log(tokens) - log(knee)) / f))",
+        (
+            Parameter("E", "limit", (1e-3, 3.0), scale="log"),
+            scale("B", "size", (1e-2, 1e6)),
+            Parameter("c0", "slope before the break", (-0.2, 1.0), low=-5, high=5),
+            Parameter("c1", "change of slope at the break", (-1.0, 1.0), low=-5, high=5),
+            scale("knee", "tokens at the break", (1e5, 1e12)),
+            Parameter("f", "width of the break in ln tokens", (0.05, 2.0), low=1e-2, scale="log", high=20.0),
+        ),
+        ("tokens",),
+    )
+
+
+@LAW.add(
+    "ensemble",
+    title="Ensemble members",
+    formula=r"L(K) = E_K + A K^{-\alpha}",
+    source="Kim et al. 2025",
+)
+def ensemble(options: Options) -> Law:
+    return predicts(
+        "E + A / members**alpha",
+        (
+            floor(),
+            scale("A", "single-model excess", (1e-3, 10.0)),
+            exponent("alpha", "exponent", (0.2, 2.0)),
+        ),
+        ("members",),
+    )

@@ -1,0 +1,1 @@
+"""Precisions of the forward and backward pass."""
