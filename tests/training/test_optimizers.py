@@ -18,6 +18,7 @@ from workbench.errors import BadInput
 from workbench.training import checkpoint, fit
 from workbench.training.optimizer.combined import Together
 from workbench.training.optimizer.lamb import LAMB, LARS
+from workbench.training.optimizer.lion import Lion
 from workbench.training.optimizer.muon import Muon
 from workbench.training.optimizer.onebit import OneBitAdam, compress, packed, unpacked
 from workbench.training.optimizer.optimizers import OPTIMIZERS, make_optimizer
@@ -90,8 +91,6 @@ def test_lars() -> None:
 
 
 def test_lion() -> None:
-    from pytorch_optimizer import Lion
-
     def rule(w: Tensor, g: Tensor, s: dict, t: int) -> Tensor:
         m = s.get("m", 0 * g)
         s["m"] = 0.99 * m + 0.01 * g

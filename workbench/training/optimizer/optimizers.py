@@ -19,6 +19,7 @@ from workbench.training.optimizer.combined import Together
 from workbench.training.optimizer.galore import GaLore
 from workbench.training.optimizer.kron import Kron
 from workbench.training.optimizer.lamb import LAMB, LARS
+from workbench.training.optimizer.lion import Lion
 from workbench.training.optimizer.mkor import MKOR
 from workbench.training.optimizer.muon import Muon
 from workbench.training.optimizer.onebit import OneBitAdam
@@ -105,8 +106,6 @@ def _adafactor(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
 def _lion(
     model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.99)
 ) -> Optimizer:
-    from pytorch_optimizer import Lion
-
     return Lion(decay_groups(model, weight_decay), lr=lr, betas=betas)
 
 
@@ -242,7 +241,7 @@ OPTIMIZERS: dict[str, Recipe] = {
     "adafactor": Recipe(_adafactor, "Shazeer & Stern 2018; torch", 1e-2),
     "lamb": Recipe(_lamb, "You et al. 2020", 1e-2, ("betas", "eps", "largest", "bias_correction")),
     "lars": Recipe(_lars, "You, Gitman & Ginsburg 2017", 1.0, ("momentum", "trust")),
-    "lion": Recipe(_lion, "Chen et al. 2023; pytorch_optimizer", 1e-4, ("betas",)),
+    "lion": Recipe(_lion, "Chen et al. 2023", 1e-4, ("betas",)),
     "muon": Recipe(
         _muon,
         "Jordan et al. 2024, Liu et al. 2025",
