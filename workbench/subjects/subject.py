@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
+from workbench.kernels.unpadded import unpadded
 from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
 from workbench.subjects import layers as layer_selection
@@ -294,7 +295,7 @@ class Subject:
         was_training, total, items = self.model.training, 0.0, 0
         self.model.eval()
         count = -(-min(self.size(split), limit or self.size(split)) // batch_size)
-        with torch.nn.utils.parametrize.cached():
+        with torch.nn.utils.parametrize.cached(), unpadded(self.model):
             for batch in progress.track(
                 self.batches(split, batch_size, limit, by_length=True), f"evaluate {split}", count
             ):

@@ -28,6 +28,7 @@ from torch.autograd import Function
 from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.kernels.hadamard import hadamard
+from workbench.kernels.quantize import quantize_dequantize
 from workbench.quantization.number.formats import Format, named
 from workbench.quantization.transform.coordinates import power_of_two
 from workbench.statistics.inputs import WeightCalls
@@ -45,7 +46,12 @@ def rounded(x: Tensor, format: Format | None) -> Tensor:
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = work.abs().amax() / format.element.highest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (format.element.round(work / scale) * scale).to(x.dtype)
+    if (numbers := format.element.numbers) is None:
+        return (format.element.round(work / scale) * scale).to(x.dtype)
+    rows = torch.atleast_2d(work)
+    return (
+        quantize_dequantize(rows, scale.view(1, 1), None, numbers, rows.shape[-1]).view(x.shape).to(x.dtype)
+    )
 
 
 def over_features(rows: Tensor) -> Tensor:
