@@ -119,11 +119,15 @@ def public_names(package: str) -> list[str]:
 
 
 def page_name(name: str, names: Iterable[str]) -> str:
-    """The page of `name`; a function that differs from a class in its capitals only gets a page of another
-    name.
+    """The page of `name`; functions and constants that differ from a class in capitals only get pages of
+    other names.
     """
     alone = sum(other.lower() == name.lower() for other in names) == 1
-    return name if alone or name != name.lower() else f"{name}-function"
+    if alone:
+        return name
+    if name == name.upper():
+        return f"{name}-constant"
+    return f"{name}-function" if name == name.lower() else name
 
 
 def api_pages(folder: Path) -> dict[str, Path]:

@@ -33,11 +33,11 @@ from workbench.quantization.activations import sequential
 from workbench.quantization.number import grid
 from workbench.quantization.number.formats import Minifloat, named
 from workbench.quantization.rotation import fold
-from workbench.quantization.rounding import gptq
+from workbench.quantization.rounding import feedback
 from workbench.quantization.transform import coordinates
 from workbench.statistics import damping
 from workbench.statistics.factors import StackedGradients
-from workbench.subjects import TASKS, Subject, vocabulary
+from workbench.subjects import TASK, Subject, vocabulary
 from workbench.training import quantized_products
 from workbench.training.optimizer import lamb, lion
 
@@ -67,7 +67,7 @@ ENTRIES: list[tuple[Any, str, Any]] = [
     (subject, "unpadded", unpadded.unpadded),
     (obs, "damped", damping.damped),
     (ziplm, "damped", damping.damped),
-    (gptq, "damped", damping.damped),
+    (feedback, "damped", damping.damped),
     (sequential, "damped", damping.damped),
 ]
 
@@ -93,7 +93,7 @@ def language_subject() -> Subject:
     mask[0, 3:] = 0
     columns = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     model = transformers.LlamaForCausalLM(config).eval()
-    return Subject("llama", model, TASKS["causal-lm"](), {"test": columns, "train": columns})
+    return Subject("llama", model, TASK["causal-lm"].value(), {"test": columns, "train": columns})
 
 
 def transformed() -> Any:

@@ -20,7 +20,7 @@ Made = tuple[Subject, list[float]]
 
 
 @ROTATION.add("hadamard", formula="R = diag(+-1) H", source="Ashkboos et al. 2024, QuaRot")
-def hadamard(on: Subject, examples: int, seed: int, progress: Progress, options: Options) -> Made:
+def hadamard_rotation(on: Subject, examples: int, seed: int, progress: Progress, options: Options) -> Made:
     return rotate(on, "hadamard", seed), []
 
 
