@@ -15,7 +15,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than nearest rounding at 3 bits",
         None,
-        recipe=(("quantize", {"rounding": "gptq", "bits": 3}),),
+        recipe=(("quantize", {"rounding": "gptq", "format": "int3"}),),
     ),
     Method(
         "adaround",
@@ -26,7 +26,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         216,
-        recipe=(("quantize", {"rounding": "adaround", "bits": 3}),),
+        recipe=(("quantize", {"rounding": "adaround", "format": "int3"}),),
     ),
     Method(
         "flexround",
@@ -37,7 +37,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         244,
-        recipe=(("quantize", {"rounding": "flexround", "bits": 3}),),
+        recipe=(("quantize", {"rounding": "flexround", "format": "int3"}),),
     ),
     Method(
         "signround",
@@ -48,7 +48,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         295,
-        recipe=(("quantize", {"rounding": "signround", "bits": 3}),),
+        recipe=(("quantize", {"rounding": "signround", "format": "int3"}),),
     ),
     Method(
         "adaquant",
@@ -59,7 +59,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         309,
-        recipe=(("quantize", {"rounding": "adaquant", "bits": 3}),),
+        recipe=(("quantize", {"rounding": "adaquant", "format": "int3"}),),
     ),
     Method(
         "hqq",
@@ -70,7 +70,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than nearest rounding with a zero point at 3 bits",
         None,
-        recipe=(("quantize", {"rounding": "hqq", "bits": 3, "symmetric": False}),),
+        recipe=(("quantize", {"rounding": "hqq", "format": "int3", "format.symmetric": False}),),
     ),
     Method(
         "awq",
@@ -81,7 +81,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than nearest rounding at 3 bits",
         None,
-        recipe=(("quantize", {"transform": "awq", "bits": 3}),),
+        recipe=(("quantize", {"transform": "awq", "format": "int3"}),),
     ),
     Method(
         "teq",
@@ -92,7 +92,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         387,
-        recipe=(("quantize", {"transform": "teq", "bits": 3}),),
+        recipe=(("quantize", {"transform": "teq", "format": "int3"}),),
     ),
     Method(
         "smoothquant",
@@ -109,9 +109,9 @@ METHODS: list[Method] = [
                 {
                     "transform": "smooth",
                     "activations": "tensor",
-                    "bits": 8,
+                    "format": "int8",
                     "granularity": "channel",
-                    "activation_bits": 6,
+                    "activations.format": "int6",
                 },
             ),
         ),
@@ -127,7 +127,15 @@ METHODS: list[Method] = [
         None,
         recipe=(
             ("rotate", {"kind": "hadamard"}),
-            ("quantize", {"bits": 4, "granularity": "channel", "activations": "token", "activation_bits": 4}),
+            (
+                "quantize",
+                {
+                    "format": "int4",
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activations.format": "int4",
+                },
+            ),
         ),
         subject="bytelm",
     ),
@@ -143,7 +151,12 @@ METHODS: list[Method] = [
         recipe=(
             (
                 "quantize",
-                {"activations": "channel", "bits": 8, "granularity": "channel", "activation_bits": 6},
+                {
+                    "activations": "channel",
+                    "format": "int8",
+                    "granularity": "channel",
+                    "activations.format": "int6",
+                },
             ),
         ),
     ),
@@ -161,11 +174,11 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "bits": 4,
+                    "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activation_bits": 4,
-                    "wide_share": 0.0625,
+                    "activations.format": "int4",
+                    "activations.wide_share": 0.0625,
                 },
             ),
         ),
@@ -179,7 +192,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than the largest magnitude at 3 bits",
         None,
-        recipe=(("quantize", {"range": "mse", "bits": 3}),),
+        recipe=(("quantize", {"range": "mse", "format": "int3"}),),
     ),
     Method(
         "asymmetric-calibration",
@@ -191,7 +204,7 @@ METHODS: list[Method] = [
         "GPTQ against the dense output on quantized inputs has lower loss than GPTQ on dense inputs at 2 "
         "bits",
         None,
-        recipe=(("quantize", {"rounding": "gptq", "bits": 2, "range": "mse", "sequential": True}),),
+        recipe=(("quantize", {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True}),),
     ),
     Method(
         "hawq-v2",
@@ -231,7 +244,7 @@ METHODS: list[Method] = [
                     "format": "e4m3fn",
                     "granularity": "tensor",
                     "activations": "tensor",
-                    "activation_format": "e4m3fn",
+                    "activations.format": "e4m3fn",
                 },
             ),
         ),
@@ -267,7 +280,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than rounding after as many steps",
         None,
-        recipe=(("train-quantized", {"method": "lsq", "bits": 2}),),
+        recipe=(("train-quantized", {"method": "lsq", "method.bits": 2}),),
     ),
     Method(
         "trilm",
@@ -295,6 +308,7 @@ METHODS: list[Method] = [
                 {"method": "ternary", "from_scratch": True, "switch_at": 0.2, "learning_rate": 0.003},
             ),
         ),
+        subject="bytelm",
     ),
     Method(
         "interactions",
@@ -305,7 +319,12 @@ METHODS: list[Method] = [
         "gradients at targets the model draws",
         "at an average of 3 bits lower loss than the additive integer program",
         307,
-        recipe=(("allocate", {"sensitivity": "gauss-newton", "interactions": True, "group_size": 4096}),),
+        recipe=(
+            (
+                "allocate",
+                {"sensitivity": "gauss-newton", "sensitivity.interactions": True, "group_size": 4096},
+            ),
+        ),
     ),
     Method(
         "cbq",
@@ -317,7 +336,14 @@ METHODS: list[Method] = [
         "lower loss than learning block by block at 2 bits",
         329,
         recipe=(
-            ("quantize", {"bits": 2, "rounding": "lowrank-adaround", "objective": "block", "window": 2}),
+            (
+                "quantize",
+                {
+                    "format": "int2",
+                    "rounding": "lowrank-adaround",
+                    "rounding.objective": {"name": "block", "window": 2},
+                },
+            ),
         ),
     ),
     Method(
@@ -330,8 +356,16 @@ METHODS: list[Method] = [
         "lower loss than the Hadamard rotation it starts from, 4-bit weights and activations",
         385,
         recipe=(
-            ("rotate", {"kind": "learned", "heads": False}),
-            ("quantize", {"bits": 4, "granularity": "channel", "activations": "token", "activation_bits": 4}),
+            ("rotate", {"kind": "learned", "kind.heads": False}),
+            (
+                "quantize",
+                {
+                    "format": "int4",
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activations.format": "int4",
+                },
+            ),
         ),
         subject="bytelm",
     ),
@@ -348,10 +382,10 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "bits": 4,
+                    "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activation_bits": 4,
+                    "activations.format": "int4",
                     "transform": "flatquant",
                 },
             ),
@@ -371,12 +405,12 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "bits": 4,
+                    "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activation_bits": 4,
+                    "activations.format": "int4",
                     "transform": "resq",
-                    "wide_share": 0.125,
+                    "activations.wide_share": 0.125,
                 },
             ),
         ),
@@ -390,7 +424,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than a zero low-rank term (QLoRA's start) at 2 bits, before any training",
         345,
-        recipe=(("quantize", {"bits": 2, "adapter_rank": 8}),),
+        recipe=(("quantize", {"format": "int2", "adapter": "loftq"}),),
     ),
     Method(
         "nipq",
@@ -401,7 +435,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         356,
-        recipe=(("train-quantized", {"method": "nipq", "budget": 3.0}),),
+        recipe=(("train-quantized", {"method": "nipq"}),),
     ),
     Method(
         "csq",
@@ -412,7 +446,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         276,
-        recipe=(("train-quantized", {"method": "csq", "budget": 3.0, "strength": 0.3}),),
+        recipe=(("train-quantized", {"method": "csq", "method.strength": 0.3}),),
     ),
     Method(
         "fliqs",
@@ -424,10 +458,7 @@ METHODS: list[Method] = [
         "lower loss than LSQ at 3 bits after as many steps, with formats int2, int3, int4 and e2m1",
         369,
         recipe=(
-            (
-                "train-quantized",
-                {"method": "fliqs", "budget": 3.0, "formats": ["int2", "int3", "int4", "e2m1"]},
-            ),
+            ("train-quantized", {"method": "fliqs", "method.formats": ["int2", "int3", "int4", "e2m1"]}),
         ),
     ),
     Method(
@@ -439,7 +470,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than adapters beside a rounded weight, merged and rounded, at 2 bits",
         335,
-        recipe=(("train-quantized", {"method": "l4q", "bits": 2}),),
+        recipe=(("train-quantized", {"method": "l4q", "method.bits": 2}),),
     ),
     Method(
         "bibert",
@@ -462,7 +493,7 @@ METHODS: list[Method] = [
         "int6 operands, equal steps and tuning: both levels of rotation end nearer to the full-precision "
         "loss than no rotation",
         221,
-        recipe=(("train", {"precision": "int6", "rotation": 2, "start": "random"}),),
+        recipe=(("train", {"precision": "int6 rotation 2", "start": "random"}),),
     ),
     *TAUGHT,
     Method(
@@ -484,9 +515,9 @@ METHODS: list[Method] = [
                     "format": "binary",
                     "range": "centred",
                     "granularity": "channel",
-                    "salient_share": 0.2,
-                    "adapter_rank": 8,
-                    "adapter_steps": 0,
+                    "salient": "columns",
+                    "salient.share": 0.2,
+                    "adapter": "qlora",
                 },
             ),
             ("train-quantized", {"method": "adapters"}),
@@ -496,9 +527,10 @@ METHODS: list[Method] = [
                     "format": "binary",
                     "range": "centred",
                     "granularity": "channel",
-                    "salient_share": 0.2,
+                    "salient": "columns",
+                    "salient.share": 0.2,
                     "rounding": "scales",
-                    "objective": "block",
+                    "rounding.objective": "block",
                     "sequential": True,
                 },
             ),
@@ -527,7 +559,7 @@ METHODS: list[Method] = [
         "read at mixed widths of 4 bits on average, lower loss than after training all layers at one width "
         "in turn",
         207,
-        recipe=(("train-quantized", {"method": "double-rounding", "switching": "by trace"}),),
+        recipe=(("train-quantized", {"method": "double-rounding", "method.switching": "by trace"}),),
     ),
     Method(
         "ptq-or-qat",
@@ -538,7 +570,7 @@ METHODS: list[Method] = [
         "training",
         "a gap below 0.02 nats at 8 bits, which opens from 4 bits down",
         358,
-        recipe=(("train-quantized", {"method": "lsq", "bits": 3}),),
+        recipe=(("ptq-or-qat", {}),),
     ),
     Method(
         "log-variance",
@@ -586,11 +618,10 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "bits": 3,
+                    "format": "int3",
                     "granularity": "channel",
-                    "rounding": "flexround",
-                    "objective": "block",
-                    "examples": 256,
+                    "rounding": "adaround",
+                    "rounding.objective": "block",
                 },
             ),
         ),
@@ -604,6 +635,6 @@ METHODS: list[Method] = [
         "training",
         "at 4 bits lower loss than one binary point for all tensors after as many dense steps",
         373,
-        recipe=(("train-quantized", {"method": "fixed", "bits": 4}),),
+        recipe=(("train-quantized", {"method": "fixed", "method.bits": 4}),),
     ),
 ]

@@ -14,6 +14,7 @@ METHODS: list[Method] = [
         "a step budget",
         "best average rank among common schedules over budgets",
         181,
+        recipe=(("train", {"schedule": "rex"}),),
     ),
     Method(
         "uba",
@@ -24,6 +25,7 @@ METHODS: list[Method] = [
         "a step budget",
         "beats the commonly used schedules at every budget",
         173,
+        recipe=(("train", {"schedule": "uba", "schedule.phi": 0.5}),),
     ),
     Method(
         "power",
@@ -34,6 +36,21 @@ METHODS: list[Method] = [
         "tokens per step and batch size",
         "one setting for every batch size and token count",
         117,
+        recipe=(
+            (
+                "train",
+                {
+                    "schedule": "power",
+                    "schedule.batch": 32,
+                    "schedule.tokens": 8192.0,
+                    "schedule.a": 1.79,
+                    "schedule.b": -0.7,
+                    "learning_rate": 0.04,
+                    "start": "random",
+                },
+            ),
+        ),
+        subject="bytelm",
     ),
     Method(
         "infinite",
@@ -44,6 +61,7 @@ METHODS: list[Method] = [
         "nothing: no budget",
         "continual pre-training without re-warming: less forgetting at an equal or lower loss",
         328,
+        recipe=(("train", {"schedule": "infinite"}),),
     ),
     Method(
         "rewarm",
@@ -55,6 +73,7 @@ METHODS: list[Method] = [
         "warm-up length hardly matters, a larger peak is better downstream and worse upstream, "
         "and both beat training from scratch",
         340,
+        recipe=(("train", {"schedule": "cosine", "schedule.final": 0.1, "warmup": 0.1}),),
     ),
     Method(
         "reference-time",
@@ -65,6 +84,7 @@ METHODS: list[Method] = [
         "the time of a step on one machine",
         "gains over an undecayed baseline vanish against one that decays within the budget",
         349,
+        recipe=(("optimizer-comparison", {"equal": "time", "optimizers": ["adamw", "lion", "sophia"]}),),
     ),
     Method(
         "budgeted-decay",
@@ -75,6 +95,7 @@ METHODS: list[Method] = [
         "a budget of steps or seconds",
         "decaying within the budget beats a constant rate and a schedule too long for it",
         321,
+        recipe=(("train", {"schedule": "linear", "warmup": 0.0}),),
     ),
     Method(
         "lamb",
@@ -85,6 +106,7 @@ METHODS: list[Method] = [
         "nothing beyond Adam's state",
         "smaller degradation than AdamW at the largest batch",
         6,
+        recipe=(("train", {"optimizer": "lamb", "learning_rate": 0.01}),),
     ),
     Method(
         "muon",
@@ -95,6 +117,7 @@ METHODS: list[Method] = [
         "matrices; AdamW for the rest",
         "lower loss than AdamW at equal tuning",
         28,
+        recipe=(("train", {"optimizer": "muon"}),),
     ),
     Method(
         "soap",
@@ -105,6 +128,7 @@ METHODS: list[Method] = [
         "two square matrices per weight",
         "lower loss than AdamW at equal tuning",
         28,
+        recipe=(("train", {"optimizer": "soap", "learning_rate": 0.003}),),
     ),
     Method(
         "lion",
@@ -115,6 +139,7 @@ METHODS: list[Method] = [
         "one moment",
         "lower loss than AdamW with half the state",
         28,
+        recipe=(("train", {"optimizer": "lion", "learning_rate": 0.0001}),),
     ),
     Method(
         "galore",
@@ -125,6 +150,7 @@ METHODS: list[Method] = [
         "an SVD of the gradient every few hundred steps",
         "loss within a few per cent of Adam with much less optimizer state",
         332,
+        recipe=(("train", {"optimizer": "galore", "learning_rate": 0.01}),),
     ),
     Method(
         "muon-soft-cap",
@@ -135,6 +161,20 @@ METHODS: list[Method] = [
         "Muon; a cap per matrix",
         "an enforced Lipschitz bound at little cost in accuracy",
         26,
+        recipe=(
+            (
+                "train",
+                {
+                    "optimizer": "muon",
+                    "optimizer.scale": "none",
+                    "optimizer.weight_map": "soft-cap",
+                    "optimizer.cap": 2.0,
+                    "weight_decay": 0.0,
+                    "learning_rate": 0.05,
+                    "start": "random",
+                },
+            ),
+        ),
     ),
     Method(
         "lipschitz-transformer",
@@ -146,6 +186,22 @@ METHODS: list[Method] = [
         "no normalisation; Muon with a cap",
         "at every certified bound a capped Muon reaches a lower loss than AdamW",
         26,
+        recipe=(
+            (
+                "train",
+                {
+                    "model_change": "lipschitz-transformer",
+                    "optimizer": "muon",
+                    "optimizer.scale": "none",
+                    "optimizer.weight_map": "soft-cap",
+                    "optimizer.cap": 2.0,
+                    "weight_decay": 0.0,
+                    "optimizer.adamw_ratio": 0.1,
+                    "learning_rate": 0.2,
+                },
+            ),
+        ),
+        subject="bytelm",
     ),
     Method(
         "ghost-batch-norm",
@@ -156,6 +212,18 @@ METHODS: list[Method] = [
         "batch norm",
         "closes the generalisation gap of large batches step by step",
         109,
+        recipe=(
+            (
+                "train",
+                {
+                    "model_change": "ghost-batch-norm",
+                    "batch_size": 256,
+                    "optimizer": "sgd",
+                    "learning_rate": 0.2,
+                    "start": "random",
+                },
+            ),
+        ),
     ),
     Method(
         "adadagrad",
@@ -166,6 +234,22 @@ METHODS: list[Method] = [
         "per-example gradients of a sample",
         "fewer updates than a small fixed batch at the same accuracy",
         116,
+        recipe=(
+            (
+                "train",
+                {
+                    "optimizer": "adagrad",
+                    "learning_rate": 0.05,
+                    "schedule": "constant",
+                    "warmup": 0.0,
+                    "clip": 0.0,
+                    "batch_size": 8,
+                    "batch_rule": "norm-test",
+                    "batch_rule.eta": 0.3,
+                    "batch_rule.largest": 512,
+                },
+            ),
+        ),
     ),
     Method(
         "large-batch-accumulation",
@@ -177,6 +261,7 @@ METHODS: list[Method] = [
         "large accumulated batches with a larger rate reach the loss in fewer steps, "
         "and fp16 needs loss scaling",
         278,
+        recipe=(("train", {"batch_size": 128, "micro_batch": 8, "learning_rate": 0.032, "start": "random"}),),
     ),
     Method(
         "noise-scale",
@@ -187,6 +272,7 @@ METHODS: list[Method] = [
         "gradients of several batches",
         "the noise scale predicts the critical batch of the steps-to-target hyperbola",
         140,
+        recipe=(("gradient-noise", {"groups": 32, "size": 32}),),
     ),
     Method(
         "step-law",
@@ -197,6 +283,12 @@ METHODS: list[Method] = [
         "a grid of small runs",
         "best learning rate falls with size; loss is convex in (log lr, log batch) with a wide plateau",
         20,
+        recipe=(
+            (
+                "learning-rate-batch-size",
+                {"learning_rate_low": 0.001, "learning_rate_high": 0.064, "learning_rate_points": 7},
+            ),
+        ),
     ),
     Method(
         "weight-standardization",
@@ -207,6 +299,19 @@ METHODS: list[Method] = [
         "nothing; a change on the weight",
         "lets group norm match batch norm at micro-batches of one or two",
         148,
+        recipe=(
+            (
+                "train",
+                {
+                    "model_change": "weight-standardization",
+                    "micro_batch": 2,
+                    "optimizer": "sgd",
+                    "learning_rate": 0.05,
+                    "weight_decay": 0.0,
+                    "start": "random",
+                },
+            ),
+        ),
     ),
     Method(
         "sophia",
@@ -217,6 +322,7 @@ METHODS: list[Method] = [
         "a Hessian-vector product every ten steps",
         "lower loss than AdamW at equal tuning",
         28,
+        recipe=(("train", {"optimizer": "sophia"}),),
     ),
     Method(
         "kron",
@@ -227,6 +333,7 @@ METHODS: list[Method] = [
         "two triangular matrices per weight",
         "lower loss than AdamW at equal tuning",
         28,
+        recipe=(("train", {"optimizer": "kron"}),),
     ),
     Method(
         "mars",
@@ -237,6 +344,7 @@ METHODS: list[Method] = [
         "the last gradient",
         "lower loss than AdamW at equal tuning",
         28,
+        recipe=(("train", {"optimizer": "mars", "learning_rate": 0.003}),),
     ),
     Method(
         "scion",
@@ -247,6 +355,7 @@ METHODS: list[Method] = [
         "one moment; a norm for each layer",
         "lower loss than AdamW at equal tuning",
         28,
+        recipe=(("train", {"optimizer": "scion", "learning_rate": 0.01}),),
     ),
     Method(
         "mkor",
@@ -257,6 +366,7 @@ METHODS: list[Method] = [
         "mean inputs and output gradients of linear layers",
         "fewer steps to a target than its inner optimizer; an inverse costs d^2 instead of d^3",
         141,
+        recipe=(("train", {"optimizer": "mkor", "learning_rate": 0.1}),),
     ),
     Method(
         "one-bit-adam",
@@ -267,6 +377,18 @@ METHODS: list[Method] = [
         "a warm-up of Adam; error memories",
         "Adam's loss with a fraction of the communication; error feedback and the warm-up are needed",
         22,
+        recipe=(
+            (
+                "train",
+                {
+                    "optimizer": "one-bit-adam",
+                    "optimizer.workers": 4,
+                    "micro_batch": 8,
+                    "clip": 0.0,
+                    "weight_decay": 0.0,
+                },
+            ),
+        ),
     ),
     Method(
         "self-tuning",
@@ -277,6 +399,7 @@ METHODS: list[Method] = [
         "a validation split during training",
         "lower loss than random search in the same time",
         23,
+        recipe=(("self-tuning", {}),),
     ),
     Method(
         "concurrent-adversary",
@@ -288,6 +411,18 @@ METHODS: list[Method] = [
         "a continuous input; the weights of a step ago",
         "at the largest batch at least the plain accuracy, as good as synchronous adversaries, and flatter",
         112,
+        recipe=(
+            (
+                "train",
+                {
+                    "loss": "concurrent-adversary",
+                    "batch_size": 512,
+                    "optimizer": "lars",
+                    "learning_rate": 4.0,
+                    "start": "random",
+                },
+            ),
+        ),
     ),
     Method(
         "agvm",
@@ -299,6 +434,9 @@ METHODS: list[Method] = [
         "two halves of a batch every few steps",
         "gradient noise differs more between modules at a large batch, and aligning it lowers the loss",
         119,
+        recipe=(
+            ("train", {"optimizer": "agvm", "batch_size": 512, "learning_rate": 0.1, "start": "random"}),
+        ),
     ),
     Method(
         "sqrt-rule",
@@ -309,5 +447,17 @@ METHODS: list[Method] = [
         "a grid of learning rates and batch sizes",
         "Adam's best learning rate grows as the square root of the batch",
         115,
+        recipe=(
+            (
+                "learning-rate-batch-size",
+                {
+                    "optimizer": "adamw",
+                    "learning_rate_low": 0.002,
+                    "learning_rate_high": 0.256,
+                    "batch_sizes": (8, 16, 32, 64, 128),
+                    "weight_decay": 0.0,
+                },
+            ),
+        ),
     ),
 ]

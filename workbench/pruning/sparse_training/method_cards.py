@@ -22,10 +22,10 @@ METHODS: list[Method] = [
                     "method": "obert",
                     "sparsity": 0.8,
                     "schedule": "cubic",
-                    "steps": 4,
+                    "schedule.events": 4,
                     "recovery": "distil",
-                    "recovery_steps": 640,
-                    "lr": 0.0002,
+                    "recovery.steps": 640,
+                    "recovery.learning_rate": 0.0002,
                 },
             ),
         ),
@@ -48,8 +48,8 @@ METHODS: list[Method] = [
                     "method": "block-movement",
                     "pattern": "hybrid 8x8",
                     "objective": "task",
-                    "penalty": 20.0,
-                    "score_lr": 0.1,
+                    "masks.penalty": 20.0,
+                    "masks.learning_rate": 0.1,
                 },
             ),
         ),
@@ -80,7 +80,13 @@ METHODS: list[Method] = [
         recipe=(
             (
                 "train-sparse",
-                {"method": "slope", "pattern": "2:4", "lazy": 0.1, "start": "random", "lr": 0.003},
+                {
+                    "method": "slope",
+                    "pattern": "2:4",
+                    "backward.lazy": 0.1,
+                    "start": "random",
+                    "learning_rate": 0.003,
+                },
             ),
         ),
         subject="bytelm",
@@ -95,7 +101,9 @@ METHODS: list[Method] = [
         "90 % from the start: moving masks beat a mask that stays; regrowth by gradient beats random "
         "regrowth (layers here; the paper's are embedding tables)",
         158,
-        recipe=(("train-sparse", {"method": "dsl", "sparsity": 0.9, "start": "random", "lr": 0.003}),),
+        recipe=(
+            ("train-sparse", {"method": "dsl", "sparsity": 0.9, "start": "random", "learning_rate": 0.003}),
+        ),
         subject="bytelm",
     ),
     Method(
@@ -108,7 +116,7 @@ METHODS: list[Method] = [
         "75 %: lifting the mask beats keeping it, and the gap to dense shrinks in dense fine-tuning",
         196,
         recipe=(
-            ("train-sparse", {"method": "spdf", "sparsity": 0.75, "start": "random", "lr": 0.003}),
+            ("train-sparse", {"method": "spdf", "sparsity": 0.75, "start": "random", "learning_rate": 0.003}),
             ("train-sparse", {"method": "dense", "masks": "lifted"}),
         ),
         subject="bytelm",
@@ -124,7 +132,10 @@ METHODS: list[Method] = [
         "for less than half of the matrix work",
         318,
         recipe=(
-            ("train-sparse", {"method": "mediswift", "sparsity": 0.75, "start": "random", "lr": 0.003}),
+            (
+                "train-sparse",
+                {"method": "mediswift", "sparsity": 0.75, "start": "random", "learning_rate": 0.003},
+            ),
             ("train-sparse", {"method": "dense", "masks": "lifted"}),
         ),
         subject="bytelm",
@@ -142,7 +153,7 @@ METHODS: list[Method] = [
         recipe=(
             (
                 "train-sparse",
-                {"method": "app", "sparsity": 0.9, "stages": 5, "data": "megabatches", "start": "random"},
+                {"method": "app", "sparsity": 0.9, "stages": 5, "portion": "megabatches", "start": "random"},
             ),
         ),
     ),
@@ -156,7 +167,12 @@ METHODS: list[Method] = [
         "80 %: within 1 accuracy point of movement pruning and above magnitude, "
         "with fewer trained parameters",
         16,
-        recipe=(("train-sparse", {"method": "pst", "sparsity": 0.8, "rank": 4, "lr": 0.003}),),
+        recipe=(
+            (
+                "train-sparse",
+                {"method": "pst", "sparsity": 0.8, "masks.rank": 4, "terms.rank": 4, "learning_rate": 0.003},
+            ),
+        ),
     ),
     Method(
         "dsee",
@@ -168,7 +184,7 @@ METHODS: list[Method] = [
         "half of the frozen weights away: within 1 accuracy point of adapters on all of them; "
         "the decomposition's support beats a random one",
         33,
-        recipe=(("train-sparse", {"method": "dsee", "stages": 2, "lr": 0.003}),),
+        recipe=(("train-sparse", {"method": "dsee", "stages": 2, "learning_rate": 0.003}),),
     ),
     Method(
         "hft",

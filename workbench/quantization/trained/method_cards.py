@@ -35,7 +35,7 @@ METHODS: list[Method] = [
                 "train-quantized",
                 {
                     "method": "lsq",
-                    "bits": 4,
+                    "method.bits": 4,
                     "activation_bits": 4,
                     "rounded_attention": True,
                     "distillation": 0.5,
@@ -57,6 +57,6 @@ METHODS: list[Method] = [
         "binary weights, inputs and attention, equal steps from a dense model: "
         "estimates of rank 1 give a lower loss than none",
         193,
-        recipe=(("train-quantized", {"method": "bipft", "rank": 1}),),
+        recipe=(("train-quantized", {"method": "bipft", "method.rank": 1}),),
     ),
 ]
