@@ -196,14 +196,25 @@ def test_a_name_is_one_computation(card: Method):
     assert recipe(card.name) == card.recipe
     for instrument, field in homes:
         steps = [made for made in card.instruments() if made.name() == instrument]
-        assert any(getattr(step, field) == card.name for step in steps) or any(
-            other != (instrument, field) and chosen(card, other) for other in homes
-        )
+        assert card.name in [getattr(step, field).name for step in steps], (instrument, field)
 
 
-def chosen(card: Method, home: tuple[str, str]) -> bool:
-    steps = [made for made in card.instruments() if made.name() == home[0]]
-    return any(getattr(step, home[1]).name == card.name for step in steps)
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [
+        ("adamw", ("train", "optimizer")),
+        ("stochastic", ("quantize", "rounding")),
+        ("hadamard", ("rotate", "kind")),
+        ("2:4 outputs", None),
+        ("norm-test", ("train", "batch_rule")),
+        ("gates", ("train-sparse", "masks")),
+        ("global", ("prune", "allocation")),
+        ("power-compute", ("scaling-fit", "law")),
+    ],
+)
+def test_the_home_of_an_entry(name: str, home: tuple[str, str] | None):
+    found = [home_of(entry) for entry in entries_called(name)]
+    assert (home in found) if home else not found
 
 
 def test_show_says_source_formula_recipe_and_file(card: Method):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.axis import Entry, Fields, axes, axis_of
+from workbench.axis import Choice, Entry, Fields, axes, axis_of
 from workbench.errors import BadInput, unknown_name
 from workbench.families import FAMILIES, import_families
 from workbench.field_text import paragraph, shown
@@ -146,8 +147,9 @@ def entries_called(name: str) -> list[Entry]:
 
 
 def home_of(entry: Entry) -> tuple[str, str] | None:
-    """(instrument, field) where an entry is chosen: of those with a field on its axis,
-    the one with most choices.
+    """(instrument, field) where an entry is chosen: of the instruments with a field on its axis, one of the
+    axis' own package before others, what changes a model before a study of it, what stands high in the
+    package before what lies deep in it, and of those left the one with most choices.
     """
     found = []
     for name, cls in catalog().items():
@@ -156,8 +158,16 @@ def home_of(entry: Entry) -> tuple[str, str] | None:
         }
         mine = [field for field, axis in held.items() if axis is entry.axis]
         if mine:
-            found.append((-len(held), name, mine[0]))
-    return min(found)[1:] if found else None
+            depth = cls.__module__.count(".")
+            near = max((shared_names(cls.__module__, place) for place in entry.axis.found_in), default=0)
+            found.append((-min(near, 2), not cls.changes_model, depth, -len(held), name, mine[0]))
+    return min(found)[-2:] if found else None
+
+
+def shared_names(first: str, second: str) -> int:
+    """How many packages two modules have in common, from the outermost on."""
+    pairs = zip(first.split("."), second.split("."), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def accepts(cls: type[Fields], field: str) -> bool:
@@ -258,13 +268,11 @@ def places(steps: Iterable[Step]) -> list[str]:
     """Where the entries that a recipe chooses are defined, else its instruments."""
     found = []
     for name, fields in steps:
-        cls = find(name)
-        chosen = []
-        for field, value in fields.items():
-            axis = axis_of(cls.model_fields[field]) if field in cls.model_fields else None
-            if axis is not None:
-                chosen.append(place_text(axis.chosen(value).entry))
-        found += chosen or [cls.__module__]
+        made = find(name)(**fields)
+        chosen = [getattr(made, field) for field in fields if "." not in field]
+        found += [place_text(choice.entry) for choice in chosen if isinstance(choice, Choice)] or [
+            type(made).__module__
+        ]
     return list(dict.fromkeys(found))
 
 
