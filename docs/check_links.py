@@ -1,4 +1,5 @@
-"""Check a built site: every link, anchor and picture leads somewhere, and no page loads anything from another host.
+"""Check a built site: every link, anchor and picture leads somewhere,
+and no page loads anything from another host.
 
     python docs/check_links.py build/site
 

@@ -3,8 +3,9 @@
     python docs/generate.py build      # build/pages and build/zensical.toml
     zensical build -f build/zensical.toml
 
-`generate(folder)` writes the API page of every name in a package's `__all__`, and the tables of instruments, methods and axes
-from the live registries. Nothing is downloaded, and no model is run unless examples are asked for.
+`generate(folder)` writes the API page of every name in a package's `__all__`, and the tables of instruments,
+methods and axes from the live registries. Nothing is downloaded,
+and no model is run unless examples are asked for.
 """
 
 from __future__ import annotations
@@ -29,30 +30,46 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import workbench
-from workbench.instruments import Instrument, Method
+from workbench.instruments import Instrument
+from workbench.names import Method
 from workbench.subjects.registry import BUILTINS
 
 HERE = Path(__file__).parent
 #: The reference begins with these; further packages with an `__all__` follow in the order of their names.
-FIRST = ("workbench", "workbench.subjects", "workbench.curvature", "workbench.pruning", "workbench.quantization",
-         "workbench.training", "workbench.scaling")  # fmt: skip
+FIRST = (
+    "workbench",
+    "workbench.subjects",
+    "workbench.curvature",
+    "workbench.pruning",
+    "workbench.quantization",
+    "workbench.training",
+    "workbench.scaling",
+)
 #: Reports that are run and shown as examples: page name -> notebook, parameters, what it shows.
 EXAMPLES: dict[str, tuple[str, dict[str, Any], str]] = {
     "prune-digits-vit": (
         "instrument",
         {"instrument": "prune", "subject": "digits-vit", "settings": {"sparsity": 0.7}},
-        "One instrument, run without a screen: oBERT removes 70 % of the weights of a small vision transformer.",
+        (
+            "One instrument, run without a screen: oBERT removes 70 % of the weights of a small vision "
+            "transformer."
+        ),
     ),
     "spectrum-digits-vit": (
         "spectrum",
         {"subject": "digits-vit"},
-        "The Hessian's spectrum of the same model before and after pruning, its layers, batches and learning rates.",
+        (
+            "The Hessian's spectrum of the same model before and after pruning, its layers, "
+            "batches and learning rates."
+        ),
     ),
 }
 
 
 def generate(folder: Path, examples: bool = False) -> dict[str, Path]:
-    """Write the site's source into `folder` and return the API page of every public name (`package.name` -> file)."""
+    """Write the site's source into `folder` and return the API page of every public name
+    (`package.name` -> file).
+    """
     pages = folder / "pages"
     shutil.rmtree(pages, ignore_errors=True)
     shutil.copytree(HERE / "pages", pages)
@@ -82,7 +99,7 @@ def configuration() -> str:
     return found
 
 
-# ---- API ----------------------------------------------------------------------------------------------------------
+# ---- API ---------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -102,7 +119,9 @@ def public_names(package: str) -> list[str]:
 
 
 def page_name(name: str, names: Iterable[str]) -> str:
-    """The page of `name`; a function that differs from a class in its capitals only gets a page of another name."""
+    """The page of `name`; a function that differs from a class in its capitals only gets a page of another
+    name.
+    """
     alone = sum(other.lower() == name.lower() for other in names) == 1
     return name if alone or name != name.lower() else f"{name}-function"
 
@@ -129,7 +148,10 @@ def api_pages(folder: Path) -> dict[str, Path]:
         about = cell((module.__doc__ or "").strip().splitlines()[0])
         rows.append((f"[`{package}`]({package}/index.md)", str(len(names)), about))
     (folder / "index.md").write_text(
-        "# API\n\nEvery name that a package publishes has a page. Anything else may change without notice.\n\n"
+        (
+            "# API\n\n"
+            "Every name that a package publishes has a page. Anything else may change without notice.\n\n"
+        )
         + table(("package", "names", "what it holds"), rows)
         + "\n",
         encoding="utf-8",
@@ -202,7 +224,9 @@ def class_parts(name: str, cls: type, links: Mapping[type, str]) -> list[str]:
 
 
 def members_of(cls: type) -> Iterable[tuple[str, Callable[..., Any], str]]:
-    """Public methods and properties that the class or a class of the project below it defines: name, function, marks."""
+    """Public methods and properties that the class or a class of the project below it defines:
+    name, function, marks.
+    """
     seen: set[str] = set()
     for base in cls.__mro__:
         if base.__module__.split(".")[0] not in ("workbench", "widgets"):
@@ -287,7 +311,7 @@ def default_of(item: dataclasses.Field[Any]) -> str:
     return f"{annotation(item.default_factory)}()" if item.default_factory is not dataclasses.MISSING else ""
 
 
-# ---- tables -------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
 
 def instruments_page() -> str:
@@ -308,7 +332,8 @@ def instruments_page() -> str:
 def subjects_page() -> str:
     rows = [(f"`{name}`", cell(note)) for name, (_, _, note) in BUILTINS.items()]
     return (
-        "# Subjects\n\nBuilt-in subjects need no download. A folder, a hub id, `file.py:function` and an `nn.Module` are "
+        "# Subjects\n\n"
+        "Built-in subjects need no download. A folder, a hub id, `file.py:function` and an `nn.Module` are "
         "subjects too: see [`subject`](../api/workbench/subject-function.md).\n\n"
         f"{table(('name', 'what it is'), rows)}\n"
     )
@@ -317,7 +342,8 @@ def subjects_page() -> str:
 def methods_page() -> str:
     parts = [
         "# Methods",
-        "Published methods, with what their source claims and what was measured here: equal budget, tuned on validation, "
+        "Published methods, with what their source claims and what was measured here: "
+        "equal budget, tuned on validation, "
         "reported on test. A claim that does not hold at this scale is shown as not holding.",
     ]
     families: dict[str, list[Method]] = {}
@@ -357,7 +383,8 @@ def axes() -> dict[str, Any]:
 def axes_page() -> str:
     parts = [
         "# Axes",
-        "A method is a choice on each axis of its family; an instrument's fields name the axes. A choice of one's own "
+        "A method is a choice on each axis of its family; an instrument's fields name the axes. "
+        "A choice of one's own "
         "is [added in twenty lines](../add-a-method.md).",
     ]
     registered = axes()
@@ -397,7 +424,7 @@ def option_text(name: str, info: FieldInfo) -> str:
     return f"`{name}` ({code_cell(default)}): {cell(info.description or '')}"
 
 
-# ---- examples -----------------------------------------------------------------------------------------------------
+# ---- examples ----------------------------------------------------------------------------------------------
 
 
 def run_examples(folder: Path) -> None:
@@ -421,7 +448,9 @@ def examples_page(made: bool) -> str:
         rows.append((shown, f"`{notebook}`", code_cell(settings), cell(about)))
     head = ("report", "notebook", "parameters", "what it shows")
     return (
-        "# Examples\n\nEach is a notebook of the project, run without a screen with `workbench report`; one file that needs no network."
+        "# Examples\n\n"
+        "Each is a notebook of the project, run without a screen with `workbench report`; "
+        "one file that needs no network."
         f"\n\n{table(head, rows)}\n"
     )
 
@@ -435,7 +464,8 @@ def main() -> None:
     space = parser.parse_args()
     written = generate(space.folder, space.examples)
     print(
-        f"wrote {len(written)} API pages, {len(workbench.catalog())} instruments, {len(workbench.methods())} methods"
+        f"wrote {len(written)} API pages, {len(workbench.catalog())} instruments, "
+        f"{len(workbench.methods())} methods"
     )
 
 

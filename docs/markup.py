@@ -52,7 +52,9 @@ def escaped(text: str) -> str:
 
 
 def prose(text: str | None) -> str:
-    """A docstring as Markdown: prose escaped, indented blocks and interpreter sessions as code, tables kept."""
+    """A docstring as Markdown: prose escaped, indented blocks and interpreter sessions as code,
+    tables kept.
+    """
     lines = inspect.cleandoc(text or "").splitlines()
     out: list[str] = []
     at = 0

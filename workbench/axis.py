@@ -1,7 +1,7 @@
 """An axis: one named choice of an instrument, each entry with a formula, a source and options of its own.
 
     SALIENCY = Axis("saliency", "what a weight's removal is thought to cost",
-    found_in="workbench.pruning.saliency")
+    found_in="workbench.pruning.saliency", home="prune.saliency")
 
     class Fisher(Options):
         damp: float = parameter(0.01, "share of the mean diagonal added to it", gt=0)
@@ -208,7 +208,8 @@ def _brought(kind: str, entry: Entry, options: dict[str, Any]) -> Choice:
 
 
 class Axis:
-    """A named choice. `found_in` names the modules or packages whose import registers the entries
+    """A named choice. `home` is the instrument and field where an entry is tried ("prune.saliency"), where
+    several have one. `found_in` names the modules or packages whose import registers the entries
     of the package itself.
     """
 
@@ -219,10 +220,11 @@ class Axis:
         *,
         found_in: str | tuple[str, ...] = (),
         shorthand: Callable[[str], Mapping[str, Any] | None] | None = None,
+        home: str = "",
     ) -> None:
         if kind in AXES:
             raise BadInput(f"axis: {kind!r} exists already; give another kind")
-        self.kind, self.help, self.shorthand = kind, help, shorthand
+        self.kind, self.help, self.shorthand, self.home = kind, help, shorthand, home
         self.found_in = (found_in,) if isinstance(found_in, str) else tuple(found_in)
         self._entries: dict[str, Entry] = {}
         self._open = bool(self.found_in)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,27 +146,15 @@ def entries_called(name: str) -> list[Entry]:
 
 
 def home_of(entry: Entry) -> tuple[str, str] | None:
-    """(instrument, field) where an entry is chosen: of the instruments with a field on its axis, one of the
-    axis' own package before others, what changes a model before a study of it, what stands high in the
-    package before what lies deep in it, and of those left the one with most choices.
-    """
-    found = []
+    """(instrument, field) where an entry is chosen: what its axis says, else the only ones there are."""
+    if entry.axis.home:
+        name, field = entry.axis.home.split(".")
+        return name, field
     for name, cls in catalog().items():
-        held = {
-            field: axis for field, info in cls.model_fields.items() if (axis := axis_of(info)) is not None
-        }
-        mine = [field for field, axis in held.items() if axis is entry.axis]
-        if mine:
-            depth = cls.__module__.count(".")
-            near = max((shared_names(cls.__module__, place) for place in entry.axis.found_in), default=0)
-            found.append((-min(near, 2), not cls.changes_model, depth, -len(held), name, mine[0]))
-    return min(found)[-2:] if found else None
-
-
-def shared_names(first: str, second: str) -> int:
-    """How many packages two modules have in common, from the outermost on."""
-    pairs = zip(first.split("."), second.split("."), strict=False)
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        for field, info in cls.model_fields.items():
+            if axis_of(info) is entry.axis:
+                return name, field
+    return None
 
 
 def accepts(cls: type[Fields], field: str) -> bool:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 import workbench
 from tests.conftest import ROOT
-from workbench.instruments import catalog
+from workbench.names import catalog
 
 
 def script(name: str) -> ModuleType:

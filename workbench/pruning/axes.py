@@ -39,11 +39,13 @@ SPARSITY_ALLOCATION = Axis(
     "sparsity-allocation",
     "how the sparsity is shared among layers or groups",
     found_in="workbench.pruning.allocation",
+    home="prune.allocation",
 )
 SPARSITY_SCHEDULE = Axis(
     "sparsity-schedule",
     "at once, or over several events with the statistics measured anew at each",
     found_in="workbench.pruning.schedule",
+    home="prune.schedule",
 )
 RECOVERY = Axis(
     "recovery",
@@ -82,6 +84,7 @@ PATTERN = Axis(
     "heads+neurons, channels, layers, experts",
     found_in=("workbench.pruning.engine", "workbench.pruning.sparse_training.block_movement"),
     shorthand=pattern_shorthand,
+    home="prune.pattern",
 )
 
 

@@ -110,6 +110,7 @@ METHODS: list[Method] = [
                     "recovery": "low-rank",
                     "recovery.learning_rate": 0.002,
                     "recovery.steps": 60,
+                    "saliency.rank": 28,
                     "recovery.rank": 28,
                 },
             ),

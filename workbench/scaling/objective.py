@@ -52,7 +52,7 @@ class Objective:
         return 1.0 if self.kind == "huber" else 2.0
 
 
-OBJECTIVE = Axis("scaling-objective", "what a fit minimises")
+OBJECTIVE = Axis("scaling-objective", "what a fit minimises", home="scaling-fit.objective")
 
 
 class Huber(Options):

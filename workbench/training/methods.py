@@ -14,7 +14,7 @@ METHODS: list[Method] = [
         "a step budget",
         "best average rank among common schedules over budgets",
         181,
-        recipe=(("train", {"schedule": "rex"}),),
+        recipe=(("train", {"schedule": "rex", "start": "random"}),),
     ),
     Method(
         "uba",
@@ -25,7 +25,7 @@ METHODS: list[Method] = [
         "a step budget",
         "beats the commonly used schedules at every budget",
         173,
-        recipe=(("train", {"schedule": "uba", "schedule.phi": 0.5}),),
+        recipe=(("train", {"schedule": "uba", "schedule.phi": 0.5, "start": "random"}),),
     ),
     Method(
         "power",
@@ -61,7 +61,7 @@ METHODS: list[Method] = [
         "nothing: no budget",
         "continual pre-training without re-warming: less forgetting at an equal or lower loss",
         328,
-        recipe=(("train", {"schedule": "infinite"}),),
+        recipe=(("train", {"schedule": "infinite", "start": "random"}),),
     ),
     Method(
         "rewarm",
@@ -74,6 +74,7 @@ METHODS: list[Method] = [
         "and both beat training from scratch",
         340,
         recipe=(("train", {"schedule": "cosine", "schedule.final": 0.1, "warmup": 0.1}),),
+        subject="bytelm",
     ),
     Method(
         "reference-time",
@@ -95,7 +96,7 @@ METHODS: list[Method] = [
         "a budget of steps or seconds",
         "decaying within the budget beats a constant rate and a schedule too long for it",
         321,
-        recipe=(("train", {"schedule": "linear", "warmup": 0.0}),),
+        recipe=(("train", {"schedule": "linear", "warmup": 0.0, "start": "random"}),),
     ),
     Method(
         "lamb",
@@ -106,7 +107,7 @@ METHODS: list[Method] = [
         "nothing beyond Adam's state",
         "smaller degradation than AdamW at the largest batch",
         6,
-        recipe=(("train", {"optimizer": "lamb", "learning_rate": 0.01}),),
+        recipe=(("train", {"optimizer": "lamb", "learning_rate": 0.01, "batch_size": 512}),),
     ),
     Method(
         "muon",

@@ -29,6 +29,7 @@ ACTIVATION_QUANTIZER = Axis(
     "activation-quantizer",
     "round layer inputs, a scale per token (dynamic), tensor or channel",
     found_in="workbench.quantization.activations",
+    home="quantize.activations",
 )
 Range = tuple[Tensor | None, Tensor | None]
 

@@ -29,4 +29,5 @@ NUMBER_FORMAT = Axis(
     "format: int4, uint4, e4m3fn, e3m4 (ExMy), bf16, nf4, mxfp4, nvfp4, ternary, binary, fixed8.4, ...",
     found_in="workbench.quantization.number.formats",
     shorthand=read,
+    home="quantize.format",
 )

@@ -20,6 +20,7 @@ SALIENT = Axis(
     "salient",
     "weights that matter most to their row's output, kept on a wider grid",
     found_in="workbench.quantization.number",
+    home="quantize.salient",
 )
 
 

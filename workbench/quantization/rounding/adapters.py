@@ -25,6 +25,7 @@ ADAPTER = Axis(
     "quantization-adapter",
     "a low-rank term in full precision kept beside each rounded weight",
     found_in="workbench.quantization.rounding",
+    home="quantize.adapter",
 )
 
 

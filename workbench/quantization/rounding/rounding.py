@@ -8,7 +8,12 @@ from workbench.axis import Axis
 #: `LearnedRounding`. Further traits say what a format must have ("needs equal steps", "needs zero points",
 #: "needs real scales"), or what goes with it ("any grid": asks a grid for nothing but its values;
 #: "column factors": has a transform of its own).
-ROUNDING = Axis("rounding", "how weights are put on the grid", found_in="workbench.quantization.rounding")
+ROUNDING = Axis(
+    "rounding",
+    "how weights are put on the grid",
+    found_in="workbench.quantization.rounding",
+    home="quantize.rounding",
+)
 
 #: What a learned rounding reconstructs.
 OBJECTIVE = Axis(

@@ -16,6 +16,7 @@ TRANSFORM = Axis(
     "transform",
     "equivalent transform in whose coordinates rounding happens (online)",
     found_in="workbench.quantization.transform",
+    home="quantize.transform",
 )
 
 

@@ -35,6 +35,7 @@ LAW = Axis(
     "a law by name or a formula of columns such as 'E + A/params**alpha'",
     found_in="workbench.scaling.formulas.published",
     shorthand=_formula,
+    home="scaling-fit.law",
 )
 
 

@@ -19,7 +19,12 @@ from workbench.axis import Axis, Choice, Options, parameter
 from workbench.errors import BadInput
 from workbench.training.optimizer.combined import Together
 
-OPTIMIZER = Axis("optimizer", "what makes a step of a gradient", found_in="workbench.training.optimizer")
+OPTIMIZER = Axis(
+    "optimizer",
+    "what makes a step of a gradient",
+    found_in="workbench.training.optimizer",
+    home="train.optimizer",
+)
 Groups = list[dict[str, Any]]
 
 

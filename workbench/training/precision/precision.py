@@ -40,6 +40,7 @@ PRECISION = Axis(
     "its matrix products",
     found_in=("workbench.training.precision.floating", "workbench.training.quantized_products"),
     shorthand=number_format,
+    home="train.precision",
 )
 
 

@@ -29,6 +29,7 @@ LEARNING_RATE_SCHEDULE = Axis(
         "workbench.training.schedule.power",
         "workbench.training.schedule.rise_and_fall",
     ),
+    home="train.schedule",
 )
 Profile = Callable[[float], float]
 
