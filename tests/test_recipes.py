@@ -103,7 +103,7 @@ REDUCED: dict[str, dict[str, Any]] = {
     "learning-rate-batch-size": STUDY
     | {"batch_sizes": (4, 8, 16), "learning_rate_points": 3, "resamples": 20},
     "critical-batch": STUDY
-    | {"target": 2.4, "steps": 10, "resamples": 20, "noise_groups": 4, "noise_size": 4},
+    | {"target": 2.25, "steps": 30, "resamples": 20, "noise_groups": 4, "noise_size": 4},
     "scaling-fit": {"starts": 32, "resamples": 20, "checks": False},
 }
 
