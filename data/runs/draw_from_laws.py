@@ -1,5 +1,5 @@
-"""Tables drawn from the laws whose columns the project's own runs lack: a law's values on its own columns, with
-a scatter of 0.2 %.
+"""Tables drawn from the laws whose columns the project's own runs lack: a law's values on its own columns,
+with a scatter of 0.2 %.
 
     python data/runs/draw_from_laws.py
         # writes data/runs/drawn/LAW.csv
