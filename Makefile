@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
-.PHONY: help report lab test lint docs clean
+.PHONY: help report lab test test-long lint docs clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ lab: $(VENV)/.bench ## open JupyterLab on the index notebook
 test: $(VENV)/.test ## run the whole test suite (installs Chromium for the browser tests when it can)
 	@command -v chromium >/dev/null 2>&1 || sh tests/browser/install_chromium.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-long: $(VENV)/.test ## the tests that are left out of `make test`: every recorded run, every recipe
+	$(BIN)/python -m pytest -n 2 --long tests/recorded tests/test_recipes.py
 
 lint: $(VENV)/.test ## ruff, mypy, notebooks without outputs
 	$(BIN)/ruff format --check workbench widgets tests docs

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from workbench.version import __version__ as __version__
+from workbench.version import __version__
 
 if TYPE_CHECKING:
     from workbench.errors import BadInput
@@ -38,6 +38,7 @@ __all__ = [
     "Progress",
     "Result",
     "Subject",
+    "__version__",
     "catalog",
     "method",
     "methods",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from workbench.errors import BadInput
 from workbench.kernels.block_fisher import block_fisher, block_fisher_inverse
-from workbench.kernels.threshold import keep_largest, kth_largest
+from workbench.kernels.threshold import keep_largest, kth_largest, kth_smallest
 
 BACKENDS = ["torch", "triton"]
 
@@ -79,6 +79,19 @@ def test_kth_largest_equals_sorting(values: list[float], data: st.DataObject, ba
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kth_smallest_score_keeps_its_sign(backend: str, kind: torch.dtype) -> None:
+    x = torch.randn(5000).to(kind)
+    x[:5], x[5:9], x[9], x[10] = 0.0, -1e-40, float("inf"), float("-inf")
+    for k in (1, 2, 2499, 2500, 2503, 4999, 5000):
+        for scores in (x, x - 3, x + 3):
+            want = scores.kthvalue(k).values
+            assert torch.equal(kth_smallest(scores, k, backend), want[None])
+    rows = x.view(50, 100)
+    assert torch.equal(kth_smallest(rows, 7, backend)[:, 0], rows.kthvalue(7).values)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 def test_many_values_with_ties_subnormals_and_infinities(backend: str, kind: torch.dtype) -> None:
     x = torch.randn(40000).to(kind)
     x[:5], x[5:9], x[9] = 0.0, 1e-40, float("-inf")
@@ -100,5 +113,6 @@ def test_impossible_requests_are_refused_in_words() -> None:
         kth_largest([torch.zeros(2, dtype=torch.float64)], 1)
     with pytest.raises(BadInput, match="damping = 0"):
         block_fisher_inverse(torch.zeros(2, 4), 2, 0.0)
+    assert block_fisher(torch.ones(2, 400), 200, damping=0.5).shape == (2, 200, 200)
     with pytest.raises(BadInput, match="block = 200"):
-        block_fisher(torch.zeros(2, 400), 200)
+        block_fisher(torch.zeros(2, 400), 200, backend="triton")

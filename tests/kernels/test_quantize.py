@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from workbench.errors import BadInput
 from workbench.kernels.hadamard import hadamard, hadamard_matrix, hadamard_quantize
 from workbench.kernels.kronecker import kronecker, kronecker_quantize
-from workbench.kernels.quantize import NF4, Grid, quantize_codebook, quantize_integer, quantize_minifloat
+from workbench.kernels.quantize import NF4, Numbers, quantize_codebook, quantize_integer, quantize_minifloat
 from workbench.kernels.random_bits import random_bits, uniform
 
 KINDS = ("integer", "minifloat", "codebook")
@@ -146,7 +146,7 @@ def test_random_bits_are_spread_and_a_function_of_the_element() -> None:
 @pytest.mark.parametrize("n", [2, 8, 64, 256])
 def test_hadamard_equals_the_dense_matrix_and_its_own_inverse(n: int) -> None:
     x = torch.randn(3, 2 * n, requires_grad=True)
-    expected = (x.view(3, 2, n) @ (hadamard_matrix(n) * n**-0.5)).view(3, 2 * n)
+    expected = (x.view(3, 2, n) @ hadamard_matrix(n)).view(3, 2 * n)
     grad = torch.randn(3, 2 * n)
     for backend in ("torch", "triton"):
         y = hadamard(x, n, backend)
@@ -157,9 +157,9 @@ def test_hadamard_equals_the_dense_matrix_and_its_own_inverse(n: int) -> None:
         )
 
 
-@pytest.mark.parametrize("grid", [Grid(0, -8.0, 7.0), Grid(1, 0.0, 6.0, 2, 1)])
+@pytest.mark.parametrize("grid", [Numbers(0, -8.0, 7.0), Numbers(1, 0.0, 6.0, 2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transform_fused_with_quantization_equals_the_two_steps(grid: Grid, dtype: torch.dtype) -> None:
+def test_transform_fused_with_quantization_equals_the_two_steps(grid: Numbers, dtype: torch.dtype) -> None:
     x = torch.randn(5, 64).to(dtype)
     x[2] = 0
     for a, b in zip(
@@ -192,7 +192,7 @@ def test_kronecker_equals_the_dense_matrix_with_gradients() -> None:
 def test_a_rotation_spreads_an_outlier_and_lowers_the_error() -> None:
     x = torch.randn(64, 128)
     x[:, 5] *= 40
-    grid = Grid(0, -8.0, 7.0)
+    grid = Numbers(0, -8.0, 7.0)
     plain = quantize_integer(x, x.abs().amax(1, keepdim=True) / 7, -8, 7)
     rotated = hadamard(hadamard_quantize(x, 128, grid)[0], 128)
     assert (rotated - x).pow(2).mean() < 0.5 * (plain - x).pow(2).mean()

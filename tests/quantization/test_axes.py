@@ -27,11 +27,13 @@ from workbench.quantization.trained.trained_rounding import MeanScaled
 from workbench.quantization.transform.coordinates import Transform
 from workbench.quantization.transform.transform import TRANSFORM
 
+#: Axes of training have a test of their own.
+TRAINING = ("optimizer", "learning-rate-schedule", "precision")
 FIELDS = [
     (instrument, name, entry)
     for instrument in (Quantize, LayerSensitivity, Allocate, Rotate, TrainQuantized)
     for name, info in instrument.model_fields.items()
-    if (home := axis_of(info)) is not None
+    if (home := axis_of(info)) is not None and home.kind not in TRAINING
     for entry in home
 ]
 SMALL = {"calibration_examples": 4, "predict_examples": 0, "test_examples": 4, "group_size": 16}

@@ -16,23 +16,7 @@ from workbench.pruning.recovery.recovery import Recovery
 from workbench.quantization import TrainQuantized
 from workbench.subjects import Subject
 
-OTHER: dict[str, Any] = {"optimizer": "lion", "learning_rate_schedule": "cosine", "precision": "bf16"}
-
-
-@pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Settings that every instrument which trains on the way finds, as if it had the fields."""
-    from workbench.training import chosen as module
-
-    settings: dict[str, Any] = {}
-
-    def found(instrument: Any) -> dict[str, Any]:
-        return {setting: settings[name] for name, setting in module.FIELDS.items() if name in settings}
-
-    for name in ("pruning.prune", "pruning.engine.dimensions", "pruning.sparse_training.run",
-                 "quantization.trained.rounded_course"):  # fmt: skip
-        monkeypatch.setattr(f"workbench.{name}.chosen_settings", found)
-    return settings
+OTHER: dict[str, Any] = {"optimizer": "lion", "schedule": "cosine", "precision": "bf16"}
 
 
 def weights(on: Subject) -> torch.Tensor:
@@ -40,21 +24,36 @@ def weights(on: Subject) -> torch.Tensor:
 
 
 RUNS = {
-    "recovery": Prune(method="magnitude", recovery="finetune", recovery_steps=4, batch_size=8),
-    "tuning": Prune(method="pat", pattern="channels", sparsity=0.25, recovery="finetune", recovery_steps=4),
+    "recovery": Prune(
+        method="magnitude", recovery="finetune", **{"recovery.steps": 4, "recovery.batch_size": 8}
+    ),
+    "tuning": Prune(
+        method="pat", pattern="channels", sparsity=0.25, recovery="finetune", **{"recovery.steps": 4}
+    ),
     "rounding": TrainQuantized(steps=4, batch_size=8, test_examples=32, switch_at=0.5),
     "sparse": TrainSparse(method="static", sparsity=0.5, steps=4, batch_size=8),
 }
 
 
+def told(name: str, settings: dict[str, Any]) -> Any:
+    """The instrument with these settings of its run, by the names that it has for them."""
+    run = RUNS[name]
+    if isinstance(run, Prune):
+        return run.with_fields(**{f"recovery.{field}": value for field, value in settings.items()})
+    return run.with_fields(
+        **{field.replace("schedule", "learning_rate_schedule"): v for field, v in settings.items()}
+    )
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_each_takes_optimizer_schedule_precision_and_accumulation(name: str, chosen: dict[str, Any]) -> None:
+def test_each_takes_optimizer_schedule_precision_and_accumulation(name: str) -> None:
     """Another optimizer gives other weights; micro-batches give the same ones."""
+    chosen: dict[str, Any] = {}
 
     def trained() -> torch.Tensor:
         torch.manual_seed(0)
         on = workbench.subject("digits-vit")
-        return weights(RUNS[name].run(on, Progress(), cache=False).subject)
+        return weights(told(name, chosen).run(on, Progress(), cache=False).subject)
 
     plain = trained()
     chosen["micro_batch"] = 3

@@ -2,8 +2,8 @@
 
 Every operation of `workbench.kernels` takes `backend="auto" | "torch" | "triton"`. "auto" means Triton for
 tensors on a CUDA device, unless a measurement committed for that device says that PyTorch is faster at
-the nearest size (see `measured_slower`), and PyTorch otherwise. Triton is never imported where it is not
-installed, and `import workbench.kernels` alone does not import it anywhere.
+the nearest size (see `measured_slower`), and PyTorch otherwise. Triton is imported by the first call that
+needs it (see `Pending`): a product that takes PyTorch's way never loads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,23 +34,67 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in 
 #: Committed tables: `resources.json` and one `measured_<device>.json` per device that was at hand.
 DATA = Path(__file__).parents[2] / "data" / "kernels"
 
-if HAS_TRITON:
-    import triton
-    from triton import language
+triton: Any = None
+#: Inside kernels: `triton.language`, once Triton is loaded.
+tl: Any = None
+#: The interpreter keeps bfloat16 as raw 16-bit integers and multiplies those, so `mma` widens to fp32 there.
+WIDEN: Any = None
 
-    tl: Any = language  # assigned, not imported: the kernels' files take it from here
-    #: The interpreter keeps bfloat16 as raw 16-bit integers and multiplies those,
-    #: so `mma` widens to fp32 there.
-    WIDEN: Any = tl.constexpr(INTERPRETED)
-else:
-    triton = None
-    tl = None
-    WIDEN = None
+
+class Pending:
+    """A kernel that Triton has not seen yet: it is compiled or interpreted once somebody launches it or asks
+    for anything of it.
+
+    Kernels find `tl` and each other in their modules' globals; `load` puts the real things there.
+    """
+
+    waiting: ClassVar[list[Pending]] = []
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.plain, self.made = function, None
+        self.waiting.append(self)
+
+    @property
+    def kernel(self) -> Any:
+        """Triton's own object."""
+        load()
+        return self.made
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.kernel[grid]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kernel(*args, **kwargs)
+
+
+def load() -> None:
+    """Import Triton and hand it every kernel that was defined so far; later ones go to it at once."""
+    global triton, tl, WIDEN
+    if triton is not None:
+        return
+    import triton as real
+    import triton.language as language
+
+    triton, tl, WIDEN = real, language, language.constexpr(INTERPRETED)
+    modules = [pending.plain.__globals__ for pending in Pending.waiting]  # type: ignore[attr-defined]
+    for pending in Pending.waiting:
+        pending.made = real.jit(pending.plain)
+    for names in modules:
+        for name, value in list(names.items()):
+            if isinstance(value, Pending):
+                names[name] = value.made
+        names["tl"] = language
+    Pending.waiting.clear()
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit` where Triton is installed; elsewhere the plain function, which is then never called."""
-    return triton.jit(function) if HAS_TRITON else function
+    """`triton.jit`, put off until Triton is needed; where it is not installed, the plain function, which is
+    then never called.
+    """
+    if not HAS_TRITON:
+        return function
+    return Pending(function) if triton is None else triton.jit(function)
 
 
 @jit
@@ -94,11 +138,14 @@ def use_triton(operation: str, size: int, tensor: torch.Tensor, backend: str = "
     if backend == "torch":
         return False
     if backend == "auto":
-        return (
+        fused = (
             tensor.is_cuda
             and HAS_TRITON
             and not measured_slower(operation, size, torch.cuda.get_device_name(tensor.device))
         )
+        if fused:
+            load()
+        return fused
     if backend != "triton":
         raise BadInput(f"backend = {backend!r}: accepted are 'auto', 'torch' and 'triton'")
     if not HAS_TRITON:
@@ -109,6 +156,7 @@ def use_triton(operation: str, size: int, tensor: torch.Tensor, backend: str = "
             "move it to a GPU, use 'torch' or 'auto', or set "
             "TRITON_INTERPRET=1 before Python starts"
         )
+    load()
     return True
 
 

@@ -31,10 +31,9 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 
 def _blocks(gradients: torch.Tensor, block: int) -> torch.Tensor:
     """(m, blocks, B), the last block padded with zeros."""
-    if gradients.ndim != 2 or not 1 <= block <= 128:
+    if gradients.ndim != 2 or block < 1:
         raise BadInput(
-            f"gradients {tuple(gradients.shape)}, block = {block}: "
-            "need (samples, weights) and a block of 1 to 128"
+            f"gradients {tuple(gradients.shape)}, block = {block}: need (samples, weights) and a block"
         )
     padded = torch.nn.functional.pad(gradients, (0, -gradients.shape[1] % block))
     return padded.reshape(gradients.shape[0], padded.shape[1] // block, block)
@@ -84,44 +83,83 @@ def _warps(block: int) -> int:
     return 4 if block <= 64 else 8
 
 
+#: The widest block that a kernel keeps in registers.
+WIDEST = 128
+
+
+def _fused(gradients: torch.Tensor, block: int, backend: str) -> bool:
+    if backend == "triton" and block > WIDEST:
+        raise BadInput(f"block = {block} with backend = 'triton': need a block of 1 to {WIDEST}")
+    fits = block <= WIDEST and gradients.dtype != torch.float64 and len(gradients)
+    return bool(fits) and use_triton("block_fisher", gradients.numel(), gradients, backend)
+
+
+def fisher_reference(parts: torch.Tensor, total: int, damping: float = 0.0) -> torch.Tensor:
+    """damping I + G^T G / total for every block of parts (blocks, m, B), (blocks, B, B)."""
+    fisher = torch.bmm(parts.mT, parts).div_(total)
+    if damping:
+        fisher.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return fisher
+
+
+def inverse_reference(parts: torch.Tensor, total: int, damping: float) -> torch.Tensor:
+    """The inverse of the same.
+
+    With m >= B the matrix is formed and factorised; with m < B the Woodbury identity needs only an m x m
+    system: (I - G^T (total damping I + G G^T)^-1 G) / damping.
+    """
+    if parts.shape[1] >= parts.shape[2]:
+        return torch.cholesky_inverse(torch.linalg.cholesky(fisher_reference(parts, total, damping)))
+    small = torch.bmm(parts, parts.mT)
+    small.diagonal(dim1=-2, dim2=-1).add_(total * damping)
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(small), parts, upper=False)
+    inverse = torch.bmm(half.mT, half).neg_()
+    inverse.diagonal(dim1=-2, dim2=-1).add_(1)
+    return inverse.div_(damping)
+
+
 def block_fisher(
     gradients: torch.Tensor,
     block: int,
     out: torch.Tensor | None = None,
     total: int | None = None,
     backend: str = "auto",
+    damping: float = 0.0,
 ) -> torch.Tensor:
-    """(1 / total) sum_k g_k g_k^T per block, (blocks, B, B) fp32 (fp64 if the gradients are),
+    """damping I + (1 / total) sum_k g_k g_k^T per block, (blocks, B, B) fp32 (fp64 if the gradients are),
     added to `out` when given.
 
-    gradients (m, n), any float type; `total` defaults to m:
-    give the full count when gradients come in several parts.
+    gradients (m, n), any float type; `total` defaults to m: give the full count when gradients come in
+    several parts, and the damping with one of them.
     """
     parts = _blocks(gradients, block)
     m, count, _ = parts.shape
     kind = torch.float64 if gradients.dtype == torch.float64 else torch.float32
-    out = torch.zeros(count, block, block, dtype=kind, device=gradients.device) if out is None else out
-    if out.shape != (count, block, block) or not out.is_contiguous():
+    if out is not None and (out.shape != (count, block, block) or not out.is_contiguous()):
         raise BadInput(f"out.shape = {tuple(out.shape)}: a contiguous {(count, block, block)} is needed")
-    if kind == torch.float32 and m and use_triton("block_fisher", gradients.numel(), gradients, backend):
-        g = gradients if gradients.stride(1) == 1 else gradients.contiguous()
-        with on_device(g):
-            _accumulate[(count,)](
-                g,
-                out,
-                m,
-                g.stride(0),
-                g.shape[1],
-                1.0 / (total or m),
-                B=block,
-                PAD=power_of_two(block, 16),
-                ROWS=32,
-                num_warps=_warps(block),
-                num_stages=2,
-            )
-        return out
-    by_block = parts.to(kind).transpose(0, 1)
-    return out.baddbmm_(by_block.transpose(1, 2), by_block, alpha=1.0 / max(1, total or m))
+    if not _fused(gradients, block, backend):
+        by_block = parts.to(kind).transpose(0, 1).contiguous()
+        found = fisher_reference(by_block, max(1, total or m), damping)
+        return found if out is None else out.add_(found)
+    out = torch.zeros(count, block, block, dtype=kind, device=gradients.device) if out is None else out
+    if damping:
+        out.diagonal(dim1=-2, dim2=-1).add_(damping)
+    g = gradients if gradients.stride(1) == 1 else gradients.contiguous()
+    with on_device(g):
+        _accumulate[(count,)](
+            g,
+            out,
+            m,
+            g.stride(0),
+            g.shape[1],
+            1.0 / (total or m),
+            B=block,
+            PAD=power_of_two(block, 16),
+            ROWS=32,
+            num_warps=_warps(block),
+            num_stages=2,
+        )
+    return out
 
 
 def block_fisher_inverse(
@@ -132,7 +170,8 @@ def block_fisher_inverse(
     total: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Inverse of damping I + (1 / total) sum_k g_k g_k^T per block, (blocks, B, B), by rank-one updates.
+    """Inverse of damping I + (1 / total) sum_k g_k g_k^T per block, (blocks, B, B): by rank-one updates in
+    the kernel and where `out` is given, else by one factorisation.
 
     Pass the result as `out` to continue with more gradients (`damping` has then done its work), and `total`,
     the number of all gradients, each time. Padding of a short last block stays I / damping.
@@ -142,12 +181,14 @@ def block_fisher_inverse(
     if not damping > 0:
         raise BadInput(f"damping = {damping}: must be above 0, or the empty Fisher matrix has no inverse")
     kind = torch.float64 if gradients.dtype == torch.float64 else torch.float32
+    fused, scale = _fused(gradients, block, backend), float(total or m)
+    if out is None and m and not fused:
+        return inverse_reference(parts.to(kind).transpose(0, 1).contiguous(), total or m, damping)
     if out is None:
         out = (torch.eye(block, dtype=kind, device=gradients.device) / damping).repeat(count, 1, 1)
     if out.shape != (count, block, block) or not out.is_contiguous():
         raise BadInput(f"out.shape = {tuple(out.shape)}: a contiguous {(count, block, block)} is needed")
-    scale = float(total or m)
-    if kind == torch.float32 and m and use_triton("block_fisher", gradients.numel(), gradients, backend):
+    if fused:
         g = gradients if gradients.stride(1) == 1 else gradients.contiguous()
         with on_device(g):
             _inverse[(count,)](

@@ -60,9 +60,12 @@ def compile_kernel(kernel: Kernel, configuration: Configuration, capability: int
         for i, kind in enumerate(signature.values())
         if kind[0] == "*" or kind == "i32"
     }
-    source = ASTSource(
-        kernel.function, signature=signature, constexprs=dict(configuration.constants), attrs=aligned
-    )
+    types = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16}
+    constants = {
+        name: types.get(value, value) if isinstance(value, str) else value
+        for name, value in configuration.constants.items()
+    }
+    source = ASTSource(kernel.function, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return read_cubin(compiled.asm["cubin"], shared=compiled.metadata.shared)

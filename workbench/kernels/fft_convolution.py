@@ -272,7 +272,7 @@ KERNELS = (
                     "k_ptr": "*fp32",
                     "conjugate": "fp32",
                 },
-                {"N1": n1, "N2": n2, "KIND": {"bf16": tl.bfloat16, "fp16": tl.float16}[kind] if tl else kind},
+                {"N1": n1, "N2": n2, "KIND": kind},
                 warps=4 if n1 * n2 <= 1024 else 8,
                 capability=80 if n1 * n2 <= 1024 else 90,
             )

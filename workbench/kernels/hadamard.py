@@ -22,26 +22,42 @@ import torch
 
 from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, narrow, on_device, tl, use_triton
-from workbench.kernels.quantize import Grid, _limits, quantize_block, quantize_reference
+from workbench.kernels.quantize import Numbers, _limits, quantize_block, quantize_reference
 from workbench.kernels.registry import Case, Configuration, Kernel
 
 
-def hadamard_matrix(n: int, device: Any = None) -> torch.Tensor:
-    """Sylvester's n x n matrix of +1 and -1, fp32: entry (i, j) is (-1) to the number of ones in i AND j.
+def hadamard_matrix(
+    n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The orthogonal Sylvester-Hadamard matrix of a power of two (Sylvester 1867), symmetric: entry (i, j) is
+    (-1) to the number of ones in i AND j, over sqrt(n).
 
-    >>> hadamard_matrix(2)
-    tensor([[ 1.,  1.],
-            [ 1., -1.]])
+    >>> hadamard_matrix(4)[3]
+    tensor([ 0.5000, -0.5000, -0.5000,  0.5000])
     """
-    matrix = torch.ones(1, 1, device=device)
-    while matrix.shape[0] < n:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
+    found = torch.ones(1, 1, device=device, dtype=dtype)
+    while len(found) < n:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found / math.sqrt(n)
 
 
-def hadamard_reference(x: torch.Tensor, block: int) -> torch.Tensor:
-    """The butterflies in fp32; x (..., columns), columns a multiple of block."""
-    y = x.float().reshape(-1, block)
+#: The widest block whose product with the dense matrix is as fast on a processor as the butterflies.
+DENSE = 512
+
+
+def hadamard_reference(x: torch.Tensor, block: int, along: int = -1) -> torch.Tensor:
+    """The transform in fp32 or wider, returned in x's type; x (..., columns), columns a multiple of block."""
+    if block > DENSE:
+        return butterflies(x, block) if along == -1 else butterflies(x.mT, block).mT
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(along, (-1, block))
+    matrix = hadamard_matrix(block, x.device, wide.dtype)
+    y = (wide @ matrix).flatten(-2) if along == -1 else (matrix @ wide).flatten(-3, -2)
+    return y.to(x.dtype)
+
+
+def butterflies(x: torch.Tensor, block: int) -> torch.Tensor:
+    """The same in n log n, sums and differences in the kernel's order, bit for bit."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, block)
     width = 1
     while width < block:
         pairs = y.view(-1, block // (2 * width), 2, width)
@@ -94,7 +110,7 @@ def _hadamard(
     tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(x: torch.Tensor, block: int, grid: Grid | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _launch(x: torch.Tensor, block: int, grid: Numbers | None) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     y = torch.empty_like(x)
     blocks = x.numel() // block
@@ -131,33 +147,46 @@ class _Hadamard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _launch(grads[0], ctx.block, None)[0], None
+        return _Hadamard.apply(grads[0], ctx.block), None
 
 
-def _check(x: torch.Tensor, block: int | None) -> int:
-    block = block or (x.shape[-1] & -x.shape[-1])
-    if block < 2 or block & (block - 1) or x.shape[-1] % block or block > 8192:
+#: The widest block that the kernel keeps on the chip.
+WIDEST = 8192
+
+
+def _check(x: torch.Tensor, block: int | None, along: int = -1) -> int:
+    if along not in (-1, -2):
+        raise BadInput(f"along = {along}: -1 (columns) or -2 (rows) is needed")
+    columns = x.shape[along]
+    block = block or (columns & -columns)
+    if block < 1 or block & (block - 1) or columns % block:
         raise BadInput(
-            f"block = {block} with {x.shape[-1]} columns: a power of two from 2 to 8192 that divides the "
-            "columns is needed"
+            f"block = {block} with {columns} columns: a power of two that divides the columns is needed"
         )
     return block
 
 
-def hadamard(x: torch.Tensor, block: int | None = None, backend: str = "auto") -> torch.Tensor:
-    """Orthonormal transform of each `block` columns of x (..., columns), differentiable.
+def _fused(x: torch.Tensor, block: int, backend: str) -> bool:
+    fits = 2 <= block <= WIDEST and x.dtype != torch.float64
+    return fits and use_triton("hadamard", x.numel(), x, backend)
 
-    `block` defaults to the largest power of two that divides the columns.
-    Computed in fp32, returned in x's type.
+
+def hadamard(
+    x: torch.Tensor, block: int | None = None, backend: str = "auto", along: int = -1
+) -> torch.Tensor:
+    """Orthonormal transform of each `block` columns of x (..., columns), differentiable any number of times.
+
+    `block` defaults to the largest power of two that divides the columns; `along=-2` transforms rows instead.
+    Computed in fp32 (fp64 for fp64), returned in x's type. Blocks of 1 and above `WIDEST` go through PyTorch.
     """
-    block = _check(x, block)
-    if use_triton("hadamard", x.numel(), x, backend):
-        return _Hadamard.apply(x, block)
-    return hadamard_reference(x, block)
+    block = _check(x, block, along)
+    if not _fused(x, block, backend):
+        return hadamard_reference(x, block, along)
+    return _Hadamard.apply(x, block) if along == -1 else _Hadamard.apply(x.mT, block).mT
 
 
 def hadamard_quantize(
-    x: torch.Tensor, block: int, grid: Grid, backend: str = "auto"
+    x: torch.Tensor, block: int, grid: Numbers, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform and quantize-dequantize each block with scale max|.| / grid.high;
     returns (result, scales (..., columns / block)).
@@ -170,10 +199,10 @@ def hadamard_quantize(
             "grid: a codebook cannot be fused with the transform; use hadamard, then quantize_codebook"
         )
     shape = (*x.shape[:-1], x.shape[-1] // block)
-    if use_triton("hadamard", x.numel(), x, backend):
+    if _fused(x, block, backend):
         y, scale = _launch(x, block, grid)
         return y, scale.view(shape)
-    y = hadamard_reference(x.float(), block).view(-1, block)
+    y = butterflies(x.float(), block).view(-1, block)
     scale = y.abs().amax(1, keepdim=True) / grid.high
     return quantize_reference(y, scale, None, grid, block).view(x.shape).to(x.dtype), scale.view(shape)
 
@@ -219,10 +248,10 @@ def cases() -> list[Case]:
     rows, columns = 8192, 4096
 
     def make(
-        block: int, grid: Grid | None, device: torch.device
+        block: int, grid: Numbers | None, device: torch.device
     ) -> tuple[Callable[[], Any], Callable[[], Any]]:
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
-        matrix = (hadamard_matrix(block, device) * block**-0.5).to(x.dtype)
+        matrix = hadamard_matrix(block, device).to(x.dtype)
         return lambda: _launch(x, block, grid), lambda: (x.view(-1, block) @ matrix).view(x.shape)
 
     n = rows * columns
@@ -236,5 +265,5 @@ def cases() -> list[Case]:
             lambda device, block=block, grid=grid: make(block, grid, device),  # type: ignore[misc]
             comparator="dense matmul",
         )
-        for block, grid in ((4096, None), (128, Grid(0, -8, 7)))
+        for block, grid in ((4096, None), (128, Numbers(0, -8, 7)))
     ]

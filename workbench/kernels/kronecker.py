@@ -21,14 +21,19 @@ import torch
 
 from workbench.errors import BadInput
 from workbench.kernels.backend import jit, mma, narrow, on_device, power_of_two, tl, use_triton
-from workbench.kernels.quantize import Grid, _limits, quantize_block, quantize_reference
+from workbench.kernels.quantize import Numbers, _limits, quantize_block, quantize_reference
 from workbench.kernels.registry import Case, Configuration, Kernel
 
 
 def kronecker_reference(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """A X_t B in fp32, returned in x's type; differentiable in all three."""
-    rows = x.reshape(-1, left.shape[0], right.shape[0]).float()
-    return (left.float() @ rows @ right.float()).reshape(x.shape).to(x.dtype)
+    """A X_t B in fp32 or wider, returned in x's type; differentiable in all three.
+
+    Factors may be stacks (..., a, a) and (..., b, b), one for each matrix of rows in x (..., rows, a b).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.to(wide).unflatten(-1, (left.shape[-1], right.shape[-1]))
+    left, right = left.to(wide).unsqueeze(-3), right.to(wide).unsqueeze(-3)
+    return (left @ rows @ right).flatten(-2).to(x.dtype)
 
 
 @jit
@@ -74,7 +79,7 @@ def _kronecker(
 
 
 def _launch(
-    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, grid: Grid | None
+    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, grid: Numbers | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -118,7 +123,7 @@ class _Kronecker(torch.autograd.Function):
         """
         x, left, right = ctx.saved_tensors
         g = grads[0].contiguous()
-        dx = _launch(g, left.t(), right.t(), None)[0]
+        dx = _Kronecker.apply(g, left.t(), right.t())
         rows, g32 = (t.reshape(-1, left.shape[0], right.shape[0]).float() for t in (x, g))
         da = torch.einsum("tij,tkj->ik", g32, rows @ right.float())
         db = torch.einsum("tik,til->kl", left.float() @ rows, g32)
@@ -126,26 +131,33 @@ class _Kronecker(torch.autograd.Function):
 
 
 def _check(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    square = all(m.ndim == 2 and m.shape[0] == m.shape[1] for m in (left, right))
-    if not square or left.shape[0] * right.shape[0] != x.shape[-1]:
+    square = all(m.ndim >= 2 and m.shape[-1] == m.shape[-2] for m in (left, right))
+    if not square or left.shape[-1] * right.shape[-1] != x.shape[-1]:
         raise BadInput(
             f"factors {tuple(left.shape)}, {tuple(right.shape)} and {x.shape[-1]} columns: "
             "need square factors whose sizes multiply to the columns"
         )
 
 
+def _fused(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, backend: str) -> bool:
+    fits = left.ndim == right.ndim == 2 and max(len(left), len(right)) <= 128 and x.dtype != torch.float64
+    return fits and use_triton("kronecker", x.numel(), x, backend)
+
+
 def kronecker(
     x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, backend: str = "auto"
 ) -> torch.Tensor:
-    """A X_t B for each row of x (..., a b), left A (a, a), right B (b, b); differentiable in all three."""
+    """A X_t B for each row of x (..., a b), left A (a, a), right B (b, b); differentiable in all three.
+    Stacked factors (see the reference), and ones above 128, go through PyTorch.
+    """
     _check(x, left, right)
-    if max(left.shape[0], right.shape[0]) <= 128 and use_triton("kronecker", x.numel(), x, backend):
+    if _fused(x, left, right, backend):
         return _Kronecker.apply(x, left, right)
     return kronecker_reference(x, left, right)
 
 
 def kronecker_quantize(
-    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, grid: Grid, backend: str = "auto"
+    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, grid: Numbers, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform and quantize-dequantize each row with scale max|.| / grid.high;
     returns (result, scales (...)). Forward only.
@@ -155,7 +167,7 @@ def kronecker_quantize(
         raise BadInput(
             "grid: a codebook cannot be fused with the transform; use kronecker, then quantize_codebook"
         )
-    if max(left.shape[0], right.shape[0]) <= 128 and use_triton("kronecker", x.numel(), x, backend):
+    if _fused(x, left, right, backend):
         y, scale = _launch(x, left, right, grid)
         return y, scale.view(x.shape[:-1])
     y = kronecker_reference(x.float(), left, right).reshape(-1, x.shape[-1])
@@ -205,7 +217,7 @@ def cases() -> list[Case]:
     def make(device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
         x = torch.randn(rows, a * a, device=device, dtype=torch.bfloat16)
         left, right = (torch.linalg.qr(torch.randn(a, a, device=device))[0].to(x.dtype) for _ in "ab")
-        grid = Grid(0, -8, 7)
+        grid = Numbers(0, -8, 7)
         return lambda: _launch(x, left, right, grid), lambda: kronecker_quantize(
             x, left, right, grid, "torch"
         )

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from workbench.errors import BadInput
 from workbench.kernels.backend import cdiv, jit, mma, narrow, on_device, tl, use_triton
-from workbench.kernels.quantize import NF4, Grid, quantize_reference
+from workbench.kernels.quantize import NF4, Numbers, quantize_reference
 from workbench.kernels.registry import Case, Configuration, Kernel
 
 FORMATS = ("int4", "int8", "nf4", "e4m3", "e2m1")
@@ -123,7 +123,7 @@ def pack_weight(
         codes = _divided(w, scales).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
         scales = torch.exp2(torch.ceil(torch.log2(torch.where(largest > 0, largest, 6.0) / 6)))
-        grid = Grid(1, 0.0, 6.0, 2, 1)
+        grid = Numbers(1, 0.0, 6.0, 2, 1)
         values = quantize_reference(
             _divided(w, scales).flatten(1), torch.ones(out, 1, device=w.device), None, grid, width
         ).view(w.shape)

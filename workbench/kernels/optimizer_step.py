@@ -3,7 +3,7 @@
     m' = b1 m + (1 - b1) g,   v' = b2 v + (1 - b2) g^2
     AdamW (Loshchilov and Hutter, 2019)   u = (m' / c1) / (sqrt(v' / c2) + eps) + wd p,   p' = p - lr u,
                                           c_i = 1 - b_i^step
-    LAMB (You et al., 2020)               u as AdamW,   p' = p - lr |p| / |u| u, per tensor
+    LAMB (You et al., 2020)               u as AdamW,   p' = p - lr min(|p|, largest) / |u| u, per tensor
     Lion (Chen et al., 2023)              u = sign(b1 m + (1 - b1) g) + wd p,  m' = b2 m + (1 - b2) g
 
 States ("fp32", "bf16", "int8", "fp8") are quantized in groups of 128 with one scale each. int8 keeps m
@@ -21,7 +21,8 @@ keeps what the last addition lost, so small steps are not rounded away.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +139,12 @@ def reference_step(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-) -> None:
-    """The formulas of this module in plain PyTorch, in place."""
+    largest: float = math.inf,
+    bias_correction: bool = True,
+) -> torch.Tensor | None:
+    """The formulas of this module in plain PyTorch, in place; LAMB's ratio of norms."""
+    c1, c2 = corrections(betas, step, bias_correction)
+    ratio = None
     g, p = gradient.float().flatten(), parameter.float().flatten()
     m, (b1, b2) = load_moment(state, 0), betas
     if optimizer == "lion":
@@ -154,10 +159,10 @@ def reference_step(
             optimizer == "lamb"
         ):  # the second pass reads the moments back, so the update is what their storage holds
             m, v = load_moment(state, 0), load_moment(state, 1)
-        update = m / (1 - b1**step) / (torch.sqrt(v / (1 - b2**step)) + eps) + weight_decay * p
+        update = m / c1 / (torch.sqrt(v / c2) + eps) + weight_decay * p
         if optimizer == "lamb":
-            sizes = p.norm(), update.norm()
-            update = update * torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[0] / sizes[1], 1.0)
+            ratio = ratio_of(torch.stack([p.norm(), update.norm()]), largest)
+            update = update * ratio
     change = -lr * update
     if state.compensation is not None:
         change = change + state.compensation.float()
@@ -165,6 +170,17 @@ def reference_step(
     if state.compensation is not None:
         state.compensation.copy_(change - (new.float() - p))
     parameter.copy_(new.view(parameter.shape))
+    return ratio
+
+
+def corrections(betas: tuple[float, float], step: int, wanted: bool) -> tuple[float, float]:
+    """What the moments are divided by for having started at zero."""
+    return (1 - betas[0] ** step, 1 - betas[1] ** step) if wanted else (1.0, 1.0)
+
+
+def ratio_of(sizes: torch.Tensor, largest: float) -> torch.Tensor:
+    """min(|p|, largest) / |u| of sizes (|p|, |u|), 1 where either is zero."""
+    return torch.where((sizes > 0).all(), sizes[0].clamp(max=largest) / sizes[1], 1.0)
 
 
 # The kernel -------------------------------------------------------------------------------------------------
@@ -315,10 +331,13 @@ def _launch(
     betas: tuple[float, float],
     eps: float,
     decay: float,
-) -> None:
+    largest: float,
+    bias_correction: bool,
+) -> torch.Tensor | None:
     n = parameter.numel()
     if not n:
-        return
+        return None
+    c1, c2 = corrections(betas, step, bias_correction)
     m, b1, b2 = state.moments[0], *betas
     v = state.moments[-1]
     scales, powers = (list(x) if x[0].numel() else [m, m] for x in (state.scales, state.exponents))
@@ -343,8 +362,8 @@ def _launch(
             b2,
             1 - b1,
             1 - b2,
-            1 - b1**step,
-            1 - b2**step,
+            c1,
+            c2,
             eps,
             decay,
             LION=optimizer == "lion",
@@ -359,10 +378,11 @@ def _launch(
     with on_device(parameter):
         if optimizer != "lamb":
             run(0, norms)
-            return
+            return None
         run(1, norms)
-        sizes = norms.view(-1, 2).sum(0).sqrt()
-        run(2, torch.where((sizes > 0).all(), sizes[0] / sizes[1], 1.0).view(1))
+        ratio = ratio_of(norms.view(-1, 2).sum(0).sqrt(), largest)
+        run(2, ratio.view(1))
+        return ratio
 
 
 @torch.no_grad()
@@ -377,9 +397,11 @@ def optimizer_step(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     backend: str = "auto",
-) -> None:
+    largest: float = math.inf,
+    bias_correction: bool = True,
+) -> torch.Tensor | None:
     """One step on one parameter tensor, in place, state included. `step` counts from 1.
-    No synchronisation with the GPU.
+    No synchronisation with the GPU. Returns the ratio of norms that LAMB moved by, a scalar.
     """
     if optimizer not in OPTIMIZERS:
         raise BadInput(f"optimizer = {optimizer!r}: accepted are {', '.join(OPTIMIZERS)}")
@@ -393,10 +415,24 @@ def optimizer_step(
             "parameter: not contiguous in memory; the step is in place over flat memory, "
             "so call .contiguous() when you create it"
         )
+    options = (optimizer, lr, step, betas, eps, weight_decay, largest, bias_correction)
     if use_triton("optimizer_step", parameter.numel(), parameter, backend):
-        _launch(parameter, gradient.contiguous(), state, optimizer, lr, step, betas, eps, weight_decay)
-    else:
-        reference_step(parameter, gradient, state, optimizer, lr, step, betas, eps, weight_decay)
+        return _launch(parameter, gradient.contiguous(), state, *options)
+    return reference_step(parameter, gradient, state, *options)
+
+
+def fuses(parameters: Sequence[torch.Tensor]) -> bool:
+    """Whether one step of these is faster tensor by tensor in the kernel than all together in torch's foreach
+    functions: fp32 parameters on a GPU.
+    """
+    plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+    return plain and use_triton("optimizer_step", sum(p.numel() for p in parameters), parameters[0])
+
+
+def fp32_state(moments: Sequence[torch.Tensor]) -> State:
+    """Moments that an optimizer keeps in its own tensors, of the parameter's shape."""
+    none = [moments[0].new_empty(0)] * len(moments)
+    return State([m.view(-1) for m in moments], none, none, None, "fp32")
 
 
 def _configuration(name: str, kind: str, moment: str, lion: bool, phase: int, states: int) -> Configuration:

@@ -1,7 +1,7 @@
 """Quantize-dequantize: integers, small floats and codebooks, per group of any kind, nearest or stochastic,
 in one pass.
 
-    integer    q = clamp(round(x / s) + z, lo, hi),        y = s (q - z)
+    integer    q = clamp(round(x / s + z), lo, hi),        y = s (q - z)
     minifloat  y = s E(x / s), E the nearest number with `exponent` and `mantissa` bits (subnormals included,
                saturating)
     codebook   y = s c_k, c_k the entry nearest to x / s
@@ -23,6 +23,7 @@ tensor([[ 0., -1.,  1.,  6.]])
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from workbench.kernels.registry import Case, Configuration, Kernel
 
 
 @dataclass(frozen=True)
-class Grid:
+class Numbers:
     """What numbers there are before scaling. Kind 0: integers low..high; 1: minifloat with `exponent`
     and `mantissa` bits, largest `high`; 2: the sorted entries of `codebook`."""
 
@@ -47,6 +48,79 @@ class Grid:
     exponent: int = 0
     mantissa: int = 0
     codebook: tuple[float, ...] = ()
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """The nearest of them to each x (fp32 or fp64), ties to the even code; the bound beyond the range."""
+        if self.kind == 0:
+            return torch.round(x).clamp_(self.low, self.high)
+        if self.kind == 1:
+            inside = x.clamp(-self.high, self.high)
+            return round_minifloat(inside, self.exponent, self.mantissa).clamp_(-self.high, self.high)
+        return round_codebook(x, self.codebook)
+
+
+def binades(x: torch.Tensor, exponent: int) -> torch.Tensor:
+    """The power of two at or below |x|, and at least the smallest normal number of `exponent` bits."""
+    bits, view = (0x7F800000, torch.int32) if x.dtype == torch.float32 else (0x7FF << 52, torch.int64)
+    return (x.view(view) & bits).view(x.dtype).clamp_(min=2.0 ** (2 - 2 ** (exponent - 1)))
+
+
+def round_minifloat(x: torch.Tensor, exponent: int, mantissa: int) -> torch.Tensor:
+    """The nearest number with so many bits, of any size, ties to even; x in fp32 (for up to 6 and 10 bits) or
+    fp64.
+
+    Adding 1.5 * 2^(digits - M) * 2^e pushes everything below the last mantissa bit of x off the end of the
+    type, which rounds to nearest even in hardware; subtracting it again is exact.
+    """
+    digits = 23 if x.dtype == torch.float32 else 52
+    push = binades(x, exponent) * (1.5 * 2.0 ** (digits - mantissa))
+    return torch.copysign((x + push).sub_(push), x)
+
+
+def round_codebook(x: torch.Tensor, table: tuple[float, ...]) -> torch.Tensor:
+    """The nearest entry of a sorted table; in the middle between two, the lower one."""
+    found = buckets(table, x.dtype, x.device)
+    if found is None:
+        values = torch.tensor(table, dtype=x.dtype, device=x.device)
+        return values[torch.bucketize(x.contiguous(), (values[1:] + values[:-1]) / 2)]
+    middle, pair = found
+    flat = x.reshape(-1)
+    per_unit = (len(middle) - 1) / (table[-1] - table[0])
+    index = (
+        flat.clamp(table[0], table[-1])
+        .sub_(table[0])
+        .mul_(per_unit)
+        .to(torch.int32)
+        .clamp_(0, len(middle) - 1)
+    )
+    above = flat > middle.index_select(0, index)
+    return pair.index_select(0, index.mul_(2).add_(above)).reshape(x.shape)
+
+
+@functools.lru_cache
+def buckets(
+    values: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A codebook's range cut into so many equal buckets that none holds two of the midpoints between values:
+    (midpoint of each bucket, infinite where there is none; the values below and above it, two a bucket).
+    Midpoints keep clear of the buckets' ends, where rounding could put a number into the neighbour.
+    None when a thousand buckets do not do.
+    """
+    table = torch.tensor(values, dtype=dtype)
+    middles = (table[1:] + table[:-1]) / 2
+    places = (middles.double() - values[0]) / (values[-1] - values[0])
+    for count in range(len(values), 1024):
+        where = places * count
+        inside, share = where.long(), where - where.floor()
+        if len(inside.unique()) == len(inside) and bool(((share > 1e-3) & (share < 1 - 1e-3)).all()):
+            below = torch.bucketize(torch.arange(count + 1), inside)  # midpoints in the buckets before
+            middle = torch.full((count + 1,), torch.inf, dtype=dtype)
+            middle[inside] = middles
+            pair = torch.stack(
+                [table[below], table[(below + middle.isfinite()).clamp(max=len(values) - 1)]], 1
+            ).reshape(-1)
+            return middle.to(device), pair.to(device)
+    return None
 
 
 def minifloat_max(exponent: int, mantissa: int, reserved: str = "none") -> float:
@@ -61,48 +135,77 @@ def minifloat_max(exponent: int, mantissa: int, reserved: str = "none") -> float
     return 2.0**top * (2 - 2.0**-mantissa - (2.0**-mantissa if reserved == "nan" else 0))
 
 
-def _rounded(x: torch.Tensor, seed: int | None, unit: torch.Tensor | None) -> torch.Tensor:
-    if seed is None:
-        return torch.round(x)
-    assert unit is not None
-    low = torch.floor(x)
-    return torch.where(unit < x - low, low + 1, low)
+def _stochastic(u: torch.Tensor, grid: Numbers, seed: int) -> torch.Tensor:
+    """One of the two neighbours of each u, by `random_bits` (seed, element)."""
+    unit = uniform(seed, u.numel(), u.device).view(u.shape)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        low = torch.floor(x)
+        return torch.where(unit < x - low, low + 1, low)
+
+    if grid.kind == 0:
+        return torch.clamp(rounded(u), grid.low, grid.high)
+    if grid.kind == 1:
+        step = binades(u, grid.exponent).clamp_(max=2.0**126) * 2.0**-grid.mantissa
+        return torch.clamp(rounded(u / step) * step, -grid.high, grid.high)
+    code = torch.tensor(grid.codebook, device=u.device)
+    place = torch.bucketize(u, code[1:-1], right=True)
+    below, above = code[place], code[place + 1]
+    return torch.where(unit < (u - below) / (above - below), above, below)
+
+
+#: Elements rounded at once: the working set stays in a core's cache.
+CHUNK = 1 << 16
 
 
 def quantize_reference(
     x: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    grid: Grid,
+    grid: Numbers,
     group: int,
     seed: int | None = None,
 ) -> torch.Tensor:
-    """The definition. x (rows, columns); scale and zero (rows, ceil(columns / group)) fp32;
-    returns x's type.
+    """The definition, in fp32 or wider. x (..., rows, columns); scale and zero (..., rows or 1,
+    ceil(columns / group)); returns x's type.
     """
-    s = scale.repeat_interleave(group, 1)[:, : x.shape[1]]
-    u = x.float() / s
-    unit = None if seed is None else uniform(seed, x.numel(), x.device).view(x.shape)
-    if grid.kind == 0:
-        z = 0.0 if zero is None else zero.repeat_interleave(group, 1)[:, : x.shape[1]]
-        y = (torch.clamp(_rounded(u, seed, unit) + z, grid.low, grid.high) - z) * s
-    elif grid.kind == 1:
-        least = 2 - 2 ** (grid.exponent - 1)
-        exponent = ((u.view(torch.int32) >> 23) & 255) - 127
-        step = torch.ldexp(torch.ones_like(u), torch.clamp(exponent, min=least, max=126) - grid.mantissa)
-        y = torch.clamp(_rounded(u / step, seed, unit) * step, -grid.high, grid.high) * s
-    else:
-        code = torch.tensor(grid.codebook, device=x.device)
-        if seed is None:
-            y = code[torch.bucketize(u, (code[1:] + code[:-1]) / 2, right=False)]
-        else:
-            place = torch.bucketize(u, code[1:-1], right=True)
-            below, above = code[place], code[place + 1]
-            assert unit is not None
-            y = torch.where(unit < (u - below) / (above - below), above, below)
-        y = torch.where(u.isnan(), u, y) * s
-    # Dead groups (scale 0) hold only zeros; 0 / 0 must not poison them.
-    return torch.where(s == 0, torch.zeros_like(y), y).to(x.dtype)
+    work = x.to(torch.promote_types(x.dtype, torch.float32))
+    dead = scale == 0  # such a group holds only zeros; 0 / 0 must not poison them
+    divisor = torch.where(dead, 1.0, scale) if bool(dead.any()) else scale
+    rows, width = x.shape[-2:]
+    if seed is None and work.ndim == 2 and width % group == 0 and work.numel() > CHUNK:
+        out = torch.empty_like(work)
+        step = max(1, CHUNK // width)
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            where = part if scale.shape[0] == rows else slice(0, 1)
+            s, by = scale[where].unsqueeze(-1), divisor[where].unsqueeze(-1)
+            z = None if zero is None else zero[where].unsqueeze(-1)
+            out[part] = _rounded(work[part].unflatten(-1, (-1, group)), s, by, z, grid, seed).flatten(-2)
+        return out.to(x.dtype)
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        return t.repeat_interleave(group, -1)[..., :width]
+
+    z = None if zero is None else spread(zero)
+    s = spread(scale)
+    return _rounded(work, s, s if divisor is scale else spread(divisor), z, grid, seed).to(x.dtype)
+
+
+def _rounded(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    divisor: torch.Tensor,
+    zero: torch.Tensor | None,
+    grid: Numbers,
+    seed: int | None,
+) -> torch.Tensor:
+    """(round(x / divisor + zero) - zero) * scale."""
+    units = x / divisor if zero is None else x / divisor + zero
+    rounded = grid.round(units) if seed is None else _stochastic(units, grid, seed)
+    if grid.kind == 2:
+        rounded = torch.where(units.isnan(), units, rounded)
+    return rounded * scale if zero is None else (rounded - zero) * scale
 
 
 @jit
@@ -134,7 +237,7 @@ def quantize_block(
     """
     u = tl.div_rn(x, s)
     if KIND == 0:
-        q = _round(u, unit, STOCHASTIC) + z
+        q = _round(u + z, unit, STOCHASTIC)
         q = tl.minimum(
             tl.maximum(q, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL
         )
@@ -211,12 +314,17 @@ def _quantize(
     tl.store(y_ptr + row * columns + offsets, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-def _limits(grid: Grid) -> tuple[float, float]:
+def _limits(grid: Numbers) -> tuple[float, float]:
     return (-grid.high, grid.high) if grid.kind == 1 else (grid.low, grid.high)
 
 
 def _launch(
-    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid, group: int, seed: int | None
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    grid: Numbers,
+    group: int,
+    seed: int | None,
 ) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not y.numel():
@@ -260,7 +368,7 @@ class _StraightThrough(torch.autograd.Function):
         x: torch.Tensor,
         scale: torch.Tensor,
         zero: torch.Tensor | None,
-        grid: Grid,
+        grid: Numbers,
         group: int,
         seed: int | None,
         fused: bool,
@@ -290,7 +398,7 @@ def _quantized(
     x: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    grid: Grid,
+    grid: Numbers,
     seed: int | None,
     backend: str,
 ) -> torch.Tensor:
@@ -320,6 +428,31 @@ def _quantized(
     return _StraightThrough.apply(flat, scale, zero, grid, group, seed, fused).view(x.shape)
 
 
+def quantize_dequantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    grid: Numbers,
+    group: int,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Nearest rounding of x (..., rows, columns) with one scale (and zero point) for each `group` columns of
+    a row or of all rows, (..., rows or 1, ceil(columns / group)): what the product calls. The reference is
+    differentiable in the scales, and taken where somebody needs that.
+    """
+    wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, zero))
+    plain = (grid.kind != 0 and zero is not None) or wants or x.dtype == torch.float64
+    if plain or not use_triton("quantize", x.numel(), x, backend):
+        return quantize_reference(x, scale, zero, grid, group)
+    rows = (*x.shape[:-1], scale.shape[-1])
+
+    def each_row(t: torch.Tensor) -> torch.Tensor:
+        return t.float().expand(rows).reshape(-1, rows[-1]).contiguous()
+
+    zeros = None if zero is None else each_row(zero)
+    return _launch(x.reshape(-1, x.shape[-1]), each_row(scale), zeros, grid, group, None).view(x.shape)
+
+
 def quantize_integer(
     x: torch.Tensor,
     scale: torch.Tensor,
@@ -337,7 +470,7 @@ def quantize_integer(
     """
     if not low < high or high - low > 2**20:
         raise BadInput(f"low = {low}, high = {high}: need low < high with at most 2^20 steps")
-    return _quantized(x, scale, zero, Grid(0, float(low), float(high)), seed, backend)
+    return _quantized(x, scale, zero, Numbers(0, float(low), float(high)), seed, backend)
 
 
 def quantize_minifloat(
@@ -364,7 +497,7 @@ def quantize_minifloat(
         x,
         scale,
         None,
-        Grid(1, 0.0, minifloat_max(exponent, mantissa, reserved), exponent, mantissa),
+        Numbers(1, 0.0, minifloat_max(exponent, mantissa, reserved), exponent, mantissa),
         seed,
         backend,
     )
@@ -383,7 +516,7 @@ def quantize_codebook(
     if not 2 <= len(codebook) <= 256 or any(a >= b for a, b in itertools.pairwise(codebook)):
         raise BadInput(f"codebook of {len(codebook)} entries: need 2 to 256, strictly increasing")
     return _quantized(
-        x, scale, None, Grid(2, codebook=tuple(float(c) for c in torch.tensor(codebook))), seed, backend
+        x, scale, None, Numbers(2, codebook=tuple(float(c) for c in torch.tensor(codebook))), seed, backend
     )
 
 
@@ -444,7 +577,7 @@ def cases() -> list[Case]:
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
         group = 128 if name == "int4" else columns
         scale = x.float().view(rows, -1, group).abs().amax(2) / 7
-        grid = Grid(0, -8, 7) if name == "int4" else Grid(1, 0.0, 448.0, 4, 3)
+        grid = Numbers(0, -8, 7) if name == "int4" else Numbers(1, 0.0, 448.0, 4, 3)
         return lambda: _launch(x, scale, None, grid, group, None), lambda: quantize_reference(
             x, scale, None, grid, group
         )

@@ -38,27 +38,45 @@ def _histogram(
     SHIFT: tl.constexpr,
     BITS: tl.constexpr,
     FIRST: tl.constexpr,
+    SIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Counts of one digit of |x| among the values whose higher digits equal `prefix`;
-    NaN counts as the largest.
+    """Counts of one digit of |x|, or of x where it is SIGNED, among the values whose higher digits equal
+    `prefix`; NaN counts as the largest.
     """
     counts = tl.zeros([1 << BITS], tl.int32)
     for step in range(STEPS):
         at = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         inside = at < n
-        x = tl.abs(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32))
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if not SIGNED:
+            x = tl.abs(x)
         bits = x.to(tl.int32, bitcast=True)
+        if SIGNED:
+            bits ^= (bits >> 31) & 0x7FFFFFFF  # ordered like the numbers, as a signed integer
         digit = (bits >> SHIFT) & ((1 << BITS) - 1)
-        if not FIRST:
-            inside = inside & ((bits >> (SHIFT + BITS)) == prefix)
+        if FIRST:
+            if SIGNED:
+                digit ^= 1 << (BITS - 1)  # as an unsigned one
+        else:
+            higher = (bits >> (SHIFT + BITS)) & ((1 << (32 - SHIFT - BITS)) - 1)
+            if SIGNED:
+                higher ^= 1 << (31 - SHIFT - BITS)
+            inside = inside & (higher == prefix)
         counts += tl.histogram(digit, 1 << BITS, mask=inside)
     bins = tl.arange(0, 1 << BITS)
     tl.atomic_add(counts_ptr + bins, counts.to(tl.int64), mask=counts > 0)
 
 
-def histogram(x: torch.Tensor, digit: int, prefix: int, counts: torch.Tensor, backend: str = "auto") -> None:
+def histogram(
+    x: torch.Tensor,
+    digit: int,
+    prefix: int,
+    counts: torch.Tensor,
+    backend: str = "auto",
+    signed: bool = False,
+) -> None:
     """Add one tensor's counts of digit number `digit` (0 to 2) to `counts` (2^bits,) int64."""
     shift, bits = DIGITS[digit]
     if not x.numel():
@@ -74,15 +92,42 @@ def histogram(x: torch.Tensor, digit: int, prefix: int, counts: torch.Tensor, ba
                 SHIFT=shift,
                 BITS=bits,
                 FIRST=digit == 0,
+                SIGNED=signed,
                 BLOCK=2048,
                 STEPS=8,
                 num_warps=8,
             )
         return
-    values = x.abs().float().flatten().view(torch.int32)
+    values = (x if signed else x.abs()).float().flatten().view(torch.int32)
+    if signed:
+        values = (values ^ ((values >> 31) & 0x7FFFFFFF)).long() + 2**31
     if digit:
         values = values[(values >> (shift + bits)) == prefix]
     counts += torch.bincount((values >> shift) & (2**bits - 1), minlength=2**bits)
+
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _select(tensors: Sequence[torch.Tensor], k: int, backend: str, signed: bool) -> int:
+    """The bits, as counted by `histogram`, of the k-th largest value."""
+    total = sum(t.numel() for t in tensors)
+    if not 1 <= k <= total:
+        raise BadInput(f"k = {k}: there are {total} values")
+    if any(t.dtype not in TYPES for t in tensors):
+        raise BadInput(f"dtypes {[str(t.dtype) for t in tensors][:4]}: fp32, bf16 or fp16 values are needed")
+    device, prefix, wanted = tensors[0].device, 0, k
+    for number, (_, bits) in enumerate(DIGITS):
+        counts = torch.zeros(2**bits, dtype=torch.int64, device=device)
+        for tensor in tensors:
+            histogram(tensor.detach(), number, prefix, counts, backend, signed)
+        above = (
+            counts.cpu().flip(0).cumsum(0)
+        )  # how many have this digit or a larger one, largest digit first
+        place = int(torch.searchsorted(above, wanted))
+        wanted -= int(above[place - 1]) if place else 0
+        prefix = prefix << bits | (2**bits - 1 - place)
+    return prefix
 
 
 def kth_largest(tensors: Sequence[torch.Tensor], k: int, backend: str = "auto") -> float:
@@ -91,24 +136,27 @@ def kth_largest(tensors: Sequence[torch.Tensor], k: int, backend: str = "auto") 
 
     Three synchronisations with the device, of 16 kB each.
     """
-    total = sum(t.numel() for t in tensors)
-    if not 1 <= k <= total:
-        raise BadInput(f"k = {k}: there are {total} values")
-    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in tensors):
-        raise BadInput(f"dtypes {[str(t.dtype) for t in tensors][:4]}: fp32, bf16 or fp16 values are needed")
-    device, prefix, wanted = tensors[0].device, 0, k
-    for number, (_, bits) in enumerate(DIGITS):
-        counts = torch.zeros(2**bits, dtype=torch.int64, device=device)
-        for tensor in tensors:
-            histogram(tensor.detach(), number, prefix, counts, backend)
-        above = (
-            counts.cpu().flip(0).cumsum(0)
-        )  # how many have this digit or a larger one, largest digit first
-        place = int(torch.searchsorted(above, wanted))
-        wanted -= int(above[place - 1]) if place else 0
-        prefix = prefix << bits | (2**bits - 1 - place)
-    value: float = struct.unpack("f", struct.pack("I", prefix))[0]
+    value: float = struct.unpack("f", struct.pack("I", _select(tensors, k, backend, False)))[0]
     return value
+
+
+def kth_smallest(scores: torch.Tensor, k: int, backend: str = "auto") -> torch.Tensor:
+    """The k-th smallest score (k from 1) of the last dimension, sign included, (..., 1).
+
+    A single row of fp32, bf16 or fp16 is what the kernel is for; rows of several, and everything without
+    a GPU, are `torch.kthvalue`'s.
+
+    >>> kth_smallest(torch.tensor([0.5, -2.0, 1.0]), 2)
+    tensor([0.5000])
+    """
+    n = scores.numel()
+    one = n == scores.shape[-1] and scores.dtype in TYPES
+    if not one or not use_triton("threshold", n, scores, backend):
+        return scores.kthvalue(k, dim=-1, keepdim=True).values
+    bits = _select([scores], n + 1 - k, backend, True)
+    bits = bits ^ 0x80000000 if bits >> 31 else ~bits & 0xFFFFFFFF
+    value: float = struct.unpack("f", struct.pack("I", bits))[0]
+    return scores.new_full((*scores.shape[:-1], 1), value)
 
 
 def keep_largest(tensors: Sequence[torch.Tensor], k: int, backend: str = "auto") -> list[torch.Tensor]:
@@ -133,18 +181,25 @@ KERNELS = (
         _histogram,
         tuple(
             Configuration(
-                f"{kind}-digit{digit}",
+                f"{kind}-digit{digit}{'-signed' if signed else ''}",
                 {"x_ptr": f"*{kind}", "counts_ptr": "*i64"},
                 {
                     "SHIFT": DIGITS[digit][0],
                     "BITS": DIGITS[digit][1],
                     "FIRST": digit == 0,
+                    "SIGNED": signed,
                     "BLOCK": 2048,
                     "STEPS": 8,
                 },
                 warps=8,
             )
-            for kind, digit in (("fp32", 0), ("bf16", 0), ("fp32", 2))
+            for kind, digit, signed in (
+                ("fp32", 0, False),
+                ("bf16", 0, False),
+                ("fp32", 2, False),
+                ("fp32", 0, True),
+                ("fp32", 2, True),
+            )
         ),
     ),
 )

@@ -29,6 +29,7 @@ import torch
 
 from workbench.errors import BadInput
 from workbench.kernels.attention import varlen_attention
+from workbench.kernels.backend import HAS_TRITON
 from workbench.kernels.packing import Packing, pack, pack_mask, unpack
 
 if TYPE_CHECKING:
@@ -229,3 +230,28 @@ def repad(model: Model) -> Model:
 def is_unpadded(model: torch.nn.Module | PreTrainedModel) -> bool:
     """Whether `unpad` is in force."""
     return any("_padded_forward" in module.__dict__ for module in model.modules())
+
+
+def worthwhile(model: torch.nn.Module) -> bool:
+    """Whether leaving padding out is faster here: the model is on a GPU that Triton has kernels for."""
+    parameter = next(model.parameters(), None)
+    return parameter is not None and parameter.is_cuda and HAS_TRITON
+
+
+@contextlib.contextmanager
+def unpadded(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model skips its padding where that is possible and `worthwhile`; elsewhere nothing changes.
+
+    For forward passes whose outputs at the padding nobody reads.
+    """
+    possible = worthwhile(model) and not is_unpadded(model)
+    try:
+        if possible:
+            unpad(model)
+    except BadInput:  # another architecture, an attention of one's own
+        possible = False
+    try:
+        yield
+    finally:
+        if possible:
+            repad(model)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workbench.axis import Choice
+from workbench.kernels.threshold import kth_smallest
 from workbench.pruning.axes import PATTERN
 
 
@@ -201,7 +202,7 @@ def smallest(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     if count >= n:
         return torch.ones_like(scores, dtype=torch.bool)
-    cut = scores.kthvalue(count, dim=-1, keepdim=True).values
+    cut = kth_smallest(scores, count)
     below = scores < cut
     missing = count - below.sum(-1, keepdim=True)
     ties = scores == cut

@@ -154,7 +154,7 @@ def _choose(names: list[str], wanted: str | None, kind: str) -> str:
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted in names:
-        return wanted  # type: ignore[return-value]
+        return wanted
     raise BadInput(
         f"{kind}: {wanted!r} is not in the database, name one of {', '.join(names)}"
         if wanted

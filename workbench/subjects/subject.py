@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
+from workbench.kernels.unpadded import unpadded
 from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
 from workbench.subjects import layers as layer_selection
@@ -294,17 +295,17 @@ class Subject:
         was_training, total, items = self.model.training, 0.0, 0
         self.model.eval()
         count = -(-min(self.size(split), limit or self.size(split)) // batch_size)
-        with torch.nn.utils.parametrize.cached():
+        with torch.nn.utils.parametrize.cached(), unpadded(self.model):
             for batch in progress.track(
                 self.batches(split, batch_size, limit, by_length=True), f"evaluate {split}", count
             ):
-                output = self.task.output(self.model, batch)
                 weight = self.task.items(batch)
                 if weight == 0:
                     continue
-                total += float(self.task.criterion(output, batch)) * weight
+                loss, metrics = self.task.measured(self.model, batch)
+                total += loss * weight
                 items += weight
-                for key, value in self.task.metrics(output, batch).items():
+                for key, value in metrics.items():
                     sums[key] = sums.get(key, 0.0) + value
         self.model.train(was_training)
         if items == 0:

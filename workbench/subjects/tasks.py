@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workbench.axis import Axis
+from workbench.subjects.vocabulary import Unspoken, unspoken
 
 Batch = dict[str, Tensor]
 Made = TypeVar("Made", bound="Task")
@@ -43,11 +44,17 @@ class Task:
         options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
         return first_tensor(model(**self.inputs(batch), **options))
 
-    def flat(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def deferred(self, model: nn.Module, batch: Batch) -> Tensor | Unspoken:
+        """The output, or what a language model says before its product with the vocabulary.
+        `criterion` and `metrics` take either; `flat` forms the whole output.
+        """
+        return self.output(model, batch)
+
+    def flat(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """(items, classes) outputs and (items,) targets; items that are padding are left out."""
         return output, batch[self.targets]
 
-    def criterion(self, output: Tensor, batch: Batch) -> Tensor:
+    def criterion(self, output: Any, batch: Batch) -> Tensor:
         """Mean loss over the batch's items, a scalar; in float32 or wider."""
         rows, targets = self.flat(output, batch)
         return F.cross_entropy(
@@ -57,13 +64,18 @@ class Task:
     def items(self, batch: Batch) -> int:
         return int(batch[self.targets].shape[0])
 
-    def metrics(self, output: Tensor, batch: Batch) -> dict[str, float]:
+    def metrics(self, output: Any, batch: Batch) -> dict[str, float]:
         """Sums over items of each metric."""
         rows, targets = self.flat(output, batch)
         return {"accuracy": float((rows.argmax(-1) == targets).sum())}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.criterion(self.output(model, batch), batch)
+        return self.criterion(self.deferred(model, batch), batch)
+
+    def measured(self, model: nn.Module, batch: Batch) -> tuple[float, dict[str, float]]:
+        """(mean loss over the items, sums over items of each metric)."""
+        output = self.output(model, batch)
+        return float(self.criterion(output, batch)), self.metrics(output, batch)
 
 
 def task(name: str, *, formula: str, source: str = "") -> Callable[[type[Made]], type[Made]]:
@@ -110,19 +122,61 @@ class TokenClassification(TokenTask):
     """One class for each labelled token."""
 
 
+@dataclass(frozen=True)
+class LanguageModel(TokenTask):
+    """A target is a word of the vocabulary. Loss and metrics form the logits of a few tokens at a time
+    (see `vocabulary`); `output` has all of them. A model without output embeddings of its own
+    (no transformers class), or whose head is being watched, computes them whole.
+    """
+
+    def call(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """The model's arguments."""
+        options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+        return {**self.inputs(batch), **options}
+
+    def output(self, model: nn.Module, batch: Batch) -> Tensor:
+        return first_tensor(model(**self.call(model, batch)))
+
+    def deferred(self, model: nn.Module, batch: Batch) -> Tensor | Unspoken:
+        found = unspoken(
+            model, self.call(model, batch), lambda hidden: self.flat(hidden, batch), first_tensor
+        )
+        return self.output(model, batch) if found is None else found
+
+    def flat(self, output: Tensor | Unspoken, batch: Batch) -> tuple[Tensor, Tensor]:
+        if isinstance(output, Unspoken):
+            return output.logits(), output.targets[output.targets != -100]
+        return super().flat(output, batch)
+
+    def criterion(self, output: Tensor | Unspoken, batch: Batch) -> Tensor:
+        return output.loss() if isinstance(output, Unspoken) else super().criterion(output, batch)
+
+    def metrics(self, output: Tensor | Unspoken, batch: Batch) -> dict[str, float]:
+        if isinstance(output, Unspoken):
+            return {"accuracy": float(output.measured()[1])}
+        return super().metrics(output, batch)
+
+    def measured(self, model: nn.Module, batch: Batch) -> tuple[float, dict[str, float]]:
+        output = self.deferred(model, batch)
+        if isinstance(output, Unspoken):
+            loss, hits = output.measured()
+            return float(loss), {"accuracy": float(hits)}
+        return float(self.criterion(output, batch)), self.metrics(output, batch)
+
+
 @task(
     "masked-lm",
     formula="-mean_t log p(x_t | the rest) over hidden tokens t",
     source="Devlin et al. 2019, sec. 3.1",
 )
 @dataclass(frozen=True)
-class MaskedLM(TokenTask):
+class MaskedLM(LanguageModel):
     """The hidden tokens of a text; `labels` are -100 elsewhere."""
 
 
 @task("causal-lm", formula="-mean_t log p(x_t | x_<t)", source="Bengio et al. 2003, sec. 2")
 @dataclass(frozen=True)
-class CausalLM(TokenTask):
+class CausalLM(LanguageModel):
     """Next-token prediction: `labels` are the input ids (-100 at padding); the shift happens here."""
 
     shift: ClassVar[int] = 1
@@ -130,13 +184,13 @@ class CausalLM(TokenTask):
 
 @task("seq2seq-lm", formula="-mean_t log p(y_t | y_<t, x)", source="Sutskever et al. 2014, eq. 1")
 @dataclass(frozen=True)
-class Seq2SeqLM(TokenTask):
+class Seq2SeqLM(LanguageModel):
     """Encoder-decoder: `labels` are the decoder's targets; its inputs are the labels shifted right."""
 
-    def output(self, model: nn.Module, batch: Batch) -> Tensor:
-        shifted: Any = model.prepare_decoder_input_ids_from_labels  # of transformers' encoder-decoders
-        decoder = shifted(labels=batch[self.targets])
-        return first_tensor(model(**self.inputs(batch), decoder_input_ids=decoder, use_cache=False))
+    def call(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        inner: Any = getattr(model, "module", model)  # of transformers' encoder-decoders
+        decoder = inner.prepare_decoder_input_ids_from_labels(labels=batch[self.targets])
+        return {**self.inputs(batch), "decoder_input_ids": decoder, "use_cache": False}
 
 
 @dataclass(frozen=True)

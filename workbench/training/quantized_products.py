@@ -27,8 +27,10 @@ from torch.autograd import Function
 
 from workbench.axis import Options, parameter
 from workbench.errors import BadInput
+from workbench.kernels.hadamard import hadamard
+from workbench.kernels.quantize import quantize_dequantize
 from workbench.quantization.number.formats import Format, named
-from workbench.quantization.transform.coordinates import hadamard, power_of_two
+from workbench.quantization.transform.coordinates import power_of_two
 from workbench.statistics.inputs import WeightCalls
 from workbench.subjects import Layer, Subject
 from workbench.training.precision.precision import PRECISION
@@ -44,19 +46,23 @@ def rounded(x: Tensor, format: Format | None) -> Tensor:
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = work.abs().amax() / format.element.highest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (format.element.round(work / scale) * scale).to(x.dtype)
+    if (numbers := format.element.numbers) is None:
+        return (format.element.round(work / scale) * scale).to(x.dtype)
+    rows = torch.atleast_2d(work)
+    return (
+        quantize_dequantize(rows, scale.view(1, 1), None, numbers, rows.shape[-1]).view(x.shape).to(x.dtype)
+    )
 
 
 def over_features(rows: Tensor) -> Tensor:
     """rows (..., features) H; H is its own inverse."""
-    block = power_of_two(rows.shape[-1])
-    return (rows.unflatten(-1, (-1, block)) @ hadamard(block, rows.device, rows.dtype)).flatten(-2)
+    return hadamard(rows)
 
 
 def over_tokens(rows: Tensor) -> Tensor:
     """K rows (tokens, features), tokens a multiple of the block it mixes; K is its own inverse."""
     block = min(TOKENS, power_of_two(len(rows)))
-    return (hadamard(block, rows.device, rows.dtype) @ rows.unflatten(0, (-1, block))).flatten(0, 1)
+    return hadamard(rows, block, along=-2)
 
 
 def filled(rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 import workbench
 from workbench.evidence.oracles.exact import best_subset, obs_path, refit
+from workbench.kernels.block_fisher import block_fisher, block_fisher_inverse
 from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.pruning.axes import Gradients
@@ -37,13 +38,14 @@ def test_factored_gradients_are_autograds(architecture, checkpoints):
 def test_inverse_blocks_equal_the_rank_one_recursion_and_the_dense_inverse(examples):
     g = torch.randn(5, examples, 8, dtype=torch.float64)
     damp = 0.1
-    got = fisher.inverse_blocks(g, damp)
+    rows = g.transpose(0, 1).flatten(1)
+    got = block_fisher_inverse(rows, 8, damp)
     inverse = torch.eye(8, dtype=torch.float64).repeat(5, 1, 1) / damp  # Singh and Alistarh 2020, eq. 10
     for k in range(examples):
         v = torch.einsum("bij,bj->bi", inverse, g[:, k])
         inverse = inverse - v[:, :, None] * v[:, None, :] / (examples + (g[:, k] * v).sum(-1))[:, None, None]
     assert torch.allclose(got, inverse, atol=1e-10)
-    assert torch.allclose(got, torch.linalg.inv(fisher.fisher_blocks(g, damp)), atol=1e-10)
+    assert torch.allclose(got, torch.linalg.inv(block_fisher(rows, 8, damping=damp)), atol=1e-10)
 
 
 def dense_fisher(gradients: torch.Tensor, damp: float) -> torch.Tensor:

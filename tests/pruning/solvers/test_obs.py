@@ -10,6 +10,7 @@ from workbench import BadInput
 from workbench.evidence.oracles.exact import best_subset, obs_path
 from workbench.pruning.pattern import NM, obeys
 from workbench.pruning.solvers import obs
+from workbench.statistics.damping import damped
 
 
 def case(out=6, width=20, tokens=200, seed=0):
@@ -27,7 +28,7 @@ def reference_sweep(weight, gram, damp, mask):
     """SparseGPT's recursion written directly: one column at a time,
     the inverse Hessian downdated by elimination.
     """
-    hessian = obs.damped(gram, damp)
+    hessian = damped(gram, damp)
     inverse = torch.linalg.inv(hessian)
     w = weight.clone()
     for j in range(weight.shape[1]):
@@ -51,7 +52,7 @@ def test_least_squares_is_exact_and_no_compensation_beats_it():
     weight, gram = case(seed=3)
     mask = torch.rand(weight.shape) < 0.4
     exact = obs.least_squares(weight, gram, mask, 1e-9)
-    hessian = obs.damped(gram, 1e-9)
+    hessian = damped(gram, 1e-9)
     for r in range(len(weight)):
         kept = mask[r]
         assert torch.allclose(
@@ -80,7 +81,7 @@ def test_dead_inputs_and_singular_hessians():
     new, _ = obs.sweep(weight, gram, 0.01, sparsity=0.5)
     assert torch.isfinite(new).all()
     with pytest.raises(BadInput, match="calibration"):
-        obs.damped(torch.zeros(4, 4), 0.01)
+        obs.inverse_factor(torch.zeros(4, 4), 0.01)
     x = torch.randn(3, 20)
     with pytest.raises(BadInput, match="damp"):
         obs.sweep(torch.randn(4, 20), (x.T @ x), 1e-12, sparsity=0.5)
@@ -132,7 +133,7 @@ def test_the_inverse_factor_is_upper_triangular_and_gives_the_inverse():
         upper = obs.inverse_factor(gram, 0.01)
         assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
         assert torch.allclose(
-            upper.T @ upper @ obs.damped(gram, 0.01), torch.eye(n, dtype=torch.float64), atol=1e-9
+            upper.T @ upper @ damped(gram, 0.01), torch.eye(n, dtype=torch.float64), atol=1e-9
         )
         assert torch.allclose(
             obs.triangular_inverse(upper, 4) @ upper, torch.eye(n, dtype=torch.float64), atol=1e-9

@@ -11,6 +11,7 @@ import torch
 
 import workbench
 from workbench.errors import BadInput
+from workbench.kernels.hadamard import hadamard_matrix
 from workbench.progress import Progress
 from workbench.quantization import Quantize
 from workbench.quantization.activations.activations import (
@@ -23,7 +24,7 @@ from workbench.quantization.activations.activations import (
 from workbench.quantization.number.formats import named
 from workbench.quantization.rounding.nearest import rounded
 from workbench.quantization.rounding.problem import Problem
-from workbench.quantization.transform.coordinates import Transform, hadamard, kronecker, power_of_two
+from workbench.quantization.transform.coordinates import Transform, kronecker, power_of_two
 from workbench.quantization.transform.flatquant import factor, factors_of
 from workbench.quantization.transform.transform import TRANSFORM, in_coordinates
 from workbench.subjects import Subject
@@ -57,7 +58,7 @@ def with_outliers() -> Problem:
 
 @pytest.mark.parametrize("size", [1, 2, 16, 128])
 def test_hadamard_is_orthogonal_and_symmetric(size: int) -> None:
-    matrix = hadamard(size, dtype=torch.float64)
+    matrix = hadamard_matrix(size, dtype=torch.float64)
     assert torch.allclose(matrix @ matrix, torch.eye(size, dtype=torch.float64), atol=1e-12) and torch.equal(
         matrix, matrix.T
     )
@@ -91,7 +92,7 @@ def test_output_error_falls_with_outlying_inputs(name: str) -> None:
 def test_a_kronecker_product_is_the_dense_one() -> None:
     left, right, rows = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 4), (6, 6), (7, 24)))
     dense = torch.kron(left, right)
-    assert torch.allclose(kronecker(rows, left, right), rows @ dense)
+    assert torch.allclose(kronecker(rows, left.T, right), rows @ dense)
     transform = Transform(left=left, right=right)
     assert torch.allclose(transform.weight(rows), rows @ dense)
     assert torch.allclose(transform.inputs(rows), torch.linalg.solve(dense, rows.T).T)

@@ -19,6 +19,7 @@ from workbench.training import checkpoint, fit
 from workbench.training.optimizer.combined import Together
 from workbench.training.optimizer.lamb import LAMB
 from workbench.training.optimizer.lars import LARS
+from workbench.training.optimizer.lion import Lion
 from workbench.training.optimizer.muon import Muon
 from workbench.training.optimizer.one_bit_adam import OneBitAdam, compress, packed, unpacked
 from workbench.training.optimizer.optimizers import OPTIMIZER, make_optimizer
@@ -91,8 +92,6 @@ def test_lars() -> None:
 
 
 def test_lion() -> None:
-    from pytorch_optimizer import Lion
-
     def rule(w: Tensor, g: Tensor, s: dict, t: int) -> Tensor:
         m = s.get("m", 0 * g)
         s["m"] = 0.99 * m + 0.01 * g

@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
         return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         if torch.is_grad_enabled():
@@ -78,7 +78,7 @@ class _LinearBackward(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, u: Tensor | None, v: Tensor | None, t: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # type: ignore[override]
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         g, x, weight = ctx.saved_tensors
         sink: Sink = ctx.sink
         dg = dx = None

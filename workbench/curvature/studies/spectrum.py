@@ -193,7 +193,7 @@ class SpectrumResult(Result):
             "axis": (Literal["linear", "signed log"], parameter("linear", "scale of the eigenvalue axis")),
         }
         if names:
-            fields["layer"] = (Literal[("whole", *names)], parameter("whole", "whose spectrum"))  # type: ignore[valid-type]
+            fields["layer"] = (Literal[("whole", *names)], parameter("whole", "whose spectrum"))
         if self.facts.get("item_noise", math.nan) > 0:
             largest = max(int(self.facts["items"]), 2)
             fields["batch"] = (

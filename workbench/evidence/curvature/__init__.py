@@ -1,3 +1,5 @@
 """Measurements of the curvature methods."""
 
-from workbench.evidence.curvature.measures import MEASURES as MEASURES
+from workbench.evidence.curvature.measures import MEASURES
+
+__all__ = ["MEASURES"]

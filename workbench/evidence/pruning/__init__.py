@@ -1,3 +1,5 @@
 """Measurements of the pruning methods."""
 
-from workbench.evidence.pruning.measures import MEASURES as MEASURES
+from workbench.evidence.pruning.measures import MEASURES
+
+__all__ = ["MEASURES"]

@@ -1,3 +1,5 @@
 """Measurements of the quantization methods."""
 
-from workbench.evidence.quantization.measures import MEASURES as MEASURES
+from workbench.evidence.quantization.measures import MEASURES
+
+__all__ = ["MEASURES"]

@@ -1,3 +1,5 @@
 """Measurements of the scaling methods."""
 
-from workbench.evidence.scaling.measures import MEASURES as MEASURES
+from workbench.evidence.scaling.measures import MEASURES
+
+__all__ = ["MEASURES"]

@@ -1,3 +1,5 @@
 """Measurements of the training methods."""
 
-from workbench.evidence.training.measures import MEASURES as MEASURES
+from workbench.evidence.training.measures import MEASURES
+
+__all__ = ["MEASURES"]

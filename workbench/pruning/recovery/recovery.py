@@ -22,6 +22,7 @@ from workbench.progress import Progress
 from workbench.pruning.recovery.trainable import set_trainable
 from workbench.pruning.sparse_training.side_terms import add_low_rank
 from workbench.subjects import Batch, Layer, LowRank, Subject
+from workbench.subjects.vocabulary import Unspoken
 from workbench.training.data_order import WholeBatches
 from workbench.training.loop import Training
 from workbench.training.optimizer.adamw import adamw as adamw  # what recovery steps with by default
@@ -152,20 +153,21 @@ def distilled_loss(
     """
     hidden, taught = HiddenStates(on.model), HiddenStates(teacher.model)
     with hidden:
-        output = on.task.output(on.model, batch)
+        output = on.task.deferred(on.model, batch)
     with torch.no_grad(), taught:
-        target = teacher.task.output(teacher.model, batch)
-    rows, _ = on.task.flat(output, batch)
-    goals, _ = on.task.flat(target, batch)
+        target = teacher.task.deferred(teacher.model, batch)
     t = temperature
-    soft = (
-        F.kl_div(
-            F.log_softmax(rows / t, -1), F.log_softmax(goals / t, -1), log_target=True, reduction="batchmean"
-        )
-        * t
-        * t
-    )
-    found = on.task.criterion(output, batch) + soft
+
+    def divergence(rows: Tensor, goals: Tensor) -> Tensor:
+        taught_logs = F.log_softmax(goals / t, -1)
+        return F.kl_div(F.log_softmax(rows / t, -1), taught_logs, log_target=True, reduction="sum")
+
+    if isinstance(output, Unspoken) and isinstance(target, Unspoken):
+        soft = output.total(lambda rows, _, goals: divergence(rows, goals), target) / output.items
+    else:
+        rows, goals = (on.task.flat(each, batch)[0] for each in (output, target))
+        soft = divergence(rows, goals) / len(rows)
+    found = on.task.criterion(output, batch) + soft * t * t
     pairs = (
         [(a, b) for a, b in zip(hidden.states, taught.states, strict=False) if a.shape == b.shape]
         if hidden_states
@@ -174,7 +176,7 @@ def distilled_loss(
     if pairs:
         match = sum(
             (F.mse_loss(a, b) / b.square().mean().clamp_min(1e-8) for a, b in pairs),
-            torch.zeros((), device=rows.device),
+            torch.zeros((), device=found.device),
         )
         found = found + match / len(pairs)
     return found

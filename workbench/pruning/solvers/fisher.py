@@ -7,8 +7,7 @@
 
 The update is solved jointly for everything removed from a block; for one weight it is -w_q F^-1[:,
 q] / [F^-1]_qq. The blocks of a chunk of rows are formed, factorised and used together, so memory holds one
-chunk of one layer. When there are fewer gradients than weights in a block,
-F^-1 comes from the Woodbury identity in the gradients' space.
+chunk of one layer. Fisher blocks and their inverses are the kernels' (`kernels.block_fisher`).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from workbench.kernels.block_fisher import block_fisher, block_fisher_inverse
 from workbench.pruning.pattern import NM
 from workbench.statistics import GradientFactors, StackedGradients
 
@@ -43,49 +43,24 @@ def chunks(rows: int, inputs: int, examples: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def gradient_blocks(gradients: Gradients, start: int, stop: int, width: int) -> Tensor:
-    """Gradients of rows start..stop cut into blocks: (blocks, examples, width),
-    zero-padded at the end of a row.
+def gradient_rows(gradients: Gradients, start: int, stop: int, width: int) -> Tensor:
+    """Gradients of rows start..stop side by side, (examples, weights), each row filled with zeros up to
+    a multiple of the block's width.
     """
     g = gradients.rows(start, stop)  # (examples, rows, in)
     if rest := -g.shape[-1] % width:  # padding by nothing would copy
         g = F.pad(g, (0, rest))
-    g = g.unflatten(-1, (-1, width))
-    return g.flatten(1, 2).transpose(0, 1).contiguous()
+    return g.flatten(1)
 
 
 def blocked(matrix: Tensor, width: int) -> Tensor:
-    """(rows, in) -> (blocks, width), padded like `gradient_blocks`."""
+    """(rows, in) -> (blocks, width), padded like `gradient_rows`."""
     return F.pad(matrix, (0, -matrix.shape[-1] % width)).reshape(-1, width)
 
 
 def unblocked(blocks: Tensor, inputs: int, width: int) -> Tensor:
     """The inverse of `blocked`."""
     return blocks.reshape(-1, -(-inputs // width) * width)[:, :inputs]
-
-
-def fisher_blocks(g: Tensor, damp: float) -> Tensor:
-    """(blocks, m, B) gradients -> (blocks, B, B) damped empirical Fisher."""
-    fisher = torch.bmm(g.mT, g).div_(g.shape[1])
-    fisher.diagonal(dim1=-2, dim2=-1).add_(damp)
-    return fisher
-
-
-def inverse_blocks(g: Tensor, damp: float) -> Tensor:
-    """(damp I + G^T G / m)^-1 for every block, (blocks, B, B).
-
-    With m >= B the matrix is formed and factorised; with m < B the Woodbury identity needs only an m x m
-    system: (I - G^T (m damp I + G G^T)^-1 G) / damp.
-    """
-    m, width = g.shape[1:]
-    if m >= width:
-        return torch.cholesky_inverse(torch.linalg.cholesky(fisher_blocks(g, damp)))
-    small = torch.bmm(g, g.mT)
-    small.diagonal(dim1=-2, dim2=-1).add_(m * damp)
-    half = torch.linalg.solve_triangular(torch.linalg.cholesky(small), g, upper=False)
-    inverse = torch.bmm(half.mT, half).neg_()
-    inverse.diagonal(dim1=-2, dim2=-1).add_(1)
-    return inverse.div_(damp)
 
 
 def absolute_damp(gradients: list[Gradients], weights: int, fraction: float) -> float:
@@ -131,7 +106,7 @@ def saliency(weight: Tensor, gradients: Gradients, damp: float, block: int, gree
     width = block_width(inputs, block)
     found = torch.empty_like(weight)
     for start, stop in chunks(len(weight), inputs, gradients.examples):
-        inverse = inverse_blocks(gradient_blocks(gradients, start, stop, width), damp)
+        inverse = block_fisher_inverse(gradient_rows(gradients, start, stop, width), width, damp)
         w = blocked(weight[start:stop], width)
         if greedy:
             parts = zip(w.split(256), inverse.split(256), strict=True)  # small enough to stay in cache
@@ -154,7 +129,7 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
     sets = torch.tensor(list(combinations(range(of), drop)), device=weight.device)  # (sets, drop)
     found = torch.empty_like(weight)
     for start, stop in chunks(len(weight), inputs, gradients.examples):
-        inverse = inverse_blocks(gradient_blocks(gradients, start, stop, width), damp)
+        inverse = block_fisher_inverse(gradient_rows(gradients, start, stop, width), width, damp)
         w = blocked(weight[start:stop], width).unflatten(-1, (-1, of))  # (blocks, groups, M)
         tiles = (
             inverse.unflatten(-1, (-1, of))
@@ -178,7 +153,7 @@ def update(weight: Tensor, mask: Tensor, gradients: Gradients, damp: float, bloc
     found = torch.empty_like(weight)
     for start, stop in chunks(len(weight), inputs, gradients.examples):
         w, keep = blocked(weight[start:stop], width), blocked(mask[start:stop].to(weight.dtype), width)
-        fisher = fisher_blocks(gradient_blocks(gradients, start, stop, width), damp)
+        fisher = block_fisher(gradient_rows(gradients, start, stop, width), width, damping=damp)
         rhs = keep * torch.bmm(fisher, (w * (1 - keep)).unsqueeze(-1)).squeeze(-1)
         fisher *= keep[:, :, None] * keep[:, None, :]
         fisher.diagonal(dim1=-2, dim2=-1).add_(damp * (1 - keep))

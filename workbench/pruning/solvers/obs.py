@@ -12,20 +12,15 @@ from torch import Tensor
 
 from workbench.errors import BadInput
 from workbench.pruning.pattern import NM, smallest
+from workbench.statistics.damping import damped
 
 
-def damped(gram: Tensor, damp: float) -> Tensor:
-    """H + damp x mean diagonal; a dead input (a zero diagonal) gets that mean, so that H stays invertible."""
-    gram = gram.clone()
-    diagonal = gram.diagonal()
-    mean = diagonal.mean()
-    if float(mean) <= 0:
+def seen(gram: Tensor) -> Tensor:
+    """The second moment itself, once it is known that the layer saw anything."""
+    if float(gram.diagonal().mean()) <= 0:
         raise BadInput(
             "calibration: every input of a layer is zero; give calibration data the layer reacts to"
         )
-    dead = diagonal == 0
-    diagonal += damp * mean
-    diagonal[dead] = mean
     return gram
 
 
@@ -35,7 +30,7 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     H = R R^T with R upper triangular is a Cholesky factorisation from the last row to the first, and U is R's
     inverse: neither H^-1 nor a second factorisation is needed.
     """
-    lower, failed = torch.linalg.cholesky_ex(damped(gram, damp).flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(damped(seen(gram), damp).flip(0, 1))
     if int(failed):
         raise BadInput(
             f"damp: {damp:g} is too small for the calibration Hessian to factorise; "
@@ -65,7 +60,7 @@ def triangular_inverse(upper: Tensor, smallest_block: int = 128) -> Tensor:
 
 def static_saliency(weight: Tensor, gram: Tensor, damp: float) -> Tensor:
     """w^2 / (2 [H^-1]_jj) for every weight: the OBS cost of removing it alone (Hassibi and Stork 1993)."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(seen(gram), damp)))
     return weight.square() / (2 * inverse.diagonal())
 
 
@@ -144,7 +139,7 @@ def least_squares(
     the start is the masked weight, so the error never grows.
     Stops when every row's residual has fallen by `tolerance`.
     """
-    hessian = damped(gram, damp)
+    hessian = damped(seen(gram), damp)
     keep = mask.to(weight.dtype)
     scale = 1 / hessian.diagonal()
     solution = weight * keep

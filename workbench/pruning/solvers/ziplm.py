@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workbench.pruning.solvers.obs import damped
+from workbench.pruning.solvers.obs import seen
+from workbench.statistics.damping import damped
 
 
 def removal_order(
@@ -28,7 +29,7 @@ def removal_order(
     units, width = index.shape
     at_once = at_once or max(1, units // 128)
     index = index.to(weight.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(seen(gram), damp)))
     w = weight.clone()
     alive = torch.ones(units, dtype=torch.bool, device=weight.device)
     order: list[Tensor] = []
@@ -60,7 +61,7 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, damp: float) -> Tensor:
     """Least squares on the kept columns, all rows at once: W H[:, K] H_KK^-1, zeros elsewhere.
     kept bool (in,).
     """
-    hessian = damped(gram, damp)
+    hessian = damped(seen(gram), damp)
     columns = kept.nonzero().flatten()
     found = torch.zeros_like(weight)
     found[:, columns] = torch.linalg.solve(hessian[columns][:, columns], hessian[columns] @ weight.T).T

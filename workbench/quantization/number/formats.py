@@ -23,6 +23,7 @@ from torch import Tensor
 
 from workbench.axis import Choice, Entry, Options, parameter
 from workbench.errors import BadInput
+from workbench.kernels.quantize import Numbers, binades, round_minifloat
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 
 
@@ -39,6 +40,11 @@ class Element:
     @property
     def highest(self) -> float:
         raise TypeError(f"{type(self).__name__} has no highest")
+
+    @property
+    def numbers(self) -> Numbers | None:
+        """The same values as the kernels know them; None when they do not."""
+        return None
 
     def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
         """The value nearest to each x (ties to the even code), or with `generator` one of its two neighbours
@@ -78,9 +84,14 @@ class Integer(Element):
     def highest(self) -> float:
         return float(2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1)
 
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(0, self.lowest, self.highest)
+
     def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
-        rounded = torch.round(x) if generator is None else torch.floor(x + uniform(x, generator))
-        return rounded.clamp_(self.lowest, self.highest)
+        if generator is None:
+            return self.numbers.round(x)
+        return torch.floor(x + uniform(x, generator)).clamp_(self.lowest, self.highest)
 
     def encode(self, x: Tensor) -> Tensor:
         return x.to(torch.int64) & (2**self.bits - 1)
@@ -139,28 +150,21 @@ class Minifloat(Element):
         top = 2**self.exponent - 1 - (self.special == "ieee") - self.bias
         return 2.0**top * (2 - 2.0**-self.mantissa * (2 if self.special == "fn" else 1))
 
+    @property
+    def numbers(self) -> Numbers | None:
+        narrow = 2 <= self.exponent <= 6 and self.mantissa <= 10
+        return Numbers(1, 0.0, self.highest, self.exponent, self.mantissa) if narrow else None
+
     def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
         if saturate:
             x = x.clamp(self.lowest, self.highest)
-        # Adding 1.5 * 2^(digits - M) * 2^e pushes everything below the last mantissa bit of x off the end
-        # of the wider type, which rounds to nearest even in hardware; subtracting it again is exact. float32
-        # has room while the format's exponents are far from its ends.
-        wide = (
-            x.double()
-            if self.exponent > 6 or self.mantissa > 10 or x.dtype == torch.float64 or not saturate
-            else x
-        )
-        digits, exponent_bits, view = (
-            (23, 0x7F800000, torch.int32) if wide.dtype == torch.float32 else (52, 0x7FF << 52, torch.int64)
-        )
-        binade = (wide.view(view) & exponent_bits).view(wide.dtype).clamp_(min=2.0 ** (1 - self.bias))
+        # float32 has room for the rounding while the format's exponents are far from its ends
+        wide = x.double() if self.numbers is None or x.dtype == torch.float64 or not saturate else x
         if generator is None:
-            push = binade * (1.5 * 2.0 ** (digits - self.mantissa))
-            rounded = (wide + push).sub_(push)
+            rounded = round_minifloat(wide, self.exponent, self.mantissa)
         else:
-            step = binade * 2.0**-self.mantissa
-            rounded = torch.floor(wide / step + uniform(wide, generator)) * step
-        rounded = torch.copysign(rounded, wide)
+            step = binades(wide, self.exponent) * 2.0**-self.mantissa
+            rounded = torch.copysign(torch.floor(wide / step + uniform(wide, generator)) * step, wide)
         if saturate:
             return rounded.clamp_(self.lowest, self.highest).to(x.dtype)
         beyond = {"ieee": float("inf"), "fn": float("nan"), "finite": self.highest}[self.special]
@@ -216,24 +220,13 @@ class Codebook(Element):
     def highest(self) -> float:
         return self.table[-1]
 
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(2, codebook=self.table)
+
     def round(self, x: Tensor, generator: torch.Generator | None = None, saturate: bool = True) -> Tensor:
         if generator is None:
-            found = buckets(self.table, x.dtype, x.device)
-            if found is None:
-                table = torch.tensor(self.table, dtype=x.dtype, device=x.device)
-                return table[torch.bucketize(x, (table[1:] + table[:-1]) / 2)]
-            middle, pair = found
-            flat = x.reshape(-1)
-            per_unit = (len(middle) - 1) / (self.highest - self.lowest)
-            index = (
-                flat.clamp(self.lowest, self.highest)
-                .sub_(self.lowest)
-                .mul_(per_unit)
-                .to(torch.int32)
-                .clamp_(0, len(middle) - 1)
-            )
-            above = flat > middle.index_select(0, index)
-            return pair.index_select(0, index.mul_(2).add_(above)).reshape(x.shape)
+            return self.numbers.round(x)
         table = torch.tensor(self.table, dtype=x.dtype, device=x.device)
         inside = x.clamp(self.lowest, self.highest)
         below = torch.bucketize(inside, table[1:-1], right=True)
@@ -246,32 +239,6 @@ class Codebook(Element):
 
     def decode(self, codes: Tensor) -> Tensor:
         return torch.tensor(self.table, device=codes.device)[codes.clamp(max=len(self.table) - 1)]
-
-
-@functools.lru_cache
-def buckets(
-    values: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor] | None:
-    """A codebook's range cut into so many equal buckets that none holds two of the midpoints between values:
-    (midpoint of each bucket, infinite where there is none; the values below and above it, two a bucket).
-    Midpoints keep clear of the buckets' ends, where rounding could put a number into the neighbour.
-    None when a thousand buckets do not do.
-    """
-    table = torch.tensor(values, dtype=dtype)
-    middles = (table[1:] + table[:-1]) / 2
-    places = (middles.double() - values[0]) / (values[-1] - values[0])
-    for count in range(len(values), 1024):
-        where = places * count
-        inside, share = where.long(), where - where.floor()
-        if len(inside.unique()) == len(inside) and bool(((share > 1e-3) & (share < 1 - 1e-3)).all()):
-            below = torch.bucketize(torch.arange(count + 1), inside)  # midpoints in the buckets before
-            middle = torch.full((count + 1,), torch.inf, dtype=dtype)
-            middle[inside] = middles
-            pair = torch.stack(
-                [table[below], table[(below + middle.isfinite()).clamp(max=len(values) - 1)]], 1
-            ).reshape(-1)
-            return middle.to(device), pair.to(device)
-    return None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BadInput
+from workbench.kernels.quantize import quantize_dequantize
 from workbench.quantization.number.formats import Format, Integer, Minifloat
 from workbench.quantization.transform.coordinates import Transform
 
-CHUNK = 1 << 16  # elements rounded at once: the working set stays in a core's cache
 E4M3 = Minifloat(8, 4, 3, "fn")
 
 
@@ -47,31 +47,13 @@ class Grid:
             return self.transform.weight_back(
                 replace(self, transform=None).round(self.transform.weight(work), generator)
             ).to(weight.dtype)
-        width = work.shape[-1]
-        if width % self.group == 0 and work.ndim == 2 and generator is None and work.numel() > CHUNK:
-            return self._round_in_chunks(work).to(weight.dtype)
-        scale, zero = self.columns(width)
+        numbers = self.format.element.numbers
+        if generator is None and numbers is not None:
+            return quantize_dequantize(work, self.scale, self.zero, numbers, self.group).to(weight.dtype)
+        scale, zero = self.columns(work.shape[-1])
         units = work / scale if zero is None else work / scale + zero
         rounded = self.format.element.round(units, generator)
         return (rounded * scale if zero is None else (rounded - zero) * scale).to(weight.dtype)
-
-    def _round_in_chunks(self, work: Tensor) -> Tensor:
-        rows, width = work.shape
-        out = torch.empty_like(work)
-        step = max(1, CHUNK // width)
-        per_row = self.scale.shape[0] == rows
-        for start in range(0, rows, step):
-            part = slice(start, min(start + step, rows))
-            where = part if per_row else slice(0, 1)
-            scale = self.scale[where].unsqueeze(-1)  # (rows, groups, 1)
-            units = work[part].unflatten(-1, (-1, self.group)) / scale
-            if self.zero is None:
-                rounded = self.format.element.round(units).mul_(scale)
-            else:
-                zero = self.zero[where].unsqueeze(-1)
-                rounded = self.format.element.round(units.add_(zero)).sub_(zero).mul_(scale)
-            out[part] = rounded.flatten(-2)
-        return out
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes (int64) of values that are on the grid, (..., out, in)."""

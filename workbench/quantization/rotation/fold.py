@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import BadInput
-from workbench.quantization.transform.coordinates import haar, hadamard, power_of_two
+from workbench.kernels.hadamard import hadamard_matrix
+from workbench.quantization.transform.coordinates import haar, power_of_two
 from workbench.subjects import Subject
 from workbench.subjects.changes import bake
 
@@ -91,7 +92,7 @@ def random_rotation(width: int, kind: str, generator: torch.Generator) -> Tensor
     if kind == "hadamard":
         block = power_of_two(width)
         signs = torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
-        return torch.block_diag(*[hadamard(block, dtype=torch.float64)] * (width // block)) * signs
+        return torch.block_diag(*[hadamard_matrix(block, dtype=torch.float64)] * (width // block)) * signs
     if kind == "orthogonal":
         return haar(width, generator)
     raise BadInput(f"kind: {kind!r} is unknown; accepted: hadamard, orthogonal, identity")

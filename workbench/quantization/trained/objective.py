@@ -15,13 +15,18 @@ from torch.nn import functional as F
 from workbench.errors import BadInput
 from workbench.quantization.activations.attention import AttentionCall, order_of, watching
 from workbench.subjects import Batch, Subject
+from workbench.subjects.vocabulary import Unspoken
 
 if TYPE_CHECKING:
     from workbench.quantization.trained.settings import TrainedSettings
 
 
 def teacher_loss(
-    on: Subject, output: Tensor, target: Tensor, batch: Batch, temperature: float = 1.0
+    on: Subject,
+    output: Tensor | Unspoken,
+    target: Tensor | Unspoken,
+    batch: Batch,
+    temperature: float = 1.0,
 ) -> Tensor:
     """What a student's `output` is worth against a teacher's `target` (both as the task returns them),
     a mean over the batch's items.
@@ -30,15 +35,20 @@ def teacher_loss(
     the autoregressive distillation of Ma et al. 2024, eq. 5): the teacher's entropy where the two agree.
     Squared-error tasks: half the squared distance to the target.
     """
+
+    def softened(rows: Tensor, goals: Tensor) -> Tensor:
+        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        chances = torch.softmax(goals.to(wide.dtype) / temperature, -1)
+        return F.cross_entropy(wide / temperature, chances, reduction="sum")
+
+    if isinstance(output, Unspoken) and isinstance(target, Unspoken):
+        total = output.total(lambda rows, _, goals: softened(rows, goals), target)
+        return total / output.items * temperature**2
     rows, _ = on.task.flat(output, batch)
     goals, _ = on.task.flat(target, batch)
     if on.task.loss_kind == "squared_error":
         return 0.5 * (rows - goals).square().sum(-1).mean()
-    wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    return (
-        F.cross_entropy(wide / temperature, torch.softmax(goals.to(wide.dtype) / temperature, -1))
-        * temperature**2
-    )
+    return softened(rows, goals) / len(rows) * temperature**2
 
 
 def information(calls: Sequence[AttentionCall]) -> Tensor:
@@ -122,9 +132,9 @@ class Objective:
         self.parts = {name: float(value.detach()) for name, value in found.items()}
         return loss
 
-    def forward(self, on: Subject, batch: Batch) -> tuple[Tensor, list[AttentionCall]]:
+    def forward(self, on: Subject, batch: Batch) -> tuple[Tensor | Unspoken, list[AttentionCall]]:
         if not (self.settings.entropy or self.settings.attention_match):
-            return on.task.output(on.model, batch), []
+            return on.task.deferred(on.model, batch), []
         with watching(on.model) as seen:
-            output = on.task.output(on.model, batch)
+            output = on.task.deferred(on.model, batch)
         return output, [call for call in seen if isinstance(call, AttentionCall)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from workbench.kernels.hadamard import hadamard
+from workbench.kernels.kronecker import kronecker
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,16 @@ class Transform:
         if self.scale is not None:
             weight = weight * self.scale.unsqueeze(-2)
         if self.signs is not None:
-            weight = rotated(weight, self.signs, self.block)
-        return weight if self.left is None or self.right is None else kronecker(weight, self.left, self.right)
+            weight = hadamard(weight * self.signs.to(weight.dtype), self.block)
+        if self.left is None or self.right is None:
+            return weight
+        return kronecker(weight, self.left.mT, self.right)
 
     def weight_back(self, weight: Tensor) -> Tensor:
         if self.left is not None and self.right is not None:
-            weight = kronecker(weight, self.inverse(self.left), self.inverse(self.right))
+            weight = kronecker(weight, self.inverse(self.left).mT, self.inverse(self.right))
         if self.signs is not None:
-            weight = rotated_back(weight, self.signs, self.block)
+            weight = hadamard(weight, self.block) * self.signs.to(weight.dtype)
         return weight if self.scale is None else weight / self.scale.unsqueeze(-2)
 
     def inputs(self, inputs: Tensor) -> Tensor:
@@ -48,18 +52,18 @@ class Transform:
         if self.scale is not None:
             inputs = inputs / self.scale
         if self.signs is not None:
-            inputs = rotated(inputs, self.signs, self.block)
+            inputs = hadamard(inputs * self.signs.to(inputs.dtype), self.block)
         return (
             inputs
             if self.left is None or self.right is None
-            else kronecker(inputs, self.inverse(self.left).mT, self.inverse(self.right).mT)
+            else kronecker(inputs, self.inverse(self.left), self.inverse(self.right).mT)
         )
 
     def inputs_back(self, inputs: Tensor) -> Tensor:
         if self.left is not None and self.right is not None:
-            inputs = kronecker(inputs, self.left.mT, self.right.mT)
+            inputs = kronecker(inputs, self.left, self.right.mT)
         if self.signs is not None:
-            inputs = rotated_back(inputs, self.signs, self.block)
+            inputs = hadamard(inputs, self.block) * self.signs.to(inputs.dtype)
         return inputs if self.scale is None else inputs * self.scale
 
     def gram(self, gram: Tensor) -> Tensor:
@@ -98,37 +102,9 @@ class Transform:
         )
 
 
-def hadamard(size: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The orthogonal Sylvester-Hadamard matrix of a power of two (Sylvester 1867), symmetric."""
-    found = torch.ones(1, 1, device=device, dtype=dtype)
-    while len(found) < size:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found / math.sqrt(size)
-
-
 def power_of_two(width: int) -> int:
     """The largest power of two that divides `width`: 384 -> 128."""
     return width & -width
-
-
-def kronecker(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """rows (left kron right) for rows (..., n, a b), factors (..., a, a) and (..., b, b):
-    two small products instead of one large.
-    """
-    table = rows.unflatten(-1, (left.shape[-1], right.shape[-1]))
-    left, right = left.to(rows.dtype).unsqueeze(-3), right.to(rows.dtype).unsqueeze(-3)
-    return (left.mT @ table @ right).flatten(-2)
-
-
-def rotated(rows: Tensor, signs: Tensor, block: int) -> Tensor:
-    """(rows * signs) H, block by block."""
-    matrix = hadamard(block, rows.device, rows.dtype)
-    return ((rows * signs.to(rows.dtype)).unflatten(-1, (-1, block)) @ matrix).flatten(-2)
-
-
-def rotated_back(rows: Tensor, signs: Tensor, block: int) -> Tensor:
-    matrix = hadamard(block, rows.device, rows.dtype)
-    return (rows.unflatten(-1, (-1, block)) @ matrix).flatten(-2) * signs.to(rows.dtype)
 
 
 def haar(width: int, generator: torch.Generator) -> Tensor:

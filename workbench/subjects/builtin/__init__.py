@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Parts", "data_folder"]
+__all__ = ["Parts"]
 
 
 @dataclass

@@ -194,7 +194,7 @@ def stock(model: nn.Module) -> nn.Module:
     record = getattr(model, RECORD, None)
     if not record:
         return model
-    full = type(model)(copy.deepcopy(model.config)).to(next(model.parameters()).device)  # type: ignore[call-arg,arg-type]
+    full = type(model)(copy.deepcopy(model.config)).to(next(model.parameters()).device)
     kinds = [k for k in ("heads", "neurons") if safe(full, k)]
     members: dict[str, list[tuple[Member, Tensor]]] = {}
     tables: dict[str, Tensor] = {}

@@ -76,10 +76,13 @@ class AGVM:
         self.history: list[tuple[int, dict[str, float], dict[str, float]]] = []
 
     def __call__(self, run: TrainingState) -> None:
+        for group in run.optimizer.param_groups:  # a resumed run finds its factors there
+            self.scales.setdefault(group["module"], group.get("factor", 1.0))
         if run.step >= self.start and (run.step - self.start) % self.every == 0 and len(run.chosen) >= 2:
             self._measure(run)
         for group in run.optimizer.param_groups:
-            group["lr"] = group["lr"] * self.scales.get(group["module"], 1.0)
+            group["factor"] = self.scales.get(group["module"], 1.0)
+            group["lr"] = group["lr"] * group["factor"]
 
     def _measure(self, run: TrainingState) -> None:
         batch, half = run.batch(), len(run.chosen) // 2

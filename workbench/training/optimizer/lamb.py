@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from workbench.axis import parameter
+from workbench.kernels.optimizer_step import fp32_state, fuses, optimizer_step
 from workbench.training.optimizer.group_optimizer import GroupOptimizer, adam_direction
 from workbench.training.optimizer.optimizers import OPTIMIZER, MomentOptions, decay_groups
 
@@ -63,6 +64,14 @@ class LAMB(GroupOptimizer):
 
     def update(self, group: dict[str, Any], weights: list[Tensor], gradients: list[Tensor]) -> None:
         first, second = self.kept("exp_avg", weights), self.kept("exp_avg_sq", weights)
+        if fuses(weights):
+            options = {k: group[k] for k in ("betas", "eps", "weight_decay", "largest", "bias_correction")}
+            for p, g, m, v in zip(weights, gradients, first, second, strict=True):
+                state = fp32_state((m, v))
+                self.state[p]["trust_ratio"] = optimizer_step(
+                    p, g, state, "lamb", group["lr"], group["step"], **options
+                )
+            return
         updates, scale = adam_direction(
             first, second, gradients, group["betas"], group["eps"], group["step"], group["bias_correction"]
         )
