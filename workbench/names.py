@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.axis import Entry, Fields, axes, axis_of
+from workbench.axis import Choice, Entry, Fields, axes, axis_of
 from workbench.errors import BadInput, unknown_name
 from workbench.families import FAMILIES, import_families
 from workbench.field_text import paragraph, shown
@@ -255,13 +255,11 @@ def places(steps: Iterable[Step]) -> list[str]:
     """Where the entries that a recipe chooses are defined, else its instruments."""
     found = []
     for name, fields in steps:
-        cls = find(name)
-        chosen = []
-        for field, value in fields.items():
-            axis = axis_of(cls.model_fields[field]) if field in cls.model_fields else None
-            if axis is not None:
-                chosen.append(place_text(axis.chosen(value).entry))
-        found += chosen or [cls.__module__]
+        made = find(name)(**fields)
+        chosen = [getattr(made, field) for field in fields if "." not in field]
+        found += [place_text(choice.entry) for choice in chosen if isinstance(choice, Choice)] or [
+            type(made).__module__
+        ]
     return list(dict.fromkeys(found))
 
 

@@ -42,7 +42,7 @@ TRUTHS = {
     "post-training-precision": dict(CT=0.05, gd=0.5, gn=0.5, gp=0.6),
     "step-law-lr": dict(c=1.79, x=0.713, y=0.307),
     "step-law-batch": dict(c=0.58, y=0.571),
-    "critical-batch": dict(smin=1293.83, emin=2834258),
+    "batch-hyperbola": dict(smin=1293.83, emin=2834258),
     "critical-batch-loss": dict(Bstar=2e8, alpha_b=0.21),
     "log-time": dict(a=0.4, b=1.7),
     "power-time": dict(a=0.4, b=0.3),
@@ -240,3 +240,8 @@ def test_clear_errors():
         warnings.simplefilter("always")
         fit(law("chinchilla"), {k: v[::8] for k, v in data.items()})
     assert any("as many parameters as rows" in str(w.message) for w in caught)
+
+
+def test_a_law_of_another_name_one_release_ago_is_found_with_a_warning():
+    with pytest.warns(FutureWarning, match="batch-hyperbola"):
+        assert law("critical-batch").name == "batch-hyperbola"

@@ -97,3 +97,17 @@ def test_resuming_repeats_nothing(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "train", lambda *_: pytest.fail("a finished run was repeated"))
     script.main()
     assert copy.read_bytes() == (FOLDER / "scaling_sweep.csv").read_bytes()
+
+
+def test_drawn_tables_are_what_the_script_draws_and_a_fit_finds_the_law_again():
+    place = FOLDER / "draw_from_laws.py"
+    spec = importlib.util.spec_from_file_location("draw_from_laws", place)
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    assert {file.stem for file in (place.parent / "drawn").glob("*.csv")} == set(draw.CONSTANTS)
+    for name in draw.CONSTANTS:
+        kept = load_runs(f"drawn/{name}").table
+        for column, values in draw.table(name).items():
+            assert kept[column].to_numpy() == pytest.approx(values, rel=1e-6)
+    found = fit(law("weight-precision"), load_runs("drawn/weight-precision").table, starts=64)
+    assert found.params["gw"] == pytest.approx(draw.CONSTANTS["weight-precision"]["gw"], rel=0.1)

@@ -247,3 +247,11 @@ def test_optuna_database(tmp_path):
 def test_json_dictionary_of_columns(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(DATA))
     assert len(load_runs(tmp_path / "r.json")) == 3
+
+
+def test_own_tables_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(load_runs("scaling-sweep")) == 43 and len(load_runs("training-lr-batch")) == 84
+    assert {"params", "experts", "loss"} <= set(load_runs("drawn/routed").table)
+    with pytest.raises(BadInput, match="does not exist"):
+        load_runs("drawn/nothing")

@@ -80,7 +80,7 @@ METHODS: list[Method] = [
         "accuracy",
         342,
         recipe=(("flatness", {}),),
-        subject="bytelm",
+        subject="hidden-markov",
     ),
     Method(
         "quadratic-prediction",

@@ -15,7 +15,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than nearest rounding at 3 bits",
         None,
-        recipe=(("quantize", {"rounding": "gptq", "format.bits": 3}),),
+        recipe=(("quantize", {"rounding": "gptq", "format": "int3"}),),
     ),
     Method(
         "adaround",
@@ -26,7 +26,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         216,
-        recipe=(("quantize", {"rounding": "adaround", "format.bits": 3}),),
+        recipe=(("quantize", {"rounding": "adaround", "format": "int3"}),),
     ),
     Method(
         "flexround",
@@ -37,7 +37,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         244,
-        recipe=(("quantize", {"rounding": "flexround", "format.bits": 3}),),
+        recipe=(("quantize", {"rounding": "flexround", "format": "int3"}),),
     ),
     Method(
         "signround",
@@ -48,7 +48,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         295,
-        recipe=(("quantize", {"rounding": "signround", "format.bits": 3}),),
+        recipe=(("quantize", {"rounding": "signround", "format": "int3"}),),
     ),
     Method(
         "adaquant",
@@ -59,7 +59,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         309,
-        recipe=(("quantize", {"rounding": "adaquant", "format.bits": 3}),),
+        recipe=(("quantize", {"rounding": "adaquant", "format": "int3"}),),
     ),
     Method(
         "hqq",
@@ -70,7 +70,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than nearest rounding with a zero point at 3 bits",
         None,
-        recipe=(("quantize", {"rounding": "hqq", "format.bits": 3, "format.symmetric": False}),),
+        recipe=(("quantize", {"rounding": "hqq", "format": "int3", "format.symmetric": False}),),
     ),
     Method(
         "awq",
@@ -81,7 +81,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than nearest rounding at 3 bits",
         None,
-        recipe=(("quantize", {"transform": "awq", "format.bits": 3}),),
+        recipe=(("quantize", {"transform": "awq", "format": "int3"}),),
     ),
     Method(
         "teq",
@@ -92,7 +92,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         387,
-        recipe=(("quantize", {"transform": "teq", "format.bits": 3}),),
+        recipe=(("quantize", {"transform": "teq", "format": "int3"}),),
     ),
     Method(
         "smoothquant",
@@ -109,9 +109,9 @@ METHODS: list[Method] = [
                 {
                     "transform": "smooth",
                     "activations": "tensor",
-                    "format.bits": 8,
+                    "format": "int8",
                     "granularity": "channel",
-                    "activations.format.bits": 6,
+                    "activations.format": "int6",
                 },
             ),
         ),
@@ -130,10 +130,10 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "format.bits": 4,
+                    "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activations.format.bits": 4,
+                    "activations.format": "int4",
                 },
             ),
         ),
@@ -153,9 +153,9 @@ METHODS: list[Method] = [
                 "quantize",
                 {
                     "activations": "channel",
-                    "format.bits": 8,
+                    "format": "int8",
                     "granularity": "channel",
-                    "activations.format.bits": 6,
+                    "activations.format": "int6",
                 },
             ),
         ),
@@ -174,10 +174,10 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "format.bits": 4,
+                    "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activations.format.bits": 4,
+                    "activations.format": "int4",
                     "activations.wide_share": 0.0625,
                 },
             ),
@@ -192,7 +192,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than the largest magnitude at 3 bits",
         None,
-        recipe=(("quantize", {"range": "mse", "format.bits": 3}),),
+        recipe=(("quantize", {"range": "mse", "format": "int3"}),),
     ),
     Method(
         "asymmetric-calibration",
@@ -204,7 +204,7 @@ METHODS: list[Method] = [
         "GPTQ against the dense output on quantized inputs has lower loss than GPTQ on dense inputs at 2 "
         "bits",
         None,
-        recipe=(("quantize", {"rounding": "gptq", "format.bits": 2, "range": "mse", "sequential": True}),),
+        recipe=(("quantize", {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True}),),
     ),
     Method(
         "hawq-v2",
@@ -308,6 +308,7 @@ METHODS: list[Method] = [
                 {"method": "ternary", "from_scratch": True, "switch_at": 0.2, "learning_rate": 0.003},
             ),
         ),
+        subject="bytelm",
     ),
     Method(
         "interactions",
@@ -338,10 +339,9 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "format.bits": 2,
+                    "format": "int2",
                     "rounding": "lowrank-adaround",
-                    "rounding.objective": "block",
-                    "rounding.objective.window": 2,
+                    "rounding.objective": {"name": "block", "window": 2},
                 },
             ),
         ),
@@ -360,10 +360,10 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "format.bits": 4,
+                    "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activations.format.bits": 4,
+                    "activations.format": "int4",
                 },
             ),
         ),
@@ -382,10 +382,10 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "format.bits": 4,
+                    "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activations.format.bits": 4,
+                    "activations.format": "int4",
                     "transform": "flatquant",
                 },
             ),
@@ -405,10 +405,10 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "format.bits": 4,
+                    "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activations.format.bits": 4,
+                    "activations.format": "int4",
                     "transform": "resq",
                     "activations.wide_share": 0.125,
                 },
@@ -424,7 +424,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than a zero low-rank term (QLoRA's start) at 2 bits, before any training",
         345,
-        recipe=(("quantize", {"format.bits": 2, "adapter": "loftq", "adapter.rank": 8}),),
+        recipe=(("quantize", {"format": "int2", "adapter": "loftq"}),),
     ),
     Method(
         "nipq",
@@ -435,7 +435,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         356,
-        recipe=(("train-quantized", {"method": "nipq", "method.budget": 3.0}),),
+        recipe=(("train-quantized", {"method": "nipq"}),),
     ),
     Method(
         "csq",
@@ -446,7 +446,7 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         276,
-        recipe=(("train-quantized", {"method": "csq", "method.budget": 3.0, "method.strength": 0.3}),),
+        recipe=(("train-quantized", {"method": "csq", "method.strength": 0.3}),),
     ),
     Method(
         "fliqs",
@@ -458,10 +458,7 @@ METHODS: list[Method] = [
         "lower loss than LSQ at 3 bits after as many steps, with formats int2, int3, int4 and e2m1",
         369,
         recipe=(
-            (
-                "train-quantized",
-                {"method": "fliqs", "method.budget": 3.0, "method.formats": ["int2", "int3", "int4", "e2m1"]},
-            ),
+            ("train-quantized", {"method": "fliqs", "method.formats": ["int2", "int3", "int4", "e2m1"]}),
         ),
     ),
     Method(
@@ -496,7 +493,7 @@ METHODS: list[Method] = [
         "int6 operands, equal steps and tuning: both levels of rotation end nearer to the full-precision "
         "loss than no rotation",
         221,
-        recipe=(("train", {"precision": "int6", "precision.rotation": 2, "start": "random"}),),
+        recipe=(("train", {"precision": "int6 rotation 2", "start": "random"}),),
     ),
     *TAUGHT,
     Method(
@@ -518,9 +515,9 @@ METHODS: list[Method] = [
                     "format": "binary",
                     "range": "centred",
                     "granularity": "channel",
+                    "salient": "columns",
                     "salient.share": 0.2,
                     "adapter": "qlora",
-                    "adapter.rank": 8,
                 },
             ),
             ("train-quantized", {"method": "adapters"}),
@@ -530,6 +527,7 @@ METHODS: list[Method] = [
                     "format": "binary",
                     "range": "centred",
                     "granularity": "channel",
+                    "salient": "columns",
                     "salient.share": 0.2,
                     "rounding": "scales",
                     "rounding.objective": "block",
@@ -620,11 +618,10 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
-                    "format.bits": 3,
+                    "format": "int3",
                     "granularity": "channel",
-                    "rounding": "flexround",
+                    "rounding": "adaround",
                     "rounding.objective": "block",
-                    "calibration_examples": 256,
                 },
             ),
         ),

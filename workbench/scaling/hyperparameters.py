@@ -204,7 +204,7 @@ def critical_batch(
             "batch_size: at least three different batch sizes are needed for a critical batch size"
         )
     fitted = fit(
-        law("critical-batch"),
+        law("batch-hyperbola"),
         {"batch_size": batch_size, "steps": steps},
         Objective("squares", "log"),
         starts=64,

@@ -131,11 +131,12 @@ METHODS: list[Method] = [
         "dense and routed runs",
         "log loss is bilinear in log size and log experts, with saturation",
     ),
-    # the instrument of this name trains at every batch size and fits the law to the steps it counts
+    # the instrument trains at every batch size and fits this law to the steps that it counts
     replace(
         _card(
-            "critical-batch", None, "steps to one loss at several batch sizes", "steps are smin + emin / B"
+            "batch-hyperbola", None, "steps to one loss at several batch sizes", "steps are smin + emin / B"
         ),
+        name="critical-batch",
         recipe=(("critical-batch", {}),),
         subject="digits-vit",
     ),

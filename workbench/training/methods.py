@@ -14,7 +14,7 @@ METHODS: list[Method] = [
         "a step budget",
         "best average rank among common schedules over budgets",
         181,
-        recipe=(("train", {"start": "random", "schedule": "rex"}),),
+        recipe=(("train", {"schedule": "rex", "start": "random"}),),
     ),
     Method(
         "uba",
@@ -25,7 +25,7 @@ METHODS: list[Method] = [
         "a step budget",
         "beats the commonly used schedules at every budget",
         173,
-        recipe=(("train", {"start": "random", "schedule": "uba"}),),
+        recipe=(("train", {"schedule": "uba", "schedule.phi": 0.5, "start": "random"}),),
     ),
     Method(
         "power",
@@ -36,7 +36,21 @@ METHODS: list[Method] = [
         "tokens per step and batch size",
         "one setting for every batch size and token count",
         117,
-        recipe=(("train", {"start": "random", "schedule": {"name": "power", "batch": 32, "tokens": 32}}),),
+        recipe=(
+            (
+                "train",
+                {
+                    "schedule": "power",
+                    "schedule.batch": 32,
+                    "schedule.tokens": 8192.0,
+                    "schedule.a": 1.79,
+                    "schedule.b": -0.7,
+                    "learning_rate": 0.04,
+                    "start": "random",
+                },
+            ),
+        ),
+        subject="bytelm",
     ),
     Method(
         "infinite",
@@ -47,7 +61,7 @@ METHODS: list[Method] = [
         "nothing: no budget",
         "continual pre-training without re-warming: less forgetting at an equal or lower loss",
         328,
-        recipe=(("train", {"start": "random", "schedule": "infinite"}),),
+        recipe=(("train", {"schedule": "infinite", "start": "random"}),),
     ),
     Method(
         "rewarm",
@@ -59,7 +73,7 @@ METHODS: list[Method] = [
         "warm-up length hardly matters, a larger peak is better downstream and worse upstream, "
         "and both beat training from scratch",
         340,
-        recipe=(("train", {"schedule": "cosine", "schedule.final": 0.1, "warmup": 0.01}),),
+        recipe=(("train", {"schedule": "cosine", "schedule.final": 0.1, "warmup": 0.1}),),
         subject="bytelm",
     ),
     Method(
@@ -71,7 +85,7 @@ METHODS: list[Method] = [
         "the time of a step on one machine",
         "gains over an undecayed baseline vanish against one that decays within the budget",
         349,
-        recipe=(("optimizer-comparison", {"equal": "time"}),),
+        recipe=(("optimizer-comparison", {"equal": "time", "optimizers": ["adamw", "lion", "sophia"]}),),
     ),
     Method(
         "budgeted-decay",
@@ -82,7 +96,7 @@ METHODS: list[Method] = [
         "a budget of steps or seconds",
         "decaying within the budget beats a constant rate and a schedule too long for it",
         321,
-        recipe=(("train", {"start": "random", "schedule": "linear"}),),
+        recipe=(("train", {"schedule": "linear", "warmup": 0.0, "start": "random"}),),
     ),
     Method(
         "lamb",
@@ -149,7 +163,18 @@ METHODS: list[Method] = [
         "an enforced Lipschitz bound at little cost in accuracy",
         26,
         recipe=(
-            ("train", {"optimizer": "muon", "optimizer.weight_map": "soft-cap", "optimizer.scale": "none"}),
+            (
+                "train",
+                {
+                    "optimizer": "muon",
+                    "optimizer.scale": "none",
+                    "optimizer.weight_map": "soft-cap",
+                    "optimizer.cap": 2.0,
+                    "weight_decay": 0.0,
+                    "learning_rate": 0.05,
+                    "start": "random",
+                },
+            ),
         ),
     ),
     Method(
@@ -168,8 +193,12 @@ METHODS: list[Method] = [
                 {
                     "model_change": "lipschitz-transformer",
                     "optimizer": "muon",
-                    "optimizer.weight_map": "soft-cap",
                     "optimizer.scale": "none",
+                    "optimizer.weight_map": "soft-cap",
+                    "optimizer.cap": 2.0,
+                    "weight_decay": 0.0,
+                    "optimizer.adamw_ratio": 0.1,
+                    "learning_rate": 0.2,
                 },
             ),
         ),
@@ -184,7 +213,18 @@ METHODS: list[Method] = [
         "batch norm",
         "closes the generalisation gap of large batches step by step",
         109,
-        recipe=(("train", {"model_change": "ghost-batch-norm", "batch_size": 512}),),
+        recipe=(
+            (
+                "train",
+                {
+                    "model_change": "ghost-batch-norm",
+                    "batch_size": 256,
+                    "optimizer": "sgd",
+                    "learning_rate": 0.2,
+                    "start": "random",
+                },
+            ),
+        ),
     ),
     Method(
         "adadagrad",
@@ -195,7 +235,22 @@ METHODS: list[Method] = [
         "per-example gradients of a sample",
         "fewer updates than a small fixed batch at the same accuracy",
         116,
-        recipe=(("train", {"optimizer": "adagrad", "batch_rule": "norm-test"}),),
+        recipe=(
+            (
+                "train",
+                {
+                    "optimizer": "adagrad",
+                    "learning_rate": 0.05,
+                    "schedule": "constant",
+                    "warmup": 0.0,
+                    "clip": 0.0,
+                    "batch_size": 8,
+                    "batch_rule": "norm-test",
+                    "batch_rule.eta": 0.3,
+                    "batch_rule.largest": 512,
+                },
+            ),
+        ),
     ),
     Method(
         "large-batch-accumulation",
@@ -207,7 +262,7 @@ METHODS: list[Method] = [
         "large accumulated batches with a larger rate reach the loss in fewer steps, "
         "and fp16 needs loss scaling",
         278,
-        recipe=(("train", {"batch_size": 512, "micro_batch": 64, "learning_rate": 0.004}),),
+        recipe=(("train", {"batch_size": 128, "micro_batch": 8, "learning_rate": 0.032, "start": "random"}),),
     ),
     Method(
         "noise-scale",
@@ -218,7 +273,7 @@ METHODS: list[Method] = [
         "gradients of several batches",
         "the noise scale predicts the critical batch of the steps-to-target hyperbola",
         140,
-        recipe=(("critical-batch", {"noise_groups": 24}),),
+        recipe=(("gradient-noise", {"groups": 32, "size": 32}),),
     ),
     Method(
         "step-law",
@@ -229,7 +284,12 @@ METHODS: list[Method] = [
         "a grid of small runs",
         "best learning rate falls with size; loss is convex in (log lr, log batch) with a wide plateau",
         20,
-        recipe=(("learning-rate-batch-size", {"within": 0.01}),),
+        recipe=(
+            (
+                "learning-rate-batch-size",
+                {"learning_rate_low": 0.001, "learning_rate_high": 0.064, "learning_rate_points": 7},
+            ),
+        ),
     ),
     Method(
         "weight-standardization",
@@ -240,7 +300,19 @@ METHODS: list[Method] = [
         "nothing; a change on the weight",
         "lets group norm match batch norm at micro-batches of one or two",
         148,
-        recipe=(("train", {"model_change": "weight-standardization", "micro_batch": 2}),),
+        recipe=(
+            (
+                "train",
+                {
+                    "model_change": "weight-standardization",
+                    "micro_batch": 2,
+                    "optimizer": "sgd",
+                    "learning_rate": 0.05,
+                    "weight_decay": 0.0,
+                    "start": "random",
+                },
+            ),
+        ),
     ),
     Method(
         "sophia",
@@ -306,7 +378,18 @@ METHODS: list[Method] = [
         "a warm-up of Adam; error memories",
         "Adam's loss with a fraction of the communication; error feedback and the warm-up are needed",
         22,
-        recipe=(("train", {"optimizer": "one-bit-adam"}),),
+        recipe=(
+            (
+                "train",
+                {
+                    "optimizer": "one-bit-adam",
+                    "optimizer.workers": 4,
+                    "micro_batch": 8,
+                    "clip": 0.0,
+                    "weight_decay": 0.0,
+                },
+            ),
+        ),
     ),
     Method(
         "self-tuning",
@@ -329,7 +412,18 @@ METHODS: list[Method] = [
         "a continuous input; the weights of a step ago",
         "at the largest batch at least the plain accuracy, as good as synchronous adversaries, and flatter",
         112,
-        recipe=(("train", {"loss": "concurrent-adversary"}),),
+        recipe=(
+            (
+                "train",
+                {
+                    "loss": "concurrent-adversary",
+                    "batch_size": 512,
+                    "optimizer": "lars",
+                    "learning_rate": 4.0,
+                    "start": "random",
+                },
+            ),
+        ),
     ),
     Method(
         "agvm",
@@ -341,7 +435,9 @@ METHODS: list[Method] = [
         "two halves of a batch every few steps",
         "gradient noise differs more between modules at a large batch, and aligning it lowers the loss",
         119,
-        recipe=(("train", {"optimizer": "agvm", "batch_size": 512, "learning_rate": 0.1}),),
+        recipe=(
+            ("train", {"optimizer": "agvm", "batch_size": 512, "learning_rate": 0.1, "start": "random"}),
+        ),
     ),
     Method(
         "sqrt-rule",
@@ -352,6 +448,17 @@ METHODS: list[Method] = [
         "a grid of learning rates and batch sizes",
         "Adam's best learning rate grows as the square root of the batch",
         115,
-        recipe=(("learning-rate-batch-size", {"schedule": "constant", "batch_sizes": [8, 16, 32, 64, 128]}),),
+        recipe=(
+            (
+                "learning-rate-batch-size",
+                {
+                    "optimizer": "adamw",
+                    "learning_rate_low": 0.002,
+                    "learning_rate_high": 0.256,
+                    "batch_sizes": (8, 16, 32, 64, 128),
+                    "weight_decay": 0.0,
+                },
+            ),
+        ),
     ),
 ]

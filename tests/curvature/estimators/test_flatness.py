@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from workbench.curvature import Flatness
 from workbench.curvature.estimators.flatness import (
     Checkpoint,
     at_one_loss,
@@ -15,7 +16,8 @@ from workbench.curvature.estimators.flatness import (
     rank_correlations,
     train,
 )
-from workbench.subjects import TASK, Subject
+from workbench.errors import BadInput
+from workbench.subjects import TASK, Subject, subject
 from workbench.subjects.builtin.hidden_markov import Corpus, hidden_markov, small_model
 
 
@@ -94,3 +96,12 @@ def test_correlations_leave_out_models_of_another_loss() -> None:
     assert (
         rank_correlations(table, tolerance=0.2)["trace_correlation"] > -0.5
     )  # all six: the odd one out turns the order around
+
+
+def test_the_instrument_needs_a_text_whose_states_are_known_and_correlates_what_it_trained() -> None:
+    on = subject("hidden-markov")
+    result = Flatness(seeds=1, steps=20, probes=2, examples=8).run(on, cache=False)
+    assert len(result.table) == 4 and {"trace_correlation", "models"} <= set(result.facts)
+    assert result.table["probe_accuracy"].between(0, 1).all()
+    with pytest.raises(BadInput, match="take hidden-markov"):
+        Flatness().check(subject("digits-vit"))

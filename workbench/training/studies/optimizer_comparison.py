@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.hyperparameters import speedup
+from workbench.storage import cache_folder, replacing
 from workbench.subjects import Subject
 from workbench.training.loop import Training, fit
 from workbench.training.optimizer.optimizers import OPTIMIZER, usual_learning_rate
@@ -73,6 +75,10 @@ class OptimizerComparison(Comparison):
         for optimizer in chosen:
             rate = usual_learning_rate(optimizer)
             check_pair(optimizer, self.schedule, rate, self.weight_decay, self.warmup)
+        if self.storage and self.equal == "time":
+            raise BadInput(
+                "equal: time is one machine's, and a storage may be shared by several; leave storage out"
+            )
         if self.baseline_budgets and self.equal == "time":
             raise BadInput("baseline_budgets: they are budgets of examples, and equal is time; give one")
         if self.baseline_budgets and (
@@ -85,6 +91,16 @@ class OptimizerComparison(Comparison):
                 "accepted; AdamW must be among the optimizers, and its curve "
                 "needs at least three budgets other than 1, each of a step or more"
             )
+
+    def kept_seconds(self, on: Subject, optimizers: list[Choice]) -> list[float]:
+        """`seconds_per_step`, measured once: a study that goes on has the budgets it began with."""
+        file = cache_folder() / "sweeps" / f"seconds-{self.key(on)}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as draft:
+                draft.write_text(json.dumps(self.seconds_per_step(on, optimizers)))
+        found: list[float] = json.loads(file.read_text())
+        return found
 
     def seconds_per_step(self, on: Subject, optimizers: list[Choice]) -> list[float]:
         """Processor time of a step of each, the mean of `TIMED` after the first on a copy: an optimizer may
@@ -125,7 +141,7 @@ class OptimizerComparison(Comparison):
             for budget in self.baseline_budgets
         ]
         if self.equal == "time":
-            seconds = self.seconds_per_step(on, optimizers)
+            seconds = self.kept_seconds(on, optimizers)
             for candidate, spent in zip(candidates, seconds, strict=False):
                 candidate["examples"] = max(self.batch_size, round(self.examples * seconds[0] / spent))
         centres = [usual_learning_rate(candidate["optimizer"]) for candidate in candidates]

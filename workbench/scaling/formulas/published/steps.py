@@ -43,12 +43,12 @@ def step_law_batch(options: Options) -> Law:
 
 
 @LAW.add(
-    "critical-batch",
+    "batch-hyperbola",
     title="Steps against batch size",
     formula=r"S = S_{\min} + E_{\min}/B",
     source="McCandlish et al. 2018, eq. 2.11; Zhang et al. 2024",
 )
-def critical_batch(options: Options) -> Law:
+def batch_hyperbola(options: Options) -> Law:
     return predicts(
         "smin + emin / batch_size",
         (
