@@ -1,7 +1,8 @@
 """Triton kernels, each beside its PyTorch reference: proved on every push without a GPU, fast on one.
 
 One operation per module; every operation takes `backend="auto" | "torch" | "triton"` and runs anywhere
-(see `backend`). Importing this package imports neither Triton nor any kernel.
+(see `backend`). Importing this package imports neither Triton nor any kernel. Where the product computes what
+a kernel computes it calls the operation here; `tests/kernels/test_in_use.py` lists them.
 
 | module | operations |
 |---|---|

@@ -169,9 +169,23 @@ def quantize_reference(
     """The definition, in fp32 or wider. x (..., rows, columns); scale and zero (..., rows or 1,
     ceil(columns / group)); returns x's type.
     """
+    # Dead groups (scale 0) hold only zeros; 0 / 0 must not poison them.
+    divisor = torch.where(scale == 0, 1.0, scale)
+    y = _in_groups(x, scale, divisor, zero, grid, group, seed)
+    return torch.where(x.isnan(), x, y) if grid.kind == 2 else y
+
+
+def _in_groups(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    divisor: torch.Tensor,
+    zero: torch.Tensor | None,
+    grid: Numbers,
+    group: int,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """(round(x / divisor + zero) - zero) * scale, large matrices a few rows at a time."""
     work = x.to(torch.promote_types(x.dtype, torch.float32))
-    dead = scale == 0  # such a group holds only zeros; 0 / 0 must not poison them
-    divisor = torch.where(dead, 1.0, scale) if bool(dead.any()) else scale
     rows, width = x.shape[-2:]
     if seed is None and work.ndim == 2 and width % group == 0 and work.numel() > CHUNK:
         out = torch.empty_like(work)
@@ -200,12 +214,12 @@ def _rounded(
     grid: Numbers,
     seed: int | None,
 ) -> torch.Tensor:
-    """(round(x / divisor + zero) - zero) * scale."""
-    units = x / divisor if zero is None else x / divisor + zero
+    units = x / divisor if zero is None else (x / divisor).add_(zero)
     rounded = grid.round(units) if seed is None else _stochastic(units, grid, seed)
-    if grid.kind == 2:
-        rounded = torch.where(units.isnan(), units, rounded)
-    return rounded * scale if zero is None else (rounded - zero) * scale
+    # both are new: nothing else reads them, and a gradient in the scale needs them as they are
+    if scale.requires_grad:
+        return rounded * scale if zero is None else (rounded - zero) * scale
+    return rounded.mul_(scale) if zero is None else rounded.sub_(zero).mul_(scale)
 
 
 @jit
@@ -436,14 +450,14 @@ def quantize_dequantize(
     group: int,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Nearest rounding of x (..., rows, columns) with one scale (and zero point) for each `group` columns of
-    a row or of all rows, (..., rows or 1, ceil(columns / group)): what the product calls. The reference is
-    differentiable in the scales, and taken where somebody needs that.
+    """Nearest rounding of x (..., rows, columns), all numbers, with one positive scale (and zero point) for
+    each `group` columns of a row or of all rows, (..., rows or 1, ceil(columns / group)): what the product
+    calls. The reference is differentiable in the scales, and taken where somebody needs that.
     """
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, zero))
     plain = (grid.kind != 0 and zero is not None) or wants or x.dtype == torch.float64
     if plain or not use_triton("quantize", x.numel(), x, backend):
-        return quantize_reference(x, scale, zero, grid, group)
+        return _in_groups(x, scale, scale, zero, grid, group)
     rows = (*x.shape[:-1], scale.shape[-1])
 
     def each_row(t: torch.Tensor) -> torch.Tensor:

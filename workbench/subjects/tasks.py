@@ -125,8 +125,8 @@ class TokenClassification(TokenTask):
 @dataclass(frozen=True)
 class LanguageModel(TokenTask):
     """A target is a word of the vocabulary. Loss and metrics form the logits of a few tokens at a time
-    (see `vocabulary`); `output` has all of them. A model without output embeddings of its own
-    (no transformers class), or whose head is being watched, computes them whole.
+    (see `vocabulary`); `output` has all of them. A model whose output embeddings cannot be left out of its
+    forward pass (no transformers class, a head that is being watched: see `unspoken`) computes them whole.
     """
 
     def call(self, model: nn.Module, batch: Batch) -> dict[str, Any]:

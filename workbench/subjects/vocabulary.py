@@ -106,8 +106,9 @@ def unspoken(
     flat: Callable[[Tensor], tuple[Tensor, Tensor]],
     logits_of: Callable[[Any], Tensor],
 ) -> Unspoken | None:
-    """Run `model(**call)` up to its output embeddings; None, before anything is run, when it has none that
-    can be left out: no transformers model, or somebody watches or changes the head's product.
+    """Run `model(**call)` up to its output embeddings; None when there are none that can be left out: no
+    transformers model, somebody watches or changes the head's product, the head is called more than once, or
+    what the architecture does to the logits cannot be told apart from its trunk.
 
     flat : (batch, length, features) -> rows (items, features) and targets (items,)
     logits_of : the logits in what the model returns
@@ -135,7 +136,9 @@ def unspoken(
             returned = logits_of(model(**call))
     finally:
         watch.remove()
-    assert len(seen) == 1 and seen[0].ndim == 3, f"{type(inner).__name__}: its head is not called once"
+    told_apart = base is not inner and bool(answers) and "last_hidden_state" in answers[-1]
+    if len(seen) != 1 or seen[0].ndim != 3 or (returned is not empty[0] and not told_apart):
+        return None
     rows, targets = rows_of(seen[0], flat)
     vocabulary = empty[0].shape[-1]
     if returned is not empty[0]:
@@ -178,7 +181,6 @@ def finisher(
     logits_of: Callable[[Any], Tensor],
 ) -> Callable[[Tensor], Tensor]:
     """(n, width) -> (n, vocabulary): the head's product and what the architecture does to it afterwards."""
-    assert answers and base is not model, f"{type(model).__name__}: its trunk cannot be told from its head"
     answer = copy.copy(answers[-1])
     answer["last_hidden_state"] = answer["last_hidden_state"][:1, :1]  # the head does not look at it
 
