@@ -132,6 +132,12 @@ def test_help_lists_the_fields(capsys):
     assert "bits" in text and "--subject" in text and "--seed" in text
 
 
+def test_help_on_an_entry_is_that_of_the_instrument_it_is_chosen_in(capsys):
+    assert main(["run", "adagrad", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "workbench run train" in text and "--optimizer" in text
+
+
 def test_list_names_instruments_subjects_and_methods(capsys):
     assert main(["list"]) == 0
     text = capsys.readouterr().out

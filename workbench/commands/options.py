@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
 import yaml
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, did_you_mean
 
 SUBJECT_OPTIONS = {
     "data": "a CSV / JSONL / Parquet file, hf:ID, or random (shapes and speed only)",
@@ -48,10 +47,9 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
             if action.help is not argparse.SUPPRESS
             for o in action.option_strings
         ]
-        close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(rest[0].split("=")[0], known)
         names = ", ".join(o.lstrip("-") for o in known if o.startswith("--") and o != "--help")
-        raise BadInput(f"{rest[0].lstrip('-')}: unknown field{hint} (fields: {names})")
+        raise BadInput(f"{rest[0].lstrip('-')}: unknown field{'; ' + hint if hint else ''} (fields: {names})")
     return space
 
 

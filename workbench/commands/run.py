@@ -62,7 +62,8 @@ def run_steps(name: str, arguments: Sequence[str], plugins: Iterable[str]) -> in
     if any(option in arguments for option in ("-h", "--help")):
         from workbench.index import made
 
-        print(run_help(name, made()))
+        index = made()
+        print(run_help(name, index) or run_help(steps[0][0], index))
         return 0
     parser = Parser(prog=f"workbench run {name}", allow_abbrev=False)
     known = field_options(classes)

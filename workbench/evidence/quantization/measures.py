@@ -26,7 +26,6 @@ from workbench.evidence.quantization.taught_measures import MEASURES as TAUGHT_M
 from workbench.evidence.quantization.width_evidence import before_or_after, drawn_by_trace, one_for_all
 from workbench.progress import Progress
 
-FAMILY = "quantization"
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
 FEW = {"rounding.steps": 60}
 FEW_FOR_TRANSFORM = {"transform.steps": 60}

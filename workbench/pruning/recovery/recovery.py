@@ -28,9 +28,6 @@ from workbench.training.loop import Training
 from workbench.training.optimizer.adamw import adamw as adamw  # what recovery steps with by default
 from workbench.training.schedule.rise_and_fall import rise_and_fall as rise_and_fall
 
-RECOVERIES = ("none", "finetune", "distil", "low-rank")
-
-
 #: How recovery trains unless its `settings` say otherwise.
 SETTINGS: dict[str, Any] = {
     "optimizer": {"name": "adamw", "betas": (0.9, 0.999), "fused": False},

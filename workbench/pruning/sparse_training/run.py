@@ -30,19 +30,11 @@ from workbench.pruning.sparse_training.trained_masks import (
 from workbench.subjects import Batch, Layer, Subject, all_layers
 from workbench.training.chosen import chosen_settings
 from workbench.training.loop import Training, fit
-from workbench.training.optimizer.adamw import adamw as adamw  # what it steps with by default
 from workbench.training.optimizer.optimizers import make_optimizer
-from workbench.training.schedule.profiles import cosine as cosine
 
 if TYPE_CHECKING:
     from workbench.pruning.sparse_training.plan import SparsePlan
 
-#: How it trains unless the plan says otherwise.
-SETTINGS: dict[str, Any] = {
-    "optimizer": {"name": "adamw", "betas": (0.9, 0.999), "fused": False},
-    "schedule": "cosine",
-    "weight_decay": 0.0,
-}
 RECORDS = 50  # times a run that its masks are looked at
 
 
@@ -126,11 +118,8 @@ class Course:
             before_step=before,
             callbacks=[self.after_step],
             progress=progress,
-            **(
-                SETTINGS
-                | chosen_settings(plan)
-                | {"optimizer": self.optimizer, "learning_rate": plan.learning_rate}
-            ),
+            weight_decay=0.0,
+            **(chosen_settings(plan) | {"optimizer": self.optimizer, "learning_rate": plan.learning_rate}),
         )
         history = run.history.assign(stage=stage)
         if len(history):

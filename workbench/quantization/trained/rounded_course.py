@@ -19,20 +19,9 @@ from workbench.subjects import Batch, Layer, LowRank, Subject
 from workbench.training.chosen import chosen_settings
 from workbench.training.data_order import Draws
 from workbench.training.loop import Training
-from workbench.training.optimizer.adamw import adamw as adamw  # what it steps with by default
-from workbench.training.schedule.profiles import linear as linear
 
 if TYPE_CHECKING:
     from workbench.quantization.trained.settings import TrainedSettings
-
-#: How it trains unless the settings say otherwise.
-SETTINGS: dict[str, Any] = {
-    "optimizer": {"name": "adamw", "betas": (0.9, 0.999), "fused": False},
-    "schedule": "linear",
-    "warmup": 0.0,
-    "weight_decay": 0.0,
-    "clip": 1.0,
-}
 
 
 class RoundedCourse:
@@ -59,6 +48,8 @@ class RoundedCourse:
             "steps": settings.steps,
             "batch_size": settings.batch_size,
             "learning_rate": settings.learning_rate,
+            "warmup": 0.0,
+            "weight_decay": 0.0,
             "order": Draws(settings.seed),
             "own_generator": False,
             "evaluate_split": "",
@@ -69,7 +60,7 @@ class RoundedCourse:
             "progress": progress,
             "label": "training",
         }
-        run = Training.start(self.on, **(SETTINGS | given | chosen_settings(settings)))
+        run = Training.start(self.on, **(given | chosen_settings(settings)))
         run.advance()
         if run.diverged:
             raise self.too_fast(run.step - 1)
