@@ -238,13 +238,24 @@ class Axis:
 
     @property
     def entries(self) -> dict[str, Entry]:
-        """Entries by name; the package's own are imported when they are first asked for."""
+        """Entries by name; the package's own are imported when they are first asked for, and come first, in
+        one order whatever was imported before.
+        """
         if self._open:
             self._open = False
+            modules = []
             for name in self.found_in:
                 module = importlib.import_module(name)
+                modules.append(name)
                 for _, child, _ in pkgutil.iter_modules(getattr(module, "__path__", ())):
                     importlib.import_module(f"{name}.{child}")
+                    modules.append(f"{name}.{child}")
+            place = {name: index for index, name in enumerate(modules)}
+            by_place = sorted(
+                self._entries.items(), key=lambda item: place.get(_module(item[1].value), len(place))
+            )
+            self._entries.clear()
+            self._entries.update(by_place)
         return self._entries
 
     def __getitem__(self, name: str) -> Entry:
@@ -356,8 +367,12 @@ def no_such_option(where: str, entry: Entry, option: str) -> BadInput:
     return BadInput(f"{where}.{option}: {entry.name} has no such option ({known or 'it has none'}){belongs}")
 
 
+def _module(value: Any) -> str:
+    return str(getattr(value, "__module__", ""))
+
+
 def _where(value: Any) -> str:
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+    return f"{_module(value)}.{getattr(value, '__qualname__', type(value).__name__)}"
 
 
 def axis(kind: str) -> Axis:
