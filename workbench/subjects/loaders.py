@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from workbench.subjects import text
 from workbench.subjects.changes import restore_changes
 from workbench.subjects.checkpoints import check_folder, open_model, open_tokenizer
 from workbench.subjects.subject import Split, Subject
-from workbench.subjects.tasks import TASK, CustomLoss, Task
+from workbench.subjects.tasks import TASK, CustomLoss, ModuleTask, Task
 from workbench.subjects.text import cut
 
 HEADS = {
@@ -54,6 +55,9 @@ def subject(
     max_length: int = 128,
     max_examples: int = 4096,
     seed: int = 0,
+    class_axis: int | None = None,
+    ignored: int = -100,
+    items: Callable[[dict[str, Tensor]], int] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Subject:
@@ -70,7 +74,9 @@ def subject(
     text_column, label_column, image_column : the columns of `data`.
     task : a name of `workbench.subjects.TASK`; guessed from the checkpoint's class when left out.
     loss : for a module: "cross_entropy", "squared_error" or a function (output, batch)
-        -> mean loss over examples.
+        -> mean loss over examples, or over `items(batch)` items.
+    class_axis, ignored : for a module with cross-entropy: the output's axis of classes (1 in (batch, classes,
+        height, width); needed where two axes fit the labels), and the label of what has no target.
     max_length : tokens per example. max_examples : at most so many rows of `data` are used
         (chosen by `seed`).
     seed : also of a built-in's training, for those that are trained on first use;
@@ -83,7 +89,9 @@ def subject(
             f"max_length must be at least 2 and max_examples at least 8, got {max_length} and {max_examples}"
         )
     if isinstance(source, nn.Module):
-        return from_module(source, data, loss, name or type(source).__name__, seed)
+        return from_module(
+            source, data, loss, name or type(source).__name__, seed, class_axis, ignored, items
+        )
     source = str(source)
     if source in builtin_names():
         from workbench.subjects.registry import build
@@ -293,7 +301,16 @@ def from_file(file: Path, attribute: str) -> Subject:
     return made
 
 
-def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -> Subject:
+def from_module(
+    module: nn.Module,
+    data: Any,
+    loss: Any,
+    name: str,
+    seed: int,
+    class_axis: int | None = None,
+    ignored: int = -100,
+    items: Callable[[dict[str, Tensor]], int] | None = None,
+) -> Subject:
     """A plain module called as `module(inputs)`; data holds tensors `inputs` and `labels`."""
     if not isinstance(data, dict) or not data:
         raise BadInput(
@@ -314,18 +331,92 @@ def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -
             f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, "
             "batch) -> scalar"
         )
-    task: Task = CustomLoss(function=loss) if callable(loss) else TASK[kinds[loss]].value()
+    task: Task = CustomLoss(function=loss, counted=items) if callable(loss) else TASK[kinds[loss]].value()
     made = Subject(name, module.eval(), task, splits, data_note="tensors given in Python")
     try:
         with torch.no_grad():
-            value = made.loss(next(made.batches(next(iter(splits)), 2)))
+            batch = next(made.batches(next(iter(splits)), 2))
+            if isinstance(task, ModuleTask):
+                made.task = declared(task, task.output(module, batch), splits, class_axis, ignored)
+            value = made.loss(batch)
     except (RuntimeError, TypeError, IndexError) as error:
         raise BadInput(
             f"data: the module failed on the first two examples: {str(error).splitlines()[0]}"
         ) from None
     if value.ndim != 0:
         raise BadInput(f"loss: must be a scalar mean over examples, got shape {tuple(value.shape)}")
+    if callable(loss):
+        check_mean(made)
     return made
+
+
+def declared(
+    task: ModuleTask, output: Tensor, splits: dict[str, Split], class_axis: int | None, ignored: int
+) -> ModuleTask:
+    """The task with its class axis and its ignored label, which the labels of every split must fit."""
+    labels = next(iter(splits.values()))["labels"]
+    shape, wanted = tuple(output.shape[1:]), tuple(labels.shape[1:])
+    axes = {
+        axis
+        for axis in {1, output.ndim - 1}
+        if output.ndim > 1
+        and (shape if labels.is_floating_point() else shape[: axis - 1] + shape[axis:]) == wanted
+    }
+    told = f"class_axis: the output (batch, {', '.join(map(str, shape))}) "
+    if class_axis is not None:
+        if class_axis % output.ndim not in axes:
+            raise BadInput(
+                f"{told}does not fit labels (batch, {', '.join(map(str, wanted))}) along axis {class_axis}; "
+                f"accepted: {', '.join(map(str, sorted(axes))) or 'none'}"
+            )
+        axes = {class_axis % output.ndim}
+    if len(axes) == 2:
+        raise BadInput(
+            f"{told}fits the labels (batch, {', '.join(map(str, wanted))}) along axis 1 and axis "
+            f"{output.ndim - 1}; give class_axis=1 or class_axis=-1"
+        )
+    if not axes:
+        raise BadInput(
+            f"labels: shape (batch, {', '.join(map(str, wanted))}) fits no axis of classes of the output "
+            f"(batch, {', '.join(map(str, shape))}); give one label for each item"
+        )
+    axis = axes.pop()
+    classes = output.shape[axis]
+    for name, split in splits.items():
+        given = split["labels"]
+        if given.is_floating_point():
+            continue
+        wrong = (given != ignored) & ((given < 0) | (given >= classes))
+        if wrong.any():
+            value = int(given[wrong][0])
+            raise BadInput(
+                f"labels: {value} is no class of the {classes} (0 to {classes - 1}), in split {name!r}; "
+                f"give ignored={value} if it marks what has no label"
+            )
+    return ModuleTask(class_axis=-1 if axis == output.ndim - 1 else axis, ignored=ignored)
+
+
+def check_mean(on: Subject, examples: int = 8, tolerance: float = 1e-4) -> None:
+    """`BadInput` when a user's loss is no mean over its items: a batch's total is not its parts'."""
+    split = next(iter(on.splits))
+    whole = next(on.batches(split, examples, examples))
+    parts = list(on.batches(split, 1, examples))
+
+    def total(batch: dict[str, Tensor]) -> float:
+        count = on.task.items(batch)
+        return float(on.loss(batch)) * count if count else 0.0
+
+    with torch.no_grad():
+        together, again = total(whole), total(whole)
+        apart = sum(total(part) for part in parts)
+    close = abs(together - apart) <= tolerance * max(abs(together), abs(apart), 1e-6)
+    if math.isfinite(together) and together == again and not close:
+        count = on.task.items(whole)
+        raise BadInput(
+            f"loss: is no mean over examples: {count} items together give {together / count:.6g} and one "
+            f"example at a time {apart / count:.6g}; return the mean over the examples, or give "
+            "items=function(batch) -> the number of items that it is a mean over"
+        )
 
 
 Result.opens = subject
