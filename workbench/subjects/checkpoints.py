@@ -18,6 +18,7 @@ from torch import nn
 
 from workbench.errors import BadInput
 from workbench.subjects.checkpoint_files import Stored, method_of, one_line, tensors_in
+from workbench.subjects.stored import commonest
 
 #: parts of a name that wrappers put there: torch.compile, FSDP, activation checkpointing, DeepSpeed
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -96,7 +97,7 @@ def open_model(
     if "quantization_config" in options:
         model = plain_linears(model)
         notes.append("decompressed from compressed-tensors: weights are numbers, inputs are not rounded")
-    model.stored_dtype = stored_dtype(stored, config)  # type: ignore[assignment]
+    model.stored_dtype = format_of(stored, config)  # type: ignore[assignment]
     said = "; ".join([*notes, *told])
     return model.eval(), said or None
 
@@ -196,15 +197,17 @@ def loaded(
         if names != list(stored):
             mapping = wrapper_patterns(stored)
     model, report = load(source, cls, config, local, options, mapping)
-    if not mapping and report["missing_keys"] and report["unexpected_keys"]:
+    if report["missing_keys"] and report["unexpected_keys"]:
         wanted = {*model.state_dict(), *(base_names(model))}
-        mapping = wrapper_patterns(report["unexpected_keys"]) or common_prefix(
-            report["unexpected_keys"], wanted
+        more = wrapper_patterns(report["unexpected_keys"]) | common_prefix(
+            [unwrapped(name) for name in report["unexpected_keys"]], wanted
         )
-        if mapping:
+        if more:
+            mapping |= more
             model, report = load(source, cls, config, local, options, mapping)
     if mapping:
-        shown = ", ".join(pattern.replace("\\", "").strip("^") for pattern in mapping)
+        forget(model, mapping)
+        shown = ", ".join(dict.fromkeys(re.findall(r"\w+(?=\\\.)", " ".join(mapping))))
         notes.append(f"names were stripped of a wrapper's {shown}")
     return model, report, notes
 
@@ -232,6 +235,15 @@ def load(
     return model, report
 
 
+def forget(model: nn.Module, mapping: dict[str, str]) -> None:
+    """Saving applies a model's renamings backwards; these are not its own."""
+    held: Any = getattr(model, "_weight_conversions", None) or []
+    patterns = set(mapping)
+    vars(model)["_weight_conversions"] = [
+        each for each in held if not patterns & set(getattr(each, "_original_source_patterns", []))
+    ]
+
+
 def unwrapped(name: str) -> str:
     """The name of a tensor without the parts that wrappers put there."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
@@ -239,9 +251,17 @@ def unwrapped(name: str) -> str:
 
 
 def wrapper_patterns(names: Iterable[str]) -> dict[str, str]:
-    """Regular expression -> nothing, for the wrappers' parts that occur in the names."""
-    found = {part for name in names for part in name.split(".") if part in WRAPPERS}
-    return {rf"(?:^|(?<=\.)){re.escape(part)}\.": "" for part in sorted(found)}
+    """Regular expression -> nothing, for the wrappers' parts that occur in the names. Each is applied once to
+    a name, so one that occurs several times is there as often, spelled differently.
+    """
+    times = Counter[str]()
+    for name in names:
+        times |= Counter(part for part in name.split(".") if part in WRAPPERS)
+    return {
+        rf"(?:^|(?<=\.)){re.escape(part)}\." + "(?:)" * number: ""
+        for part in sorted(times)
+        for number in range(times[part])
+    }
 
 
 def common_prefix(names: Iterable[str], wanted: set[str]) -> dict[str, str]:
@@ -320,17 +340,15 @@ def listed(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def stored_dtype(stored: dict[str, Stored] | None, config: Any) -> torch.dtype:
+def format_of(stored: dict[str, Stored] | None, config: Any) -> torch.dtype:
     """The dtype that most of a checkpoint's numbers have on disk."""
-    floats = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
     if stored is None:
         named = getattr(config, "dtype", None)
         return named if isinstance(named, torch.dtype) else torch.float32
     counts = Counter[str]()
     for each in stored.values():
-        if each.dtype in floats:
-            counts[each.dtype] += each.numel
-    return floats[counts.most_common(1)[0][0]] if counts else torch.float32
+        counts[each.dtype] += each.numel
+    return commonest(counts)
 
 
 def plain_linears(model: nn.Module) -> nn.Module:

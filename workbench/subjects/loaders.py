@@ -92,6 +92,8 @@ def subject(
         raise BadInput(
             f"max_length must be at least 2 and max_examples at least 8, got {max_length} and {max_examples}"
         )
+    if not 0 <= seed < 2**32:
+        raise BadInput(f"seed: {seed} is out of range; accepted: 0 to {2**32 - 1}")
     if isinstance(source, nn.Module):
         return from_module(
             source, data, loss, name or type(source).__name__, seed, class_axis, ignored, items

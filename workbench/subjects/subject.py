@@ -24,6 +24,7 @@ from workbench.storage import replacing
 from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, describe_changes
 from workbench.subjects.layers import Layer
+from workbench.subjects.stored import declare_wide, narrow
 from workbench.subjects.tasks import Batch, LanguageModel, Task
 
 if TYPE_CHECKING:
@@ -355,8 +356,11 @@ class Subject:
         if save_pretrained is not None:
             from workbench.subjects.checkpoints import quiet_transformers
 
+            mixed = narrow(baked)
             with quiet_transformers():
                 save_pretrained(folder, safe_serialization=True)
+            if mixed:
+                declare_wide(folder)
         else:
             from safetensors.torch import save_model
 
