@@ -42,7 +42,7 @@ class Instrument(Fields):
     cached: ClassVar[bool] = True
     summary_line: ClassVar[str] = ""
 
-    seed: int = parameter(0, "seed of every random choice", ge=0)
+    seed: int = parameter(0, "seed of every random choice", ge=0, le=2**32 - 1)
 
     @classmethod
     def name(cls) -> str:

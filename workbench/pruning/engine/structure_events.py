@@ -17,6 +17,7 @@ from workbench.pruning.engine.masked import Masked
 from workbench.pruning.engine.structures import Asked, groups_of, prune_structures, score
 from workbench.pruning.pattern import Form, Structures
 from workbench.subjects import Subject
+from workbench.subjects.stored import bytes_of_weights
 from workbench.subjects.structure.removal import remove
 
 
@@ -109,7 +110,9 @@ class Units(Masked):
                 self.dense, on, prune.calibration_split, prune.allocation.options
             )
             left = sum(layer.original.numel() for layer in on.layers(prune.layers))
-            facts["packed_bytes"] = facts["dense_bytes"] - 4 * (facts["weights"] - left)
+            facts["packed_bytes"] = left * bytes_of_weights(
+                on.model, [layer.weight for layer in on.layers(prune.layers)]
+            )
         return {"units": pd.DataFrame(rows)}
 
 
