@@ -28,7 +28,8 @@ from workbench.progress import Progress
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.subjects import Batch, Subject
-from workbench.subjects.structure.dimensions import shrink, stacks
+from workbench.subjects.structure.depth import stacks
+from workbench.subjects.structure.dimensions import shrink
 
 
 @dataclass
