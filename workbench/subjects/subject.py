@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
-from workbench.kernels.unpadded import unpadded
+from workbench.kernels.sequence.unpadded import unpadded
 from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
 from workbench.subjects import identity

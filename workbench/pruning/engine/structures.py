@@ -19,7 +19,7 @@ from workbench.pruning.pattern import Structures, cheapest
 from workbench.pruning.saliency.depth import Stack, measure_stacks
 from workbench.pruning.solvers import ziplm
 from workbench.subjects import Layer, Subject
-from workbench.subjects.structure.dimensions import stacks
+from workbench.subjects.structure.depth import stacks
 from workbench.subjects.structure.units import Group, Member, discover
 
 EXPERT_STEP = 8  # grouped matrix products of experts want widths in steps of 16 bytes

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from workbench.axis import Choice, Entry, Options, parameter
 from workbench.errors import BadInput
-from workbench.kernels.quantize import Numbers, binades, round_minifloat
+from workbench.kernels.quantized.numbers import Numbers, binades, round_minifloat
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 
 

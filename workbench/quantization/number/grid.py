@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BadInput
-from workbench.kernels.quantize import quantize_dequantize
+from workbench.kernels.quantized.quantize import quantize_dequantize
 from workbench.quantization.number.formats import Format, Integer, Minifloat
 from workbench.quantization.transform.coordinates import Transform
 
