@@ -24,6 +24,7 @@ from workbench.pruning.engine.masked import Masked
 from workbench.pruning.engine.structures import Asked, groups_of, prune_structures, score
 from workbench.pruning.pattern import Form, Structures
 from workbench.subjects import Subject
+from workbench.subjects.stored import bytes_of_weights
 from workbench.subjects.structure.biases import can_be_given, give_biases
 from workbench.subjects.structure.removal import remove
 
