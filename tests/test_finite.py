@@ -70,7 +70,10 @@ def test_every_instrument_names_what_is_not_finite(name, cache):
     for kind, told in (
         ("nan", "weight '2.weight' holds nan or inf (1 NaN of 256 values)"),
         ("inf", "weight '2.weight' holds nan or inf (1 infinite of 256 values)"),
-        ("input", "column 'inputs' of the split 'calibration' holds nan or inf (1 NaN of 512 values, first in "),
+        (
+            "input",
+            "column 'inputs' of the split 'calibration' holds nan or inf (1 NaN of 512 values, first in ",
+        ),
     ):
         with pytest.raises(BadInput) as error:
             instrument.run(made(kind), Progress())

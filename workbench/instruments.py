@@ -89,7 +89,7 @@ class Instrument(Fields):
                 count = result.provenance["threads"]
                 result.subject = on.derived(self, key, lambda: self._again(on, count))
             return result
-        if self.on == "subject":
+        if hasattr(on, "check_finite"):
             on.check_finite()
         self.check(on)
         result = self._measure(on, progress, key)
@@ -114,7 +114,7 @@ class Instrument(Fields):
             if hasattr(on, "prepared")
             else on
         )
-        if self.on == "subject":
+        if hasattr(prepared, "check_outputs_finite"):
             prepared.check_outputs_finite()
         torch.manual_seed(self.seed)
         np.random.seed(self.seed)
@@ -139,11 +139,11 @@ class Instrument(Fields):
         except (BadInput, MemoryError):
             raise
         except Exception as error:
-            if self.on == "subject" and (told := on.not_finite()):
+            if hasattr(on, "not_finite") and (told := on.not_finite()):
                 raise BadInput(told) from error
             raise
         undefined = [name for name, value in result.facts.items() if is_nan(value)]
-        if undefined and self.on == "subject" and (told := on.not_finite()):
+        if undefined and hasattr(on, "not_finite") and (told := on.not_finite()):
             raise BadInput(told)
         return result
 
