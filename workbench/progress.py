@@ -51,6 +51,9 @@ class Progress:
     def show(self, label: str, done: int, total: int | None) -> None:
         """Draw the state; called often, so it must be cheap."""
 
+    def say(self, text: str) -> None:
+        """Tell the user something that is not in the result."""
+
     def preview(self, result: Result) -> None:
         """Receive an unfinished result to draw while the run goes on."""
 
@@ -87,6 +90,9 @@ class TextProgress(Progress):
         if total is not None and done >= total:
             bar.close()
             del self._bars[label]
+
+    def say(self, text: str) -> None:
+        print(f"workbench: {text}", file=sys.stderr)
 
     def close(self) -> None:
         for bar in self._bars.values():
