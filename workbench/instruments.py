@@ -88,7 +88,7 @@ class Instrument(Fields):
         ):  # checked when it was stored; checking may compute a derived model
             result = Result.load(slot, open_subject=False)
             if self.changes_model:
-                result.subject = on.derived(self, key, lambda: self.run(on, cache=False).subject)
+                result.subject = on.derived(self, key, lambda: self.again(on))
             return result
         self.check(on)
         with journal(key, self.about(on), progress, fresh) as kept:
@@ -99,6 +99,13 @@ class Instrument(Fields):
             if stored or (kept.root and not result.partial):
                 kept.clear()
         return result
+
+    def again(self, on: Any) -> Any:
+        """The subject of a run whose result is stored; a part of a training is not that subject."""
+        result = self.run(on, cache=False)
+        if result.partial:
+            raise KeyboardInterrupt
+        return result.subject
 
     def about(self, on: Any) -> dict[str, Any]:
         """What this run is, for whoever finds what it has left."""

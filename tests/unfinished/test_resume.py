@@ -1,5 +1,5 @@
-"""Kind: what trains can be interrupted at any step; the same run, asked for again, goes on from there and ends
-where an uninterrupted one does, bit for bit, in everything it reports.
+"""Kind: what trains can be interrupted at any step; the same run, asked for again, goes on from there and
+ends where an uninterrupted one does, bit for bit, in everything it reports.
 """
 
 from __future__ import annotations
@@ -12,38 +12,16 @@ import pytest
 import torch
 
 import workbench
+from tests.unfinished.stopping import Stopped
 from workbench.progress import Progress
 from workbench.pruning import Prune, Subtune, TrainSparse
 from workbench.quantization import TrainQuantized
 from workbench.results import Result
 from workbench.training import Train
+from workbench.training.loop import Training
 from workbench.unfinished import left_behind
 
 TIMED = ("seconds", "items_per_second")
-
-
-class Stopped(Progress):
-    """Asks to stop when the progress of anything whose label begins so has moved for the n-th time."""
-
-    def __init__(self, label: str, moves: int) -> None:
-        super().__init__()
-        self.label, self.left, self.said = label, moves, list[str]()
-
-    def show(self, label: str, done: int, total: int | None) -> None:
-        if done and label.startswith(self.label):
-            self.left -= 1
-            if self.left == 0:
-                self.stop.set()
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
-@pytest.fixture(autouse=True)
-def every_step(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint at every step, and at the end of every part."""
-    monkeypatch.setenv("WORKBENCH_CHECKPOINT_SECONDS", "0")
-    monkeypatch.setattr("workbench.training.loop.RARELY", 0.0)
 
 
 def reported(result: Result) -> tuple[dict[str, Any], list[pd.DataFrame]]:
@@ -169,3 +147,66 @@ def test_what_was_stopped_goes_on_bit_for_bit(name: str, moves: int, checkpoints
     assert not resumed.partial and any("goes on at step" in text for text in going_on.said)
     assert_same(whole, resumed)
     assert left_behind() == []
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_subtune_keeps_its_candidates(moves: int, checkpoints: dict[str, Path]) -> None:
+    """Stopped after any candidate: what they came to is not computed again, and losers leave nothing."""
+    on = workbench.subject(checkpoints["vit"], data="random")
+    run = Subtune(steps=3, most=2, gain=0.0, batch_size=8, learning_rate=1e-2)
+    whole = run.run(on, cache=False, progress=Progress())
+    assert run.run(on, progress=Stopped("block", moves)).partial and len(left_behind()) == 1
+    began: list[int] = []
+    original = Training.one_step
+
+    def counted(training: Training) -> None:
+        began.append(training.step)
+        original(training)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "one_step", counted)
+        resumed = run.run(on, progress=Progress())
+    assert len(began) <= 3 * (len(whole.table) - moves)
+    assert_same(whole, resumed)
+    assert left_behind() == []
+
+
+def test_the_others_begin_where_they_are_told(checkpoints: dict[str, Path]) -> None:
+    """`fresh` begins again; other fields are another run; an interrupted one that is inside another does not
+    take its place.
+    """
+    on = workbench.subject(checkpoints["vit"], data="random")
+    run, label = RUNS["train"]
+    run.run(on, progress=Stopped(label, 3))
+    other = run.with_fields(learning_rate=2e-3)
+    seen = Stopped(label, 2)
+    other.run(on, progress=seen)
+    assert seen.said == [] and len(left_behind()) == 2
+    going_on = Stopped(label, 2)
+    assert len(run.run(on, progress=going_on).table) == 5 and "step 3 of 8" in going_on.said[0]
+    begun = Stopped(label, 2)
+    assert len(run.run(on, progress=begun, fresh=True).table) == 2 and begun.said == []
+
+
+def test_a_part_of_a_training_is_not_the_subject_of_a_stored_result(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stored result's subject is computed again when its weights are asked for; stopped on the way, it is
+    not handed on as if it were whole.
+    """
+    on = workbench.subject(checkpoints["vit"], data="random")
+    run, label = RUNS["train"]
+
+    def three(progress: Stopped) -> None:
+        Stopped.__init__(progress, label, 3)
+
+    whole = run.run(on, progress=Progress())
+    again = run.run(on, progress=Progress())
+    monkeypatch.setattr(
+        "workbench.instruments.TextProgress", type("Three", (Stopped,), {"__init__": three, "close": str})
+    )
+    with pytest.raises(KeyboardInterrupt):
+        _ = again.subject.model
+    monkeypatch.undo()
+    for name, value in whole.subject.model.state_dict().items():
+        assert torch.equal(value, again.subject.model.state_dict()[name])

@@ -14,6 +14,8 @@ from workbench.commands import options
 from workbench.commands.help_text import run_help
 from workbench.commands.options import Parser, parse, value_of
 from workbench.errors import BadInput
+from workbench.progress import TextProgress
+from workbench.unfinished.journal import kept
 
 
 def run(arguments: list[str]) -> int:
@@ -76,6 +78,7 @@ def run_steps(name: str, arguments: Sequence[str], plugins: Iterable[str]) -> in
     parser.add_argument("--out")
     parser.add_argument("--plugins")
     parser.add_argument("--no-cache", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
     space = parse(parser, arguments)
     texts = {k.split(":", 1)[1]: v for k, v in vars(space).items() if k.startswith("field:")}
     given = {option.replace("-", "_"): value_of(text, known[option]) for option, text in texts.items()}
@@ -89,14 +92,26 @@ def run_steps(name: str, arguments: Sequence[str], plugins: Iterable[str]) -> in
         print(f"{name} = {in_words(steps)}")
     result: Any = None
     on = opened(space, classes[0].on)
+    progress = TextProgress()
     for instrument in instruments:
-        result = instrument.run(on, cache=not space.no_cache)
+        result = instrument.run(on, progress, cache=not space.no_cache, fresh=space.fresh)
         on = result.subject
         print(result.summary())
+        if result.partial:
+            break
     print(result.table.head(40).to_string(index=False, float_format=lambda v: f"{v:.5g}", max_colwidth=60))
     if space.out:
         print(f"saved in {result.save(space.out)}")
-    return 0
+    return stopped(result, progress) if result.partial else 0
+
+
+def stopped(result: Any, progress: TextProgress) -> int:
+    """Say how an interrupted run goes on; the exit code of a command that a signal ended, 0 without one."""
+    if kept(result.provenance.get("key", "")):
+        print("stopped: the same command goes on from here, and with --fresh from the beginning")
+    elif progress.signal is not None:
+        print("stopped before the end: the result is partial and is not kept in the cache")
+    return 0 if progress.signal is None else 128 + progress.signal
 
 
 def told(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -136,7 +151,6 @@ def opened(space: argparse.Namespace, on: str) -> Any:
     if on == "subject":
         if not space.subject:
             raise BadInput("subject: is missing; give --subject NAME, FOLDER, hub id or file.py:function")
-        from workbench.progress import TextProgress
         from workbench.subjects import subject
 
         return subject(space.subject, **options.subject_options(space), progress=TextProgress())

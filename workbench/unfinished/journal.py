@@ -191,6 +191,11 @@ def unfinished_folder() -> Path:
     return cache_folder() / "unfinished"
 
 
+def kept(key: str) -> bool:
+    """Whether an interrupted run of this key has left something."""
+    return bool(key) and (unfinished_folder() / key / NOTE).exists()
+
+
 def left_behind(folder: Path | None = None) -> list[Unfinished]:
     """What interrupted runs left in the cache, the oldest first."""
     found = []

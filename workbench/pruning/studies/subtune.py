@@ -170,8 +170,19 @@ class Candidate(Progress):
     """The progress of one candidate's training: it hears the Stop of the whole and draws nothing."""
 
     def __init__(self, whole: Progress) -> None:
+        self.whole = whole
         super().__init__()
         self.stop = whole.stop
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that asked to stop, which is for the whole."""
+        return self.whole.signal
+
+    @signal.setter
+    def signal(self, number: int | None) -> None:
+        if number is not None:
+            self.whole.signal = number
 
 
 def named(blocks: tuple[int, ...]) -> str:
