@@ -27,6 +27,7 @@ from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import cache_folder
 from workbench.unfinished import journal
+from workbench.version import __version__, surroundings, threads, versions
 
 
 class Instrument(Fields):
@@ -43,7 +44,7 @@ class Instrument(Fields):
     cached: ClassVar[bool] = True
     summary_line: ClassVar[str] = ""
 
-    seed: int = parameter(0, "seed of every random choice", ge=0)
+    seed: int = parameter(0, "seed of every random choice", ge=0, le=2**32 - 1)
 
     @classmethod
     def name(cls) -> str:
@@ -88,7 +89,8 @@ class Instrument(Fields):
         ):  # checked when it was stored; checking may compute a derived model
             result = Result.load(slot, open_subject=False)
             if self.changes_model:
-                result.subject = on.derived(self, key, lambda: self.again(on))
+                count = result.provenance["threads"]
+                result.subject = on.derived(self, key, lambda: self._again(on, count))
             return result
         self.check(on)
         with journal(key, self.about(on), progress, fresh) as kept:
@@ -100,13 +102,6 @@ class Instrument(Fields):
                 kept.clear()
         return result
 
-    def again(self, on: Any) -> Any:
-        """The subject of a run whose result is stored; a part of a training is not that subject."""
-        result = self.run(on, cache=False)
-        if result.partial:
-            raise KeyboardInterrupt
-        return result.subject
-
     def about(self, on: Any) -> dict[str, Any]:
         """What this run is, for whoever finds what it has left."""
         return {
@@ -115,6 +110,16 @@ class Instrument(Fields):
             "on": getattr(on, "name", type(on).__name__),
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+    def _again(self, on: Any, count: int) -> Any:
+        """The subject of a cached run, computed with the threads that its key tells; a part of a training is
+        not that subject.
+        """
+        with threads(count):
+            result = self.run(on, cache=False)
+        if result.partial:
+            raise KeyboardInterrupt
+        return result.subject
 
     def stored(self, on: Any) -> bool:
         """True when this exact run is in the cache."""
@@ -143,7 +148,9 @@ class Instrument(Fields):
         return result
 
     def key(self, on: Any) -> str:
-        """Hash of fields, subject fingerprint and code version: the name of this run."""
+        """Hash of fields, subject fingerprint, code, versions of libraries, device and threads:
+        the name of this run.
+        """
         device = on.resolve_device(getattr(self, "device", "auto")) if hasattr(on, "resolve_device") else ""
         text = json.dumps(
             [
@@ -152,6 +159,8 @@ class Instrument(Fields):
                 on.fingerprint,
                 str(device),
                 self.code(),
+                versions(),
+                surroundings(device or None),
             ],
             sort_keys=True,
         )
@@ -187,22 +196,13 @@ def provenance(instrument: Instrument, on: Any, seconds: float) -> dict[str, Any
     import platform
 
     import torch
-    import transformers
-
-    from workbench.version import __version__
 
     return {
         "on": getattr(on, "name", type(on).__name__),
         "fingerprint": on.fingerprint,
         "data": getattr(on, "data_note", ""),
         "history": list(getattr(on, "history", [])),
-        "versions": {
-            "workbench": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"workbench": __version__, **versions()},
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "code": instrument.code(),

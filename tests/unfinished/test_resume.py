@@ -58,10 +58,6 @@ RUNS: dict[str, tuple[Any, str]] = {
         ),
         "recovery",
     ),
-    "recovery movement": (
-        Prune(method="movement", recovery="finetune", schedule="cubic", **RECOVERY, **{"schedule.events": 3}),
-        "recovery",
-    ),
     "recovery low-rank": (
         Prune(method="wanda", recovery="low-rank", sparsity=0.5, **RECOVERY),
         "recovery",
@@ -117,7 +113,7 @@ RUNS: dict[str, tuple[Any, str]] = {
 QUICK = (
     "train",
     "train adversary",
-    "recovery movement",
+    "recovery",
     "recovery heads",
     "recovery channels",
     "pat",

@@ -56,7 +56,6 @@ class Recovery:
     rank: int = 8
     teacher: Subject | None = None
     temperature: float = 2.0
-    movement: bool = False
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[Recovery], None] | None = (
         None  # called about fifty times a run, for whoever wants to see it
@@ -65,7 +64,6 @@ class Recovery:
     owner: Stateful | None = None  # what is between the parts of the run: its state goes with the run's
 
     def __post_init__(self) -> None:
-        self.scores: dict[str, Tensor] = {}
         self._was = {name: p.requires_grad for name, p in self.on.model.named_parameters()}
         if self.kind == "low-rank":
             add_low_rank(
@@ -81,20 +79,12 @@ class Recovery:
             "own_generator": False,
             "evaluate_split": "",
             "loss": self.loss,
-            "before_step": [self._accumulate] if self.movement else [],
             "callbacks": [self._watched],
-            "keeps": [self, *([] if self.owner is None else [self.owner])],
+            "keeps": [] if self.owner is None else [self.owner],
             "progress": self.progress,
             "label": f"recovery {self.kind}",
         }
         self.run = Training.start(self.on, **(SETTINGS | given | dict(self.settings)))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        device = self.on.device
-        self.scores = {name: score.to(device) for name, score in state_dict["scores"].items()}
 
     def changed(self) -> None:
         """The model was pruned between two parts of the run."""
@@ -131,19 +121,6 @@ class Recovery:
     def _watched(self, run: Training) -> None:
         if self.watch is not None and run.step % max(self.total // 50, 1) == 0:
             self.watch(self)
-
-    def _accumulate(self, run: Training) -> None:
-        """Movement scores S = -sum of lr g w over the steps (Sanh et al. 2020):
-        weights that move away from zero grow.
-        """
-        for layer in self.layers:
-            parameter = layer.original
-            if parameter.grad is not None:
-                grown = -run.lr * (parameter.grad * parameter.detach())
-                grown = grown.mT if layer.transposed else grown
-                self.scores[layer.name] = (
-                    self.scores[layer.name] + grown if layer.name in self.scores else grown
-                )
 
     def finish(self) -> None:
         """Merge the adapters into the weights below the masks and leave training mode."""
