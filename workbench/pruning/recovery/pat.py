@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,6 +113,22 @@ class ChannelMask(nn.Module):
         return 10 * (count.sum() - self.left).abs() / self.left + sum(sides, self.logits.new_zeros(()))
 
 
+@dataclass
+class Tuned:
+    """What a checkpoint holds besides the model: the mask is not a part of it."""
+
+    mask: ChannelMask
+    curve: list[dict[str, float]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"logits": self.mask.logits, "curve": self.curve}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.mask.logits.copy_(state_dict["logits"])
+        self.curve[:] = state_dict["curve"]
+
+
 def writers(on: Subject) -> list[Layer]:
     """The layers that write to the residual stream: attention and feed-forward outputs."""
     return [member.layer for group in discover(on.model) for member in group.consumers]
@@ -176,11 +193,12 @@ def learn_channels(
         "clipped": lambda: parameters,
         "loss": loss,
         "callbacks": [keep_row],
+        "begun": lambda run: run.learn([mask.logits], MASK_RATE),
+        "keeps": [Tuned(mask, curve)],
         "progress": progress,
         "label": "pruning-aware tuning",
     }
     run = Training.start(on, **(SETTINGS | given | dict(settings or {})))
-    run.learn([mask.logits], MASK_RATE)
     with restrict(on.model, lambda: mask.value):
         run.advance()
     bake(on.model)
