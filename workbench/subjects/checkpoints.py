@@ -102,13 +102,20 @@ def open_model(
     return model.eval(), said or None
 
 
+def architecture(config: Any) -> str:
+    """The class that a config names; "" for none."""
+    named = getattr(config, "architectures", None)
+    first = named[0] if isinstance(named, (list, tuple)) and named else ""
+    return first if isinstance(first, str) else ""
+
+
 def class_of(config: Any, head: str | None) -> tuple[Any, bool]:
     """The class to build, and whether its head is new: the checkpoint's own, if it has the head wanted."""
     import transformers
     from transformers.models.auto import modeling_auto
 
-    name = (getattr(config, "architectures", None) or [None])[0]
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    name = architecture(config)
+    cls = getattr(transformers, name, None) if name else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         cls = None
     if head is None:
