@@ -195,7 +195,13 @@ def from_checkpoint(
     if guessed != "image-classification" and (limit := text.tokens_wanted(model, settings)) < max_length:
         notes.append(f"texts are cut to {limit} tokens, the model's positions" if data != "random" else "")
     if rows is None:
-        splits = text.random_splits(model, guessed, settings)
+        try:
+            splits = text.random_splits(model, guessed, settings)
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:
+            raise BadInput(
+                f"subject: config.json gives no shape for random inputs: {one_line(error)}; "
+                "compare it with the original"
+            ) from None
     else:
         splits = text.encode(rows, guessed, tokenizer, model, settings)
     built: Task = kind()

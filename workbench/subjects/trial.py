@@ -24,7 +24,13 @@ def try_out(on: Subject, padding: bool = True, tolerance: float = 1e-2) -> None:
     def rows(places: list[int]) -> Tensor:
         batch = on.task.trimmed({k: v[places] for k, v in columns.items()})
         output = on.task.output(on.model, batch)
-        return on.task.flat(output, batch)[0] if on.task.targets in columns else output.flatten(1)
+        if on.task.targets not in columns:
+            return output.flatten(1)
+        found = on.task.flat(output, batch)[0]
+        if len(found):
+            check_targets(on, found.shape[-1])
+            on.task.criterion(output, batch)
+        return found
 
     try:
         lengths = on.task.lengths({k: v[:64] for k, v in columns.items()})
@@ -32,8 +38,6 @@ def try_out(on: Subject, padding: bool = True, tolerance: float = 1e-2) -> None:
         if lengths is not None:
             short, long = int(lengths.argmin()), int(lengths.argmax())
         alone, both = rows([short]), rows([short, long])
-        if both.ndim > 1:
-            check_targets(on, both.shape[-1])
     except BadInput:
         raise
     except Exception as error:  # another library's code on a stranger's numbers
