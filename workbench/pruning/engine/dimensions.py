@@ -27,14 +27,8 @@ from workbench.pruning.saliency.dimensions import check_saliency, keep
 from workbench.results import Result
 from workbench.subjects import Batch, Subject
 from workbench.subjects.stored import bytes_of_weights, dense_size
-from workbench.subjects.structure.dimensions import (
-    check_shrinkable,
-    extent,
-    left_after,
-    names_of,
-    shrink,
-    stacks,
-)
+from workbench.subjects.structure.depth import stacks
+from workbench.subjects.structure.dimensions import check_shrinkable, extent, left_after, names_of, shrink
 from workbench.subjects.structure.removal import record_of
 
 if TYPE_CHECKING:

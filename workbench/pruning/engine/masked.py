@@ -41,7 +41,6 @@ class Masked:
             self.layers,
             self.dense,
             seed=self.prune.seed,
-            movement=self.prune.saliency.entry.needs == "training",
             progress=progress,
             watch=self.draw,
         )

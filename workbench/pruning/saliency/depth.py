@@ -29,7 +29,8 @@ from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.statistics.inputs import block_positions
 from workbench.subjects import Batch, Subject
-from workbench.subjects.structure.dimensions import shrink, stacks
+from workbench.subjects.structure.depth import stacks
+from workbench.subjects.structure.dimensions import shrink
 
 
 @dataclass

@@ -30,12 +30,8 @@ from workbench.statistics import InputCapture
 from workbench.statistics.inputs import kept_positions
 from workbench.storage import replacing
 from workbench.subjects import Batch, Layer, Subject
-from workbench.subjects.structure.dimensions import (
-    CHOSEN_EXPERTS,
-    expert_count,
-    expert_modules,
-    smallest_units,
-)
+from workbench.subjects.structure.dimensions import smallest_units
+from workbench.subjects.structure.experts import CHOSEN_EXPERTS, expert_count, expert_modules
 
 
 @dataclass
