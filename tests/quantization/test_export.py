@@ -96,6 +96,21 @@ def test_compressed_tensors_round_trip(
     assert torch.allclose(found.float(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("fields", [{}, {"format": "uint4"}, {"format": "e4m3fn", "granularity": "channel"}])
+def test_our_own_export_opens_again(
+    checkpoints: dict[str, Path], tmp_path: Path, fields: dict[str, object]
+) -> None:
+    """Kind 17: what we export is opened again, decompressed, with the same outputs."""
+    on = quantized(checkpoints["llama"], **fields)
+    again = workbench.subject(to_compressed_tensors(on, tmp_path / "out"), data="random", max_length=12)
+    batch = next(again.batches("test", 3))
+    with torch.no_grad():
+        assert torch.equal(again.task.output(again.model, batch), on.task.output(on.model, batch))
+    assert "decompressed from compressed-tensors" in again.data_note
+    again.save(tmp_path / "plain")
+    assert workbench.subject(tmp_path / "plain").evaluate("test") == again.evaluate("test")
+
+
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize(
     "fields",

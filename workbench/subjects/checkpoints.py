@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -223,7 +224,8 @@ def load(
     source: str | Path, cls: Any, config: Any, local: bool, options: dict[str, Any], mapping: dict[str, str]
 ) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        with quiet_transformers(), local_only(local):
+        with quiet_transformers(), local_only(local), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             model, report = cls.from_pretrained(
                 source,
                 config=config,
