@@ -78,7 +78,8 @@ def open_model(
     was left over.
 
     `head` names the auto class for a checkpoint whose own class has no head for the task, e.g.
-    "SequenceClassification"; `labels` are the classes of a new one.
+    "SequenceClassification", "" for none, None for the checkpoint's own; `labels` are the classes of a new
+    one.
     """
     import transformers
 
@@ -103,6 +104,10 @@ def open_model(
     return model.eval(), said or None
 
 
+#: endings of the classes without a head
+TRUNKS = ("Model", "Encoder")
+
+
 def architecture(config: Any) -> str:
     """The class that a config names; "" for none."""
     named = getattr(config, "architectures", None)
@@ -121,6 +126,8 @@ def class_of(config: Any, head: str | None) -> tuple[Any, bool]:
         cls = None
     if head is None:
         return (cls or transformers.AutoModel), False
+    if head == "":
+        return (cls if cls is not None and name.endswith(TRUNKS) else transformers.AutoModel), False
     auto = getattr(transformers, f"AutoModelFor{head}")
     known = set()
     for classes in getattr(modeling_auto, MAPPINGS[head]).values():

@@ -19,6 +19,7 @@ from workbench.subjects import text
 from workbench.subjects.changes import restore_changes
 from workbench.subjects.checkpoint_files import check_folder, one_line, read_json
 from workbench.subjects.checkpoints import (
+    TRUNKS,
     architecture,
     class_of,
     has_class,
@@ -42,6 +43,7 @@ HEADS = {
     "regression": "SequenceClassification",
     "multi-label-classification": "SequenceClassification",
     "semantic-segmentation": "SemanticSegmentation",
+    "embedding": "",
 }
 
 
@@ -179,7 +181,7 @@ def from_checkpoint(
         tables.check_columns(rows, guessed, text_column, label_column, image_column)
         notes.append(note)
     head = HEADS.get(guessed)
-    new = head is not None and class_of(config, head)[1]
+    new = bool(head) and class_of(config, head)[1]
     classes: Classes | None = None
     if rows is not None and guessed in text.CLASSIFIED:
         assert label_column is not None
@@ -241,7 +243,7 @@ def guess_task(config: Any, label_column: str | None, image_column: str | None) 
         return "image-classification"
     if label_column:
         return "sequence-classification"
-    if name and not name.endswith(("Model", "Encoder")):
+    if name and not name.endswith(TRUNKS):
         raise BadInput(
             f"task: {name[:80]} is none of the classes that the bench has a task for; accepted: "
             "task=embedding for its hidden states, or a label column for a new head"
