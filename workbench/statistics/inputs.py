@@ -291,11 +291,11 @@ class MomentSums:
     another one was seen to read too, and the product of theirs is kept until the next. Others' products are
     added where they belong without being held. A pass may end early, by `Reached`, once every layer has had
     all its inputs: known when the first pass met each layer exactly once, and the last layer gets as many
-    rows as the first (an expert, or a part of the tokens, would get fewer).
+    rows as the first (an expert, or a part of the tokens, would get fewer). Without `leaves` it goes on.
     """
 
-    def __init__(self, sums: dict[str, InputMoments]) -> None:
-        self.sums, self.shared = sums, set[str]()
+    def __init__(self, sums: dict[str, InputMoments], leaves: bool = True) -> None:
+        self.sums, self.shared, self.leaves = sums, set[str](), leaves
         self.met: list[tuple[str, int]] = []  # layer and rows of every call of this pass
         self.once: bool | None = None
         self.last: tuple[str, Tensor, Any, InputMoments | None] | None = (
@@ -337,7 +337,7 @@ class MomentSums:
         mine.tokens[expert] += len(rows)
         self.last = (leader, rows, rows.untyped_storage(), own)
         self.met.append((layer.name, len(rows)))
-        if self.once and len(self.met) == len(self.sums) and len(rows) == self.met[0][1]:
+        if self.leaves and self.once and len(self.met) == len(self.sums) and len(rows) == self.met[0][1]:
             raise Reached
 
 
@@ -378,6 +378,11 @@ def second_moments(
             sums.begin()
             with contextlib.suppress(Reached):
                 subject.task.output(subject.model, batch)
+    return completed(found)
+
+
+def completed(found: dict[str, InputMoments]) -> dict[str, InputMoments]:
+    """What `MomentSums` leaves out, filled in place: below the diagonal, and the sums of squares on it."""
     for each in found.values():
         if each.gram is not None:
             mirror(each.gram)
