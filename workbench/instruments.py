@@ -23,6 +23,7 @@ import pandas as pd
 
 from workbench.axis import Fields, entries_in, parameter
 from workbench.code_version import code_version
+from workbench.errors import BadInput
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import cache_folder
@@ -88,6 +89,8 @@ class Instrument(Fields):
                 count = result.provenance["threads"]
                 result.subject = on.derived(self, key, lambda: self._again(on, count))
             return result
+        if hasattr(on, "check_finite"):
+            on.check_finite()
         self.check(on)
         result = self._measure(on, progress, key)
         if cache and self.cached and not result.partial:
@@ -111,11 +114,13 @@ class Instrument(Fields):
             if hasattr(on, "prepared")
             else on
         )
+        if hasattr(prepared, "check_outputs_finite"):
+            prepared.check_outputs_finite()
         torch.manual_seed(self.seed)
         np.random.seed(self.seed)
         began = time.perf_counter()
         with interrupt_stops(progress):
-            result = self._run(prepared, progress)
+            result = self._explained(on, prepared, progress)
         if isinstance(progress, TextProgress):
             progress.close()
         result.partial = result.partial or progress.partial
@@ -123,6 +128,23 @@ class Instrument(Fields):
         if self.changes_model:
             assert result.subject is not None, f"{self.name()} declares changes_model and returned no subject"
             result.subject.adopt(parent=on, instrument=self, fingerprint=None if result.partial else key)
+        return result
+
+    def _explained(self, on: Any, prepared: Any, progress: Progress) -> Result:
+        """`_run`; a failure, or facts that are NaN, are explained by the subject's own numbers where
+        those are not finite.
+        """
+        try:
+            result = self._run(prepared, progress)
+        except (BadInput, MemoryError):
+            raise
+        except Exception as error:
+            if hasattr(on, "not_finite") and (told := on.not_finite()):
+                raise BadInput(told) from error
+            raise
+        undefined = [name for name, value in result.facts.items() if is_nan(value)]
+        if undefined and hasattr(on, "not_finite") and (told := on.not_finite()):
+            raise BadInput(told)
         return result
 
     def key(self, on: Any) -> str:
@@ -167,6 +189,10 @@ class SubjectInstrument(Instrument):
         "where to compute: auto (the best present), cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
+
+
+def is_nan(value: Any) -> bool:
+    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
 
 
 def provenance(instrument: Instrument, on: Any, seconds: float) -> dict[str, Any]:
