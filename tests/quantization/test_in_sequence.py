@@ -51,7 +51,7 @@ def parts_of(layers, within):
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
 def test_gptq_is_the_published_procedure(architecture, sequential, checkpoints, cache):
-    """A block is calibrated on what the quantized blocks before it give, and its dense weights are rounded."""
+    """A block is calibrated on what the quantized ones before it give, and its dense weights are rounded."""
     subject = workbench.subject(checkpoints[architecture], data="random", max_length=12)
     settings = Quantize(**GPTQ, sequential=sequential)
     result = settings.run(subject)

@@ -124,7 +124,7 @@ class Walk:
         found = {layer.name: moments_of(layer, self.gram) for layer in layers}
         sums = MomentSums(found, leaves=not pass_on)
         self.observe(block, layers, sums.add, sums.begin, pass_on)
-        return completed(found)
+        return completed(found, self.split)
 
     @torch.no_grad()
     def observe(
