@@ -1,4 +1,4 @@
-"""Opening checkpoints: validated safetensors folders and hub ids, never pickle, never remote code."""
+"""Opening checkpoints: validated safetensors, GGUF files and hub ids, never pickle, never remote code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from workbench.errors import BadInput
+from workbench.subjects import gguf_files
 
 
 @contextlib.contextmanager
@@ -93,7 +94,8 @@ def check_safetensors(file: Path) -> None:
 def open_model(
     source: str | Path, *, local: bool, head: str | None = None, labels: int | None = None
 ) -> tuple[nn.Module, str | None]:
-    """Build the model of a folder or hub id in float32; returns it with a note when a head had to be created.
+    """Build the model of a folder, GGUF file or hub id in float32; returns it with a note when a head had to
+    be created.
 
     `head` names the auto class for a checkpoint whose own class has no head for the task, e.g.
     "SequenceClassification".
@@ -101,8 +103,13 @@ def open_model(
     import transformers
 
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    packed = Path(source) if gguf_files.is_gguf(source) else None
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
+        config = (
+            transformers.AutoConfig.from_pretrained(source, **options)
+            if packed is None
+            else gguf_files.gguf_config(packed)
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"subject: {str(source)!r} could not be opened: {reason}") from None
@@ -126,10 +133,14 @@ def open_model(
             f"label-column: holds {labels} labels but the checkpoint's head has {config.num_labels}; "
             "give data with its labels, or a checkpoint trained on yours"
         )
+    quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if packed is not None:
+        options |= gguf_files.unpacked(packed)
+        quiet = gguf_files.quiet_tensors()
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quiet:
             model, report = cls.from_pretrained(
-                source,
+                source if packed is None else packed.parent,
                 config=config,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -147,16 +158,19 @@ def open_model(
             f"subject: {str(source)!r} lacks {missing[0]} ({len(missing)} missing in all), "
             f"which {cls.__name__} needs; copy or save it again"
         )
-    return model.eval(), note
+    return (model if packed is None else gguf_files.plain(model)).eval(), note
 
 
 def open_tokenizer(source: str | Path, local: bool) -> Any | None:
     """The checkpoint's tokenizer or image processor, or None when it has neither."""
     import transformers
 
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    if gguf_files.is_gguf(source):
+        source, options = Path(source).parent, options | {"gguf_file": Path(source).name}
     for cls in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
         try:
-            return cls.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+            return cls.from_pretrained(source, **options)
         except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
             continue
     return None

@@ -16,7 +16,7 @@ from workbench.errors import BadInput, unknown_name
 from workbench.families import import_families
 from workbench.progress import Progress
 from workbench.results import Result
-from workbench.subjects import text
+from workbench.subjects import gguf_files, text
 from workbench.subjects.changes import restore_changes
 from workbench.subjects.checkpoints import check_folder, open_model, open_tokenizer
 from workbench.subjects.subject import Split, Subject
@@ -61,8 +61,9 @@ def subject(
 
     Parameters
     ----------
-    source : a built-in name, a folder written by `save_pretrained` or by the workbench, a hub id ("org/name"
-        or "hf:name"), "file.py:function" (a function of no arguments, or a value,
+    source : a built-in name, a folder written by `save_pretrained` or by the workbench, a GGUF file
+        ("model.gguf", dequantized), a hub id ("org/name" or "hf:name"),
+        "file.py:function" (a function of no arguments, or a value,
         giving a Subject), or an `nn.Module`.
     data : a CSV / JSONL / Parquet file, a hub data set id ("hf:name"), "random" (token ids or pixels: for
         shape and speed work only), or for a module a dict split -> dict of tensors, or a dict of tensors that
@@ -94,8 +95,10 @@ def subject(
     if match := re.fullmatch(r"(.+\.py):(\w+)", source):
         return from_file(Path(match[1]), match[2])
     folder = Path(source)
-    local = folder.is_dir()
-    if local:
+    local = folder.is_dir() or gguf_files.is_gguf(folder)
+    if gguf_files.is_gguf(folder):
+        gguf_files.check_gguf(folder)
+    elif local:
         check_folder(folder)
         if (folder / "workbench.json").is_file() and data is None:
             return from_saved(folder)
@@ -104,7 +107,7 @@ def subject(
             "subject",
             source,
             builtin_names(),
-            " (built-in), or a folder, a hub id (org/name or hf:name), or file.py:function",
+            " (built-in), or a folder, a GGUF file, a hub id (org/name or hf:name), or file.py:function",
         )
     return from_checkpoint(
         source if local else source.removeprefix("hf:"),
@@ -115,7 +118,7 @@ def subject(
         image_column,
         task,
         tokenizer,
-        name or (folder.name if local else source),
+        name or ((folder.stem if gguf_files.is_gguf(folder) else folder.name) if local else source),
         max_length,
         max_examples,
         seed,
@@ -191,6 +194,8 @@ def from_checkpoint(
 def read_config(source: str, local: bool) -> Any:
     import transformers
 
+    if gguf_files.is_gguf(source):
+        return gguf_files.gguf_config(Path(source))
     try:
         return transformers.AutoConfig.from_pretrained(
             source, local_files_only=local, trust_remote_code=False
