@@ -24,7 +24,7 @@ from workbench.storage import replacing
 from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, describe_changes
 from workbench.subjects.layers import Layer
-from workbench.subjects.tasks import Batch, Task
+from workbench.subjects.tasks import Batch, Seen, Task
 
 if TYPE_CHECKING:
     from workbench.instruments import Instrument
@@ -266,14 +266,18 @@ class Subject:
         in order, or shortest first.
         """
         columns = self.split(split)
-        total = min(self.size(split), limit or self.size(split))
         device = device or self.device
-        order = torch.arange(total)
-        if by_length and "attention_mask" in columns and columns["attention_mask"].ndim == 2:
-            order = columns["attention_mask"][:total].sum(1).argsort(stable=True)
-        for rows in order.split(batch_size):
+        for rows in self.order(split, limit, by_length).split(batch_size):
             batch = {k: v[rows] for k, v in columns.items()}
             yield {k: v.to(device) for k, v in trim(batch).items()}
+
+    def order(self, split: str, limit: int | None = None, by_length: bool = False) -> Tensor:
+        """The rows of the first `limit` examples as `batches` gives them: in order, or shortest first."""
+        columns = self.split(split)
+        total = min(self.size(split), limit or self.size(split))
+        if by_length and "attention_mask" in columns and columns["attention_mask"].ndim == 2:
+            return columns["attention_mask"][:total].sum(1).argsort(stable=True)
+        return torch.arange(total)
 
     # ---- measuring -----------------------------------------------------------------------------------------
     def loss(self, batch: Batch) -> Tensor:
@@ -286,9 +290,10 @@ class Subject:
         batch_size: int = 64,
         limit: int | None = None,
         progress: Progress | None = None,
+        seen: Seen | None = None,
     ) -> dict[str, float]:
         """Mean loss and metrics over a split (perplexity for language models);
-        exact whatever the batch size.
+        exact whatever the batch size. `seen` gets every output, in the order of `order(..., by_length=True)`.
         """
         progress = progress or Progress()
         sums: dict[str, float] = {}
@@ -302,7 +307,7 @@ class Subject:
                 weight = self.task.items(batch)
                 if weight == 0:
                     continue
-                loss, metrics = self.task.measured(self.model, batch)
+                loss, metrics = self.task.measured(self.model, batch, seen)
                 total += loss * weight
                 items += weight
                 for key, value in metrics.items():
