@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from workbench.measures.classification import AnswerPairs, classification_measures
 from workbench.measures.embedding import VectorPairs, embedding_measures
+from workbench.measures.fidelity import Fidelity
 from workbench.measures.floor import floor_of
 from workbench.measures.language import TokenPairs, confidence_table, language_measures
 from workbench.measures.reference import Comparison, Reference, compare, reference_of
@@ -26,6 +27,7 @@ __all__ = [
     "LEGEND",
     "AnswerPairs",
     "Comparison",
+    "Fidelity",
     "Reference",
     "Size",
     "TokenPairs",

@@ -128,7 +128,8 @@ class Reference:
     def against(self, changed: Subject, progress: Progress | None = None, seed: int = 0) -> Comparison | None:
         """Run the other model on the same examples, once. Its loss is remembered as `evaluated` would.
 
-        None when it was stopped. Raises `BadInput` for a model with other outputs.
+        Of what was reached when it was stopped; None when that is nothing. Raises `BadInput` for a model with
+        other outputs.
         """
         if not self.readable:
             raise BadInput(
@@ -148,10 +149,11 @@ class Reference:
             found.append(paired(self.kind, dense, mine))
 
         evaluation = changed.evaluate(self.split, self.batch_size, self.limit, progress, seen=compare)
-        if progress.stopped or len(found) != len(self.answers):
+        if not found:
             return None
-        changed.memo(("evaluate", self.split, self.limit), lambda: dict(evaluation))
-        return Comparison(self.kind, joined(self.kind, found), seed)
+        if not progress.stopped:
+            changed.memo(("evaluate", self.split, self.limit), lambda: dict(evaluation))
+        return Comparison(self.kind, joined(self.kind, found), evaluation, seed)
 
 
 def paired(kind: str, dense: Answer, changed: Answer) -> Any:
@@ -182,6 +184,7 @@ class Comparison:
 
     kind: str
     pairs: Pairs
+    evaluation: dict[str, float]  # loss and metrics of the changed model
     seed: int = 0
 
     def measures(self) -> dict[str, float]:
@@ -286,6 +289,31 @@ def compare(
     if found is None:
         raise KeyboardInterrupt("the comparison was stopped")
     return found
+
+
+def measured_beside(
+    reference: Reference | None,
+    changed: Subject,
+    split: str,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Loss and metrics of a changed model, and its distance to the reference with the 95 % interval: `kl`, or
+    `distance` where outputs are no distributions. One pass. Only the first without a reference that can still
+    be read.
+    """
+    if reference is None or not reference.readable:
+        return changed.evaluate(split, limit=limit, progress=progress)
+    found = reference.against(changed, progress)
+    if found is None:
+        return {}
+    return found.evaluation | distance_facts(found.measures())
+
+
+def distance_facts(numbers: dict[str, float]) -> dict[str, float]:
+    """`kl` or `distance` with its interval, of all measures."""
+    wanted = [f"{kind}{end}" for kind in ("kl", "distance") for end in ("", "_low", "_high")]
+    return {name: numbers[name] for name in wanted if name in numbers}
 
 
 def other_model(dense: Subject, changed: Subject) -> Subject:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from workbench.subjects import Layer, LowRank, Mask, Subject, all_layers
+from workbench.subjects import Layer, LowRank, Mask, Subject, all_layers, gguf_files
 
 #: Narrower first: the format a checkpoint was stored in is the first that holds all of its weights.
 STORAGE = (torch.bfloat16, torch.float16)
@@ -98,3 +99,18 @@ def size_of(on: Subject, bits: int | None = None) -> Size:
             counted.add(id(parameter))
             other += parameter.numel() * wide / 8
     return Size(matrices, embeddings, other, sum(layer.original.numel() for layer in layers))
+
+
+def gguf_size(file: Path) -> Size:
+    """What a GGUF file stores, which is less than what its weights take once they are expanded."""
+    matrix = embedding = other = 0.0
+    weights = 0
+    for tensor in gguf_files.opened(file).tensors:
+        if len(tensor.shape) < 2:
+            other += int(tensor.n_bytes)
+        elif "embd" in tensor.name:
+            embedding += int(tensor.n_bytes)
+        else:
+            matrix += int(tensor.n_bytes)
+            weights += int(tensor.n_elements)
+    return Size(matrix, embedding, other, weights)

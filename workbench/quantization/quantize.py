@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench.measures.reference import Reference, distance_facts, measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import (
     KeyValueQuant,
@@ -50,6 +51,7 @@ class Quantize(QuantizeSettings):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
+        reference = self._reference(on, progress)
         before = self._losses(on, progress)
         moments = moments_for(on, layers, self.calibration_examples, progress)
         dense = on.copy() if self.sequential else on
@@ -77,8 +79,9 @@ class Quantize(QuantizeSettings):
                     values = values - (term[0] @ term[1]).to(values.dtype)
                 put(layer, values, grids[layer.name], term)
         self._round_activations(on, layers[: len(rows)], grids, moments, progress)
+        near = measured_beside(reference, on, "test", progress=progress) if reference else {}
         after = self._losses(on, progress)
-        facts = summary_facts(table, before, after) | facts
+        facts = summary_facts(table, before, after) | facts | distance_facts(near)
         if self.predict_examples:
             facts["measured_change"] = after["calibration"]["loss"] - before["calibration"]["loss"]
         return self.result(table, facts, subject=on)
@@ -122,6 +125,12 @@ class Quantize(QuantizeSettings):
                 moved = gram[0] if transform is None else transform.gram(gram[0])
                 wide = widest(moved, options.wide_share)
             quantize_activations(layer, static.get(layer.name), format, self.activations, transform, wide)
+
+    def _reference(self, on: Subject, progress: Progress) -> Reference | None:
+        if not self.test_examples:
+            return None
+        changing = self.layers != "blocks"
+        return reference_of(on, "test", self.test_examples, progress, changing=changing)
 
     def _losses(self, on: Subject, progress: Progress) -> dict[str, dict[str, float]]:
         found = {}
