@@ -19,8 +19,21 @@ from workbench.measures.embedding import VectorPairs, embedding_measures, output
 from workbench.measures.language import TokenPairs, language_measures, pairs_in_chunks
 from workbench.progress import Progress
 from workbench.subjects.subject import Subject
-from workbench.subjects.tasks import Batch, Embedding, LanguageModel, SquaredErrorTask, Task
+from workbench.subjects.tasks import (
+    Batch,
+    Embedding,
+    LanguageModel,
+    ModuleTask,
+    SquaredErrorTask,
+    Task,
+    TokenTask,
+)
 from workbench.subjects.vocabulary import Unspoken, wide
+
+
+class Stopped(Exception):
+    """Somebody asked to stop before all answers were there; nothing is remembered."""
+
 
 Pairs = TokenPairs | AnswerPairs | VectorPairs
 
@@ -72,33 +85,27 @@ def answer_of(task: Task, output: Any, batch: Batch, examples: Tensor) -> Answer
         plain = output.weight is not None
         return Answer(rows, head, targets, example, position, output.vocabulary, True, plain)
     rows, targets = task.flat(output, batch)
+    if not isinstance(task, SquaredErrorTask) and targets.is_floating_point():
+        targets = targets.argmax(-1)
     return Answer(wide(rows).clone(), same, targets, example, position, rows.shape[-1])
 
 
 def places(task: Task, batch: Batch, examples: Tensor) -> tuple[Tensor, Tensor]:
     """(items,) the row of the split that each item is of, and its position there, in the order of `flat`."""
-    targets = batch[task.targets]
-    if targets.ndim != 2 or isinstance(task, SquaredErrorTask):
-        each = len(examples)
-        return examples, torch.zeros(each, dtype=torch.long)
-    rows, length = targets.shape
-    grid = torch.arange(rows * length).view(rows, length, 1)
-    found = task.flat(grid, {task.targets: targets.cpu()})[0][:, 0]
-    return examples[found // length], found % length
+    targets = batch[task.targets].cpu()
+    if isinstance(task, SquaredErrorTask):
+        return examples, torch.zeros(len(examples), dtype=torch.long)
+    known = classes_of(task, targets) != (task.ignored if isinstance(task, ModuleTask) else task.missing)
+    shift = task.shift if isinstance(task, TokenTask) else 0
+    row, position = known.reshape(len(examples), -1)[:, shift:].nonzero(as_tuple=True)
+    return examples[row], position + shift
 
 
-class Watch:
-    """Collects the answers of one evaluation."""
-
-    def __init__(self, on: Subject, split: str, limit: int | None) -> None:
-        self.task, self.order = on.task, on.order(split, limit, by_length=True)
-        self.begin = 0
-
-    def answer(self, output: Any, batch: Batch) -> Answer:
-        count = len(next(iter(batch.values())))
-        examples = self.order[self.begin : self.begin + count]
-        self.begin += count
-        return answer_of(self.task, output, batch, examples)
+def classes_of(task: Task, targets: Tensor) -> Tensor:
+    """The classes; the most likely ones where chances of all were given."""
+    if not targets.is_floating_point():
+        return targets
+    return targets.argmax(task.class_axis if isinstance(task, ModuleTask) else -1)
 
 
 @dataclass
@@ -136,11 +143,10 @@ class Reference:
                 "subject: the head of the reference was written to since it was asked; ask it again"
             )
         progress = progress or Progress()
-        watch = Watch(changed, self.split, self.limit)
         found: list[Any] = []
 
-        def compare(output: Any, batch: Batch) -> None:
-            mine, dense = watch.answer(output, batch), self.answers[len(found)]
+        def compare(examples: Tensor, output: Any, batch: Batch) -> None:
+            mine, dense = answer_of(changed.task, output, batch, examples), self.answers[len(found)]
             if mine.outputs != dense.outputs:
                 raise BadInput(
                     f"subject: {changed.name!r} has {mine.outputs} outputs and the reference "
@@ -223,21 +229,21 @@ def reference_of(
     size = min(on.size(split), limit or on.size(split))
 
     def ask() -> list[Answer]:
-        watch, answers = Watch(on, split, size), list[Answer]()
-        evaluation = on.evaluate(
-            split,
-            batch_size,
-            size,
-            progress,
-            seen=lambda out, batch: answers.append(watch.answer(out, batch)),
-        )
-        if not progress.stopped:
-            on.memo(("evaluate", split, size), lambda: dict(evaluation))
+        answers = list[Answer]()
+
+        def keep(examples: Tensor, output: Any, batch: Batch) -> None:
+            answers.append(answer_of(on.task, output, batch, examples))
+
+        evaluation = on.evaluate(split, batch_size, size, progress, seen=keep)
+        if progress.stopped:
+            raise Stopped
+        on.memo(("evaluate", split, size), lambda: dict(evaluation))
         # the rows are remembered with the subject, and must not keep a copy of its model alive
         return [replace(answer, head=same) if answer.plain else answer for answer in answers]
 
-    answers = on.memo(("reference", split, size, batch_size), ask)
-    if progress.stopped:
+    try:
+        answers = on.memo(("reference", split, size, batch_size), ask)
+    except Stopped:
         return None
     held = head_of(on.model)
     if held is None or not any(answer.spoken for answer in answers):
