@@ -1,0 +1,23 @@
+"""Where things are kept, and how everything is written."""
+
+from workbench.storage.places import (
+    cache_folder,
+    data_folder,
+    evidence_folders,
+    evidence_record,
+    evidence_target,
+)
+from workbench.storage.writing import CannotWrite, check_target, damage, replacing, settle
+
+__all__ = [
+    "CannotWrite",
+    "cache_folder",
+    "check_target",
+    "damage",
+    "data_folder",
+    "evidence_folders",
+    "evidence_record",
+    "evidence_target",
+    "replacing",
+    "settle",
+]
