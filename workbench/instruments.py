@@ -28,6 +28,7 @@ from workbench.errors import BadInput, notice
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import CannotWrite, cache_folder
+from workbench.version import __version__, surroundings, threads, versions
 
 
 class Instrument(Fields):
@@ -44,7 +45,7 @@ class Instrument(Fields):
     cached: ClassVar[bool] = True
     summary_line: ClassVar[str] = ""
 
-    seed: int = parameter(0, "seed of every random choice", ge=0)
+    seed: int = parameter(0, "seed of every random choice", ge=0, le=2**32 - 1)
 
     @classmethod
     def name(cls) -> str:
@@ -85,13 +86,19 @@ class Instrument(Fields):
         if kept is not None:  # checked when it was stored; checking may compute a derived model
             result = kept
             if self.changes_model:
-                result.subject = on.derived(self, key, lambda: self.run(on, cache=False).subject)
+                count = result.provenance["threads"]
+                result.subject = on.derived(self, key, lambda: self._again(on, count))
             return result
         self.check(on)
         result = self._measure(on, progress, key)
         if cache and self.cached and not result.partial:
             to_slot(result, slot)
         return result
+
+    def _again(self, on: Any, count: int) -> Any:
+        """The subject of a cached run, computed with the threads that its key tells."""
+        with threads(count):
+            return self.run(on, cache=False).subject
 
     def stored(self, on: Any) -> bool:
         """True when this exact run is in the cache."""
@@ -120,7 +127,9 @@ class Instrument(Fields):
         return result
 
     def key(self, on: Any) -> str:
-        """Hash of fields, subject fingerprint and code version: the name of this run."""
+        """Hash of fields, subject fingerprint, code, versions of libraries, device and threads:
+        the name of this run.
+        """
         device = on.resolve_device(getattr(self, "device", "auto")) if hasattr(on, "resolve_device") else ""
         text = json.dumps(
             [
@@ -129,6 +138,8 @@ class Instrument(Fields):
                 on.fingerprint,
                 str(device),
                 self.code(),
+                versions(),
+                surroundings(device or None),
             ],
             sort_keys=True,
         )
@@ -192,22 +203,13 @@ def provenance(instrument: Instrument, on: Any, seconds: float) -> dict[str, Any
     import platform
 
     import torch
-    import transformers
-
-    from workbench.version import __version__
 
     return {
         "on": getattr(on, "name", type(on).__name__),
         "fingerprint": on.fingerprint,
         "data": getattr(on, "data_note", ""),
         "history": list(getattr(on, "history", [])),
-        "versions": {
-            "workbench": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"workbench": __version__, **versions()},
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "code": instrument.code(),

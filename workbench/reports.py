@@ -19,7 +19,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
-import json
 import os
 import sys
 import tempfile
@@ -37,8 +36,8 @@ from pydantic import TypeAdapter, ValidationError
 from workbench.errors import BadInput, unknown_name
 from workbench.instruments import Instrument
 from workbench.progress import Progress
-from workbench.storage import check_target, damage, replacing
-from workbench.storage.writing import manifest, place
+from workbench.storage import check_target, replacing
+from workbench.storage.writing import place
 
 HEADLESS = {"WORKBENCH_HEADLESS": "1", "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONHASHSEED": "0"}
 #: Type names that a parameter's declaration may use: those a notebook knows without an import.
@@ -231,9 +230,10 @@ def reopen(
         on: Any = Runs.open(source)
     else:
         import workbench
+        from workbench.subjects.identity import saved_as
 
         on = workbench.subject(source, progress=progress, **given)
-        if fingerprint and Path(source).is_dir() and _saved_state(Path(source)) == fingerprint:
+        if fingerprint and Path(source).is_dir() and saved_as(Path(source)) == fingerprint:
             on.adopt_fingerprint(fingerprint)
     if fingerprint and on.fingerprint != fingerprint:
         raise BadInput(
@@ -241,17 +241,6 @@ def reopen(
             f"{on.fingerprint}, not {fingerprint})"
         )
     return on
-
-
-def _saved_state(folder: Path) -> str:
-    """The fingerprint of the subject that was saved in a folder; `BadInput` when its files are not what was
-    written. Empty where no list of files says what that was.
-    """
-    if wrong := damage(folder):
-        raise BadInput(f"subject: {str(folder)!r} has changed since it was saved: {wrong}; send it again")
-    if not manifest(folder):
-        return ""
-    return str(json.loads((folder / "workbench.json").read_text()).get("fingerprint", ""))
 
 
 def render(

@@ -4,15 +4,16 @@
     read("0.5, 1e-3", list[float])          the same
     read("{*.q_proj: 4}", dict[str, int])   {"*.q_proj": 4}
 
-A number is one of JSON's, or it is text: `1:30`, `0b11`, `1_000` and `007` mean nothing here, though YAML 1.1
-reads numbers in them, and where a number is asked for they are refused, as `1e400` is everywhere. There are no
-tags, anchors or aliases, so a file of parameters is data and nothing else.
+A number is one of JSON's, or it is text: `1:30`, `0b11`, `1_000` and `007` mean nothing here, though YAML
+1.1 reads numbers in them, and where a number is asked for they are refused, as `1e400` is everywhere. There
+are no tags, anchors or aliases, so a file of parameters is data and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import types
 from pathlib import Path
@@ -293,7 +294,7 @@ def _plain(loader: Parameters, node: Any) -> Any:
 Parameters.add_constructor("tag:yaml.org,2002:str", _plain)
 
 
-def read_file(file: str | Path, field: str = "parameters") -> dict[str, Any]:
+def read_file(file: str | os.PathLike[str], field: str = "parameters") -> dict[str, Any]:
     """Names and values from a YAML or JSON file; `BadInput` for anything else."""
     path = Path(file)
     if not path.is_file():
@@ -303,7 +304,7 @@ def read_file(file: str | Path, field: str = "parameters") -> dict[str, Any]:
             raise BadInput(
                 f"{field}: {str(file)!r} is larger than {LARGEST} bytes, so it holds no parameters"
             )
-        found = yaml.load(path.read_text(encoding="utf-8"), Parameters)  # noqa: S506  # a loader of plain data
+        found = yaml.load(path.read_text(encoding="utf-8"), Parameters)  # a loader of plain data
     except (yaml.YAMLError, OSError, ValueError, RecursionError, TypeError) as error:
         if isinstance(error, BadInput):
             raise BadInput(f"{field}: {str(file)!r}: {str(error).removeprefix('value: ')}") from None

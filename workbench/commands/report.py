@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from workbench.commands.options import RUN_OPTIONS, Parser, parse
+from workbench.commands.options import RUN_OPTIONS, Parser, files_in, parse
 from workbench.errors import BadInput
 from workbench.values import read, read_file
 
@@ -35,9 +35,9 @@ def report(arguments: list[str]) -> int:
         "--parameters", help="a YAML or JSON file of parameters, as a panel's Send to report writes it"
     )
     parser.add_argument("--overwrite", action="store_true", help=RUN_OPTIONS["overwrite"])
-    parser.add_argument("--plugins", default="", help="Python files with entries of your own; they are run")
+    parser.add_argument("--plugins", default="", help=RUN_OPTIONS["plugins"])
     space = parse(parser, arguments[1:])
-    load_plugins([part.strip() for part in space.plugins.split(",") if part.strip()])
+    load_plugins(files_in(space.plugins))
     given: dict[str, Any] = {}
     if space.parameters:
         given = read_file(space.parameters)

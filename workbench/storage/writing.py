@@ -233,7 +233,7 @@ def told_of(goal: Path, field: str = "out") -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str | None:
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+    if isinstance(error, OSError) and error.errno is not None and error.errno in UNWRITABLE:
         return os.strerror(error.errno)
     said = re.search(r"\(os error (\d+)\)", str(error))  # as libraries in Rust pass it on
     if said and int(said[1]) in UNWRITABLE:
