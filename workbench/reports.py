@@ -20,6 +20,7 @@ import ast
 import contextlib
 import io
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -311,6 +312,7 @@ def _execute(
     )  # it calls parameters of a type it cannot read unknown; `check` knows better
     with (
         tempfile.TemporaryDirectory(prefix="workbench-") as private,
+        _told_to_end(),
         replacing(target, overwrite=overwrite) as draft,
     ):
         watch = _Watch(Path(private) / "progress", show)
@@ -346,6 +348,23 @@ def _execute(
         _tidy(notebook, source, target, error)
         nbformat.write(notebook, draft)
     return notebook, error
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM interrupts like Ctrl-C, so that what was finished is kept and the kernel ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _as_it_is(path: Path) -> str:
@@ -387,7 +406,7 @@ def _kernel_manager(private: Path) -> type:
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(
-                argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                argv=[sys.executable, "-m", "workbench.commands.report_kernel", "-f", "{connection_file}"],
                 display_name="Python 3",
                 language="python",
                 name="python3",

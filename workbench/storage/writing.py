@@ -142,6 +142,17 @@ def place(target: str | os.PathLike[str], field: str = "out") -> Path:
 
 def check_free(goal: Path, overwrite: bool = False, field: str = "out") -> None:
     """`BadInput` naming what lies at `goal` that no save has written, or that was changed since."""
+    if not overwrite and goal.is_dir():
+        with _locked(goal):
+            _move_in(goal)
+            _check_free(goal, overwrite, field)
+    elif not overwrite and goal.exists():
+        with _locked(goal.parent):
+            _check_free(goal, overwrite, field)
+
+
+def _check_free(goal: Path, overwrite: bool, field: str) -> None:
+    """The same, by one who holds the folder."""
     if overwrite or not goal.exists():
         return
     if goal.is_dir():
@@ -185,6 +196,14 @@ def damage(folder: Path, but: str = "") -> str:
     written. Empty when it is whole or has no list. `but` : a pattern of names that may differ.
     """
     settle(folder)
+    try:
+        with _locked(folder):
+            return _damage(folder, but)
+    except OSError as error:
+        return f"it cannot be read ({os.strerror(error.errno or 0)})"
+
+
+def _damage(folder: Path, but: str) -> str:
     for name, entry in manifest(folder).items():
         if entry.get("kind") != "folder" or (but and re.fullmatch(but, name)):
             continue
@@ -266,7 +285,7 @@ def _commit_folder(
         if first_wins and (goal / MANIFEST).is_file() and not damage_within(goal):
             return
         if not private:
-            check_free(goal, overwrite, field)
+            _check_free(goal, overwrite, field)
         for name in new:
             if (goal / name).is_dir():
                 if not private:
@@ -312,7 +331,7 @@ def _commit_file(draft: Path, goal: Path, overwrite: bool, private: bool, field:
         return
     _flush(draft)
     with _locked(goal.parent):
-        check_free(goal, overwrite, field)
+        _check_free(goal, overwrite, field)
         listed = manifest(goal.parent)
         entry = _entry(draft, "file")
         if goal.name in listed:
@@ -397,7 +416,10 @@ def _flush_folder(folder: Path, private: bool) -> None:
 
 
 def _new_draft(root: Path) -> Path:
-    holder = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=root))
+    try:
+        holder = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=root))
+    except FileNotFoundError:  # what a file system that takes no files says, such as /proc
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS)) from None
     _drafts.add(holder.name)
     return holder
 

@@ -32,8 +32,11 @@ def check_saved(subject: Any, folder: Path) -> str:
     """
     if not hasattr(subject.model, "save_pretrained") and not subject.origin.get("builtin"):
         return "not opened again: the code of a plain module is not in the folder"
-    here = probe_loss(subject)
-    code, answer, said = fresh(["-m", __name__, str(folder), str(torch.get_num_threads())])
+    split = list(subject.splits)[-1]
+    here = probe_loss(subject, split)
+    code, answer, said = fresh(
+        ["-m", "workbench.subjects.reopened", str(folder), split, str(torch.get_num_threads())]
+    )
     if code:
         raise BadInput(f"subject: what was saved does not open in a fresh process: {said}; nothing was kept")
     there = float(answer["loss"])
@@ -73,9 +76,8 @@ def fresh(arguments: list[str]) -> tuple[int, dict[str, Any], str]:
         return done.returncode or 1, {}, lines[-1] if lines else f"exit code {done.returncode}"
 
 
-def probe_loss(subject: Any) -> float:
-    """Mean loss of the first examples of the last split, the model as it is evaluated."""
-    split = list(subject.splits)[-1]
+def probe_loss(subject: Any, split: str) -> float:
+    """Mean loss of the first examples of a split, the model as it is evaluated."""
     training = subject.model.training
     subject.model.eval()
     try:
@@ -99,19 +101,3 @@ def alike(here: float, there: float, relative: float) -> bool:
     if not (math.isfinite(here) and math.isfinite(there)):
         return str(here) == str(there)
     return abs(here - there) <= relative * max(1.0, abs(here))
-
-
-def answer(folder: str, threads: str) -> None:
-    """The fresh process: open and print the loss as JSON."""
-    import workbench
-
-    torch.set_num_threads(int(threads))
-    try:
-        print(json.dumps({"loss": probe_loss(workbench.subject(folder))}))
-    except Exception as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    answer(*sys.argv[1:])
