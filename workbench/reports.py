@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -307,6 +308,7 @@ def _execute(
     from papermill.exceptions import PapermillExecutionError
 
     error = None
+    logging.getLogger("asyncio").addFilter(_is_news)
     papermill.log.logger.setLevel(
         "ERROR"
     )  # it calls parameters of a type it cannot read unknown; `check` knows better
@@ -348,6 +350,12 @@ def _execute(
         _tidy(notebook, source, target, error)
         nbformat.write(notebook, draft)
     return notebook, error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of asyncio says more than that the cell which was interrupted ended with an error."""
+    said = record.getMessage()
+    return not (said.startswith("Task exception was never retrieved") and "CellExecutionError" in said)
 
 
 @contextlib.contextmanager
