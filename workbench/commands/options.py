@@ -26,6 +26,7 @@ RUN_OPTIONS = {
     "out": "save the result in this folder",
     "overwrite": "replace files of the same names that no save has written; others stay",
     "no-cache": "run again even when this exact run is stored",
+    "fresh": "do not go on from where an interrupted run of the same command stopped",
     "plugins": "Python files with entries of your own, separated by commas; they are run",
 }
 

@@ -14,7 +14,9 @@ from workbench.commands.help_text import run_help
 from workbench.commands.options import Parser, parse
 from workbench.errors import BadInput
 from workbench.families import load_plugins
+from workbench.progress import TextProgress
 from workbench.storage import check_target
+from workbench.unfinished.journal import kept
 from workbench.values import read
 
 
@@ -83,6 +85,7 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--plugins")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--no-cache", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
     space = parse(parser, arguments)
     texts = {k.split(":", 1)[1]: v for k, v in vars(space).items() if k.startswith("field:")}
     given = {option.replace("-", "_"): read(text, known[option], option) for option, text in texts.items()}
@@ -95,10 +98,12 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     if len(steps) > 1 or name != steps[0][0]:
         print(f"{name} = {in_words(steps)}")
     on = opened(space, classes[0].on)
-    for result in run_in_turn(instruments, on, cache=not space.no_cache):
+    progress = TextProgress()
+    for result in run_in_turn(instruments, on, progress, cache=not space.no_cache, fresh=space.fresh):
         print(result.summary())
     print(result.table.head(40).to_string(index=False, float_format=lambda v: f"{v:.5g}", max_colwidth=60))
-    return 0 if space.out is None else saved(result, space.out, space.overwrite)
+    code = 0 if space.out is None else saved(result, space.out, space.overwrite)
+    return stopped(result, progress) or code if result.partial else code
 
 
 def saved(result: Any, out: str, overwrite: bool) -> int:
@@ -115,6 +120,15 @@ def saved(result: Any, out: str, overwrite: bool) -> int:
         return 1
     print(f"saved in {place}" + "".join(f" ({note})" for note in notes))
     return 0
+
+
+def stopped(result: Any, progress: TextProgress) -> int:
+    """Say how an interrupted run goes on; the exit code of a command that a signal ended, 0 without one."""
+    if kept(result.provenance.get("key", "")):
+        print("stopped: the same command goes on from here, and with --fresh from the beginning")
+    elif progress.signal is not None:
+        print("stopped before the end: the result is partial and is not kept in the cache")
+    return 0 if progress.signal is None else 128 + progress.signal
 
 
 def told(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -154,7 +168,6 @@ def opened(space: argparse.Namespace, on: str) -> Any:
     if on == "subject":
         if not space.subject:
             raise BadInput("subject: is missing; give --subject NAME, FOLDER, hub id or file.py:function")
-        from workbench.progress import TextProgress
         from workbench.subjects import subject
 
         return subject(space.subject, **options.subject_options(space), progress=TextProgress())
