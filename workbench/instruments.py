@@ -86,9 +86,9 @@ class Instrument(Fields):
         progress = progress or TextProgress()
         key = self.key(on)
         slot = cache_folder() / "results" / key
-        kept = from_slot(slot) if cache and self.cached else None
-        if kept is not None:  # checked when it was stored; checking may compute a derived model
-            result = kept
+        stored_before = from_slot(slot) if cache and self.cached else None
+        if stored_before is not None:  # checked when it was stored; checking may compute a derived model
+            result = stored_before
             if self.changes_model:
                 count = result.provenance["threads"]
                 result.subject = on.derived(self, key, lambda: self._again(on, count))

@@ -364,7 +364,7 @@ class Subject:
 
     def reopened(self, folder: Path, told: Callable[[str], Any]) -> None:
         """Open a saved folder in a fresh process; `BadInput` when that fails or its loss is another."""
-        from workbench.subjects.reopening import check_saved
+        from workbench.storage.reopening import check_saved
 
         told(check_saved(self, folder))
 

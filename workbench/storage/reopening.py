@@ -35,7 +35,7 @@ def check_saved(subject: Any, folder: Path) -> str:
     split = list(subject.splits)[-1]
     here = probe_loss(subject, split)
     code, answer, said = fresh(
-        ["-m", "workbench.subjects.reopened", str(folder), split, str(torch.get_num_threads())]
+        ["-m", "workbench.storage.reopened", str(folder), split, str(torch.get_num_threads())]
     )
     if code:
         raise BadInput(f"subject: what was saved does not open in a fresh process: {said}; nothing was kept")

@@ -1,6 +1,6 @@
-"""The fresh process of `workbench.subjects.reopening`: open a folder and print the loss as JSON.
+"""The fresh process of `workbench.storage.reopening`: open a folder and print the loss as JSON.
 
-python -m workbench.subjects.reopened FOLDER SPLIT THREADS
+python -m workbench.storage.reopened FOLDER SPLIT THREADS
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import sys
 
 import torch
 
+from workbench.storage.reopening import probe_loss
 from workbench.subjects.loaders import subject
-from workbench.subjects.reopening import probe_loss
 
 
 def answer(folder: str, split: str, threads: str) -> None:
