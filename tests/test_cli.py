@@ -193,7 +193,7 @@ def test_the_readme_lists_every_instrument_and_subject():
 
 
 def test_lists_are_written_with_or_without_brackets():
-    from workbench.commands.options import value_of
+    from workbench.values import read as value_of
 
     assert value_of("8, 32", tuple[int, ...]) == value_of("[8, 32]", tuple[int, ...]) == [8, 32]
     assert value_of("*layers.0.*,head", list[str]) == ["*layers.0.*", "head"]

@@ -31,6 +31,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from widgets.choices import NOT_GIVEN, ChoiceControl, entries_html
 from workbench.axis import Axis, Choice, Entry, Fields, axis_of
 from workbench.errors import BadInput
+from workbench.values import Parameters
 
 MOST = 2**53  # the largest whole number JavaScript counts with
 BLANKS = " \t\r\n"  # white space to YAML; a no-break space is text
@@ -345,7 +346,7 @@ def _yaml(kind: Any, look: dict[str, Any]) -> Control:
         if mapping and not line.startswith("{"):
             line = f"{{{line}}}"
         try:
-            value = yaml.safe_load(line)
+            value = yaml.load(line, Parameters)
         except yaml.YAMLError:
             advice = "write values separated by commas, and texts with special characters in quotes"
             raise BadInput(f"{look['description']}: {line!r} cannot be read; {advice}") from None

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets
-import yaml
 
 import workbench
 import workbench.reports
@@ -39,6 +38,7 @@ from workbench.instruments import Instrument
 from workbench.names import find
 from workbench.progress import Progress, TextProgress
 from workbench.results import Result
+from workbench.values import read_file
 
 KEPT = 12  # earlier results of a panel that can be compared with
 KNOWN = ("instrument", "subject", "settings", "view", "fingerprint")
@@ -380,15 +380,7 @@ def read_parameters(
     if isinstance(source, Mapping):
         given = dict(source)
     else:
-        file = Path(source)
-        if not file.is_file():
-            raise BadInput(
-                f"parameters: {str(source)!r} is not a file; give one that Send to report wrote, or a mapping"
-            )
-        try:
-            given = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
-            raise BadInput(f"parameters: {str(source)!r} is neither YAML nor JSON") from None
+        given = read_file(source)
     if not isinstance(given, dict) or "instrument" not in given or "subject" not in given:
         raise BadInput(
             f"parameters: expected a mapping with instrument and subject (keys: {', '.join(KNOWN)})"

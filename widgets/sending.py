@@ -31,7 +31,7 @@ def source_of(on: Any) -> str:
     """
     if hasattr(on, "table"):
         file = cache_folder() / "sent" / f"{on.fingerprint}.parquet"
-        with replacing(file) as draft:
+        with replacing(file, private=True) as draft:
             on.table.to_parquet(draft)
         return str(file)
     name = on.origin.get("builtin")
@@ -39,7 +39,7 @@ def source_of(on: Any) -> str:
         return str(name)
     folder = cache_folder() / "sent" / on.fingerprint
     if saved_as(folder) != on.fingerprint:
-        on.save(folder)
+        on.save(folder, private=True)
     return str(folder)
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from workbench.names import Method, catalog, method, methods
     from workbench.progress import Progress
     from workbench.results import Result
-    from workbench.subjects import Subject, subject
+    from workbench.subjects.loaders import subject
+    from workbench.subjects.subject import Subject
 
 #: name -> the module that defines it, imported when the name is first used: torch alone takes seconds
 _HOMES = {

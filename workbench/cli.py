@@ -1,4 +1,4 @@
-"""The `workbench` command: list, show, run, report, evidence, kernels.
+"""The `workbench` command: list, show, run, report, results, evidence, kernels.
 
 Exit codes: 0 done, 1 a computation failed, 2 the request was wrong (one line says how), 130 interrupted.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from workbench.errors import BadInput, unknown_name
+from workbench.errors import BadInput, Notice, unknown_name
 
 #: command -> the function that does it; imported when it is asked for
 COMMANDS = {
@@ -18,6 +20,7 @@ COMMANDS = {
     "show": "workbench.commands.listing:show",
     "run": "workbench.commands.run:run",
     "report": "workbench.commands.report:report",
+    "results": "workbench.commands.results:results",
     "evidence": "workbench.commands.evidence:evidence",
     "kernels": "workbench.kernels.command:main",
 }
@@ -25,6 +28,14 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    before = warnings.showwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
+        if issubclass(category, Notice):
+            print(f"workbench: {message}", file=sys.stderr)
+        else:
+            before(message, category, *more, **named)
+
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(usage())
@@ -37,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise unknown_name("command", arguments[0], COMMANDS)
         module, function = COMMANDS[arguments[0]].split(":")
+        warnings.showwarning = one_line
         done: int = getattr(importlib.import_module(module), function)(arguments[1:])
+        sys.stdout.flush()  # a reader that has left is noticed here, not when the interpreter ends
         return done
     except BadInput as error:
         print(f"workbench: {error}", file=sys.stderr)
@@ -48,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("workbench: interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.showwarning = before
 
 
 def usage() -> str:
@@ -58,6 +73,7 @@ workbench show NAME                                    formula, source, file, re
 workbench run NAME --subject SUBJECT [--field value ...] [--out FOLDER]
 workbench run NAME --runs FILE [--field value ...] [--out FOLDER]
 workbench report NOTEBOOK [--subject SUBJECT] [--parameter value ...] [--out FOLDER]
+workbench results [--clear [stale | damaged | all]]     what the cache holds, and its size
 workbench evidence METHOD [METHOD ...] | --family FAMILY
 workbench kernels list | check | bench
 

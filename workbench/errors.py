@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +13,15 @@ class BadInput(ValueError):
     """The user asked for something that cannot be done; one line names the field, the value,
     what is accepted and the fix.
     """
+
+
+class Notice(UserWarning):
+    """Something a user should know that stops nothing: one line."""
+
+
+def notice(text: str) -> None:
+    """Say it: a line of its own on the command line, a warning in Python."""
+    warnings.warn(text, Notice, stacklevel=3)
 
 
 def unknown_name(field: str, name: object, known: Iterable[str], otherwise: str = "") -> BadInput:

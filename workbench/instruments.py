@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import time
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -23,10 +24,10 @@ import pandas as pd
 
 from workbench.axis import Fields, entries_in, parameter
 from workbench.code_version import code_version
-from workbench.errors import BadInput
+from workbench.errors import BadInput, notice
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
-from workbench.storage import cache_folder
+from workbench.storage import CannotWrite, cache_folder
 from workbench.unfinished import journal
 from workbench.version import __version__, surroundings, threads, versions
 
@@ -85,10 +86,9 @@ class Instrument(Fields):
         progress = progress or TextProgress()
         key = self.key(on)
         slot = cache_folder() / "results" / key
-        if (
-            cache and self.cached and (slot / "result.json").exists()
-        ):  # checked when it was stored; checking may compute a derived model
-            result = Result.load(slot, open_subject=False)
+        stored_before = from_slot(slot) if cache and self.cached else None
+        if stored_before is not None:  # checked when it was stored; checking may compute a derived model
+            result = stored_before
             if self.changes_model:
                 count = result.provenance["threads"]
                 result.subject = on.derived(self, key, lambda: self._again(on, count))
@@ -100,7 +100,7 @@ class Instrument(Fields):
             result = self._measure(on, progress, key)
             stored = cache and self.cached and not result.partial
             if stored:
-                result.save(slot, with_subject=False)
+                to_slot(result, slot)
             if stored or (kept.root and not result.partial):
                 kept.clear()
         return result
@@ -211,6 +211,34 @@ class SubjectInstrument(Instrument):
         "where to compute: auto (the best present), cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
+
+
+def from_slot(slot: Path) -> Result | None:
+    """The result that a slot of the cache holds. A damaged one is said, and computed again."""
+    if not slot.is_dir():
+        return None
+    try:
+        result = Result.load(slot, open_subject=False)
+        if result.provenance.get("key") != slot.name:
+            raise BadInput(f"folder: {str(slot)!r} holds the result of another run")
+    except (BadInput, OSError) as error:
+        if slot.is_dir():  # else somebody has just cleared the cache
+            notice(f"cache: {reason_of(error)}; now it is computed again")
+        return None
+    return result
+
+
+def to_slot(result: Result, slot: Path) -> None:
+    """Keep a result in the cache. Where that cannot be written, the result is all the same the caller's."""
+    try:
+        result.store(slot)
+    except (CannotWrite, OSError) as error:
+        notice(f"cache: {reason_of(error)}; this result is not kept, the same run is computed again")
+
+
+def reason_of(error: Exception) -> str:
+    """An error's words without the field that another message names."""
+    return str(error).removeprefix("folder: ").removeprefix("cache: ").partition("; ")[0]
 
 
 def is_nan(value: Any) -> bool:

@@ -19,7 +19,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -27,7 +29,7 @@ import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import nbformat
 import yaml
@@ -36,11 +38,14 @@ from pydantic import TypeAdapter, ValidationError
 from workbench.errors import BadInput, unknown_name
 from workbench.instruments import Instrument
 from workbench.progress import Progress
-from workbench.storage import replacing
+from workbench.storage import check_target, replacing
+from workbench.storage.writing import place
 
 HEADLESS = {"WORKBENCH_HEADLESS": "1", "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONHASHSEED": "0"}
 #: Type names that a parameter's declaration may use: those a notebook knows without an import.
 TYPES: dict[str, Any] = {t.__name__: t for t in (str, int, float, bool, list, dict)}
+#: Bytes of a cell of parameters; a longer one is none.
+LONGEST = 100_000
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def available() -> list[str]:
     return [
         file.stem
         for file in sorted(notebooks_folder().glob("*.ipynb"))
-        if _parameters_cell(nbformat.read(file, 4)) is not None
+        if _parameters_cell(_read(file)) is not None
     ]
 
 
@@ -114,23 +119,35 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
 def parameters_of(name_or_path: str | os.PathLike[str]) -> dict[str, Parameter]:
     """The parameters a notebook declares: name -> type, default and help (the comment after it)."""
     path = find(name_or_path)
-    cell = _parameters_cell(nbformat.read(path, 4))
+    cell = _parameters_cell(_read(path))
     if cell is None:
         raise BadInput(
             f"report: {path.name} takes no parameters (it has no cell tagged 'parameters'), "
             "so it is not a report"
         )
     try:
+        if len(cell.source) > LONGEST:
+            raise ValueError(f"it is longer than {LONGEST} characters")
         return {p.name: p for p in _declarations(cell.source)}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, tokenize.TokenError, RecursionError, MemoryError) as error:
         raise BadInput(
             f"report: the cell of parameters of {path.name} is not a list of `name: type = value  # help`: "
-            f"{error}"
+            f"{' '.join(str(error).split())[:200]}"
         ) from None
 
 
+def _read(path: Path) -> nbformat.NotebookNode:
+    """A notebook's file; `BadInput` when it is none."""
+    try:
+        return nbformat.read(path, 4)
+    except Exception as error:  # nbformat passes on whatever its readers and its schema raise
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"report: {str(path)!r} is not a notebook: {type(error).__name__}: {reason}") from None
+
+
 def _parameters_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
-    return next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
+    tagged = (cell for cell in notebook.cells if cell.cell_type == "code")
+    return next((cell for cell in tagged if "parameters" in cell.metadata.get("tags", [])), None)
 
 
 def _declarations(source: str) -> Iterator[Parameter]:
@@ -142,9 +159,7 @@ def _declarations(source: str) -> Iterator[Parameter]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             name, value = node.target.id, ast.literal_eval(node.value)
-            annotation = eval(
-                compile(ast.Expression(node.annotation), "<parameters>", "eval"), {"__builtins__": {}}, TYPES
-            )
+            annotation = _type_of(node.annotation)
         elif (
             isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
         ):
@@ -153,6 +168,27 @@ def _declarations(source: str) -> Iterator[Parameter]:
         else:
             raise ValueError(f"line {node.lineno} is neither")
         yield Parameter(name, annotation, value, comments.get(node.end_lineno or node.lineno, ""))
+
+
+def _type_of(node: ast.expr) -> Any:
+    """The type that an annotation writes, from its syntax tree alone: nothing in it is run."""
+    if isinstance(node, ast.Name) and node.id in TYPES:
+        return TYPES[node.id]
+    if isinstance(node, ast.Constant) and node.value is None:
+        return None
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return Union[_type_of(node.left), _type_of(node.right)]  # noqa: UP007  # a value, not an annotation
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+        inner = [
+            _type_of(item)
+            for item in (node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice])
+        ]
+        if (node.value.id, len(inner)) in (("list", 1), ("dict", 2)):
+            return list[inner[0]] if node.value.id == "list" else dict[inner[0], inner[1]]  # type: ignore[valid-type]
+    raise ValueError(
+        f"line {node.lineno}: {ast.unparse(node)[:80]!r} is no type of a parameter; write str, int, float, "
+        "bool, list[...], dict[..., ...] or these with `| None`"
+    )
 
 
 def check(name_or_path: str | os.PathLike[str], parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +204,7 @@ def write_parameters(file: Path, parameters: Mapping[str, Any]) -> Path:
     """Write parameters as YAML that papermill, `workbench report --parameters` and `widgets.panel` read back
     identically.
     """
-    with replacing(Path(file)) as draft:
+    with replacing(file, field="parameters") as draft:
         draft.write_text(
             yaml.safe_dump(dict(parameters), sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
@@ -216,11 +252,13 @@ def render(
     *,
     show: Callable[[str, int, int], None] | None = None,
     timeout: float | None = None,
+    overwrite: bool = False,
 ) -> ReportPaths:
     """Run a notebook with these parameters and export it.
 
     out : a folder (the files take the notebook's name) or the path of the .html file
-        (the notebook lies beside it).
+        (the notebook lies beside it). An earlier report there is replaced, unless somebody has changed it;
+        a file of somebody else's only with `overwrite`, and the notebook itself never.
     show : called with (what is being done, cells done, cells in all); default: a bar on the terminal.
     timeout : seconds a single cell may take; None: no limit.
 
@@ -232,16 +270,26 @@ def render(
     values = {name: declared.default for name, declared in parameters_of(source).items()} | check(
         source, parameters or {}
     )
-    out = Path(out)
-    html = out if out.suffix == ".html" else out / f"{source.stem}.html"
+    place(out)
+    out = Path(os.path.expanduser(out))
+    html = out if out.suffix == ".html" and not out.is_dir() else out / f"{source.stem}.html"
     if html.parent.exists() and not html.parent.is_dir():
         raise BadInput(f"out: {str(html.parent)!r} is a file; give a folder")
     paths = ReportPaths(html.with_suffix(".ipynb"), html)
-    notebook, error = _execute(source, values, paths.notebook, show or TerminalBar(source.stem), timeout)
+    if paths.notebook.exists() and paths.notebook.samefile(source):
+        raise BadInput(
+            f"out: the executed copy would replace the notebook {str(source)!r} that is to be run; "
+            "give another folder"
+        )
+    for target in (paths.notebook, paths.html):
+        check_target(target, overwrite=overwrite, folder=False)
+    notebook, error = _execute(
+        source, values, paths.notebook, show or TerminalBar(source.stem), timeout, overwrite
+    )
 
     from workbench import export_html
 
-    with replacing(paths.html) as draft:
+    with replacing(paths.html, overwrite=overwrite) as draft:
         draft.write_text(export_html.page(notebook), encoding="utf-8")
     return ReportPaths(paths.notebook, paths.html, error)
 
@@ -252,6 +300,7 @@ def _execute(
     target: Path,
     show: Callable[[str, int, int], None],
     timeout: float | None,
+    overwrite: bool,
 ) -> tuple[nbformat.NotebookNode, str | None]:
     import papermill
     import papermill.log
@@ -259,15 +308,20 @@ def _execute(
     from papermill.exceptions import PapermillExecutionError
 
     error = None
+    logging.getLogger("asyncio").addFilter(_is_news)
     papermill.log.logger.setLevel(
         "ERROR"
     )  # it calls parameters of a type it cannot read unknown; `check` knows better
-    with tempfile.TemporaryDirectory(prefix="workbench-") as private, replacing(target) as draft:
+    with (
+        tempfile.TemporaryDirectory(prefix="workbench-") as private,
+        _told_to_end(),
+        replacing(target, overwrite=overwrite) as draft,
+    ):
         watch = _Watch(Path(private) / "progress", show)
         try:
             papermill.execute_notebook(
-                str(source),
-                str(draft),
+                _as_it_is(source),
+                _as_it_is(draft),
                 parameters=values,
                 kernel_name="python3",
                 language="python",
@@ -296,6 +350,34 @@ def _execute(
         _tidy(notebook, source, target, error)
         nbformat.write(notebook, draft)
     return notebook, error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of asyncio says more than that the cell which was interrupted ended with an error."""
+    said = record.getMessage()
+    return not (said.startswith("Task exception was never retrieved") and "CellExecutionError" in said)
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM interrupts like Ctrl-C, so that what was finished is kept and the kernel ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _as_it_is(path: Path) -> str:
+    """A path for papermill, which takes braces for places to fill in, and a relative one for an address."""
+    return str(path.resolve()).replace("{", "{{").replace("}", "}}")
 
 
 def _tidy(notebook: nbformat.NotebookNode, source: Path, target: Path, error: str | None) -> None:
@@ -332,7 +414,7 @@ def _kernel_manager(private: Path) -> type:
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(
-                argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                argv=[sys.executable, "-m", "workbench.commands.report_kernel", "-f", "{connection_file}"],
                 display_name="Python 3",
                 language="python",
                 name="python3",

@@ -6,6 +6,7 @@ import html
 import importlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ import pandas as pd
 from pydantic import BaseModel
 
 from workbench.errors import BadInput
-from workbench.storage import replacing
+from workbench.storage import damage, replacing
+from workbench.storage.writing import READY, place
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -89,62 +91,116 @@ class Result:
         more = f"<p>{len(self.table) - 60} more rows</p>" if len(self.table) > 60 else ""
         return f"<p>{html.escape(self.summary())}</p>{rows}{more}"
 
-    def save(self, folder: str | os.PathLike[str], with_subject: bool = True) -> Path:
-        """Write Parquet + JSON + safetensors to `folder` (made by renaming a finished draft);
-        never pickle.
-        """
-        from safetensors.numpy import save_file
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        with_subject: bool = True,
+        *,
+        overwrite: bool = False,
+        told: Callable[[str], Any] | None = None,
+    ) -> Path:
+        """Write Parquet + JSON + safetensors to `folder`; never pickle. An earlier result there is replaced;
+        anything else is refused by name unless `overwrite`.
 
-        folder = Path(folder)
-        with replacing(folder) as draft:
+        told : open the subject again in a fresh process and compare its loss before anything is replaced,
+            and say with this what came of it
+        """
+        with replacing(folder, overwrite=overwrite, field="folder") as draft:
             draft.mkdir()
             if with_subject and self.subject is not None:
                 self.subject.save_into(draft)
-            self.table.to_parquet(draft / "table.parquet")
-            for name, table in self.tables.items():
-                table.to_parquet(draft / f"table.{name}.parquet")
-            if self.arrays:
-                save_file(
-                    {k: np.ascontiguousarray(v) for k, v in self.arrays.items()}, draft / "arrays.safetensors"
-                )
-            content = {
-                "instrument": self.instrument.name(),
-                "fields": self.instrument.model_dump(mode="json"),
-                "facts": self.facts,
-                "tables": sorted(self.tables),
-                "provenance": self.provenance,
-                "partial": self.partial,
-            }
-            (draft / "result.json").write_text(json.dumps(content, indent=1, default=plain))
-        return folder
+                if told is not None:
+                    self.subject.reopened(draft, told)
+            self._write(draft)
+        return Path(folder)
+
+    def store(self, slot: Path) -> None:
+        """Write this result, without weights, to a slot of the cache; a whole one that another process has
+        written meanwhile stays.
+        """
+        with replacing(slot, private=True, first_wins=True, field="cache") as draft:
+            draft.mkdir()
+            self._write(draft)
+
+    def _write(self, draft: Path) -> None:
+        from safetensors.numpy import save_file
+
+        self.table.to_parquet(draft / "table.parquet")
+        for name, table in self.tables.items():
+            table.to_parquet(draft / f"table.{name}.parquet")
+        if self.arrays:
+            save_file(
+                {k: np.ascontiguousarray(v) for k, v in self.arrays.items()}, draft / "arrays.safetensors"
+            )
+        content = {
+            "instrument": self.instrument.name(),
+            "fields": self.instrument.model_dump(mode="json"),
+            "facts": self.facts,
+            "tables": sorted(self.tables),
+            "provenance": self.provenance,
+            "partial": self.partial,
+        }
+        (draft / "result.json").write_text(json.dumps(content, indent=1, default=plain))
 
     @staticmethod
     def load(folder: str | os.PathLike[str], open_subject: bool = True) -> Result:
-        """Read a saved result; `BadInput` when the folder holds none."""
-        from safetensors.numpy import load_file
-
-        folder = Path(folder)
-        if not (folder / "result.json").is_file():
+        """Read a saved result; `BadInput` when the folder holds none, or one that is damaged."""
+        folder = place(folder, "folder")
+        if not (folder / "result.json").is_file() and not (folder / READY).is_dir():
             raise BadInput(
                 f"folder: {str(folder)!r} holds no saved result (no result.json); "
                 "give a folder written by Result.save"
             )
-        content = json.loads((folder / "result.json").read_text())
-        for above in ("workbench.names", "workbench.subjects"):
-            importlib.import_module(above)
-        instrument = Result.finds(content["instrument"])(**content["fields"])
-        arrays = load_file(folder / "arrays.safetensors") if (folder / "arrays.safetensors").exists() else {}
-        result = instrument.result(
-            pd.read_parquet(folder / "table.parquet"),
-            content["facts"],
-            tables={name: pd.read_parquet(folder / f"table.{name}.parquet") for name in content["tables"]},
-            arrays=arrays,
-            provenance=content["provenance"],
-            partial=content["partial"],
-        )
+        if wrong := damage(folder, but=r"[^/]*model[^/]*|.*\.bin|changes\.safetensors|splits\.safetensors"):
+            raise damaged(folder, wrong)
+        try:
+            result = _read(folder)
+        except BadInput:
+            raise
+        except Exception as error:  # whatever a parser of JSON, Parquet or safetensors makes of other bytes
+            raise damaged(folder, " ".join(f"{type(error).__name__}: {error}".split())[:300]) from None
         if open_subject and (folder / "workbench.json").exists():
             result.subject = Result.opens(folder)
         return result
+
+
+def damaged(folder: Path, reason: str) -> BadInput:
+    return BadInput(
+        f"folder: the saved result in {str(folder)!r} is damaged: {reason}; run it again, or restore a copy"
+    )
+
+
+def _read(folder: Path) -> Result:
+    from safetensors.numpy import load_file
+
+    content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    wanted = {
+        "instrument": str,
+        "fields": dict,
+        "facts": dict,
+        "tables": list,
+        "provenance": dict,
+        "partial": bool,
+    }
+    for name, kind in wanted.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise damaged(folder, f"result.json has no {name!r} that is a {kind.__name__}")
+    names = content["tables"]
+    if not all(isinstance(n, str) and n and not re.search(r"[/\\\0]", n) for n in names):
+        raise damaged(folder, f"{names!r} are no names of tables")
+    for above in ("workbench.names", "workbench.subjects"):
+        importlib.import_module(above)
+    instrument = Result.finds(content["instrument"])(**content["fields"])
+    arrays = folder / "arrays.safetensors"
+    found: Result = instrument.result(
+        pd.read_parquet(folder / "table.parquet"),
+        content["facts"],
+        tables={name: pd.read_parquet(folder / f"table.{name}.parquet") for name in names},
+        arrays=load_file(arrays) if arrays.exists() else {},
+        provenance=content["provenance"],
+        partial=content["partial"],
+    )
+    return found
 
 
 def plain(value: Any) -> Any:

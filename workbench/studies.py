@@ -194,7 +194,7 @@ def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress:
 
     with tempfile.TemporaryDirectory(prefix="workbench-sweep-") as folder:
         place = Path(folder) / "subject"
-        on.save(place)
+        on.save(place, private=True)
         tasks = (
             joblib.delayed(one_group)(str(place), on.fingerprint, on.evaluations, group) for group in groups
         )

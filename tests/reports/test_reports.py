@@ -65,6 +65,7 @@ def test_values_arrive_with_their_types_in_this_interpreter(book: Path, tmp_path
     assert values[9] == str(Path.cwd())  # relative paths mean what they mean to the caller
     assert seen[-1][0] == "done" and any(what == "Values" for what, _, _ in seen)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        ".workbench-files.json",
         "small.html",
         "small.ipynb",
     ]  # no drafts left

@@ -48,7 +48,7 @@ def evidence(arguments: list[str]) -> int:
             "code": measurements.code(name),
             "versions": versions(),
         }
-        with replacing(target / card.family / f"{name}.json") as draft:
+        with replacing(target / card.family / f"{name}.json", private=not space.out) as draft:
             draft.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
         print(f"{name}: {verdict(record)}; {record.get('note', '')} ({record['seconds']} s)")
     return 0

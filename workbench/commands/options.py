@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, get_args, get_origin
-
-import yaml
+from typing import Any
 
 from workbench.errors import BadInput, did_you_mean
+from workbench.values import number_of
 
 SUBJECT_OPTIONS = {
     "data": "a CSV / JSONL / Parquet file, hf:ID, or random (shapes and speed only)",
@@ -25,6 +24,7 @@ RUNS_OPTIONS = {
 }
 RUN_OPTIONS = {
     "out": "save the result in this folder",
+    "overwrite": "replace files of the same names that no save has written; others stay",
     "no-cache": "run again even when this exact run is stored",
     "fresh": "do not go on from where an interrupted run of the same command stopped",
     "plugins": "Python files with entries of your own, separated by commas; they are run",
@@ -54,24 +54,6 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     return space
 
 
-def value_of(text: str, annotation: Any) -> Any:
-    """An option's text as a value: taken literally for string fields, as YAML otherwise
-    (numbers, true/false, null); lists as [a, b] or a, b.
-    """
-    if get_origin(annotation) in (list, tuple) and not text.lstrip().startswith("["):
-        return [value_of(part.strip(), get_args(annotation)[0]) for part in text.split(",") if part.strip()]
-    kinds = get_args(annotation) or (annotation,)
-    if annotation is str or all(isinstance(k, str) for k in kinds):
-        return text
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def add_texts(parser: argparse.ArgumentParser, options: dict[str, str]) -> None:
     for option, text in options.items():
         parser.add_argument(f"--{option}", help=text)
@@ -88,11 +70,11 @@ def subject_options(space: argparse.Namespace) -> dict[str, Any]:
     found = {k: v for k, v in found.items() if v is not None}
     for number in ("max_length", "max_examples"):
         if number in found:
-            try:
-                found[number] = int(found[number])
-            except ValueError:
-                field = number.replace("_", "-")
-                raise BadInput(f"{field}: {found[number]!r} is not a whole number") from None
+            field = number.replace("_", "-")
+            value = number_of(found[number], field)
+            if not isinstance(value, int):
+                raise BadInput(f"{field}: {found[number]!r} is not a whole number")
+            found[number] = value
     return found
 
 

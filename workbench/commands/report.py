@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from workbench.commands.options import RUN_OPTIONS, Parser, files_in, parse, value_of
+from workbench.commands.options import RUN_OPTIONS, Parser, files_in, parse
 from workbench.errors import BadInput
+from workbench.values import read, read_file
 
 
 def report(arguments: list[str]) -> int:
@@ -35,28 +34,24 @@ def report(arguments: list[str]) -> int:
     parser.add_argument(
         "--parameters", help="a YAML or JSON file of parameters, as a panel's Send to report writes it"
     )
+    parser.add_argument("--overwrite", action="store_true", help=RUN_OPTIONS["overwrite"])
     parser.add_argument("--plugins", default="", help=RUN_OPTIONS["plugins"])
     space = parse(parser, arguments[1:])
     load_plugins(files_in(space.plugins))
     given: dict[str, Any] = {}
     if space.parameters:
-        file = Path(space.parameters)
-        if not file.is_file():
-            raise BadInput(f"parameters: {space.parameters!r} is not a file")
-        given = yaml.safe_load(file.read_text()) or {}
-        if not isinstance(given, dict):
-            raise BadInput(f"parameters: {space.parameters!r} must hold names and values")
+        given = read_file(space.parameters)
     for key, text in vars(space).items():
         if key.startswith("field:"):
             name = key.split(":", 1)[1]
-            given[name] = text if isinstance(known[name].default, str) else value_of(text, object)
+            given[name] = read(text, known[name].annotation, name.replace("_", "-"))
     for name in ("subject", "data", "runs"):  # the notebook runs in its own folder
         if (
             isinstance(given.get(name), str)
             and Path(given[name].split(".py:")[0] + (".py" if ".py:" in given[name] else "")).exists()
         ):
             given[name] = os.path.abspath(given[name])
-    done = reports.render(arguments[0], given, Path(space.out))
+    done = reports.render(arguments[0], given, space.out, overwrite=space.overwrite)
     for path in (done.notebook, done.html):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
     if done.error:

@@ -7,16 +7,17 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from workbench.commands import options
 from workbench.commands.help_text import run_help
-from workbench.commands.options import Parser, parse, value_of
+from workbench.commands.options import Parser, parse
 from workbench.errors import BadInput
 from workbench.families import load_plugins
 from workbench.progress import TextProgress
+from workbench.storage import check_target
 from workbench.unfinished.journal import kept
+from workbench.values import read
 
 
 def run(arguments: list[str]) -> int:
@@ -82,17 +83,18 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out")
     parser.add_argument("--plugins")
+    parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--no-cache", action="store_true")
     parser.add_argument("--fresh", action="store_true")
     space = parse(parser, arguments)
     texts = {k.split(":", 1)[1]: v for k, v in vars(space).items() if k.startswith("field:")}
-    given = {option.replace("-", "_"): value_of(text, known[option]) for option, text in texts.items()}
+    given = {option.replace("-", "_"): read(text, known[option], option) for option, text in texts.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("always", FutureWarning)
         warnings.showwarning = told
         instruments = instruments_of(steps, given)
-    if space.out and Path(space.out).exists() and not Path(space.out).is_dir():
-        raise BadInput(f"out: {space.out!r} is a file; give a folder")
+    if space.out is not None:
+        check_target(space.out, overwrite=space.overwrite)
     if len(steps) > 1 or name != steps[0][0]:
         print(f"{name} = {in_words(steps)}")
     on = opened(space, classes[0].on)
@@ -100,9 +102,24 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     for result in run_in_turn(instruments, on, progress, cache=not space.no_cache, fresh=space.fresh):
         print(result.summary())
     print(result.table.head(40).to_string(index=False, float_format=lambda v: f"{v:.5g}", max_colwidth=60))
-    if space.out:
-        print(f"saved in {result.save(space.out)}")
-    return stopped(result, progress) if result.partial else 0
+    code = 0 if space.out is None else saved(result, space.out, space.overwrite)
+    return stopped(result, progress) or code if result.partial else code
+
+
+def saved(result: Any, out: str, overwrite: bool) -> int:
+    """Save what was computed and say so; the exit code."""
+    import sys
+
+    notes: list[str] = []
+    try:
+        place = result.save(out, overwrite=overwrite, told=notes.append)
+    except BadInput as error:
+        again = "" if result.partial or not result.instrument.cached else " (the cache keeps it)"
+        text = str(error).removeprefix("out: ").removeprefix("folder: ")
+        print(f"workbench: the result was computed{again} and is not saved: {text}", file=sys.stderr)
+        return 1
+    print(f"saved in {place}" + "".join(f" ({note})" for note in notes))
+    return 0
 
 
 def stopped(result: Any, progress: TextProgress) -> int:

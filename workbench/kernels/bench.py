@@ -107,7 +107,7 @@ def run(only: str = "*", record: bool = False, say: Callable[[str], Any] = print
         "copy_gb_per_s": bandwidth,
         "rows": rows,
     }
-    with replacing(path) as draft:
+    with replacing(path, private=True) as draft:
         draft.write_text(json.dumps(table, indent=1) + "\n")
     return path
 

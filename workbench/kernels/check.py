@@ -147,5 +147,5 @@ def save_table(kernels: dict[str, dict[str, int]], path: Path = TABLE) -> None:
     import triton
 
     rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(kernels.items()))
-    with replacing(path) as draft:
+    with replacing(path, private=True) as draft:
         draft.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "kernels": {{\n{rows}\n}}}}\n')

@@ -64,11 +64,14 @@ def check_exportable(layers: Sequence[Layer], target: str, formats: tuple[str, .
             refuse(layer, "rounds activations in a way of this workbench's own", target)
 
 
-def to_compressed_tensors(subject: Subject, folder: str | os.PathLike[str]) -> Path:
+def to_compressed_tensors(
+    subject: Subject, folder: str | os.PathLike[str], *, overwrite: bool = False
+) -> Path:
     """Write a checkpoint that `transformers` and vLLM open:
     packed int2..int8, or FP8 E4M3 with tensor or channel scales.
 
-    `BadInput` for anything else, by layer. Needs the package `compressed-tensors` (extra `export`).
+    `BadInput` for anything else, by layer. What a save left in `folder` is replaced, anything else is refused
+    unless `overwrite`. Needs the package `compressed-tensors` (extra `export`).
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -113,7 +116,7 @@ def to_compressed_tensors(subject: Subject, folder: str | os.PathLike[str]) -> P
         fill_parameters(model.get_submodule(name), grid)
     compressor = ModelCompressor(quantization_config=config)
     compressor.compress_model(model)
-    with replacing(Path(folder)) as draft:
+    with replacing(folder, overwrite=overwrite, field="folder") as draft:
         model.save_pretrained(draft, safe_serialization=True)
         compressor.update_config(str(draft))
         if subject.tokenizer is not None and hasattr(subject.tokenizer, "save_pretrained"):
@@ -158,11 +161,12 @@ def fill_parameters(module: nn.Module, grid: Grid) -> None:
             )
 
 
-def to_onnx(subject: Subject, file: str | os.PathLike[str]) -> Path:
+def to_onnx(subject: Subject, file: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write an ONNX file whose quantized weights are 8-bit integers with `DequantizeLinear`
     (opset 21: one scale a tensor, channel or group).
 
-    Inputs are the task's columns, with a free batch size and a free length of each sequence.
+    Inputs are the task's columns, with a free batch size and a free length of each sequence. A file that no
+    export wrote is refused unless `overwrite`.
     Needs the packages `onnx` and `onnxscript` (extra `export`).
     """
     import onnx
@@ -178,7 +182,7 @@ def to_onnx(subject: Subject, file: str | os.PathLike[str]) -> Path:
         batch = {k: torch.cat([v, v]) for k, v in batch.items()}
     given = subject.task.exported(model, batch)
     wrapped = Outputs(subject, model, list(given)).eval()
-    with replacing(Path(file)) as draft:
+    with replacing(file, overwrite=overwrite, field="file") as draft:
         arguments = tuple(given.values())
         named = subject.task.free_axes(given)
         free = {

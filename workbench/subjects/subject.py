@@ -345,15 +345,33 @@ class Subject:
         )
 
     # ---- disk ----------------------------------------------------------------------------------------------
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        private: bool = False,
+        told: Callable[[str], Any] | None = None,
+    ) -> Path:
         """A folder that `workbench.subject(folder)` opens with its changes,
-        and `transformers` opens with them baked in.
+        and `transformers` opens with them baked in. What a save left there is replaced, anything else is
+        refused by name unless `overwrite`.
+
+        told : open the folder in a fresh process and compare the loss before it takes its place, and say
+            with this what came of it; private : a folder of the cache
         """
-        folder = Path(folder)
-        with replacing(folder) as draft:
+        with replacing(folder, overwrite=overwrite, private=private, field="folder") as draft:
             draft.mkdir()
             self.save_into(draft)
-        return folder
+            if told is not None:
+                self.reopened(draft, told)
+        return Path(folder)
+
+    def reopened(self, folder: Path, told: Callable[[str], Any]) -> None:
+        """Open a saved folder in a fresh process; `BadInput` when that fails or its loss is another."""
+        from workbench.storage.reopening import check_saved
+
+        told(check_saved(self, folder))
 
     def save_into(self, folder: Path) -> None:
         from safetensors.torch import save_file

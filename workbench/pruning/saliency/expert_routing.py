@@ -148,7 +148,7 @@ class ExpertPatterns:
     def save(self, file: str | os.PathLike[str]) -> Path:
         """One safetensors file, written under a temporary name and renamed."""
         path = Path(file)
-        with replacing(path) as draft:
+        with replacing(path, field="file") as draft:
             save_file(
                 {str(i): s.contiguous() for i, s in enumerate(self.scores.values())},
                 draft,

@@ -151,5 +151,5 @@ def train_vit(
                 schedule.step()
     if progress.stopped:
         raise KeyboardInterrupt("the training of digits-vit was stopped; nothing was kept")
-    with replacing(folder) as draft, quiet_transformers():
+    with replacing(folder, private=True) as draft, quiet_transformers():
         model.save_pretrained(draft, safe_serialization=True)

@@ -169,7 +169,7 @@ def finetune(folder: Path, epochs: int, seed: int, progress: Progress) -> None:
         "validation": measure(model, splits["validation"]),
         "test": measure(model, splits["test"]),
     }
-    with replacing(folder) as draft, quiet_transformers():
+    with replacing(folder, private=True) as draft, quiet_transformers():
         model.save_pretrained(draft, safe_serialization=True)
         tokenizer.save_pretrained(draft)
         save_file(

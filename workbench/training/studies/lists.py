@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator
 
 from workbench.axis import Axis, Choice
 from workbench.errors import BadInput
+from workbench.values import read
 
 OPTION = re.compile(r"\s+(\w+)=")
 
@@ -32,7 +32,9 @@ def listed(axis: Axis, texts: Sequence[str], field: str) -> list[Choice]:
     for text in texts:
         name, *parts = OPTION.split(text.strip())
         pairs = zip(parts[::2], parts[1::2], strict=True)
-        choice = axis.chosen({"name": name, **{key: yaml.safe_load(value) for key, value in pairs}}, field)
+        choice = axis.chosen(
+            {"name": name, **{key: read(value, object, f"{field}.{key}") for key, value in pairs}}, field
+        )
         if choice not in found:
             found.append(choice)
     return found

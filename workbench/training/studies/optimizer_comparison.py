@@ -97,7 +97,7 @@ class OptimizerComparison(Comparison):
         file = cache_folder() / "sweeps" / f"seconds-{self.key(on)}.json"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as draft:
+            with replacing(file, private=True) as draft:
                 draft.write_text(json.dumps(self.seconds_per_step(on, optimizers)))
         found: list[float] = json.loads(file.read_text())
         return found

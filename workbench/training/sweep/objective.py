@@ -139,7 +139,7 @@ def prepared_folder(on: Subject, workers: int) -> str:
         return on.fingerprint
     folder = cache_folder() / "sweeps" / "subjects" / on.fingerprint
     if not (folder / "workbench.json").exists():
-        on.save(folder)
+        on.save(folder, private=True)
     return str(folder)
 
 

@@ -1,13 +1,10 @@
-"""Where things are kept, and how a file is written so that an interruption leaves the old one."""
+"""Where things are kept."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +19,9 @@ def cache_folder() -> Path:
     return Path(folder)
 
 
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Write to a temporary sibling (file or folder) that takes `target`'s place only when the block ends
-    without error.
-    """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    draft = holder / target.name
-    try:
-        yield draft
-        if draft.is_dir() and target.is_dir():
-            target.rename(holder / "replaced")
-        os.replace(draft, target)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
-
-
 def data_folder() -> Path:
     """The project's data: `data/` of a source checkout, or the copy that an installed wheel carries."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     installed = package / "_data"
     return installed if installed.is_dir() else package.parent / "data"
 

@@ -1,0 +1,1 @@
+"""Writing, reading and clearing what is kept on disk."""
