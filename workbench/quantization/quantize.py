@@ -24,7 +24,7 @@ from workbench.quantization.number.grid import Grid
 from workbench.quantization.quantize_check import check
 from workbench.quantization.quantize_result import QuantizeResult
 from workbench.quantization.quantize_settings import QuantizeSettings
-from workbench.quantization.quantized_layer import effective, layer_row, moments_for, put, ranges_for
+from workbench.quantization.quantized_layer import effective, layer_row, mask_of, moments_for, put, ranges_for
 from workbench.quantization.rounding.adapters import Term
 from workbench.quantization.rounding_order import Inputs, RoundingOrder
 from workbench.quantization.transform.flatquant import input_rows
@@ -58,15 +58,17 @@ class Quantize(QuantizeSettings):
         deltas: dict[str, Tensor] = {}
         grids: dict[str, Grid] = {}
         terms: dict[str, Term | None] = {}
+        revived = 0
         for layer, values, grid, term in order:
             weight = layer.weight.detach()
             delta = effective(values, term) - weight.float()
+            revived += revived_in(layer, weight, delta)
             deltas[layer.name], grids[layer.name], terms[layer.name] = delta.to(weight.dtype), grid, term
             rows.append(layer_row(layer, weight.float(), delta, grid, moments[layer.name], term))
             if self.sequential:
                 put(layer, values, grid, term)
         table = pd.DataFrame(rows)
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"revived": revived} if revived else {}
         if self.predict_examples and rows:
             facts |= self._predict(dense, table, deltas, progress)
         if not self.sequential:
@@ -143,6 +145,13 @@ class Quantize(QuantizeSettings):
         table["predicted_second"] = [found.by_layer[name][1] for name in table["layer"]]
         table["predicted_change"] = table["predicted_first"] + table["predicted_second"]
         return {"predicted_change": float(found.total)}
+
+
+def revived_in(layer: Layer, weight: Tensor, delta: Tensor) -> int:
+    """Weights that are zero, by no mask that would keep them so, and get a value."""
+    free = (weight == 0) & (delta != 0)
+    mask = mask_of(layer)
+    return int((free if mask is None else free & mask).sum())
 
 
 def summary_facts(
