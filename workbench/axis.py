@@ -116,12 +116,17 @@ class Entry:
 
     def place(self) -> tuple[str, int]:
         """The file and line where the value is defined."""
-        import inspect
+        return place_of(self.value)
 
-        target = inspect.unwrap(getattr(self.value, "func", self.value))
-        if not (inspect.isfunction(target) or inspect.isclass(target) or inspect.ismethod(target)):
-            target = type(target)
-        return inspect.getsourcefile(target) or "", inspect.getsourcelines(target)[1]
+
+def place_of(value: Any) -> tuple[str, int]:
+    """The file and line where a function, a class, or an object's class is defined."""
+    import inspect
+
+    target = inspect.unwrap(getattr(value, "func", value))
+    if not (inspect.isfunction(target) or inspect.isclass(target) or inspect.ismethod(target)):
+        target = type(target)
+    return inspect.getsourcefile(target) or "", inspect.getsourcelines(target)[1]
 
 
 class Choice(str):

@@ -26,6 +26,7 @@ RUNS_OPTIONS = {
 RUN_OPTIONS = {
     "out": "save the result in this folder",
     "no-cache": "run again even when this exact run is stored",
+    "fresh": "do not go on from where an interrupted run of the same command stopped",
     "plugins": "Python files with entries of your own, separated by commas; they are run",
 }
 
@@ -74,6 +75,11 @@ def value_of(text: str, annotation: Any) -> Any:
 def add_texts(parser: argparse.ArgumentParser, options: dict[str, str]) -> None:
     for option, text in options.items():
         parser.add_argument(f"--{option}", help=text)
+
+
+def files_in(text: str) -> list[str]:
+    """The files that a value of `--plugins` names."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def subject_options(space: argparse.Namespace) -> dict[str, Any]:

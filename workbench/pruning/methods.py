@@ -71,13 +71,6 @@ def taylor2(pattern: Pattern, options: Options) -> dict[str, str]:
     return parts(pattern, "taylor2", allocation="global")
 
 
-@PRUNING_METHOD.add(
-    "movement", formula="-sum over steps of lr g w", source="Sanh et al. 2020", traits=("not dimensions",)
-)
-def movement(pattern: Pattern, options: Options) -> dict[str, str]:
-    return parts(pattern, "movement", allocation="global")
-
-
 @PRUNING_METHOD.add("wanda", formula="|w| * rms(x), by rows", source="Sun et al. 2023")
 def wanda(pattern: Pattern, options: Options) -> dict[str, str]:
     return parts(pattern, "wanda", allocation="row", structured=("none", "layer"))
@@ -97,6 +90,17 @@ class Refinement(Gradients):
     damp: float = parameter(
         0.01, "added to the diagonal of the Fisher, as a share of its mean diagonal", gt=0, scale="log"
     )
+    block: int = parameter(256, "candidates that are solved for together", ge=2, le=4096, unit="weights")
+    candidates: int = parameter(
+        4096, "weights of a layer nearest to the boundary between kept and removed", ge=2, unit="weights"
+    )
+    rounds: int = parameter(2, "times that all candidates are gone through", ge=1, le=100)
+    restarts: int = parameter(1, "annealed starts of every block, besides the mask as it is", ge=0, le=100)
+    slope: bool = parameter(
+        False,
+        "count the mean gradient, which is followed far beyond where it holds; without it the model is taken "
+        "to be at a minimum",
+    )
 
 
 @PRUNING_METHOD.add(
@@ -112,12 +116,12 @@ def icbs(pattern: Pattern, options: Refinement) -> dict[str, str]:
 
 @PRUNING_METHOD.add(
     "flap",
-    formula="w^2 var(x), the bias takes the mean that is lost",
+    formula="z(var(x_j) ||w_:j||^2) by units, the bias takes the mean that is lost",
     source="An et al. 2024",
-    traits=("not dimensions",),
+    traits=("heads", "neurons"),
 )
 def flap(pattern: Pattern, options: Options) -> dict[str, str]:
-    return parts(pattern, "fluctuation", "bias", "global")
+    return parts(pattern, "standardised-fluctuation", "bias", "global")
 
 
 @PRUNING_METHOD.add(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
-from workbench.kernels.unpadded import unpadded
+from workbench.kernels.sequence.unpadded import unpadded
 from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
 from workbench.subjects import finite, identity
@@ -26,7 +26,8 @@ from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, describe_changes
 from workbench.subjects.identity import Seen
 from workbench.subjects.layers import Layer
-from workbench.subjects.tasks import Batch, Task
+from workbench.subjects.stored import declare_wide, narrow
+from workbench.subjects.tasks import Batch, LanguageModel, Task
 
 if TYPE_CHECKING:
     from workbench.instruments import Instrument
@@ -260,11 +261,12 @@ class Subject:
         total = min(self.size(split), limit or self.size(split))
         device = device or self.device
         order = torch.arange(total)
-        if by_length and "attention_mask" in columns and columns["attention_mask"].ndim == 2:
-            order = columns["attention_mask"][:total].sum(1).argsort(stable=True)
+        lengths = self.task.lengths({k: v[:total] for k, v in columns.items()}) if by_length else None
+        if lengths is not None:
+            order = lengths.argsort(stable=True)
         for rows in order.split(batch_size):
             batch = {k: v[rows] for k, v in columns.items()}
-            yield {k: v.to(device) for k, v in trim(batch).items()}
+            yield {k: v.to(device) for k, v in self.task.trimmed(batch).items()}
 
     # ---- measuring -----------------------------------------------------------------------------------------
     def loss(self, batch: Batch) -> Tensor:
@@ -302,7 +304,7 @@ class Subject:
         if items == 0:
             raise BadInput(f"split: {split!r} has no item with a target; check the label column")
         found = {"loss": total / items} | {k: v / items for k, v in sums.items()}
-        if self.task.name in ("causal-lm", "masked-lm", "seq2seq-lm"):
+        if isinstance(self.task, LanguageModel):
             found["perplexity"] = float(torch.tensor(found["loss"]).exp())
         return found
 
@@ -358,8 +360,11 @@ class Subject:
         if save_pretrained is not None:
             from workbench.subjects.checkpoints import quiet_transformers
 
+            mixed = narrow(baked)
             with quiet_transformers():
                 save_pretrained(folder, safe_serialization=True)
+            if mixed:
+                declare_wide(folder)
         else:
             from safetensors.torch import save_model
 
@@ -423,13 +428,3 @@ def plain_experts(model: nn.Module) -> nn.Module:
 
 def step(instrument: Instrument) -> dict[str, Any]:
     return {"instrument": instrument.name(), "fields": instrument.model_dump(mode="json")}
-
-
-def trim(batch: Batch) -> Batch:
-    """Cut padding that no example of the batch uses (right padding, by the attention mask)."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2:
-        return batch
-    longest = max(int(mask.sum(1).max()), 1)
-    width = mask.shape[1]
-    return {k: v[:, :longest] if v.ndim == 2 and v.shape[1] == width else v for k, v in batch.items()}

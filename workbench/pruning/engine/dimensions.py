@@ -26,15 +26,11 @@ from workbench.pruning.recovery.recovery import Recovery, distilled_loss
 from workbench.pruning.saliency.dimensions import check_saliency, keep
 from workbench.results import Result
 from workbench.subjects import Batch, Subject
-from workbench.subjects.structure.dimensions import (
-    check_shrinkable,
-    extent,
-    left_after,
-    names_of,
-    shrink,
-    stacks,
-)
+from workbench.subjects.stored import bytes_of_weights, dense_size
+from workbench.subjects.structure.depth import stacks
+from workbench.subjects.structure.dimensions import check_shrinkable, extent, left_after, names_of, shrink
 from workbench.subjects.structure.removal import record_of
+from workbench.training.resume import remembered
 
 if TYPE_CHECKING:
     from workbench.pruning.plan import PrunePlan
@@ -152,10 +148,13 @@ class Dimensions:
         if prune.saliency.entry.needs == "training":
             kept, self.curve = prune.saliency(self.on, left, prune.recovery, prune.seed, self.progress)
         else:
-            calibration = prune.calibration(self.on, self.on.layers(prune.layers), self.progress)
-            kept = keep(kind, prune.saliency, left, calibration)
+            kept = remembered(f"event-{len(self.history)}", lambda: self.chosen(left))
             if kind == "layers" and self.distances is None:
-                self.distances = distance_table(self.on, prune, self.progress)
+                self.distances = pd.DataFrame(
+                    remembered(
+                        "distances", lambda: distance_table(self.on, prune, self.progress).to_dict("list")
+                    )
+                )
         if self.progress.stopped:
             return False
         number = len(self.history) + 1
@@ -166,6 +165,12 @@ class Dimensions:
             {"step": number, "trained": self.trained, "left": left, "sparsity": 1 - left / self.total}
         )
         return True
+
+    def chosen(self, left: int) -> Tensor:
+        """The units that stay, by their saliency."""
+        prune = self.prune
+        calibration = prune.calibration(self.on, self.on.layers(prune.layers), self.progress)
+        return keep(self.kind, prune.saliency, left, calibration)
 
     def finish(self) -> Result:
         prune, on, progress = self.prune, self.on, self.progress
@@ -272,8 +277,8 @@ def shrunk_facts(
         "nonzero": int(table.left.sum()),
         "dense_parameters": dense.parameter_count(),
         "parameters": on.parameter_count(),
-        "dense_bytes": 4 * dense.parameter_count(),
-        "packed_bytes": 4 * on.parameter_count(),
+        "dense_bytes": dense_size(dense.model) * dense.parameter_count(),
+        "packed_bytes": bytes_of_weights(on.model, on.model.parameters()) * on.parameter_count(),
         **flops,
         "composition": f"{saliency} x {kind} x none x {prune.schedule} x {prune.recovery}",
     }

@@ -63,9 +63,6 @@ class Matrices(Masked):
 
     def prune_to(self, sparsity: float) -> None:
         prune = self.prune
-        if self.recovery is not None and self.recovery.scores:
-            lowest = min(float(s.min()) for s in self.recovery.scores.values())
-            self.calibration.trained = {n: s - lowest for n, s in self.recovery.scores.items()}
         prune_once(
             self.layers,
             self.calibration,
@@ -145,6 +142,11 @@ def refined(layer: Layer, mask: Tensor, score: Tensor, calibration: Calibration,
         rows_of(score),
         calibration.factors(layer, options),
         calibration.absolute_damp(options, options.damp),
+        block=options.block,
+        candidates=options.candidates,
+        rounds=options.rounds,
+        restarts=options.restarts,
+        slope=options.slope,
         seed=calibration.seed,
     )
     return found.reshape(mask.shape)

@@ -26,6 +26,7 @@ from workbench.subjects.vocabulary import Unspoken
 from workbench.training.data_order import WholeBatches
 from workbench.training.loop import Training
 from workbench.training.optimizer.adamw import adamw as adamw  # what recovery steps with by default
+from workbench.training.resume import Stateful
 from workbench.training.schedule.rise_and_fall import rise_and_fall as rise_and_fall
 
 #: How recovery trains unless its `settings` say otherwise.
@@ -55,15 +56,14 @@ class Recovery:
     rank: int = 8
     teacher: Subject | None = None
     temperature: float = 2.0
-    movement: bool = False
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[Recovery], None] | None = (
         None  # called about fifty times a run, for whoever wants to see it
     )
     settings: Mapping[str, Any] = field(default_factory=dict)
+    owner: Stateful | None = None  # what is between the parts of the run: its state goes with the run's
 
     def __post_init__(self) -> None:
-        self.scores: dict[str, Tensor] = {}
         self._was = {name: p.requires_grad for name, p in self.on.model.named_parameters()}
         if self.kind == "low-rank":
             add_low_rank(
@@ -79,17 +79,21 @@ class Recovery:
             "own_generator": False,
             "evaluate_split": "",
             "loss": self.loss,
-            "before_step": [self._accumulate] if self.movement else [],
             "callbacks": [self._watched],
+            "keeps": [] if self.owner is None else [self.owner],
             "progress": self.progress,
             "label": f"recovery {self.kind}",
         }
         self.run = Training.start(self.on, **(SETTINGS | given | dict(self.settings)))
 
+    def changed(self) -> None:
+        """The model was pruned between two parts of the run."""
+        self.run.changed()
+
     @property
     def done(self) -> int:
-        """Steps done, those skipped included."""
-        return self.run.step
+        """Steps done, those skipped included, but not those that a checkpoint has brought too early."""
+        return self.run.step - self.run.ahead
 
     def skip(self, steps: int) -> None:
         """Go on with the schedule of a run whose first steps another recovery has done."""
@@ -117,19 +121,6 @@ class Recovery:
     def _watched(self, run: Training) -> None:
         if self.watch is not None and run.step % max(self.total // 50, 1) == 0:
             self.watch(self)
-
-    def _accumulate(self, run: Training) -> None:
-        """Movement scores S = -sum of lr g w over the steps (Sanh et al. 2020):
-        weights that move away from zero grow.
-        """
-        for layer in self.layers:
-            parameter = layer.original
-            if parameter.grad is not None:
-                grown = -run.lr * (parameter.grad * parameter.detach())
-                grown = grown.mT if layer.transposed else grown
-                self.scores[layer.name] = (
-                    self.scores[layer.name] + grown if layer.name in self.scores else grown
-                )
 
     def finish(self) -> None:
         """Merge the adapters into the weights below the masks and leave training mode."""
