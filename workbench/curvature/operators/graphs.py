@@ -108,7 +108,7 @@ class OuterGraph:
 
 
 @contextlib.contextmanager
-def weighed(model: nn.Module, held: list[list[Tensor]]) -> Iterator[list[int]]:
+def weighed(model: nn.Module, held: list[list[Tensor]] | None = None) -> Iterator[list[int]]:
     """Inside, the one entry of the list that is yielded grows by the bytes of every tensor that a graph
     saves, the model's own left out.
 
@@ -123,8 +123,10 @@ def weighed(model: nn.Module, held: list[list[Tensor]]) -> Iterator[list[int]]:
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             bytes_saved[0] += storage.nbytes()
-        held.append([tensor])
-        return held[-1]
+        holder = [tensor]
+        if held is not None:
+            held.append(holder)
+        return holder
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder[0]):
         yield bytes_saved
