@@ -95,7 +95,7 @@ def small(**options):
     "edit",
     [
         ("FACTOR = 2.0", "FACTOR = 20.0"),
-        ("return FACTOR * value", "return FACTOR * value.square()"),
+        ("return FACTOR * value", "return FACTOR * value * 3"),
         ("scale = 1.0", "scale = 3.0"),
         ("self.scale * self.layer(inputs)", "self.scale * self.layer(inputs.square())"),
         ("self.sharpness = 1.5", "self.sharpness = 2.5"),
@@ -141,7 +141,8 @@ def test_what_a_loss_holds_counts(cache):
             self.weights = weights
 
         def __call__(self, output, batch):
-            return nn.functional.cross_entropy(output, batch["labels"], weight=self.weights)
+            each = nn.functional.cross_entropy(output, batch["labels"], reduction="none")
+            return (self.weights[batch["labels"]] * each).mean()
 
     def keys(*losses):
         return len({key(small(loss=loss)) for loss in losses})

@@ -105,6 +105,7 @@ class CurvatureOperator:
         self.batch_count, self.total_items = 0, 0.0
         self._kept: dict[int, Graph] = {}
         self._sink = Sink()
+        self._held: list[list[Tensor]] = []
         self._room: int | None = None  # how many graphs are kept; known once the first was weighed
 
     # ---- data ----------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ class CurvatureOperator:
         """A graph that says how many of its kind are kept; not kept itself,
         as what weighs it would be called at every use.
         """
-        with weighed(self.subject.model) as size:
+        with weighed(self.subject.model, self._held) as size:
             made = self._built(batch, draws)
         self._room = GRAPH_MEMORY // max(size[0], 1)
         return made
@@ -302,6 +303,10 @@ class CurvatureOperator:
     def forget(self) -> None:
         """Drop the graphs kept so far."""
         self._kept.clear()
+        self._sink.rows = {}
+        for holder in self._held:
+            holder.clear()
+        self._held.clear()
 
     def noise(self, images: Tensor) -> float | None:
         """Per-item noise of the product that `batch_squares` is from: V with E |(H_B - H) v|^2 = V / B for

@@ -108,19 +108,25 @@ class OuterGraph:
 
 
 @contextlib.contextmanager
-def weighed(model: nn.Module) -> Iterator[list[int]]:
+def weighed(model: nn.Module, held: list[list[Tensor]] | None = None) -> Iterator[list[int]]:
     """Inside, the one entry of the list that is yielded grows by the bytes of every tensor that a graph
     saves, the model's own left out.
+
+    What is saved goes through Python, where a graph and its tensors hold each other for good. So every
+    tensor lies in a list of its own, put into `held`: to empty them lets the graph go.
     """
     bytes_saved = [0]
     seen = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> list[Tensor]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             bytes_saved[0] += storage.nbytes()
-        return tensor
+        holder = [tensor]
+        if held is not None:
+            held.append(holder)
+        return holder
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder[0]):
         yield bytes_saved

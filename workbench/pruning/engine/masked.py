@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from workbench.measures.reference import measured_beside, reference_of
 from workbench.progress import Progress
@@ -120,6 +121,8 @@ class Masked:
         gram = prune.calibration(self.dense, self.dense.layers(prune.layers), progress).gram
         table = layer_table(layers, self.before, None if progress.stopped else gram)
         facts = self.facts()
+        if revived := sum(revived_in(layer, self.before[layer.name]) for layer in layers):
+            facts["revived"] = revived
         if prune.predict_examples and not progress.stopped:
             deltas = {layer.name: layer.weight.detach() - self.before[layer.name] for layer in layers}
             add_prediction(
@@ -159,6 +162,11 @@ class Masked:
                 f"{prune.schedule} x {prune.recovery}"
             ),
         }
+
+
+def revived_in(layer: Layer, before: Tensor) -> int:
+    """Weights that were zero before a run and are not any more."""
+    return int(((before == 0) & (layer.weight.detach() != 0)).sum())
 
 
 def zero_share(layers: Sequence[Layer]) -> float:

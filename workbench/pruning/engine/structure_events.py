@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from workbench.axis import Options, parameter
@@ -26,7 +27,7 @@ from workbench.pruning.pattern import Form, Structures
 from workbench.subjects import Subject
 from workbench.subjects.stored import bytes_of_weights
 from workbench.subjects.structure.biases import can_be_given, give_biases
-from workbench.subjects.structure.removal import remove
+from workbench.subjects.structure.removal import norm_says, remove
 
 
 class Units(Masked):
@@ -81,6 +82,10 @@ class Units(Masked):
                 f"pattern: {prune.method} exchanges single weights, so it needs pattern unstructured"
             )
         for group in groups:
+            if group.norm and prune.pattern.options.remove:
+                raise BadInput(norm_says(group))
+            if group.units == 1 and len(groups) == 1:
+                raise BadInput(f"pattern: {group.name} has a single unit of {whole}, which has to stay")
             if saliency.has("one after the other") and len(group.consumers) != 1:
                 raise BadInput(
                     f"saliency: {saliency} needs one consumer for each group and {group.name} ties several "
@@ -124,7 +129,7 @@ class Units(Masked):
             return {}
         rows = [{"group": n, "units": k.shape[1], "kept": int(k[0].sum())} for n, k in kept.items()]
         if prune.pattern.options.remove:
-            remove(on.model, kept)
+            remove_alike(on, kept, prune.calibration_split, str(prune.pattern))
             facts |= self.shared
             facts |= prune.allocation.value.reached(
                 self.dense, on, prune.calibration_split, prune.allocation.options
@@ -134,6 +139,31 @@ class Units(Masked):
                 on.model, [layer.weight for layer in on.layers(prune.layers)]
             )
         return {"units": pd.DataFrame(rows)}
+
+
+def remove_alike(on: Subject, kept: dict[str, Tensor], split: str, what: str) -> None:
+    """Take the masked units out, and raise `BadInput` when the smaller model does not compute what the
+    masked one does on a batch: outputs equal to rounding.
+    """
+    batch = next(on.batches(split, 2))
+    with torch.no_grad():
+        masked = on.task.output(on.model, batch)
+        try:
+            remove(on.model, kept)
+            small = on.task.output(on.model, batch)
+        except (RuntimeError, IndexError, AttributeError) as error:
+            said = str(error).strip().splitlines()[0]
+            raise BadInput(
+                f"pattern: {type(on.model).__name__} cannot compute without the removed {what} ({said}); "
+                "give pattern.remove false, which masks them"
+            ) from error
+    gap, size = float((masked - small).abs().max()), float(masked.abs().max())
+    wide = masked.dtype in (torch.float32, torch.float64)
+    if not gap <= (1e-3 if wide else 5e-2) * max(size, 1e-6):
+        raise BadInput(
+            f"pattern: {type(on.model).__name__} without the removed {what} differs from the masked model by "
+            f"{gap:.3g} in outputs of up to {size:.3g}; give pattern.remove false, which masks them"
+        )
 
 
 class Removal(Options):

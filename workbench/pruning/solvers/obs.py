@@ -106,6 +106,8 @@ def sweep(
             if removed is not None:
                 cost.masked_fill_(removed[:, start:stop].mT, -1)
             keep[start:stop] = ~smallest(cost.flatten(), round(sparsity * cost.numel())).reshape(cost.shape)
+            if removed is not None:  # more may be gone than are asked for here
+                keep[start:stop] &= ~removed[:, start:stop].mT
         errors = torch.empty(stop - start, out, device=weight.device, dtype=weight.dtype)
         for first in range(start, stop, inner):
             last = min(first + inner, stop)
@@ -114,7 +116,11 @@ def sweep(
                     end = min(j + pattern.of, width)
                     cost = columns[j:end].square() / squared[j:end]
                     drop = (end - j) * (pattern.of - pattern.keep) // pattern.of
+                    if removed is not None:
+                        cost = cost.masked_fill(removed[:, j:end].mT, -1)
                     keep[j:end] = ~smallest(cost.mT, drop).mT
+                    if removed is not None:
+                        keep[j:end] &= ~removed[:, j:end].mT
                 error = errors[j - start]
                 torch.div(columns[j], diagonal[j], out=error)
                 error.masked_fill_(keep[j], 0)

@@ -21,13 +21,24 @@ from workbench.subjects.structure.units import Group, Member, discover
 
 RECORD = "_removed_structures"
 Kept = dict[str, Tensor]  # group name -> bool (experts, units)
-NEURON_FIELDS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "hidden_dim")
+NEURON_FIELDS = (
+    "intermediate_size",
+    "d_ff",
+    "n_inner",
+    "ffn_dim",
+    "hidden_dim",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
 HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 
 
 def kept_lines(member: Member, kept: Tensor) -> Tensor:
-    """Rows or columns of the member that stay: (experts, lines)."""
-    return torch.stack([member.index[k].flatten().sort().values for k in kept])
+    """Rows or columns of the member that stay, those of no unit included: (experts, lines)."""
+    stays = torch.ones(len(kept), member.layer.shape[member.axis], dtype=torch.bool)
+    for row, mine in zip(stays, kept, strict=True):
+        row[member.index[~mine].flatten()] = False
+    return torch.stack([row.nonzero().flatten() for row in stays])
 
 
 def slice_member(member: Member, kept: Tensor) -> None:
@@ -67,10 +78,13 @@ def resize_modules(group: Group, kept: Tensor) -> None:
                     setattr(owner, name, left)
             if group.kind != "heads":
                 continue
-            for name in (*HEAD_COUNTS, "num_key_value_heads"):
+            for name in (*HEAD_COUNTS, "num_key_value_heads", "kv_heads"):
                 if isinstance(getattr(owner, name, None), int):
-                    setattr(owner, name, getattr(owner, name) * left // group.units)
-            for name in ("all_head_size", "inner_dim", "split_size"):
+                    setattr(owner, name, max(getattr(owner, name) * left // group.units, 1))
+            if group.shared and isinstance(getattr(owner, "num_key_value_groups", None), int):
+                owner.num_key_value_groups = left
+            split = ("embed_dim",) if getattr(owner, "multi_query", False) else ()
+            for name in ("all_head_size", "inner_dim", "split_size", *split):
                 if isinstance(getattr(owner, name, None), int):
                     setattr(owner, name, getattr(owner, name) * left // group.units)
             table = getattr(owner, "relative_attention_bias", None)
@@ -93,6 +107,8 @@ def remove(model: nn.Module, kept: Kept) -> nn.Module:
             raise BadInput(
                 f"kept: {name!r} is no group of this model; groups look like {', '.join(list(groups)[:3])}"
             )
+        if groups[name].norm and int(counts.min()) < groups[name].units:
+            raise BadInput(norm_says(groups[name]))
         if int(counts.min()) < 1:
             raise BadInput(
                 f"kept: {name} would be left without a unit; every attention and feed-forward keeps at "
@@ -114,6 +130,13 @@ def remove(model: nn.Module, kept: Kept) -> nn.Module:
             record = getattr(model, RECORD, {})
             setattr(model, RECORD, record | {n: combined(record.get(n), m) for n, m in mine.items()})
     return model
+
+
+def norm_says(group: Group) -> str:
+    return (
+        f"pattern: {group.norm!r} of {group.name} is a norm over all heads, so taking some out changes the "
+        "others; give pattern.remove false, which masks them, or choose neurons"
+    )
 
 
 def safe(model: nn.Module, kind: str) -> list[Group]:
@@ -143,9 +166,16 @@ def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept) 
     left = sizes.pop()
     known = config.to_dict()
     if kind == "neurons":
-        for name in NEURON_FIELDS:
-            if name in known:
-                setattr(config, name, left)
+        before = next(iter(kept.values())).shape[1]
+        fields = [name for name in NEURON_FIELDS if name in known]
+        equal = [name for name in fields if known[name] == before]
+        for names in (*([name] for name in fields), equal):
+            said = copy.deepcopy(config)
+            for name in names:
+                setattr(said, name, left)
+            if names and fits(model, groups, said):
+                for name in names:
+                    setattr(config, name, left)
                 return True
         return False
     if not own_head_size(model):
@@ -156,15 +186,29 @@ def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept) 
     share = next(iter(kept.values())).shape[1]
     for name in (*HEAD_COUNTS, "num_key_value_heads"):
         if name in known and isinstance(known[name], int):
-            setattr(said, name, known[name] * left // share)
+            setattr(said, name, max(known[name] * left // share, 1))
     if "num_decoder_heads" in known:
         said.num_decoder_heads = left
-    if not accepted(said):
+    if not accepted(said) or not fits(model, groups, said):
         return False
     for name, value in said.to_dict().items():
         if known.get(name) != value:
             setattr(config, name, value)
     return True
+
+
+def fits(model: nn.Module, groups: list[Group], config: Any) -> bool:
+    """Whether a model of this configuration has the matrices of these groups in the sizes they have now."""
+    build: Any = type(model)
+    try:
+        with torch.device("meta"):
+            made = build(config)
+    except (ValueError, TypeError, RuntimeError, KeyError):
+        return False
+    sizes = {name: value.shape for name, value in made.named_parameters(remove_duplicate=False)}
+    mine = {id(member.layer.original) for group in groups for member in group.members}
+    own = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if id(p) in mine}
+    return all(sizes.get(name) == shape for name, shape in own.items())
 
 
 def accepted(config: Any) -> bool:

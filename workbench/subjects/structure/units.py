@@ -10,7 +10,7 @@ its own neurons, equally many.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ class Group:
     experts: int
     members: list[Member]
     modules: list[nn.Module] = field(default_factory=list)
+    #: the norm over the queries or keys of all heads together, which removing some would change
+    norm: str = ""
+    #: query heads that share one key and one value, which stay
+    shared: bool = False
 
     @property
     def consumers(self) -> list[Member]:
@@ -136,24 +140,46 @@ def attention_group(name: str, module: nn.Module, model: nn.Module, layers: dict
         if any(p is None for p in parts) or not (size := head_size(module, model)):
             continue
         query, key, value, output = (p for p in parts if p is not None)
-        if query is key:  # one fused matrix: all queries, all keys, all values
-            units = query.shape[-2] // (3 * size)
-            members = [
-                Member(
-                    query, -2, torch.cat([ranges(units, size, part * units * size) for part in range(3)], 1)
-                )
-            ]
+        if query is key:
+            units, members = fused_heads(query, size, getattr(module, "multi_query", None))
+            shared = bool(getattr(module, "multi_query", False))
         else:
-            units = key.shape[-2] // size  # key-value heads; each has q_out / k_out query heads
-            wide = query.shape[-2] // units
-            members = [
-                Member(query, -2, ranges(units, wide)),
-                Member(key, -2, ranges(units, size)),
-                Member(value, -2, ranges(units, size)),
-            ]
+            keys = getattr(getattr(model, "config", None), "num_key_value_heads", None)
+            shared = keys == 1 and key.shape[-2] == size < query.shape[-2]
+            units = (query if shared else key).shape[-2] // size  # key-value heads, with their query heads
+            members = [Member(query, -2, ranges(units, query.shape[-2] // units))]
+            if not shared:
+                members += [Member(part, -2, ranges(units, size)) for part in (key, value)]
         members.append(Member(output, -1, ranges(units, output.shape[-1] // units)))
-        return Group(name, "heads", units, 1, members, [module])
+        norm = norm_over_heads(module, {query.shape[-2], key.shape[-2]} - {size})
+        return Group(name, "heads", units, 1, members, [module], norm, shared)
     return None
+
+
+def fused_heads(layer: Layer, size: int, multi_query: bool | None) -> tuple[int, list[Member]]:
+    """Units and rows of one matrix that makes queries, keys and values.
+
+    GPT-2 keeps all queries, all keys, all values. GPTBigCode, which says whether it is `multi_query`, keeps
+    each head's three together, or all queries before the one key and value that they share.
+    """
+    if multi_query:
+        units = layer.shape[-2] // size - 2
+        return units, [Member(layer, -2, ranges(units, size))]
+    units = layer.shape[-2] // (3 * size)
+    if multi_query is False:
+        return units, [Member(layer, -2, ranges(units, 3 * size))]
+    thirds = [ranges(units, size, part * units * size) for part in range(3)]
+    return units, [Member(layer, -2, torch.cat(thirds, 1))]
+
+
+def norm_over_heads(module: nn.Module, widths: set[int]) -> str:
+    """The name of a norm inside an attention whose statistics are those of all heads (OLMo 2), or nothing."""
+    for name, inner in module.named_children():
+        weight = getattr(inner, "weight", None)
+        wide = isinstance(weight, Tensor) and weight.ndim == 1 and len(weight) in widths
+        if wide and "norm" in type(inner).__name__.lower() and name[0] in "qk":
+            return name
+    return ""
 
 
 def feed_forward_group(
@@ -227,5 +253,5 @@ def tie_position_biases(groups: list[Group]) -> list[Group]:
             tied[key].members += group.members
             tied[key].modules += group.modules
         else:
-            tied[key] = Group(key, "heads", group.units, 1, list(group.members), list(group.modules))
+            tied[key] = replace(group, name=key, members=list(group.members), modules=list(group.modules))
     return list(tied.values())
