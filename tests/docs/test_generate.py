@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 import workbench
 from tests.conftest import ROOT
 from workbench.names import catalog
+from workbench.storage import verdict
 
 
 def script(name: str) -> ModuleType:
@@ -84,7 +85,7 @@ def test_tables_come_from_the_registries(source: tuple[Path, dict[str, Path]]) -
     assert all(f"| `{name}`<br>" in methods for name in workbench.methods())
     wanda = next(line for line in methods.splitlines() if line.startswith("| `wanda`<br>"))
     measured = workbench.methods()["wanda"].evidence()
-    assert measured is not None and not measured["holds"] and "does not hold, on digits-vit |" in wanda
+    assert measured is not None and f"{verdict(measured)}, on {measured['subject']} |" in wanda
     assert all(line.count(" | ") == 5 for line in methods.splitlines() if line.startswith("| `"))
 
 

@@ -26,6 +26,7 @@ from workbench.subjects.vocabulary import Unspoken
 from workbench.training.data_order import WholeBatches
 from workbench.training.loop import Training
 from workbench.training.optimizer.adamw import adamw as adamw  # what recovery steps with by default
+from workbench.training.resume import Stateful
 from workbench.training.schedule.rise_and_fall import rise_and_fall as rise_and_fall
 
 #: How recovery trains unless its `settings` say otherwise.
@@ -60,6 +61,7 @@ class Recovery:
         None  # called about fifty times a run, for whoever wants to see it
     )
     settings: Mapping[str, Any] = field(default_factory=dict)
+    owner: Stateful | None = None  # what is between the parts of the run: its state goes with the run's
 
     def __post_init__(self) -> None:
         self._was = {name: p.requires_grad for name, p in self.on.model.named_parameters()}
@@ -78,15 +80,20 @@ class Recovery:
             "evaluate_split": "",
             "loss": self.loss,
             "callbacks": [self._watched],
+            "keeps": [] if self.owner is None else [self.owner],
             "progress": self.progress,
             "label": f"recovery {self.kind}",
         }
         self.run = Training.start(self.on, **(SETTINGS | given | dict(self.settings)))
 
+    def changed(self) -> None:
+        """The model was pruned between two parts of the run."""
+        self.run.changed()
+
     @property
     def done(self) -> int:
-        """Steps done, those skipped included."""
-        return self.run.step
+        """Steps done, those skipped included, but not those that a checkpoint has brought too early."""
+        return self.run.step - self.run.ahead
 
     def skip(self, steps: int) -> None:
         """Go on with the schedule of a run whose first steps another recovery has done."""
