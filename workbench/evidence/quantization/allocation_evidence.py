@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.harness import SEEDS, below, interval, together
 from workbench.evidence.quantization.evidence import opened
 from workbench.evidence.quantization.leaderboard import redrawn
 from workbench.progress import Progress
@@ -46,15 +46,15 @@ def allocations(
                         for k in ("dense_loss", "loss", "uniform_loss", "random_loss", "reversed_loss")
                     }
                 )
-        notes, holds = [], True
+        notes, held = [], []
         for subject in subjects:
             mine = [r for r in rows if r["subject"] == subject]
             for rival in ("uniform", "random", "reversed"):
                 mean, low, high = interval([r["loss"] - r[f"{rival}_loss"] for r in mine])
-                holds &= mean < 0
+                held.append(below(low, high))
                 notes.append(f"{subject} minus {rival} {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
         return {
-            "holds": bool(holds),
+            "holds": together(held),
             "note": "; ".join(notes),
             "rows": rows,
             "settings": ALLOCATED | {"sensitivity": sensitivity},
@@ -79,7 +79,7 @@ def interactions(name: str, progress: Progress) -> dict[str, Any]:
         rows.append({"seed": seed, "joint": facts["loss"], "additive": facts["additive_loss"]})
     mean, low, high = interval([r["joint"] - r["additive"] for r in rows])
     return {
-        "holds": mean < 0,
+        "holds": below(low, high),
         "note": (
             f"bytelm at 3 bits on average, minus the additive allocation {mean:+.4f} [{low:+.4f}, "
             f"{high:+.4f}] nats"

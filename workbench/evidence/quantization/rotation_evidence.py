@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.harness import SEEDS, below, interval
 from workbench.evidence.quantization.evidence import ROUNDED_INPUTS, TEST, opened
 from workbench.progress import Progress
 from workbench.quantization.quantize import Quantize
@@ -37,7 +37,7 @@ def rotations(name: str, progress: Progress) -> dict[str, Any]:
             )
     mean, low, high = interval([r["loss"] - plain for r in rows if r["kind"] == "hadamard"])
     return {
-        "holds": mean < 0,
+        "holds": below(low, high),
         "note": f"bytelm W4A4, folded Hadamard minus none {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats",
         "rows": rows,
     }
@@ -72,7 +72,7 @@ def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
         rows.append({"seed": seed, "learned": losses[0], "hadamard": losses[1]})
     mean, low, high = interval([r["learned"] - r["hadamard"] for r in rows])
     return {
-        "holds": mean < 0,
+        "holds": below(low, high),
         "note": (
             f"bytelm W4A4, {ROUNDED_INPUTS} test examples, learned minus Hadamard {mean:+.4f} [{low:+.4f}, "
             f"{high:+.4f}] nats"

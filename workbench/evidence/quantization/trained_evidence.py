@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.evidence.harness import SEEDS, interval
+from workbench.evidence.harness import SEEDS, below, interval
 from workbench.evidence.quantization.evidence import CALIBRATION, opened
 from workbench.progress import Progress
 from workbench.quantization.quantize import Quantize
@@ -147,7 +147,7 @@ def trained(method: str, bits: int) -> Callable[[str, Progress], dict[str, Any]]
             ]
         mean, low, high = interval([a - b for a, b in zip(losses["aware"], losses["late"], strict=True)])
         return {
-            "holds": mean < 0,
+            "holds": below(low, high),
             "note": f"bytelm, aware minus rounded at the end {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats",
             "rows": losses,
             "validation_loss": tuning,
@@ -191,7 +191,7 @@ def compared(
             f"{high:+.4f}] nats at {width:.2f} bits on average against {dict(comparator)}"
         )
         return {
-            "holds": mean < 0,
+            "holds": below(low, high),
             "note": note,
             "rows": rows,
             "settings": shared | dict(method),
@@ -226,7 +226,7 @@ def merged(name: str, progress: Progress) -> dict[str, Any]:
         )
     mean, low, high = interval([r["l4q"] - r["merged"] for r in rows])
     return {
-        "holds": mean < 0,
+        "holds": below(low, high),
         "note": (
             f"digits-vit, 2 bits, minus QLoRA merged and rounded {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats"
         ),

@@ -69,7 +69,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than nearest rounding with a zero point at 3 bits",
         None,
-        recipe=(("quantize", {"rounding": "hqq", "format": "int3", "format.symmetric": False}),),
+        recipe=(("quantize", {"rounding": "hqq", "format": "uint3"}),),
     ),
     Method(
         "asymmetric-calibration",
