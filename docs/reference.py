@@ -222,6 +222,9 @@ def fields_of(cls: type[BaseModel]) -> list[tuple[str, ...]]:
 
 def accepted(info: FieldInfo) -> str:
     """What a field accepts: its choices, or its type and bounds."""
+    extra = info.json_schema_extra
+    if isinstance(extra, dict) and extra.get("axis"):
+        return f"an entry of the axis `{extra['axis']}`"
     if get_origin(info.annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(info.annotation))
     return ", ".join(code_cell(text) for text in (annotation(info.annotation), bounds_text(info)) if text)

@@ -141,3 +141,14 @@ def test_links_that_lead_nowhere_and_what_is_loaded_from_elsewhere_are_found(tmp
     (tmp_path / "a.html").write_text("".join(bad))
     (tmp_path / "s.css").write_text("@import 'https://example.org/f.css'; a { background: url(p.png) }")
     assert len(check_links.problems(tmp_path)) == len(bad) + 1
+
+
+def test_links_between_pages_lead_to_pages(source: tuple[Path, dict[str, Path]]) -> None:
+    """A page that is renamed, generated ones included, is noticed where it is linked from."""
+    pages, _ = source
+    lost = []
+    for page in pages.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#\s:]+\.md)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not (page.parent / target).is_file():
+                lost.append(f"{page.relative_to(pages)}: {target}")
+    assert lost == []

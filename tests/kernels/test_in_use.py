@@ -25,7 +25,8 @@ from workbench.pruning.pattern import Tiles, make_mask
 from workbench.pruning.solvers import fisher, obs, ziplm
 from workbench.quantization.activations import sequential
 from workbench.quantization.number import grid
-from workbench.quantization.number.formats import Minifloat, named
+from workbench.quantization.number.elements import Minifloat
+from workbench.quantization.number.formats import named
 from workbench.quantization.rotation import fold
 from workbench.quantization.rounding import feedback
 from workbench.quantization.transform import coordinates

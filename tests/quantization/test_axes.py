@@ -16,7 +16,8 @@ from workbench.axis import AXES, Axis, Choice, Options, axis_of, parameter
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.quantization import Allocate, LayerSensitivity, Quantize, Rotate, TrainQuantized, named
-from workbench.quantization.number.formats import Codebook, Format
+from workbench.quantization.number.elements import Codebook
+from workbench.quantization.number.formats import Format
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 from workbench.quantization.number.split_grid import SALIENT, Wide

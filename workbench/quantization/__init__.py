@@ -5,8 +5,9 @@ from workbench.quantization.allocation.allocate import Allocate
 from workbench.quantization.allocation.layer_sensitivity import LayerSensitivity
 from workbench.quantization.allocation.width_cost import WIDTH_COST
 from workbench.quantization.export import to_compressed_tensors, to_onnx
+from workbench.quantization.number.elements import Codebook
 from workbench.quantization.number.fake_quant import FakeQuant
-from workbench.quantization.number.formats import Codebook, Format, named
+from workbench.quantization.number.formats import Format, named
 from workbench.quantization.number.grid import Grid, fit
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 from workbench.quantization.number.split_grid import SALIENT

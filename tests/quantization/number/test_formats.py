@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from workbench.errors import BadInput
-from workbench.quantization.number.formats import Codebook, lloyd_max, named, normal_float
+from workbench.quantization.number.elements import Codebook, lloyd_max, normal_float
+from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from workbench.errors import BadInput
 from workbench.kernels.quantized.quantize import quantize_dequantize
-from workbench.quantization.number.formats import Format, Integer, Minifloat
+from workbench.quantization.number.elements import Integer, Minifloat
+from workbench.quantization.number.formats import Format
 from workbench.quantization.transform.coordinates import Transform
 
 E4M3 = Minifloat(8, 4, 3, "fn")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.axis import Choice, Options, parameter
-from workbench.quantization.number.formats import Integer
+from workbench.quantization.number.elements import Integer
 from workbench.quantization.number.grid import Grid, stored
 from workbench.quantization.number.split_grid import SplitGrid
 from workbench.quantization.rounding.problem import Problem
