@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from workbench.measures.reference import Reference, distance_facts, reference_of
+from workbench.measures.reference import Reference, distance_facts, measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import (
     KeyValueQuant,
@@ -23,8 +23,7 @@ from workbench.quantization.activations.activations import (
 from workbench.quantization.quantize_check import check
 from workbench.quantization.quantize_result import QuantizeResult
 from workbench.quantization.quantize_settings import QuantizeSettings
-from workbench.quantization.quantized_layer import effective, layer_row, mask_of, moments_for, put, ranges_for
-from workbench.quantization.rounding.adapters import Term
+from workbench.quantization.quantized_layer import ranges_for
 from workbench.quantization.rounding_order import Inputs, RoundingOrder
 from workbench.quantization.rounds import Rounds
 from workbench.quantization.transform.flatquant import input_rows
@@ -51,34 +50,21 @@ class Quantize(QuantizeSettings):
         layers = on.layers(self.layers)
         reference = self._reference(on, progress)
         before = self._losses(on, progress)
-        moments = moments_for(on, layers, self.calibration_examples, progress)
-        dense = on.copy() if self.sequential else on
-        order = RoundingOrder(self, on, dense, layers, moments, self._inputs(on, layers, progress), progress)
-        rows: list[dict[str, Any]] = []
-        deltas: dict[str, Tensor] = {}
-        grids: dict[str, Grid] = {}
-        terms: dict[str, Term | None] = {}
-        revived = 0
-        for layer, values, grid, term in order:
-            weight = layer.weight.detach()
-            delta = effective(values, term) - weight.float()
-            revived += revived_in(layer, weight, delta)
-            deltas[layer.name], grids[layer.name], terms[layer.name] = delta.to(weight.dtype), grid, term
-            rows.append(layer_row(layer, weight.float(), delta, grid, moments[layer.name], term))
-            if self.sequential:
-                put(layer, values, grid, term)
-        table = pd.DataFrame(rows)
-        facts: dict[str, Any] = {"revived": revived} if revived else {}
-        if self.predict_examples and rows:
-            facts |= self._predict(dense, table, deltas, progress)
-        if not self.sequential:
-            for layer in layers[: len(rows)]:
-                term = terms[layer.name]
-                values = layer.weight.detach() + deltas[layer.name]
-                if term is not None:
-                    values = values - (term[0] @ term[1]).to(values.dtype)
-                put(layer, values, grids[layer.name], term)
-        self._round_activations(on, layers[: len(rows)], grids, moments, progress)
+        dense = on.copy() if self.sequential and not self.walks else on
+        order = RoundingOrder(self, on, dense, layers, self._inputs(on, layers, progress), progress)
+        run = Rounds(self, keeps_dense=bool(self.predict_examples))
+        for layer, values, grid, term, moments in order:
+            run.add(layer, values, grid, term, moments)
+        table = pd.DataFrame(run.rows)
+        facts: dict[str, Any] = {"revived": run.revived} if run.revived else {}
+        if self.predict_examples and run.rows:
+            deltas = run.deltas()
+            with run.dense_weights(on):
+                facts |= self._predict(on, table, deltas, progress)
+            del deltas
+        run.finish()
+        self._round_activations(on, run, progress)
+        near = measured_beside(reference, on, "test", progress=progress) if reference else {}
         after = self._losses(on, progress)
         facts = summary_facts(table, before, after) | facts | distance_facts(near)
         if self.predict_examples:
@@ -141,13 +127,6 @@ class Quantize(QuantizeSettings):
         table["predicted_second"] = [found.by_layer[name][1] for name in table["layer"]]
         table["predicted_change"] = table["predicted_first"] + table["predicted_second"]
         return {"predicted_change": float(found.total)}
-
-
-def revived_in(layer: Layer, weight: Tensor, delta: Tensor) -> int:
-    """Weights that are zero, by no mask that would keep them so, and get a value."""
-    free = (weight == 0) & (delta != 0)
-    mask = mask_of(layer)
-    return int((free if mask is None else free & mask).sum())
 
 
 def summary_facts(

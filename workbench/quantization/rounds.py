@@ -11,7 +11,7 @@ from torch import Tensor
 from workbench.quantization.activations.activations import widest
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.quantize_settings import QuantizeSettings
-from workbench.quantization.quantized_layer import effective, layer_row, put
+from workbench.quantization.quantized_layer import effective, layer_row, mask_of, put
 from workbench.quantization.rounding.adapters import Term
 from workbench.quantization.transform.coordinates import Transform
 from workbench.statistics import InputMoments
@@ -30,6 +30,7 @@ class Rounds:
         self.settings, self.keeps_dense = settings, keeps_dense
         self.at_once = settings.sequential or not settings.by_blocks
         self.layers: list[Layer] = []
+        self.revived = 0  # weights that came in as zeros, by no mask, and are none now
         self.rows: list[dict[str, Any]] = []
         self.transforms: dict[str, Transform | None] = {}
         self.wide: dict[str, Tensor] = {}
@@ -40,6 +41,7 @@ class Rounds:
         """One layer's values (..., out, in), with the second moments of what it reads."""
         weight = layer.weight.detach()
         delta = effective(values, term) - weight.float()
+        self.revived += revived_in(layer, weight, delta)
         self.layers.append(layer)
         self.rows.append(layer_row(layer, weight.float(), delta, grid, moments, term))
         self.transforms[layer.name] = transform = grid.transform
@@ -84,3 +86,10 @@ class Rounds:
         for layer, values, grid, term in self.waiting:
             put(layer, values, grid, term)
         self.waiting, self.dense = [], {}
+
+
+def revived_in(layer: Layer, weight: Tensor, delta: Tensor) -> int:
+    """Weights that are zero, by no mask that would keep them so, and get a value."""
+    free = (weight == 0) & (delta != 0)
+    mask = mask_of(layer)
+    return int((free if mask is None else free & mask).sum())
