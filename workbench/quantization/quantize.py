@@ -48,7 +48,7 @@ class Quantize(QuantizeSettings):
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
         before = self._losses(on, progress)
-        dense = on.copy() if self.sequential and not self.walks else on
+        dense = on.copy() if self.in_sequence and not self.walks else on
         order = RoundingOrder(self, on, dense, layers, self._inputs(on, layers, progress), progress)
         run = Rounds(self, keeps_dense=bool(self.predict_examples))
         for layer, values, grid, term, moments in order:
