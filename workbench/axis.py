@@ -437,7 +437,7 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
         start = values.get(name, default)
         if start is None:
             raise BadInput(f"{name}: is missing; known: {', '.join(home.entries)}")
-        said = home.said_by(start) if name in mine else {}
+        said = home.said_by(start) if name in named else {}
         more = options.pop(name, {})
         if name in named:
             no_contradiction(name, start, said, more)

@@ -27,6 +27,7 @@ from workbench.errors import BadInput
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import cache_folder
+from workbench.unfinished import journal
 from workbench.version import __version__, surroundings, threads, versions
 
 
@@ -74,9 +75,12 @@ class Instrument(Fields):
     def result(self, table: pd.DataFrame, facts: dict[str, Any] | None = None, **more: Any) -> Result:
         return self.result_class()(instrument=self, table=table, facts=facts or {}, **more)
 
-    def run(self, on: Any, progress: Progress | None = None, cache: bool = True) -> Result:
+    def run(
+        self, on: Any, progress: Progress | None = None, cache: bool = True, fresh: bool = False
+    ) -> Result:
         """Run on a Subject (or Runs). The same fields on the same subject with the same code come from
-        the cache.
+        the cache; one that was interrupted while it trained goes on from there, unless it is to begin
+        `fresh`.
         """
         progress = progress or TextProgress()
         key = self.key(on)
@@ -92,15 +96,33 @@ class Instrument(Fields):
         if hasattr(on, "check_finite"):
             on.check_finite()
         self.check(on)
-        result = self._measure(on, progress, key)
-        if cache and self.cached and not result.partial:
-            result.save(slot, with_subject=False)
+        with journal(key, self.about(on), progress, fresh) as kept:
+            result = self._measure(on, progress, key)
+            stored = cache and self.cached and not result.partial
+            if stored:
+                result.save(slot, with_subject=False)
+            if stored or (kept.root and not result.partial):
+                kept.clear()
         return result
 
+    def about(self, on: Any) -> dict[str, Any]:
+        """What this run is, for whoever finds what it has left."""
+        return {
+            "instrument": self.name(),
+            "fields": self.model_dump(mode="json"),
+            "on": getattr(on, "name", type(on).__name__),
+            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
     def _again(self, on: Any, count: int) -> Any:
-        """The subject of a cached run, computed with the threads that its key tells."""
+        """The subject of a cached run, computed with the threads that its key tells; a part of a training is
+        not that subject.
+        """
         with threads(count):
-            return self.run(on, cache=False).subject
+            result = self.run(on, cache=False)
+        if result.partial:
+            raise KeyboardInterrupt
+        return result.subject
 
     def stored(self, on: Any) -> bool:
         """True when this exact run is in the cache."""

@@ -284,6 +284,11 @@ class Subject:
         exact whatever the batch size.
         """
         progress = progress or Progress()
+        if self.task.targets in self.task.columns and self.task.targets not in self.split(split):
+            raise BadInput(
+                f"split: {split!r} has no column {self.task.targets}, only {', '.join(self.split(split))}; "
+                "give the targets, or another split"
+            )
         sums: dict[str, float] = {}
         was_training, total, items = self.model.training, 0.0, 0
         self.model.eval()
