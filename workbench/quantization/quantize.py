@@ -50,7 +50,7 @@ class Quantize(QuantizeSettings):
         layers = on.layers(self.layers)
         reference = self._reference(on, progress)
         before = self._losses(on, progress)
-        dense = on.copy() if self.sequential and not self.walks else on
+        dense = on.copy() if self.in_sequence and not self.walks else on
         order = RoundingOrder(self, on, dense, layers, self._inputs(on, layers, progress), progress)
         run = Rounds(self, keeps_dense=bool(self.predict_examples))
         for layer, values, grid, term, moments in order:

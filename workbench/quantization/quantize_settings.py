@@ -48,7 +48,9 @@ class QuantizeSettings(SubjectInstrument):
     salient: Choice = SALIENT.choice("none")
     adapter: Choice = ADAPTER.choice("none")
     sequential: bool = parameter(
-        False, "block by block: calibrate on the inputs that the already quantized blocks produce"
+        True,
+        "block by block: calibrate on the inputs that the already quantized blocks produce; else on the "
+        "dense model's (no difference where nothing but the weights is read)",
     )
     within: bool = parameter(
         False,
@@ -120,6 +122,17 @@ class QuantizeSettings(SubjectInstrument):
     def by_blocks(self) -> bool:
         """True for a learned rounding that reconstructs what blocks put out."""
         return self.rounding.has("learned") and self.rounding.options.objective.has("by blocks")
+
+    @property
+    def reads_inputs(self) -> bool:
+        """True when what the layers read decides how they are rounded."""
+        parts = (self.rounding, self.transform, self.salient)
+        return self.range == "mse" or any(part.entry.needs == "inputs" for part in parts)
+
+    @property
+    def in_sequence(self) -> bool:
+        """True when a block is rounded once those before it are in place."""
+        return self.sequential and (self.reads_inputs or self.paired)
 
     @property
     def paired(self) -> bool:

@@ -171,14 +171,14 @@ class RoundingOrder:
         all of them on the dense inputs while that is little, else block by block.
         """
         settings = self.settings
-        if not settings.sequential and gram_bytes(self.layers) <= KEPT:
+        if not settings.in_sequence and gram_bytes(self.layers) <= KEPT:
             yield self.layers, self.moments
             return
         walk = Walk(
             self.on,
             self.layers,
             settings.calibration_examples,
-            sequential=settings.sequential,
+            sequential=settings.in_sequence,
             within=settings.within,
             progress=self.progress,
         )
@@ -205,7 +205,7 @@ class RoundingOrder:
     def sources(self, block: str, layers: Sequence[Layer]) -> dict[str, Source]:
         """What the layers of a block read, measured anew where the blocks before it are rounded already."""
         moments, cross = self.moments, dict[str, Tensor]()
-        if self.settings.sequential:
+        if self.settings.in_sequence:
             moments, cross = paired_moments(
                 self.dense,
                 self.on,
@@ -256,10 +256,10 @@ class RoundingOrder:
         layers = [layer for _, mine in inside for layer in mine]
         examples, rounding = self.settings.calibration_examples, self.settings.rounding
         calls = [block_calls(self.on, block, examples) for block in blocks]
-        wanted = block_calls(self.dense, blocks[-1], examples) if self.settings.sequential else calls[-1]
+        wanted = block_calls(self.dense, blocks[-1], examples) if self.settings.in_sequence else calls[-1]
         targets = [[call.output for call in wanted]]
         angular = modules[layers[0].name][0].angular
-        if angular and self.settings.sequential:
+        if angular and self.settings.in_sequence:
             targets.append([call.output for call in calls[-1]])
         reconstruct(
             self.on.model,

@@ -28,7 +28,7 @@ class Rounds:
 
     def __init__(self, settings: QuantizeSettings, keeps_dense: bool) -> None:
         self.settings, self.keeps_dense = settings, keeps_dense
-        self.at_once = settings.sequential or not settings.by_blocks
+        self.at_once = settings.in_sequence or not settings.by_blocks
         self.layers: list[Layer] = []
         self.revived = 0  # weights that came in as zeros, by no mask, and are none now
         self.rows: list[dict[str, Any]] = []
@@ -50,7 +50,7 @@ class Rounds:
             assert moments.gram is not None
             moved = moments.gram[0] if transform is None else transform.gram(moments.gram[0])
             self.wide[layer.name] = widest(moved, options.wide_share)
-        if not self.settings.sequential:
+        if not self.settings.in_sequence:
             values = weight + delta.to(weight.dtype)
             if term is not None:
                 values = values - (term[0] @ term[1]).to(values.dtype)

@@ -69,7 +69,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "clipping-search": against({"range": "mse"}, NEAREST),
     "asymmetric-calibration": against(
         {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True, "target": "outputs"},
-        {"rounding": "gptq", "format": "int2", "range": "mse"},
+        {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": False},
         ("bytelm",),
     ),
     "hawq-v2": allocations("trace"),

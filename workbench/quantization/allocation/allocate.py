@@ -155,6 +155,7 @@ class Allocate(SubjectInstrument):
             group_size=self.group_size,
             range=self.range,
             rounding=self.rounding,
+            sequential=False,
             calibration_examples=self.calibration_examples,
             predict_examples=0,
             test_examples=self.test_examples,

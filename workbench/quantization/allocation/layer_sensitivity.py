@@ -326,6 +326,7 @@ class LayerSensitivity(SubjectInstrument):
             group_size=self.group_size,
             range=self.range,
             rounding=self.rounding,
+            sequential=False,
             calibration_examples=self.calibration_examples,
             seed=self.seed,
         )

@@ -73,6 +73,7 @@ class PtqOrQat(SubjectInstrument):
             format=f"int{width}",
             granularity="channel",
             range="mse",
+            sequential=False,
             calibration_examples=self.calibration_examples,
             predict_examples=0,
             test_examples=self.test_examples,
