@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from workbench.errors import BadInput, unknown_name
+from workbench.errors import BadInput, Stopped, unknown_name
 
 #: command -> the function that does it; imported when it is asked for
 COMMANDS = {
@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, function = COMMANDS[arguments[0]].split(":")
         done: int = getattr(importlib.import_module(module), function)(arguments[1:])
         return done
+    except Stopped as error:
+        print(f"workbench: {error}", file=sys.stderr)
+        return 130
     except BadInput as error:
         print(f"workbench: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,10 @@ class BadInput(ValueError):
     """
 
 
+class Stopped(BadInput):
+    """Somebody asked to stop before there was anything to report."""
+
+
 def unknown_name(field: str, name: object, known: Iterable[str], otherwise: str = "") -> BadInput:
     """`name` is not one of the known ones; the closest is offered. `otherwise`: what is accepted besides."""
     names = list(known)

@@ -23,6 +23,7 @@ import pandas as pd
 
 from workbench.axis import Fields, entries_in, parameter
 from workbench.code_version import code_version
+from workbench.errors import BadInput, Stopped
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import cache_folder
@@ -137,7 +138,7 @@ class Instrument(Fields):
         np.random.seed(self.seed)
         began = time.perf_counter()
         with interrupt_stops(progress):
-            result = self._run(prepared, progress)
+            result = self._run_or_stop(prepared, progress)
         if isinstance(progress, TextProgress):
             progress.close()
         result.partial = result.partial or progress.partial
@@ -146,6 +147,17 @@ class Instrument(Fields):
             assert result.subject is not None, f"{self.name()} declares changes_model and returned no subject"
             result.subject.adopt(parent=on, instrument=self, fingerprint=None if result.partial else key)
         return result
+
+    def _run_or_stop(self, on: Any, progress: Progress) -> Result:
+        """What came of it. What a Stop has left too empty to be summed up is no fault of anybody's."""
+        try:
+            return self._run(on, progress)
+        except BadInput:
+            raise
+        except Exception as error:
+            if not progress.stop.is_set():
+                raise
+            raise Stopped(f"{self.name()}: stopped before there was anything to report") from error
 
     def key(self, on: Any) -> str:
         """Hash of fields, subject fingerprint, code, versions of libraries, device and threads:

@@ -136,13 +136,15 @@ def killed_at(
     out, before = tmp_path / "out", 0
     for moment in moments:
         process = started(command(name, steps, subject, out), cache)
-        wait_for_step(process, cache, min(before + 1 + round(moment * steps / len(moments)), steps - 1))
+        wait_for_step(process, cache, min(before + 1 + round(moment * 8), steps - 1))
         time.sleep(draw.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         _, _, errors = ended(process)
         assert "Traceback" not in errors
+        if process.returncode == 0:  # it was faster
+            return assert_same_files(whole, out)
         now = kept_step(cache)
-        assert now >= before or not (cache / "unfinished").exists()
+        assert now >= before
         before = now
     code, said, errors = ended(started(command(name, steps, subject, out), cache))
     assert code == 0 and "partial" not in said, errors
@@ -156,7 +158,7 @@ def killed_at(
 
 def test_killed_then_stopped_then_done(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     """Fault 42: SIGTERM kept nothing. One run is killed without a word, the next is asked to end: its partial
-    result is named so, and the third call completes, bit for bit.
+    result is named so, and the checkpoint is further on.
     """
     cache, out, steps = tmp_path / "cache", tmp_path / "out", 2000
     arguments = command("prune", steps, checkpoints["vit"], out)
@@ -181,7 +183,7 @@ def test_killed_then_stopped_then_done(tmp_path: Path, checkpoints: dict[str, Pa
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_at_random_moments(name: str, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     draw = random.Random(name)
-    killed_at(name, [draw.random() for _ in range(10)], 60, tmp_path, checkpoints["vit"], draw)
+    killed_at(name, [draw.random() for _ in range(10)], 300, tmp_path, checkpoints["vit"], draw)
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
