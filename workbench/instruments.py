@@ -93,6 +93,8 @@ class Instrument(Fields):
                 count = result.provenance["threads"]
                 result.subject = on.derived(self, key, lambda: self._again(on, count))
             return result
+        if hasattr(on, "check_finite"):
+            on.check_finite()
         self.check(on)
         with journal(key, self.about(on), progress, fresh) as kept:
             result = self._measure(on, progress, key)
@@ -134,11 +136,13 @@ class Instrument(Fields):
             if hasattr(on, "prepared")
             else on
         )
+        if hasattr(prepared, "check_outputs_finite"):
+            prepared.check_outputs_finite()
         torch.manual_seed(self.seed)
         np.random.seed(self.seed)
         began = time.perf_counter()
         with interrupt_stops(progress):
-            result = self._run_or_stop(prepared, progress)
+            result = self._explained(on, prepared, progress)
         if isinstance(progress, TextProgress):
             progress.close()
         result.partial = result.partial or progress.partial
@@ -148,16 +152,24 @@ class Instrument(Fields):
             result.subject.adopt(parent=on, instrument=self, fingerprint=None if result.partial else key)
         return result
 
-    def _run_or_stop(self, on: Any, progress: Progress) -> Result:
-        """What came of it. What a Stop has left too empty to be summed up is no fault of anybody's."""
+    def _explained(self, on: Any, prepared: Any, progress: Progress) -> Result:
+        """`_run`; a failure that a Stop has left is no fault of anybody's; another one, or facts that are NaN, are explained by the subject's own numbers where
+        those are not finite.
+        """
         try:
-            return self._run(on, progress)
-        except BadInput:
+            result = self._run(prepared, progress)
+        except (BadInput, MemoryError):
             raise
         except Exception as error:
-            if not progress.stop.is_set():
-                raise
-            raise Stopped(f"{self.name()}: stopped before there was anything to report") from error
+            if progress.stop.is_set():
+                raise Stopped(f"{self.name()}: stopped before there was anything to report") from error
+            if hasattr(on, "not_finite") and (told := on.not_finite()):
+                raise BadInput(told) from error
+            raise
+        undefined = [name for name, value in result.facts.items() if is_nan(value)]
+        if undefined and hasattr(on, "not_finite") and (told := on.not_finite()):
+            raise BadInput(told)
+        return result
 
     def key(self, on: Any) -> str:
         """Hash of fields, subject fingerprint, code, versions of libraries, device and threads:
@@ -201,6 +213,10 @@ class SubjectInstrument(Instrument):
         "where to compute: auto (the best present), cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
+
+
+def is_nan(value: Any) -> bool:
+    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
 
 
 def provenance(instrument: Instrument, on: Any, seconds: float) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Method cards of quantization."""
+"""Method cards of quantization, from where each kind of method is."""
 
 from __future__ import annotations
 
 from workbench.names import Method
-from workbench.quantization.trained.method_cards import METHODS as TAUGHT
 
 METHODS: list[Method] = [
     Method(
@@ -204,7 +203,18 @@ METHODS: list[Method] = [
         "GPTQ against the dense output on quantized inputs has lower loss than GPTQ on dense inputs at 2 "
         "bits",
         None,
-        recipe=(("quantize", {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True}),),
+        recipe=(
+            (
+                "quantize",
+                {
+                    "rounding": "gptq",
+                    "format": "int2",
+                    "range": "mse",
+                    "sequential": True,
+                    "target": "outputs",
+                },
+            ),
+        ),
     ),
     Method(
         "hawq-v2",
@@ -532,6 +542,7 @@ METHODS: list[Method] = [
                     "rounding": "scales",
                     "rounding.objective": "block",
                     "sequential": True,
+                    "target": "outputs",
                 },
             ),
         ),

@@ -32,6 +32,7 @@ from torch.nn.utils import parametrize
 from workbench.progress import Progress
 from workbench.pruning.recovery.recovery import SETTINGS
 from workbench.pruning.recovery.trainable import set_trainable
+from workbench.pruning.sparse_training.side_terms import add_low_rank
 from workbench.subjects import Batch, Layer, Subject, bake
 from workbench.subjects.structure.channels import channels
 from workbench.subjects.structure.dimensions import smallest_units
@@ -149,13 +150,16 @@ def learn_channels(
     """Train, in place, and merge; returns (kept (hidden,), curve).
     The model computes its outputs over the kept channels once they are cut.
 
-    `kind` low-rank trains the modules, biases and norms; finetune all weights but the embeddings besides.
+    `kind` low-rank trains the modules, biases, norms and an adapter on every matrix of the blocks (the
+    authors' `find_all_linear_names`); finetune all weights but the embeddings in the adapters' place.
     settings : of the run, where they differ from recovery's.
     """
     bake(on.model)
     size, device = channels(on.model), on.device
     generator = torch.Generator().manual_seed(seed)
     was = {name: p.requires_grad for name, p in on.model.named_parameters()}
+    if kind == "low-rank":
+        add_low_rank(on.layers("blocks"), rank, beside=False, generator=generator)
     parameters = list(set_trainable(on, "adapters" if kind == "low-rank" else "all"))
     transforms = []
     for layer in writers(on):
