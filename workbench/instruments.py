@@ -153,8 +153,8 @@ class Instrument(Fields):
         return result
 
     def _explained(self, on: Any, prepared: Any, progress: Progress) -> Result:
-        """`_run`; a failure that a Stop has left is no fault of anybody's; another one, or facts that are NaN, are explained by the subject's own numbers where
-        those are not finite.
+        """`_run`; a failure, or facts that are NaN, are explained by the subject's own numbers where
+        those are not finite; what a Stop has left too empty to be summed up is no fault of anybody's.
         """
         try:
             result = self._run(prepared, progress)

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench.measures.reference import Reference, distance_facts, measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import (
     KeyValueQuant,
@@ -47,6 +48,7 @@ class Quantize(QuantizeSettings):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
+        reference = self._reference(on, progress)
         before = self._losses(on, progress)
         dense = on.copy() if self.sequential and not self.walks else on
         order = RoundingOrder(self, on, dense, layers, self._inputs(on, layers, progress), progress)
@@ -62,8 +64,9 @@ class Quantize(QuantizeSettings):
             del deltas
         run.finish()
         self._round_activations(on, run, progress)
+        near = measured_beside(reference, on, "test", progress=progress) if reference else {}
         after = self._losses(on, progress)
-        facts = summary_facts(table, before, after) | facts
+        facts = summary_facts(table, before, after) | facts | distance_facts(near)
         if self.predict_examples:
             facts["measured_change"] = after["calibration"]["loss"] - before["calibration"]["loss"]
         return self.result(table, facts, subject=on)
@@ -97,6 +100,12 @@ class Quantize(QuantizeSettings):
             quantize_activations(
                 layer, static.get(name), format, self.activations, run.transforms[name], run.wide.get(name)
             )
+
+    def _reference(self, on: Subject, progress: Progress) -> Reference | None:
+        if not self.test_examples:
+            return None
+        changing = self.layers != "blocks"
+        return reference_of(on, "test", self.test_examples, progress, changing=changing)
 
     def _losses(self, on: Subject, progress: Progress) -> dict[str, dict[str, float]]:
         found = {}

@@ -284,13 +284,13 @@ def answering(module: nn.Module, answer: Any, fresh: bool) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return tree_map(copied, answer) if fresh else answer
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if before is not None:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 def copied(value: Any) -> Any:
