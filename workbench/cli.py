@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from workbench.errors import BadInput, Notice, unknown_name
+from workbench.errors import BadInput, Notice, Stopped, unknown_name
 
 #: command -> the function that does it; imported when it is asked for
 COMMANDS = {
@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         done: int = getattr(importlib.import_module(module), function)(arguments[1:])
         sys.stdout.flush()  # a reader that has left is noticed here, not when the interpreter ends
         return done
+    except Stopped as error:
+        print(f"workbench: {error}", file=sys.stderr)
+        return 130
     except BadInput as error:
         print(f"workbench: {error}", file=sys.stderr)
         return 2

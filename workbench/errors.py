@@ -15,6 +15,10 @@ class BadInput(ValueError):
     """
 
 
+class Stopped(BadInput):
+    """Somebody asked to stop before there was anything to report."""
+
+
 class Notice(UserWarning):
     """Something a user should know that stops nothing: one line."""
 

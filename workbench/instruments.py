@@ -24,7 +24,7 @@ import pandas as pd
 
 from workbench.axis import Fields, entries_in, parameter
 from workbench.code_version import code_version
-from workbench.errors import BadInput, notice
+from workbench.errors import BadInput, Stopped, notice
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import CannotWrite, cache_folder
@@ -154,13 +154,15 @@ class Instrument(Fields):
 
     def _explained(self, on: Any, prepared: Any, progress: Progress) -> Result:
         """`_run`; a failure, or facts that are NaN, are explained by the subject's own numbers where
-        those are not finite.
+        those are not finite; what a Stop has left too empty to be summed up is no fault of anybody's.
         """
         try:
             result = self._run(prepared, progress)
         except (BadInput, MemoryError):
             raise
         except Exception as error:
+            if progress.stop.is_set():
+                raise Stopped(f"{self.name()}: stopped before there was anything to report") from error
             if hasattr(on, "not_finite") and (told := on.not_finite()):
                 raise BadInput(told) from error
             raise

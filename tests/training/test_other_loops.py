@@ -11,10 +11,12 @@ import torch
 
 import workbench
 from workbench.progress import Progress
-from workbench.pruning import Prune, TrainSparse
+from workbench.pruning import Prune, Subtune, TrainSparse
 from workbench.pruning.recovery.recovery import Recovery
 from workbench.quantization import TrainQuantized
 from workbench.subjects import Subject
+from workbench.training import Train
+from workbench.training.loop import Training
 
 OTHER: dict[str, Any] = {"optimizer": "lion", "schedule": "cosine", "precision": "bf16"}
 
@@ -85,3 +87,60 @@ def test_recovery_in_parts_is_recovery_in_one(checkpoints: Any) -> None:
     assert torch.equal(expected, found) and whole.curve == parts.curve and whole.done == 8
     rates = [row["lr"] for row in whole.run.rows]
     assert [row["lr"] for row in late.run.rows] == pytest.approx(rates[3:]) and late.curve[0]["step"] == 4
+
+
+TRAINERS: dict[str, Any] = RUNS | {
+    "train": Train(steps=4, batch_size=8),
+    "subtune": Subtune(steps=4, batch_size=8, most=1),
+}
+LOOP: dict[str, Any] = {
+    "optimizer": "lion",
+    "schedule": "linear",
+    "precision": "bf16",
+    "micro_batch": 3,
+    "clip": 0.25,
+}
+
+
+class Begun(Exception):
+    """A training has begun."""
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_settings_of_the_loop_reach_it(name: str, checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kind: a trainer with settings of its own in place of the loop's, or that hands only some of them on
+    (Subtune had its own learning rate, and always AdamW on a cosine).
+    """
+    begun: list[Any] = []
+
+    def found(run: Training) -> None:
+        begun.append(run)
+        raise Begun
+
+    monkeypatch.setattr(Training, "begin", found)
+    run = TRAINERS[name]
+    if isinstance(run, Prune):
+        run = run.with_fields(**{f"recovery.{field}": value for field, value in LOOP.items()})
+    else:
+        own = {"schedule": "schedule"} if name == "train" else {"schedule": "learning_rate_schedule"}
+        run = run.with_fields(**{own.get(field, field): value for field, value in LOOP.items()})
+    with pytest.raises(Begun):
+        run.run(workbench.subject(checkpoints["vit"], data="random"), Progress(), cache=False)
+    settings = begun[0].settings
+    assert "Lion" in type(begun[0].optimizer).__name__ or any(
+        "Lion" in type(part).__name__ for part in begun[0].optimizer.parts
+    )
+    assert str(settings.schedule) == "linear" and str(settings.precision) == "bf16"
+    assert settings.micro_batch == 3 and settings.clip == 0.25
+
+
+def test_no_instrument_trains_beside_the_loop() -> None:
+    """Whatever has steps or a learning rate has all of the loop's settings. Self-tuning alone does not: it
+    steps on two losses in turn, of the weights and of their hyperparameters.
+    """
+    of_the_loop = {"optimizer", "micro_batch", "clip", "precision"}
+    trainers = {type(run).name() for run in TRAINERS.values()}
+    for name, cls in workbench.catalog().items():
+        fields = set(cls.model_fields)
+        if name != "self-tuning" and cls.changes_model and {"steps", "learning_rate"} & fields:
+            assert name in trainers and of_the_loop <= fields, name

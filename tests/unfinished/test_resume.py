@@ -103,6 +103,7 @@ RUNS: dict[str, tuple[Any, str]] = {
     "regrow": (TrainSparse(masks={"name": "regrow", "period": 2}, **SPARSE), "train"),
     "ast": (TrainSparse(method="ast", **SPARSE), "train"),
     "gates": (TrainSparse(method="block-movement", pattern="hybrid 16x16", **SPARSE), "train"),
+    "movement": (TrainSparse(method="movement", **SPARSE), "train"),
     "pst": (TrainSparse(method="pst", **SPARSE), "train"),
     "slope": (TrainSparse(method="slope", pattern="2:4", steps=8, batch_size=8), "train"),
     "half": (TrainSparse(method="hft", stages=2, **SPARSE), "train"),

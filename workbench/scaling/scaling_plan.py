@@ -118,7 +118,7 @@ class ScalingPlan(ScalingFit):
         tables["trajectory"] = trajectory(
             draws, plan["params"], plan["tokens"], level=self.level, fixed=fixed
         )
-        tables["frontier"] = self._frontier(draws, budget, fixed, on)
+        tables["frontier"] = self._frontier(draws, budget, fixed, on, progress)
         if self.inference_tokens:
             tables["inference"] = inference_aware(
                 draws, plan["loss"], self.inference_tokens, self.level, fixed=fixed
@@ -143,10 +143,12 @@ class ScalingPlan(ScalingFit):
             plan.table, facts, tables=tables, arrays={"theta": found.theta, "draws": draws.theta}
         )
 
-    def _frontier(self, draws: Draws, budget: float, fixed: dict[str, float], on: Runs) -> pd.DataFrame:
+    def _frontier(
+        self, draws: Draws, budget: float, fixed: dict[str, float], on: Runs, progress: Progress
+    ) -> pd.DataFrame:
         lowest = float(compute_of(on.table).min())
         rows = []
-        for c in np.geomspace(lowest, max(budget, lowest * 10) * 3, 25):
+        for c in progress.track(np.geomspace(lowest, max(budget, lowest * 10) * 3, 25), "frontier"):
             plan = compute_optimal(draws, float(c), self.level, fixed)
             row: dict[str, float] = {"flops": float(c)}
             for part in plan.table.to_dict("records"):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, Stopped
 from workbench.kernels.sequence.unpadded import unpadded
 from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
@@ -311,6 +311,8 @@ class Subject:
                 for key, value in metrics.items():
                     sums[key] = sums.get(key, 0.0) + value
         self.model.train(was_training)
+        if items == 0 and progress.stopped:
+            raise Stopped(f"split: stopped before anything of {split!r} was measured")
         if items == 0:
             raise BadInput(f"split: {split!r} has no item with a target; check the label column")
         found = {"loss": total / items} | {k: v / items for k, v in sums.items()}

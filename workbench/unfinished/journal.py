@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, Stopped
 from workbench.progress import Progress
 from workbench.storage import cache_folder
 
@@ -127,7 +127,7 @@ def journal(key: str, about: Mapping[str, Any], progress: Progress, fresh: bool 
     token = CURRENT.set(made)
     try:
         yield made
-    except DamagedCheckpoint:
+    except (DamagedCheckpoint, Stopped):
         raise
     except BadInput:
         made.clear()
