@@ -85,7 +85,7 @@ def main() -> None:
             f"ratio {theirs / ours:.0f}"
         )
         seconds, drawn = timed(lambda: bootstrap(found, 1000))
-        print(f"1,000 bootstrap refits: {seconds:.2f} s, {drawn.dropped} not settled")
+        print(f"1,000 bootstrap refits: {seconds:.2f} s, {drawn.unsettled} not settled")
     else:
         print("no published run table beside the checkout: timings skipped")
     if arguments.coverage:

@@ -39,7 +39,7 @@ def test_bootstrap_standard_errors_of_a_straight_line(line):
     found = fit(shape, data, Objective("squares", "linear"))
     for kind in ("runs", "residuals"):
         drawn = bootstrap(found, 2000, kind=kind)
-        assert drawn.dropped == 0
+        assert drawn.unsettled == 0
         sd = drawn.interval().set_index("parameter").sd
         assert sd["b"] == pytest.approx(oracle.stderr, rel=0.3)
         assert sd["a"] == pytest.approx(oracle.intercept_stderr, rel=0.3)

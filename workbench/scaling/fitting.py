@@ -30,6 +30,8 @@ from workbench.scaling.solver import Solutions, descend, distinct, polish
 
 Array = np.ndarray
 DEFAULT_STARTS = 512
+#: Steps for the candidates that are near the best and not yet at rest: a curved valley takes a thousand.
+POLISH_STEPS = 4000
 
 
 @dataclass
@@ -159,6 +161,8 @@ def solve(
         )
     candidates = distinct(coarse, 1e-2)
     fine = polish(problem, coarse.theta[candidates], weights, stop=stop)
+    go_on = np.flatnonzero(~fine.settled & (fine.value <= 2 * np.min(fine.value) + 1e-30))
+    fine = fine.replaced(go_on, polish(problem, fine.theta[go_on], weights, steps=POLISH_STEPS, stop=stop))
     apart = distinct(fine, 1e-4)
     near = [i for i in apart if fine.value[i] <= 1.5 * fine.value[apart[0]] + 1e-30]
     near = [i for i in near if i == apart[0] or certify(problem, fine.theta[i], weights).converged]

@@ -257,8 +257,8 @@ class ScalingFit(Instrument):
                 "as many parameters as runs: the fit passes through the points and nothing can be said "
                 "about error"
             )
-        if drawn is not None and drawn.dropped:
-            facts["resamples_not_settled"] = drawn.dropped
+        if drawn is not None and drawn.unsettled:
+            facts["resamples_not_settled"] = drawn.unsettled
         return facts
 
     def _extrapolate(
