@@ -8,7 +8,7 @@ the scaling):
 2. :func:`polish` uses the exact second derivatives and ends quadratically.
 
 A row is done when the decrease that the next step promises is negligible; what "done" proves is judged
-separately by :mod:`workbench.scaling.certificate`, never by the fact that the loop ended.
+separately by :mod:`workbench.scaling.doubt.certificate`, never by the fact that the loop ended.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def polish(
     """
     low, high = _bounds(problem, len(theta), bounds)
     theta = np.clip(np.array(theta, dtype=np.float64), low, high)
-    s, p = theta.shape
+    s = len(theta)
     value, gradient, majorant = problem.linearise(theta, weights)
     hessian = problem.hessian(theta, weights)
     damping, growth = np.zeros(s), np.full(s, 2.0)

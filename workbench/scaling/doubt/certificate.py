@@ -30,11 +30,11 @@ CURVATURE_LIMIT = 1e-12
 @dataclass(frozen=True)
 class Certificate:
     """slope: largest relative gradient; curvature: smallest eigenvalue of the Hessian scaled to unit diagonal
-    (beyond rounding at a minimum); condition: largest over smallest; flat: parameter combinations that are hardly
-    determined, as text; starts, reached: how many starts, and the share that ended within 0.1 % of the best
-    objective; at_bound: parameters that ended on a limit of their range; idle: parameters that do not change
-    the prediction there, so that a zero slope proves nothing; gain:
-    relative decrease that one more Newton step promises.
+    (beyond rounding at a minimum); condition: largest over smallest; flat: combinations of parameters that
+    are hardly determined, as text; starts, reached: how many starts, and the share that ended within 0.1 %
+    of the best objective; at_bound: parameters that ended on a limit of their range; idle: parameters that do
+    not change the prediction there, so that a zero slope proves nothing; gain: relative decrease that one
+    more Newton step promises.
     """
 
     slope: float
@@ -54,9 +54,7 @@ class Certificate:
         """A minimum: no slope, nothing left to gain, and a curvature that rounding cannot explain."""
         return not self.idle and (
             self.exact
-            or (
-                self.slope <= SLOPE_LIMIT and self.gain < GAIN_LIMIT and self.curvature > CURVATURE_LIMIT
-            )
+            or (self.slope <= SLOPE_LIMIT and self.gain < GAIN_LIMIT and self.curvature > CURVATURE_LIMIT)
         )
 
     @property

@@ -31,11 +31,12 @@ def refit(
     guesses: Array,
     stop: Callable[[], bool] | None = None,
     bounds: tuple[Array, Array] | None = None,
+    patience: int = REFIT_STEPS,
 ) -> tuple[Array, Array, Array]:
     """Minimise once per row of the resampled data (s, rows), from every guess (g, p); the best of each.
 
-    Rows that are not at rest are polished on, and then refitted from the ends of the others. Returns theta
-    (s, p), internal objective (s,), settled (s,): every row has an end, settled or not.
+    Rows that are not at rest are polished on for `patience` steps, and then refitted from the ends of the
+    others. Returns theta (s, p), internal objective (s,), settled (s,): every row has an end, settled or not.
     """
     data = data if isinstance(data, Resample) else Resample(weights=data)
     filled = data.weights if data.weights is not None else data.shift
@@ -51,13 +52,13 @@ def refit(
 
     def again(rows: Array, theta: Array) -> Solutions:
         at = None if bounds is None else (bounds[0][rows], bounds[1][rows])
-        return polish(problem, theta, data.take(rows), REFIT_STEPS, 1e-9, at, stop)
+        return polish(problem, theta, data.take(rows), patience, 1e-9, at, stop)
 
     rows = np.flatnonzero(~end.settled)
-    if len(rows):
+    if len(rows) and patience:
         end = end.replaced(rows, again(rows, end.theta[rows]))
     rows = np.flatnonzero(~end.settled)
-    if len(rows) and len(rows) < s:
+    if len(rows) and len(rows) < s and patience:
         middle = np.median(end.theta[end.settled], axis=0)
         start = descend(
             problem,
@@ -115,7 +116,9 @@ class Bootstrap:
     def correlation(self) -> pd.DataFrame:
         """Correlation of the parameters across resamples, in working coordinates."""
         names = [p.name for p in self.fit.law.free]
-        return pd.DataFrame(np.corrcoef(self.theta.T), index=names, columns=names)
+        with np.errstate(invalid="ignore", divide="ignore"):  # no spread, no correlation: not a number
+            found = np.corrcoef(self.theta.T).reshape(len(names), len(names))
+        return pd.DataFrame(found, index=names, columns=names)
 
 
 def bootstrap(
@@ -124,6 +127,7 @@ def bootstrap(
     seed: int = 0,
     kind: Literal["runs", "residuals"] = "runs",
     stop: Callable[[], bool] | None = None,
+    patience: int = REFIT_STEPS,
 ) -> Bootstrap:
     """Refit on resampled data, starting from every known optimum.
 
@@ -158,7 +162,7 @@ def bootstrap(
         r = fit.residuals
         noise = _residual_noise(fit, (resamples, n), rng)
         data = Resample(shift=r + noise)  # observation + residual = prediction
-    theta, value, settled = refit(problem, data, guesses, stop)
+    theta, value, settled = refit(problem, data, guesses, stop, patience=patience)
     lost = ~np.isfinite(value)
     if lost.all():
         raise BadInput("bootstrap: the law is undefined on every resample; add runs or take a smaller law")
