@@ -30,6 +30,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import workbench
+from workbench.field_text import bounds_text
 from workbench.instruments import Instrument
 from workbench.names import Method
 from workbench.subjects.registry import BUILTINS
@@ -293,14 +294,7 @@ def accepted(info: FieldInfo) -> str:
     """What a field accepts: its choices, or its type and bounds."""
     if get_origin(info.annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(info.annotation))
-    signs = {"gt": "> ", "ge": "≥ ", "lt": "< ", "le": "≤ ", "multiple_of": "a multiple of "}
-    bounds = []
-    for item in info.metadata:
-        bounds += [f"{sign}{getattr(item, key)}" for key, sign in signs.items() if hasattr(item, key)]
-        bounds += [f"at least {item.min_length}"] if getattr(item, "min_length", None) else []
-        if getattr(item, "pattern", None):
-            bounds.append(code_cell(item.pattern))
-    return ", ".join([code_cell(annotation(info.annotation)), *bounds])
+    return ", ".join(code_cell(text) for text in (annotation(info.annotation), bounds_text(info)) if text)
 
 
 def annotation(kind: Any) -> str:
@@ -357,22 +351,17 @@ def methods_page() -> str:
         rows = []
         for card in cards:
             name = f"`{card.name}`<br>{cell(card.title)}"
-            rows.append(
-                (name, cell(card.source), formula(card.formula), card.needs, cell(card.claim), verdict(card))
-            )
+            what = (cell(card.source), formula(card.formula), card.needs, cell(card.claim))
+            rows.append((name, *what, found_here(card)))
         head = ("method", "source", "formula", "needs", "claim", "measured here")
         parts += [f"## {family.capitalize()}", table(head, rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def verdict(card: Method) -> str:
-    """What the stored measurement says of the claim."""
-    measured = card.evidence()
-    if measured is None:
-        return "not yet"
-    subject = measured.get("subject")
-    where = f", on {cell(subject)}" if isinstance(subject, str) and subject else ""
-    return ("holds" if measured.get("holds") else "does not hold") + where
+def found_here(card: Method) -> str:
+    """What the stored measurement says of the claim, and the subject it was measured on."""
+    subject = (card.evidence() or {}).get("subject")
+    return card.verdict() + (f", on {cell(subject)}" if isinstance(subject, str) and subject else "")
 
 
 def axes() -> dict[str, Any]:

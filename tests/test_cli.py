@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.cli import main
+from workbench.storage import VERDICTS, verdict
 
 MODULE = """
 import torch, workbench
@@ -143,6 +145,34 @@ def test_list_names_instruments_subjects_and_methods(capsys):
     text = capsys.readouterr().out
     for word in ("spectrum", "prune", "quantize", "latency", "digits-softmax", "obert", "gptq"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        (None, "not measured"),
+        ({"holds": True}, "holds"),
+        ({"holds": False}, "does not hold"),
+        ({"holds": None}, "cannot be shown here"),
+        ({}, "cannot be shown here"),
+        ({"holds": False, "gate": {"passed": False}}, "cannot be shown here"),
+        ({"holds": True, "gate": {"passed": True}}, "holds"),
+    ],
+)
+def test_a_verdict_is_one_of_four(record, found, tmp_path, monkeypatch, capsys):
+    """What was found of a claim is said in the same words everywhere."""
+    monkeypatch.setenv("WORKBENCH_EVIDENCE", str(tmp_path))
+    card = workbench.method("wanda")
+    if record is not None:
+        (tmp_path / card.family).mkdir()
+        (tmp_path / card.family / "wanda.json").write_text(json.dumps(record))
+        assert card.verdict() == found
+    assert verdict(record) == found and found in VERDICTS
+    assert main(["list", "methods"]) == 0
+    *lines, counts = capsys.readouterr().out.splitlines()[1:]
+    assert record is None or any(line.split()[0] == "wanda" and f" {found} " in line for line in lines)
+    told = dict(part.rsplit(" ", 1) for part in counts.partition(": ")[2].split(", "))
+    assert tuple(told) == VERDICTS and sum(int(n) for n in told.values()) == len(lines)
 
 
 def test_the_command_is_installed():

@@ -40,10 +40,22 @@ def test_help_imports_neither_torch_nor_pandas(arguments: list[str]) -> None:
         ({"ge": 1}, "x >= 1"),
         ({"le": 0.5}, "x <= 0.5"),
         ({}, ""),
+        ({"multiple_of": 8, "ge": 8}, "x >= 8; a multiple of 8"),
     ],
 )
 def test_bounds_are_written_as_people_do(bounds: dict[str, float], text: str) -> None:
     assert bounds_text(_field(bounds)) == text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [("^(gradient|random)$", "gradient or random"), (r"^(auto|cpu|cuda(:\d+)?)$", "")],
+)
+def test_words_that_a_text_may_be_are_named(pattern: str, text: str) -> None:
+    from pydantic import create_model
+
+    made = create_model("Holder", value=(str, parameter("", "", pattern=pattern)))
+    assert bounds_text(made.model_fields["value"]) == text
 
 
 def _field(bounds: dict[str, float]) -> object:

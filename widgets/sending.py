@@ -20,6 +20,7 @@ from workbench.axis import entries_in
 from workbench.errors import BadInput
 from workbench.instruments import Instrument
 from workbench.storage import cache_folder, replacing
+from workbench.subjects.identity import saved_as
 
 NOTEBOOK = "instrument"
 
@@ -37,7 +38,7 @@ def source_of(on: Any) -> str:
     if name and not on.history and workbench.subject(name).fingerprint == on.fingerprint:
         return str(name)
     folder = cache_folder() / "sent" / on.fingerprint
-    if not (folder / "workbench.json").is_file():
+    if saved_as(folder) != on.fingerprint:
         on.save(folder)
     return str(folder)
 

@@ -116,12 +116,17 @@ class Entry:
 
     def place(self) -> tuple[str, int]:
         """The file and line where the value is defined."""
-        import inspect
+        return place_of(self.value)
 
-        target = inspect.unwrap(getattr(self.value, "func", self.value))
-        if not (inspect.isfunction(target) or inspect.isclass(target) or inspect.ismethod(target)):
-            target = type(target)
-        return inspect.getsourcefile(target) or "", inspect.getsourcelines(target)[1]
+
+def place_of(value: Any) -> tuple[str, int]:
+    """The file and line where a function, a class, or an object's class is defined."""
+    import inspect
+
+    target = inspect.unwrap(getattr(value, "func", value))
+    if not (inspect.isfunction(target) or inspect.isclass(target) or inspect.ismethod(target)):
+        target = type(target)
+    return inspect.getsourcefile(target) or "", inspect.getsourcelines(target)[1]
 
 
 class Choice(str):
@@ -418,7 +423,8 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
     """
     values, options, old = _sorted_out(cls, given)
     fields = {name: found for name, info in cls.model_fields.items() if (found := axis_of(info)) is not None}
-    mine = set(values) | set(options)
+    named = set(values)
+    mine = named | set(options)
     plain = {name: _name_of(value) if name in fields else value for name, value in values.items()}
     for home_of in [n for n, value in values.items() if n in fields and isinstance(value, Mapping)]:
         plain |= {f"{home_of}.{option}": v for option, v in values[home_of].items() if option != "name"}
@@ -431,7 +437,7 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
         if start is None:
             raise BadInput(f"{name}: is missing; known: {', '.join(home.entries)}")
         values[name] = _with_usual(home.chosen(start, name, **options.pop(name, {})), cls.model_fields[name])
-        said = home.said_by(start) if name in mine else {}
+        said = home.said_by(start) if name in named else {}
         for option in sorted(old.get(name, {}), key=lambda path: path.count(".")):
             placed = None if option in said else _placed(values[name], option, old[name][option], name)
             if placed is None:

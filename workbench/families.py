@@ -34,20 +34,24 @@ def _import_own() -> None:
             importlib.import_module(f"workbench.{family}")
 
 
+def own_files() -> list[str]:
+    """The files that the environment names."""
+    return [part for part in os.environ.get(PLUGINS, "").split(os.pathsep) if part]
+
+
 def load_plugins(paths: Iterable[str | os.PathLike[str]]) -> None:
     """Import these files too, now and in every process that is started from here."""
     files = [str(Path(path).absolute()) for path in paths]
     for file in files:
         import_plugin(file)
-    named = [part for part in os.environ.get(PLUGINS, "").split(os.pathsep) if part]
-    os.environ[PLUGINS] = os.pathsep.join(dict.fromkeys([*named, *files]))
+    if files:
+        os.environ[PLUGINS] = os.pathsep.join(dict.fromkeys([*own_files(), *files]))
 
 
 def import_plugins() -> None:
     """Import the files that the environment names."""
-    for part in os.environ.get(PLUGINS, "").split(os.pathsep):
-        if part:
-            import_plugin(part)
+    for file in own_files():
+        import_plugin(file)
 
 
 def import_plugin(path: str | os.PathLike[str]) -> None:

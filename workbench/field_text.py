@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -15,7 +16,9 @@ def shown(value: Any) -> str:
 
 
 def bounds_text(info: Any) -> str:
-    """0 <= x < 1, x > 0, x >= 1: the bounds of a number; at least two items for a list's length."""
+    """0 <= x < 1, x > 0, x >= 1: the bounds of a number; at least 2: a list's length;
+    gradient or random: the words that a text may be.
+    """
     low = high = ""
     more = []
     for rule in info.metadata:
@@ -27,6 +30,10 @@ def bounds_text(info: Any) -> str:
                 high = f"{sign} {shown(bound)}"
         if (length := getattr(rule, "min_length", None)) is not None and info.annotation is not str:
             more.append(f"at least {length}")
+        if (step := getattr(rule, "multiple_of", None)) is not None:
+            more.append(f"a multiple of {shown(step)}")
+        if words := words_of(getattr(rule, "pattern", None) or ""):
+            more.append(" or ".join(words))
     if low and high:
         return "; ".join([f"{low} {high}", *more])
     if low:
@@ -35,6 +42,12 @@ def bounds_text(info: Any) -> str:
     if high:
         more.insert(0, f"x {high}")
     return "; ".join(more)
+
+
+def words_of(pattern: str) -> list[str]:
+    """The words that `^(gradient|random)$` accepts; none for a pattern that is no list of words."""
+    found = re.fullmatch(r"\^\(([\w|-]+)\)\$", pattern)
+    return found[1].split("|") if found else []
 
 
 def paragraph(cls: type) -> str:

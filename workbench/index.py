@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from workbench.families import own_files
 from workbench.field_text import bounds_text, paragraph, shown
 
 FILE = Path(__file__).parent / "index.json"
@@ -19,6 +20,11 @@ def stored() -> dict[str, Any]:
     """The index as it is stored."""
     found: dict[str, Any] = json.loads(FILE.read_text())
     return found
+
+
+def current() -> dict[str, Any]:
+    """The index as it is stored; made again where files of the user's own add to it."""
+    return made() if own_files() else stored()
 
 
 def made() -> dict[str, Any]:
@@ -87,6 +93,6 @@ def text() -> str:
 
 
 if __name__ == "__main__":
-    from workbench.index import text as current
+    from workbench.index import text as registered
 
-    FILE.write_text(current())
+    FILE.write_text(registered())

@@ -26,6 +26,7 @@ from workbench.code_version import code_version
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import cache_folder
+from workbench.version import __version__, surroundings, threads, versions
 
 
 class Instrument(Fields):
@@ -42,7 +43,7 @@ class Instrument(Fields):
     cached: ClassVar[bool] = True
     summary_line: ClassVar[str] = ""
 
-    seed: int = parameter(0, "seed of every random choice", ge=0)
+    seed: int = parameter(0, "seed of every random choice", ge=0, le=2**32 - 1)
 
     @classmethod
     def name(cls) -> str:
@@ -84,13 +85,19 @@ class Instrument(Fields):
         ):  # checked when it was stored; checking may compute a derived model
             result = Result.load(slot, open_subject=False)
             if self.changes_model:
-                result.subject = on.derived(self, key, lambda: self.run(on, cache=False).subject)
+                count = result.provenance["threads"]
+                result.subject = on.derived(self, key, lambda: self._again(on, count))
             return result
         self.check(on)
         result = self._measure(on, progress, key)
         if cache and self.cached and not result.partial:
             result.save(slot, with_subject=False)
         return result
+
+    def _again(self, on: Any, count: int) -> Any:
+        """The subject of a cached run, computed with the threads that its key tells."""
+        with threads(count):
+            return self.run(on, cache=False).subject
 
     def stored(self, on: Any) -> bool:
         """True when this exact run is in the cache."""
@@ -119,7 +126,9 @@ class Instrument(Fields):
         return result
 
     def key(self, on: Any) -> str:
-        """Hash of fields, subject fingerprint and code version: the name of this run."""
+        """Hash of fields, subject fingerprint, code, versions of libraries, device and threads:
+        the name of this run.
+        """
         device = on.resolve_device(getattr(self, "device", "auto")) if hasattr(on, "resolve_device") else ""
         text = json.dumps(
             [
@@ -128,6 +137,8 @@ class Instrument(Fields):
                 on.fingerprint,
                 str(device),
                 self.code(),
+                versions(),
+                surroundings(device or None),
             ],
             sort_keys=True,
         )
@@ -163,22 +174,13 @@ def provenance(instrument: Instrument, on: Any, seconds: float) -> dict[str, Any
     import platform
 
     import torch
-    import transformers
-
-    from workbench.version import __version__
 
     return {
         "on": getattr(on, "name", type(on).__name__),
         "fingerprint": on.fingerprint,
         "data": getattr(on, "data_note", ""),
         "history": list(getattr(on, "history", [])),
-        "versions": {
-            "workbench": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"workbench": __version__, **versions()},
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "code": instrument.code(),

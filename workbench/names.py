@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from workbench.axis import Choice, Entry, Fields, axes, axis_of
+from workbench.axis import Choice, Entry, Fields, axes, axis_of, place_of
 from workbench.errors import BadInput, unknown_name
 from workbench.families import FAMILIES, import_families
 from workbench.field_text import paragraph, shown
 from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.results import Result
-from workbench.storage import evidence_record
+from workbench.storage import evidence_record, verdict
 
 
 def catalog() -> dict[str, type[Instrument]]:
@@ -33,6 +34,7 @@ def catalog() -> dict[str, type[Instrument]]:
     return dict(sorted(found.items()))
 
 
+PACKAGE = Path(__file__).resolve().parent
 #: One step of a recipe: an instrument by name, and the fields that differ from its defaults.
 Step = tuple[str, dict[str, Any]]
 
@@ -69,11 +71,8 @@ class Method:
         return evidence_record(self.family, self.name)
 
     def verdict(self) -> str:
-        """What was found here, in words."""
-        record = self.evidence()
-        if record is None:
-            return "not measured"
-        return "holds here" if record.get("holds") else "does not hold here"
+        """What was found here: holds, does not hold, cannot be shown here, not measured."""
+        return verdict(self.evidence())
 
     def words(self) -> str:
         """The recipe as the options that say the same."""
@@ -89,11 +88,18 @@ class Method:
 
     def run(self, on: Any, progress: Progress | None = None, cache: bool = True, **changes: Any) -> Result:
         """Run the recipe: each step on what the one before returned. The last step's result."""
-        steps = self.instruments(**changes)
-        result = steps[0].run(on, progress, cache)
-        for step in steps[1:]:
-            result = step.run(result.subject, progress, cache)
-        return result
+        *_, last = run_in_turn(self.instruments(**changes), on, progress, cache)
+        return last
+
+
+def run_in_turn(
+    steps: Iterable[Instrument], on: Any, progress: Progress | None = None, cache: bool = True
+) -> Iterator[Result]:
+    """The result of each instrument as it ends, run on the subject that the one before returned."""
+    for step in steps:
+        result = step.run(on, progress, cache)
+        on = result.subject
+        yield result
 
 
 @functools.lru_cache(1)
@@ -229,6 +235,7 @@ def instrument_door(name: str) -> Door:
         ("about", paragraph(cls)),
         ("run", f"workbench run {name} {source}"),
         ("python", f"{cls.__module__}.{cls.__name__}"),
+        ("defined", line_of(cls)),
     ]
     return Door(name, "instrument", tuple(facts))
 
@@ -264,9 +271,16 @@ def places(steps: Iterable[Step]) -> list[str]:
 
 
 def place_text(entry: Entry) -> str:
-    file, line = entry.place()
-    shown_file = file.split("/workbench/")[-1]
-    return f"{entry.axis.kind} {entry.name}: {shown_file}:{line}"
+    return f"{entry.axis.kind} {entry.name}: {line_of(entry.value)}"
+
+
+def line_of(value: Any) -> str:
+    """`pruning/prune.py:31` of the package's own, the whole path of a user's."""
+    file, line = place_of(value)
+    shown_file = Path(file)
+    if shown_file.is_relative_to(PACKAGE):
+        shown_file = shown_file.relative_to(PACKAGE)
+    return f"{shown_file}:{line}"
 
 
 def entry_door(entry: Entry) -> Door:

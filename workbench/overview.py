@@ -17,6 +17,19 @@ from workbench.names import catalog
 from workbench.results import Result
 
 
+class WholeTable(pd.DataFrame):
+    """A table whose texts are read: a page shows all of them, whatever pandas would cut."""
+
+    @property
+    def _constructor(self) -> type[WholeTable]:
+        return WholeTable
+
+    def _repr_html_(self) -> str | None:
+        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
+            shown: str | None = super()._repr_html_()  # type: ignore[misc]
+        return shown
+
+
 def studies() -> HTML:
     """The notebooks, linked, with what each is about: its heading and the paragraph under it."""
     rows = []
@@ -58,7 +71,7 @@ def settings(instrument: Instrument, on: Any) -> pd.DataFrame:
     ]
     for name, info in type(instrument).parameters().items():
         rows += _setting_rows(name, getattr(instrument, name), info.description or "")
-    return pd.DataFrame(rows).set_index("setting")
+    return WholeTable(rows).set_index("setting")
 
 
 def _setting_rows(name: str, value: Any, meaning: str) -> Iterator[dict[str, str]]:
@@ -87,7 +100,7 @@ def provenance(result: Result) -> pd.DataFrame:
             )
         else:
             flat[key] = value
-    return pd.DataFrame({"value": [str(v) for v in flat.values()]}, index=pd.Index(list(flat), name="what"))
+    return WholeTable({"value": [str(v) for v in flat.values()]}, index=pd.Index(list(flat), name="what"))
 
 
 def _table(columns: list[str], rows: Sequence[tuple[str, ...]]) -> HTML:

@@ -196,10 +196,11 @@ def reopen(
         on: Any = Runs.open(source)
     else:
         import workbench
+        from workbench.subjects.identity import saved_as
 
         on = workbench.subject(source, progress=progress, **given)
-        if fingerprint and Path(source).is_dir() and Path(source).name == fingerprint:
-            on.adopt_fingerprint(fingerprint)  # the folder is named after the state that was saved in it
+        if fingerprint and Path(source).is_dir() and saved_as(Path(source)) == fingerprint:
+            on.adopt_fingerprint(fingerprint)
     if fingerprint and on.fingerprint != fingerprint:
         raise BadInput(
             f"subject: {source!r} has changed since these settings were written (fingerprint "

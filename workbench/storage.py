@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,22 @@ def evidence_record(family: str, name: str) -> dict[str, Any] | None:
             found: dict[str, Any] = json.loads(file.read_text())
             return found
     return None
+
+
+#: What can be said of a claim after looking at its measurement.
+VERDICTS = ("holds", "does not hold", "cannot be shown here", "not measured")
+
+
+def verdict(record: Mapping[str, Any] | None) -> str:
+    """One of `VERDICTS`. A record cannot show its claim where its `holds` is null,
+    or where the gate that says so of its subject was not passed (`gate: {passed: false}`).
+    """
+    if record is None:
+        return "not measured"
+    gate = record.get("gate")
+    if record.get("holds") is None or (isinstance(gate, Mapping) and gate.get("passed") is False):
+        return "cannot be shown here"
+    return "holds" if record["holds"] else "does not hold"
 
 
 def evidence_target() -> Path:

@@ -4,6 +4,7 @@ computed in parallel through the result cache, and their figures.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import warnings
@@ -23,6 +24,7 @@ from workbench.instruments import Instrument
 from workbench.progress import Progress, TextProgress
 from workbench.results import Result, format_fact
 from workbench.subjects import Subject, subject
+from workbench.version import threads
 
 Chain = tuple[Instrument, ...]  # run one after the other, each on the subject the one before returned
 
@@ -42,7 +44,8 @@ def sweep(
     them; chains of any series that begin with the same run go to the worker that computes it. `jobs` worker
     processes (0: one per core, never more than the runs that are not cached); rows come in the order given,
     and a sweep that is stopped returns the finished ones. `beside`: instruments that give no row; they are
-    computed first, beside the others, for a later `run` to find in the cache.
+    computed first, beside the others, for a later `run` to find in the cache, if it too computes with one
+    thread, as the workers do.
     """
     progress = progress or TextProgress()
     if not runs or not all(runs.values()):
@@ -57,21 +60,24 @@ def sweep(
     for instrument in beside:
         instrument.check(on)
     wanted = {"": [(instrument,) for instrument in beside]} | chains
-    missing = families(
-        on, {name: [chain for chain in group if not stored(on, chain)] for name, group in wanted.items()}
-    )
-    workers = min(jobs or len(os.sched_getaffinity(0)), sum(map(len, missing)))
-    if workers > 1 and on.device.type == "cpu":
-        in_processes(on, [part for group in missing for part in dealt(group, workers)], workers, progress)
-    rows = []
-    last: dict[str, Subject] = {}
-    every = [(name, chain) for name, group in chains.items() for chain in group]
-    for name, chain in progress.track(every, "runs"):
-        result = run_chain(on, chain, quiet(progress), last)
-        if result.partial:
-            break
-        rows.append(row(name, result))
-    return pd.DataFrame(rows)
+    # a worker computes with one thread, and what is read back here is what it computed
+    alone = jobs == 1 or on.device.type != "cpu"
+    with contextlib.nullcontext() if alone else threads(1):
+        missing = families(
+            on, {name: [chain for chain in group if not stored(on, chain)] for name, group in wanted.items()}
+        )
+        workers = min(jobs or len(os.sched_getaffinity(0)), sum(map(len, missing)))
+        if workers > 1 and on.device.type == "cpu":
+            in_processes(on, [part for group in missing for part in dealt(group, workers)], workers, progress)
+        rows = []
+        last: dict[str, Subject] = {}
+        every = [(name, chain) for name, group in chains.items() for chain in group]
+        for name, chain in progress.track(every, "runs"):
+            result = run_chain(on, chain, quiet(progress), last)
+            if result.partial:
+                break
+            rows.append(row(name, result))
+        return pd.DataFrame(rows)
 
 
 def run_chain(on: Subject, chain: Chain, progress: Progress, last: dict[str, Subject]) -> Result:

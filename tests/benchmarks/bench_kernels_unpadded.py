@@ -46,7 +46,7 @@ def compare(padded: torch.nn.Module, batches: list[dict[str, torch.Tensor]], out
     """One line: median ratio of CPU seconds over five alternating runs, its ideal,
     and the largest difference of `output`.
     """
-    from workbench.kernels.unpadded import unpad
+    from workbench.kernels.sequence.unpadded import unpad
 
     packed = unpad(copy.deepcopy(padded))
     ideal = sum(b["attention_mask"].numel() for b in batches) / sum(

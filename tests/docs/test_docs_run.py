@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from tests.conftest import ROOT, new_cache
 from workbench import cli
+from workbench.axis import AXES, Entry, axes
+from workbench.families import PLUGINS
 
 PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
 FENCE = re.compile(
@@ -40,10 +43,26 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new_cache(tmp_path_factory.mktemp("docs") / "cache")
 
 
+def forget(before: Mapping[str, Mapping[str, Entry]]) -> None:
+    """Take off what the blocks of a page registered."""
+    for kind, entries in before.items():
+        AXES[kind].entries.clear()
+        AXES[kind].entries.update(entries)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_blocks_run(page: Path, one_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run(
+    page: Path,
+    one_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     monkeypatch.setenv("WORKBENCH_CACHE", str(one_cache))
+    monkeypatch.setenv(PLUGINS, "")
     monkeypatch.chdir(tmp_path)
+    before = {kind: dict(home.entries) for kind, home in axes().items()}
+    request.addfinalizer(lambda: forget(before))
     names: dict[str, object] = {"__name__": f"docs_{page.stem}"}
     for block in blocks(page):
         if block.reason is not None:

@@ -71,7 +71,7 @@ def test_pages_of_instruments_hold_every_field_with_its_default(source: tuple[Pa
             assert row.count(" | ") == 4, row
             assert generate.cell(info.description or "") in row
     prune = written["workbench.pruning.Prune"].read_text()
-    assert "| `sparsity` | <code>0.5</code> | <code>float</code>, ≥ 0, < 1 |" in prune
+    assert "| `sparsity` | <code>0.5</code> | <code>float</code>, <code>0 &lt;= x &lt; 1</code> |" in prune
 
 
 def test_tables_come_from_the_registries(source: tuple[Path, dict[str, Path]]) -> None:

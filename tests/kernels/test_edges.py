@@ -9,20 +9,21 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from workbench.kernels.activation import gelu, swiglu
-from workbench.kernels.attention import varlen_attention
-from workbench.kernels.block_sparse import block_sparse, block_sparse_linear
-from workbench.kernels.fft_convolution import fft_convolution
-from workbench.kernels.hadamard import hadamard
-from workbench.kernels.kronecker import kronecker
-from workbench.kernels.linear_cross_entropy import linear_cross_entropy
-from workbench.kernels.low_bit_linear import FORMATS, low_bit_linear, pack_weight
-from workbench.kernels.norm import layer_norm, rms_norm
-from workbench.kernels.packing import gather_rows, pack_lengths
-from workbench.kernels.quantize import NF4, quantize_codebook, quantize_integer, quantize_minifloat
-from workbench.kernels.rotary import rotary, rotary_tables
-from workbench.kernels.semi_structured import compress_2_4, semi_structured_linear
-from workbench.kernels.threshold import kth_largest
+from workbench.kernels.quantized.hadamard import hadamard
+from workbench.kernels.quantized.kronecker import kronecker
+from workbench.kernels.quantized.low_bit_linear import FORMATS, low_bit_linear, pack_weight
+from workbench.kernels.quantized.numbers import NF4
+from workbench.kernels.quantized.quantize import quantize_codebook, quantize_integer, quantize_minifloat
+from workbench.kernels.sequence.attention import varlen_attention
+from workbench.kernels.sequence.fft_convolution import fft_convolution
+from workbench.kernels.sequence.packing import gather_rows, pack_lengths
+from workbench.kernels.sequence.rotary import rotary, rotary_tables
+from workbench.kernels.sparse.block_sparse import block_sparse, block_sparse_linear
+from workbench.kernels.sparse.semi_structured import compress_2_4, semi_structured_linear
+from workbench.kernels.sparse.threshold import kth_largest
+from workbench.kernels.training.activation import gelu, swiglu
+from workbench.kernels.training.linear_cross_entropy import linear_cross_entropy
+from workbench.kernels.training.norm import layer_norm, rms_norm
 
 WIDTH = 128
 Operation = Callable[[torch.Tensor, str], torch.Tensor]

@@ -16,16 +16,10 @@ import transformers
 from torch import Tensor, nn
 
 import workbench
-from workbench.kernels import (
-    block_fisher,
-    hadamard,
-    kronecker,
-    linear_cross_entropy,
-    optimizer_step,
-    quantize,
-    threshold,
-    unpadded,
-)
+from workbench.kernels.quantized import hadamard, kronecker, quantize
+from workbench.kernels.sequence import unpadded
+from workbench.kernels.sparse import block_fisher, threshold
+from workbench.kernels.training import linear_cross_entropy, optimizer_step
 from workbench.pruning import pattern
 from workbench.pruning.pattern import Tiles, make_mask
 from workbench.pruning.solvers import fisher, obs, ziplm
@@ -185,7 +179,10 @@ def test_the_product_loads_no_triton() -> None:
     code = """
 import sys
 import workbench.quantization
-from workbench.kernels import hadamard, kronecker, quantize, block_fisher, threshold, optimizer_step, unpadded
+from workbench.kernels.quantized import hadamard, kronecker, quantize
+from workbench.kernels.sequence import unpadded
+from workbench.kernels.sparse import block_fisher, threshold
+from workbench.kernels.training import optimizer_step
 import torch
 hadamard.hadamard(torch.randn(2, 4))
 assert "triton" not in sys.modules

@@ -131,7 +131,7 @@ def test_names_of_one_release_ago_say_the_new_ones():
 
 def test_every_saliency_says_what_it_scores():
     single = {name for name in SALIENCY if scores_weights(SALIENCY.chosen(name))}
-    assert {"magnitude", "fisher", "movement"} <= single
+    assert {"magnitude", "fisher"} <= single
     assert not single & {"activation", "heapr", "angular", "usage", "learned"}
     assert all(entry.formula and entry.source for entry in SALIENCY.entries.values())
     assert all(entry.formula and entry.source for entry in PRUNING_METHOD.entries.values())

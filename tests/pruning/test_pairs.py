@@ -19,11 +19,6 @@ from workbench.pruning.engine.structures import EXPERT_STEP
 from workbench.pruning.pattern import parse
 from workbench.subjects.structure.units import discover
 
-# Movement is collected in training.
-TRAINED = {
-    "schedule": {"name": "linear", "events": 2},
-    "recovery": {"name": "finetune", "steps": 4, "batch_size": 2},
-}
 LEAST = {"calibration_examples": 2, "predict_examples": 0, "sparsity": 0.5}
 ANYWHERE = {
     "random",
@@ -48,15 +43,15 @@ ONE_CONSUMER, OUTPUT_BIAS = {"sparsegpt", "ziplm"}, {"flap"}
 
 
 def valid(pattern: str, architecture: str) -> set[str]:
-    """The methods that make sense: T5 ties heads of several blocks, and Llama,
-    T5 and Mixtral have no biases to compensate with.
+    """The methods that make sense: T5 ties heads of several blocks, and T5
+    and Mixtral have no place for the biases that compensate.
     """
     if pattern == "experts" and architecture != "mixtral":
         return set()
     methods = VALID[pattern]
     if "heads" in pattern and architecture == "t5":
         methods = methods - ONE_CONSUMER
-    return methods - OUTPUT_BIAS if architecture in ("llama", "t5", "mixtral") else methods
+    return methods - OUTPUT_BIAS if architecture in ("t5", "mixtral") else methods
 
 
 def small(architecture: str, checkpoints):
@@ -75,8 +70,7 @@ def pruned(subject, pattern, accepted, **fields):
     head = subject.model.get_output_embeddings()
     tied = head is not None and head.weight is subject.model.get_input_embeddings().weight
     for method in PRUNING_METHOD:
-        given = {"method": method, "pattern": pattern} | LEAST | fields
-        prune = Prune(**(given | (TRAINED if method == "movement" else {}))).with_gradients(2)
+        prune = Prune(**{"method": method, "pattern": pattern} | LEAST | fields).with_gradients(2)
         if method not in accepted:
             with pytest.raises(BadInput) as refused:
                 prune.run(subject, Progress(), cache=False)
@@ -118,11 +112,7 @@ def test_every_pair_is_exact_or_says_why_not(pattern, architecture, checkpoints)
 
 def test_every_method_is_accounted_for():
     named = set().union(*VALID.values())
-    assert set(PRUNING_METHOD) - named == {
-        "movement",
-        "icbs",
-        "pat",
-    }  # collected in training; single weights; trained channels
+    assert set(PRUNING_METHOD) - named == {"icbs", "pat"}  # single weights; trained channels
     assert set(PRUNING_METHOD.with_trait("not dimensions")).isdisjoint(
         VALID["channels"] | VALID["layers"] | VALID["experts"]
     )

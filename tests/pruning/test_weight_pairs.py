@@ -35,15 +35,8 @@ ANYWHERE = {
 
 
 def valid(pattern: str, architecture: str) -> set[str]:
-    """FLAP gives what is lost to the biases, iCBS exchanges single weights,
-    and an N:M pattern leaves movement no schedule.
-    """
-    return (
-        ANYWHERE
-        | ({"flap"} if architecture in ("bert", "gpt2", "vit") else set())
-        | ({"icbs"} if pattern == "unstructured" else set())
-        | (set() if ":" in pattern else {"movement"})
-    )
+    """iCBS exchanges single weights."""
+    return ANYWHERE | ({"icbs"} if pattern == "unstructured" else set())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -33,7 +33,7 @@ def test_anatomy(checkpoints: dict[str, Path]) -> None:
     assert result.facts["sum_of_predicted"] == pytest.approx(result.table["predicted_change"].sum())
     assert result.arrays is not None
     assert np.allclose(result.arrays["histograms"].sum(1), 1.0) and set(result.arrays["grid"]) == set(
-        range(-7, 8)
+        range(-8, 8)
     )
     view_model = result.view_model()
     assert view_model is not None
@@ -107,9 +107,8 @@ def test_learned_step_gradient_is_the_papers() -> None:
     change = LearnedStep(torch.tensor([[step]]), format="int3", group=4)
     change.change(weight).sum().backward()
     units = weight[0] / step
-    expected = (
-        sum(float(torch.sign(u)) * 3 if abs(u) > 3 else float(u.round() - u) for u in units) / (4 * 3) ** 0.5
-    )
+    inside = [float(u.clamp(-4, 3).round() - (u if -4 < u < 3 else 0)) for u in units]  # Q_N = 4, Q_P = 3
+    expected = sum(inside) / (4 * 3) ** 0.5
     assert change.step.grad is not None and float(change.step.grad) == pytest.approx(expected, rel=1e-5)
 
 
@@ -140,7 +139,7 @@ def test_training_through_the_rounding(fields: dict[str, object], tmp_path: Path
     assert result.subject is not None
     for layer in result.subject.layers("*"):
         assert [type(c) for c in layer.changes] == [FakeQuant]
-        levels = {"lsq": 3, "ternary": 3, "binary": 2}[str(fields["method"])]
+        levels = {"lsq": 4, "ternary": 3, "binary": 2}[str(fields["method"])]
         assert max(len(torch.unique(row)) for row in layer.weight) <= levels
     assert result.facts["accuracy"] > 0.5
     result.save(tmp_path / "out")
@@ -155,7 +154,7 @@ def test_training_beats_rounding_afterwards() -> None:
     from workbench.quantization import Quantize
 
     plain = Quantize(
-        layers="*", format="int2", granularity="channel", predict_examples=0, test_examples=512
+        layers="*", format="int2-odd", granularity="channel", predict_examples=0, test_examples=512
     ).run(on, Progress(), cache=False)
     trained = TrainQuantized(
         layers="*", method={"name": "lsq", "bits": 2}, steps=60, batch_size=64, learning_rate=1e-3

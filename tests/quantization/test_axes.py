@@ -59,7 +59,12 @@ def option_paths(options: Options) -> Iterator[tuple[str, Any]]:
 def test_every_option_is_set_by_its_dotted_name(instrument: Any, field: str, entry: str) -> None:
     home = axis_of(instrument.model_fields[field])
     assert home is not None
-    for path, value in option_paths(home.chosen(entry).options):
+    options = dict(option_paths(home.chosen(entry).options))
+    for path, value in options.items():
+        if path.endswith("full") and not options[path.replace("full", "symmetric")]:
+            with pytest.raises(BadInput, match="full: .*zero point"):
+                instrument(**{field: entry, f"{field}.{path}": False})
+            continue
         changed = another(value)
         made = instrument(**{field: entry, f"{field}.{path}": changed})
         found = getattr(made, field)
@@ -154,6 +159,11 @@ def test_a_text_stands_for_a_format_and_its_options(text: str, entry: str, optio
     assert Quantize(**Quantize(format=text).model_dump(mode="json")).format == chosen
 
 
+def test_an_old_name_beside_a_new_option_is_heard() -> None:
+    with pytest.warns(FutureWarning, match=r"format\.bits"):
+        assert Quantize(bits=3, **{"format.full": False}).format == "int3-odd"
+
+
 @pytest.fixture
 def own() -> Iterator[None]:
     """What is registered in a test is taken off again."""
@@ -195,7 +205,7 @@ def test_a_users_own_entries_work_in_quantize(
     on = workbench.subject(checkpoints["bert"], data="random")
     made = Quantize(
         **SMALL,
-        **{"rounding": "downwards", "format": "int4", "transform": "stretched", "transform.factor": 4.0},
+        **{"rounding": "downwards", "format": "int4-odd", "transform": "stretched", "transform.factor": 4.0},
     ).run(on, Progress(), cache=False)
     assert made.subject is not None
     for before, after in zip(on.layers(), made.subject.layers(), strict=True):

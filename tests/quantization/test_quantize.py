@@ -42,7 +42,7 @@ def test_every_architecture(checkpoints: dict[str, Path], architecture: str, rou
     for layer in result.subject.layers():
         change = next(c for c in layer.changes if isinstance(c, FakeQuant))
         assert torch.allclose(change.change(layer.weight), layer.weight, atol=1e-6)
-        assert torch.unique(change.grid.codes(layer.weight)).numel() <= 15
+        assert torch.unique(change.grid.codes(layer.weight)).numel() <= 16
     assert result.facts["predicted_change"] == pytest.approx(result.table["predicted_change"].sum())
     assert result.facts["average_bits"] == pytest.approx(4 + 16 / 16)
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import workbench
 from tests.conftest import tiny
 from workbench.curvature.operators.attention import twice_differentiable
-from workbench.kernels import linear_cross_entropy as kernel
+from workbench.kernels.training import linear_cross_entropy as kernel
 from workbench.pruning.recovery.recovery import distilled_loss
 from workbench.quantization.trained.objective import teacher_loss
 from workbench.statistics.inputs import InputCapture

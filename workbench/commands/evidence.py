@@ -12,7 +12,7 @@ from workbench.errors import BadInput
 from workbench.names import methods
 from workbench.progress import TextProgress
 from workbench.results import plain
-from workbench.storage import replacing
+from workbench.storage import replacing, verdict
 
 
 def evidence(arguments: list[str]) -> int:
@@ -50,10 +50,7 @@ def evidence(arguments: list[str]) -> int:
         }
         with replacing(target / card.family / f"{name}.json") as draft:
             draft.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
-        print(
-            f"{name}: {'holds' if record.get('holds') else 'does not hold'} here; "
-            f"{record.get('note', '')} ({record['seconds']} s)"
-        )
+        print(f"{name}: {verdict(record)}; {record.get('note', '')} ({record['seconds']} s)")
     return 0
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from typing import Any
 
 from workbench.commands.help_text import WIDTH, row
-from workbench.commands.options import Parser
-from workbench.index import stored
+from workbench.commands.options import RUN_OPTIONS, Parser, files_in
+from workbench.families import load_plugins
+from workbench.index import current
 
 KINDS = ("instruments", "methods", "subjects", "axes")
 
@@ -15,8 +17,11 @@ KINDS = ("instruments", "methods", "subjects", "axes")
 def list_(arguments: list[str]) -> int:
     parser = Parser(prog="workbench list")
     parser.add_argument("what", nargs="?", choices=KINDS)
-    what = parser.parse_args(arguments).what
-    index = stored()
+    parser.add_argument("--plugins", default="", help=RUN_OPTIONS["plugins"])
+    space = parser.parse_args(arguments)
+    what = space.what
+    load_plugins(files_in(space.plugins))
+    index = current()
     if what in (None, "instruments"):
         print("instruments: workbench run NAME --subject SUBJECT")
         for name, note in index["instruments"].items():
@@ -27,11 +32,7 @@ def list_(arguments: list[str]) -> int:
             print("\n".join(row(name, about, "  ")))
     if what in (None, "methods"):
         print("methods: workbench run NAME --subject SUBJECT; workbench show NAME")
-        for name, note in index["methods"].items():
-            print(
-                f"  {name:25} {note['family']:14} {verdict(note['family'], name):20} {note['title']} "
-                f"({note['source']})"
-            )
+        list_methods(index["methods"])
     if what == "axes":
         for kind, axis in index["axes"].items():
             print(f"{kind}: {axis['about']}")
@@ -42,22 +43,27 @@ def list_(arguments: list[str]) -> int:
     return 0
 
 
-def verdict(family: str, name: str) -> str:
-    from workbench.storage import evidence_record
+def list_methods(cards: dict[str, Any]) -> None:
+    """A line a method with what was found here, and how often each verdict was."""
+    from workbench.storage import VERDICTS, evidence_record, verdict
 
-    record = evidence_record(family, name)
-    if record is None:
-        return "no evidence yet"
-    return "holds here" if record.get("holds") else "does not hold here"
+    found = {name: verdict(evidence_record(note["family"], name)) for name, note in cards.items()}
+    for name, note in cards.items():
+        print(f"  {name:25} {note['family']:14} {found[name]:20} {note['title']} ({note['source']})")
+    counts = Counter(found.values())
+    print(f"{len(cards)} methods: " + ", ".join(f"{kind} {counts[kind]}" for kind in VERDICTS))
 
 
 def show(arguments: list[str]) -> int:
     """Formula, source, file and line, recipe, options and evidence of a method or of an axis' entry."""
     parser = Parser(prog="workbench show")
     parser.add_argument("name")
-    name = parser.parse_args(arguments).name
+    parser.add_argument("--plugins", default="", help=RUN_OPTIONS["plugins"])
+    space = parser.parse_args(arguments)
+    name = space.name
     from workbench.names import doors
 
+    load_plugins(files_in(space.plugins))
     for lines in (described(door) for door in doors(name)):
         print("\n".join(lines))
     return 0

@@ -76,6 +76,11 @@ def add_texts(parser: argparse.ArgumentParser, options: dict[str, str]) -> None:
         parser.add_argument(f"--{option}", help=text)
 
 
+def files_in(text: str) -> list[str]:
+    """The files that a value of `--plugins` names."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def subject_options(space: argparse.Namespace) -> dict[str, Any]:
     """What `workbench.subject` takes, of what was given."""
     found = {o.replace("-", "_"): getattr(space, o.replace("-", "_")) for o in SUBJECT_OPTIONS}

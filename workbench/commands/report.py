@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from workbench.commands.options import Parser, parse, value_of
+from workbench.commands.options import RUN_OPTIONS, Parser, files_in, parse, value_of
 from workbench.errors import BadInput
 
 
@@ -35,9 +35,9 @@ def report(arguments: list[str]) -> int:
     parser.add_argument(
         "--parameters", help="a YAML or JSON file of parameters, as a panel's Send to report writes it"
     )
-    parser.add_argument("--plugins", default="", help="Python files with entries of your own; they are run")
+    parser.add_argument("--plugins", default="", help=RUN_OPTIONS["plugins"])
     space = parse(parser, arguments[1:])
-    load_plugins([part.strip() for part in space.plugins.split(",") if part.strip()])
+    load_plugins(files_in(space.plugins))
     given: dict[str, Any] = {}
     if space.parameters:
         file = Path(space.parameters)

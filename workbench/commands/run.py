@@ -14,6 +14,7 @@ from workbench.commands import options
 from workbench.commands.help_text import run_help
 from workbench.commands.options import Parser, parse, value_of
 from workbench.errors import BadInput
+from workbench.families import load_plugins
 
 
 def run(arguments: list[str]) -> int:
@@ -30,15 +31,11 @@ def run(arguments: list[str]) -> int:
             "`workbench list` names what there is"
         )
     name, rest = arguments[0], arguments[1:]
-    plugins = plugins_in(rest)
-    if any(option in rest for option in ("-h", "--help")) and not plugins:
-        from workbench.index import stored
-
-        found = run_help(name, stored())
-        if found is not None:
-            print(found)
-            return 0
-    return run_steps(name, rest, plugins)
+    load_plugins(plugins_in(rest))
+    if any(option in rest for option in ("-h", "--help")):
+        print(help_on(name))
+        return 0
+    return run_steps(name, rest)
 
 
 def plugins_in(arguments: Sequence[str]) -> list[str]:
@@ -49,22 +46,30 @@ def plugins_in(arguments: Sequence[str]) -> list[str]:
             found = following
         elif option.startswith("--plugins="):
             found = option.partition("=")[2]
-    return [part.strip() for part in found.split(",") if part.strip()]
+    return options.files_in(found)
 
 
-def run_steps(name: str, arguments: Sequence[str], plugins: Iterable[str]) -> int:
-    from workbench.families import load_plugins
-    from workbench.names import find, in_words, instruments_of, recipe
+def help_on(name: str) -> str:
+    """What an instrument, a method, or the instrument where an entry is chosen takes."""
+    from workbench.index import current
 
-    load_plugins(plugins)
+    found = run_help(name, current())
+    if found is not None:
+        return found
+    from workbench.names import in_words, recipe
+
+    steps = recipe(name)
+    index = current()
+    found = run_help(steps[0][0], index)
+    assert found is not None
+    return f"{name} = {in_words(steps)}\n\n{found}"
+
+
+def run_steps(name: str, arguments: Sequence[str]) -> int:
+    from workbench.names import find, in_words, instruments_of, recipe, run_in_turn
+
     steps = recipe(name)
     classes = [find(instrument) for instrument, _ in steps]
-    if any(option in arguments for option in ("-h", "--help")):
-        from workbench.index import made
-
-        index = made()
-        print(run_help(name, index) or run_help(steps[0][0], index))
-        return 0
     parser = Parser(prog=f"workbench run {name}", allow_abbrev=False)
     known = field_options(classes)
     for option in known:
@@ -87,11 +92,8 @@ def run_steps(name: str, arguments: Sequence[str], plugins: Iterable[str]) -> in
         raise BadInput(f"out: {space.out!r} is a file; give a folder")
     if len(steps) > 1 or name != steps[0][0]:
         print(f"{name} = {in_words(steps)}")
-    result: Any = None
     on = opened(space, classes[0].on)
-    for instrument in instruments:
-        result = instrument.run(on, cache=not space.no_cache)
-        on = result.subject
+    for result in run_in_turn(instruments, on, cache=not space.no_cache):
         print(result.summary())
     print(result.table.head(40).to_string(index=False, float_format=lambda v: f"{v:.5g}", max_colwidth=60))
     if space.out:

@@ -129,7 +129,7 @@ def unpadded_on_cpu(
     """
     from transformers import BertConfig, BertModel
 
-    from workbench.kernels.unpadded import repad, unpad
+    from workbench.kernels.sequence.unpadded import repad, unpad
 
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)

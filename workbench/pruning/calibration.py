@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,6 @@ class Calibration:
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
     memory: int = BYTES
-    trained: Mapping[str, Tensor] = field(default_factory=dict)
     # layer -> scores collected in training, for saliencies that are
 
     def __post_init__(self) -> None:

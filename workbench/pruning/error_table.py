@@ -16,11 +16,11 @@ from workbench.pruning.pattern import Pattern
 from workbench.subjects import Layer, Subject
 
 
-def packed_bytes(weights: int, nonzero: int, pattern: Pattern) -> int:
-    """Bytes of the non-zeros in float32 and of what says where they are:
+def packed_bytes(weights: int, nonzero: int, pattern: Pattern, size: int = 4) -> int:
+    """Bytes of the non-zeros, `size` each, and of what says where they are:
     a bitmap, indices inside M, or a bitmap of tiles.
     """
-    return int(nonzero * 4 + pattern.index_bytes(weights, nonzero))
+    return int(nonzero * size + pattern.index_bytes(weights, nonzero))
 
 
 def layer_table(

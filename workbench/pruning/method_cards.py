@@ -119,30 +119,6 @@ METHODS: list[Method] = [
         recipe=(("prune", {"method": "obd", "sparsity": 0.8}),),
     ),
     Method(
-        "movement",
-        "pruning",
-        "Movement pruning (nested masks)",
-        "Sanh et al. 2020",
-        "S = -sum lr g w over fine-tuning",
-        "fine-tuning",
-        "better than magnitude at 90 % with the same training",
-        None,
-        recipe=(
-            (
-                "prune",
-                {
-                    "method": "movement",
-                    "sparsity": 0.9,
-                    "schedule": "cubic",
-                    "schedule.events": 6,
-                    "recovery": "finetune",
-                    "recovery.steps": 60,
-                    "recovery.learning_rate": 0.001,
-                },
-            ),
-        ),
-    ),
-    Method(
         "icbs",
         "pruning",
         "iCBS: block coordinate descent on the brain surgeon's quadratic",

@@ -71,13 +71,6 @@ def taylor2(pattern: Pattern, options: Options) -> dict[str, str]:
     return parts(pattern, "taylor2", allocation="global")
 
 
-@PRUNING_METHOD.add(
-    "movement", formula="-sum over steps of lr g w", source="Sanh et al. 2020", traits=("not dimensions",)
-)
-def movement(pattern: Pattern, options: Options) -> dict[str, str]:
-    return parts(pattern, "movement", allocation="global")
-
-
 @PRUNING_METHOD.add("wanda", formula="|w| * rms(x), by rows", source="Sun et al. 2023")
 def wanda(pattern: Pattern, options: Options) -> dict[str, str]:
     return parts(pattern, "wanda", allocation="row", structured=("none", "layer"))
@@ -112,12 +105,12 @@ def icbs(pattern: Pattern, options: Refinement) -> dict[str, str]:
 
 @PRUNING_METHOD.add(
     "flap",
-    formula="w^2 var(x), the bias takes the mean that is lost",
+    formula="z(var(x_j) ||w_:j||^2) by units, the bias takes the mean that is lost",
     source="An et al. 2024",
-    traits=("not dimensions",),
+    traits=("heads", "neurons"),
 )
 def flap(pattern: Pattern, options: Options) -> dict[str, str]:
-    return parts(pattern, "fluctuation", "bias", "global")
+    return parts(pattern, "standardised-fluctuation", "bias", "global")
 
 
 @PRUNING_METHOD.add(

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workbench.axis import Choice
-from workbench.kernels.threshold import kth_smallest
+from workbench.kernels.sparse.threshold import kth_smallest
 from workbench.pruning.axes import PATTERN
 
 

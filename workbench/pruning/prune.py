@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.pruning.axes import DIMENSIONS, STRUCTURES, scores_weights
-from workbench.pruning.plan import TRAINED_BEFORE_LAST, PrunePlan
+from workbench.pruning.axes import DIMENSIONS, STRUCTURES
+from workbench.pruning.plan import PrunePlan
 from workbench.results import Result
 from workbench.subjects import Subject
 
@@ -85,7 +85,6 @@ class Prune(PrunePlan):
                 )
             on.split("train")
         self.allocation.value.check(self, self.allocation.options)
-        self._check_collected()
         engine.check(on)
 
     def _check_method(self) -> None:
@@ -100,23 +99,6 @@ class Prune(PrunePlan):
             raise BadInput(
                 f"method: {method} has no form for whole {self.pattern}; "
                 "choose magnitude, taylor2, minitron or another that scores them"
-            )
-
-    def _check_collected(self) -> None:
-        """Scores that are collected in training need some before every event."""
-        saliency, events = self.saliency, len(self.schedule(self.sparsity, 1))
-        if saliency.entry.needs != "training" or not scores_weights(saliency):
-            return
-        if self.recovery.has("nothing") or self.schedule.has("at once"):
-            raise BadInput(
-                f"saliency: {saliency} is collected while training; "
-                "it needs a gradual schedule, a recovery and recovery.steps"
-            )
-        if not self.steps_between(events):
-            raise BadInput(
-                f"recovery.steps: {self.recovery_steps} leave no training before the first of {events} "
-                f"pruning events, and {saliency} is collected there; "
-                f"give at least {math.ceil(events / TRAINED_BEFORE_LAST)}"
             )
 
     def _run(self, on: Subject, progress: Progress) -> Result:

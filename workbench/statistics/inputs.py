@@ -8,19 +8,21 @@ and an expert's statistics hold only the tokens routed to it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import torch
 from scipy.linalg.blas import ssyrk
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from workbench.progress import Progress
-from workbench.subjects import Layer, Subject
+from workbench.subjects import Batch, Layer, Subject
+from workbench.subjects.columns import SOURCE, TARGET
+from workbench.subjects.tasks import first_tensor
 
 Handler = Callable[[Layer, int, Tensor], None]  # layer, expert (0 for a plain matrix), inputs (tokens, in)
 
@@ -60,21 +62,72 @@ class WeightCalls(TorchFunctionMode):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Which positions of an encoder-decoder's two sequences are real.
+
+    source, target : (examples, positions) True where there is no padding
+    encoder : the module inside which everything runs along the source, as does what it gives
+    """
+
+    source: Tensor
+    target: Tensor
+    encoder: nn.Module
+
+
 class InputCapture(WeightCalls):
     """Calls `handler(layer, expert, inputs)` whenever a layer multiplies;
     inputs are detached, shape (tokens, in).
 
-    Padding is dropped when `keep` (a boolean (batch, length) mask)
-    is set and the input has those leading dimensions.
+    Padding is dropped when `keep` (see `kept_positions`) is set and the input has its leading dimensions. Of
+    an encoder-decoder, what runs inside the encoder and what reads the encoder's answer (the keys and values
+    of cross-attention) follows the source, all else the target.
     """
 
     def __init__(self, layers: Sequence[Layer], handler: Handler) -> None:
         super().__init__(layers)
-        self.handler, self.keep = handler, None
+        self.handler = handler
+        self._keep: Tensor | Kept | None = None
+        self._hooks: list[Any] = []
+        self._inside, self._answer = False, list[Tensor]()  # of the encoder
         self._kept: tuple[Any, int, Tensor | None, Tensor] | None = None
         self._places: tuple[Tensor, Tensor] | None = None
 
-    keep: Tensor | None
+    @property
+    def keep(self) -> Tensor | Kept | None:
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: Tensor | Kept | None) -> None:
+        self._keep, self._answer = keep, []
+        self._unhook()
+        if isinstance(keep, Kept):
+            self._hooks = [
+                keep.encoder.register_forward_pre_hook(self._enter_encoder),
+                keep.encoder.register_forward_hook(self._leave_encoder),
+            ]
+
+    def _enter_encoder(self, module: nn.Module, inputs: Any) -> None:
+        self._inside = True
+
+    def _leave_encoder(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._inside, self._answer = False, [first_tensor(output)]
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._inside = [], False
+
+    def _mask_of(self, inputs: Tensor) -> Tensor | None:
+        """The mask of the sequence that these inputs run along."""
+        keep = self._keep
+        if not isinstance(keep, Kept):
+            return keep
+        reads_source = self._inside or any(
+            inputs.data_ptr() == answer.data_ptr() and inputs.shape == answer.shape for answer in self._answer
+        )
+        first, second = (keep.source, keep.target) if reads_source else (keep.target, keep.source)
+        return second if fits(inputs, second) and not fits(inputs, first) else first
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -100,27 +153,27 @@ class InputCapture(WeightCalls):
                 return
         else:
             expert = 0
+        keep = self._mask_of(inputs)
         version = -1 if inputs.is_inference() else inputs._version  # it moves when the tensor is written to
         if (
             self._kept is None
             or self._kept[0] is not inputs
             or self._kept[1] != version
-            or self._kept[2] is not self.keep
+            or self._kept[2] is not keep
         ):
             self._kept = (
                 inputs,
                 version,
-                self.keep,
-                self._rows(inputs.detach()),
+                keep,
+                self._rows(inputs.detach(), keep),
             )  # layers that read one tensor are handed one tensor
         self.handler(layer, expert, self._kept[3])
 
-    def _rows(self, rows: Tensor) -> Tensor:
-        keep = self.keep
-        if keep is not None and rows.ndim >= 3 and tuple(rows.shape[:2]) == tuple(keep.shape):
-            rows = rows.flatten(0, 1)
-        elif keep is None or rows.ndim != 2 or len(rows) != keep.numel():
+    def _rows(self, rows: Tensor, keep: Tensor | None) -> Tensor:
+        if keep is None or not fits(rows, keep):
             return rows.reshape(-1, rows.shape[-1])
+        if rows.ndim >= 3:
+            rows = rows.flatten(0, 1)
         if self._places is None or self._places[0] is not keep:
             self._places = (keep, keep.reshape(-1).nonzero()[:, 0])  # found once a batch
         places = self._places[1]
@@ -130,7 +183,15 @@ class InputCapture(WeightCalls):
 
     def __exit__(self, *error: Any) -> None:
         self._kept = self._places = None
+        self.keep = None
         super().__exit__(*error)
+
+
+def fits(rows: Tensor, keep: Tensor) -> bool:
+    """Whether inputs (batch, length, ..., in) or (batch * length, in) run along keep (batch, length)."""
+    if rows.ndim >= 3:
+        return rows.shape[:2] == keep.shape
+    return rows.ndim == 2 and len(rows) == keep.numel()
 
 
 @dataclass
@@ -193,14 +254,34 @@ def mirror(gram: Tensor) -> None:
         corner.copy_(corner.triu() + corner.triu(1).mT)
 
 
-def kept_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """(examples, positions) True where a batch holds no padding, for an encoder or a decoder alone;
-    None where that is not one mask for all layers.
+def kept_positions(on: Subject, batch: Batch) -> Tensor | Kept | None:
+    """Which positions of a batch hold no padding, by the columns that its task declares: (examples,
+    positions) of the one sequence, those of source and target in an encoder-decoder, None without a mask.
     """
-    mask = batch.get("attention_mask")
-    return (
-        mask.bool() if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch else None
-    )
+    real = on.task.real(batch)
+    encoder = encoder_of(on.model) if TARGET in real else None
+    if encoder is not None:
+        source = real.get(SOURCE)
+        if source is None:
+            source = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        return Kept(source, real[TARGET], encoder)
+    return next(iter(real.values())) if len(real) == 1 else None
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The module that reads an encoder-decoder's source."""
+    find = getattr(getattr(model, "module", model), "get_encoder", None)
+    found = find() if find is not None else None
+    return found if isinstance(found, nn.Module) and found is not model else None
+
+
+def block_positions(on: Subject, name: str, batch: Batch) -> Tensor | None:
+    """(examples, positions) True where what the block or layer `name` gives is no padding."""
+    keep = kept_positions(on, batch)
+    if not isinstance(keep, Kept):
+        return keep
+    inside = any(on.model.get_submodule(name) is module for module in keep.encoder.modules())
+    return keep.source if inside else keep.target
 
 
 class MomentSums:
@@ -293,7 +374,7 @@ def second_moments(
         for batch in progress.track(
             subject.batches(split, batch_size, examples, by_length=True), "calibration inputs", total
         ):
-            capture.keep = kept_positions(batch)
+            capture.keep = kept_positions(subject, batch)
             sums.begin()
             with contextlib.suppress(Reached):
                 subject.task.output(subject.model, batch)

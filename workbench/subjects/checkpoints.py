@@ -1,10 +1,15 @@
-"""Opening checkpoints: validated safetensors folders and hub ids, never pickle, never remote code."""
+"""Opening checkpoints: validated safetensors folders and hub ids, never pickle, never remote code.
+
+Every tensor of a checkpoint is accounted for: used, renamed (the prefix of a wrapper), new (a head for the
+task) or left over (another head's); anything else is refused by name.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,11 @@ import torch
 from torch import nn
 
 from workbench.errors import BadInput
+from workbench.subjects.checkpoint_files import Stored, method_of, one_line, tensors_in
+from workbench.subjects.stored import commonest
+
+#: parts of a name that wrappers put there: torch.compile, FSDP, activation checkpointing, DeepSpeed
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 
 
 @contextlib.contextmanager
@@ -32,131 +42,350 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse, before anything is built, a folder that is not a complete safetensors checkpoint."""
-    if not (folder / "config.json").is_file() and not (folder / "workbench.json").is_file():
-        raise BadInput(
-            f"subject: folder {str(folder)!r} has no config.json; "
-            "give a folder written by save_pretrained or by the workbench"
-        )
-    shards = sorted(folder.glob("*.safetensors"))
-    weights = [
-        s for s in shards if s.name not in ("splits.safetensors", "changes.safetensors", "arrays.safetensors")
-    ]
-    if not weights:
-        pickles = sorted(
-            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for p in folder.glob(pattern)
-        )
-        if pickles:
-            raise BadInput(
-                f"subject: {str(folder)!r} holds only pickle weights ({pickles[0]}), "
-                "which can run code when opened and are refused; "
-                "save the model again with save_pretrained(..., safe_serialization=True)"
-            )
-        raise BadInput(
-            f"subject: {str(folder)!r} holds no *.safetensors weights; save the model with save_pretrained"
-        )
-    for shard in shards:
-        check_safetensors(shard)
-    for index in folder.glob("*.safetensors.index.json"):
-        missing = sorted(
-            {s for s in json.loads(index.read_text())["weight_map"].values() if not (folder / s).is_file()}
-        )
-        if missing:
-            raise BadInput(
-                f"subject: {index.name} names {missing[0]}, which is not in {str(folder)!r} ({len(missing)} "
-                "missing in all); "
-                "copy the whole checkpoint"
-            )
+@contextlib.contextmanager
+def local_only(local: bool) -> Iterator[None]:
+    """Inside, what a local folder names is not looked for on the hub."""
+    from huggingface_hub import constants
 
-
-def check_safetensors(file: Path) -> None:
-    """Compare the header's promise with the file's size:
-    a truncated file is named before any tensor is read.
-    """
-    size = file.stat().st_size
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or local
     try:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError("its header is cut off")
-            header = json.loads(stream.read(length))
-        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        if end != size - 8 - length:
-            raise ValueError(f"its header promises {end} bytes of tensors and it holds {size - 8 - length}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def read_config(source: str | Path, local: bool) -> Any:
+    """transformers' config of a folder or hub id."""
+    import transformers
+
+    try:
+        with quiet_transformers(), local_only(local):
+            return transformers.AutoConfig.from_pretrained(
+                source, local_files_only=local, trust_remote_code=False
+            )
+    except Exception as error:  # a stranger's file in another library: anything can be raised
         raise BadInput(
-            f"subject: {file.name} is not a complete safetensors file: {error}; copy or save it again"
+            f"subject: {str(source)!r} could not be opened: its config.json: {one_line(error)}"
         ) from None
 
 
 def open_model(
-    source: str | Path, *, local: bool, head: str | None = None, labels: int | None = None
+    source: str | Path, *, local: bool, head: str | None = None, labels: list[str] | None = None
 ) -> tuple[nn.Module, str | None]:
-    """Build the model of a folder or hub id in float32; returns it with a note when a head had to be created.
+    """Build the model of a folder or hub id in float32; returns it with a note of what was renamed, is new or
+    was left over.
 
     `head` names the auto class for a checkpoint whose own class has no head for the task, e.g.
-    "SequenceClassification".
+    "SequenceClassification"; `labels` are the classes of a new one.
     """
     import transformers
 
+    config = read_config(source, local)
+    cls, new = class_of(config, head)
+    if new and labels is not None:
+        config.num_labels = len(labels)
+        config.id2label, config.label2id = dict(enumerate(labels)), {n: i for i, n in enumerate(labels)}
+    stored = tensors_in(Path(source)) if local else None
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"subject: {str(source)!r} could not be opened: {reason}") from None
+    if method_of(config.to_dict()) == "compressed-tensors":
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    elif stored is not None:
+        check_size(cls, config, stored)
+    model, report, notes = loaded(source, cls, config, local, stored, options)
+    told = account(str(source), model, report, new)
+    if "quantization_config" in options:
+        model = plain_linears(model)
+        notes.append("decompressed from compressed-tensors: weights are numbers, inputs are not rounded")
+    model.stored_dtype = format_of(stored, config)  # type: ignore[assignment]
+    said = "; ".join([*notes, *told])
+    return model.eval(), said or None
+
+
+def class_of(config: Any, head: str | None) -> tuple[Any, bool]:
+    """The class to build, and whether its head is new: the checkpoint's own, if it has the head wanted."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
     name = (getattr(config, "architectures", None) or [None])[0]
-    cls = getattr(transformers, name, None) if name else None
-    note = None
-    if head is not None and (cls is None or head not in (name or "")):
-        cls = getattr(transformers, f"AutoModelFor{head}")
-        if labels is not None:
-            config.num_labels = labels
-        note = f"the {head} head is new and untrained"
-    elif cls is None:
-        cls = transformers.AutoModel
-    if (
-        labels is not None
-        and note is None
-        and head == "SequenceClassification"
-        and config.num_labels != labels
-    ):
-        raise BadInput(
-            f"label-column: holds {labels} labels but the checkpoint's head has {config.num_labels}; "
-            "give data with its labels, or a checkpoint trained on yours"
-        )
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        cls = None
+    if head is None:
+        return (cls or transformers.AutoModel), False
+    auto = getattr(transformers, f"AutoModelFor{head}")
+    known = set()
+    for classes in getattr(modeling_auto, MAPPINGS[head]).values():
+        known |= set(classes if isinstance(classes, (list, tuple)) else [classes])
+    if cls is not None and (name in known or head in name):
+        return cls, False
+    return auto, True
+
+
+#: head -> the table of transformers' classes that have it
+MAPPINGS = {
+    "SequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "CausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "Seq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "ImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "SemanticSegmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+}
+
+
+def has_class(name: str, head: str) -> bool:
+    """Whether transformers lists the class `name` among those with this head."""
+    from transformers.models.auto import modeling_auto
+
+    return any(
+        name == each or (isinstance(each, (list, tuple)) and name in each)
+        for each in getattr(modeling_auto, MAPPINGS[head]).values()
+    )
+
+
+def check_size(cls: Any, config: Any, stored: dict[str, Stored]) -> None:
+    """`BadInput` before memory is taken for a model that its weights cannot be: built without numbers, its
+    tensors have the shapes of the files', and there are not many more numbers than those.
+    """
     try:
-        with quiet_transformers():
+        with torch.device("meta"), quiet_transformers():
+            skeleton = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    except Exception as error:  # another library's code on a stranger's numbers
+        raise BadInput(
+            f"subject: config.json does not describe a {getattr(cls, '__name__', cls)}: {one_line(error)}; "
+            "compare it with the original"
+        ) from None
+    held = {unwrapped(name): each for name, each in stored.items()}
+    numbers = 0
+    for name, tensor in skeleton.state_dict().items():
+        numbers += tensor.numel()
+        if name in held and held[name].shape != tuple(tensor.shape):
+            raise BadInput(
+                f"subject: {name} is {list(held[name].shape)} in {held[name].file} and {list(tensor.shape)} "
+                "by config.json; give the config that the weights were saved with"
+            )
+    total = sum(each.numel for each in stored.values())
+    if numbers > 8 * total + 2**24:
+        raise BadInput(
+            f"subject: config.json describes {numbers} numbers and the weights hold {total}; "
+            "give the config that the weights were saved with"
+        )
+
+
+def loaded(
+    source: str | Path,
+    cls: Any,
+    config: Any,
+    local: bool,
+    stored: dict[str, Stored] | None,
+    options: dict[str, Any],
+) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """(model, transformers' report, notes). Prefixes of wrappers are stripped: the known ones by name,
+    others when that makes the names the model's.
+    """
+    notes: list[str] = []
+    mapping = {}
+    if stored is not None:
+        names = [unwrapped(name) for name in stored]
+        if len(set(names)) < len(names):
+            double = Counter(names).most_common(1)[0][0]
+            raise BadInput(
+                f"subject: two tensors are {double} without the prefixes of wrappers; save the model "
+                "unwrapped"
+            )
+        if names != list(stored):
+            mapping = wrapper_patterns(stored)
+    model, report = load(source, cls, config, local, options, mapping)
+    if report["missing_keys"] and report["unexpected_keys"]:
+        wanted = {*model.state_dict(), *(base_names(model))}
+        more = wrapper_patterns(report["unexpected_keys"]) | common_prefix(
+            [unwrapped(name) for name in report["unexpected_keys"]], wanted
+        )
+        if more:
+            mapping |= more
+            model, report = load(source, cls, config, local, options, mapping)
+    if mapping:
+        forget(model, mapping)
+        shown = ", ".join(dict.fromkeys(re.findall(r"\w+(?=\\\.)", " ".join(mapping))))
+        notes.append(f"names were stripped of a wrapper's {shown}")
+    return model, report, notes
+
+
+def load(
+    source: str | Path, cls: Any, config: Any, local: bool, options: dict[str, Any], mapping: dict[str, str]
+) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        with quiet_transformers(), local_only(local):
             model, report = cls.from_pretrained(
                 source,
                 config=config,
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **({"key_mapping": mapping} if mapping else {}),
                 **options,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a stranger's file in another library: anything can be raised
         raise BadInput(
-            f"subject: {str(source)!r} could not be loaded as {cls.__name__}: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"subject: {str(source)!r} could not be loaded as {getattr(cls, '__name__', cls)}: "
+            f"{one_line(error)}"
         ) from None
-    if note is None and cls is not transformers.AutoModel and report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    return model, report
+
+
+def forget(model: nn.Module, mapping: dict[str, str]) -> None:
+    """Saving applies a model's renamings backwards; these are not its own."""
+    held: Any = getattr(model, "_weight_conversions", None) or []
+    patterns = set(mapping)
+    vars(model)["_weight_conversions"] = [
+        each for each in held if not patterns & set(getattr(each, "_original_source_patterns", []))
+    ]
+
+
+def unwrapped(name: str) -> str:
+    """The name of a tensor without the parts that wrappers put there."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    return ".".join(parts)
+
+
+def wrapper_patterns(names: Iterable[str]) -> dict[str, str]:
+    """Regular expression -> nothing, for the wrappers' parts that occur in the names. Each is applied once to
+    a name, so one that occurs several times is there as often, spelled differently.
+    """
+    times = Counter[str]()
+    for name in names:
+        times |= Counter(part for part in name.split(".") if part in WRAPPERS)
+    return {
+        rf"(?:^|(?<=\.)){re.escape(part)}\." + "(?:)" * number: ""
+        for part in sorted(times)
+        for number in range(times[part])
+    }
+
+
+def common_prefix(names: Iterable[str], wanted: set[str]) -> dict[str, str]:
+    """The parts that all names begin with and the model's names do not: {pattern: ""}, or nothing."""
+    given = [name.split(".") for name in names]
+    for length in (1, 2, 3):
+        first = given[0][:length]
+        if any(len(parts) <= length or parts[:length] != first for parts in given):
+            break
+        if 2 * sum(".".join(parts[length:]) in wanted for parts in given) >= len(given):
+            return {rf"^{re.escape('.'.join(first))}\.": ""}
+    return {}
+
+
+def base_names(model: nn.Module) -> set[str]:
+    """The names of a model's trunk without its prefix, as a checkpoint without a head has them."""
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    return {name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix)}
+
+
+def account(source: str, model: nn.Module, report: dict[str, Any], new: bool) -> list[str]:
+    """What there is to say of tensors that are not simply used: new and left over ones; `BadInput` for
+    others that are missing, of another shape, or belong to blocks that the config does not name.
+    """
+    kind = type(model).__name__
+    told: list[str] = []
+    for name, given, wanted in sorted(report["mismatched_keys"], key=str):
         raise BadInput(
-            f"subject: {str(source)!r} lacks {missing[0]} ({len(missing)} missing in all), "
-            f"which {cls.__name__} needs; copy or save it again"
+            f"subject: {name} is {list(given)} in the file and {list(wanted)} by config.json; "
+            "give the config that the weights were saved with"
         )
-    return model.eval(), note
+    trunk = getattr(model, "base_model_prefix", "") + "."
+    missing = sorted(report["missing_keys"])
+    poolers = [name for name in missing if "pooler" in name.split(".")]
+    lost = [name for name in missing if name not in poolers and (not new or name.startswith(trunk))]
+    if lost:
+        raise BadInput(
+            f"subject: {source!r} lacks {lost[0]} ({len(lost)} missing in all), "
+            f"which {kind} needs; copy or save it again"
+        )
+    heads = [name for name in missing if name not in poolers]
+    if heads:
+        told.append(f"the head of {kind} is new and untrained: {listed(heads)}")
+    if poolers:
+        told.append(f"the pooler is new and untrained: {listed(poolers)}")
+    left = sorted(report["unexpected_keys"])
+    names = set(model.state_dict())
+    for name in left:
+        if (sibling := sibling_of(name, names)) is not None:
+            raise BadInput(
+                f"subject: {source!r} holds {name}, a block that config.json does not name (it ends before "
+                f"{sibling}); give the number of blocks that the weights hold"
+            )
+    if left:
+        told.append(f"left over: {listed(left)}")
+    return told
 
 
-def open_tokenizer(source: str | Path, local: bool) -> Any | None:
-    """The checkpoint's tokenizer or image processor, or None when it has neither."""
+def sibling_of(name: str, names: set[str]) -> str | None:
+    """The part of a leftover name that counts a block, when the model has that tensor in another block."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if not part.isdigit():
+            continue
+        before, after = ".".join(parts[:place]), ".".join(parts[place + 1 :])
+        pattern = re.compile(rf"(?:.*\.)?{re.escape(before)}\.\d+\.{re.escape(after)}$")
+        same = any(pattern.match(each) for each in names)
+        here = re.compile(rf"(?:.*\.)?{re.escape(before)}\.{part}\.")
+        if same and not any(here.match(each) for each in names):
+            return ".".join(parts[: place + 1])
+    return None
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def format_of(stored: dict[str, Stored] | None, config: Any) -> torch.dtype:
+    """The dtype that most of a checkpoint's numbers have on disk."""
+    if stored is None:
+        named = getattr(config, "dtype", None)
+        return named if isinstance(named, torch.dtype) else torch.float32
+    counts = Counter[str]()
+    for each in stored.values():
+        counts[each.dtype] += each.numel
+    return commonest(counts)
+
+
+def plain_linears(model: nn.Module) -> nn.Module:
+    """A decompressed model without the traces of its quantizer: plain weights in plain modules."""
+    for module in model.modules():
+        for name in [*module._parameters, *module._buffers]:
+            if TRACES.fullmatch(name):
+                delattr(module, name)
+        for name in ("quantization_scheme", "quantization_status", "quantization_enabled", "forward"):
+            vars(module).pop(name, None)
+    config: Any = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    return model.float()
+
+
+TRACES = re.compile(r"(weight|input|output)_(scale|zero_point|shape|g_idx|packed|global_scale)")
+
+
+def open_tokenizer(source: str | Path, local: bool, needed: bool = False) -> Any | None:
+    """The checkpoint's tokenizer or image processor, or None when it has neither; `BadInput` where one is
+    needed and its files cannot be read.
+    """
     import transformers
 
+    reasons = []
     for cls in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
         try:
-            return cls.from_pretrained(source, local_files_only=local, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
-            continue
+            with quiet_transformers(), local_only(local):
+                return cls.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+        except Exception as error:  # a stranger's file in another library: anything can be raised
+            reasons.append(one_line(error))
+    files = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+    there = [name for name in files if local and (Path(source) / name).is_file()]
+    if needed and there:
+        reason = reasons[1 if there[0].startswith("pre") else 0]
+        raise BadInput(f"subject: {there[0]} could not be opened: {reason}; copy or save it again")
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,14 @@ from workbench.errors import BadInput, unknown_name
 from workbench.families import import_families
 from workbench.progress import Progress
 from workbench.results import Result
+from workbench.subjects import rows as tables
 from workbench.subjects import text
 from workbench.subjects.changes import restore_changes
-from workbench.subjects.checkpoints import check_folder, open_model, open_tokenizer
+from workbench.subjects.checkpoint_files import check_folder, one_line, read_json
+from workbench.subjects.checkpoints import class_of, has_class, open_model, open_tokenizer, read_config
+from workbench.subjects.classes import Classes
 from workbench.subjects.subject import Split, Subject
-from workbench.subjects.tasks import TASK, CustomLoss, Task
+from workbench.subjects.tasks import TASK, CustomLoss, ModuleTask, Task
 from workbench.subjects.text import cut
 
 HEADS = {
@@ -31,6 +34,8 @@ HEADS = {
     "seq2seq-lm": "Seq2SeqLM",
     "image-classification": "ImageClassification",
     "regression": "SequenceClassification",
+    "multi-label-classification": "SequenceClassification",
+    "semantic-segmentation": "SemanticSegmentation",
 }
 
 
@@ -54,6 +59,9 @@ def subject(
     max_length: int = 128,
     max_examples: int = 4096,
     seed: int = 0,
+    class_axis: int | None = None,
+    ignored: int = -100,
+    items: Callable[[dict[str, Tensor]], int] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Subject:
@@ -70,7 +78,9 @@ def subject(
     text_column, label_column, image_column : the columns of `data`.
     task : a name of `workbench.subjects.TASK`; guessed from the checkpoint's class when left out.
     loss : for a module: "cross_entropy", "squared_error" or a function (output, batch)
-        -> mean loss over examples.
+        -> mean loss over examples, or over `items(batch)` items.
+    class_axis, ignored : for a module with cross-entropy: the output's axis of classes (1 in (batch, classes,
+        height, width); needed where two axes fit the labels), and the label of what has no target.
     max_length : tokens per example. max_examples : at most so many rows of `data` are used
         (chosen by `seed`).
     seed : also of a built-in's training, for those that are trained on first use;
@@ -82,8 +92,12 @@ def subject(
         raise BadInput(
             f"max_length must be at least 2 and max_examples at least 8, got {max_length} and {max_examples}"
         )
+    if not 0 <= seed < 2**32:
+        raise BadInput(f"seed: {seed} is out of range; accepted: 0 to {2**32 - 1}")
     if isinstance(source, nn.Module):
-        return from_module(source, data, loss, name or type(source).__name__, seed)
+        return from_module(
+            source, data, loss, name or type(source).__name__, seed, class_axis, ignored, items
+        )
     source = str(source)
     if source in builtin_names():
         from workbench.subjects.registry import build
@@ -141,8 +155,8 @@ def from_checkpoint(
     kind = TASK.chosen(guessed).value
     if isinstance(data, str) and data != "random" and not data.startswith("hf:") and not Path(data).is_file():
         raise BadInput(f"data: {data!r} is not a file; give a CSV, JSONL or Parquet file, hf:ID, or random")
-    tokenizer = tokenizer or open_tokenizer(source, local)
-    rows = None
+    tokenizer = tokenizer or open_tokenizer(source, local, needed=data != "random")
+    rows, notes = None, []
     if data is None:
         if guessed not in ("causal-lm", "masked-lm", "seq2seq-lm", "embedding") or tokenizer is None:
             missing = "no tokenizer" if tokenizer is None else f"the task {guessed}"
@@ -150,26 +164,30 @@ def from_checkpoint(
                 f"data: {name!r} needs data (it has {missing}); "
                 "give --data FILE with the column names, or --data random for shape and speed work"
             )
-        rows, note = (
-            text.builtin_rows(max_examples),
-            "built-in text: Python standard library source and documentation",
-        )
+        rows = tables.builtin_rows(max_examples)
+        notes.append("built-in text: Python standard library source and documentation")
     elif data == "random":
-        note = "random inputs: for shapes and speed only, losses mean nothing"
+        notes.append("random inputs: for shapes and speed only, losses mean nothing")
     else:
-        rows, note = text.read_rows(data, max_examples, seed)
-        text.check_columns(rows, guessed, text_column, label_column, image_column)
-    names = (
-        text.label_names(rows, label_column)
-        if rows is not None and guessed in ("sequence-classification", "image-classification")
-        else None
-    )
-    model, head_note = open_model(
-        source, local=local, head=HEADS.get(guessed), labels=len(names) if names else None
-    )
+        rows, note = tables.read_rows(data, max_examples, seed)
+        tables.check_columns(rows, guessed, text_column, label_column, image_column)
+        notes.append(note)
+    head = HEADS.get(guessed)
+    new = head is not None and class_of(config, head)[1]
+    classes: Classes | None = None
+    if rows is not None and guessed in text.CLASSIFIED:
+        assert label_column is not None
+        rows, hidden = text.visible(rows, label_column)
+        classes = text.classes_of(rows, guessed, label_column, config, new)
+        notes += [hidden, classes.note]
+    names = classes.names if classes is not None else None
+    model, said = open_model(source, local=local, head=head, labels=names)
+    notes.append(said or "")
     settings = text.Columns(
-        text_column or "text", label_column or "label", image_column or "image", names, max_length, seed
+        text_column or "text", label_column or "label", image_column or "image", classes, max_length, seed
     )
+    if guessed != "image-classification" and (limit := text.tokens_wanted(model, settings)) < max_length:
+        notes.append(f"texts are cut to {limit} tokens, the model's positions" if data != "random" else "")
     if rows is None:
         splits = text.random_splits(model, guessed, settings)
     else:
@@ -182,55 +200,93 @@ def from_checkpoint(
         splits,
         tokenizer=tokenizer,
         labels=names,
-        data_note=note + (f"; {head_note}" if head_note else ""),
+        data_note="; ".join(note for note in notes if note),
         origin={"source": source if not local else "folder"},
     )
+    try_out(made)
     return text.self_targets(made) if guessed == "embedding" else made
 
 
-def read_config(source: str, local: bool) -> Any:
-    import transformers
+@torch.no_grad()
+def try_out(on: Subject, tolerance: float = 1e-2) -> None:
+    """`BadInput` for a model that cannot compute its first two examples, or whose outputs for one depend on
+    how much padding stands behind it.
+    """
+    split = next(iter(on.splits))
+    columns = on.split(split)
+    kind = type(on.model).__name__
 
+    def rows(places: list[int]) -> Tensor:
+        batch = on.task.trimmed({k: v[places] for k, v in columns.items()})
+        output = on.task.output(on.model, batch)
+        return on.task.flat(output, batch)[0] if "labels" in columns else output.flatten(1)
+
+    lengths = on.task.lengths({k: v[:64] for k, v in columns.items()})
+    short, long = (
+        (0, min(1, on.size(split) - 1)) if lengths is None else (int(lengths.argmin()), int(lengths.argmax()))
+    )
     try:
-        return transformers.AutoConfig.from_pretrained(
-            source, local_files_only=local, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
+        alone, both = rows([short]), rows([short, long])
+    except Exception as error:  # another library's code on a stranger's numbers
         raise BadInput(
-            f"subject: {source!r} could not be opened: {str(error).strip().splitlines()[0]}"
+            f"subject: {kind} fails on its first examples: {one_line(error)}; "
+            "compare its config.json with the original, or give another task or another max_length"
         ) from None
+    if lengths is None or lengths[short] == lengths[long] or not len(alone):
+        return
+    moved = (both[: len(alone)] - alone).float().norm(dim=-1) / alone.float().norm(dim=-1).clamp_min(1e-12)
+    if bool(moved.median() > tolerance):
+        raise BadInput(
+            f"subject: what {kind} computes for a text depends on the padding behind it (its outputs move by "
+            f"{float(moved.median()):.0%}), so its losses would depend on the batch; give texts of one length"
+        )
 
 
 def guess_task(config: Any, label_column: str | None, image_column: str | None) -> str:
     """The task from the checkpoint's class, else from the columns given."""
     name = (getattr(config, "architectures", None) or [""])[0]
-    for ending, task in (
-        ("ForSequenceClassification", "sequence-classification"),
-        ("ForTokenClassification", "token-classification"),
-        ("ForImageClassification", "image-classification"),
-        ("ForMaskedLM", "masked-lm"),
-        ("ForPreTraining", "masked-lm"),
-        ("ForConditionalGeneration", "seq2seq-lm"),
-        ("ForCausalLM", "causal-lm"),
-        ("LMHeadModel", "causal-lm"),
+    name = name if isinstance(name, str) else ""
+    for head, task in (
+        ("Seq2SeqLM", "seq2seq-lm"),
+        ("SequenceClassification", "sequence-classification"),
+        ("TokenClassification", "token-classification"),
+        ("ImageClassification", "image-classification"),
+        ("SemanticSegmentation", "semantic-segmentation"),
+        ("MaskedLM", "masked-lm"),
+        ("CausalLM", "causal-lm"),
     ):
-        if name.endswith(ending):
-            kind = getattr(config, "problem_type", None) or (
-                "regression" if getattr(config, "num_labels", 2) == 1 else None
-            )  # as transformers decides it
-            return "regression" if task == "sequence-classification" and kind == "regression" else task
+        if has_class(name, head) or name.endswith(f"For{head}"):
+            return of_problem(config) if task == "sequence-classification" else task
+    if name.endswith("ForPreTraining"):
+        return "masked-lm"
+    if name.endswith("LMHeadModel"):
+        return "causal-lm"
     if image_column or (label_column and hasattr(config, "num_channels")):
         return "image-classification"
     if label_column:
         return "sequence-classification"
+    if name and not name.endswith(("Model", "Encoder")):
+        raise BadInput(
+            f"task: {name[:80]} is none of the classes that the bench has a task for; accepted: "
+            "task=embedding for its hidden states, or a label column for a new head"
+        )
     return "embedding"
+
+
+def of_problem(config: Any) -> str:
+    """The task of a classifier of texts, as transformers decides it."""
+    kind = getattr(config, "problem_type", None) or ("regression" if config.num_labels == 1 else "")
+    return {
+        "regression": "regression",
+        "multi_label_classification": "multi-label-classification",
+    }.get(str(kind), "sequence-classification")
 
 
 def from_saved(folder: Path) -> Subject:
     """Open a folder the workbench wrote, with its changes and its splits."""
     from safetensors.torch import load_file, load_model
 
-    note = json.loads((folder / "workbench.json").read_text())
+    note = saved_note(folder)
     stored = load_file(folder / "splits.safetensors")
     splits: dict[str, Split] = {}
     for key, value in stored.items():
@@ -270,6 +326,33 @@ def from_saved(folder: Path) -> Subject:
     )
 
 
+NOTED: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "task": str,
+    "data_note": str,
+    "labels": (list, type(None)),
+    "history": list,
+    "origin": dict,
+    "changes": (list, dict),
+}
+
+
+def saved_note(folder: Path) -> dict[str, Any]:
+    """What `workbench.json` says of a saved subject, checked field by field."""
+    note = read_json(folder / "workbench.json")
+    for field, kind in NOTED.items():
+        if field not in note or not isinstance(note[field], kind):
+            raise BadInput(
+                f"subject: workbench.json: {field} is {str(note.get(field, 'missing'))[:60]!r}; "
+                "copy or save the subject again"
+            )
+    if not (folder / "splits.safetensors").is_file():
+        raise BadInput(f"subject: {str(folder)!r} lacks splits.safetensors; copy or save the subject again")
+    if note["changes"] and not (folder / "changes.safetensors").is_file():
+        raise BadInput(f"subject: {str(folder)!r} lacks changes.safetensors; copy or save the subject again")
+    return note
+
+
 def from_file(file: Path, attribute: str) -> Subject:
     """Run a Python file of the user's own and take a Subject (or a function giving one) from it."""
     if not file.is_file():
@@ -293,7 +376,16 @@ def from_file(file: Path, attribute: str) -> Subject:
     return made
 
 
-def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -> Subject:
+def from_module(
+    module: nn.Module,
+    data: Any,
+    loss: Any,
+    name: str,
+    seed: int,
+    class_axis: int | None = None,
+    ignored: int = -100,
+    items: Callable[[dict[str, Tensor]], int] | None = None,
+) -> Subject:
     """A plain module called as `module(inputs)`; data holds tensors `inputs` and `labels`."""
     if not isinstance(data, dict) or not data:
         raise BadInput(
@@ -314,18 +406,92 @@ def from_module(module: nn.Module, data: Any, loss: Any, name: str, seed: int) -
             f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, "
             "batch) -> scalar"
         )
-    task: Task = CustomLoss(function=loss) if callable(loss) else TASK[kinds[loss]].value()
+    task: Task = CustomLoss(function=loss, counted=items) if callable(loss) else TASK[kinds[loss]].value()
     made = Subject(name, module.eval(), task, splits, data_note="tensors given in Python")
     try:
         with torch.no_grad():
-            value = made.loss(next(made.batches(next(iter(splits)), 2)))
+            batch = next(made.batches(next(iter(splits)), 2))
+            if isinstance(task, ModuleTask):
+                made.task = declared(task, task.output(module, batch), splits, class_axis, ignored)
+            value = made.loss(batch)
     except (RuntimeError, TypeError, IndexError) as error:
         raise BadInput(
             f"data: the module failed on the first two examples: {str(error).splitlines()[0]}"
         ) from None
     if value.ndim != 0:
         raise BadInput(f"loss: must be a scalar mean over examples, got shape {tuple(value.shape)}")
+    if callable(loss):
+        check_mean(made)
     return made
+
+
+def declared(
+    task: ModuleTask, output: Tensor, splits: dict[str, Split], class_axis: int | None, ignored: int
+) -> ModuleTask:
+    """The task with its class axis and its ignored label, which the labels of every split must fit."""
+    labels = next(iter(splits.values()))["labels"]
+    shape, wanted = tuple(output.shape[1:]), tuple(labels.shape[1:])
+    axes = {
+        axis
+        for axis in {1, output.ndim - 1}
+        if output.ndim > 1
+        and (shape if labels.is_floating_point() else shape[: axis - 1] + shape[axis:]) == wanted
+    }
+    told = f"class_axis: the output (batch, {', '.join(map(str, shape))}) "
+    if class_axis is not None:
+        if class_axis % output.ndim not in axes:
+            raise BadInput(
+                f"{told}does not fit labels (batch, {', '.join(map(str, wanted))}) along axis {class_axis}; "
+                f"accepted: {', '.join(map(str, sorted(axes))) or 'none'}"
+            )
+        axes = {class_axis % output.ndim}
+    if len(axes) == 2:
+        raise BadInput(
+            f"{told}fits the labels (batch, {', '.join(map(str, wanted))}) along axis 1 and axis "
+            f"{output.ndim - 1}; give class_axis=1 or class_axis=-1"
+        )
+    if not axes:
+        raise BadInput(
+            f"labels: shape (batch, {', '.join(map(str, wanted))}) fits no axis of classes of the output "
+            f"(batch, {', '.join(map(str, shape))}); give one label for each item"
+        )
+    axis = axes.pop()
+    classes = output.shape[axis]
+    for name, split in splits.items():
+        given = split["labels"]
+        if given.is_floating_point():
+            continue
+        wrong = (given != ignored) & ((given < 0) | (given >= classes))
+        if wrong.any():
+            value = int(given[wrong][0])
+            raise BadInput(
+                f"labels: {value} is no class of the {classes} (0 to {classes - 1}), in split {name!r}; "
+                f"give ignored={value} if it marks what has no label"
+            )
+    return ModuleTask(class_axis=-1 if axis == output.ndim - 1 else axis, ignored=ignored)
+
+
+def check_mean(on: Subject, examples: int = 8, tolerance: float = 1e-4) -> None:
+    """`BadInput` when a user's loss is no mean over its items: a batch's total is not its parts'."""
+    split = next(iter(on.splits))
+    whole = next(on.batches(split, examples, examples))
+    parts = list(on.batches(split, 1, examples))
+
+    def total(batch: dict[str, Tensor]) -> float:
+        count = on.task.items(batch)
+        return float(on.loss(batch)) * count if count else 0.0
+
+    with torch.no_grad():
+        together, again = total(whole), total(whole)
+        apart = sum(total(part) for part in parts)
+    close = abs(together - apart) <= tolerance * max(abs(together), abs(apart), 1e-6)
+    if math.isfinite(together) and together == again and not close:
+        count = on.task.items(whole)
+        raise BadInput(
+            f"loss: is no mean over examples: {count} items together give {together / count:.6g} and one "
+            f"example at a time {apart / count:.6g}; return the mean over the examples, or give "
+            "items=function(batch) -> the number of items that it is a mean over"
+        )
 
 
 Result.opens = subject

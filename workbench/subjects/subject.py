@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
-from workbench.kernels.unpadded import unpadded
+from workbench.kernels.sequence.unpadded import unpadded
 from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
+from workbench.subjects import identity
 from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, describe_changes
+from workbench.subjects.identity import Seen
 from workbench.subjects.layers import Layer
-from workbench.subjects.tasks import Batch, Task
+from workbench.subjects.stored import declare_wide, narrow
+from workbench.subjects.tasks import Batch, LanguageModel, Task
 
 if TYPE_CHECKING:
     from workbench.instruments import Instrument
@@ -65,9 +68,7 @@ class Subject:
         self._make = None if isinstance(model, nn.Module) else model
         self._fingerprint = fingerprint
         self._memory: dict[tuple[Any, ...], Any] = {}
-        self._seen: tuple[int, ...] | None = (
-            self._versions() if fingerprint and self._model is not None else None
-        )
+        self._seen = self._look() if fingerprint else None
         for split, columns in splits.items():
             lengths = {k: len(v) for k, v in columns.items()}
             if len(set(lengths.values())) > 1:
@@ -81,36 +82,26 @@ class Subject:
         if self._model is None:
             assert self._make is not None
             self._model = plain_experts(self._make()).eval()
-            self._seen = self._versions()
+            if self._seen is not None:
+                self._seen = replace(self._look(), data=self._seen.data)
         return self._model
 
-    def _versions(self) -> tuple[int, ...]:
-        assert self._model is not None
-        return (*(t._version for t in self._model.state_dict(keep_vars=True).values()), id(self._model))
+    def _settings(self) -> str:
+        return identity.settings(self.task, self.labels, self.tokenizer)
+
+    def _look(self) -> Seen:
+        return identity.look(self._model, self.splits, self._settings())
 
     @property
     def fingerprint(self) -> str:
-        """Hash of weights, changes, configuration, task and data; changes when any weight is written."""
-        if self._fingerprint is not None and (self._model is None or self._seen == self._versions()):
-            return self._fingerprint
-        digest = hashlib.sha256()
-        model = self.model
-        config = getattr(model, "config", None)
-        digest.update(
-            repr(
-                config.to_dict() if config is not None and hasattr(config, "to_dict") else str(model)
-            ).encode()
-        )
-        digest.update(
-            json.dumps(describe_changes(model)[0], sort_keys=True).encode() + self.task.name.encode()
-        )
-        for group in (model.state_dict(), *self.splits.values()):
-            for key, value in sorted(group.items()):
-                digest.update(key.encode() + str(tuple(value.shape)).encode() + str(value.dtype).encode())
-                digest.update(
-                    memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-                )
-        self._fingerprint, self._seen = digest.hexdigest()[:24], self._versions()
+        """Hash of weights, modules and their code, configuration, task, tokenizer and data;
+        changes when any of them does.
+        """
+        seen = self._look()
+        if self._fingerprint is None or self._seen is None or self._seen != seen:
+            model = self.model
+            self._fingerprint = identity.content(model, self.splits, self._settings())
+            self._seen = self._look()
         return self._fingerprint
 
     def resolve_device(self, device: str = "auto") -> torch.device:
@@ -206,7 +197,7 @@ class Subject:
         """Take the fingerprint of the subject this one was saved from, the same weights, task and data,
         and what was measured on it.
         """
-        self._fingerprint, self._seen = fingerprint, self._versions()
+        self._fingerprint, self._seen = fingerprint, self._look()
         for (split, examples), found in (evaluations or {}).items():
             self.memo(("evaluate", split, examples), functools.partial(dict, found))
 
@@ -214,7 +205,8 @@ class Subject:
         """A statistic of this subject, kept in memory while its fingerprint stays;
         the ones used last are kept.
         """
-        full = (self.fingerprint, str(self.device), *key)
+        counted = self._seen is not None and self._seen.counted(self._model, self.splits)
+        full = (self._fingerprint if counted else self.fingerprint, str(self.device), *key)
         found = self._memory.pop(full) if full in self._memory else compute()
         while len(self._memory) >= 16:
             self._memory.pop(next(iter(self._memory)))
@@ -243,7 +235,7 @@ class Subject:
         """
         self.history = [*parent.history, step(instrument)]
         self._fingerprint = fingerprint
-        self._seen = self._versions() if fingerprint else None
+        self._seen = self._look() if fingerprint else None
 
     # ---- data ----------------------------------------------------------------------------------------------
     def split(self, name: str) -> Split:
@@ -269,11 +261,12 @@ class Subject:
         total = min(self.size(split), limit or self.size(split))
         device = device or self.device
         order = torch.arange(total)
-        if by_length and "attention_mask" in columns and columns["attention_mask"].ndim == 2:
-            order = columns["attention_mask"][:total].sum(1).argsort(stable=True)
+        lengths = self.task.lengths({k: v[:total] for k, v in columns.items()}) if by_length else None
+        if lengths is not None:
+            order = lengths.argsort(stable=True)
         for rows in order.split(batch_size):
             batch = {k: v[rows] for k, v in columns.items()}
-            yield {k: v.to(device) for k, v in trim(batch).items()}
+            yield {k: v.to(device) for k, v in self.task.trimmed(batch).items()}
 
     # ---- measuring -----------------------------------------------------------------------------------------
     def loss(self, batch: Batch) -> Tensor:
@@ -311,7 +304,7 @@ class Subject:
         if items == 0:
             raise BadInput(f"split: {split!r} has no item with a target; check the label column")
         found = {"loss": total / items} | {k: v / items for k, v in sums.items()}
-        if self.task.name in ("causal-lm", "masked-lm", "seq2seq-lm"):
+        if isinstance(self.task, LanguageModel):
             found["perplexity"] = float(torch.tensor(found["loss"]).exp())
         return found
 
@@ -354,8 +347,11 @@ class Subject:
         if save_pretrained is not None:
             from workbench.subjects.checkpoints import quiet_transformers
 
+            mixed = narrow(baked)
             with quiet_transformers():
                 save_pretrained(folder, safe_serialization=True)
+            if mixed:
+                declare_wide(folder)
         else:
             from safetensors.torch import save_model
 
@@ -379,6 +375,8 @@ class Subject:
             "origin": self.origin,
             "changes": records,
             "removed": record_of(self.model),
+            "fingerprint": self.fingerprint,
+            "files": identity.files_in(folder),
         }
         (folder / "workbench.json").write_text(json.dumps(note, indent=1))
 
@@ -417,13 +415,3 @@ def plain_experts(model: nn.Module) -> nn.Module:
 
 def step(instrument: Instrument) -> dict[str, Any]:
     return {"instrument": instrument.name(), "fields": instrument.model_dump(mode="json")}
-
-
-def trim(batch: Batch) -> Batch:
-    """Cut padding that no example of the batch uses (right padding, by the attention mask)."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2:
-        return batch
-    longest = max(int(mask.sum(1).max()), 1)
-    width = mask.shape[1]
-    return {k: v[:, :longest] if v.ndim == 2 and v.shape[1] == width else v for k, v in batch.items()}

@@ -1,10 +1,9 @@
-"""Rows of a file, a hub data set or the built-in text, encoded into the tensors of a subject's splits."""
+"""Rows encoded into the tensors of a subject's splits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
+from workbench.subjects.classes import Classes, number_of, trained, untrained, written
 from workbench.subjects.subject import Split, Subject
+
+#: tasks whose targets are classes that the data names
+CLASSIFIED = (
+    "sequence-classification",
+    "multi-label-classification",
+    "image-classification",
+    "token-classification",
+)
+#: tasks for which decoders look at the last token that is not their padding id
+POOLED = ("sequence-classification", "multi-label-classification", "regression")
 
 
 @dataclass(frozen=True)
@@ -22,108 +32,9 @@ class Columns:
     text: str
     label: str
     image: str
-    labels: list[str] | None
+    classes: Classes | None
     max_length: int
     seed: int
-
-
-def builtin_rows(limit: int, size: int = 2000) -> pd.DataFrame:
-    """The built-in text in pieces of `size` characters, evenly spaced through each split
-    (a file is in one split only).
-    """
-    from workbench.subjects.builtin.corpora import standard_library
-
-    pieces: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for document in standard_library():
-        pieces[document.split] += chunks(document.text.decode("utf-8", errors="replace"), size)
-    wanted = {"train": limit * 7 // 10, "validation": limit // 10, "test": limit // 5}
-    rows = []
-    for split, found in pieces.items():
-        count = min(len(found), max(8, wanted[split]))
-        rows.append(
-            pd.DataFrame({"text": [found[i * len(found) // count] for i in range(count)], "split": split})
-        )
-    return pd.concat(rows, ignore_index=True)
-
-
-def chunks(document: str, size: int) -> list[str]:
-    return [document[i : i + size] for i in range(0, len(document), size) if document[i : i + size].strip()]
-
-
-def read_rows(data: str | Path, limit: int, seed: int) -> tuple[pd.DataFrame, str]:
-    """A table from a CSV / JSONL / Parquet file or `hf:ID`, at most `limit` rows a split,
-    and a note that names it.
-    """
-    data = str(data)
-    if data.startswith("hf:"):
-        from datasets import load_dataset
-
-        parts = load_dataset(data.removeprefix("hf:"), trust_remote_code=False)
-        frames = [
-            part.shuffle(seed=seed).select(range(min(limit, len(part)))).to_pandas().assign(split=name)
-            for name, part in parts.items()
-        ]
-        return pd.concat(frames, ignore_index=True), f"hub data set {data.removeprefix('hf:')}"
-    file = Path(data)
-    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".csv": pd.read_csv,
-        ".tsv": lambda f: pd.read_csv(f, sep="\t"),
-        ".jsonl": lambda f: pd.read_json(f, lines=True),
-        ".json": lambda f: pd.read_json(f, lines=True),
-        ".parquet": pd.read_parquet,
-    }
-    if file.suffix not in readers:
-        raise BadInput(f"data: {file.name!r} has the ending {file.suffix!r}; accepted: {', '.join(readers)}")
-    try:
-        rows = readers[file.suffix](file)
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise BadInput(f"data: {file.name!r} could not be read: {str(error).splitlines()[0]}") from None
-    if len(rows) > limit:
-        rows = rows.sample(limit, random_state=seed)
-    return rows.reset_index(drop=True), f"file {file.name}, {len(rows)} rows"
-
-
-def check_columns(
-    rows: pd.DataFrame, task: str, text: str | None, label: str | None, image: str | None
-) -> None:
-    """Every column the task needs is there and filled; else an error that lists what the file has."""
-    needed: dict[str, str | None] = {}
-    if task == "image-classification":
-        needed["image-column"] = image
-    else:
-        needed["text-column"] = text
-    if task in (
-        "sequence-classification",
-        "image-classification",
-        "token-classification",
-        "regression",
-        "seq2seq-lm",
-    ):
-        needed["label-column"] = label
-    have = ", ".join(map(str, rows.columns))
-    for option, column in needed.items():
-        if column is None:
-            raise BadInput(f"{option}: is needed for the task {task}; the data has the columns {have}")
-        if column not in rows.columns:
-            raise BadInput(f"{option}: {column!r} is not in the data; it has the columns {have}")
-        empty = rows[column].isna()
-        if empty.any():
-            raise BadInput(
-                f"{option}: row {int(empty.to_numpy().argmax()) + 1} of column {column!r} is empty "
-                f"({int(empty.sum())} in all); fill or drop them"
-            )
-    if len(rows) < 8:
-        raise BadInput(f"data: {len(rows)} rows are too few to split; give at least 8")
-
-
-def label_names(rows: pd.DataFrame, column: str | None) -> list[str]:
-    assert column is not None
-    names = sorted(rows[column].unique(), key=lambda v: (isinstance(v, str), v))
-    if len(names) < 2:
-        raise BadInput(
-            f"label-column: {column!r} holds one value only ({names[0]!r}); at least two classes are needed"
-        )
-    return [str(name) for name in names]
 
 
 def encode(
@@ -167,37 +78,75 @@ def embedding_count(model: Any) -> int:
     return count
 
 
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a model has positions for, by its config and its tables of positions; None: any."""
+    config: Any = getattr(model, "config", None)
+    said = getattr(config, "max_position_embeddings", None)
+    found = [said] if isinstance(said, int) and said > 0 else []
+    for name, module in model.named_modules():
+        ending = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ending in POSITIONS:
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            found.append(module.num_embeddings - max(first, int(getattr(module, "offset", 0) or 0)))
+    return min(found) if found else None
+
+
+POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+def tokens_wanted(model: nn.Module, columns: Columns) -> int:
+    """Tokens of a text: as many as asked for, as far as the model has positions."""
+    return min(columns.max_length, positions(model) or columns.max_length)
+
+
+def settle_padding(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """The ids with padding that the model knows as such: decoders with a head for the whole text look at the
+    last token that is not `pad_token_id`. One without it gets an id that no text uses.
+    """
+    config: Any = model.config
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size, pad = embedding_count(model), getattr(inner, "pad_token_id", None)
+    if not isinstance(pad, int) or not 0 <= pad < size:
+        used = torch.zeros(size, dtype=torch.bool)
+        used[ids[mask != 0]] = True
+        free = (~used).nonzero()
+        if not len(free):
+            raise BadInput(
+                "subject: config.json has no pad_token_id and the texts use every id of the vocabulary; "
+                "set pad_token_id to one that they do not use"
+            )
+        pad = int(free[-1])
+        config.pad_token_id = inner.pad_token_id = pad
+    return ids.masked_fill(mask == 0, pad)
+
+
 def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module, columns: Columns) -> Split:
-    limit = min(
-        columns.max_length, getattr(model.config, "max_position_embeddings", None) or columns.max_length
-    )
+    if not hasattr(tokenizer, "pad_token_id"):
+        raise BadInput(
+            f"subject: the checkpoint has {type(tokenizer).__name__} and no tokenizer, and the task {task} "
+            "reads texts; put the tokenizer's files in the folder, or use --data random"
+        )
+    limit = tokens_wanted(model, columns)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "right"
+    options = {"truncation": True, "max_length": limit, "padding": "max_length", "return_tensors": "pt"}
+    if task == "token-classification":
+        return encode_tokens(rows, tokenizer, columns, options)
     texts = rows[columns.text].astype(str).tolist()
-    coded = tokenizer(texts, truncation=True, max_length=limit, padding="max_length", return_tensors="pt")
-    highest, size = int(coded["input_ids"].max()), embedding_count(model)
-    if highest >= size:
-        raise BadInput(
-            f"subject: the tokenizer gives id {highest} but the model has {size} embeddings; "
-            "use the tokenizer the model was trained with"
-        )
+    coded = tokenizer(texts, **options)
+    check_ids(coded["input_ids"], model)
     made: Split = {"input_ids": coded["input_ids"], "attention_mask": coded["attention_mask"]}
+    if task in POOLED:
+        made["input_ids"] = settle_padding(model, made["input_ids"], made["attention_mask"])
     if task == "sequence-classification":
-        assert columns.labels is not None
-        place = {name: i for i, name in enumerate(columns.labels)}
-        known = getattr(model.config, "label2id", None) or {}
-        if set(columns.labels) == set(known):
-            place = dict(known)
-        made["labels"] = torch.tensor([place[str(v)] for v in rows[columns.label]])
+        assert columns.classes is not None
+        made["labels"] = torch.tensor([columns.classes.of(v) for v in rows[columns.label]])
+    elif task == "multi-label-classification":
+        assert columns.classes is not None
+        made["labels"] = several(rows[columns.label], columns.classes)
     elif task == "regression":
-        try:
-            made["labels"] = torch.tensor(rows[columns.label].to_numpy(dtype="float32"))
-        except (TypeError, ValueError):
-            raise BadInput(
-                f"label-column: {columns.label!r} must hold numbers, because the model predicts one; "
-                "give numbers, or a checkpoint with classes"
-            ) from None
+        made["labels"] = numbers(rows[columns.label], columns.label)
     elif task == "causal-lm":
         made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
     elif task == "masked-lm":
@@ -208,16 +157,120 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
             if columns.label in rows.columns
             else [t[len(t) // 2 :] for t in texts]
         )
-        target = tokenizer(
-            targets, truncation=True, max_length=limit, padding="max_length", return_tensors="pt"
-        )
+        target = tokenizer(text_target=targets, **options)
+        check_ids(target["input_ids"], model)
         made["labels"] = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
-    elif task == "token-classification":
-        raise BadInput(
-            "task: token-classification from a file needs token labels; "
-            "build the tensors and pass a data dict in Python"
-        )
     return made
+
+
+def check_ids(ids: Tensor, model: nn.Module) -> None:
+    highest, size = int(ids.max()), embedding_count(model)
+    if highest >= size:
+        raise BadInput(
+            f"subject: the tokenizer gives id {highest} but the model has {size} embeddings; "
+            "use the tokenizer the model was trained with"
+        )
+
+
+def numbers(values: pd.Series, column: str) -> Tensor:
+    """(rows,) or (rows, outputs) numbers to predict."""
+    try:
+        found = torch.tensor([[float(n) for n in v] if several_of(v) else float(v) for v in values])
+    except (TypeError, ValueError):
+        raise BadInput(
+            f"label-column: {column!r} must hold numbers, because the model predicts one; "
+            "give numbers, or a checkpoint with classes"
+        ) from None
+    if not bool(found.isfinite().all()):
+        row = int((~found.isfinite()).reshape(len(found), -1).any(1).nonzero()[0]) + 1
+        raise BadInput(f"label-column: row {row} of column {column!r} is no finite number; give one")
+    return found
+
+
+def several_of(value: Any) -> bool:
+    """Whether a field of a table holds several values."""
+    return not isinstance(value, str) and hasattr(value, "__len__")
+
+
+def labels_in(value: Any) -> list[Any]:
+    """The labels of one text: a list, or a text with | , or ; between them."""
+    if several_of(value):
+        return list(value)
+    if isinstance(value, str):
+        return [part.strip() for part in re.split(r"[|,;]", value) if part.strip()]
+    return [value]
+
+
+def several(values: pd.Series, classes: Classes) -> Tensor:
+    """(rows, classes) 1 where a class holds: lists of labels, or of a 0 or 1 for every class."""
+    rows = [labels_in(value) for value in values]
+    width = len(classes.names)
+    if all(len(row) == width and all(number_of(v) in (0, 1) for v in row) for row in rows):
+        return torch.tensor([[number_of(v) for v in row] for row in rows])
+    found = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        found[index, [classes.of(label) for label in row]] = 1
+    return found
+
+
+def encode_tokens(rows: pd.DataFrame, tokenizer: Any, columns: Columns, options: dict[str, Any]) -> Split:
+    """Lists of words with a label for each; a word's first token carries its label, the others none."""
+    assert columns.classes is not None
+    words, tags = rows[columns.text].tolist(), rows[columns.label].tolist()
+    for number, (row, labels) in enumerate(zip(words, tags, strict=True)):
+        if not several_of(row) or not several_of(labels) or len(row) != len(labels):
+            raise BadInput(
+                f"label-column: row {number + 1} of {columns.text!r} and {columns.label!r} must be two lists "
+                "of one length, words and their labels; give a JSONL or Parquet file"
+            )
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadInput(
+            "subject: token-classification from a file needs the tokenizer's tokenizer.json; "
+            "save the tokenizer with transformers' fast class"
+        )
+    coded = tokenizer([list(map(str, row)) for row in words], is_split_into_words=True, **options)
+    labels = torch.full(coded["input_ids"].shape, -100)
+    for index, row in enumerate(tags):
+        before = None
+        for place, word in enumerate(coded.word_ids(index)):
+            if word is not None and word != before:
+                labels[index, place] = columns.classes.of(row[word])
+            before = word
+    return {"input_ids": coded["input_ids"], "attention_mask": coded["attention_mask"], "labels": labels}
+
+
+def classes_of(rows: pd.DataFrame, task: str, column: str, config: Any, new: bool) -> Classes:
+    """The classes that the label column names, matched to the checkpoint's unless its head is new."""
+    values = rows[column].tolist()
+    if task == "token-classification":
+        values = [label for row in values for label in (row if several_of(row) else [row])]
+    elif task == "multi-label-classification":
+        held = [labels_in(value) for value in values]
+        if not new and all(
+            len(r) == len(config.id2label) and {number_of(v) for v in r} <= {0, 1} for r in held
+        ):
+            names = [str(config.id2label[key]) for key in sorted(config.id2label, key=int)]
+            return Classes(names, {})
+        values = [label for row in held for label in row]
+    return untrained(values, column) if new else trained(values, column, config.id2label)
+
+
+def visible(rows: pd.DataFrame, column: str) -> tuple[pd.DataFrame, str]:
+    """The rows whose label is known, and a note on the others: -1 or -100 outside train, where train has no
+    such label, stands for one that is hidden.
+    """
+    labels = rows[column].map(lambda value: "" if several_of(value) else written(value))
+    hidden = labels == "-100"
+    if "split" in rows.columns:
+        train = rows["split"].astype(str) == "train"
+        hidden |= ~train & (labels == "-1") & ("-1" not in set(labels[train]))
+    if not hidden.any():
+        return rows, ""
+    note = f"{int(hidden.sum())} rows without a label ({labels[hidden].iloc[0]}) are left out"
+    if "split" in rows.columns:
+        lost = sorted(set(rows["split"].astype(str)) - set(rows["split"][~hidden].astype(str)))
+        note += f", all of {', '.join(lost)}" if lost else ""
+    return rows[~hidden].reset_index(drop=True), note
 
 
 def masked(ids: Tensor, attention: Tensor, tokenizer: Any, seed: int, share: float = 0.15) -> Split:
@@ -241,17 +294,16 @@ def masked(ids: Tensor, attention: Tensor, tokenizer: Any, seed: int, share: flo
 def encode_images(rows: pd.DataFrame, processor: Any, columns: Columns) -> Split:
     from PIL import Image
 
-    assert columns.labels is not None
+    assert columns.classes is not None
     pixels = []
     for number, path in enumerate(rows[columns.image]):
         try:
             pixels.append(processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0])
         except OSError as error:
             raise BadInput(f"image-column: row {number + 1}: {error}") from None
-    place = {name: i for i, name in enumerate(columns.labels)}
     return {
         "pixel_values": torch.stack(pixels),
-        "labels": torch.tensor([place[str(v)] for v in rows[columns.label]]),
+        "labels": torch.tensor([columns.classes.of(v) for v in rows[columns.label]]),
     }
 
 
@@ -260,25 +312,35 @@ def random_splits(model: nn.Module, task: str, columns: Columns, examples: int =
 
     config: Any = model.config
     draw = torch.Generator().manual_seed(columns.seed)
-    if task == "image-classification":
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        made: Split = {"pixel_values": torch.randn(examples, config.num_channels, size, size, generator=draw)}
-        made["labels"] = torch.randint(config.num_labels, (examples,), generator=draw)
+    if task in ("image-classification", "semantic-segmentation"):
+        height, width = image_size(config)
+        channels = getattr(config, "num_channels", None)
+        shape = (examples, channels if isinstance(channels, int) else 3, height, width)
+        made: Split = {"pixel_values": torch.randn(shape, generator=draw)}
+        size = (examples,) if task == "image-classification" else (examples, height, width)
+        made["labels"] = torch.randint(config.num_labels, size, generator=draw)
         return cut(made, columns.seed)
-    length = min(
-        columns.max_length, getattr(config, "max_position_embeddings", None) or columns.max_length, 64
-    )
+    length = min(tokens_wanted(model, columns), 64)
     vocabulary = embedding_count(model)
+    free = 0
+    if task in POOLED:
+        pad = getattr(config, "pad_token_id", None)
+        free = 0 if isinstance(pad, int) and 0 <= pad < vocabulary else 1  # an id that is padding alone
     made = {
-        "input_ids": torch.randint(vocabulary, (examples, length), generator=draw),
+        "input_ids": torch.randint(vocabulary - free, (examples, length), generator=draw),
         "attention_mask": torch.ones(examples, length, dtype=torch.long),
     }
+    if task in POOLED:
+        made["input_ids"] = settle_padding(model, made["input_ids"], made["attention_mask"])
     if task == "sequence-classification":
         made["labels"] = torch.randint(config.num_labels, (examples,), generator=draw)
     elif task == "token-classification":
         made["labels"] = torch.randint(config.num_labels, (examples, length), generator=draw)
     elif task == "regression":
-        made["labels"] = torch.randn(examples, generator=draw)
+        outputs = () if config.num_labels == 1 else (config.num_labels,)
+        made["labels"] = torch.randn(examples, *outputs, generator=draw)
+    elif task == "multi-label-classification":
+        made["labels"] = torch.randint(2, (examples, config.num_labels), generator=draw)
     elif task == "masked-lm":
         keep = torch.rand(examples, length, generator=draw) < 0.15
         made["labels"] = made["input_ids"].masked_fill(~keep, -100)
@@ -289,6 +351,19 @@ def random_splits(model: nn.Module, task: str, columns: Columns, examples: int =
             else torch.randint(vocabulary, (examples, length // 2), generator=draw)
         )
     return cut(made, columns.seed)
+
+
+def image_size(config: Any, usual: int = 224) -> tuple[int, int]:
+    """(height, width) of the images that a model takes; networks without a fixed size get the usual one."""
+    said = getattr(config, "image_size", None)
+    if isinstance(said, dict):
+        said = [said.get("height"), said.get("width")]
+    sides: list[Any] = list(said) if isinstance(said, (list, tuple)) else [said, said]
+    if len(sides) == 1:
+        sides *= 2
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        return usual, usual
+    return int(sides[0]), int(sides[1])
 
 
 @torch.no_grad()

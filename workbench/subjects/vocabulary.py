@@ -2,7 +2,7 @@
 
 Logits of a vocabulary are the largest tensor of a small model by far: 8,192 tokens times 128,256 words are
 4 GB. What a loss or a metric needs of them is a number a token, so they are formed for a few tokens, used and
-dropped; `kernels.linear_cross_entropy` does it for the cross-entropy.
+dropped; `kernels.training.linear_cross_entropy` does it for the cross-entropy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import _get_current_function_mode_stack  # type: ignore[attr-defined]
 from torch.utils.checkpoint import checkpoint
 
-from workbench.kernels.linear_cross_entropy import (
+from workbench.kernels.training.linear_cross_entropy import (
     chunk_of,
     linear_cross_entropy,
     linear_cross_entropy_and_hits,

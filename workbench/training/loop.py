@@ -34,7 +34,6 @@ from workbench.axis import warn
 from workbench.errors import BadInput, unknown_name
 from workbench.progress import Progress
 from workbench.subjects import Batch, Subject
-from workbench.subjects.subject import trim
 from workbench.training import checkpoint
 from workbench.training.data_order import DataOrder, Stream
 from workbench.training.optimizer.optimizers import make_optimizer
@@ -278,7 +277,9 @@ class Training(TrainingState):
                 continue
             with self.synchronised(last=index + 1 == len(micro)), torch.enable_grad():
                 with self.arithmetic:
-                    part = self.loss({k: v.to(device) for k, v in trim(batch).items()}) * (count / total)
+                    part = self.loss({k: v.to(device) for k, v in task.trimmed(batch).items()}) * (
+                        count / total
+                    )
                 # distributed gradients are averaged over processes
                 self.scaler.scale(part * self.world).backward()
             mean += part.detach()

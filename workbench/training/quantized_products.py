@@ -27,8 +27,8 @@ from torch.autograd import Function
 
 from workbench.axis import Options, parameter
 from workbench.errors import BadInput
-from workbench.kernels.hadamard import hadamard
-from workbench.kernels.quantize import quantize_dequantize
+from workbench.kernels.quantized.hadamard import hadamard
+from workbench.kernels.quantized.quantize import quantize_dequantize
 from workbench.quantization.number.formats import Format, named
 from workbench.quantization.transform.coordinates import power_of_two
 from workbench.statistics.inputs import WeightCalls

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 
 from workbench.subjects import Batch, Subject
-from workbench.subjects.subject import trim
 
 
 @dataclass
@@ -49,7 +48,9 @@ class TrainingState:
         columns = self.subject.split(self.split)
         return {
             k: v.to(self.subject.device)
-            for k, v in trim({k: v[self.chosen[:limit]] for k, v in columns.items()}).items()
+            for k, v in self.subject.task.trimmed(
+                {k: v[self.chosen[:limit]] for k, v in columns.items()}
+            ).items()
         }
 
     @property

@@ -15,17 +15,9 @@ from workbench.latency import count_flops
 from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.subjects import blocks
-from workbench.subjects.structure import dimensions, removal
-from workbench.subjects.structure.dimensions import (
-    align_heads,
-    channel_axes,
-    extent,
-    left_after,
-    principal,
-    projections,
-    shrink,
-    smallest_units,
-)
+from workbench.subjects.structure import depth, experts, removal
+from workbench.subjects.structure.channels import align_heads, channel_axes, principal, projections
+from workbench.subjects.structure.dimensions import extent, left_after, shrink, smallest_units
 from workbench.subjects.structure.norms import channel_norms, restrict
 from workbench.subjects.structure.units import discover
 from workbench.subjects.subject import plain_experts
@@ -52,12 +44,12 @@ def random_cut(model: nn.Module, kind: str, seed: int) -> torch.Tensor:
     if kind == "layers":
         kept = torch.rand(total, generator=generator) < 0.5
         at = 0
-        for names in dimensions.stacks(model).values():
+        for names in depth.stacks(model).values():
             kept[at + int(torch.randint(len(names), (1,), generator=generator))] = True
             at += len(names)
         return kept
     left = step * int(torch.randint(1, total // step + 1, (1,), generator=generator))
-    rows = len(dimensions.expert_modules(model)) if kind == "experts" else 1
+    rows = len(experts.expert_modules(model)) if kind == "experts" else 1
     kept = torch.stack([torch.randperm(total, generator=generator).argsort() < left for _ in range(rows)])
     return kept if kind == "experts" else kept[0]
 

@@ -7,7 +7,7 @@ import torch
 
 import workbench
 from workbench.evidence.oracles.exact import best_subset, obs_path, refit
-from workbench.kernels.block_fisher import block_fisher, block_fisher_inverse
+from workbench.kernels.sparse.block_fisher import block_fisher, block_fisher_inverse
 from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.pruning.axes import Gradients

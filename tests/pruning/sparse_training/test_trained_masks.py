@@ -15,6 +15,7 @@ from workbench.pruning.sparse_training.trained_masks import (
     AdaptiveMask,
     Gates,
     LowRankScores,
+    MovementScores,
     freeze,
     mask_in_force,
 )
@@ -75,6 +76,19 @@ def test_an_adaptive_mask_lets_the_gradient_through_and_pulls_what_it_prunes():
     assert torch.allclose(layer.original.grad, upstream + 0.3 * w * ~mask)
     change.norm.copy_(torch.tensor([9.0, 9, 0, 0, 9, 9, 0, 0]))  # Wanda's scores: two inputs that never fire
     assert torch.equal(mask_in_force(layer)[0], torch.tensor([True, True, False, False] * 2))
+
+
+def test_movement_scores_fall_by_the_gradient_of_the_masked_weight_times_the_weight():
+    """Sanh et al. 2020, eq. 3 and 4: for what is pruned as well, so a pruned weight comes back."""
+    _, layer, upstream = one_layer()
+    layer.attach(MovementScores(torch.randn(6, 8), sparsity=0.5))
+    (change,) = layer.changes
+    (layer.weight * upstream).sum().backward()
+    w, mask = layer.original.detach(), change.score > change.score.flatten().sort().values[23]
+    assert torch.equal(change.score.grad, upstream * w) and torch.equal(layer.original.grad, upstream * mask)
+    with torch.no_grad():
+        change.score[~mask] += 9
+    assert not bool((mask_in_force(layer) & mask).any())
 
 
 def test_structured_scores_get_the_gradients_of_their_formula():

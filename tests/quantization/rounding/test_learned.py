@@ -61,7 +61,7 @@ def test_other_formats(method: str, name: str) -> None:
 
 def test_adaround_comes_close_to_the_best_of_all_roundings() -> None:
     """Ten weights, every one of the 2^10 up-or-down choices tried."""
-    one = problem(rows=1, width=10, name="int4", granularity="channel")
+    one = problem(rows=1, width=10, name="int4-odd", granularity="channel")
     found = one.error(rounded(one, "adaround", steps=800)[0])
     grid = one.grid()
     floor = torch.floor(one.weight / grid.scale)

@@ -25,7 +25,7 @@ SHORT = {"layers": "*", "steps": 24, "batch_size": 48, "learning_rate": 1e-3, "m
 @pytest.mark.parametrize("width", range(2, 8))
 def test_every_stored_code_is_read_as_its_rounded_quotient(width: int) -> None:
     codes, step = torch.arange(-127, 128).float()[None], 0.03125
-    narrow = narrowed(Grid(named("int8"), torch.tensor([[step]]), None, 255), width)
+    narrow = narrowed(Grid(named("int8-odd"), torch.tensor([[step]]), None, 255), width)
     most = 2 ** (width - 1) - 1
     quotients = [int(c) / 2 ** (8 - width) for c in codes[0]]
     expected = torch.tensor(
@@ -43,7 +43,7 @@ def test_training_reads_what_is_stored_and_its_step_moves_as_lsq_moves_its_own(w
     weight = torch.randint(-127, 128, (3, 40)).float() * step
     switched = DoubleRounding(torch.full((3, 1), step).log(), widths=[8, 6, 4, 2], group=40)
     switched.drawn = width
-    own = LearnedStep(torch.full((3, 1), step * 2 ** (8 - width)), format=f"int{width}", group=40)
+    own = LearnedStep(torch.full((3, 1), step * 2 ** (8 - width)), format=f"int{width}-odd", group=40)
     given, coefficients = [weight.clone().requires_grad_() for _ in range(2)], torch.randn(3, 40)
     found = [change.change(w) for change, w in zip((switched, own), given, strict=True)]
     assert torch.allclose(found[0], found[1], rtol=1e-3)
@@ -92,7 +92,7 @@ def test_one_training_serves_every_width(tmp_path: Path) -> None:
     readings = result.tables["readings"].set_index("bits")["loss"]
     assert list(readings.index) == [8, 6, 4, 2] and readings[8] == pytest.approx(result.facts["loss"])
     late = (
-        Quantize(layers="*", format="int8", granularity="channel", predict_examples=0)
+        Quantize(layers="*", format="int8-odd", granularity="channel", predict_examples=0)
         .run(on, Progress(), cache=False)
         .subject
     )
@@ -111,10 +111,10 @@ def test_one_training_serves_every_width(tmp_path: Path) -> None:
     narrow = at_width(result.subject, 4, layers="*")
     for layer in narrow.layers("*"):
         assert (
-            quantizer_of(layer).grid.format.name == "int4"
+            quantizer_of(layer).grid.format.name == "int4-odd"
             and layer.weight.unique(dim=None).numel() <= 15 * layer.shape[0]
         )
-    assert all(quantizer_of(layer).grid.format.name == "int8" for layer in result.subject.layers("*"))
+    assert all(quantizer_of(layer).grid.format.name == "int8-odd" for layer in result.subject.layers("*"))
     result.save(tmp_path / "out")
     again = workbench.subject(tmp_path / "out")
     assert at_width(again, 4, layers="*").evaluate("test", limit=512)["loss"] == pytest.approx(
@@ -136,14 +136,14 @@ def test_layers_with_large_traces_draw_wide_widths() -> None:
 def test_widths_by_layer_and_truncation() -> None:
     on = workbench.subject("digits-vit")
     stored = (
-        Quantize(layers="*", format="int8", granularity="channel", predict_examples=0)
+        Quantize(layers="*", format="int8-odd", granularity="channel", predict_examples=0)
         .run(on, Progress(), cache=False)
         .subject
     )
     assert stored is not None
     first, *rest = stored.layers("*")
     mixed = at_width(stored, {first.name: 4}, layers="*")
-    assert quantizer_of(mixed.layers("*")[0]).grid.format.name == "int4"
+    assert quantizer_of(mixed.layers("*")[0]).grid.format.name == "int4-odd"
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(rest, mixed.layers("*")[1:], strict=True))
     cut = quantizer_of(first).grid.codes(first.weight)
     signed = torch.where(cut > 127, cut - 256, cut)

@@ -11,7 +11,7 @@ import torch
 
 import workbench
 from workbench.errors import BadInput
-from workbench.kernels.hadamard import hadamard_matrix
+from workbench.kernels.quantized.hadamard import hadamard_matrix
 from workbench.progress import Progress
 from workbench.quantization import Quantize
 from workbench.quantization.activations.activations import (

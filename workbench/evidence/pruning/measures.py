@@ -100,15 +100,6 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         arms=arms_at(0.8, obd={"method": "obd"}, magnitude={"method": "magnitude"}),
         claims=[("obd", "magnitude")],
     ),
-    "movement": functools.partial(
-        compare,
-        arms=arms_at(
-            0.9,
-            movement=GRADUAL | {"method": "movement"},
-            magnitude=GRADUAL | {"method": "magnitude", "allocation": "global"},
-        ),
-        claims=[("movement", "magnitude")],
-    ),
     "icbs": functools.partial(
         compare,
         arms=arms_at(

@@ -80,10 +80,16 @@ def measured_gains(base: Subject, subjects: dict[str, Subject]) -> dict[str, dic
 
 
 LYING: dict[str, Any] = {"steps": 100, "learning_rate": 1e-3}
-GRADUAL: dict[str, Any] = {
-    "recovery": {"name": "finetune", "steps": 100, "learning_rate": 1e-3, "batch_size": 32},
-    "schedule": {"name": "cubic", "events": 5},
-}
+LONG = {"steps": 300}
+
+
+def gradual(steps: int) -> dict[str, Any]:
+    """A cubic ramp inside so many steps of recovery."""
+    recovery = {"name": "finetune", "steps": steps, "learning_rate": 1e-3, "batch_size": 32}
+    return {"recovery": recovery, "schedule": {"name": "cubic", "events": 5}}
+
+
+GRADUAL = gradual(100)
 BYTES: dict[str, Any] = {"steps": 150, "learning_rate": 3e-3, "batch_size": 16, "start": "random"}
 MORE: dict[str, Any] = {"steps": 75, "learning_rate": 1e-3, "batch_size": 16}
 APART: dict[str, Any] = {
@@ -177,7 +183,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                 "lying",
                 pruned("hybrid", method="magnitude", pattern="block 8x8", **GRADUAL),
             ],
-            "unstructured movement": ["lying", pruned("hybrid", method="movement", **GRADUAL)],
+            "unstructured movement": ["lying", sparse(method="movement", sparsity=0.8, **LYING)],
         },
         claims=[
             better("hybrid < magnitude blocks", "hybrid", "magnitude blocks"),
@@ -273,6 +279,22 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
             better("progressive < at once, at the end", "progressive", "at once"),
         ],
     ),
+    "movement": functools.partial(
+        compare_arms,
+        make=digits,
+        arms={
+            "movement": ["lying", sparse(method="movement", sparsity=0.8, **LYING | LONG)],
+            "magnitude": ["lying", pruned(method="magnitude", sparsity=0.8, **gradual(300))],
+            "magnitude, all layers": [
+                "lying",
+                pruned(method="magnitude", allocation="global", sparsity=0.8, **gradual(300)),
+            ],
+        },
+        claims=[
+            better("movement < magnitude", "movement", "magnitude"),
+            better("movement < magnitude, all layers", "movement", "magnitude, all layers"),
+        ],
+    ),
     "pst": functools.partial(
         compare_arms,
         make=digits,
@@ -287,7 +309,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                     **{"masks.rank": 4, "terms.rank": 4},
                 ),
             ],
-            "movement": ["lying", pruned(method="movement", sparsity=0.8, **GRADUAL)],
+            "movement": ["lying", sparse(method="movement", sparsity=0.8, **LYING)],
             "magnitude": ["lying", pruned(method="magnitude", sparsity=0.8, **GRADUAL)],
         },
         claims=[

@@ -68,7 +68,7 @@ class Uniform(Allocation):
 @SPARSITY_ALLOCATION.add(
     "global",
     formula="one threshold over all layers",
-    source="Lee et al. 2019 (SNIP); z-scores by group: An et al. 2024 (FLAP)",
+    source="Lee et al. 2019 (SNIP); standardised scores: An et al. 2024 (FLAP)",
     traits=("weights", "structures", "across layers"),
 )
 class Global(Allocation):
@@ -86,8 +86,7 @@ class Global(Allocation):
 
     @staticmethod
     def counts(asked: Asked, options: Any) -> list[int]:
-        standardise = not asked.saliency.has("loss-like")
-        return structures.across(asked.scored, asked.sparsity, standardise)
+        return structures.across(asked.scored, asked.sparsity, asked.saliency)
 
 
 @SPARSITY_ALLOCATION.add(

@@ -26,14 +26,9 @@ from workbench.pruning.recovery.recovery import Recovery, distilled_loss
 from workbench.pruning.saliency.dimensions import check_saliency, keep
 from workbench.results import Result
 from workbench.subjects import Batch, Subject
-from workbench.subjects.structure.dimensions import (
-    check_shrinkable,
-    extent,
-    left_after,
-    names_of,
-    shrink,
-    stacks,
-)
+from workbench.subjects.stored import bytes_of_weights, dense_size
+from workbench.subjects.structure.depth import stacks
+from workbench.subjects.structure.dimensions import check_shrinkable, extent, left_after, names_of, shrink
 from workbench.subjects.structure.removal import record_of
 
 if TYPE_CHECKING:
@@ -272,8 +267,8 @@ def shrunk_facts(
         "nonzero": int(table.left.sum()),
         "dense_parameters": dense.parameter_count(),
         "parameters": on.parameter_count(),
-        "dense_bytes": 4 * dense.parameter_count(),
-        "packed_bytes": 4 * on.parameter_count(),
+        "dense_bytes": dense_size(dense.model) * dense.parameter_count(),
+        "packed_bytes": bytes_of_weights(on.model, on.model.parameters()) * on.parameter_count(),
         **flops,
         "composition": f"{saliency} x {kind} x none x {prune.schedule} x {prune.recovery}",
     }

@@ -16,6 +16,7 @@ from workbench.pruning.pattern import Pattern
 from workbench.pruning.recovery.recovery import Recovery
 from workbench.results import Result
 from workbench.subjects import Layer, Subject
+from workbench.subjects.stored import bytes_of_weights, dense_size
 
 if TYPE_CHECKING:
     from workbench.pruning.plan import PrunePlan
@@ -40,7 +41,6 @@ class Masked:
             self.layers,
             self.dense,
             seed=self.prune.seed,
-            movement=self.prune.saliency.entry.needs == "training",
             progress=progress,
             watch=self.draw,
         )
@@ -118,8 +118,13 @@ class Masked:
             **{f"dense_{k}": v for k, v in self.dense_test.items()},
             "weights": weights,
             "nonzero": weights - zeros,
-            "dense_bytes": weights * 4,
-            "packed_bytes": packed_bytes(weights, weights - zeros, self.pattern),
+            "dense_bytes": weights * dense_size(self.on.model),
+            "packed_bytes": packed_bytes(
+                weights,
+                weights - zeros,
+                self.pattern,
+                bytes_of_weights(self.on.model, [layer.weight for layer in layers]),
+            ),
             "composition": (
                 f"{prune.saliency} x {prune.pattern} x {prune.allocation} x {prune.compensation} x "
                 f"{prune.schedule} x {prune.recovery}"

@@ -63,9 +63,6 @@ class Matrices(Masked):
 
     def prune_to(self, sparsity: float) -> None:
         prune = self.prune
-        if self.recovery is not None and self.recovery.scores:
-            lowest = min(float(s.min()) for s in self.recovery.scores.values())
-            self.calibration.trained = {n: s - lowest for n, s in self.recovery.scores.items()}
         prune_once(
             self.layers,
             self.calibration,

@@ -12,11 +12,20 @@ from torch import Tensor
 from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.pruning.axes import COMPENSATION, PATTERN, SPARSITY_ALLOCATION, scores_weights
+from workbench.pruning.axes import (
+    COMPENSATION,
+    DIMENSIONS,
+    PATTERN,
+    SPARSITY_ALLOCATION,
+    STRUCTURES,
+    scores_weights,
+)
 from workbench.pruning.engine.masked import Masked
 from workbench.pruning.engine.structures import Asked, groups_of, prune_structures, score
 from workbench.pruning.pattern import Form, Structures
 from workbench.subjects import Subject
+from workbench.subjects.stored import bytes_of_weights
+from workbench.subjects.structure.biases import can_be_given, give_biases
 from workbench.subjects.structure.removal import remove
 
 
@@ -26,6 +35,10 @@ class Units(Masked):
     pattern: Structures
 
     def begin(self, on: Subject, progress: Progress) -> None:
+        if self.prune.compensation.has("bias"):
+            for kind in {group.kind for group in groups_of(on, on.layers(self.prune.layers), self.pattern)}:
+                if can_be_given(on.model, kind):
+                    give_biases(on.model, kind)
         super().begin(on, progress)
         self.kept: dict[str, Tensor] = {}
         self.shared: dict[str, float] = {}
@@ -47,7 +60,7 @@ class Units(Masked):
                 "heads and neurons"
             )
         if not scores_weights(saliency) and not set(pattern.kinds) <= saliency.entry.traits:
-            accepted = " or ".join(sorted(saliency.entry.traits - {"loss-like", "runs"}))
+            accepted = " or ".join(sorted(saliency.entry.traits & {*STRUCTURES, *DIMENSIONS}))
             raise BadInput(
                 f"saliency: {saliency} scores {accepted}, not {whole}; choose another, or that pattern"
             )
@@ -67,11 +80,12 @@ class Units(Masked):
                     "together; use magnitude, wanda or gradient"
                 )
             if compensation.has("bias") and any(
-                m.layer.bias is None or len(m.layer.shape) == 3 for m in group.consumers
+                len(m.layer.shape) == 3 or (m.layer.bias is None and not can_be_given(on.model, group.kind))
+                for m in group.consumers
             ):
                 raise BadInput(
-                    f"compensation: bias needs a bias and the output of {group.name} has none; "
-                    "use least-squares or none"
+                    f"compensation: bias needs a bias, and the output of {group.name} has none and "
+                    f"{type(on.model).__name__} has no place for one; use least-squares or none"
                 )
 
     def prune_to(self, sparsity: float) -> None:
@@ -109,7 +123,9 @@ class Units(Masked):
                 self.dense, on, prune.calibration_split, prune.allocation.options
             )
             left = sum(layer.original.numel() for layer in on.layers(prune.layers))
-            facts["packed_bytes"] = facts["dense_bytes"] - 4 * (facts["weights"] - left)
+            facts["packed_bytes"] = left * bytes_of_weights(
+                on.model, [layer.weight for layer in on.layers(prune.layers)]
+            )
         return {"units": pd.DataFrame(rows)}
 
 

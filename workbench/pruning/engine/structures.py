@@ -19,7 +19,7 @@ from workbench.pruning.pattern import Structures, cheapest
 from workbench.pruning.saliency.depth import Stack, measure_stacks
 from workbench.pruning.solvers import ziplm
 from workbench.subjects import Layer, Subject
-from workbench.subjects.structure.dimensions import stacks
+from workbench.subjects.structure.depth import stacks
 from workbench.subjects.structure.units import Group, Member, discover
 
 EXPERT_STEP = 8  # grouped matrix products of experts want widths in steps of 16 bytes
@@ -126,9 +126,9 @@ def uniform(scored: Sequence[Scored], sparsity: float) -> list[int]:
     return [min(round(sparsity * s.group.units / s.step) * s.step, s.most()) for s in scored]
 
 
-def across(scored: Sequence[Scored], sparsity: float, standardise: bool) -> list[int]:
-    """One threshold over all groups on the units' scores per weight;
-    `standardise` first turns them into z-scores by group (FLAP).
+def across(scored: Sequence[Scored], sparsity: float, saliency: Choice) -> list[int]:
+    """One threshold over all groups: on the units' scores per weight where they are predicted losses, on the
+    mean score of a unit where they are standardised already, on z-scores within each group otherwise.
     """
     values, weights, owner = [], [], []
     for number, s in enumerate(scored):
@@ -136,7 +136,9 @@ def across(scored: Sequence[Scored], sparsity: float, standardise: bool) -> list
         marginal = marginal.unfold(0, s.step, s.step).sum(-1)
         each = s.group.weights_per_unit() * s.group.experts * s.step
         per_weight = marginal / each
-        if standardise:
+        if saliency.has("standardised"):
+            per_weight = marginal / (s.group.experts * s.step)
+        elif not saliency.has("loss-like"):
             per_weight = (marginal - marginal.mean()) / marginal.std(unbiased=False).clamp_min(1e-12)
         limit = s.most() // s.step
         per_weight[limit:] = torch.inf

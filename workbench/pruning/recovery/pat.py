@@ -32,7 +32,8 @@ from workbench.progress import Progress
 from workbench.pruning.recovery.recovery import SETTINGS
 from workbench.pruning.recovery.trainable import set_trainable
 from workbench.subjects import Batch, Layer, Subject, bake
-from workbench.subjects.structure.dimensions import channels, smallest_units
+from workbench.subjects.structure.channels import channels
+from workbench.subjects.structure.dimensions import smallest_units
 from workbench.subjects.structure.norms import restrict
 from workbench.subjects.structure.units import discover
 from workbench.training.data_order import WholeBatches

@@ -55,7 +55,6 @@ class Recovery:
     rank: int = 8
     teacher: Subject | None = None
     temperature: float = 2.0
-    movement: bool = False
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[Recovery], None] | None = (
         None  # called about fifty times a run, for whoever wants to see it
@@ -63,7 +62,6 @@ class Recovery:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scores: dict[str, Tensor] = {}
         self._was = {name: p.requires_grad for name, p in self.on.model.named_parameters()}
         if self.kind == "low-rank":
             add_low_rank(
@@ -79,7 +77,6 @@ class Recovery:
             "own_generator": False,
             "evaluate_split": "",
             "loss": self.loss,
-            "before_step": [self._accumulate] if self.movement else [],
             "callbacks": [self._watched],
             "progress": self.progress,
             "label": f"recovery {self.kind}",
@@ -117,19 +114,6 @@ class Recovery:
     def _watched(self, run: Training) -> None:
         if self.watch is not None and run.step % max(self.total // 50, 1) == 0:
             self.watch(self)
-
-    def _accumulate(self, run: Training) -> None:
-        """Movement scores S = -sum of lr g w over the steps (Sanh et al. 2020):
-        weights that move away from zero grow.
-        """
-        for layer in self.layers:
-            parameter = layer.original
-            if parameter.grad is not None:
-                grown = -run.lr * (parameter.grad * parameter.detach())
-                grown = grown.mT if layer.transposed else grown
-                self.scores[layer.name] = (
-                    self.scores[layer.name] + grown if layer.name in self.scores else grown
-                )
 
     def finish(self) -> None:
         """Merge the adapters into the weights below the masks and leave training mode."""

@@ -20,7 +20,7 @@ from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Subject
-from workbench.subjects.structure.dimensions import channels
+from workbench.subjects.structure.channels import channels
 from workbench.subjects.structure.norms import channel_norms
 from workbench.subjects.structure.units import Group
 

@@ -27,8 +27,10 @@ from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
+from workbench.statistics.inputs import block_positions
 from workbench.subjects import Batch, Subject
-from workbench.subjects.structure.dimensions import shrink, stacks
+from workbench.subjects.structure.depth import stacks
+from workbench.subjects.structure.dimensions import shrink
 
 
 @dataclass
@@ -72,13 +74,12 @@ def block_states(on: Subject) -> Iterator[dict[str, list[Tensor]]]:
             handle.remove()
 
 
-def token_weights(on: Subject, batch: Batch, states: Tensor) -> Tensor:
-    """(batch, tokens) of ones and zeros: which tokens are real."""
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.get(name)
-        if mask is not None and mask.shape == states.shape[:2]:
-            return mask.to(states.dtype)
-    return torch.ones(states.shape[:2], dtype=states.dtype, device=states.device)
+def token_weights(on: Subject, block: str, batch: Batch, states: Tensor) -> Tensor:
+    """(batch, tokens) of ones and zeros: which tokens of the states around a block are real."""
+    keep = block_positions(on, block, batch)
+    if keep is None or keep.shape != states.shape[:2]:
+        return torch.ones(states.shape[:2], dtype=states.dtype, device=states.device)
+    return keep.to(states.dtype)
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def measure_stacks(
         for batch in progress.track(on.batches(split, batch_size, examples), "hidden states", total):
             on.task.output(on.model, batch)
             for path, found in states.items():
-                real = token_weights(on, batch, found[0])
+                real = token_weights(on, path, batch, found[0])
                 chosen = real
                 if on.task.name == "causal-lm":
                     last = real.cumsum(1).argmax(1, keepdim=True)

@@ -17,14 +17,10 @@ from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import Dimension
 from workbench.pruning.saliency import depth
 from workbench.subjects import Layer
-from workbench.subjects.structure.dimensions import (
-    channel_axes,
-    channels,
-    expert_count,
-    expert_modules,
-    smallest_units,
-    stacks,
-)
+from workbench.subjects.structure.channels import channel_axes, channels
+from workbench.subjects.structure.depth import stacks
+from workbench.subjects.structure.dimensions import smallest_units
+from workbench.subjects.structure.experts import expert_count, expert_modules
 from workbench.subjects.structure.removal import parameter_name
 
 

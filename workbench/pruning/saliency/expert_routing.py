@@ -27,14 +27,11 @@ from workbench.progress import Progress
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.statistics import InputCapture
+from workbench.statistics.inputs import kept_positions
 from workbench.storage import replacing
 from workbench.subjects import Batch, Layer, Subject
-from workbench.subjects.structure.dimensions import (
-    CHOSEN_EXPERTS,
-    expert_count,
-    expert_modules,
-    smallest_units,
-)
+from workbench.subjects.structure.dimensions import smallest_units
+from workbench.subjects.structure.experts import CHOSEN_EXPERTS, expert_count, expert_modules
 
 
 @dataclass
@@ -120,8 +117,7 @@ def routing(
         for batch in progress.track(
             batches if batches is not None else on.batches(split, batch_size, examples), "routing", total
         ):
-            mask = batch.get("attention_mask")
-            capture.keep = mask.bool() if mask is not None and mask.ndim == 2 else None
+            capture.keep = kept_positions(on, batch)
             on.task.output(on.model, batch)
     return Routing(tcess / tokens.clamp_min(1), usage / tokens.clamp_min(1))
 

@@ -26,7 +26,7 @@ from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Subject
-from workbench.subjects.structure.dimensions import expert_count, expert_modules
+from workbench.subjects.structure.experts import expert_count, expert_modules
 from workbench.subjects.structure.units import Group, discover
 
 

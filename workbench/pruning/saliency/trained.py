@@ -1,4 +1,4 @@
-"""Saliencies that come out of training: scores collected by the recovery, and channels that learn to stay."""
+"""Saliencies that come out of training: channels that learn to stay."""
 
 from __future__ import annotations
 
@@ -7,23 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from workbench.axis import Choice, Options, parameter
-from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.pruning.axes import SALIENCY
-from workbench.pruning.calibration import Calibration
-from workbench.pruning.pattern import Pattern
 from workbench.pruning.recovery.pat import learn_channels
-from workbench.subjects import Layer, Subject
+from workbench.subjects import Subject
 from workbench.training.chosen import chosen_settings
-
-
-@SALIENCY.add(
-    "movement", formula="-sum over steps of lr g w", source="Sanh et al. 2020, eq. 4", needs="training"
-)
-def movement(layer: Layer, calibration: Calibration, pattern: Pattern, options: Options) -> Tensor:
-    if layer.name not in calibration.trained:
-        raise BadInput("saliency: movement is collected while training, and nothing has been trained")
-    return calibration.trained[layer.name]
 
 
 class Learned(Options):

@@ -7,7 +7,7 @@
 
 The update is solved jointly for everything removed from a block; for one weight it is -w_q F^-1[:,
 q] / [F^-1]_qq. The blocks of a chunk of rows are formed, factorised and used together, so memory holds one
-chunk of one layer. Fisher blocks and their inverses are the kernels' (`kernels.block_fisher`).
+chunk of one layer. Fisher blocks and their inverses are the kernels' (`kernels.sparse.block_fisher`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from workbench.kernels.block_fisher import block_fisher, block_fisher_inverse
+from workbench.kernels.sparse.block_fisher import block_fisher, block_fisher_inverse
 from workbench.pruning.pattern import NM
 from workbench.statistics import GradientFactors, StackedGradients
 

@@ -14,7 +14,7 @@ from workbench.axis import Options, parameter
 from workbench.progress import Progress
 from workbench.pruning.sparse_training import block_movement
 from workbench.pruning.sparse_training.axes import MASKS
-from workbench.pruning.sparse_training.trained_masks import AdaptiveMask, LowRankScores
+from workbench.pruning.sparse_training.trained_masks import AdaptiveMask, LowRankScores, MovementScores
 from workbench.subjects import Mask
 
 if TYPE_CHECKING:
@@ -111,6 +111,24 @@ class Gated(Options):
 def gates(course: Course, sparsity: float, options: Gated) -> None:
     """A trained score for each block."""
     block_movement.attach_gates(course.on, course.layers, str(course.plan.pattern), options.threshold)
+
+
+class Moved(Options):
+    learning_rate: float = parameter(1e-2, "peak learning rate of the scores", gt=0, le=10, scale="log")
+
+
+@MASKS.add(
+    "movement",
+    formula="M = choice(S), S -= lr dL/d(W M) W",
+    source="Sanh et al. 2020, eq. 3 and 4",
+    options=Moved,
+    traits="moving",
+)
+def movement(course: Course, sparsity: float, options: Moved) -> None:
+    """A trained score for each weight."""
+    for layer in course.layers:
+        score = torch.zeros(layer.shape, device=layer.original.device)
+        layer.attach(MovementScores(score, str(course.plan.pattern), sparsity))
 
 
 class Scored(Options):

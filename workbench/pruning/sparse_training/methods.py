@@ -95,6 +95,11 @@ def block_movement(options: Options) -> dict[str, str]:
     return PLAIN | {"masks": "gates", "objective": "distil"}
 
 
+@SPARSE_METHOD.add("movement", formula="M = choice(S), S -= lr dL/d(W M) W", source="Sanh et al. 2020")
+def movement(options: Options) -> dict[str, str]:
+    return PLAIN | {"masks": "movement", "schedule": "cubic"}
+
+
 @SPARSE_METHOD.add("pst", formula="M = choice(|w| + A B + R + C), adapters under it", source="Li et al. 2022")
 def pst(options: Options) -> dict[str, str]:
     return PLAIN | {"masks": "scores", "schedule": "cubic", "trainable": "adapters", "terms": "low-rank"}

@@ -144,7 +144,7 @@ class TrainSparse(SparsePlan):
                 f"{', '.join(SPARSITY_SCHEDULE.with_trait('stages'))} or cubic"
             )
         if schedule.has("inside a stage"):
-            if masks not in ("adaptive", "scores"):
+            if not masks.has("moving") or masks.has("tiles"):
                 raise BadInput(
                     f"schedule: {schedule} rises inside the run, which masks {masks} cannot; "
                     "use geometric with stages, or `prune` with schedule cubic"

@@ -99,6 +99,19 @@ class AdaptiveMask(Selection):
         return weight.detach().abs() * self.norm
 
 
+class MovementScores(Selection):
+    """Movement pruning (Sanh et al. 2020): a trained score for every weight, which starts at zero and falls
+    by lr dL/dW' W, for what is pruned as well, so that it can come back.
+    """
+
+    def __init__(self, score: Tensor, pattern: str = "unstructured", sparsity: float = 0.5) -> None:
+        super().__init__(pattern, sparsity)
+        self.score = score if isinstance(score, nn.Parameter) else nn.Parameter(score)
+
+    def scores(self, weight: Tensor) -> Tensor:
+        return self.score
+
+
 class Gates(Selection):
     """Block movement pruning (Lagunas et al. 2021): a trained score S for every tile,
     which stays while sigmoid(S) > threshold.

@@ -104,7 +104,7 @@ def input_ranges(
     count = -(-min(examples, subject.size(split)) // batch_size)
     with InputCapture(layers, add) as capture:
         for batch in progress.track(subject.batches(split, batch_size, examples), "activation ranges", count):
-            capture.keep = kept_positions(batch)
+            capture.keep = kept_positions(subject, batch)
             subject.task.output(subject.model, batch)
     return found
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from workbench.progress import Progress
 from workbench.statistics import InputCapture, InputMoments
 from workbench.statistics.damping import damped
-from workbench.statistics.inputs import Reached, moments_of
+from workbench.statistics.inputs import Reached, kept_positions, moments_of
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import Batch
 
@@ -95,16 +95,10 @@ def paired_moments(
     for batch in progress.track(
         on.batches(split, batch_size, examples), f"inputs of {block or 'the rest'}", count
     ):
-        mask = batch.get("attention_mask")
-        keep = (
-            mask.bool()
-            if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch
-            else None
-        )
         seen = []
         for subject, mine in ((on, list(layers)), (dense, [twins[layer.name] for layer in layers])):
             with collecting(subject, mine) as (capture, rows):
-                capture.keep = keep
+                capture.keep = kept_positions(subject, batch)
                 run_until(subject, block, batch)
             seen.append({key: torch.cat(parts) for key, parts in rows.items()})
         for (name, expert), rows_now in seen[0].items():

@@ -18,12 +18,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import model_validator
 from scipy.stats import norm
 from torch import Tensor
 
 from workbench.axis import Choice, Entry, Options, parameter
 from workbench.errors import BadInput
-from workbench.kernels.quantize import Numbers, binades, round_minifloat
+from workbench.kernels.quantized.numbers import Numbers, binades, round_minifloat
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 
 
@@ -70,15 +71,16 @@ class Element:
 
 @dataclass(frozen=True)
 class Integer(Element):
-    """Integers. Signed ones are symmetric about zero, -(2^(b-1)-1) .. 2^(b-1)-1, in two's complement;
-    the others are 0 .. 2^b-1.
+    """Integers. Signed ones are -2^(b-1) .. 2^(b-1)-1, or without the lowest of these (`full` False), in
+    two's complement; the others are 0 .. 2^b-1.
     """
 
     signed: bool = True
+    full: bool = True
 
     @property
     def lowest(self) -> float:
-        return -self.highest if self.signed else 0.0
+        return -self.highest - self.full if self.signed else 0.0
 
     @property
     def highest(self) -> float:
@@ -308,22 +310,38 @@ def uniform(like: Tensor, generator: torch.Generator) -> Tensor:
 
 class Int(Options):
     bits: int = parameter(4, "width", ge=1, le=16, unit="bits")
-    symmetric: bool = parameter(True, "symmetric about zero; otherwise with a zero point")
+    symmetric: bool = parameter(True, "signed about zero; otherwise with a zero point")
+    full: bool = parameter(
+        True,
+        "signed: all 2^bits values, the scale's sign such that the largest magnitude lies on the longer "
+        "side; otherwise one value fewer and as many on both sides",
+    )
+
+    @model_validator(mode="after")
+    def has_room(self) -> Int:
+        if not self.symmetric and not self.full:
+            raise BadInput("full: integers with a zero point have all 2^bits values; leave it out")
+        return self
+
+
+def spelled_integer(options: Int) -> str:
+    if not options.symmetric:
+        return f"uint{options.bits}"
+    return f"int{options.bits}" + ("" if options.full else "-odd")
 
 
 @NUMBER_FORMAT.add(
     "int",
     formula="s (q - z), q an integer",
-    source="Jacob et al. 2018, eq. 1",
+    source="Jacob et al. 2018, eq. 1; signs of scales: Cheng et al. 2023, AutoRound",
     title="integer",
     options=Int,
-    spelled=lambda options: f"{'' if options.symmetric else 'u'}int{options.bits}",
+    spelled=spelled_integer,
 )
 def integer(options: Int) -> Format:
     if options.bits == 1 and options.symmetric:
-        raise BadInput("bits: 'int1' has no value but zero; use binary, ternary or uint1")
-    name = f"int{options.bits}" if options.symmetric else f"uint{options.bits}"
-    return Format(name, Integer(options.bits, options.symmetric))
+        raise BadInput("bits: 'int1' has two values, zero and another; use binary, ternary or uint1")
+    return Format(spelled_integer(options), Integer(options.bits, options.symmetric, options.full))
 
 
 class ExMy(Options):

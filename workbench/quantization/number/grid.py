@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BadInput
-from workbench.kernels.quantize import quantize_dequantize
+from workbench.kernels.quantized.quantize import quantize_dequantize
 from workbench.quantization.number.formats import Format, Integer, Minifloat
 from workbench.quantization.transform.coordinates import Transform
 
@@ -21,7 +21,8 @@ E4M3 = Minifloat(8, 4, 3, "fn")
 class Grid:
     """value = (code - zero) * scale.
 
-    scale : (..., out or 1, groups) positive;  zero : same shape, or None for formats symmetric about zero
+    scale : (..., out or 1, groups), of either sign for signed integers of the full range, positive otherwise
+    zero : same shape, or None for formats without one
     group : columns that share a scale (the last group may be shorter)
     transform : coordinates the values are on the grid in (see `transforms.py`), or None for the weight's own
     """
@@ -76,7 +77,8 @@ class Grid:
         """Lowest and highest representable value of every column."""
         scale, zero = self.columns(width)
         shift = 0.0 if zero is None else zero
-        return (self.format.element.lowest - shift) * scale, (self.format.element.highest - shift) * scale
+        ends = (self.format.element.lowest - shift) * scale, (self.format.element.highest - shift) * scale
+        return torch.minimum(*ends), torch.maximum(*ends)
 
     @property
     def zeros_are_codes(self) -> bool:
@@ -160,7 +162,7 @@ def fit(
         each column weighted by `importance` (in,) or (out, in) when given), "mean" (of magnitudes, for
         ternary and binary), "centred" (binary: m + s sign(w - m) with m the mean and s the mean of |w - m|,
         the best s for that m; the zero point is -m / s), "auto" (the format's own). All-zero groups get scale
-        1. Scales are positive float32, already rounded to what the format stores.
+        1. Scales are float32, already rounded to what the format stores.
     """
     work = weight.detach().to(torch.float32)
     if not bool(torch.isfinite(work).all()):
@@ -184,7 +186,7 @@ def fit(
         return Grid(format, scale, (-mean.squeeze(-1) / scale).to(torch.float16).float(), group)
     if rule == "rms":
         return Grid(format, stored(blocks.square().mean(-1).sqrt(), format), None, group)
-    full = spanning(low, high, format, group)
+    full = spanning(low, high, format, group, either=True)
     if rule == "minmax":
         return full
     assert rule == "mse", rule
@@ -200,7 +202,7 @@ def fit(
             weights = weights.flatten(-3).unflatten(-1, (1, 1, -1))
     best, error = full, squared(blocks, full, weights)
     for share in torch.linspace(0.975, 0.3, 28).tolist():
-        trial = spanning(low * share, high * share, format, group)
+        trial = spanning(low * share, high * share, format, group, either=True)
         found = squared(blocks, trial, weights)
         better = found < error
         error = torch.where(better, found, error)
@@ -223,8 +225,11 @@ def squared(blocks: Tensor, grid: Grid, weights: Tensor | None) -> Tensor:
     return (gap if weights is None else gap * weights).sum(-1)
 
 
-def spanning(low: Tensor, high: Tensor, format: Format, group: int) -> Grid:
-    """The grid that just holds [low, high]."""
+def spanning(low: Tensor, high: Tensor, format: Format, group: int, either: bool = False) -> Grid:
+    """The grid that just holds [low, high], or with `either` sign of the scale, where the format has one
+    value more on one side, its larger end (Cheng et al. 2023, AutoRound: the other end may lie a step
+    outside).
+    """
     element = format.element
     if format.affine:
         assert isinstance(element, Integer)
@@ -235,6 +240,10 @@ def spanning(low: Tensor, high: Tensor, format: Format, group: int) -> Grid:
         scale = stored((high - low) / element.highest, format)
         return Grid(format, scale, torch.round(-low / scale).clamp_(0, element.highest), group)
     size = torch.maximum(low.abs(), high.abs())
+    if either and isinstance(element, Integer) and element.full:
+        return Grid(
+            format, stored(torch.where(high > -low, -size, size) / -element.lowest, format), None, group
+        )
     return Grid(format, stored(size / element.highest, format, size), None, group)
 
 
@@ -253,8 +262,8 @@ def stored(scale: Tensor, format: Format, size: Tensor | None = None) -> Tensor:
         whole = torch.where(whole > 0, whole, torch.ones_like(whole))
         rounded = E4M3.round(scale / whole) * whole
     else:
-        rounded = scale.clamp(max=65504.0).to(torch.float16).to(scale.dtype)
-    return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+        rounded = scale.clamp(-65504.0, 65504.0).to(torch.float16).to(scale.dtype)
+    return torch.where(rounded != 0, rounded, torch.ones_like(rounded))
 
 
 def steps_of(weight: Tensor, grid: Grid) -> Tensor:
@@ -268,5 +277,6 @@ def steps_of(weight: Tensor, grid: Grid) -> Tensor:
         if grid.format.affine
         else blocks.abs().amax(-1)
     )
-    step = (reach / grid.format.element.highest).clamp_min(1e-12)
+    element = grid.format.element
+    step = (reach / max(element.highest, -element.lowest)).clamp_min(1e-12)
     return step.repeat_interleave(grid.group, -1)[..., : weight.shape[-1]]

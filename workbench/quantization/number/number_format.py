@@ -11,8 +11,11 @@ from workbench.axis import Axis
 
 def read(text: str) -> Mapping[str, Any] | None:
     """`uint3` -> {name: int, bits: 3, symmetric: False}; None for a text that stands for no format."""
-    if found := re.fullmatch(r"(u?)int(\d{1,2})", text):
-        return {"name": "int", "bits": int(found[2]), "symmetric": not found[1]}
+    if found := re.fullmatch(r"(u?)int(\d{1,2})(-odd)?", text):
+        if found[1] and found[3]:
+            return None
+        odd = {"full": False} if found[3] else {}
+        return {"name": "int", "bits": int(found[2]), "symmetric": not found[1]} | odd
     if found := re.fullmatch(r"e(\d)m(\d{1,2})(fn|ieee)?", text):
         special = found[3] or "finite"
         return {"name": "ExMy", "exponent": int(found[1]), "mantissa": int(found[2]), "special": special}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import BadInput
-from workbench.kernels.hadamard import hadamard_matrix
+from workbench.kernels.quantized.hadamard import hadamard_matrix
 from workbench.quantization.transform.coordinates import haar, power_of_two
 from workbench.subjects import Subject
 from workbench.subjects.changes import bake

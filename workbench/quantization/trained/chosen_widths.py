@@ -88,7 +88,7 @@ class PseudoNoise(TrainedRounding):
         )
 
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
-        format = named("int", round(float(self.width.detach())))
+        format = named(f"int{round(float(self.width.detach()))}-odd")
         scale = stored(self.log_bound.detach().exp() / format.element.highest, format)
         grid = Grid(format, scale, None, self.group)
         return grid.round(weight), grid
@@ -202,7 +202,7 @@ class BitPlanes(TrainedRounding):
             for b in open_planes
         )
         assert isinstance(whole, Tensor)
-        format = named("int", max(2, high - low + 2))
+        format = named(f"int{max(2, high - low + 2)}-odd")
         grid = Grid(format, stored(self.log_step.detach().exp() * 2.0**low, format), None, self.group)
         return whole.detach() * grid.columns(weight.shape[-1])[0], grid
 

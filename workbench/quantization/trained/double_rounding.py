@@ -114,7 +114,7 @@ class DoubleRounding(TrainedRounding):
 
     def change(self, weight: Tensor) -> Tensor:
         width = self.drawn if self.training else self.widths[0]
-        element, shift = named("int", width).element, 2.0 ** (self.widths[0] - width)
+        element, shift = named(f"int{width}-odd").element, 2.0 ** (self.widths[0] - width)
         factor = (self.group * max(element.highest, 1.0)) ** -0.5 / shift
         grid = self.grid()
         step = spread(
@@ -127,7 +127,7 @@ class DoubleRounding(TrainedRounding):
         return (units + (element.round(whole / shift) - units).detach()) * step
 
     def grid(self) -> Grid:
-        format = named("int", self.widths[0])
+        format = named(f"int{self.widths[0]}-odd")
         return Grid(format, stored(self.log_step.detach().exp(), format), None, self.group)
 
     def final(self, weight: Tensor) -> tuple[Tensor, Grid]:
@@ -216,5 +216,5 @@ def at_width(
 def narrowed(grid: Grid, width: int) -> Grid:
     """The grid of the leading `width` bits."""
     return replace(
-        grid, format=named("int", width), scale=grid.scale * 2.0 ** (grid.format.element.bits - width)
+        grid, format=named(f"int{width}-odd"), scale=grid.scale * 2.0 ** (grid.format.element.bits - width)
     )

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.kernels.hadamard import hadamard
-from workbench.kernels.kronecker import kronecker
+from workbench.kernels.quantized.hadamard import hadamard
+from workbench.kernels.quantized.kronecker import kronecker
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from workbench.quantization.number.grid import steps_of
 from workbench.quantization.rounding.problem import Problem
 from workbench.quantization.transform.coordinates import Transform, haar, half
 from workbench.quantization.transform.transform import TRANSFORM, TransformSteps
+from workbench.statistics.inputs import kept_positions
 from workbench.subjects import Layer, Subject
 
 ROWS = 512  # sampled tokens of a layer's inputs
@@ -107,13 +108,8 @@ def input_rows(
     """
     found: dict[str, Tensor] = {}
     for batch in on.batches("calibration", 16, min(examples, 16)):
-        mask = batch.get("attention_mask")
         with collecting(on, layers) as (capture, rows):
-            capture.keep = (
-                mask.bool()
-                if mask is not None and mask.ndim == 2 and "decoder_attention_mask" not in batch
-                else None
-            )
+            capture.keep = kept_positions(on, batch)
             on.task.output(on.model, batch)
         for (name, _), parts in rows.items():
             every = torch.cat(parts).float()

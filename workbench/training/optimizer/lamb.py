@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from workbench.axis import parameter
-from workbench.kernels.optimizer_step import fp32_state, fuses, optimizer_step
+from workbench.kernels.training.optimizer_state import fp32_state
+from workbench.kernels.training.optimizer_step import fuses, optimizer_step
 from workbench.training.optimizer.group_optimizer import GroupOptimizer, adam_direction
 from workbench.training.optimizer.optimizers import OPTIMIZER, MomentOptions, decay_groups
 

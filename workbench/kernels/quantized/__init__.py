@@ -1,0 +1,1 @@
+"""Few bits a number: rounding, the rotations before it, and products of rounded matrices."""

@@ -1,0 +1,1 @@
+"""Sequences of different lengths side by side: packing, positions, attention, long convolutions."""
