@@ -125,7 +125,7 @@ def test_tensorboard_run_that_diverged(tmp_path):
     assert runs.table.run.tolist() == ["a"] and ends(runs) == {"b": "diverged"}
 
 
-# ---- files that nobody meant to be read ---------------------------------------------------------------------
+# ---- files that nobody meant to be read
 def seeds(folder):
     """One good file of each kind."""
     frame = pd.read_csv(io.StringIO(SHAPE))
@@ -238,7 +238,7 @@ def test_a_packed_file_is_bounded(tmp_path, monkeypatch):
         load_runs(tmp_path / "bomb.csv.gz")
 
 
-# ---- formulas ------------------------------------------------------------------------------------------------
+# ---- formulas
 def squared(lines):
     steps = "\n".join(f"t{i + 1} = t{i}*t{i}" for i in range(lines))
     return f"t0 = A + params\n{steps}\nE + t{lines}"

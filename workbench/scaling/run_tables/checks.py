@@ -158,7 +158,7 @@ def _drop(frame: pd.DataFrame, target: str, notes: list[str]) -> tuple[pd.DataFr
     ended = status != "finished"
     if target in frame:
         loss = pd.to_numeric(frame[target], errors="coerce").astype(np.float64)
-        loss = loss.where(loss.abs() < INFINITE, np.inf * np.sign(loss))
+        loss = loss.mask(loss >= INFINITE, np.inf).mask(loss <= -INFINITE, -np.inf)
         empty = frame[target].isna() | (loss.notna() & ~np.isfinite(loss))
         if (empty | ended).all():
             words = ", ".join(f"{n} {w}" for w, n in status[ended].value_counts().items())
