@@ -20,6 +20,7 @@ from torch import nn
 import workbench
 from workbench import version
 from workbench.curvature import Trace
+from workbench.keys import live_code
 from workbench.subjects import Subject
 from workbench.subjects.tasks import ModuleTask
 from workbench.version import threads
@@ -281,6 +282,17 @@ def test_a_plugins_own_imports_count(tmp_path, monkeypatch):
         return digest_of([module.score])
 
     assert opened(1) == opened(1) != opened(2)
+
+
+def test_code_that_stands_in_a_page_of_text_counts(tmp_path):
+    """What a function computes is part of a key wherever it was written down, Python file or not."""
+    page, found = tmp_path / "page.md", []
+    page.write_text("# Words, and then some: code\n")
+    for factor in (2, 2, 3):
+        names: dict[str, object] = {"__name__": "page"}
+        exec(compile(f"def scaled(x):\n    return {factor} * x", str(page), "exec"), names)
+        found.append(live_code.digest_of([names["scaled"]]))
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_folder_is_believed_for_what_is_in_it(tmp_path):

@@ -342,6 +342,7 @@ class Axis:
         if name not in self.entries and self.shorthand is not None:
             read = self.shorthand(name)
             if read is not None:
+                no_contradiction(where, name, read, options)
                 options = {k: v for k, v in read.items() if k != "name"} | options
                 name = read["name"]
         if name not in self.entries:
@@ -436,8 +437,11 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
         start = values.get(name, default)
         if start is None:
             raise BadInput(f"{name}: is missing; known: {', '.join(home.entries)}")
-        values[name] = _with_usual(home.chosen(start, name, **options.pop(name, {})), cls.model_fields[name])
         said = home.said_by(start) if name in named else {}
+        more = options.pop(name, {})
+        if name in named:
+            no_contradiction(name, start, said, more)
+        values[name] = _with_usual(home.chosen(start, name, **more), cls.model_fields[name])
         for option in sorted(old.get(name, {}), key=lambda path: path.count(".")):
             placed = None if option in said else _placed(values[name], option, old[name][option], name)
             if placed is None:
@@ -449,6 +453,16 @@ def resolved(cls: type[Fields], given: Mapping[str, Any]) -> Resolved:
         mine.discard(name)
         mine |= _place_flat(cls, fields, values, name)
     return Resolved(values, mine & set(cls.model_fields))
+
+
+def no_contradiction(field: str, text: str, said: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+    """Raise `BadInput` for an option that a text such as `nf4` says otherwise."""
+    for option, value in more.items():
+        if option in said and said[option] != value:
+            raise BadInput(
+                f"{field}.{option}: {value} contradicts {field} {text}, which says {said[option]}; "
+                "leave one of them out"
+            )
 
 
 def _name_of(value: Any) -> Any:

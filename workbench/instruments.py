@@ -29,6 +29,7 @@ from workbench.errors import BadInput
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import cache_folder
+from workbench.unfinished import journal
 from workbench.version import __version__, surroundings, threads, versions
 
 #: What numpy and torch say of an allocation that no machine can serve.
@@ -105,9 +106,12 @@ class Instrument(Fields):
     def result(self, table: pd.DataFrame, facts: dict[str, Any] | None = None, **more: Any) -> Result:
         return self.result_class()(instrument=self, table=table, facts=facts or {}, **more)
 
-    def run(self, on: Any, progress: Progress | None = None, cache: bool = True) -> Result:
+    def run(
+        self, on: Any, progress: Progress | None = None, cache: bool = True, fresh: bool = False
+    ) -> Result:
         """Run on a Subject (or Runs). The same fields on the same subject with the same code come from
-        the cache.
+        the cache; one that was interrupted while it trained goes on from there, unless it is to begin
+        `fresh`.
         """
         progress = progress or TextProgress()
         key = self.key(on)
@@ -120,16 +124,36 @@ class Instrument(Fields):
                 count = result.provenance["threads"]
                 result.subject = on.derived(self, key, lambda: self._again(on, count))
             return result
+        if hasattr(on, "check_finite"):
+            on.check_finite()
         self.check(on)
-        result = self._measure(on, progress, key)
-        if cache and self.cached and not result.partial:
-            result.save(slot, with_subject=False)
+        with journal(key, self.about(on), progress, fresh) as kept:
+            result = self._measure(on, progress, key)
+            stored = cache and self.cached and not result.partial
+            if stored:
+                result.save(slot, with_subject=False)
+            if stored or (kept.root and not result.partial):
+                kept.clear()
         return result
 
+    def about(self, on: Any) -> dict[str, Any]:
+        """What this run is, for whoever finds what it has left."""
+        return {
+            "instrument": self.name(),
+            "fields": self.model_dump(mode="json"),
+            "on": getattr(on, "name", type(on).__name__),
+            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
     def _again(self, on: Any, count: int) -> Any:
-        """The subject of a cached run, computed with the threads that its key tells."""
+        """The subject of a cached run, computed with the threads that its key tells; a part of a training is
+        not that subject.
+        """
         with threads(count):
-            return self.run(on, cache=False).subject
+            result = self.run(on, cache=False)
+        if result.partial:
+            raise KeyboardInterrupt
+        return result.subject
 
     def stored(self, on: Any) -> bool:
         """True when this exact run is in the cache."""
@@ -143,11 +167,13 @@ class Instrument(Fields):
             if hasattr(on, "prepared")
             else on
         )
+        if hasattr(prepared, "check_outputs_finite"):
+            prepared.check_outputs_finite()
         torch.manual_seed(self.seed)
         np.random.seed(self.seed)
         began = time.perf_counter()
         with interrupt_stops(progress), within_memory(self.name()):
-            result = self._run(prepared, progress)
+            result = self._explained(on, prepared, progress)
         if isinstance(progress, TextProgress):
             progress.close()
         result.partial = result.partial or progress.partial
@@ -155,6 +181,23 @@ class Instrument(Fields):
         if self.changes_model:
             assert result.subject is not None, f"{self.name()} declares changes_model and returned no subject"
             result.subject.adopt(parent=on, instrument=self, fingerprint=None if result.partial else key)
+        return result
+
+    def _explained(self, on: Any, prepared: Any, progress: Progress) -> Result:
+        """`_run`; a failure, or facts that are NaN, are explained by the subject's own numbers where
+        those are not finite.
+        """
+        try:
+            result = self._run(prepared, progress)
+        except (BadInput, MemoryError):
+            raise
+        except Exception as error:
+            if hasattr(on, "not_finite") and (told := on.not_finite()):
+                raise BadInput(told) from error
+            raise
+        undefined = [name for name, value in result.facts.items() if is_nan(value)]
+        if undefined and hasattr(on, "not_finite") and (told := on.not_finite()):
+            raise BadInput(told)
         return result
 
     def key(self, on: Any) -> str:
@@ -199,6 +242,10 @@ class SubjectInstrument(Instrument):
         "where to compute: auto (the best present), cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
+
+
+def is_nan(value: Any) -> bool:
+    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
 
 
 def provenance(instrument: Instrument, on: Any, seconds: float) -> dict[str, Any]:

@@ -93,13 +93,21 @@ class Method:
 
 
 def run_in_turn(
-    steps: Iterable[Instrument], on: Any, progress: Progress | None = None, cache: bool = True
+    steps: Iterable[Instrument],
+    on: Any,
+    progress: Progress | None = None,
+    cache: bool = True,
+    fresh: bool = False,
 ) -> Iterator[Result]:
-    """The result of each instrument as it ends, run on the subject that the one before returned."""
+    """The result of each instrument as it ends, run on the subject that the one before returned.
+    A partial one is the last.
+    """
     for step in steps:
-        result = step.run(on, progress, cache)
+        result = step.run(on, progress, cache, fresh)
         on = result.subject
         yield result
+        if result.partial:
+            return
 
 
 @functools.lru_cache(1)

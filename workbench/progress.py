@@ -28,6 +28,8 @@ class Progress:
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.partial = False
+        #: The signal that asked to stop, where one did.
+        self.signal: int | None = None
 
     def track(self, items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
         if total is None and hasattr(items, "__len__"):
@@ -50,6 +52,9 @@ class Progress:
 
     def show(self, label: str, done: int, total: int | None) -> None:
         """Draw the state; called often, so it must be cheap."""
+
+    def say(self, text: str) -> None:
+        """Tell the user something that is not in the result."""
 
     def preview(self, result: Result) -> None:
         """Receive an unfinished result to draw while the run goes on."""
@@ -88,26 +93,41 @@ class TextProgress(Progress):
             bar.close()
             del self._bars[label]
 
+    def say(self, text: str) -> None:
+        print(f"workbench: {text}", file=sys.stderr)
+
     def close(self) -> None:
         for bar in self._bars.values():
             bar.close()
         self._bars.clear()
 
 
+#: Signals that ask for an end: Ctrl-C, `kill` and a scheduler's or system's shutdown, a terminal that closes.
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
 @contextlib.contextmanager
 def interrupt_stops(progress: Progress) -> Iterator[None]:
-    """First Ctrl-C asks for a clean stop; the second one interrupts at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP asks for a clean stop; a second Ctrl-C or SIGTERM ends at once.
+    `progress.signal` is then the number of the one that asked. One that the process ignores stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ask(number: int, frame: Any) -> None:
-        if progress.stop.is_set():
+        if progress.stop.is_set() and number != getattr(signal, "SIGHUP", None):
             raise KeyboardInterrupt
+        progress.signal = number
         progress.stop.set()
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {}
+    for number in ENDING:
+        handler = signal.getsignal(number)
+        if handler is not signal.SIG_IGN and handler is not None:
+            before[number] = signal.signal(number, ask)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 import workbench
 from tests.conftest import ROOT
 from workbench.names import catalog
+from workbench.storage import verdict
 
 
 def script(name: str) -> ModuleType:
@@ -27,6 +28,8 @@ def script(name: str) -> ModuleType:
 
 
 generate = script("generate")
+markup = script("markup")
+tables = script("registry_tables")
 check_links = script("check_links")
 
 
@@ -69,7 +72,7 @@ def test_pages_of_instruments_hold_every_field_with_its_default(source: tuple[Pa
         for field, info in cls.parameters().items():
             row = next(line for line in text.splitlines() if line.startswith(f"| `{field}` |"))
             assert row.count(" | ") == 4, row
-            assert generate.cell(info.description or "") in row
+            assert markup.cell(info.description or "") in row
     prune = written["workbench.pruning.Prune"].read_text()
     assert "| `sparsity` | <code>0.5</code> | <code>float</code>, <code>0 &lt;= x &lt; 1</code> |" in prune
 
@@ -82,7 +85,7 @@ def test_tables_come_from_the_registries(source: tuple[Path, dict[str, Path]]) -
     assert all(f"| `{name}`<br>" in methods for name in workbench.methods())
     wanda = next(line for line in methods.splitlines() if line.startswith("| `wanda`<br>"))
     measured = workbench.methods()["wanda"].evidence()
-    assert measured is not None and not measured["holds"] and "does not hold, on digits-vit |" in wanda
+    assert measured is not None and f"{verdict(measured)}, on {measured['subject']} |" in wanda
     assert all(line.count(" | ") == 5 for line in methods.splitlines() if line.startswith("| `"))
 
 
@@ -98,8 +101,8 @@ def test_registered_axes_become_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         traits=frozenset({"rows"}),
         options=Damped,
     )
-    monkeypatch.setattr(generate, "axes", lambda: {"saliency": SimpleNamespace(entries={"obs": entry})})
-    page = generate.axes_page()
+    monkeypatch.setattr(tables, "axes", lambda: {"saliency": SimpleNamespace(entries={"obs": entry})})
+    page = tables.axes_page()
     row = next(line for line in page.splitlines() if line.startswith("| `obs` |"))
     assert "## Saliency" in page and "<mfrac>" in row and row.count(" | ") == 5
     assert "`damp` (<code>0.01</code>): share of the mean &#124; diagonal" in row
@@ -109,7 +112,7 @@ def test_docstrings_stay_text_and_code_stays_code() -> None:
     text = (
         "Keeps <b> and a*b*c, `x_y*z`.\n\n    run(1) * 2\n\n>>> 1 + 1\n2\n\n| a | b |\n|---|---|\n| 1 | 2 |"
     )
-    shown = generate.prose(text)
+    shown = markup.prose(text)
     assert "&#60;b> and a&#42;b&#42;c, `x_y*z`." in shown
     assert "```python\nrun(1) * 2\n```" in shown and "```pycon\n>>> 1 + 1\n2\n```" in shown
     assert "| 1 | 2 |" in shown

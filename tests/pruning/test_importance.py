@@ -239,7 +239,10 @@ def test_the_trained_mask_starts_open_and_ends_with_as_many_channels_as_asked():
 
 def test_the_merged_smaller_model_is_the_masked_model_that_was_trained():
     on = workbench.subject("digits-vit").copy()
+    first = {layer.name: layer.weight.detach().clone() for layer in on.layers("blocks")}
     kept, curve = pat.learn_channels(on, 36, "low-rank", 12, 1e-3, 16, 4, 0, Progress())
+    ranks = [torch.linalg.matrix_rank(a.weight.detach() - first[a.name]) for a in on.layers("*fc1")]
+    assert ranks == [4] * len(ranks)  # adapters on matrices that write to nothing shared, merged
     assert int(kept.sum()) == 36 and len(curve) == 12 and not on.model.training
     batch = next(on.batches("test", 8))
     with torch.no_grad():

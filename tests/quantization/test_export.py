@@ -96,6 +96,21 @@ def test_compressed_tensors_round_trip(
     assert torch.allclose(found.float(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("fields", [{}, {"format": "uint4"}, {"format": "e4m3fn", "granularity": "channel"}])
+def test_our_own_export_opens_again(
+    checkpoints: dict[str, Path], tmp_path: Path, fields: dict[str, object]
+) -> None:
+    """Kind 17: what we export is opened again, decompressed, with the same outputs."""
+    on = quantized(checkpoints["llama"], **fields)
+    again = workbench.subject(to_compressed_tensors(on, tmp_path / "out"), data="random", max_length=12)
+    batch = next(again.batches("test", 3))
+    with torch.no_grad():
+        assert torch.equal(again.task.output(again.model, batch), on.task.output(on.model, batch))
+    assert "decompressed from compressed-tensors" in again.data_note
+    again.save(tmp_path / "plain")
+    assert workbench.subject(tmp_path / "plain").evaluate("test") == again.evaluate("test")
+
+
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize(
     "fields",
@@ -117,17 +132,43 @@ def test_onnx_round_trip(
     )  # float32 products, so that logits can be compared
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     batch = next(on.batches("calibration", 3))
-    length = session.get_inputs()[0].shape[1]
     inputs = on.task.inputs(batch)
-    feeds = {
-        i.name: torch.nn.functional.pad(inputs[i.name], (0, length - inputs[i.name].shape[1])).numpy()
-        for i in session.get_inputs()
-    }
-    with torch.no_grad():
-        expected = on.task.output(
-            on.model, {k: torch.from_numpy(v) for k, v in feeds.items()} | {"labels": batch["labels"]}
-        )
-    assert torch.allclose(torch.from_numpy(session.run(None, feeds)[0]), expected, atol=1e-4)
+    width = inputs["input_ids"].shape[1]
+    for length in (width, 3, width - 5):  # the file takes texts of every length
+        given = {k: torch.nn.functional.pad(v, (0, length - width)) for k, v in inputs.items()}
+        given["attention_mask"][0, 2:] = 0
+        with torch.no_grad():
+            expected = on.task.output(on.model, given | {"labels": batch["labels"]})
+        found = session.run(None, {i.name: given[i.name].numpy() for i in session.get_inputs()})[0]
+        assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
+
+
+def test_onnx_says_what_it_cannot_follow(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kind 25, another example: an encoder-decoder's file lacked the decoder's inputs (a KeyError); they are
+    given, and what the exporter does not follow then is one line.
+    """
+
+    def fails(model: torch.nn.Module, arguments: tuple[torch.Tensor, ...], **_: object) -> None:
+        model(*arguments)
+        raise RuntimeError("<class 'ValueError'>: Cannot view a tensor\n with strides")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(BadInput, match="onnx: the exporter cannot follow T5.*Cannot view a tensor"):
+        to_onnx(quantized(checkpoints["t5"], format="int8", granularity="channel"), tmp_path / "t5.onnx")
+    assert not (tmp_path / "t5.onnx").exists()
+
+
+def test_onnx_takes_ids_of_any_width(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Kind 25, another example: int32 columns became int32 inputs, which tokenizers' ids do not fit."""
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime (extra export) is not installed")
+    on = quantized(checkpoints["gpt2"], format="int8", granularity="channel")
+    for split in on.splits.values():
+        split["attention_mask"] = split["attention_mask"].int()
+    file = to_onnx(on, tmp_path / "model.onnx")
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert {i.type for i in session.get_inputs()} == {"tensor(int64)"}
 
 
 @pytest.mark.parametrize(

@@ -457,6 +457,8 @@ def test_a_class_without_a_task_is_named(tmp_path):
     transformers.BertForQuestionAnswering(transformers.BertConfig(**sizes)).save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="task: BertForQuestionAnswering is none of the classes"):
         opened(tmp_path)
+    on = opened(tmp_path, task="embedding")  # hidden states, not the head's answers
+    assert on.split("test")["labels"].shape[1] == 16 and "left over: qa_outputs.bias" in on.data_note
 
 
 def test_a_multi_label_checkpoint_has_a_loss_of_its_own(tmp_path):

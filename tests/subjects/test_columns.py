@@ -4,7 +4,6 @@ truth is one example at a time, without padding, by the model's own class and pl
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,11 @@ from torch.nn import functional as F
 
 import workbench
 from workbench import BadInput
+from workbench.pruning.recovery.recovery import distilled_loss
+from workbench.pruning.saliency.heapr import atomic_scores
 from workbench.statistics import second_moments
 from workbench.subjects import TASK, Subject
-from workbench.subjects.tasks import ModuleTask
+from workbench.subjects.structure.units import discover
 
 COUNT, LENGTH = 7, 9
 SMALL: dict[str, Any] = {
@@ -448,6 +449,49 @@ def test_a_modules_outputs_and_numbers_to_predict_have_one_shape():
         workbench.subject(nn.Linear(6, 3), data=data)
 
 
-def test_the_settings_of_a_task_are_part_of_its_name():
-    assert ModuleTask().told() == "classification" and "class_axis=1" in ModuleTask(class_axis=1).told()
-    assert dataclasses.replace(ModuleTask(), ignored=255).told() != ModuleTask().told()
+def test_the_settings_of_a_task_are_part_of_the_fingerprint():
+    data = {"test": {"inputs": torch.randn(20, 2, 4, 4), "labels": torch.randint(4, (20, 4, 4))}}
+    net = Pixels()
+    found = {
+        workbench.subject(net, data=data, class_axis=axis, ignored=ignored).fingerprint
+        for axis in (1, -1)
+        for ignored in (-100, 9)
+    }
+    assert len(found) == 4
+
+
+def test_hidden_states_at_padding_teach_nothing():
+    """Kind 8, another example: the distance of hidden states counted what stands at padding."""
+    task, examples = "masked-lm", ragged("albert")[:3]
+    columns = padded(examples, task)
+    on, teacher = (
+        Subject("bert", model_of("deberta"), TASK[task].value(), {"train": columns}) for _ in range(2)
+    )
+    with torch.no_grad():
+        for weight in on.model.parameters():
+            weight.add_(0.01 * torch.randn_like(weight))
+    trimmed = on.task.trimmed(columns)
+    assert trimmed["input_ids"].shape[1] < columns["input_ids"].shape[1]
+    found = [float(distilled_loss(on, teacher, batch).detach()) for batch in (columns, trimmed)]
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+
+
+def test_atoms_are_scored_by_the_tokens_that_are_real():
+    """Kind 8, another example: HEAPr counted the activations of padding."""
+    columns = padded(ragged("llama"), "causal-lm")
+    on = Subject("llama", model_of("llama").float(), TASK["causal-lm"].value(), {"calibration": columns})
+    groups = [group for group in discover(on.model) if group.kind == "neurons"]
+    found = [atomic_scores(on, groups, examples=COUNT, batch_size=size) for size in (1, COUNT)]
+    for name in found[0]:
+        assert torch.allclose(found[0][name], found[1][name], rtol=1e-3, atol=1e-9)
+
+
+def test_a_split_without_targets_is_named():
+    on = Subject(
+        "bert",
+        model_of("bert"),
+        TASK["sequence-classification"].value(),
+        {"test": {"input_ids": torch.ones(3, 4, dtype=torch.long)}},
+    )
+    with pytest.raises(BadInput, match="split: 'test' has no column labels"):
+        on.evaluate("test")

@@ -294,7 +294,7 @@ def test_largest_stable_rate_is_two_over_the_top_eigenvalue(name: str, cache: Pa
 
 
 def test_cards_and_evidence() -> None:
-    from workbench.evidence.training import batch_evidence, optimizer_evidence, schedule_evidence
+    from workbench.evidence.training import MEASURES
     from workbench.training.methods import METHODS
 
     known, found = methods(), 0
@@ -305,12 +305,8 @@ def test_cards_and_evidence() -> None:
             found += 1
             assert isinstance(record["holds"], bool) and record["note"] and record["versions"]["torch"]
     assert found >= 1
-    for module, function in (
-        (schedule_evidence, "power"),
-        (optimizer_evidence, "one_bit"),
-        (batch_evidence, "adam_slope"),
-    ):
-        assert callable(getattr(module, function))
+    assert set(MEASURES) == {card.name for card in METHODS}
+    assert all(callable(measure) for measure in MEASURES.values())
     for instrument in (
         "train",
         "learning-rate-batch-size",

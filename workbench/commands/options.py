@@ -26,6 +26,7 @@ RUNS_OPTIONS = {
 RUN_OPTIONS = {
     "out": "save the result in this folder",
     "no-cache": "run again even when this exact run is stored",
+    "fresh": "do not go on from where an interrupted run of the same command stopped",
     "plugins": "Python files with entries of your own, separated by commas; they are run",
 }
 

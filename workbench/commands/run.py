@@ -15,6 +15,8 @@ from workbench.commands.help_text import run_help
 from workbench.commands.options import Parser, parse, value_of
 from workbench.errors import BadInput
 from workbench.families import load_plugins
+from workbench.progress import TextProgress
+from workbench.unfinished.journal import kept
 
 
 def run(arguments: list[str]) -> int:
@@ -81,6 +83,7 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--out")
     parser.add_argument("--plugins")
     parser.add_argument("--no-cache", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
     space = parse(parser, arguments)
     texts = {k.split(":", 1)[1]: v for k, v in vars(space).items() if k.startswith("field:")}
     given = {option.replace("-", "_"): value_of(text, known[option]) for option, text in texts.items()}
@@ -93,12 +96,22 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     if len(steps) > 1 or name != steps[0][0]:
         print(f"{name} = {in_words(steps)}")
     on = opened(space, classes[0].on)
-    for result in run_in_turn(instruments, on, cache=not space.no_cache):
+    progress = TextProgress()
+    for result in run_in_turn(instruments, on, progress, cache=not space.no_cache, fresh=space.fresh):
         print(result.summary())
     print(result.table.head(40).to_string(index=False, float_format=lambda v: f"{v:.5g}", max_colwidth=60))
     if space.out:
         print(f"saved in {result.save(space.out)}")
-    return 0
+    return stopped(result, progress) if result.partial else 0
+
+
+def stopped(result: Any, progress: TextProgress) -> int:
+    """Say how an interrupted run goes on; the exit code of a command that a signal ended, 0 without one."""
+    if kept(result.provenance.get("key", "")):
+        print("stopped: the same command goes on from here, and with --fresh from the beginning")
+    elif progress.signal is not None:
+        print("stopped before the end: the result is partial and is not kept in the cache")
+    return 0 if progress.signal is None else 128 + progress.signal
 
 
 def told(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -138,7 +151,6 @@ def opened(space: argparse.Namespace, on: str) -> Any:
     if on == "subject":
         if not space.subject:
             raise BadInput("subject: is missing; give --subject NAME, FOLDER, hub id or file.py:function")
-        from workbench.progress import TextProgress
         from workbench.subjects import subject
 
         return subject(space.subject, **options.subject_options(space), progress=TextProgress())

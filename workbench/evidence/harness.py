@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,34 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return found["mean"], found["mean"] - half, found["mean"] + half
 
 
+def below(low: float, high: float, margin: float = 0.0) -> bool | None:
+    """Whether what lies in a 95 % interval is below a margin: None while the interval holds both answers, or
+    is none: a single value, or equal ones, which are one value found several times.
+    """
+    if low == high:
+        return None
+    if high < margin:
+        return True
+    return False if low > margin else None
+
+
+def together(found: Iterable[bool | None]) -> bool | None:
+    """Whether all of it holds: no, when one does not; None, when one is undecided."""
+    answers = list(found)
+    if any(answer is False for answer in answers):
+        return False
+    return None if any(answer is None for answer in answers) else True
+
+
+def words(claims: Iterable[tuple[str, bool | None]]) -> str:
+    """The claims that fail and those that the intervals leave open."""
+    claims = list(claims)
+    failed = [claim for claim, holds in claims if holds is False]
+    undecided = [claim for claim, holds in claims if holds is None]
+    parts = [f"failed: {', '.join(failed)}"] if failed else []
+    return "; ".join(parts + ([f"undecided: {', '.join(undecided)}"] if undecided else []))
+
+
 def compare(
     name: str,
     progress: Progress,
@@ -75,11 +103,11 @@ def compare(
     subject: str = "digits-vit",
     seeds: Sequence[int] = SEEDS,
 ) -> dict[str, Any]:
-    """Run all arms; a claim (better, worse) holds when the better arm's mean loss is lower.
-    Paired by seed.
+    """Run all arms; a claim (better, worse) holds when the better arm's loss is lower, with its 95 % interval
+    over the seeds. Paired by seed.
     """
     measured = {label: losses(fields, progress, subject, seeds) for label, fields in arms.items()}
-    checked = []
+    checked: list[dict[str, Any]] = []
     for better, worse in claims:
         difference = np.subtract(measured[better]["loss"]["values"], measured[worse]["loss"]["values"])
         checked.append(
@@ -87,16 +115,16 @@ def compare(
                 "better": better,
                 "worse": worse,
                 "difference": summary(difference.tolist()),
-                "holds": bool(difference.mean() < 0),
+                "holds": below(*interval(difference.tolist())[1:]),
                 "in_every_seed": bool((difference < 0).all()),
             }
         )
-    failed = [f"{c['better']} < {c['worse']}" for c in checked if not c["holds"]]
+    left = words((f"{c['better']} < {c['worse']}", c["holds"]) for c in checked)
     means = ", ".join(f"{label} {m['loss']['mean']:.3f}" for label, m in measured.items())
     return {
         "subject": subject,
         "arms": measured,
         "claims": checked,
-        "holds": not failed,
-        "note": f"test loss: {means}" + (f"; failed: {'; '.join(failed)}" if failed else ""),
+        "holds": together(c["holds"] for c in checked),
+        "note": "; ".join(part for part in (f"test loss: {means}", left) if part),
     }

@@ -258,9 +258,10 @@ def closure_text(module: str, root: Path) -> str:
 
 def files_text(file: Path, root: Path = PACKAGE) -> str:
     """Hash of a user's file and of his files that it imports, of the package's that they reach, and versions
-    of the libraries they name. Empty where there is no file, as for what is typed in a notebook.
+    of the libraries they name. Empty where there is no Python file, as for what is typed in a notebook or
+    stands in a page of text.
     """
-    if not file.is_file():
+    if not file.is_file() or file.suffix not in ("", ".py", ".pyw"):
         return ""
     total, ours, libraries = hashlib.sha256(), set[Path](), set[str]()
     found, waiting = set[Path](), [file.resolve()]

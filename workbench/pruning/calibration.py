@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workbench.axis import Choice
+from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.pruning.axes import Gradients
 from workbench.pruning.pattern import Pattern
@@ -189,14 +191,23 @@ class Calibration:
         )
         return found[layer.name]
 
+    def _trace(self, layer: Layer, asked: Gradients) -> float:
+        """Trace of a layer's Fisher matrix; `BadInput` names a layer that has none."""
+        factors = self.factors(layer, asked)
+        found = factors.square_sum() / factors.examples
+        if not math.isfinite(found):
+            raise BadInput(
+                f"subject: the gradients of layer {layer.name!r} on the split {self.split!r} are not finite, "
+                "or their squares are not; leave out examples that are not, or scale the weights down"
+            )
+        return found
+
     def absolute_damp(self, asked: Gradients, damp: float) -> float:
         """The Fisher's damp: `damp` times the mean of its diagonal over all layers."""
         weights = sum(layer.original.numel() for layer in self.layers)
         trace: float = self.remember(
             ("trace", asked.gradients, asked.gradient_batch),
-            lambda: sum(
-                self.factors(a, asked).square_sum() / self.factors(a, asked).examples for a in self.layers
-            ),
+            lambda: sum(self._trace(layer, asked) for layer in self.layers),
         )
         return max(damp * trace / weights, 1e-30)
 

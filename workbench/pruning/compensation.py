@@ -39,11 +39,13 @@ def bias(layer: Layer, mask: Tensor, calibration: Calibration, options: Options)
 def per_matrix(
     layer: Layer, mask: Tensor, calibration: Calibration, solve: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """`solve(weight, gram, mask)` on the matrix, or on each expert's."""
-    weight, gram = layer.weight.detach(), calibration.gram(layer)
+    """`solve(weight, gram, mask)` on the matrix, or on each expert's, in the second moment's type."""
+    gram = calibration.gram(layer)
+    weight = layer.weight.detach().to(gram.dtype)
     if weight.ndim == 2:
-        return solve(weight, gram[0], mask)
-    return torch.stack([solve(w, g, m) for w, g, m in zip(weight, gram, mask, strict=True)])
+        return solve(weight, gram[0], mask).to(layer.weight.dtype)
+    solved = [solve(w, g, m) for w, g, m in zip(weight, gram, mask, strict=True)]
+    return torch.stack(solved).to(layer.weight.dtype)
 
 
 @COMPENSATION.add(
@@ -99,4 +101,5 @@ def bias_shift(layer: Layer, delta: Tensor, calibration: Calibration) -> Tensor:
         raise BadInput(
             f"compensation: bias needs a bias and {layer.name} has none; use obs, least-squares or none"
         )
-    return -(delta @ calibration.mean(layer)[0])
+    mean = calibration.mean(layer)[0]
+    return -(delta.to(mean.dtype) @ mean).to(delta.dtype)

@@ -90,6 +90,17 @@ class Refinement(Gradients):
     damp: float = parameter(
         0.01, "added to the diagonal of the Fisher, as a share of its mean diagonal", gt=0, scale="log"
     )
+    block: int = parameter(256, "candidates that are solved for together", ge=2, le=4096, unit="weights")
+    candidates: int = parameter(
+        4096, "weights of a layer nearest to the boundary between kept and removed", ge=2, unit="weights"
+    )
+    rounds: int = parameter(2, "times that all candidates are gone through", ge=1, le=100)
+    restarts: int = parameter(1, "annealed starts of every block, besides the mask as it is", ge=0, le=100)
+    slope: bool = parameter(
+        False,
+        "count the mean gradient, which is followed far beyond where it holds; without it the model is taken "
+        "to be at a minimum",
+    )
 
 
 @PRUNING_METHOD.add(

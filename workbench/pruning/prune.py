@@ -112,6 +112,6 @@ class Prune(PrunePlan):
             if between:
                 engine.train(between)
             if not engine.event(sparsity):
-                break
+                return engine.finish()
         engine.train(self.recovery_steps - engine.trained)
         return engine.finish()

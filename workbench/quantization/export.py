@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,7 @@ from workbench.quantization.number.split_grid import SplitGrid
 from workbench.storage import replacing
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import bake
+from workbench.subjects.checkpoint_files import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,7 +162,7 @@ def to_onnx(subject: Subject, file: str | os.PathLike[str]) -> Path:
     """Write an ONNX file whose quantized weights are 8-bit integers with `DequantizeLinear`
     (opset 21: one scale a tensor, channel or group).
 
-    Inputs are the task's columns, with a free batch size.
+    Inputs are the task's columns, with a free batch size and a free length of each sequence.
     Needs the packages `onnx` and `onnxscript` (extra `export`).
     """
     import onnx
@@ -174,21 +176,36 @@ def to_onnx(subject: Subject, file: str | os.PathLike[str]) -> Path:
     batch = {k: v.cpu() for k, v in next(subject.batches("calibration", 2)).items()}
     if len(next(iter(batch.values()))) < 2:
         batch = {k: torch.cat([v, v]) for k, v in batch.items()}
-    wrapped = Outputs(subject, model, list(subject.task.inputs(batch))).eval()
+    given = subject.task.exported(model, batch)
+    wrapped = Outputs(subject, model, list(given)).eval()
     with replacing(Path(file)) as draft:
-        arguments = tuple(subject.task.inputs(batch).values())
-        free = torch.export.Dim("batch", min=1)
-        program = torch.onnx.export(
-            wrapped,
-            arguments,
-            dynamo=True,
-            optimize=False,
-            opset_version=21,
-            verbose=False,
-            input_names=wrapped.names,
-            output_names=["output"],
-            dynamic_shapes=(tuple({0: free} for _ in arguments),),
-        )
+        arguments = tuple(given.values())
+        named = subject.task.free_axes(given)
+        free = {
+            name: torch.export.Dim(name, min=1 if name == "batch" else 2)
+            for axes in named.values()
+            for name in axes.values()
+        }
+        try:
+            program = torch.onnx.export(
+                wrapped,
+                arguments,
+                dynamo=True,
+                optimize=False,
+                opset_version=21,
+                verbose=False,
+                input_names=wrapped.names,
+                output_names=["output"],
+                dynamic_shapes=(
+                    tuple({axis: free[name] for axis, name in named[column].items()} for column in given),
+                ),
+            )
+        except Exception as error:  # the exporter's own code on another library's
+            reason = next((part for part in re.findall(r"Error'>: (.+)", str(error))), one_line(error))
+            raise BadInput(
+                f"onnx: the exporter cannot follow {type(subject.model).__name__} with free lengths: "
+                f"{reason[:200]}; export it with to_compressed_tensors, or save the subject"
+            ) from None
         assert program is not None
         graph = program.model_proto
         known = {i.name: i for i in graph.graph.initializer}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 from workbench.errors import BadInput
@@ -41,11 +42,36 @@ def check(settings: QuantizeSettings, on: Subject) -> None:
     check_transform(settings, layers)
     check_activations(settings, layers)
     check_range(settings, format)
-    group_of(format, settings.granularity, settings.group_size, layers[0].shape[-1])
+    check_groups(settings, layers, format)
     check_layer_bits(settings, on)
+    if "sequential_damp" in settings.model_fields_set and not settings.sequential:
+        warnings.warn("sequential_damp: has no effect without sequential", stacklevel=2)
     on.split("calibration")
     if settings.test_examples:
         on.split("test")
+
+
+def check_groups(settings: QuantizeSettings, layers: Sequence[Layer], format: Format) -> None:
+    """Says of a group size that was given where it has no effect, and where groups do not come out even."""
+    for layer in layers:
+        width = layer.shape[-1]
+        group = group_of(format, settings.granularity, settings.group_size, width)
+        if "group_size" not in settings.model_fields_set:
+            return
+        if group != min(settings.group_size, width):
+            warnings.warn(
+                f"group_size: has no effect with format {settings.format}, granularity "
+                f"{settings.granularity}; its groups have {group} columns",
+                stacklevel=2,
+            )
+            return
+        if width % group:
+            warnings.warn(
+                f"group_size: {group} does not divide the {width} inputs of {layer.name}; its last group has "
+                f"{width % group}",
+                stacklevel=2,
+            )
+            return
 
 
 def check_rounding(settings: QuantizeSettings, format: Format) -> None:

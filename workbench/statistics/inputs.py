@@ -8,7 +8,7 @@ and an expert's statistics hold only the tokens routed to it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.subjects import Batch, Layer, Subject
 from workbench.subjects.columns import SOURCE, TARGET
@@ -382,4 +383,15 @@ def second_moments(
         if each.gram is not None:
             mirror(each.gram)
             each.square.copy_(each.gram.diagonal(dim1=-2, dim2=-1))
+    check_moments(found, split)
     return found
+
+
+def check_moments(found: Mapping[str, InputMoments], split: str) -> None:
+    """Raise `BadInput` naming the first layer whose inputs have no finite second moment."""
+    for name, moments in found.items():
+        if not (moments.square.isfinite().all() and moments.total.isfinite().all()):
+            raise BadInput(
+                f"subject: the second moment of the inputs of layer {name!r} on the split {split!r} is not "
+                "finite; leave out examples that are not finite, or scale the weights before it down"
+            )

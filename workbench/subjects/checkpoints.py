@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -77,7 +78,8 @@ def open_model(
     was left over.
 
     `head` names the auto class for a checkpoint whose own class has no head for the task, e.g.
-    "SequenceClassification"; `labels` are the classes of a new one.
+    "SequenceClassification", "" for none, None for the checkpoint's own; `labels` are the classes of a new
+    one.
     """
     import transformers
 
@@ -102,17 +104,30 @@ def open_model(
     return model.eval(), said or None
 
 
+#: endings of the classes without a head
+TRUNKS = ("Model", "Encoder")
+
+
+def architecture(config: Any) -> str:
+    """The class that a config names; "" for none."""
+    named = getattr(config, "architectures", None)
+    first = named[0] if isinstance(named, (list, tuple)) and named else ""
+    return first if isinstance(first, str) else ""
+
+
 def class_of(config: Any, head: str | None) -> tuple[Any, bool]:
     """The class to build, and whether its head is new: the checkpoint's own, if it has the head wanted."""
     import transformers
     from transformers.models.auto import modeling_auto
 
-    name = (getattr(config, "architectures", None) or [None])[0]
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    name = architecture(config)
+    cls = getattr(transformers, name, None) if name else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         cls = None
     if head is None:
         return (cls or transformers.AutoModel), False
+    if head == "":
+        return (cls if cls is not None and name.endswith(TRUNKS) else transformers.AutoModel), False
     auto = getattr(transformers, f"AutoModelFor{head}")
     known = set()
     for classes in getattr(modeling_auto, MAPPINGS[head]).values():
@@ -216,7 +231,8 @@ def load(
     source: str | Path, cls: Any, config: Any, local: bool, options: dict[str, Any], mapping: dict[str, str]
 ) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        with quiet_transformers(), local_only(local):
+        with quiet_transformers(), local_only(local), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             model, report = cls.from_pretrained(
                 source,
                 config=config,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput, unknown_name
@@ -20,11 +18,20 @@ from workbench.subjects import rows as tables
 from workbench.subjects import text
 from workbench.subjects.changes import restore_changes
 from workbench.subjects.checkpoint_files import check_folder, one_line, read_json
-from workbench.subjects.checkpoints import class_of, has_class, open_model, open_tokenizer, read_config
+from workbench.subjects.checkpoints import (
+    TRUNKS,
+    architecture,
+    class_of,
+    has_class,
+    open_model,
+    open_tokenizer,
+    read_config,
+)
 from workbench.subjects.classes import Classes
+from workbench.subjects.modules import from_module
 from workbench.subjects.subject import Split, Subject
-from workbench.subjects.tasks import TASK, CustomLoss, ModuleTask, Task
-from workbench.subjects.text import cut
+from workbench.subjects.tasks import TASK, Task
+from workbench.subjects.trial import try_out
 
 HEADS = {
     "sequence-classification": "SequenceClassification",
@@ -36,6 +43,7 @@ HEADS = {
     "regression": "SequenceClassification",
     "multi-label-classification": "SequenceClassification",
     "semantic-segmentation": "SemanticSegmentation",
+    "embedding": "",
 }
 
 
@@ -173,7 +181,7 @@ def from_checkpoint(
         tables.check_columns(rows, guessed, text_column, label_column, image_column)
         notes.append(note)
     head = HEADS.get(guessed)
-    new = head is not None and class_of(config, head)[1]
+    new = bool(head) and class_of(config, head)[1]
     classes: Classes | None = None
     if rows is not None and guessed in text.CLASSIFIED:
         assert label_column is not None
@@ -189,7 +197,13 @@ def from_checkpoint(
     if guessed != "image-classification" and (limit := text.tokens_wanted(model, settings)) < max_length:
         notes.append(f"texts are cut to {limit} tokens, the model's positions" if data != "random" else "")
     if rows is None:
-        splits = text.random_splits(model, guessed, settings)
+        try:
+            splits = text.random_splits(model, guessed, settings)
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:
+            raise BadInput(
+                f"subject: config.json gives no shape for random inputs: {one_line(error)}; "
+                "compare it with the original"
+            ) from None
     else:
         splits = text.encode(rows, guessed, tokenizer, model, settings)
     built: Task = kind()
@@ -207,45 +221,9 @@ def from_checkpoint(
     return text.self_targets(made) if guessed == "embedding" else made
 
 
-@torch.no_grad()
-def try_out(on: Subject, tolerance: float = 1e-2) -> None:
-    """`BadInput` for a model that cannot compute its first two examples, or whose outputs for one depend on
-    how much padding stands behind it.
-    """
-    split = next(iter(on.splits))
-    columns = on.split(split)
-    kind = type(on.model).__name__
-
-    def rows(places: list[int]) -> Tensor:
-        batch = on.task.trimmed({k: v[places] for k, v in columns.items()})
-        output = on.task.output(on.model, batch)
-        return on.task.flat(output, batch)[0] if "labels" in columns else output.flatten(1)
-
-    lengths = on.task.lengths({k: v[:64] for k, v in columns.items()})
-    short, long = (
-        (0, min(1, on.size(split) - 1)) if lengths is None else (int(lengths.argmin()), int(lengths.argmax()))
-    )
-    try:
-        alone, both = rows([short]), rows([short, long])
-    except Exception as error:  # another library's code on a stranger's numbers
-        raise BadInput(
-            f"subject: {kind} fails on its first examples: {one_line(error)}; "
-            "compare its config.json with the original, or give another task or another max_length"
-        ) from None
-    if lengths is None or lengths[short] == lengths[long] or not len(alone):
-        return
-    moved = (both[: len(alone)] - alone).float().norm(dim=-1) / alone.float().norm(dim=-1).clamp_min(1e-12)
-    if bool(moved.median() > tolerance):
-        raise BadInput(
-            f"subject: what {kind} computes for a text depends on the padding behind it (its outputs move by "
-            f"{float(moved.median()):.0%}), so its losses would depend on the batch; give texts of one length"
-        )
-
-
 def guess_task(config: Any, label_column: str | None, image_column: str | None) -> str:
     """The task from the checkpoint's class, else from the columns given."""
-    name = (getattr(config, "architectures", None) or [""])[0]
-    name = name if isinstance(name, str) else ""
+    name = architecture(config)
     for head, task in (
         ("Seq2SeqLM", "seq2seq-lm"),
         ("SequenceClassification", "sequence-classification"),
@@ -265,7 +243,7 @@ def guess_task(config: Any, label_column: str | None, image_column: str | None) 
         return "image-classification"
     if label_column:
         return "sequence-classification"
-    if name and not name.endswith(("Model", "Encoder")):
+    if name and not name.endswith(TRUNKS):
         raise BadInput(
             f"task: {name[:80]} is none of the classes that the bench has a task for; accepted: "
             "task=embedding for its hidden states, or a label column for a new head"
@@ -290,7 +268,11 @@ def from_saved(folder: Path) -> Subject:
     stored = load_file(folder / "splits.safetensors")
     splits: dict[str, Split] = {}
     for key, value in stored.items():
-        split, column = key.split("/", 1)
+        split, slash, column = key.partition("/")
+        if not slash:
+            raise BadInput(
+                f"subject: splits.safetensors: {key[:60]!r} is no split/column; copy or save it again"
+            )
         splits.setdefault(split, {})[column] = value
     if (folder / "config.json").is_file():
         model, _ = open_model(folder, local=True)
@@ -305,18 +287,32 @@ def from_saved(folder: Path) -> Subject:
                 "build the module and pass it to workbench.subject"
             )
         model, tokenizer = built, None
-        load_model(model, str(folder / "model.safetensors"))
-    if note.get("removed"):
-        from workbench.subjects.structure.removal import again
+        try:
+            load_model(model, str(folder / "model.safetensors"))
+        except (RuntimeError, OSError) as error:
+            raise BadInput(
+                f"subject: model.safetensors does not fit the built-in: {one_line(error)}; save it again"
+            ) from None
+    changes = note["changes"]
+    try:
+        if note.get("removed"):
+            from workbench.subjects.structure.removal import again
 
-        again(model, note["removed"])
-    if note["changes"]:
-        import_families()  # registers the changes they define
-        restore_changes(model, note["changes"], load_file(folder / "changes.safetensors"))
-    return Subject(
+            again(model, note["removed"])
+        if changes:
+            import_families()  # registers the changes they define
+            restore_changes(model, changes, load_file(folder / "changes.safetensors"))
+    except BadInput:
+        raise
+    except Exception as error:  # what a damaged file makes of a change
+        raise BadInput(
+            f"subject: workbench.json and changes.safetensors do not fit the model: {one_line(error)}; "
+            "copy or save the subject again"
+        ) from None
+    made = Subject(
         note["name"],
         model.eval(),
-        TASK[note["task"]].value(),
+        TASK.chosen(note["task"]).value(),
         splits,
         tokenizer=tokenizer,
         data_note=note["data_note"],
@@ -324,6 +320,8 @@ def from_saved(folder: Path) -> Subject:
         history=note["history"],
         origin=note["origin"],
     )
+    try_out(made, padding=False)
+    return made
 
 
 NOTED: dict[str, type | tuple[type, ...]] = {
@@ -374,124 +372,6 @@ def from_file(file: Path, attribute: str) -> Subject:
             "build it with workbench.subject(module, data=...)"
         )
     return made
-
-
-def from_module(
-    module: nn.Module,
-    data: Any,
-    loss: Any,
-    name: str,
-    seed: int,
-    class_axis: int | None = None,
-    ignored: int = -100,
-    items: Callable[[dict[str, Tensor]], int] | None = None,
-) -> Subject:
-    """A plain module called as `module(inputs)`; data holds tensors `inputs` and `labels`."""
-    if not isinstance(data, dict) or not data:
-        raise BadInput(
-            "data: a plain module needs data={'inputs': tensor, 'labels': "
-            "tensor}, or one such dict for each split"
-        )
-    if not any(True for _ in module.parameters()):
-        raise BadInput("subject: the module has no parameters; there is nothing to measure or compress")
-    splits = data if all(isinstance(v, dict) for v in data.values()) else cut(data, seed)
-    first = next(iter(splits.values()))
-    if "inputs" not in first or ("labels" not in first and not callable(loss)):
-        raise BadInput(f"data: columns are {', '.join(first)}; inputs and labels are needed")
-    kinds = {"cross_entropy": "classification", "squared_error": "module-regression"}
-    if loss is None:
-        loss = "cross_entropy" if not first["labels"].is_floating_point() else "squared_error"
-    if not callable(loss) and loss not in kinds:
-        raise BadInput(
-            f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, "
-            "batch) -> scalar"
-        )
-    task: Task = CustomLoss(function=loss, counted=items) if callable(loss) else TASK[kinds[loss]].value()
-    made = Subject(name, module.eval(), task, splits, data_note="tensors given in Python")
-    try:
-        with torch.no_grad():
-            batch = next(made.batches(next(iter(splits)), 2))
-            if isinstance(task, ModuleTask):
-                made.task = declared(task, task.output(module, batch), splits, class_axis, ignored)
-            value = made.loss(batch)
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise BadInput(
-            f"data: the module failed on the first two examples: {str(error).splitlines()[0]}"
-        ) from None
-    if value.ndim != 0:
-        raise BadInput(f"loss: must be a scalar mean over examples, got shape {tuple(value.shape)}")
-    if callable(loss):
-        check_mean(made)
-    return made
-
-
-def declared(
-    task: ModuleTask, output: Tensor, splits: dict[str, Split], class_axis: int | None, ignored: int
-) -> ModuleTask:
-    """The task with its class axis and its ignored label, which the labels of every split must fit."""
-    labels = next(iter(splits.values()))["labels"]
-    shape, wanted = tuple(output.shape[1:]), tuple(labels.shape[1:])
-    axes = {
-        axis
-        for axis in {1, output.ndim - 1}
-        if output.ndim > 1
-        and (shape if labels.is_floating_point() else shape[: axis - 1] + shape[axis:]) == wanted
-    }
-    told = f"class_axis: the output (batch, {', '.join(map(str, shape))}) "
-    if class_axis is not None:
-        if class_axis % output.ndim not in axes:
-            raise BadInput(
-                f"{told}does not fit labels (batch, {', '.join(map(str, wanted))}) along axis {class_axis}; "
-                f"accepted: {', '.join(map(str, sorted(axes))) or 'none'}"
-            )
-        axes = {class_axis % output.ndim}
-    if len(axes) == 2:
-        raise BadInput(
-            f"{told}fits the labels (batch, {', '.join(map(str, wanted))}) along axis 1 and axis "
-            f"{output.ndim - 1}; give class_axis=1 or class_axis=-1"
-        )
-    if not axes:
-        raise BadInput(
-            f"labels: shape (batch, {', '.join(map(str, wanted))}) fits no axis of classes of the output "
-            f"(batch, {', '.join(map(str, shape))}); give one label for each item"
-        )
-    axis = axes.pop()
-    classes = output.shape[axis]
-    for name, split in splits.items():
-        given = split["labels"]
-        if given.is_floating_point():
-            continue
-        wrong = (given != ignored) & ((given < 0) | (given >= classes))
-        if wrong.any():
-            value = int(given[wrong][0])
-            raise BadInput(
-                f"labels: {value} is no class of the {classes} (0 to {classes - 1}), in split {name!r}; "
-                f"give ignored={value} if it marks what has no label"
-            )
-    return ModuleTask(class_axis=-1 if axis == output.ndim - 1 else axis, ignored=ignored)
-
-
-def check_mean(on: Subject, examples: int = 8, tolerance: float = 1e-4) -> None:
-    """`BadInput` when a user's loss is no mean over its items: a batch's total is not its parts'."""
-    split = next(iter(on.splits))
-    whole = next(on.batches(split, examples, examples))
-    parts = list(on.batches(split, 1, examples))
-
-    def total(batch: dict[str, Tensor]) -> float:
-        count = on.task.items(batch)
-        return float(on.loss(batch)) * count if count else 0.0
-
-    with torch.no_grad():
-        together, again = total(whole), total(whole)
-        apart = sum(total(part) for part in parts)
-    close = abs(together - apart) <= tolerance * max(abs(together), abs(apart), 1e-6)
-    if math.isfinite(together) and together == again and not close:
-        count = on.task.items(whole)
-        raise BadInput(
-            f"loss: is no mean over examples: {count} items together give {together / count:.6g} and one "
-            f"example at a time {apart / count:.6g}; return the mean over the examples, or give "
-            "items=function(batch) -> the number of items that it is a mean over"
-        )
 
 
 Result.opens = subject

@@ -21,7 +21,7 @@ from workbench.errors import BadInput
 from workbench.kernels.sequence.unpadded import unpadded
 from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
-from workbench.subjects import identity
+from workbench.subjects import finite, identity
 from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, describe_changes
 from workbench.subjects.identity import Seen
@@ -284,6 +284,11 @@ class Subject:
         exact whatever the batch size.
         """
         progress = progress or Progress()
+        if self.task.targets in self.task.columns and self.task.targets not in self.split(split):
+            raise BadInput(
+                f"split: {split!r} has no column {self.task.targets}, only {', '.join(self.split(split))}; "
+                "give the targets, or another split"
+            )
         sums: dict[str, float] = {}
         was_training, total, items = self.model.training, 0.0, 0
         self.model.eval()
@@ -307,6 +312,19 @@ class Subject:
         if isinstance(self.task, LanguageModel):
             found["perplexity"] = float(torch.tensor(found["loss"]).exp())
         return found
+
+    def check_finite(self) -> None:
+        """Raise `BadInput` for weights, buffers and inputs that are not finite, by name."""
+        if self._model is not None:
+            finite.check(self._model, self.splits, self.task.targets)
+
+    def check_outputs_finite(self) -> None:
+        """Raise `BadInput` when the loss of the first examples is not finite, by layer."""
+        finite.check_outputs(self)
+
+    def not_finite(self) -> str | None:
+        """The first batch and layer, or gradient, whose numbers are not finite; None when all are."""
+        return finite.explanation(self)
 
     # ---- structure -----------------------------------------------------------------------------------------
     def layers(self, glob: str = "blocks") -> list[Layer]:

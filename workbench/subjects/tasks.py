@@ -10,7 +10,7 @@ exact: sum of `loss * items` divided by the sum of items.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -43,15 +43,6 @@ class Task:
 
     def inputs(self, batch: Batch) -> Batch:
         return {k: v for k, v in batch.items() if k != self.targets}
-
-    def told(self) -> str:
-        """The name, and the settings that are not the usual ones."""
-        given = {
-            each.name: getattr(self, each.name)
-            for each in fields(self)
-            if not callable(each.default) and getattr(self, each.name) != each.default
-        }
-        return self.name + "".join(f" {k}={v}" for k, v in given.items() if not callable(v))
 
     # ---- what follows from the declaration -----------------------------------------------------------------
     def real(self, batch: Batch) -> dict[str, Tensor]:
@@ -437,7 +428,7 @@ class CustomLoss(Task):
 
     name: ClassVar[str] = "custom"
     loss_kind: ClassVar[str] = "other"
-    columns: ClassVar[Mapping[str, Column]] = MODULE
+    columns: ClassVar[Mapping[str, Column]] = {"inputs": Column("values")}
     function: Callable[[Tensor, Batch], Tensor] = F.mse_loss  # type: ignore[assignment]
     counted: Callable[[Batch], int] | None = None
 

@@ -74,7 +74,12 @@ def encode(
 
 def embedding_count(model: Any) -> int:
     """How many token ids a transformers model embeds."""
-    count: int = model.get_input_embeddings().num_embeddings
+    try:
+        count: int = model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        raise BadInput(
+            f"subject: {type(model).__name__} reads no ids of tokens; give the task of its class"
+        ) from None
     return count
 
 

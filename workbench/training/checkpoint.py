@@ -1,10 +1,18 @@
 """Training state on disk: every tensor in one safetensors file, everything else in JSON;
 never pickle, never half written.
+
+    state.json      {"checksum": of the text of content, "content": {tensors, checksum, state, history}}
+    state.safetensors or state.other.safetensors, whichever the JSON names
+
+A new checkpoint writes its tensors beside the old one's; it counts from the moment its JSON takes the old
+one's name, which is one rename. Until then the old one is whole, whatever happens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +23,25 @@ from torch import Tensor
 
 from workbench.errors import BadInput
 from workbench.results import plain
-from workbench.storage import replacing
+from workbench.unfinished import DamagedCheckpoint
 
 TENSOR = "tensor:"
+NOTE = "state.json"
+FILES = ("state.safetensors", "state.other.safetensors")
+PART = ".part"
+HEAD = '{"checksum": "%s", "content": '
+#: What reading a file of any content may raise.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SafetensorError,
+    MemoryError,
+)
 
 
 def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -61,25 +85,82 @@ def restore(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 def save(folder: Path, state: dict[str, Any], history: list[dict[str, float]]) -> None:
     """Write a checkpoint folder; the one it replaces stays whole until the new one is."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    content = flatten(state, "", tensors)
-    with replacing(Path(folder)) as draft:
-        draft.mkdir()
-        save_file(tensors, draft / "state.safetensors")
-        (draft / "state.json").write_text(json.dumps({"state": content, "history": history}, default=plain))
+    described = flatten(state, "", tensors)
+    name = FILES[1] if named_by(folder) == FILES[0] else FILES[0]
+    save_file(tensors, folder / (name + PART))
+    settled(folder / (name + PART), folder / name)
+    content = {"tensors": name, "checksum": of_file(folder / name), "state": described, "history": history}
+    text = json.dumps(content, default=plain)
+    (folder / (NOTE + PART)).write_text(HEAD % of_text(text) + text + "}")
+    settled(folder / (NOTE + PART), folder / NOTE)
+    for other in FILES:
+        if other != name:
+            (folder / other).unlink(missing_ok=True)
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Read a checkpoint folder; `BadInput` when it is absent or damaged."""
+    """Read a checkpoint folder; `DamagedCheckpoint` when it is absent, damaged or anything else."""
     folder = Path(folder)
     try:
-        content = json.loads((folder / "state.json").read_text())
-        return restore(content["state"], load_file(folder / "state.safetensors")), content["history"]
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise BadInput(
-            f"checkpoint: {str(folder)!r} cannot be read ({type(error).__name__}: {error}); "
-            "delete it to start anew"
-        ) from None
+        content = read_note(folder)
+        file = folder / content["tensors"]
+        if content["tensors"] not in FILES or of_file(file) != content["checksum"]:
+            raise ValueError(f"{file.name} is not what was written: its checksum differs")
+        return restore(content["state"], load_file(file)), content["history"]
+    except UNREADABLE as error:
+        raise damaged(folder, error) from None
+
+
+def damaged(folder: Path, error: BaseException) -> DamagedCheckpoint:
+    reason = " ".join(str(error).split())[:200] or "no reason given"
+    return DamagedCheckpoint(
+        f"checkpoint: {str(folder)!r} cannot be read ({type(error).__name__}: {reason}); "
+        "delete it to start anew (workbench run: --fresh)"
+    )
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's JSON, once its text is what was written."""
+    text = (folder / NOTE).read_text()
+    empty = HEAD % ("0" * 64)
+    start, content = text[: len(empty)], text[len(empty) : -1]
+    if start != HEAD % of_text(content) or text[-1:] != "}":
+        raise ValueError(f"{NOTE} is not what was written: its checksum differs")
+    found: dict[str, Any] = json.loads(content)
+    return found
+
+
+def named_by(folder: Path) -> str:
+    """The file of tensors that the checkpoint in a folder needs; "" when there is no readable one."""
+    try:
+        return str(read_note(folder)["tensors"])
+    except UNREADABLE:
+        return ""
+
+
+def settled(part: Path, target: Path) -> None:
+    """A finished file takes its name once it is on the disk, and so is the name."""
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, target)
+    if os.name == "posix":
+        place = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
+
+
+def of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def of_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -38,14 +39,17 @@ from workbench.training import checkpoint
 from workbench.training.data_order import DataOrder, Stream
 from workbench.training.optimizer.optimizers import make_optimizer
 from workbench.training.precision.precision import PRECISION
-from workbench.training.resume import load_run, save_run
+from workbench.training.resume import WORTH, Stateful, identity, load_run, save_run
 from workbench.training.schedule.schedules import make_schedule
 from workbench.training.state import TrainingState
+from workbench.unfinished import Journal, current
 
 Callback = Callable[["Training"], None]
 Scheduler = LRScheduler | ReduceLROnPlateau
 #: Losses that may stay on the device before they are fetched together.
 PENDING = 16
+#: Seconds between two checkpoints of a run, in units of what one takes.
+RARELY = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,11 @@ class Settings:
         caller's is left alone; else they draw from the caller's.
     evaluate_every : steps between evaluations, 0 for none but the last; checkpoint_every likewise, into
         `checkpoint_folder`, from which an interrupted run with the same arguments goes on,
-        on one device bit for bit.
+        on one device bit for bit. Inside the run of an instrument both may be left out: its journal
+        (`workbench.unfinished`) says where and, by the clock, how often.
+    begun : called when model and optimizer are ready, before a checkpoint is read.
+    keeps : whatever else the run's course depends on (`workbench.training.resume.Stateful`); it is in the
+        checkpoint, as are a loss, a batch rule and callbacks that have a state.
     before_gradient, batch_rule, before_step, callbacks : called with the run when a step begins, when
         gradients are complete, when they are clipped, and after the step.
     """
@@ -99,6 +107,8 @@ class Settings:
     callbacks: Sequence[Callback] = ()
     checkpoint_folder: str | Path | None = None
     checkpoint_every: int = 0
+    begun: Callback | None = None
+    keeps: Sequence[Stateful] = ()
     progress: Progress | None = None
     label: str = "train"
 
@@ -131,6 +141,15 @@ class Training(TrainingState):
     scaler: torch.amp.GradScaler
     generators: dict[str, Any]
     began: float
+    folder: Path | None
+    journal: Journal | None
+    #: Steps that a checkpoint has brought and nobody has asked for yet; whether there was one.
+    ahead: int
+    resumed: bool
+    #: When and at which step the last checkpoint was written, and the seconds that it took.
+    kept_at: float
+    kept_step: int
+    cost: float
 
     @classmethod
     def start(cls, subject: Subject, **settings: Any) -> Training:
@@ -167,7 +186,6 @@ class Training(TrainingState):
         self.order: DataOrder = wanted.order or Stream(wanted.seed)
         self.columns = subject.split(wanted.split)
         self.progress = wanted.progress or Progress()
-        self.folder = Path(wanted.checkpoint_folder) if wanted.checkpoint_folder else None
         # an optimizer that needs more than gradients asks for it here, once they are complete
         own = [self.optimizer.prepare] if hasattr(self.optimizer, "prepare") else []
         self.before_step: tuple[Callback, ...] = (*wanted.before_step, *own)
@@ -178,8 +196,35 @@ class Training(TrainingState):
         with self.forked():
             torch.manual_seed(wanted.seed + 7919 * self.rank)
             self.generators = checkpoint.rng_state(subject.device)
-        if self.folder and self.folder.exists():
-            load_run(self.folder, self)
+        if wanted.begun is not None:
+            wanted.begun(self)
+        self.find_checkpoint()
+
+    def find_checkpoint(self) -> None:
+        """Where this run's checkpoint is; the state of an earlier process, when it left one there."""
+        wanted = self.settings
+        self.journal = None
+        self.ahead, self.resumed = 0, False
+        self.kept_at, self.kept_step, self.cost = time.monotonic(), 0, 0.0
+        if wanted.checkpoint_folder:
+            self.folder = Path(wanted.checkpoint_folder)
+        elif self.world == 1 and (found := current()) is not None and found.usable:
+            self.journal, self.folder = found, found.place(identity(self))
+        else:
+            self.folder = None
+        if self.folder is None or not self.folder.exists():
+            return
+        if self.journal is not None and not (self.folder / checkpoint.NOTE).exists():
+            return  # the process was killed while it wrote the first
+        load_run(self.folder, self)
+        self.resumed, self.kept_step = True, self.step
+        if self.journal is None:  # its callbacks are perhaps others
+            self.stop = False
+        else:
+            self.ahead = self.step
+            self.progress.say(
+                f"{wanted.label}: goes on at step {self.step} of {self.steps}, where an earlier run stopped"
+            )
 
     def forked(self) -> contextlib.AbstractContextManager[None]:
         """What is drawn inside leaves the caller's generators as they were."""
@@ -202,20 +247,69 @@ class Training(TrainingState):
         to stop, a callback sets `stop` or the loss is no longer finite.
         """
         left = self.steps - self.step
-        steps = left if steps is None else min(steps, left)
+        brought = self.ahead if steps is None else min(steps, self.ahead)
+        steps = left if steps is None else min(steps - brought, left)
+        self.ahead -= brought
+        if self.resumed and not self.ahead and not self.settings.own_generator:
+            checkpoint.set_rng_state(self.generators, self.subject.device)
+            self.resumed = False
         if self.stop or self.diverged:
             return
-        with self.own_generators():
-            self.began = time.perf_counter() - self.seconds
-            for _ in self.progress.track(range(steps), self.settings.label, steps):
-                self.one_step()
-                if self.stop or self.diverged:
-                    break
-            self.settle()
+        if steps or not brought:
+            with self.own_generators():
+                self.began = time.perf_counter() - self.seconds
+                for _ in self.progress.track(range(steps), self.settings.label, steps):
+                    self.one_step()
+                    if self.stop or self.diverged:
+                        break
+                self.settle()
+                self.keep(at_once=self.progress.stop.is_set())
         self.subject.model.eval()
 
+    def keep(self, at_once: bool = False) -> None:
+        """A checkpoint of where the run stands, when a part of it has ended that took long enough to be
+        worth one, or at once.
+        """
+        if self.folder is None or self.diverged or self.step == self.kept_step:
+            return
+        if self.journal is None:
+            if at_once and self.settings.checkpoint_every and self.rank == 0:
+                self.save()
+            return
+        passed = time.monotonic() - self.kept_at
+        if at_once or passed >= max(min(self.journal.every, WORTH), RARELY * self.cost):
+            self.save()
+
+    def changed(self) -> None:
+        """Somebody has changed the model between two parts of the run, and its state is worth keeping."""
+        if self.journal is not None and not self.ahead:
+            self.kept_step = -1
+            with self.own_generators():
+                self.keep()
+
+    def save(self) -> None:
+        """Write a checkpoint; a disk that does not take it ends no training."""
+        assert self.folder is not None
+        if self.journal is not None and not self.journal.usable:
+            return
+        began = time.monotonic()
+        try:
+            if self.journal is None or self.journal.begin():
+                save_run(self.folder, self)
+        except (OSError, BadInput, SafetensorError) as error:
+            if self.journal is None:
+                raise
+            self.journal.give_up(error)
+        self.kept_at, self.kept_step = time.monotonic(), self.step
+        self.cost = self.kept_at - began
+
     def skip(self, steps: int) -> None:
-        """The schedule goes on as if so many steps had been done; the order of the data does not."""
+        """The schedule goes on as if so many steps had been done; the order of the data does not.
+        A checkpoint was taken after that.
+        """
+        if self.resumed:
+            self.ahead -= steps
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch: the optimizer has not stepped yet
             for _ in range(steps):
@@ -316,9 +410,19 @@ class Training(TrainingState):
             self.schedule.step(self.validation)
         for callback in wanted.callbacks:
             callback(self)
-        due = wanted.checkpoint_every and self.step % wanted.checkpoint_every == 0
-        if self.folder and due and not self.diverged and self.rank == 0:
-            save_run(self.folder, self)
+        if self.due() and self.rank == 0:
+            self.settle()
+            if not self.diverged:
+                self.save()
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint: by the steps, or by the journal's clock."""
+        if self.folder is None or self.diverged:
+            return False
+        if self.journal is None:
+            every = self.settings.checkpoint_every
+            return every > 0 and self.step % every == 0
+        return time.monotonic() - self.kept_at >= max(self.journal.every, RARELY * self.cost)
 
     def settle(self) -> None:
         """Fetch the losses that are still on the device; the first that is not finite marks the run as

@@ -1,103 +1,12 @@
-"""Method cards of training."""
+"""Method cards of training: optimizers and models here, schedules and batches where they are."""
 
 from __future__ import annotations
 
 from workbench.names import Method
+from workbench.training.batch.method_cards import METHODS as BATCH
+from workbench.training.schedule.method_cards import METHODS as SCHEDULE
 
 METHODS: list[Method] = [
-    Method(
-        "rex",
-        "training",
-        "REX schedule",
-        "Chen, Wolfe & Kyrillidis 2022",
-        r"\eta_t = \eta_0 \frac{1 - t/T}{1/2 + (1 - t/T)/2}",
-        "a step budget",
-        "best average rank among common schedules over budgets",
-        181,
-        recipe=(("train", {"schedule": "rex", "start": "random"}),),
-    ),
-    Method(
-        "uba",
-        "training",
-        "Unified budget-aware schedule",
-        "Tang et al. 2025",
-        r"\eta_t = \eta \frac{2(1+\cos \pi t/T)}{2\varphi + (2-\varphi)(1+\cos \pi t/T)}",
-        "a step budget",
-        "beats the commonly used schedules at every budget",
-        173,
-        recipe=(("train", {"schedule": "uba", "schedule.phi": 0.5, "start": "random"}),),
-    ),
-    Method(
-        "power",
-        "training",
-        "Power schedule",
-        "Shen et al. 2024",
-        r"\eta(n) = \min(\eta_{max}, \beta a n^b)",
-        "tokens per step and batch size",
-        "one setting for every batch size and token count",
-        117,
-        recipe=(
-            (
-                "train",
-                {
-                    "schedule": "power",
-                    "schedule.batch": 32,
-                    "schedule.tokens": 8192.0,
-                    "schedule.a": 1.79,
-                    "schedule.b": -0.7,
-                    "learning_rate": 0.04,
-                    "start": "random",
-                },
-            ),
-        ),
-        subject="bytelm",
-    ),
-    Method(
-        "infinite",
-        "training",
-        "Infinite schedule",
-        "Singh et al. 2025",
-        r"cool down to \eta_c, hold, anneal \eta_c (\eta_{min}/\eta_c)^q",
-        "nothing: no budget",
-        "continual pre-training without re-warming: less forgetting at an equal or lower loss",
-        328,
-        recipe=(("train", {"schedule": "infinite", "start": "random"}),),
-    ),
-    Method(
-        "rewarm",
-        "training",
-        "Re-warming for continual pre-training",
-        "Gupta et al. 2023",
-        r"\eta: 0 \to \eta_{max} \text{ over } w T, \text{ then cosine to } \eta_{max}/10",
-        "a checkpoint and its optimizer's rate",
-        "warm-up length hardly matters, a larger peak is better downstream and worse upstream, "
-        "and both beat training from scratch",
-        340,
-        recipe=(("train", {"schedule": "cosine", "schedule.final": 0.1, "warmup": 0.1}),),
-        subject="bytelm",
-    ),
-    Method(
-        "reference-time",
-        "training",
-        "Reference system time",
-        "Kaddour et al. 2023",
-        r"RST = \sum_t \text{seconds of step } t \text{ on the reference machine}",
-        "the time of a step on one machine",
-        "gains over an undecayed baseline vanish against one that decays within the budget",
-        349,
-        recipe=(("optimizer-comparison", {"equal": "time", "optimizers": ["adamw", "lion", "sophia"]}),),
-    ),
-    Method(
-        "budgeted-decay",
-        "training",
-        "Decay to zero at the budget",
-        "Izsak, Berchansky & Levy 2021; Kaddour et al. 2023",
-        r"\eta(\text{budget}) = 0",
-        "a budget of steps or seconds",
-        "decaying within the budget beats a constant rate and a schedule too long for it",
-        321,
-        recipe=(("train", {"schedule": "linear", "warmup": 0.0, "start": "random"}),),
-    ),
     Method(
         "lamb",
         "training",
@@ -205,116 +114,6 @@ METHODS: list[Method] = [
         subject="bytelm",
     ),
     Method(
-        "ghost-batch-norm",
-        "training",
-        "Ghost batch norm and regime adaptation",
-        "Hoffer, Hubara & Soudry 2017",
-        r"batch norm over ghosts; \eta_L = \sqrt{B_L/B_S} \eta_S",
-        "batch norm",
-        "closes the generalisation gap of large batches step by step",
-        109,
-        recipe=(
-            (
-                "train",
-                {
-                    "model_change": "ghost-batch-norm",
-                    "batch_size": 256,
-                    "optimizer": "sgd",
-                    "learning_rate": 0.2,
-                    "start": "random",
-                },
-            ),
-        ),
-    ),
-    Method(
-        "adadagrad",
-        "training",
-        "Norm-test batch growth (AdAdaGrad)",
-        "Lau et al. 2024",
-        r"B \leftarrow \lceil \mathrm{Var}_i(\nabla l_i) / (\eta^2 \|g_B\|^2) \rceil",
-        "per-example gradients of a sample",
-        "fewer updates than a small fixed batch at the same accuracy",
-        116,
-        recipe=(
-            (
-                "train",
-                {
-                    "optimizer": "adagrad",
-                    "learning_rate": 0.05,
-                    "schedule": "constant",
-                    "warmup": 0.0,
-                    "clip": 0.0,
-                    "batch_size": 8,
-                    "batch_rule": "norm-test",
-                    "batch_rule.eta": 0.3,
-                    "batch_rule.largest": 512,
-                },
-            ),
-        ),
-    ),
-    Method(
-        "large-batch-accumulation",
-        "training",
-        "Large batches by accumulation",
-        "Ott, Edunov, Grangier & Auli 2018",
-        r"g = \frac{1}{k} \sum_{i=1}^k g_i, \; B = k b",
-        "memory for one micro-batch",
-        "large accumulated batches with a larger rate reach the loss in fewer steps, "
-        "and fp16 needs loss scaling",
-        278,
-        recipe=(("train", {"batch_size": 128, "micro_batch": 8, "learning_rate": 0.032, "start": "random"}),),
-    ),
-    Method(
-        "noise-scale",
-        "training",
-        "Gradient noise scale and critical batch",
-        "McCandlish et al. 2018; Su et al. 2024",
-        r"B_{simple} = \mathrm{tr}\,\Sigma / |G|^2",
-        "gradients of several batches",
-        "the noise scale predicts the critical batch of the steps-to-target hyperbola",
-        140,
-        recipe=(("gradient-noise", {"groups": 32, "size": 32}),),
-    ),
-    Method(
-        "step-law",
-        "training",
-        "Step law",
-        "Li et al. 2025",
-        r"\eta^* = c N^{-x} D^{y}, \; B^* = k D^{z}",
-        "a grid of small runs",
-        "best learning rate falls with size; loss is convex in (log lr, log batch) with a wide plateau",
-        20,
-        recipe=(
-            (
-                "learning-rate-batch-size",
-                {"learning_rate_low": 0.001, "learning_rate_high": 0.064, "learning_rate_points": 7},
-            ),
-        ),
-    ),
-    Method(
-        "weight-standardization",
-        "training",
-        "Weight standardization",
-        "Qiao et al. 2019",
-        r"\hat W = (W - \mu_W) / \sigma_W",
-        "nothing; a change on the weight",
-        "lets group norm match batch norm at micro-batches of one or two",
-        148,
-        recipe=(
-            (
-                "train",
-                {
-                    "model_change": "weight-standardization",
-                    "micro_batch": 2,
-                    "optimizer": "sgd",
-                    "learning_rate": 0.05,
-                    "weight_decay": 0.0,
-                    "start": "random",
-                },
-            ),
-        ),
-    ),
-    Method(
         "sophia",
         "training",
         "Sophia",
@@ -403,29 +202,6 @@ METHODS: list[Method] = [
         recipe=(("self-tuning", {}),),
     ),
     Method(
-        "concurrent-adversary",
-        "training",
-        "ConAdv",
-        "Liu et al. 2022",
-        r"\tfrac12 L(\theta_t; x) + \tfrac12 L(\theta_t; x + \epsilon\,\mathrm{sign} \nabla_x "
-        r"L(\theta_{t-\tau}; x))",
-        "a continuous input; the weights of a step ago",
-        "at the largest batch at least the plain accuracy, as good as synchronous adversaries, and flatter",
-        112,
-        recipe=(
-            (
-                "train",
-                {
-                    "loss": "concurrent-adversary",
-                    "batch_size": 512,
-                    "optimizer": "lars",
-                    "learning_rate": 4.0,
-                    "start": "random",
-                },
-            ),
-        ),
-    ),
-    Method(
         "agvm",
         "training",
         "AGVM",
@@ -439,26 +215,6 @@ METHODS: list[Method] = [
             ("train", {"optimizer": "agvm", "batch_size": 512, "learning_rate": 0.1, "start": "random"}),
         ),
     ),
-    Method(
-        "sqrt-rule",
-        "training",
-        "Square-root rule for Adam",
-        "Granziol, Zohren & Roberts 2022",
-        r"\eta^* \propto B^{1/2}",
-        "a grid of learning rates and batch sizes",
-        "Adam's best learning rate grows as the square root of the batch",
-        115,
-        recipe=(
-            (
-                "learning-rate-batch-size",
-                {
-                    "optimizer": "adamw",
-                    "learning_rate_low": 0.002,
-                    "learning_rate_high": 0.256,
-                    "batch_sizes": (8, 16, 32, 64, 128),
-                    "weight_decay": 0.0,
-                },
-            ),
-        ),
-    ),
+    *SCHEDULE,
+    *BATCH,
 ]

@@ -113,3 +113,21 @@ def test_impossible_patterns_are_refused_in_words() -> None:
         compress_2_4(torch.zeros(2, 6))
     with pytest.raises(BadInput, match="exactly two"):
         compress_2_4(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_without_gradients_a_product_is_made_once_and_follows_its_values(share: float) -> None:
+    torch.manual_seed(0)
+    keep = torch.rand(6, 8) < share
+    keep[0, 0] = True
+    dense = torch.randn(24, 32) * keep.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    weight, x, bias = block_sparse(dense, 4), torch.randn(2, 5, 32), torch.randn(24)
+    for _ in range(2):
+        assert torch.allclose(
+            block_sparse_linear(x, weight.values, weight, bias), x @ dense.T + bias, atol=1e-5
+        )
+    assert weight.matrix() is weight.matrix()
+    assert (weight.matrix().layout == torch.strided) == (weight.density > 0.2)
+    with torch.no_grad():
+        weight.values.mul_(2.0)
+    assert torch.allclose(block_sparse_linear(x, weight.values, weight), 2 * x @ dense.T, atol=1e-5)

@@ -65,3 +65,16 @@ def test_icbs_starts_from_wanda_and_lowers_the_loss():
     settings = {"name": "icbs", "gradients": 64, "damp": 1.0}
     refined = Prune(method=settings, **fields).run(vit, Progress(), cache=False).facts
     assert refined["sparsity"] == wanda["sparsity"] and refined["loss"] < wanda["loss"]
+
+
+def test_more_starts_find_a_lower_quadratic_and_are_options_of_the_method():
+    vit = workbench.subject("digits-vit")
+    found = {}
+    for restarts in (0, 2):
+        method = {"name": "icbs", "gradients": 64, "damp": 1.0, "restarts": restarts, "candidates": 200}
+        result = Prune(method=method, sparsity=0.5, predict_examples=0, layers="*fc1").run(
+            vit, Progress(), cache=False
+        )
+        found[restarts] = result.subject
+    masks = [torch.cat([(layer.weight == 0).flatten() for layer in found[r].layers("*fc1")]) for r in found]
+    assert masks[0].sum() == masks[1].sum() and not torch.equal(*masks)

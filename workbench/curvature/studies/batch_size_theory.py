@@ -77,6 +77,8 @@ def largest_rate(
             raise Stopped
         return trains(on, split, optimizer, rate, batch, steps, start, seed)
 
+    if not 0 < guess < math.inf:  # of a curvature that is zero or not finite
+        return guess
     low = high = guess
     if stable(guess):
         while stable(high := high * 2):

@@ -95,7 +95,8 @@ def stability_limit(
     by bisection in log scale to `accuracy`.
 
     Iterates m <- momentum m + (1 - momentum) f(d), d <- d - rate m, where `step(d)` gives f(d): the
-    (preconditioned) change of the gradient at displacement d. Stable:
+    (preconditioned) change of the gradient at displacement d. A guess that is no positive number (of a
+    curvature that is zero or not finite) is returned as it is. Stable:
     |d| shrinks from the second to the last quarter of `steps` iterations.
     """
 
@@ -112,6 +113,8 @@ def stability_limit(
         early, late = max(sizes[steps // 4 : steps // 2]), max(sizes[-(steps // 4) :])
         return late <= early or late <= 0.01 * limit  # far below the start, rounding hides what happens
 
+    if not 0 < guess < math.inf:
+        return guess
     low, high = guess / 4, guess * 4
     while stable(high):
         low, high = high, high * 4

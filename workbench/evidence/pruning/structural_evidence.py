@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.evidence.harness import SEEDS, compare, summary
+from workbench.evidence.harness import SEEDS, below, compare, interval, summary, together, words
 from workbench.progress import Progress
 from workbench.pruning.prune import Prune
 from workbench.pruning.saliency.expert_routing import ExpertPatterns, routing
@@ -25,17 +25,17 @@ def verdict(
     subject: str, arms: dict[str, Any], claims: Sequence[dict[str, Any]], note: str
 ) -> dict[str, Any]:
     """An evidence record: it holds when every claim does."""
-    failed = [c["claim"] for c in claims if not c["holds"]]
+    left = words((c["claim"], c["holds"]) for c in claims)
     return {
         "subject": subject,
         "arms": arms,
         "claims": list(claims),
-        "holds": not failed,
-        "note": note + (f"; failed: {'; '.join(failed)}" if failed else ""),
+        "holds": together(c["holds"] for c in claims),
+        "note": "; ".join(part for part in (note, left) if part),
     }
 
 
-def below(arms: Mapping[str, Sequence[float]], better: str, worse: str) -> dict[str, Any]:
+def lower(arms: Mapping[str, Sequence[float]], better: str, worse: str) -> dict[str, Any]:
     """The claim that one arm's values are smaller than another's on average, paired by seed;
     a single run is compared with each of the other's.
     """
@@ -43,7 +43,7 @@ def below(arms: Mapping[str, Sequence[float]], better: str, worse: str) -> dict[
     return {
         "claim": f"{better} < {worse}",
         "difference": summary(difference.tolist()),
-        "holds": bool(difference.mean() < 0),
+        "holds": below(*interval(difference.tolist())[1:]),
         "in_every_seed": bool((difference < 0).all()),
     }
 
@@ -73,7 +73,7 @@ def language_model(
         label: {"fields": arms[label], "loss": summary(v), "dense_loss": summary([dense])}
         for label, v in losses.items()
     }
-    return verdict(source, found, [below(losses, a, b) for a, b in claims], note)
+    return verdict(source, found, [lower(losses, a, b) for a, b in claims], note)
 
 
 def gap_closed(arms: Arms, pruned: str, healed: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def on_several(
         for label, fields in parts.items()
     }
     gaps = {label: gap_closed(part["arms"], *closes) for label, part in found.items()}
-    failed = [f"{gap['claim']} ({label})" for label, gap in gaps.items() if not gap["holds"]]
+    left = words((f"{gap['claim']} ({label})", gap["holds"]) for label, gap in gaps.items())
     note = "; ".join(
         f"{label}: {part['note']}, {gaps[label]['share']:.0%} of the gap closed"
         for label, part in found.items()
@@ -107,8 +107,8 @@ def on_several(
         "subject": ", ".join(found),
         "parts": found,
         "gaps": gaps,
-        "holds": not failed and all(part["holds"] for part in found.values()),
-        "note": note + (f"; failed: {', '.join(failed)}" if failed else ""),
+        "holds": together(part["holds"] for part in (*gaps.values(), *found.values())),
+        "note": "; ".join(part for part in (note, left) if part),
     }
 
 
@@ -155,7 +155,7 @@ def rates_compared(
         for label, facts in found.items()
     }
     note = "test loss: " + ", ".join(f"{label} {np.mean(v):.3f}" for label, v in losses.items())
-    return verdict("digits-vit", records, [below(losses, a, b) for a, b in claims], note)
+    return verdict("digits-vit", records, [lower(losses, a, b) for a, b in claims], note)
 
 
 def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 60) -> dict[str, Any]:
@@ -210,9 +210,9 @@ def minitron(name: str, progress: Progress, sparsity: float = 0.5, steps: int = 
         best = min(rates, key=lambda rate: found[rate].evaluate("validation")["loss"])
         arms["from random weights"].append(found[best].evaluate("test")["loss"])
     claims = [
-        below(arms, "distilled", "fine-tuned"),
-        below(arms, "fine-tuned", "from random weights"),
-        below(arms, "activation, no training", "random, no training"),
+        lower(arms, "distilled", "fine-tuned"),
+        lower(arms, "fine-tuned", "from random weights"),
+        lower(arms, "activation, no training", "random, no training"),
     ]
     note = "test loss: " + ", ".join(f"{label} {np.mean(v):.3f}" for label, v in arms.items())
     return verdict("digits-vit", {label: {"loss": summary(v)} for label, v in arms.items()}, claims, note)
@@ -263,7 +263,7 @@ def heapr(name: str, progress: Progress, examples: int = 32, windows: int = 64) 
                 Prune(**(shared | wanted | {"seed": seed})).run(on, progress).facts["loss"] for seed in seeds
             ]
     claims = [
-        below(arms, f"heapr {share:.0%}", f"{other} {share:.0%}")
+        lower(arms, f"heapr {share:.0%}", f"{other} {share:.0%}")
         for share in (0.25, 0.5)
         for other in ("magnitude", "random", "whole experts by usage")
     ]
@@ -363,7 +363,7 @@ def premoe(name: str, progress: Progress, windows: int = 32, queries: int = 12) 
                 == domain
             )
             total += 1
-    claims = [below(arms, "tcess", other) for other in ("usage", "random", "other domains' patterns")]
+    claims = [lower(arms, "tcess", other) for other in ("usage", "random", "other domains' patterns")]
     claims.append(
         {
             "claim": "a query finds its domain's pattern more often than 90 %",

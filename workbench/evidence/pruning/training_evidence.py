@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.evidence.harness import SEEDS, summary
+from workbench.evidence.harness import SEEDS, below, interval, summary, together, words
 from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.subjects import Subject
@@ -99,8 +99,8 @@ CHANGES: dict[str, Callable[[Subject], Subject]] = {
 
 @dataclass(frozen=True)
 class Claim:
-    """The weighted sum of arms' values is below `margin` in the mean over seeds; {better: 1, worse:
-    -1} says better < worse.
+    """The weighted sum of arms' values is below `margin`, with its 95 % interval over the seeds; {better: 1,
+    worse: -1} says better < worse.
     """
 
     says: str
@@ -119,7 +119,7 @@ class Claim:
             "value": self.value,
             "margin": self.margin,
             "difference": summary(sums.tolist()),
-            "holds": bool(sums.mean() < self.margin),
+            "holds": below(*interval(sums.tolist())[1:], self.margin),
             "in_every_seed": bool((sums < self.margin).all()),
         }
 
@@ -197,15 +197,15 @@ def compare_arms(
         for label, found in facts.items()
     }
     judged = [claim.judged(facts) for claim in claims]
-    failed = [c["claim"] for c in judged if not c["holds"]]
+    left = words((c["claim"], c["holds"]) for c in judged)
     means = ", ".join(f"{label} {m['loss']['mean']:.3f}" for label, m in measured.items() if "loss" in m)
     return {
         "subject": about,
         "arms": measured,
         "claims": judged,
-        "holds": not failed,
+        "holds": together(c["holds"] for c in judged),
         "seeds": list(seeds),
-        "note": f"test loss: {means}" + (f"; failed: {'; '.join(failed)}" if failed else ""),
+        "note": "; ".join(part for part in (f"test loss: {means}", left) if part),
     }
 
 

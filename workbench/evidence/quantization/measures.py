@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from workbench.evidence.quantization.evidence import (
-    ROUNDED_INPUTS,
+from workbench.evidence.quantization.allocation_evidence import allocations, interactions
+from workbench.evidence.quantization.evidence import ROUNDED_INPUTS, against, number_formats
+from workbench.evidence.quantization.low_bit_evidence import binarised
+from workbench.evidence.quantization.product_evidence import rotated_products
+from workbench.evidence.quantization.rotation_evidence import learned_rotations, rotations
+from workbench.evidence.quantization.study_evidence import binary_points, half_precision, what_matters
+from workbench.evidence.quantization.taught_measures import MEASURES as TAUGHT_MEASURES
+from workbench.evidence.quantization.trained_evidence import (
     above_majority,
-    against,
-    allocations,
     compared,
-    interactions,
-    learned_rotations,
     merged,
-    number_formats,
-    rotations,
     switch_over,
     trained,
 )
-from workbench.evidence.quantization.low_bit_evidence import binarised
-from workbench.evidence.quantization.product_evidence import rotated_products
-from workbench.evidence.quantization.study_evidence import binary_points, half_precision, what_matters
-from workbench.evidence.quantization.taught_measures import MEASURES as TAUGHT_MEASURES
 from workbench.evidence.quantization.width_evidence import before_or_after, drawn_by_trace, one_for_all
 from workbench.progress import Progress
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from workbench.evidence.harness import SEEDS, interval
-from workbench.evidence.quantization.evidence import opened, small_bytelm
+from workbench.evidence.quantization.evidence import opened
+from workbench.evidence.quantization.trained_evidence import small_bytelm
 from workbench.progress import Progress
 from workbench.quantization.activations.attention import AttentionCall, watching
 from workbench.quantization.trained.objective import map_distance

@@ -30,6 +30,7 @@ from workbench.subjects.stored import bytes_of_weights, dense_size
 from workbench.subjects.structure.depth import stacks
 from workbench.subjects.structure.dimensions import check_shrinkable, extent, left_after, names_of, shrink
 from workbench.subjects.structure.removal import record_of
+from workbench.training.resume import remembered
 
 if TYPE_CHECKING:
     from workbench.pruning.plan import PrunePlan
@@ -147,10 +148,13 @@ class Dimensions:
         if prune.saliency.entry.needs == "training":
             kept, self.curve = prune.saliency(self.on, left, prune.recovery, prune.seed, self.progress)
         else:
-            calibration = prune.calibration(self.on, self.on.layers(prune.layers), self.progress)
-            kept = keep(kind, prune.saliency, left, calibration)
+            kept = remembered(f"event-{len(self.history)}", lambda: self.chosen(left))
             if kind == "layers" and self.distances is None:
-                self.distances = distance_table(self.on, prune, self.progress)
+                self.distances = pd.DataFrame(
+                    remembered(
+                        "distances", lambda: distance_table(self.on, prune, self.progress).to_dict("list")
+                    )
+                )
         if self.progress.stopped:
             return False
         number = len(self.history) + 1
@@ -161,6 +165,12 @@ class Dimensions:
             {"step": number, "trained": self.trained, "left": left, "sparsity": 1 - left / self.total}
         )
         return True
+
+    def chosen(self, left: int) -> Tensor:
+        """The units that stay, by their saliency."""
+        prune = self.prune
+        calibration = prune.calibration(self.on, self.on.layers(prune.layers), self.progress)
+        return keep(self.kind, prune.saliency, left, calibration)
 
     def finish(self) -> Result:
         prune, on, progress = self.prune, self.on, self.progress

@@ -15,7 +15,7 @@ from workbench.pruning.error_table import add_prediction, layer_table, packed_by
 from workbench.pruning.pattern import Pattern
 from workbench.pruning.recovery.recovery import Recovery
 from workbench.results import Result
-from workbench.subjects import Layer, Subject
+from workbench.subjects import Layer, Mask, Subject
 from workbench.subjects.stored import bytes_of_weights, dense_size
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class Masked:
         self.before = {layer.name: layer.weight.detach().clone() for layer in self.layers}
         self.calibration = self.prune.calibration(on, self.layers, progress)
         self.changed = False
+        self.history: list[dict[str, float]] = []
+        self.extra: dict[str, float] = {}
+        self.brought = 0  # events that a checkpoint has brought and nobody has asked for yet
         self.recovery: Recovery | None = self.prune.recovery(
             on,
             self.layers,
@@ -43,9 +46,25 @@ class Masked:
             seed=self.prune.seed,
             progress=progress,
             watch=self.draw,
+            owner=self,
         )
-        self.history: list[dict[str, float]] = []
-        self.extra: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the events have done so far."""
+        masks = {
+            layer.name: change.mask
+            for layer in self.layers
+            for change in layer.changes
+            if isinstance(change, Mask)
+        }
+        return {"history": self.history, "extra": self.extra, "changed": self.changed, "masks": masks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self.extra = list(state_dict["history"]), dict(state_dict["extra"])
+        self.changed, self.brought = state_dict["changed"], len(self.history)
+        for layer in self.layers:
+            if (mask := state_dict["masks"].get(layer.name)) is not None:
+                layer.attach(Mask(mask.to(layer.original.device)))
 
     def draw(self, run: Recovery) -> None:
         if type(self.progress).preview is not Progress.preview:
@@ -63,9 +82,14 @@ class Masked:
         return self.recovery.done if self.recovery else 0
 
     def event(self, sparsity: float) -> bool:
+        if self.brought:
+            self.brought -= 1
+            return True
         if self.changed:
             self.calibration = self.prune.calibration(self.on, self.layers, self.progress)
         self.prune_to(sparsity)
+        if self.progress.stopped:  # perhaps half done: no checkpoint holds it
+            return False
         self.changed = True
         self.history.append(
             {
@@ -74,6 +98,8 @@ class Masked:
                 "sparsity": zero_share(self.layers),
             }
         )
+        if self.recovery is not None:
+            self.recovery.changed()
         return True
 
     def prune_to(self, sparsity: float) -> None:

@@ -142,6 +142,11 @@ def refined(layer: Layer, mask: Tensor, score: Tensor, calibration: Calibration,
         rows_of(score),
         calibration.factors(layer, options),
         calibration.absolute_damp(options, options.damp),
+        block=options.block,
+        candidates=options.candidates,
+        rounds=options.rounds,
+        restarts=options.restarts,
+        slope=options.slope,
         seed=calibration.seed,
     )
     return found.reshape(mask.shape)

@@ -39,9 +39,16 @@ class Units(Masked):
             for kind in {group.kind for group in groups_of(on, on.layers(self.prune.layers), self.pattern)}:
                 if can_be_given(on.model, kind):
                     give_biases(on.model, kind)
-        super().begin(on, progress)
         self.kept: dict[str, Tensor] = {}
         self.shared: dict[str, float] = {}
+        super().begin(on, progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"kept": self.kept, "shared": self.shared}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.kept, self.shared = dict(state_dict["kept"]), dict(state_dict["shared"])
 
     def check(self, on: Any) -> None:
         prune, pattern = self.prune, self.pattern

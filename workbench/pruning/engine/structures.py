@@ -216,7 +216,8 @@ def compensate(group: Group, kept: Tensor, compensation: Choice, calibration: Ca
                     f"compensation: bias needs a bias and {layer.name} has none; use least-squares or none"
                 )
             with torch.no_grad():
-                layer.bias.add_((weight * ~columns[0]) @ calibration.mean(layer)[0])
+                mean = calibration.mean(layer)[0]
+                layer.bias.add_((weight * ~columns[0]).to(mean.dtype) @ mean)
             continue
         new = torch.stack(
             [

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from torch.nn.utils import parametrize
 from workbench.progress import Progress
 from workbench.pruning.recovery.recovery import SETTINGS
 from workbench.pruning.recovery.trainable import set_trainable
+from workbench.pruning.sparse_training.side_terms import add_low_rank
 from workbench.subjects import Batch, Layer, Subject, bake
 from workbench.subjects.structure.channels import channels
 from workbench.subjects.structure.dimensions import smallest_units
@@ -112,6 +114,22 @@ class ChannelMask(nn.Module):
         return 10 * (count.sum() - self.left).abs() / self.left + sum(sides, self.logits.new_zeros(()))
 
 
+@dataclass
+class Tuned:
+    """What a checkpoint holds besides the model: the mask is not a part of it."""
+
+    mask: ChannelMask
+    curve: list[dict[str, float]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"logits": self.mask.logits, "curve": self.curve}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.mask.logits.copy_(state_dict["logits"])
+        self.curve[:] = state_dict["curve"]
+
+
 def writers(on: Subject) -> list[Layer]:
     """The layers that write to the residual stream: attention and feed-forward outputs."""
     return [member.layer for group in discover(on.model) for member in group.consumers]
@@ -132,13 +150,16 @@ def learn_channels(
     """Train, in place, and merge; returns (kept (hidden,), curve).
     The model computes its outputs over the kept channels once they are cut.
 
-    `kind` low-rank trains the modules, biases and norms; finetune all weights but the embeddings besides.
+    `kind` low-rank trains the modules, biases, norms and an adapter on every matrix of the blocks (the
+    authors' `find_all_linear_names`); finetune all weights but the embeddings in the adapters' place.
     settings : of the run, where they differ from recovery's.
     """
     bake(on.model)
     size, device = channels(on.model), on.device
     generator = torch.Generator().manual_seed(seed)
     was = {name: p.requires_grad for name, p in on.model.named_parameters()}
+    if kind == "low-rank":
+        add_low_rank(on.layers("blocks"), rank, beside=False, generator=generator)
     parameters = list(set_trainable(on, "adapters" if kind == "low-rank" else "all"))
     transforms = []
     for layer in writers(on):
@@ -176,11 +197,12 @@ def learn_channels(
         "clipped": lambda: parameters,
         "loss": loss,
         "callbacks": [keep_row],
+        "begun": lambda run: run.learn([mask.logits], MASK_RATE),
+        "keeps": [Tuned(mask, curve)],
         "progress": progress,
         "label": "pruning-aware tuning",
     }
     run = Training.start(on, **(SETTINGS | given | dict(settings or {})))
-    run.learn([mask.logits], MASK_RATE)
     with restrict(on.model, lambda: mask.value):
         run.advance()
     bake(on.model)

@@ -21,11 +21,13 @@ from torch.nn import functional as F
 from workbench.progress import Progress
 from workbench.pruning.recovery.trainable import set_trainable
 from workbench.pruning.sparse_training.side_terms import add_low_rank
+from workbench.statistics.inputs import block_positions
 from workbench.subjects import Batch, Layer, LowRank, Subject
 from workbench.subjects.vocabulary import Unspoken
 from workbench.training.data_order import WholeBatches
 from workbench.training.loop import Training
 from workbench.training.optimizer.adamw import adamw as adamw  # what recovery steps with by default
+from workbench.training.resume import Stateful
 from workbench.training.schedule.rise_and_fall import rise_and_fall as rise_and_fall
 
 #: How recovery trains unless its `settings` say otherwise.
@@ -60,6 +62,7 @@ class Recovery:
         None  # called about fifty times a run, for whoever wants to see it
     )
     settings: Mapping[str, Any] = field(default_factory=dict)
+    owner: Stateful | None = None  # what is between the parts of the run: its state goes with the run's
 
     def __post_init__(self) -> None:
         self._was = {name: p.requires_grad for name, p in self.on.model.named_parameters()}
@@ -78,15 +81,20 @@ class Recovery:
             "evaluate_split": "",
             "loss": self.loss,
             "callbacks": [self._watched],
+            "keeps": [] if self.owner is None else [self.owner],
             "progress": self.progress,
             "label": f"recovery {self.kind}",
         }
         self.run = Training.start(self.on, **(SETTINGS | given | dict(self.settings)))
 
+    def changed(self) -> None:
+        """The model was pruned between two parts of the run."""
+        self.run.changed()
+
     @property
     def done(self) -> int:
-        """Steps done, those skipped included."""
-        return self.run.step
+        """Steps done, those skipped included, but not those that a checkpoint has brought too early."""
+        return self.run.step - self.run.ahead
 
     def skip(self, steps: int) -> None:
         """Go on with the schedule of a run whose first steps another recovery has done."""
@@ -149,11 +157,14 @@ def distilled_loss(
         rows, goals = (on.task.flat(each, batch)[0] for each in (output, target))
         soft = divergence(rows, goals) / len(rows)
     found = on.task.criterion(output, batch) + soft * t * t
-    pairs = (
-        [(a, b) for a, b in zip(hidden.states, taught.states, strict=False) if a.shape == b.shape]
-        if hidden_states
-        else []
-    )
+    pairs = []
+    if hidden_states:
+        for name, (a, b) in zip(hidden.names, zip(hidden.states, taught.states, strict=False), strict=False):
+            keep = block_positions(on, name, batch)
+            if a.shape == b.shape and (keep is None or keep.shape != a.shape[:2]):
+                pairs.append((a, b))
+            elif a.shape == b.shape:
+                pairs.append((a[keep], b[keep]))  # what stands at padding is nobody's
     if pairs:
         match = sum(
             (F.mse_loss(a, b) / b.square().mean().clamp_min(1e-8) for a, b in pairs),
@@ -181,16 +192,21 @@ class HiddenStates:
     def __init__(self, model: nn.Module) -> None:
         from workbench.subjects import blocks
 
-        self.blocks = [module for _, module in blocks(model)]
+        self.blocks = blocks(model)
+        self.names: list[str] = []  # of the block that gave each state
         self.states: list[Tensor] = []
 
     def __enter__(self) -> HiddenStates:
-        def keep(module: nn.Module, inputs: object, output: object) -> None:
-            state = output[0] if isinstance(output, tuple) else output
-            if isinstance(state, Tensor):
-                self.states.append(state)
+        def watch(name: str, block: nn.Module) -> Any:
+            def keep(module: nn.Module, inputs: object, output: object) -> None:
+                state = output[0] if isinstance(output, tuple) else output
+                if isinstance(state, Tensor):
+                    self.names.append(name)
+                    self.states.append(state)
 
-        self._handles = [block.register_forward_hook(keep) for block in self.blocks]
+            return block.register_forward_hook(keep)
+
+        self._handles = [watch(name, block) for name, block in self.blocks]
         return self
 
     def __exit__(self, *error: object) -> None:

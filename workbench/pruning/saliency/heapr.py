@@ -25,6 +25,7 @@ from workbench.progress import Progress
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.statistics import InputCapture
+from workbench.statistics.inputs import kept_positions
 from workbench.subjects import Layer, Subject
 from workbench.subjects.structure.experts import expert_count, expert_modules
 from workbench.subjects.structure.units import Group, discover
@@ -88,7 +89,8 @@ def atomic_scores(
         if count == 0:
             continue
         items += count
-        with InputCapture(layers, inputs), torch.no_grad():
+        with InputCapture(layers, inputs) as capture, torch.no_grad():
+            capture.keep = kept_positions(on, batch)
             on.task.output(on.model, batch)
         with torch.enable_grad(), OutputGradients(layers, gradients):
             for layer in layers:

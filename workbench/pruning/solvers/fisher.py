@@ -102,6 +102,7 @@ def saliency(weight: Tensor, gradients: Gradients, damp: float, block: int, gree
     """rho of every single weight, (rows, in); `greedy` updates each block after each removal
     (see `greedy_costs`).
     """
+    weight = weight.float()
     inputs = weight.shape[-1]
     width = block_width(inputs, block)
     found = torch.empty_like(weight)
@@ -123,6 +124,7 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
 
     The cheapest set gets rho 0, the rest 1. Needs a block width that M divides; groups run along the inputs.
     """
+    weight = weight.float()
     inputs, of, drop = weight.shape[-1], pattern.of, pattern.of - pattern.keep
     width = block_width(inputs, max(block // of * of, of))
     width = width if width % of == 0 else max(block // of * of, of)
@@ -147,7 +149,8 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
 
 
 def update(weight: Tensor, mask: Tensor, gradients: Gradients, damp: float, block: int) -> Tensor:
-    """The pruned weight (rows, in) with the survivors' joint optimal update, block by block."""
+    """The pruned weight (rows, in) with the survivors' joint optimal update, block by block, in float32."""
+    dtype, weight = weight.dtype, weight.float()
     inputs = weight.shape[-1]
     width = block_width(inputs, block)
     found = torch.empty_like(weight)
@@ -164,4 +167,4 @@ def update(weight: Tensor, mask: Tensor, gradients: Gradients, damp: float, bloc
             (rhs * scale).unsqueeze(-1), torch.linalg.cholesky(fisher * scale)
         ).squeeze(-1)
         found[start:stop] = unblocked((w + delta) * keep, inputs, width)
-    return found
+    return found.to(dtype)

@@ -9,7 +9,7 @@ the predicted loss is
 a quadratic over 0/1 vectors with a fixed number of ones. A block of candidates near the keep / remove
 boundary is improved by swaps, everything else held fixed; then the next block. Only improvements are taken,
 so q never rises. (The authors anneal each block; here a block is brought to a swap optimum by steepest
-descent, restarted from annealed swaps.)
+descent, and again from `restarts` annealed masks, of which the best is taken.)
 """
 
 from __future__ import annotations

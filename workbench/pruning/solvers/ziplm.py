@@ -30,11 +30,11 @@ def removal_order(
     at_once = at_once or max(1, units // 128)
     index = index.to(weight.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(seen(gram), damp)))
-    w = weight.clone()
-    alive = torch.ones(units, dtype=torch.bool, device=weight.device)
+    w = weight.to(inverse.dtype, copy=True)
+    alive = torch.ones(units, dtype=torch.bool, device=w.device)
     order: list[Tensor] = []
     errors: list[Tensor] = []
-    total = weight.new_zeros(())
+    total = w.new_zeros(())
     while bool(alive.any()):
         inner = inverse[index[:, :, None], index[:, None, :]]  # (units, width, width)
         inner = torch.where(alive[:, None, None], inner, torch.eye(width, device=w.device, dtype=w.dtype))
@@ -64,5 +64,6 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, damp: float) -> Tensor:
     hessian = damped(seen(gram), damp)
     columns = kept.nonzero().flatten()
     found = torch.zeros_like(weight)
-    found[:, columns] = torch.linalg.solve(hessian[columns][:, columns], hessian[columns] @ weight.T).T
+    right = hessian[columns] @ weight.to(hessian.dtype).T
+    found[:, columns] = torch.linalg.solve(hessian[columns][:, columns], right).T.to(weight.dtype)
     return found

@@ -27,10 +27,11 @@ from workbench.pruning.sparse_training.trained_masks import (
     mask_in_force,
     selection_of,
 )
-from workbench.subjects import Batch, Layer, Subject, all_layers
+from workbench.subjects import Batch, Layer, Mask, Subject, all_layers
 from workbench.training.chosen import chosen_settings
 from workbench.training.loop import Training, fit
 from workbench.training.optimizer.optimizers import make_optimizer
+from workbench.training.resume import remembered
 
 if TYPE_CHECKING:
     from workbench.pruning.sparse_training.plan import SparsePlan
@@ -66,6 +67,13 @@ class Course:
         self.masks(self, sparsity)
 
     def prune(self, sparsity: float, progress: Progress) -> None:
+        found = remembered("masks", lambda: self.pruned(sparsity, progress))
+        for layer in self.layers:
+            if layer.name in found:
+                layer.attach(Mask(found[layer.name].to(layer.original.device)))
+
+    def pruned(self, sparsity: float, progress: Progress) -> dict[str, Tensor]:
+        """The masks of the layers at this sparsity, which are on them."""
         plan, form = self.plan, self.plan.pattern()
         assert isinstance(form, (Tiles, NM))
         prune_once(
@@ -78,6 +86,12 @@ class Course:
             plan.allocation,
             progress,
         )
+        return {
+            layer.name: change.mask
+            for layer in self.layers
+            for change in layer.changes
+            if isinstance(change, Mask)
+        }
 
     def calibration(self, progress: Progress) -> Calibration:
         plan = self.plan
@@ -117,6 +131,7 @@ class Course:
             seed=plan.seed + stage,
             before_step=before,
             callbacks=[self.after_step],
+            keeps=[self],
             progress=progress,
             weight_decay=0.0,
             **(chosen_settings(plan) | {"optimizer": self.optimizer, "learning_rate": plan.learning_rate}),
@@ -221,6 +236,13 @@ class Course:
                         partial=True,
                     )
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done, "records": self.records, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.done, self.records = state_dict["done"], list(state_dict["records"])
+        self.last = {name: mask.to(self.on.device) for name, mask in state_dict["last"].items()}
 
     # ---- records -------------------------------------------------------------------------------------------
     def record(self) -> None:

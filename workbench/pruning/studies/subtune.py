@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
-from workbench.axis import entries_in, parameter
+from workbench.axis import Choice, entries_in, parameter
 from workbench.code_version import code_version
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
@@ -17,12 +18,16 @@ from workbench.progress import Progress
 from workbench.pruning.sparse_training.train_sparse import TrainSparse
 from workbench.results import Result
 from workbench.subjects import Subject
+from workbench.training.chosen import FIELDS, RunFields
+from workbench.training.resume import remembered
+from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
+from workbench.unfinished import current
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-class Subtune(SubjectInstrument):
+class Subtune(SubjectInstrument, RunFields):
     """Fine-tune only a few blocks: each block alone first (the profile),
     then greedily the one whose addition helps most.
     """
@@ -38,7 +43,8 @@ class Subtune(SubjectInstrument):
     )
     steps: int = parameter(100, "optimizer steps of every candidate", ge=1, le=1_000_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
-    learning_rate: float = parameter(1e-3, "peak learning rate (AdamW, cosine)", gt=0, le=10, scale="log")
+    learning_rate: float = parameter(1e-3, "peak learning rate", gt=0, le=10, scale="log")
+    learning_rate_schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
     choose_on: str = parameter("validation", "split whose loss chooses the blocks")
     test_split: str = parameter("test", "split for the reported loss and metrics")
 
@@ -59,8 +65,10 @@ class Subtune(SubjectInstrument):
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
+            learning_rate_schedule=self.learning_rate_schedule,
             seed=self.seed,
             test_split=self.choose_on,
+            **{name: getattr(self, name) for name in FIELDS},
         )
 
     def code(self) -> str:
@@ -80,58 +88,105 @@ class Subtune(SubjectInstrument):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         rows: list[dict[str, Any]] = []
-        tuned: dict[tuple[int, ...], Subject] = {}
-
-        def tried(blocks: tuple[int, ...], step: int) -> float:
-            result = self.tuning(blocks).run(on, Progress(), cache=False)
-            assert result.subject is not None
-            tuned[blocks] = result.subject
-            loss = float(result.facts.get("loss", float("inf")))
-            rows.append(
-                {
-                    "step": step,
-                    "blocks": ",".join(map(str, blocks)) or "head",
-                    "added": blocks_added(blocks, chosen),
-                    "loss": loss,
-                    "accuracy": result.facts.get("accuracy"),
-                    "trained_parameters": result.facts["trained_parameters"],
-                }
-            )
-            return loss
-
         count = len(on.blocks())
         chosen: tuple[int, ...] = ()
-        best = tried((), 0)
+        head = self.tried(on, (), progress)
+        rows.append({"step": 0, "blocks": "head", "added": -1, **head.row})
+        best = head
         for step in range(1, min(self.most, count) + 1):
-            found: dict[tuple[int, ...], float] = {}
+            nearest: Tried | None = None
             for block in progress.track([b for b in range(count) if b not in chosen], f"block {step}"):
-                candidate = tuple(sorted({*chosen, block}))
-                found[candidate] = tried(candidate, step)
-            if not found:
+                found = self.tried(on, tuple(sorted({*chosen, block})), progress)
+                if progress.stopped:  # in the midst of its training
+                    break
+                rows.append({"step": step, "blocks": named(found.blocks), "added": block, **found.row})
+                if nearest is None or found.loss < nearest.loss:
+                    nearest, found = found, nearest
+                self.forget(on, found)
+            if nearest is None or nearest.loss > best.loss * (1 - self.gain):
                 break
-            candidate = min(found, key=lambda c: found[c])
-            if found[candidate] > best * (1 - self.gain):
-                break
-            chosen, best = candidate, found[candidate]
-            tuned = {chosen: tuned[chosen]}
+            self.forget(on, best)
+            chosen, best = nearest.blocks, nearest
             if progress.stopped:
                 break
-        made = tuned[chosen]
         facts = {
-            "chosen": ",".join(map(str, chosen)) or "head",
-            f"{self.choose_on}_loss": best,
-            "trained_parameters": next(
-                r["trained_parameters"] for r in rows if r["blocks"] == (",".join(map(str, chosen)) or "head")
-            ),
+            "chosen": named(chosen),
+            f"{self.choose_on}_loss": best.loss,
+            "trained_parameters": best.row["trained_parameters"],
         }
+        made = best.tuned(on, self)
         if not progress.stopped:
             facts |= made.evaluate(self.test_split, progress=progress)
         return self.result(pd.DataFrame(rows), facts, subject=made)
 
+    def tried(self, on: Subject, blocks: tuple[int, ...], progress: Progress) -> Tried:
+        """The training of these blocks, or of the head alone: its loss, and the weights it came to."""
+        kept: list[Subject] = []
 
-def blocks_added(blocks: tuple[int, ...], chosen: tuple[int, ...]) -> int:
-    """The block that a candidate adds to those chosen; -1 for the head alone."""
-    return next((b for b in blocks if b not in chosen), -1)
+        def trained() -> dict[str, Any]:
+            result = self.tuning(blocks).run(on, Candidate(progress), cache=False)
+            assert result.subject is not None
+            kept.append(result.subject)
+            return {
+                "loss": float(result.facts.get("loss", float("inf"))),
+                "accuracy": result.facts.get("accuracy"),
+                "trained_parameters": result.facts["trained_parameters"],
+            }
+
+        row = remembered(f"blocks-{'.'.join(map(str, blocks)) or 'head'}", trained)
+        return Tried(blocks, row, kept[0] if kept else None)
+
+    def forget(self, on: Subject, lost: Tried | None) -> None:
+        """The checkpoints of a candidate that was not chosen are needed no more."""
+        journal = current()
+        if journal is not None and lost is not None:
+            journal.forget(self.tuning(lost.blocks).key(on))
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate: its row of the table, and the subject it came to; None when an earlier process trained it,
+    of which only the row is kept.
+    """
+
+    blocks: tuple[int, ...]
+    row: dict[str, Any]
+    subject: Subject | None
+
+    @property
+    def loss(self) -> float:
+        return float(self.row["loss"])
+
+    def tuned(self, on: Subject, asked: Subtune) -> Subject:
+        """Its subject: trained again where only the row is kept."""
+        if self.subject is not None:
+            return self.subject
+        again = asked.tuning(self.blocks).run(on, Progress(), cache=False).subject
+        assert isinstance(again, Subject)
+        return again
+
+
+class Candidate(Progress):
+    """The progress of one candidate's training: it hears the Stop of the whole and draws nothing."""
+
+    def __init__(self, whole: Progress) -> None:
+        self.whole = whole
+        super().__init__()
+        self.stop = whole.stop
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that asked to stop, which is for the whole."""
+        return self.whole.signal
+
+    @signal.setter
+    def signal(self, number: int | None) -> None:
+        if number is not None:
+            self.whole.signal = number
+
+
+def named(blocks: tuple[int, ...]) -> str:
+    return ",".join(map(str, blocks)) or "head"
 
 
 class SubtuneResult(Result):

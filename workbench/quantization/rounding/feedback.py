@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from workbench.errors import BadInput
 from workbench.statistics.damping import damped
+
+#: Damping, as a share of the mean diagonal, beyond which a matrix is not what was measured any more.
+LARGEST_DAMP = 1e6
 
 
 def linear_feedback(gram: Tensor, damp: float) -> Tensor:
@@ -17,14 +21,20 @@ def linear_feedback(gram: Tensor, damp: float) -> Tensor:
 
     F is the inverse of GPTQ's factor, its rows divided by their diagonal, so that one Cholesky factorisation,
     from the last column to the first, replaces two and an inverse.
-    Damping grows tenfold while the matrix is numerically singular.
+    Damping grows tenfold while the matrix is numerically singular, up to `LARGEST_DAMP`.
     """
-    while True:
+    while damp <= LARGEST_DAMP:
         lower, failed = torch.linalg.cholesky_ex(damped(gram, damp).flip(0, 1))
         if not failed:
             upper = lower.flip(0, 1)
             return upper.div_(upper.diagonal().clone())
         damp = max(damp * 10, 1e-6)
+    finite = bool(gram.isfinite().all())
+    raise BadInput(
+        "rounding: the second moment of a layer's inputs "
+        + ("cannot be inverted at any damping" if finite else "is not finite")
+        + "; look at the calibration split's inputs, or take rounding nearest"
+    )
 
 
 def column_order(gram: Tensor) -> Tensor:

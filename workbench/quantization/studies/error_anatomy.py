@@ -26,6 +26,7 @@ from workbench.quantization.quantize import Quantize
 from workbench.quantization.quantize_result import choices, short_names
 from workbench.quantization.quantized_layer import mask_of
 from workbench.results import Result
+from workbench.statistics.inputs import kept_positions
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -331,9 +332,11 @@ def output_noise(
         "errors at the outputs",
         -(-examples // batch_size),
     ):
-        with collecting(dense, layers) as (_, first):
+        with collecting(dense, layers) as (capture, first):
+            capture.keep = kept_positions(dense, batch)
             dense.task.output(dense.model, batch)
-        with collecting(quantized, [twins[name] for name in names]) as (_, second):
+        with collecting(quantized, [twins[name] for name in names]) as (capture, second):
+            capture.keep = kept_positions(quantized, batch)
             quantized.task.output(quantized.model, batch)
         for (name, expert), rows in first.items():
             x, other = torch.cat(rows).float(), second.get((name, expert))

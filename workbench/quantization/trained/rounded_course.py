@@ -19,6 +19,7 @@ from workbench.subjects import Batch, Layer, LowRank, Subject
 from workbench.training.chosen import chosen_settings
 from workbench.training.data_order import Draws
 from workbench.training.loop import Training
+from workbench.training.resume import remembered
 
 if TYPE_CHECKING:
     from workbench.quantization.trained.settings import TrainedSettings
@@ -57,6 +58,8 @@ class RoundedCourse:
             "loss": self.loss,
             "before_gradient": [self.begin_step],
             "callbacks": [self.end_step],
+            "begun": self.begin,
+            "keeps": [self],
             "progress": progress,
             "label": "training",
         }
@@ -67,7 +70,29 @@ class RoundedCourse:
         run.finish()
         self.on.model.eval()
         if run.step <= self.switch:
-            self.switch_on(run)
+            self.switch_on(run, early=True)
+
+    def begin(self, run: Training) -> None:
+        self.run = run
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "step": self.step,
+            "done": self.course.done,
+            "kept": self.course.kept,
+            "generator": self.course.generator.get_state(),
+            "parts": self.objective.parts,
+            "rounded": bool(self.run.step > self.switch),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["rounded"]:
+            self.switch_on(self.run)
+        self.rows, self.step = list(state_dict["rows"]), state_dict["step"]
+        self.course.done, self.course.kept = state_dict["done"], dict(state_dict["kept"])
+        self.course.generator.set_state(state_dict["generator"])
+        self.objective.parts = dict(state_dict["parts"])
 
     def begin_step(self, run: Training) -> None:
         self.step = run.step
@@ -108,11 +133,16 @@ class RoundedCourse:
             row["validation_loss"] = self.on.evaluate("validation", limit=limit)["loss"]
         self.rows.append(row)
 
-    def switch_on(self, run: Training) -> None:
+    def switch_on(self, run: Training, early: bool = False) -> None:
         """Put the roundings on and give the optimizer what they learn.
         Methods that train low-rank terms freeze everything else.
+
+        When a checkpoint puts them on again, they begin at the weights of then. early : somebody has stopped
+        before the switch, and no checkpoint knows of this one.
         """
         settings, on, layers = self.settings, self.on, self.layers
+        if self.switch and not early:
+            on.model.load_state_dict(remembered("switch", lambda: dict(on.model.state_dict()), always=True))
         low_rank = settings.method.has("low-rank")
         if low_rank:
             for tensor in on.model.parameters():
@@ -120,7 +150,7 @@ class RoundedCourse:
         made: list[TrainedRounding] = []
         generator = torch.Generator().manual_seed(settings.seed)
         rounding: type[TrainedRounding] = settings.method.value
-        surveyed = rounding.survey(on, layers, settings)
+        surveyed = rounding.survey(on, layers, settings) if early else self.survey(rounding)
         rounding.before(layers, settings, generator)
         for layer in layers:
             group = min(settings.group_size, layer.shape[-1])
@@ -154,3 +184,13 @@ class RoundedCourse:
             for part in getattr(run.optimizer, "parts", [run.optimizer]):
                 part.state.clear()
         self.roundings = made
+
+    def survey(self, rounding: type[TrainedRounding]) -> dict[str, dict[str, float]]:
+        """What a method asks of the subject, by layer."""
+
+        def asked() -> dict[str, dict[str, float]]:
+            found = rounding.survey(self.on, self.layers, self.settings)
+            return {name: dict(numbers) for name, numbers in found.items()}
+
+        answers: dict[str, dict[str, float]] = remembered("survey", asked)
+        return answers

@@ -139,17 +139,16 @@ class TrainQuantized(TrainedSettings):
         widths = self._freeze(layers)
         for tensor, wanted in trained:
             tensor.requires_grad_(wanted)
-        after = on.evaluate("test", limit=self.test_examples, progress=progress)
-        facts: dict[str, Any] = (
-            {"switch_step": course.switch} | {f"dense_{k}": v for k, v in dense.items()} | after
-        )
+        facts: dict[str, Any] = {"switch_step": course.switch} | {f"dense_{k}": v for k, v in dense.items()}
+        if not progress.stopped:
+            facts |= on.evaluate("test", limit=self.test_examples, progress=progress)
         tables = {"widths": widths} if len(widths) else {}
         if tables:
             facts["average_width"] = float(
                 (widths["bits"] * widths["weights"]).sum() / widths["weights"].sum()
             )
             facts["bytes"] = math.ceil(widths["bytes"].sum())
-        if roundings:
+        if roundings and not progress.stopped:
             tables |= type(roundings[0]).tables(roundings, layers, on, self, progress)
         return self.result(pd.DataFrame(course.rows), facts, tables=tables, subject=on)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,19 @@ class ConcurrentAdversary:
         with frozen_statistics(subject.model):
             return 0.5 * (clean + subject.loss({**batch, self.column: disturbed}))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The weights of the last steps."""
+        return {"past": list(self._past)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._past.extend(state_dict["past"])
+
     def _direction(self, subject: Subject, batch: Batch, inputs: Tensor) -> Tensor:
         """Of the loss at the oldest weights kept: those of `delay` steps ago, or of the first step."""
         point = inputs.detach().clone().requires_grad_()
         with torch.enable_grad(), frozen_statistics(subject.model):
-            loss = subject.with_model(Stale(subject.model, self._past[0])).loss({**batch, self.column: point})
+            stale = {name: value.to(inputs.device) for name, value in self._past[0].items()}
+            loss = subject.with_model(Stale(subject.model, stale)).loss({**batch, self.column: point})
             gradient = torch.autograd.grad(loss, point)[0]
         if self.norm == "sign":
             return gradient.sign()

@@ -25,6 +25,7 @@ from workbench.subjects import Subject, subject
 from workbench.training.loop import Training, fit
 from workbench.training.optimizer.optimizers import state_bytes
 from workbench.training.sweep.sweeps import Range, Sampling, Sweep, Trial
+from workbench.unfinished import without_journal
 
 Start = Literal["weights", "random"]
 
@@ -100,13 +101,14 @@ class TrainingObjective:
             if every and run.step % every == 0 and "validation_loss" in run.rows[-1]:
                 run.stop = trial.report(run.rows[-1]["validation_loss"], run.step)
 
-        run = fit(
-            mine,
-            **arguments,
-            evaluate_every=every,
-            callbacks=[report] if every else (),
-            progress=trial.progress,
-        )
+        with without_journal():  # finished trials are in the ledger
+            run = fit(
+                mine,
+                **arguments,
+                evaluate_every=every,
+                callbacks=[report] if every else (),
+                progress=trial.progress,
+            )
         facts: dict[str, Any] = {
             "value": run.validation,
             "diverged": run.diverged,

@@ -1,0 +1,80 @@
+"""Kind (faults 13 and 50): an option that is ignored or changed is refused, or it is said that it has no
+effect; none is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+import workbench
+from workbench.errors import BadInput
+from workbench.progress import Progress
+from workbench.pruning import Prune
+from workbench.quantization import Quantize
+from workbench.training import Train
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return workbench.subject("digits-vit")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"bits": 8, "format": "nf4"}, "format.bits: has no effect with format nf4"),
+        ({"act_order": True}, "act_order: has no effect with rounding nearest"),
+        ({"alpha": 0.3}, "alpha: has no effect with transform none"),
+        ({"salient_bits": 8}, "salient.bits: has no effect with salient none"),
+        ({"activation_bits": 4}, "activations.format.bits: has no effect with activations none"),
+        ({"group_size": 20}, "group_size: 20 does not divide the 48 inputs of vit.layers.0.attention.q_proj"),
+        ({"group_size": 16, "granularity": "channel"}, "group_size: has no effect with format int4"),
+        ({"group_size": 16, "format": "mxfp4"}, "group_size: has no effect with format mxfp4"),
+        ({"sequential_damp": 0.1}, "sequential_damp: has no effect without sequential"),
+    ],
+)
+def test_an_option_that_does_nothing_says_so(vit, fields, told):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Quantize(**fields).check(vit)
+    assert any(told in str(warning.message) for warning in said)
+
+
+@pytest.mark.parametrize("fields", [{}, {"group_size": 16}, {"format": "int4", "format.bits": 4}])
+def test_options_that_count_say_nothing(vit, fields):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Quantize(**fields).check(vit)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"format": "nf4", "format.bits": 8},
+        {"format": {"name": "nf4", "bits": 8}},
+        {"format": "int4", "format.bits": 8},
+        {"format": "e4m3", "format.mantissa": 2},
+    ],
+)
+def test_an_option_that_contradicts_a_name_is_refused(fields):
+    """nf4 of 8 bits was nf8, under the name nf4."""
+    with pytest.raises(BadInput, match=r"contradicts format (nf4|int4|e4m3), which says [34]"):
+        Quantize(**fields)
+    assert Quantize(**{"format.bits": 3}).format == "int3"
+
+
+@pytest.mark.parametrize("fields", [{"pattern": "2:8", "sparsity": 0.5}, {"pattern": "1:4", "sparsity": 0.5}])
+def test_a_sparsity_that_a_pattern_does_not_have_is_refused(vit, fields):
+    with pytest.raises(BadInput, match="contradicts pattern"):
+        Prune(**fields).run(vit, Progress())
+    assert Prune(pattern="2:8").sparsity == 0.75
+
+
+def test_a_schedule_is_the_one_that_was_asked_for(vit):
+    rates = {
+        name: tuple(Train(schedule=name, steps=4).run(vit, Progress(), cache=False).table.lr)
+        for name in ("uba", "cosine")
+    }
+    assert rates["uba"] != rates["cosine"]

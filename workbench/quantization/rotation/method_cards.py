@@ -1,0 +1,54 @@
+"""Method cards of rotations folded into the model."""
+
+from __future__ import annotations
+
+from workbench.names import Method
+
+METHODS: list[Method] = [
+    Method(
+        "quarot",
+        "quantization",
+        "QuaRot: folded Hadamard rotation of the residual stream",
+        "Ashkboos et al. 2024",
+        r"W R^\top, R W",
+        "nothing",
+        "lower loss than none with 4-bit weights and activations",
+        None,
+        recipe=(
+            ("rotate", {"kind": "hadamard"}),
+            (
+                "quantize",
+                {
+                    "format": "int4",
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activations.format": "int4",
+                },
+            ),
+        ),
+        subject="bytelm",
+    ),
+    Method(
+        "spinquant",
+        "quantization",
+        "SpinQuant: rotations learned on the Stiefel manifold",
+        "Liu et al. 2025",
+        r"R' = (I + \tfrac{a}{2}Y)^{-1}(I - \tfrac{a}{2}Y)R,\ Y = \hat G - \hat G^\top",
+        "calibration inputs, gradients",
+        "lower loss than the Hadamard rotation it starts from, 4-bit weights and activations",
+        385,
+        recipe=(
+            ("rotate", {"kind": "learned", "kind.heads": False}),
+            (
+                "quantize",
+                {
+                    "format": "int4",
+                    "granularity": "channel",
+                    "activations": "token",
+                    "activations.format": "int4",
+                },
+            ),
+        ),
+        subject="bytelm",
+    ),
+]

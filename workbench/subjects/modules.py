@@ -1,0 +1,135 @@
+"""Subjects from a plain `nn.Module` and tensors: the class axis, the missing targets and the loss are what
+the task declares, and are checked on the first examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workbench.errors import BadInput
+from workbench.subjects.subject import Split, Subject
+from workbench.subjects.tasks import TASK, CustomLoss, ModuleTask, Task
+from workbench.subjects.text import cut
+
+
+def from_module(
+    module: nn.Module,
+    data: Any,
+    loss: Any,
+    name: str,
+    seed: int,
+    class_axis: int | None = None,
+    ignored: int = -100,
+    items: Callable[[dict[str, Tensor]], int] | None = None,
+) -> Subject:
+    """A plain module called as `module(inputs)`; data holds tensors `inputs` and `labels`."""
+    if not isinstance(data, dict) or not data:
+        raise BadInput(
+            "data: a plain module needs data={'inputs': tensor, 'labels': "
+            "tensor}, or one such dict for each split"
+        )
+    if not any(True for _ in module.parameters()):
+        raise BadInput("subject: the module has no parameters; there is nothing to measure or compress")
+    splits = data if all(isinstance(v, dict) for v in data.values()) else cut(data, seed)
+    first = next(iter(splits.values()))
+    if "inputs" not in first or ("labels" not in first and not callable(loss)):
+        raise BadInput(f"data: columns are {', '.join(first)}; inputs and labels are needed")
+    kinds = {"cross_entropy": "classification", "squared_error": "module-regression"}
+    if loss is None:
+        loss = "cross_entropy" if not first["labels"].is_floating_point() else "squared_error"
+    if not callable(loss) and loss not in kinds:
+        raise BadInput(
+            f"loss: {loss!r} is unknown; give cross_entropy, squared_error or a function (output, "
+            "batch) -> scalar"
+        )
+    task: Task = CustomLoss(function=loss, counted=items) if callable(loss) else TASK[kinds[loss]].value()
+    made = Subject(name, module.eval(), task, splits, data_note="tensors given in Python")
+    try:
+        with torch.no_grad():
+            batch = next(made.batches(next(iter(splits)), 2))
+            if isinstance(task, ModuleTask):
+                made.task = declared(task, task.output(module, batch), splits, class_axis, ignored)
+            value = made.loss(batch)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise BadInput(
+            f"data: the module failed on the first two examples: {str(error).splitlines()[0]}"
+        ) from None
+    if value.ndim != 0:
+        raise BadInput(f"loss: must be a scalar mean over examples, got shape {tuple(value.shape)}")
+    if callable(loss):
+        check_mean(made)
+    return made
+
+
+def declared(
+    task: ModuleTask, output: Tensor, splits: dict[str, Split], class_axis: int | None, ignored: int
+) -> ModuleTask:
+    """The task with its class axis and its ignored label, which the labels of every split must fit."""
+    labels = next(iter(splits.values()))["labels"]
+    shape, wanted = tuple(output.shape[1:]), tuple(labels.shape[1:])
+    axes = {
+        axis
+        for axis in {1, output.ndim - 1}
+        if output.ndim > 1
+        and (shape if labels.is_floating_point() else shape[: axis - 1] + shape[axis:]) == wanted
+    }
+    told = f"class_axis: the output (batch, {', '.join(map(str, shape))}) "
+    if class_axis is not None:
+        if class_axis % output.ndim not in axes:
+            raise BadInput(
+                f"{told}does not fit labels (batch, {', '.join(map(str, wanted))}) along axis {class_axis}; "
+                f"accepted: {', '.join(map(str, sorted(axes))) or 'none'}"
+            )
+        axes = {class_axis % output.ndim}
+    if len(axes) == 2:
+        raise BadInput(
+            f"{told}fits the labels (batch, {', '.join(map(str, wanted))}) along axis 1 and axis "
+            f"{output.ndim - 1}; give class_axis=1 or class_axis=-1"
+        )
+    if not axes:
+        raise BadInput(
+            f"labels: shape (batch, {', '.join(map(str, wanted))}) fits no axis of classes of the output "
+            f"(batch, {', '.join(map(str, shape))}); give one label for each item"
+        )
+    axis = axes.pop()
+    classes = output.shape[axis]
+    for name, split in splits.items():
+        given = split["labels"]
+        if given.is_floating_point():
+            continue
+        wrong = (given != ignored) & ((given < 0) | (given >= classes))
+        if wrong.any():
+            value = int(given[wrong][0])
+            raise BadInput(
+                f"labels: {value} is no class of the {classes} (0 to {classes - 1}), in split {name!r}; "
+                f"give ignored={value} if it marks what has no label"
+            )
+    return ModuleTask(class_axis=-1 if axis == output.ndim - 1 else axis, ignored=ignored)
+
+
+def check_mean(on: Subject, examples: int = 8, tolerance: float = 1e-4) -> None:
+    """`BadInput` when a user's loss is no mean over its items: a batch's total is not its parts'."""
+    split = next(iter(on.splits))
+    whole = next(on.batches(split, examples, examples))
+    parts = list(on.batches(split, 1, examples))
+
+    def total(batch: dict[str, Tensor]) -> float:
+        count = on.task.items(batch)
+        return float(on.loss(batch)) * count if count else 0.0
+
+    with torch.no_grad():
+        together, again = total(whole), total(whole)
+        apart = sum(total(part) for part in parts)
+    close = abs(together - apart) <= tolerance * max(abs(together), abs(apart), 1e-6)
+    if math.isfinite(together) and together == again and not close:
+        count = on.task.items(whole)
+        raise BadInput(
+            f"loss: is no mean over examples: {count} items together give {together / count:.6g} and one "
+            f"example at a time {apart / count:.6g}; return the mean over the examples, or give "
+            "items=function(batch) -> the number of items that it is a mean over"
+        )
