@@ -69,7 +69,7 @@ def test_a_log_likelihood_runs_all_its_steps(tiny_negative):
 
 
 @pytest.fixture
-def tiny_negative(monkeypatch):
+def tiny_negative():
     """A classifier whose loss is its cross-entropy less ten."""
     import torch
 
@@ -83,8 +83,8 @@ def tiny_negative(monkeypatch):
         return nn.functional.cross_entropy(output, labels) - 10.0
 
     module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-    made = workbench.subject(
-        module, loss=loss, train=(features[:192], labels[:192]), test=(features[192:], labels[192:])
-    )
+    cut = {"train": slice(0, 192), "test": slice(192, 256)}
+    data = {name: {"inputs": features[part], "labels": labels[part]} for name, part in cut.items()}
+    made = workbench.subject(module, data=data, loss=loss)
     assert isinstance(made, Subject)
     return made
