@@ -322,3 +322,29 @@ def hostile_formulas(count, seed):
 def test_mutated_formulas_are_read_or_refused():
     counts, broken = hostile_formulas(1500, 0)
     assert broken == [] and min(counts.values()) > 100
+
+
+# ---- requests beyond the machine
+@pytest.mark.parametrize("ask", ["numpy", "torch", "range"])
+def test_a_request_beyond_memory_is_one_line(ask):
+    """Kind: an option that asks for more than there is."""
+    import torch
+
+    from workbench.instruments import within_memory
+
+    with pytest.raises(BadInput, match="fit: needs more memory than there is"), within_memory("fit"):
+        if ask == "numpy":
+            np.ones(2**59)
+        elif ask == "torch":
+            torch.empty(2**58, dtype=torch.float64)
+        else:
+            np.empty(2**62)
+    with pytest.raises(ValueError, match="something else"), within_memory("fit"):
+        raise ValueError("something else")
+
+
+def test_repeats_have_an_end():
+    from workbench.latency import Latency
+
+    with pytest.raises(BadInput, match="repeats"):
+        Latency(repeats=10**9)
