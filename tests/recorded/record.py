@@ -36,6 +36,8 @@ from workbench.progress import Progress
 RUNS = Path(__file__).with_name("runs.json")
 ASKED = ("name", "instrument", "subject", "after", "fields", "quick", "timed")
 RECORDED = ("machine", "start", "facts", "tables", "layers", "parameters")
+#: Facts that results have had since the recording, which change none of those that they had.
+SINCE = re.compile(r"(kl|distance)(_low|_high)?")
 TIMING = re.compile(r"second|latency|speedup|duration|milliseconds")
 
 
@@ -88,7 +90,11 @@ def recorded(entry: dict[str, Any], checkpoints: Mapping[str, Path]) -> dict[str
     found: dict[str, Any] = {
         "machine": machine(),
         "start": whole(on.model),
-        "facts": {key: plain(value) for key, value in result.facts.items() if not TIMING.search(key)},
+        "facts": {
+            key: plain(value)
+            for key, value in result.facts.items()
+            if not TIMING.search(key) and not SINCE.fullmatch(key)
+        },
         "tables": {name: summed(table) for name, table in {"": result.table, **result.tables}.items()},
     }
     if entry.get("timed"):

@@ -45,7 +45,9 @@ def instrument_help(note: dict[str, Any], index: dict[str, Any], title: str) -> 
         lines += field_help(field, "  ")
         if "axis" in field:
             lines += entries_help(field, index["axes"][field["axis"]])
-    subject = {"subject": "a built-in name, a folder, a hub id or file.py:function"} | SUBJECT_OPTIONS
+    subject = {
+        "subject": "a built-in name, a folder, a GGUF file, a hub id or file.py:function"
+    } | SUBJECT_OPTIONS
     lines += ["", "Subject" if note["on"] == "subject" else "Runs"]
     for option, text in (subject if note["on"] == "subject" else RUNS_OPTIONS).items():
         lines += row(f"--{option}", text, "  ")

@@ -27,7 +27,7 @@ def list_(arguments: list[str]) -> int:
         for name, note in index["instruments"].items():
             print("\n".join(row(name, note["about"], "  ")))
     if what in (None, "subjects"):
-        print("subjects: --subject NAME, or a folder, a hub id, file.py:function")
+        print("subjects: --subject NAME, or a folder, a GGUF file, a hub id, file.py:function")
         for name, about in index["subjects"].items():
             print("\n".join(row(name, about, "  ")))
     if what in (None, "methods"):

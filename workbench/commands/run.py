@@ -150,7 +150,9 @@ def opened(space: argparse.Namespace, on: str) -> Any:
     """The subject or the runs that the options name."""
     if on == "subject":
         if not space.subject:
-            raise BadInput("subject: is missing; give --subject NAME, FOLDER, hub id or file.py:function")
+            raise BadInput(
+                "subject: is missing; give --subject NAME, FOLDER, a GGUF file, hub id or file.py:function"
+            )
         from workbench.subjects import subject
 
         return subject(space.subject, **options.subject_options(space), progress=TextProgress())

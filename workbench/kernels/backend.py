@@ -77,7 +77,7 @@ def load() -> None:
     import triton.language as language
 
     triton, tl, WIDEN = real, language, language.constexpr(INTERPRETED)
-    modules = [pending.plain.__globals__ for pending in Pending.waiting]  # type: ignore[attr-defined]
+    modules = [pending.plain.__globals__ for pending in Pending.waiting]
     for pending in Pending.waiting:
         pending.made = real.jit(pending.plain)
     for names in modules:

@@ -64,7 +64,7 @@ class Calibration:
         they do not depend on the sparsity asked for.
         """
         if saliency.entry.needs == "training":
-            return saliency(layer, self, pattern).float()  # type: ignore[no-any-return]
+            return saliency(layer, self, pattern).float()
         key = (
             "scores",
             repr(saliency),

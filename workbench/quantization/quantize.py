@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench.measures.reference import Reference, distance_facts, measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import (
     KeyValueQuant,
@@ -18,18 +19,15 @@ from workbench.quantization.activations.activations import (
     input_ranges,
     key_value_layers,
     quantize_activations,
-    widest,
 )
-from workbench.quantization.number.grid import Grid
 from workbench.quantization.quantize_check import check
 from workbench.quantization.quantize_result import QuantizeResult
 from workbench.quantization.quantize_settings import QuantizeSettings
-from workbench.quantization.quantized_layer import effective, layer_row, moments_for, put, ranges_for
-from workbench.quantization.rounding.adapters import Term
+from workbench.quantization.quantized_layer import ranges_for
 from workbench.quantization.rounding_order import Inputs, RoundingOrder
+from workbench.quantization.rounds import Rounds
 from workbench.quantization.transform.flatquant import input_rows
 from workbench.results import Result
-from workbench.statistics import InputMoments
 from workbench.subjects import Layer, Subject
 
 
@@ -50,35 +48,25 @@ class Quantize(QuantizeSettings):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)
+        reference = self._reference(on, progress)
         before = self._losses(on, progress)
-        moments = moments_for(on, layers, self.calibration_examples, progress)
-        dense = on.copy() if self.sequential else on
-        order = RoundingOrder(self, on, dense, layers, moments, self._inputs(on, layers, progress), progress)
-        rows: list[dict[str, Any]] = []
-        deltas: dict[str, Tensor] = {}
-        grids: dict[str, Grid] = {}
-        terms: dict[str, Term | None] = {}
-        for layer, values, grid, term in order:
-            weight = layer.weight.detach()
-            delta = effective(values, term) - weight.float()
-            deltas[layer.name], grids[layer.name], terms[layer.name] = delta.to(weight.dtype), grid, term
-            rows.append(layer_row(layer, weight.float(), delta, grid, moments[layer.name], term))
-            if self.sequential:
-                put(layer, values, grid, term)
-        table = pd.DataFrame(rows)
+        dense = on.copy() if self.sequential and not self.walks else on
+        order = RoundingOrder(self, on, dense, layers, self._inputs(on, layers, progress), progress)
+        run = Rounds(self, keeps_dense=bool(self.predict_examples))
+        for layer, values, grid, term, moments in order:
+            run.add(layer, values, grid, term, moments)
+        table = pd.DataFrame(run.rows)
         facts: dict[str, Any] = {}
-        if self.predict_examples and rows:
-            facts |= self._predict(dense, table, deltas, progress)
-        if not self.sequential:
-            for layer in layers[: len(rows)]:
-                term = terms[layer.name]
-                values = layer.weight.detach() + deltas[layer.name]
-                if term is not None:
-                    values = values - (term[0] @ term[1]).to(values.dtype)
-                put(layer, values, grids[layer.name], term)
-        self._round_activations(on, layers[: len(rows)], grids, moments, progress)
+        if self.predict_examples and run.rows:
+            deltas = run.deltas()
+            with run.dense_weights(on):
+                facts |= self._predict(on, table, deltas, progress)
+            del deltas
+        run.finish()
+        self._round_activations(on, run, progress)
+        near = measured_beside(reference, on, "test", progress=progress) if reference else {}
         after = self._losses(on, progress)
-        facts = summary_facts(table, before, after) | facts
+        facts = summary_facts(table, before, after) | facts | distance_facts(near)
         if self.predict_examples:
             facts["measured_change"] = after["calibration"]["loss"] - before["calibration"]["loss"]
         return self.result(table, facts, subject=on)
@@ -92,14 +80,8 @@ class Quantize(QuantizeSettings):
             return Inputs(ranges, {})
         return Inputs(ranges, input_rows(on, layers, examples, torch.Generator().manual_seed(self.seed)))
 
-    def _round_activations(
-        self,
-        on: Subject,
-        layers: Sequence[Layer],
-        grids: dict[str, Grid],
-        moments: dict[str, InputMoments],
-        progress: Progress,
-    ) -> None:
+    def _round_activations(self, on: Subject, run: Rounds, progress: Progress) -> None:
+        layers = run.layers
         if self.kv_bits:
             size = head_size(on)
             for layer in key_value_layers(layers):
@@ -108,20 +90,22 @@ class Quantize(QuantizeSettings):
             return
         options = self.activations.options
         format = options.format().name
-        transforms = {layer.name: grids[layer.name].transform for layer in layers}
         static = {}
         if self.activations.has("ranges"):
             static = input_ranges(
-                on, layers, examples=self.calibration_examples, progress=progress, transforms=transforms
+                on, layers, examples=self.calibration_examples, progress=progress, transforms=run.transforms
             )
         for layer in layers:
-            transform, gram = transforms[layer.name], moments[layer.name].gram
-            assert gram is not None
-            wide = None
-            if options.wide_share:
-                moved = gram[0] if transform is None else transform.gram(gram[0])
-                wide = widest(moved, options.wide_share)
-            quantize_activations(layer, static.get(layer.name), format, self.activations, transform, wide)
+            name = layer.name
+            quantize_activations(
+                layer, static.get(name), format, self.activations, run.transforms[name], run.wide.get(name)
+            )
+
+    def _reference(self, on: Subject, progress: Progress) -> Reference | None:
+        if not self.test_examples:
+            return None
+        changing = self.layers != "blocks"
+        return reference_of(on, "test", self.test_examples, progress, changing=changing)
 
     def _losses(self, on: Subject, progress: Progress) -> dict[str, dict[str, float]]:
         found = {}

@@ -44,11 +44,25 @@ def check(settings: QuantizeSettings, on: Subject) -> None:
     check_range(settings, format)
     check_groups(settings, layers, format)
     check_layer_bits(settings, on)
-    if "sequential_damp" in settings.model_fields_set and not settings.sequential:
-        warnings.warn("sequential_damp: has no effect without sequential", stacklevel=2)
+    check_sequence(settings)
     on.split("calibration")
     if settings.test_examples:
         on.split("test")
+
+
+def check_sequence(settings: QuantizeSettings) -> None:
+    """Say which settings of a walk over blocks have no effect."""
+    needed = {
+        "sequential_damp": (settings.paired, "sequential and target outputs"),
+        "target": (settings.sequential, "sequential"),
+        "within": (
+            settings.sequential and settings.walks,
+            "sequential, target weights and an objective of layers",
+        ),
+    }
+    for name, (met, what) in needed.items():
+        if name in settings.model_fields_set and not met:
+            warnings.warn(f"{name}: has no effect without {what}", stacklevel=3)
 
 
 def check_groups(settings: QuantizeSettings, layers: Sequence[Layer], format: Format) -> None:

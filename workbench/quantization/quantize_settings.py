@@ -50,10 +50,20 @@ class QuantizeSettings(SubjectInstrument):
     sequential: bool = parameter(
         False, "block by block: calibrate on the inputs that the already quantized blocks produce"
     )
+    within: bool = parameter(
+        False,
+        "sequential: inside a block too, layers that read the same after those that they read from "
+        "(q, k, v; o; gate, up; down)",
+    )
+    target: Literal["weights", "outputs"] = parameter(
+        "weights",
+        "sequential: what is rounded, the dense weights, or weights fitted so that on those inputs they give "
+        "what the dense layer gives on its own",
+    )
     sequential_damp: float = parameter(
         0.01,
-        "sequential: damping of the weights fitted to those inputs, as a share of the mean diagonal of their "
-        "second moment",
+        "target outputs: damping of the weights fitted to those inputs, as a share of the mean diagonal of "
+        "their second moment",
         gt=0,
         le=1,
         scale="log",
@@ -110,6 +120,16 @@ class QuantizeSettings(SubjectInstrument):
     def by_blocks(self) -> bool:
         """True for a learned rounding that reconstructs what blocks put out."""
         return self.rounding.has("learned") and self.rounding.options.objective.has("by blocks")
+
+    @property
+    def paired(self) -> bool:
+        """True when what is rounded is fitted to the dense model's outputs."""
+        return self.sequential and self.target == "outputs"
+
+    @property
+    def walks(self) -> bool:
+        """True when layers are rounded on the second moments of one visit of their block after another."""
+        return not (self.by_blocks or self.paired)
 
     @property
     def rounds_inputs(self) -> bool:

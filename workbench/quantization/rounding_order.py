@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +17,7 @@ from workbench.quantization.activations.sequential import block_calls, grouped, 
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.split_grid import Salient
 from workbench.quantization.quantize_settings import QuantizeSettings
-from workbench.quantization.quantized_layer import mask_of, stacked
+from workbench.quantization.quantized_layer import mask_of, moments_for, stacked
 from workbench.quantization.rounding.adapters import Term
 from workbench.quantization.rounding.blockwise import reconstruct, windows
 from workbench.quantization.rounding.feedback import Factors
@@ -23,10 +25,12 @@ from workbench.quantization.rounding.learned import LearnedRounding
 from workbench.quantization.rounding.nearest import rounded
 from workbench.quantization.rounding.problem import Problem
 from workbench.quantization.transform.transform import in_coordinates
-from workbench.statistics import InputMoments
+from workbench.statistics import InputMoments, Walk
 from workbench.subjects import Layer, Subject
 
 Rounded = tuple[Tensor, Grid, Term | None]
+Placed = tuple[Layer, Tensor, Grid, Term | None, InputMoments]
+KEPT = 256 << 20  # bytes of second moments that are kept with a subject, for the next run on it
 
 
 @dataclass(frozen=True)
@@ -125,16 +129,16 @@ def round_layer(settings: QuantizeSettings, layer: Layer, source: Source) -> Rou
 
 @dataclass
 class RoundingOrder:
-    """A walk over the layers of `on`, whose inputs have these second moments.
+    """The layers of `on` in the order in which they are rounded.
 
     dense : the subject before anything was rounded, the same as `on` unless blocks are rounded in sequence
+        and need the dense ones' outputs
     """
 
     settings: QuantizeSettings
     on: Subject
     dense: Subject
     layers: Sequence[Layer]
-    moments: dict[str, InputMoments]
     seen: Inputs
     progress: Progress
 
@@ -142,15 +146,47 @@ class RoundingOrder:
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         self.factors = Factors()
 
-    def __iter__(self) -> Iterator[tuple[Layer, Tensor, Grid, Term | None]]:
-        """Each layer with its values and grid. With `sequential` a block's statistics are taken once those
-        before it are in place.
+    @functools.cached_property
+    def moments(self) -> dict[str, InputMoments]:
+        """Second moments of the dense inputs of all layers at once."""
+        return moments_for(self.on, self.layers, self.settings.calibration_examples, self.progress)
+
+    def __iter__(self) -> Iterator[Placed]:
+        """Each layer with its values, grid, low-rank term and second moments. With `sequential` a block's
+        statistics are taken once those before it are in place.
         """
-        if not self.settings.by_blocks and not self.settings.sequential:
-            for layer in self.progress.track(self.layers, "rounding"):
-                source = Source(self.moments[layer.name], self.generator, self.factors, seen=self.seen)
-                yield layer, *round_layer(self.settings, layer, source)
+        if self.settings.walks:
+            for layers, moments in self.visits():
+                for layer in self.progress.track(layers, "rounding"):
+                    source = Source(moments[layer.name], self.generator, self.factors, seen=self.seen)
+                    yield layer, *round_layer(self.settings, layer, source), moments[layer.name]
+                self.factors = Factors()
             return
+        dense_moments = self.moments  # before anything is put in place
+        for layer, values, grid, term in self.by_groups():
+            yield layer, values, grid, term, dense_moments[layer.name]
+
+    def visits(self) -> Iterator[tuple[Sequence[Layer], dict[str, InputMoments]]]:
+        """Layers that are rounded on the same state of the model, with the second moments of their inputs:
+        all of them on the dense inputs while that is little, else block by block.
+        """
+        settings = self.settings
+        if not settings.sequential and gram_bytes(self.layers) <= KEPT:
+            yield self.layers, self.moments
+            return
+        walk = Walk(
+            self.on,
+            self.layers,
+            settings.calibration_examples,
+            sequential=settings.sequential,
+            within=settings.within,
+            progress=self.progress,
+        )
+        for visit in walk:
+            yield visit.layers, visit.moments
+
+    def by_groups(self) -> Iterator[tuple[Layer, Tensor, Grid, Term | None]]:
+        """Block by block where blocks are learned or follow the dense outputs."""
         groups = grouped(self.on, self.layers)
         if self.settings.by_blocks:
             inside = [group for group in groups if group[0]]
@@ -178,6 +214,8 @@ class RoundingOrder:
                 self.settings.calibration_examples,
                 progress=self.progress,
             )
+        if not self.settings.paired:
+            cross = {}
         return {
             layer.name: Source(moments[layer.name], self.generator, self.factors, cross.get(layer.name))
             for layer in layers
@@ -236,3 +274,8 @@ class RoundingOrder:
             divergence=rounding.options.objective.options.window > 1,
             angular=angular,
         )
+
+
+def gram_bytes(layers: Sequence[Layer]) -> int:
+    """Bytes of the second moments of all these layers' inputs."""
+    return sum(4 * math.prod(layer.shape[:-2]) * layer.shape[-1] ** 2 for layer in layers)

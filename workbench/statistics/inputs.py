@@ -155,7 +155,7 @@ class InputCapture(WeightCalls):
         else:
             expert = 0
         keep = self._mask_of(inputs)
-        version = -1 if inputs.is_inference() else inputs._version  # it moves when the tensor is written to
+        version = version_of(inputs)
         if (
             self._kept is None
             or self._kept[0] is not inputs
@@ -186,6 +186,11 @@ class InputCapture(WeightCalls):
         self._kept = self._places = None
         self.keep = None
         super().__exit__(*error)
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that moves when the tensor is written to."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def fits(rows: Tensor, keep: Tensor) -> bool:
@@ -292,15 +297,15 @@ class MomentSums:
     another one was seen to read too, and the product of theirs is kept until the next. Others' products are
     added where they belong without being held. A pass may end early, by `Reached`, once every layer has had
     all its inputs: known when the first pass met each layer exactly once, and the last layer gets as many
-    rows as the first (an expert, or a part of the tokens, would get fewer).
+    rows as the first (an expert, or a part of the tokens, would get fewer). Without `leaves` it goes on.
     """
 
-    def __init__(self, sums: dict[str, InputMoments]) -> None:
-        self.sums, self.shared = sums, set[str]()
+    def __init__(self, sums: dict[str, InputMoments], leaves: bool = True) -> None:
+        self.sums, self.shared, self.leaves = sums, set[str](), leaves
         self.met: list[tuple[str, int]] = []  # layer and rows of every call of this pass
         self.once: bool | None = None
-        self.last: tuple[str, Tensor, Any, InputMoments | None] | None = (
-            None  # layer, its rows, their storage, their own sums when they are shared
+        self.last: tuple[str, Tensor, Any, InputMoments | None, int] | None = (
+            None  # layer, its rows, their storage, their own sums when they are shared, their version
         )
 
     def begin(self) -> None:
@@ -316,6 +321,7 @@ class MomentSums:
             and self.last[2] is rows.untyped_storage()
             and self.last[1].data_ptr() == rows.data_ptr()
             and self.last[1].shape == rows.shape
+            and self.last[4] == version_of(rows)
         ):
             leader, own = self.last[0], self.last[3]
             self.shared.add(leader)
@@ -336,9 +342,9 @@ class MomentSums:
                 if total is not None and part is not None:
                     total[expert] += part[0]
         mine.tokens[expert] += len(rows)
-        self.last = (leader, rows, rows.untyped_storage(), own)
+        self.last = (leader, rows, rows.untyped_storage(), own, version_of(rows))
         self.met.append((layer.name, len(rows)))
-        if self.once and len(self.met) == len(self.sums) and len(rows) == self.met[0][1]:
+        if self.leaves and self.once and len(self.met) == len(self.sums) and len(rows) == self.met[0][1]:
             raise Reached
 
 
@@ -379,6 +385,13 @@ def second_moments(
             sums.begin()
             with contextlib.suppress(Reached):
                 subject.task.output(subject.model, batch)
+    return completed(found, split)
+
+
+def completed(found: dict[str, InputMoments], split: str) -> dict[str, InputMoments]:
+    """What `MomentSums` leaves out, filled in place: below the diagonal, and the sums of squares on it.
+    `BadInput` where an input was not finite.
+    """
     for each in found.values():
         if each.gram is not None:
             mirror(each.gram)

@@ -50,6 +50,12 @@ class Change(nn.Module):
         module asks for it here.
         """
 
+    def stored_bytes(self, shape: tuple[int, ...], kept: int | None) -> float | None:
+        """Bytes of a weight (..., out, in) that is stored in this change's format, with `kept` entries where
+        a mask leaves no more; None where the change does not say how a weight is stored.
+        """
+        return None
+
     def forward(self, weight: Tensor) -> Tensor:
         return self.change(weight.mT).mT if self.transposed else self.change(weight)
 

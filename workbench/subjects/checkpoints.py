@@ -1,4 +1,4 @@
-"""Opening checkpoints: validated safetensors folders and hub ids, never pickle, never remote code.
+"""Opening checkpoints: validated safetensors, GGUF files and hub ids, never pickle, never remote code.
 
 Every tensor of a checkpoint is accounted for: used, renamed (the prefix of a wrapper), new (a head for the
 task) or left over (another head's); anything else is refused by name.
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from workbench.errors import BadInput
+from workbench.subjects import gguf_files
 from workbench.subjects.checkpoint_files import Stored, method_of, one_line, tensors_in
 from workbench.subjects.stored import commonest
 
@@ -57,9 +58,11 @@ def local_only(local: bool) -> Iterator[None]:
 
 
 def read_config(source: str | Path, local: bool) -> Any:
-    """transformers' config of a folder or hub id."""
+    """transformers' config of a folder, GGUF file or hub id."""
     import transformers
 
+    if gguf_files.is_gguf(source):
+        return gguf_files.gguf_config(Path(source))
     try:
         with quiet_transformers(), local_only(local):
             return transformers.AutoConfig.from_pretrained(
@@ -74,8 +77,8 @@ def read_config(source: str | Path, local: bool) -> Any:
 def open_model(
     source: str | Path, *, local: bool, head: str | None = None, labels: list[str] | None = None
 ) -> tuple[nn.Module, str | None]:
-    """Build the model of a folder or hub id in float32; returns it with a note of what was renamed, is new or
-    was left over.
+    """Build the model of a folder, GGUF file or hub id in float32; returns it with a note of what was
+    renamed, is new or was left over.
 
     `head` names the auto class for a checkpoint whose own class has no head for the task, e.g.
     "SequenceClassification", "" for none, None for the checkpoint's own; `labels` are the classes of a new
@@ -88,15 +91,20 @@ def open_model(
     if new and labels is not None:
         config.num_labels = len(labels)
         config.id2label, config.label2id = dict(enumerate(labels)), {n: i for i, n in enumerate(labels)}
-    stored = tensors_in(Path(source)) if local else None
+    packed = gguf_files.is_gguf(source)
+    stored = tensors_in(Path(source)) if local and not packed else None
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-    if method_of(config.to_dict()) == "compressed-tensors":
+    if packed:
+        options |= gguf_files.unpacked(Path(source))
+    elif method_of(config.to_dict()) == "compressed-tensors":
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     elif stored is not None:
         check_size(cls, config, stored)
     model, report, notes = loaded(source, cls, config, local, stored, options)
     told = account(str(source), model, report, new)
-    if "quantization_config" in options:
+    if packed:
+        model = gguf_files.plain(model)
+    elif "quantization_config" in options:
         model = plain_linears(model)
         notes.append("decompressed from compressed-tensors: weights are numbers, inputs are not rounded")
     model.stored_dtype = format_of(stored, config)  # type: ignore[assignment]
@@ -231,10 +239,12 @@ def load(
     source: str | Path, cls: Any, config: Any, local: bool, options: dict[str, Any], mapping: dict[str, str]
 ) -> tuple[nn.Module, dict[str, Any]]:
     try:
-        with quiet_transformers(), local_only(local), warnings.catch_warnings():
+        packed = gguf_files.is_gguf(source)
+        quiet = gguf_files.quiet_tensors() if packed else contextlib.nullcontext()
+        with quiet_transformers(), local_only(local), warnings.catch_warnings(), quiet:
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             model, report = cls.from_pretrained(
-                source,
+                Path(source).parent if packed else source,
                 config=config,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -393,10 +403,13 @@ def open_tokenizer(source: str | Path, local: bool, needed: bool = False) -> Any
     import transformers
 
     reasons = []
+    place, options = source, dict[str, Any]()
+    if gguf_files.is_gguf(source):
+        place, options = Path(source).parent, {"gguf_file": Path(source).name}
     for cls in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
         try:
             with quiet_transformers(), local_only(local):
-                return cls.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+                return cls.from_pretrained(place, local_files_only=local, trust_remote_code=False, **options)
         except Exception as error:  # a stranger's file in another library: anything can be raised
             reasons.append(one_line(error))
     files = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")

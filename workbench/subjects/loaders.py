@@ -14,8 +14,8 @@ from workbench.errors import BadInput, unknown_name
 from workbench.families import import_families
 from workbench.progress import Progress
 from workbench.results import Result
+from workbench.subjects import gguf_files, text
 from workbench.subjects import rows as tables
-from workbench.subjects import text
 from workbench.subjects.changes import restore_changes
 from workbench.subjects.checkpoint_files import check_folder, one_line, read_json
 from workbench.subjects.checkpoints import (
@@ -77,9 +77,9 @@ def subject(
 
     Parameters
     ----------
-    source : a built-in name, a folder written by `save_pretrained` or by the workbench, a hub id ("org/name"
-        or "hf:name"), "file.py:function" (a function of no arguments, or a value,
-        giving a Subject), or an `nn.Module`.
+    source : a built-in name, a folder written by `save_pretrained` or by the workbench, a GGUF file
+        ("model.gguf", dequantized), a hub id ("org/name" or "hf:name"), "file.py:function" (a function of
+        no arguments, or a value, giving a Subject), or an `nn.Module`.
     data : a CSV / JSONL / Parquet file, a hub data set id ("hf:name"), "random" (token ids or pixels: for
         shape and speed work only), or for a module a dict split -> dict of tensors, or a dict of tensors that
         is split here.
@@ -116,8 +116,11 @@ def subject(
     if match := re.fullmatch(r"(.+\.py):(\w+)", source):
         return from_file(Path(match[1]), match[2])
     folder = Path(source)
-    local = folder.is_dir()
-    if local:
+    packed = gguf_files.is_gguf(folder)
+    local = folder.is_dir() or packed
+    if packed:
+        gguf_files.check_gguf(folder)
+    elif local:
         check_folder(folder)
         if (folder / "workbench.json").is_file() and data is None:
             return from_saved(folder)
@@ -126,7 +129,7 @@ def subject(
             "subject",
             source,
             builtin_names(),
-            " (built-in), or a folder, a hub id (org/name or hf:name), or file.py:function",
+            " (built-in), or a folder, a GGUF file, a hub id (org/name or hf:name), or file.py:function",
         )
     return from_checkpoint(
         source if local else source.removeprefix("hf:"),
@@ -137,7 +140,7 @@ def subject(
         image_column,
         task,
         tokenizer,
-        name or (folder.name if local else source),
+        name or ((folder.stem if packed else folder.name) if local else source),
         max_length,
         max_examples,
         seed,

@@ -47,6 +47,14 @@ BUILTINS: dict[str, tuple[str, str, str]] = {
         "minilm",
         "the 22.7 M-parameter MiniLM-L6 BERT, fine-tuned to tell packages by their docstrings",
     ),
+    "smollm2": (
+        "smollm2",
+        "smollm2",
+        (
+            "the 135 M-parameter Llama-style SmolLM2, on documentation of installed packages; "
+            "its weights lie on a 4-bit grid in groups of 32"
+        ),
+    ),
 }
 
 

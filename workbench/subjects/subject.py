@@ -258,15 +258,19 @@ class Subject:
         in order, or shortest first.
         """
         columns = self.split(split)
-        total = min(self.size(split), limit or self.size(split))
         device = device or self.device
-        order = torch.arange(total)
-        lengths = self.task.lengths({k: v[:total] for k, v in columns.items()}) if by_length else None
-        if lengths is not None:
-            order = lengths.argsort(stable=True)
-        for rows in order.split(batch_size):
+        for rows in self.order(split, limit, by_length).split(batch_size):
             batch = {k: v[rows] for k, v in columns.items()}
             yield {k: v.to(device) for k, v in self.task.trimmed(batch).items()}
+
+    def order(self, split: str, limit: int | None = None, by_length: bool = False) -> Tensor:
+        """The rows of the first `limit` examples as `batches` gives them: in order, or shortest first."""
+        total = min(self.size(split), limit or self.size(split))
+        if by_length:
+            lengths = self.task.lengths({k: v[:total] for k, v in self.split(split).items()})
+            if lengths is not None:
+                return lengths.argsort(stable=True)
+        return torch.arange(total)
 
     # ---- measuring -----------------------------------------------------------------------------------------
     def loss(self, batch: Batch) -> Tensor:
@@ -279,9 +283,10 @@ class Subject:
         batch_size: int = 64,
         limit: int | None = None,
         progress: Progress | None = None,
+        seen: Callable[[Tensor, Any, Batch], None] | None = None,
     ) -> dict[str, float]:
-        """Mean loss and metrics over a split (perplexity for language models);
-        exact whatever the batch size.
+        """Mean loss and metrics over a split (perplexity for language models); exact whatever the batch size.
+        `seen` gets what a loss is measured of: the rows of the split, the task's output and the batch.
         """
         progress = progress or Progress()
         if self.task.targets in self.task.columns and self.task.targets not in self.split(split):
@@ -292,15 +297,15 @@ class Subject:
         sums: dict[str, float] = {}
         was_training, total, items = self.model.training, 0.0, 0
         self.model.eval()
-        count = -(-min(self.size(split), limit or self.size(split)) // batch_size)
+        rows = self.order(split, limit, by_length=True).split(batch_size)
         with torch.nn.utils.parametrize.cached(), unpadded(self.model):
-            for batch in progress.track(
-                self.batches(split, batch_size, limit, by_length=True), f"evaluate {split}", count
-            ):
+            batches = zip(rows, self.batches(split, batch_size, limit, by_length=True), strict=True)
+            for examples, batch in progress.track(batches, f"evaluate {split}", len(rows)):
                 weight = self.task.items(batch)
                 if weight == 0:
                     continue
-                loss, metrics = self.task.measured(self.model, batch)
+                watch = None if seen is None else functools.partial(seen, examples)
+                loss, metrics = self.task.measured(self.model, batch, watch)
                 total += loss * weight
                 items += weight
                 for key, value in metrics.items():

@@ -23,6 +23,8 @@ from workbench.subjects.columns import DECODED, SOURCE, TARGET, TEXT, Column, en
 from workbench.subjects.vocabulary import Unspoken, unspoken, wide
 
 Batch = dict[str, Tensor]
+#: Gets a batch's output (`Unspoken` of a language model) and the batch.
+Seen = Callable[[Any, Batch], None]
 Made = TypeVar("Made", bound="Task")
 
 
@@ -123,9 +125,13 @@ class Task:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.criterion(self.deferred(model, batch), batch)
 
-    def measured(self, model: nn.Module, batch: Batch) -> tuple[float, dict[str, float]]:
-        """(mean loss over the items, sums over items of each metric)."""
+    def measured(
+        self, model: nn.Module, batch: Batch, seen: Seen | None = None
+    ) -> tuple[float, dict[str, float]]:
+        """(mean loss over the items, sums over items of each metric); `seen` gets the output they are of."""
         output = self.output(model, batch)
+        if seen is not None:
+            seen(output, batch)
         return float(self.criterion(output, batch)), self.metrics(output, batch)
 
 
@@ -257,8 +263,12 @@ class LanguageModel(TokenTask):
             return {"accuracy": float(output.measured()[1])}
         return super().metrics(output, batch)
 
-    def measured(self, model: nn.Module, batch: Batch) -> tuple[float, dict[str, float]]:
+    def measured(
+        self, model: nn.Module, batch: Batch, seen: Seen | None = None
+    ) -> tuple[float, dict[str, float]]:
         output = self.deferred(model, batch)
+        if seen is not None:
+            seen(output, batch)
         if isinstance(output, Unspoken):
             loss, hits = output.measured()
             return float(loss), {"accuracy": float(hits)}

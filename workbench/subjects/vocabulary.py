@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import _get_current_function_mode_stack  # type: ignore[attr-defined]
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from workbench.kernels.training.linear_cross_entropy import (
@@ -196,10 +196,10 @@ def finisher(
 def forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, the module computes this instead."""
     before = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if before is not None:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before

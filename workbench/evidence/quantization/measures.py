@@ -68,7 +68,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "outlier-split": against(FOUR | {"activations.wide_share": 0.0625}, FOUR, test_examples=ROUNDED_INPUTS),
     "clipping-search": against({"range": "mse"}, NEAREST),
     "asymmetric-calibration": against(
-        {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True},
+        {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True, "target": "outputs"},
         {"rounding": "gptq", "format": "int2", "range": "mse"},
         ("bytelm",),
     ),

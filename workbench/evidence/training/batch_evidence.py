@@ -347,7 +347,7 @@ def adam_slope(name: str, progress: Progress) -> Record:
             learning_rate_points=6,
             batch_sizes=(8, 16, 32, 64, 128),
             seeds=3,
-            optimizer=optimizer,  # type: ignore[arg-type]
+            optimizer=optimizer,
             weight_decay=0.0,
             workers=1,
         )

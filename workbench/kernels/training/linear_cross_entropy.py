@@ -173,7 +173,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, vx: torch.Tensor | None, vw: torch.Tensor | None, vb: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    ) -> tuple[torch.Tensor | None, ...]:
         x, w, bias, g, y = ctx.saved_tensors
         settings: _Settings = ctx.settings
         wide, needs = widened(x), ctx.needs_input_grad

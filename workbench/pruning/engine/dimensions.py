@@ -19,6 +19,7 @@ from torch import Tensor
 from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.latency import count_flops
+from workbench.measures.reference import measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.pruning.axes import PATTERN
 from workbench.pruning.pattern import Dimension, Form
@@ -104,6 +105,7 @@ class Dimensions:
     def begin(self, on: Subject, progress: Progress) -> None:
         prune = self.prune
         self.on, self.progress = on, progress
+        reference_of(on, prune.test_split, progress=progress)
         self.dense_test = on.evaluated(prune.test_split, progress=progress)
         self.dense = on.copy()
         size = min(prune.pattern.options.batch_size, 16)
@@ -184,7 +186,8 @@ class Dimensions:
             )
             facts["measured_change"] = after - before
         if not progress.stopped:
-            facts |= on.evaluate(prune.test_split, progress=progress)
+            reference = reference_of(self.dense, prune.test_split, progress=progress)
+            facts |= measured_beside(reference, on, prune.test_split, progress=progress)
         tables = {"units": pd.DataFrame(self.lost, columns=["event", "group", "unit"])}
         if len(self.history) > 1:
             tables["schedule"] = pd.DataFrame(self.history)

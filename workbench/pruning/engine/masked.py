@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from workbench.measures.reference import measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.pruning.error_table import add_prediction, layer_table, packed_bytes
 from workbench.pruning.pattern import Pattern
@@ -31,6 +32,7 @@ class Masked:
     def begin(self, on: Subject, progress: Progress) -> None:
         self.on, self.progress = on, progress
         self.layers = on.layers(self.prune.layers)
+        reference_of(on, self.prune.test_split, progress=progress)
         self.dense_test = on.evaluated(self.prune.test_split, progress=progress)
         self.dense = on.copy()
         self.before = {layer.name: layer.weight.detach().clone() for layer in self.layers}
@@ -128,7 +130,8 @@ class Masked:
         }
         more = self.removed(facts)
         if not progress.stopped:
-            facts |= on.evaluate(prune.test_split, progress=progress)
+            reference = reference_of(self.dense, prune.test_split, progress=progress)
+            facts |= measured_beside(reference, on, prune.test_split, progress=progress)
         tables = {"schedule": pd.DataFrame(self.history)} if len(self.history) > 1 else {}
         if self.recovery is not None:
             tables["recovery"] = pd.DataFrame(self.recovery.curve)

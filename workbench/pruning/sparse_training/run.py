@@ -173,7 +173,7 @@ class Course:
         plan = self.plan
         if self.backward is not None:
             with self.backward:
-                return plan.objective(on, self.teacher, batch)  # type: ignore[no-any-return]
+                return plan.objective(on, self.teacher, batch)
         found: Tensor = plan.objective(on, self.teacher, batch)
         if self.masks == "gates":
             found = found + self.masks.options.penalty * block_movement.open_share(self.layers)

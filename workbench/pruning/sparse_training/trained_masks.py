@@ -77,7 +77,7 @@ class Selection(Change):
 
     def change(self, weight: Tensor) -> Tensor:
         scores = self.scores(weight)
-        return Choose.apply(weight, scores, self.choice(scores), self.through, self.decay)  # type: ignore[no-any-return]
+        return Choose.apply(weight, scores, self.choice(scores), self.through, self.decay)
 
     def config(self) -> dict[str, Any]:
         return {"pattern": self.pattern, "sparsity": self.sparsity}

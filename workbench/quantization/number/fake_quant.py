@@ -111,6 +111,9 @@ class FakeQuant(Change):
             inside = grid.transform.weight_back(inside)
         return inside + (rounded - inside).detach()
 
+    def stored_bytes(self, shape: tuple[int, ...], kept: int | None) -> float | None:
+        return self.grid.bytes(shape, kept)
+
     def config(self) -> dict[str, Any]:
         wide = {} if self.mask is None else {"wide_format": self.wide_format, "wide_group": self.wide_group}
         return {

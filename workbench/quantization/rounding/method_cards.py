@@ -81,7 +81,18 @@ METHODS: list[Method] = [
         "GPTQ against the dense output on quantized inputs has lower loss than GPTQ on dense inputs at 2 "
         "bits",
         None,
-        recipe=(("quantize", {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True}),),
+        recipe=(
+            (
+                "quantize",
+                {
+                    "rounding": "gptq",
+                    "format": "int2",
+                    "range": "mse",
+                    "sequential": True,
+                    "target": "outputs",
+                },
+            ),
+        ),
     ),
     Method(
         "cbq",
@@ -171,6 +182,7 @@ METHODS: list[Method] = [
                     "rounding": "scales",
                     "rounding.objective": "block",
                     "sequential": True,
+                    "target": "outputs",
                 },
             ),
         ),

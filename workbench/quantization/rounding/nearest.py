@@ -16,7 +16,7 @@ def rounded(problem: Problem, rounding: Choice | str, **options: Any) -> tuple[T
     """Values on a grid, and the grid, of any rounding; a learned one descends on the layer's own error."""
     chosen = ROUNDING.chosen(rounding, **options)
     made = chosen(problem)
-    return made.learned() if chosen.has("learned") else made  # type: ignore[no-any-return]
+    return made.learned() if chosen.has("learned") else made
 
 
 @ROUNDING.add(

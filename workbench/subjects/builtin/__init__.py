@@ -6,6 +6,7 @@
 | `bytelm`, `bytemoe` | `bytelm` | byte language models trained by the project, weights in `data/` |
 | `hidden-markov` | `hidden_markov` | sequences of a hidden Markov chain, a small GPT-2 without training |
 | `minilm-docstrings` | `minilm` | the MiniLM-L6 BERT telling packages apart by their docstrings |
+| `smollm2` | `smollm2` | SmolLM2-135M on documentation of installed packages; weights on a 4-bit grid |
 """
 
 from __future__ import annotations

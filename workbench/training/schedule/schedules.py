@@ -139,7 +139,7 @@ def sampled(
     for t in range(steps):
         values[t] = optimizer.param_groups[0]["lr"]
         optimizer.step()
-        scheduler.step()  # type: ignore[call-arg]
+        scheduler.step()
     return values
 
 

@@ -1,0 +1,86 @@
+"""What a run of `quantize` keeps of the layers that it has rounded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from workbench.quantization.activations.activations import widest
+from workbench.quantization.number.grid import Grid
+from workbench.quantization.quantize_settings import QuantizeSettings
+from workbench.quantization.quantized_layer import effective, layer_row, put
+from workbench.quantization.rounding.adapters import Term
+from workbench.quantization.transform.coordinates import Transform
+from workbench.statistics import InputMoments
+from workbench.subjects import Layer, Subject
+
+
+class Rounds:
+    """Rounded layers: their rows of the table, and what is asked of the dense ones afterwards.
+
+    Values are put in place at once, unless blocks are learned on the dense model's calls.
+    keeps_dense : keep the dense weights, for a prediction at them
+    wide : (in,) input features on the wider grid, by layer
+    """
+
+    def __init__(self, settings: QuantizeSettings, keeps_dense: bool) -> None:
+        self.settings, self.keeps_dense = settings, keeps_dense
+        self.at_once = settings.sequential or not settings.by_blocks
+        self.layers: list[Layer] = []
+        self.rows: list[dict[str, Any]] = []
+        self.transforms: dict[str, Transform | None] = {}
+        self.wide: dict[str, Tensor] = {}
+        self.dense: dict[str, Tensor] = {}
+        self.waiting: list[tuple[Layer, Tensor, Grid, Term | None]] = []
+
+    def add(self, layer: Layer, values: Tensor, grid: Grid, term: Term | None, moments: InputMoments) -> None:
+        """One layer's values (..., out, in), with the second moments of what it reads."""
+        weight = layer.weight.detach()
+        delta = effective(values, term) - weight.float()
+        self.layers.append(layer)
+        self.rows.append(layer_row(layer, weight.float(), delta, grid, moments, term))
+        self.transforms[layer.name] = transform = grid.transform
+        options = self.settings.activations.options
+        if self.settings.rounds_inputs and options.wide_share:
+            assert moments.gram is not None
+            moved = moments.gram[0] if transform is None else transform.gram(moments.gram[0])
+            self.wide[layer.name] = widest(moved, options.wide_share)
+        if not self.settings.sequential:
+            values = weight + delta.to(weight.dtype)
+            if term is not None:
+                values = values - (term[0] @ term[1]).to(values.dtype)
+        if not self.at_once:
+            self.waiting.append((layer, values, grid, term))
+            return
+        if self.keeps_dense:
+            self.dense[layer.name] = weight.clone()
+        put(layer, values, grid, term)
+
+    @contextlib.contextmanager
+    def dense_weights(self, on: Subject) -> Iterator[None]:
+        """Inside, `on` computes with its dense weights."""
+        from workbench.curvature.operators.weights import place_of, with_weights
+
+        layers = [layer for layer in self.layers if layer.name in self.dense]
+        values = [self.dense[layer.name] for layer in layers]
+        stored = [v.mT if layer.transposed else v for layer, v in zip(layers, values, strict=True)]
+        with with_weights(on.model, [place_of(layer) for layer in layers], stored):
+            yield
+
+    def deltas(self) -> dict[str, Tensor]:
+        """What rounding adds to each layer's weight (..., out, in)."""
+        if not self.at_once:
+            return {
+                layer.name: effective(values, term) - layer.weight.detach()
+                for layer, values, _, term in self.waiting
+            }
+        return {layer.name: layer.weight.detach() - self.dense[layer.name] for layer in self.layers}
+
+    def finish(self) -> None:
+        """Put in place what has waited, and let the dense weights go."""
+        for layer, values, grid, term in self.waiting:
+            put(layer, values, grid, term)
+        self.waiting, self.dense = [], {}
