@@ -12,10 +12,12 @@ validation messages and documentation are derived from them (see `Instrument.par
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -30,6 +32,35 @@ from workbench.results import Result
 from workbench.storage import CannotWrite, cache_folder
 from workbench.unfinished import journal
 from workbench.version import __version__, surroundings, threads, versions
+
+#: What numpy and torch say of an allocation that no machine can serve.
+TOO_LARGE = (
+    "allocate memory",
+    "out of memory",
+    "Unable to allocate",
+    "array is too big",
+    "Maximum allowed dimension",
+    "Maximum allowed size",
+    "size calculation overflowed",
+    "numel: integer multiplication overflow",
+)
+
+
+@contextlib.contextmanager
+def within_memory(name: str) -> Iterator[None]:
+    """One line for a request that does not fit in memory, whichever option asked for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError, OverflowError) as error:
+        said = str(error).strip().splitlines()
+        if isinstance(error, BadInput) or not (
+            isinstance(error, MemoryError) or any(part in line for line in said for part in TOO_LARGE)
+        ):
+            raise
+        raise BadInput(
+            f"{name}: needs more memory than there is ({said[0][:160] if said else 'out of memory'}); lower "
+            "the option that sizes it, such as a batch, a sample count, a length or a rank"
+        ) from None
 
 
 class Instrument(Fields):
@@ -141,7 +172,7 @@ class Instrument(Fields):
         torch.manual_seed(self.seed)
         np.random.seed(self.seed)
         began = time.perf_counter()
-        with interrupt_stops(progress):
+        with interrupt_stops(progress), within_memory(self.name()):
             result = self._explained(on, prepared, progress)
         if isinstance(progress, TextProgress):
             progress.close()

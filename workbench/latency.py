@@ -41,7 +41,7 @@ class Latency(SubjectInstrument):
     summary_line: ClassVar[str] = "measured milliseconds, memory, bytes and FLOPs of a subject"
 
     batch_size: int = parameter(16, "examples in the timed batch", ge=1, unit="examples")
-    repeats: int = parameter(11, "timed runs; the median and the quartiles are reported", ge=3)
+    repeats: int = parameter(11, "timed runs; the median and the quartiles are reported", ge=3, le=100_000)
     formats: bool = parameter(
         True, "also time every layer alone: dense, CSR, BSR and, on CUDA, 2:4 semi-structured"
     )

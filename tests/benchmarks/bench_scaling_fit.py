@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 from scipy import optimize
 
-from workbench.scaling.coverage import coverage
+from workbench.scaling.doubt.coverage import coverage
+from workbench.scaling.doubt.uncertainty import bootstrap
 from workbench.scaling.fitting import fit
 from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.objective import Objective
-from workbench.scaling.uncertainty import bootstrap
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "chinchilla_epoch" / "svg_extracted_data.csv"
 A_B, E, EXPONENT = np.arange(0, 26, 5.0), np.array([-1, -0.5, 0, 0.5, 1]), np.array([0, 0.5, 1, 1.5, 2])
@@ -85,7 +85,7 @@ def main() -> None:
             f"ratio {theirs / ours:.0f}"
         )
         seconds, drawn = timed(lambda: bootstrap(found, 1000))
-        print(f"1,000 bootstrap refits: {seconds:.2f} s, {drawn.dropped} not settled")
+        print(f"1,000 bootstrap refits: {seconds:.2f} s, {drawn.unsettled} not settled")
     else:
         print("no published run table beside the checkout: timings skipped")
     if arguments.coverage:

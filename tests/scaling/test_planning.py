@@ -7,11 +7,11 @@ from scipy import optimize
 
 from workbench.errors import BadInput
 from workbench.scaling import planning
+from workbench.scaling.doubt.uncertainty import bootstrap
 from workbench.scaling.fitting import fit
 from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.isoflop import budgets_of, envelope, exponent, optima, parabola_bias
 from workbench.scaling.planning import Draws
-from workbench.scaling.uncertainty import bootstrap
 
 TRUTH = dict(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.scaling.certificate import certify_values
+from workbench.scaling.doubt.certificate import certify_values
 from workbench.scaling.fitting import fit
 from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.objective import Objective, Problem

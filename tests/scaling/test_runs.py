@@ -155,7 +155,9 @@ def test_weights_and_biases_exports(tmp_path):
         }
     )
     runs.to_csv(tmp_path / "wandb_export.csv", index=False)
-    assert load_runs(tmp_path / "wandb_export.csv").table.loss.tolist() == [4.0, 2.9]
+    with pytest.warns(UserWarning, match=r"1 of 3 runs did not finish: 1 crashed \(rows 1\)"):
+        read = load_runs(tmp_path / "wandb_export.csv")
+    assert read.table.loss.tolist() == [4.0, 2.9] and read.left_out.status.tolist() == ["crashed"]
     history = pd.DataFrame(
         {
             "Step": [1, 2, 3],
@@ -209,7 +211,9 @@ def test_mlflow_database(tmp_path):
                 ('val_loss', 3.5, 0, 100, 0, 'u1'), ('val_loss', 3.1, 0, 200, 0, 'u4'),
                 ('val_loss', 3.0, 0, 1, 0, 'u2');
         """)
-    runs = load_runs(file)
+    with pytest.warns(UserWarning, match=r"1 of 3 runs did not finish: 1 failed \(rows 1\)"):
+        runs = load_runs(file)
+    assert runs.left_out.run.tolist() == ["b"] and runs.left_out.status.tolist() == ["failed"]
     assert runs.table[["params", "tokens", "loss"]].to_numpy().tolist() == [[1e7, 1e9, 3.5], [1e8, 2e9, 3.1]]
     with pytest.raises(BadInput, match="experiment: 'other'"):
         load_runs(file, experiment="other")

@@ -6,12 +6,12 @@ import pytest
 from scipy import stats
 
 from workbench.errors import BadInput
-from workbench.scaling.coverage import coverage, simulate
+from workbench.scaling.doubt.coverage import coverage, simulate
+from workbench.scaling.doubt.uncertainty import bootstrap, deviance_scale, influence, profile
 from workbench.scaling.fitting import fit
 from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective
-from workbench.scaling.uncertainty import bootstrap, deviance_scale, influence, profile
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_bootstrap_standard_errors_of_a_straight_line(line):
     found = fit(shape, data, Objective("squares", "linear"))
     for kind in ("runs", "residuals"):
         drawn = bootstrap(found, 2000, kind=kind)
-        assert drawn.dropped == 0
+        assert drawn.unsettled == 0
         sd = drawn.interval().set_index("parameter").sd
         assert sd["b"] == pytest.approx(oracle.stderr, rel=0.3)
         assert sd["a"] == pytest.approx(oracle.intercept_stderr, rel=0.3)
@@ -53,7 +53,7 @@ def test_every_resample_is_its_own_minimum(line):
     loss = simulate(shape, {"E": 1.8, "B": 2000, "beta": 0.37}, {"tokens": d}, 0.01, 1)[0]
     found = fit(shape, {"tokens": d, "loss": loss}, Objective("squares"))
     weights = np.random.default_rng(0).multinomial(25, np.full(25, 1 / 25), size=5).astype(float)
-    from workbench.scaling.uncertainty import refit
+    from workbench.scaling.doubt.uncertainty import refit
 
     theta, value, settled = refit(found.problem, weights, found.theta[None])
     assert settled.all()

@@ -9,6 +9,7 @@ Underneath, without the instruments: `fit(law("chinchilla"), runs)`, `bootstrap`
 """
 
 from workbench.scaling.comparison import compare, cross_validate, extrapolation, held_out
+from workbench.scaling.doubt.uncertainty import bootstrap, influence, profile
 from workbench.scaling.fitting import Fit, fit
 from workbench.scaling.formulas.lawbook import LAW, law, laws
 from workbench.scaling.formulas.laws import Law, Parameter
@@ -17,7 +18,6 @@ from workbench.scaling.planning import Draws, compute_optimal
 from workbench.scaling.runs import Runs
 from workbench.scaling.scaling_fit import ScalingFit
 from workbench.scaling.scaling_plan import ScalingPlan
-from workbench.scaling.uncertainty import bootstrap, influence, profile
 
 #: Runs from a file, a DataFrame or a mapping; see `Runs.open`.
 load_runs = Runs.open

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import BadInput
-from workbench.scaling.certificate import Certificate, certify
+from workbench.scaling.doubt.certificate import Certificate, certify
 from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective, Problem
 from workbench.scaling.projection import Projection, sample_starts
@@ -30,6 +30,9 @@ from workbench.scaling.solver import Solutions, descend, distinct, polish
 
 Array = np.ndarray
 DEFAULT_STARTS = 512
+#: Further steps for candidates whose objective is at most so many times the best and that are not at rest:
+#: a curved valley takes a thousand.
+POLISHING = ((1.5, 120), (1.001, 4000))
 
 
 @dataclass
@@ -159,6 +162,10 @@ def solve(
         )
     candidates = distinct(coarse, 1e-2)
     fine = polish(problem, coarse.theta[candidates], weights, stop=stop)
+    for times, steps in POLISHING:
+        go_on = np.flatnonzero(~fine.settled & (fine.value <= times * np.min(fine.value) + 1e-30))
+        if len(go_on):
+            fine = fine.replaced(go_on, polish(problem, fine.theta[go_on], weights, steps=steps, stop=stop))
     apart = distinct(fine, 1e-4)
     near = [i for i in apart if fine.value[i] <= 1.5 * fine.value[apart[0]] + 1e-30]
     near = [i for i in near if i == apart[0] or certify(problem, fine.theta[i], weights).converged]

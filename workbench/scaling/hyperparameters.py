@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import BadInput
+from workbench.scaling.doubt.uncertainty import bootstrap
 from workbench.scaling.fitting import fit
 from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.objective import Objective
-from workbench.scaling.uncertainty import bootstrap
 
 Array = np.ndarray
 REQUIRED = ("params", "tokens", "learning_rate", "batch_tokens", "loss")

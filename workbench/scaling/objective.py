@@ -205,11 +205,13 @@ class Problem:
             inside = np.broadcast_to((np.abs(r) <= d) * w, (n, self.rows))
             slope = np.clip(r, -d, d) * w
             jacobian = np.stack([np.broadcast_to(o, (n, self.rows)) for o in out[1 : 1 + p]], axis=1)
-            total = np.matmul(jacobian * inside[:, None, :], jacobian.transpose(0, 2, 1))
+            with np.errstate(all="ignore"):
+                total = np.matmul(jacobian * inside[:, None, :], jacobian.transpose(0, 2, 1))
             k = 1 + p
             for i in range(p):
                 for j in range(i, p):
-                    bend = (slope * out[k]).sum(1)
+                    with np.errstate(all="ignore"):
+                        bend = (slope * out[k]).sum(1)
                     total[:, i, j] += bend
                     if i != j:
                         total[:, j, i] += bend

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from workbench.errors import BadInput
+from workbench.scaling.doubt.uncertainty import Bootstrap
 from workbench.scaling.formulas.laws import Law
 from workbench.scaling.formulas.program import Program
-from workbench.scaling.uncertainty import Bootstrap
 
 Array = np.ndarray
 FLOPS_PER_PARAM_TOKEN = 6.0
@@ -161,7 +161,7 @@ def compute_optimal(
 
     def losses(log_n: Array) -> Array:
         n = np.exp(log_n)
-        return draws.loss({**(fixed or {}), **_model_columns(n, flops / (FLOPS_PER_PARAM_TOKEN * n))})
+        return draws.loss({**(fixed or {}), **model_columns(n, flops / (FLOPS_PER_PARAM_TOKEN * n))})
 
     log_n = np.linspace(np.log(size_range[0]), np.log(size_range[1]), points)
     coarse, _, inside = _minimise(losses(log_n), log_n)
@@ -179,7 +179,7 @@ def compute_optimal(
     return Plan(_summary(quantities, level), quantities, float(inside.mean()), note)
 
 
-def _model_columns(n: Array, d: Array) -> dict[str, Array]:
+def model_columns(n: Array, d: Array) -> dict[str, Array]:
     return {
         "params": n,
         "tokens": d,
@@ -219,7 +219,7 @@ def tokens_for_loss(
     low, high = np.full(n.shape, np.log(token_range[0])), np.full(n.shape, np.log(token_range[1]))
 
     def loss(log_d: Array) -> Array:
-        return draws.loss({**(fixed or {}), **_model_columns(n, np.exp(log_d))})
+        return draws.loss({**(fixed or {}), **model_columns(n, np.exp(log_d))})
 
     wanted = np.asarray(target, dtype=np.float64)[:, None]
     never, at_once = loss(high) > wanted, loss(low) <= wanted
@@ -355,7 +355,7 @@ def best_precision(
             if tokens is None:
                 raise BadInput("tokens: needed with memory_bytes (how long the model will be trained)")
             n = np.full(1, 8.0 * memory_bytes / bits)
-            losses.append(draws.loss({**point, **_model_columns(n, np.full(1, tokens))})[:, 0])
+            losses.append(draws.loss({**point, **model_columns(n, np.full(1, tokens))})[:, 0])
             sizes.append(np.full(len(draws.theta), n[0]))
         else:
             assert flops is not None
@@ -418,7 +418,7 @@ def trajectory(
     Columns tokens, loss, low, high.
     """
     d = np.geomspace(tokens / 100.0, tokens, points)
-    loss = draws.loss({**(fixed or {}), **_model_columns(np.full(points, params), d)})
+    loss = draws.loss({**(fixed or {}), **model_columns(np.full(points, params), d)})
     rest = loss[1:] if len(loss) > 1 else loss
     tail = (1 - level) / 2
     return pd.DataFrame(

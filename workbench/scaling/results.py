@@ -15,9 +15,9 @@ from workbench.errors import BadInput
 from workbench.results import Result, format_fact
 from workbench.scaling import figures
 from workbench.scaling.comparison import compute_of
+from workbench.scaling.doubt.prediction import PredictionIntervals
 from workbench.scaling.fitting import Fit
 from workbench.scaling.planning import Draws
-from workbench.scaling.uncertainty import Bootstrap
 
 Array = np.ndarray
 
@@ -44,28 +44,25 @@ class PlanView(BaseModel):
 
 
 def curve_tables(
-    found: Fit, drawn: Bootstrap | None, runs: pd.DataFrame, level: float, groups: int = 6, points: int = 60
+    found: Fit,
+    coming: PredictionIntervals,
+    runs: pd.DataFrame,
+    level: float,
+    groups: int = 6,
+    points: int = 60,
 ) -> dict[str, pd.DataFrame]:
-    """What the figures draw: the law along tokens for up to six sizes (with bands),
+    """What the figures draw: the law along tokens for up to six sizes (with bands for new runs),
     along sizes for up to six budgets, and over a grid.
 
     `curves`: group, x, loss, low, high; `isoflop_curves`: flops, params, loss, low, high; `contour`: params,
     tokens, loss. The law's other columns are held at their median.
     """
     law = found.law
-    draws = Draws.of(drawn if drawn is not None else found)
-    draws = Draws(law, draws.theta[:201])
     other = {c: float(np.median(runs[c])) for c in law.columns if c not in ("params", "tokens", "flops")}
-    tail = (1 - level) / 2
 
     def band(columns: dict[str, Any]) -> dict[str, Array]:
-        loss = draws.loss(other | columns)
-        rest = loss[1:] if len(loss) > 1 else loss
-        return {
-            "loss": loss[0],
-            "low": np.quantile(rest, tail, axis=0),
-            "high": np.quantile(rest, 1 - tail, axis=0),
-        }
+        made = coming.band(other | columns, level)
+        return {"loss": made.predicted.to_numpy(), "low": made.low.to_numpy(), "high": made.high.to_numpy()}
 
     tables: dict[str, pd.DataFrame] = {}
     axis = next(c for c in ("tokens", "flops", "params", *law.columns) if c in law.columns)

@@ -18,13 +18,14 @@ from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.comparison import compare, compute_of, extrapolation, held_out, information
+from workbench.scaling.doubt.prediction import PredictionIntervals, prediction_intervals
+from workbench.scaling.doubt.uncertainty import Bootstrap, bootstrap, influence, profile
 from workbench.scaling.fitting import Fit, columns_of, fit
 from workbench.scaling.formulas.lawbook import LAW, law
 from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import OBJECTIVE, Objective
 from workbench.scaling.results import ScalingFitResult, curve_tables
 from workbench.scaling.runs import Runs
-from workbench.scaling.uncertainty import Bootstrap, bootstrap, influence, profile
 
 Array = np.ndarray
 
@@ -64,7 +65,9 @@ class ScalingFit(Instrument):
     )
 
     checks: bool = parameter(
-        True, "also leave runs out one by one, predict held-out runs and compare with other laws (slower)"
+        True,
+        "also calibrate the bands on held-out compute, leave runs out one by one, predict held-out runs and "
+        "compare with other laws (slower)",
     )
 
     @classmethod
@@ -161,6 +164,14 @@ class ScalingFit(Instrument):
         kind: Literal["runs", "residuals"] = "residuals" if self.intervals == "residuals" else "runs"
         return bootstrap(found, self.resamples, self.seed, kind, stop)
 
+    def ahead(
+        self, found: Fit, drawn: Bootstrap | None, on: Any, keep: Array, stop: Callable[[], bool]
+    ) -> PredictionIntervals:
+        """Bands for runs to come, calibrated on the fitted ones if `checks`."""
+        table = getattr(on, "table", on)
+        fitted = {c: np.asarray(table[c])[keep] for c in table if c in ("flops", "params", "tokens")}
+        return prediction_intervals(found, fitted, drawn, self.seed, stop, calibrate=self.checks)
+
     def _run(self, on: Runs, progress: Progress) -> Result:
         steps = iter(
             progress.track(
@@ -173,6 +184,9 @@ class ScalingFit(Instrument):
         drawn = self.draws(found, lambda: progress.stopped)
         table, tables = self.intervals_of(found, drawn)
         tables["optima"] = found.optima
+        coming = self.ahead(found, drawn, on, keep, lambda: progress.stopped)
+        if len(coming.backtests):
+            tables["backtests"] = coming.backtests
         next(steps, None)
         if self.checks and not progress.stopped and found.problem.rows > found.problem.size + 1:
             rows = np.flatnonzero(keep)
@@ -184,15 +198,23 @@ class ScalingFit(Instrument):
         table_all = pd.DataFrame({c: np.asarray(on.table[c]) for c in on.table})
         predicted = found.predict(table_all)
         observed = table_all[found.law.target].to_numpy(dtype=np.float64)
+        band = coming.band(table_all, self.level)
         runs = table_all.select_dtypes("number").assign(
-            predicted=predicted, error=predicted / observed - 1, fitted=keep
+            predicted=predicted,
+            low=band.low.to_numpy(),
+            high=band.high.to_numpy(),
+            error=predicted / observed - 1,
+            fitted=keep,
         )
+        facts["scatter"], facts["band_factor"] = coming.scatter, coming.factor(self.level)
         tables["runs"] = runs
         left = np.isin(np.arange(len(keep)), np.array(self.exclude, dtype=int), invert=True)
         ahead = left if self.fit_below is None else left & (compute_of(table_all) > self.fit_below)
         if self.fit_below is not None and ahead.any():
             facts["held_out_runs"] = int(ahead.sum())
             facts["held_out_error"] = float(np.mean(np.abs(runs.error[ahead])))
+            inside = (runs.low <= observed) & (observed <= runs.high)
+            facts["held_out_inside_band"] = float(np.mean(inside[ahead]))
             facts["held_out_multiple"] = float(
                 compute_of(table_all)[ahead].max() / compute_of(table_all)[keep].max()
             )
@@ -202,7 +224,7 @@ class ScalingFit(Instrument):
             self._compare(on, keep, found, tables)
         next(steps, None)
         arrays = {"theta": found.theta, "draws": drawn.theta if drawn is not None else found.theta[None]}
-        tables |= curve_tables(found, drawn, runs, self.level)
+        tables |= curve_tables(found, coming, runs, self.level)
         for _ in steps:
             pass
         return self.result(table, facts, tables=tables, arrays=arrays)
@@ -257,8 +279,8 @@ class ScalingFit(Instrument):
                 "as many parameters as runs: the fit passes through the points and nothing can be said "
                 "about error"
             )
-        if drawn is not None and drawn.dropped:
-            facts["resamples_not_settled"] = drawn.dropped
+        if drawn is not None and drawn.unsettled:
+            facts["resamples_not_settled"] = drawn.unsettled
         return facts
 
     def _extrapolate(

@@ -8,7 +8,7 @@ the scaling):
 2. :func:`polish` uses the exact second derivatives and ends quadratically.
 
 A row is done when the decrease that the next step promises is negligible; what "done" proves is judged
-separately by :mod:`workbench.scaling.certificate`, never by the fact that the loop ended.
+separately by :mod:`workbench.scaling.doubt.certificate`, never by the fact that the loop ended.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import numpy as np
 from workbench.scaling.objective import Problem, Resample, Weights
 
 Array = np.ndarray
+#: Scaled curvature below this is what summing rounded numbers leaves.
+ROUNDING = 1e-13
 
 
 @dataclass
@@ -35,6 +37,13 @@ class Solutions:
 
     def __getitem__(self, rows: Array) -> Solutions:
         return Solutions(self.theta[rows], self.value[rows], self.settled[rows], self.steps[rows])
+
+    def replaced(self, rows: Array, others: Solutions) -> Solutions:
+        """The same with `others` at `rows`; steps are added up."""
+        found = Solutions(self.theta.copy(), self.value.copy(), self.settled.copy(), self.steps.copy())
+        found.theta[rows], found.value[rows], found.settled[rows] = others.theta, others.value, others.settled
+        found.steps[rows] += others.steps
+        return found
 
     @property
     def best(self) -> int:
@@ -64,7 +73,10 @@ def _step(
     bad = ~(np.isfinite(h).all((1, 2)) & np.isfinite(g).all(1))
     if bad.any():
         h[bad], g[bad] = np.eye(p), 0.0
-    move = np.linalg.solve(h, -g[:, :, None])[:, :, 0]
+    try:
+        move = np.linalg.solve(h, -g[:, :, None])[:, :, 0]
+    except np.linalg.LinAlgError:  # singular to the last bit in one row
+        move = np.matmul(np.linalg.pinv(h, hermitian=True), -g[:, :, None])[:, :, 0]
     promised = -(g * move).sum(1) - 0.5 * (move * np.matmul(h, move[:, :, None])[:, :, 0]).sum(1)
     move = move * scale
     # a nearly flat direction must not throw the others out of the region where the model means anything
@@ -143,7 +155,7 @@ def polish(
     """
     low, high = _bounds(problem, len(theta), bounds)
     theta = np.clip(np.array(theta, dtype=np.float64), low, high)
-    s, p = theta.shape
+    s = len(theta)
     value, gradient, majorant = problem.linearise(theta, weights)
     hessian = problem.hessian(theta, weights)
     damping, growth = np.zeros(s), np.full(s, 2.0)
@@ -155,13 +167,12 @@ def polish(
             break
         metric = np.einsum("spp->sp", majorant[rows])
         scale = 1.0 / np.sqrt(np.where(metric > 0, metric, 1.0))
-        with np.errstate(invalid="ignore"):
-            scaled = hessian[rows] * scale[:, :, None] * scale[:, None, :]
-        scaled[~np.isfinite(scaled).all((1, 2))] = np.eye(p)
-        lowest = np.linalg.eigvalsh(scaled)[:, 0]
-        shift = damping[rows] + np.where(lowest < 1e-10, 1e-6 - 1.5 * lowest, 0.0)
+        pinned = ((theta[rows] <= low[rows]) & (gradient[rows] > 0)) | (
+            (theta[rows] >= high[rows]) & (gradient[rows] < 0)
+        )
+        bent = _downhill(hessian[rows], scale, ~pinned)
         move, promised = _step(
-            gradient[rows], hessian[rows], metric, shift, theta[rows], low[rows], high[rows]
+            gradient[rows], bent, metric, damping[rows], theta[rows], low[rows], high[rows]
         )
         quiet = promised <= tolerance * value[rows] + 1e-300
         settled[rows[quiet & (damping[rows] < 1.0)]] = True
@@ -183,10 +194,10 @@ def polish(
             hessian[kept] = problem.hessian(trial[good], _take(w, good))
         taken[kept] += 1
         damping[kept] = np.where(gain[good] > 0.5, damping[kept] * 0.2, damping[kept])
-        damping[kept[damping[kept] < 1e-9]] = 0.0
+        damping[kept[damping[kept] < ROUNDING]] = 0.0
         growth[kept] = 2.0
         lost = rows[~good]
-        damping[lost] = np.maximum(damping[lost], 1e-4) * growth[lost]
+        damping[lost] = np.maximum(damping[lost], 10 * ROUNDING) * growth[lost]
         growth[lost] *= 2.0
         stuck = lost[damping[lost] > 1e12]
         done[stuck] = True
@@ -194,6 +205,23 @@ def polish(
             True  # no downhill step in any direction of the model: at rounding error, the certificate decides
         )
     return Solutions(theta, value, settled, taken)
+
+
+def _downhill(hessian: Array, scale: Array, free: Array) -> Array:
+    """(s, p, p) curvature with every eigenvalue made positive (saddle-free Newton, Dauphin et al. 2014), in
+    scaled coordinates and over the free parameters only; its size along a valley stays what it is, so that
+    a curved one is not crept through.
+    """
+    with np.errstate(invalid="ignore"):
+        scaled = hessian * scale[:, :, None] * scale[:, None, :]
+    scaled = scaled * free[:, :, None] * free[:, None, :]
+    scaled[~np.isfinite(scaled).all((1, 2))] = np.eye(scaled.shape[1])
+    values, vectors = np.linalg.eigh(scaled)
+    size = np.abs(values)
+    size = np.maximum(size, ROUNDING * np.maximum(size.max(1, keepdims=True), 1.0))
+    bent = np.matmul(vectors * size[:, None, :], vectors.transpose(0, 2, 1))
+    with np.errstate(all="ignore"):  # undefined rows stay undefined, and take no step
+        return bent / (scale[:, :, None] * scale[:, None, :])
 
 
 def distinct(solutions: Solutions, tolerance: float = 1e-3) -> Array:

@@ -28,6 +28,10 @@ from workbench.errors import BadInput
 Array = np.ndarray
 MAX_CHARACTERS = 4000
 MAX_NODES = 2000
+#: Longest chain of operations; deeper ones would exhaust the interpreter's stack when differentiated.
+MAX_DEPTH = 150
+#: Distinct operations of a graph with all its derivatives; a law of published size has a few thousand.
+MAX_GRAPH = 20_000
 
 
 def _sigmoid(x: Array) -> Array:
@@ -60,6 +64,7 @@ BINARY: dict[str, Callable[..., Array]] = {
     "min": np.minimum,
     "max": np.maximum,
 }
+LEAVES = ("const", "column", "parameter")
 CONSTANT_NAMES = {"pi": float(np.pi)}
 CALLABLE = sorted([*FUNCTIONS, "log2", "log10", "min", "max", "where"])
 
@@ -74,22 +79,31 @@ class Graph:
         self._index: dict[tuple[Any, ...], int] = {}
         self._derivatives: dict[tuple[int, str], int] = {}
         self._parameters: list[frozenset[str]] = []
+        self._depths: list[int] = []
+        self._positives: dict[int, bool] = {}
+        self._logs: dict[int, int] = {}
 
     def _node(self, *definition: Any) -> int:
         found = self._index.get(definition)
         if found is not None:
             return found
-        if len(self.nodes) > 50 * MAX_NODES:
-            raise BadInput("formula: too large after differentiation; shorten it or name fewer parameters")
+        if len(self.nodes) >= MAX_GRAPH:
+            raise BadInput(
+                f"formula: more than {MAX_GRAPH:,} operations with its derivatives; shorten it or name fewer "
+                "parameters"
+            )
+        nodes = (
+            () if definition[0] in LEAVES else definition[2:] if definition[0] == "call" else definition[1:]
+        )
+        depth = 1 + max((self._depths[i] for i in nodes), default=0)
+        if depth > 4 * MAX_DEPTH:
+            raise BadInput(f"formula: chains of more than {4 * MAX_DEPTH} operations; shorten it")
         self.nodes.append(definition)
+        self._depths.append(depth)
         self._index[definition] = len(self.nodes) - 1
-        operation = definition[0]
-        if operation == "parameter":
+        if definition[0] == "parameter":
             self._parameters.append(frozenset([definition[1]]))
-        elif operation in ("const", "column"):
-            self._parameters.append(frozenset())
         else:
-            nodes = definition[2:] if operation == "call" else definition[1:]
             self._parameters.append(frozenset().union(*(self._parameters[i] for i in nodes)))
         return len(self.nodes) - 1
 
@@ -217,8 +231,13 @@ class Graph:
 
     def log(self, a: int) -> int:
         """log with the two rewrites that keep columns apart from parameters:
-        log exp x = x, log(x / y) = log x - log y.
+        log exp x = x, log(x / y) = log x - log y. Each node of a shared graph is rewritten once.
         """
+        if a not in self._logs:
+            self._logs[a] = self._log(a)
+        return self._logs[a]
+
+    def _log(self, a: int) -> int:
         definition = self.nodes[a]
         if definition[0] == "call" and definition[1] == "exp":
             return definition[2]
@@ -232,6 +251,11 @@ class Graph:
         return self.call("log", a)
 
     def _positive(self, node: int) -> bool:
+        if node not in self._positives:
+            self._positives[node] = self._seen_positive(node)
+        return self._positives[node]
+
+    def _seen_positive(self, node: int) -> bool:
         definition = self.nodes[node]
         if definition[0] == "const":
             return definition[1] > 0
@@ -330,6 +354,14 @@ def parse(text: str, graph: Graph, columns: Iterable[str], bindings: Mapping[str
     data = set(columns)
     if sum(1 for part in body for _ in ast.walk(part)) > MAX_NODES:
         raise BadInput(f"formula: more than {MAX_NODES} parts; shorten it")
+    depth, level = 0, list[ast.AST](body)
+    while level:
+        depth, level = depth + 1, [child for part in level for child in ast.iter_child_nodes(part)]
+    if depth > MAX_DEPTH:
+        raise BadInput(
+            f"formula: nested {depth} deep, at most {MAX_DEPTH} are accepted; name intermediate results on "
+            "their own lines"
+        )
     for statement in body[:-1]:
         if not (
             isinstance(statement, ast.Assign)

@@ -180,6 +180,13 @@ class Law:
         else:
             node = parse(formula, graph, known)
         found, used = sorted(graph.parameters_in(node)), sorted(graph.columns_in(node))
+        if target in used:
+            raise BadInput(f"formula: {target} is what the law predicts, it cannot be one of its columns")
+        if found and not used:
+            raise BadInput(
+                f"formula: names no column of the runs, only parameters ({', '.join(found)}); write e.g. "
+                "'E + A/params**alpha'"
+            )
         if not found:
             raise BadInput(f"formula: has no free parameter (columns: {', '.join(used) or 'none'})")
         if isinstance(parameters, Mapping) or parameters is None:

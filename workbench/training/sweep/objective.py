@@ -172,10 +172,24 @@ def swept(
         note=note,
     )
     table = sweep.run(workers=workers, backend=backend, progress=progress, on_change=on_change)
+    check_stands(table, label, progress.stopped)
     for column in ("value", "test", "diverged"):
         if column not in table:
             table[column] = math.nan
     return table
+
+
+def check_stands(table: pd.DataFrame, label: str, stopped: bool) -> None:
+    """`BadInput` for a sweep without a single finished trial: nothing can be concluded from it."""
+    states = table.state if "state" in table else pd.Series([], dtype=object)
+    if (states == "done").any() or stopped:
+        return
+    said = [str(words) for words in table.error.dropna().unique()] if "error" in table else []
+    counted = ", ".join(f"{n} {word}" for word, n in states.value_counts().items()) or "there is none"
+    raise BadInput(
+        f"{label}: no trial finished ({counted}){'; ' + said[0].splitlines()[0][:200] if said else ''}; mend "
+        "the settings, or the cause of the failure, and run it again"
+    )
 
 
 def language_subject(width: int = 48, layers: int = 2, context: int = 64, corpus: str = "bytelm") -> Subject:

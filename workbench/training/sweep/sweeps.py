@@ -27,12 +27,18 @@ import pandas as pd
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.storage import cache_folder
-from workbench.training.sweep.trial_ledger import Claim, Ledger, engine_options, owner_name, patiently
+from workbench.training.sweep.trial_ledger import (
+    ATTEMPTS,
+    Claim,
+    Ledger,
+    engine_options,
+    owner_name,
+    patiently,
+)
 
 Sampling = Literal["grid", "random", "tpe"]
 #: An objective gets the parameters and a `Trial`; it returns facts, of which `value` is minimised.
 Objective = Callable[[dict[str, Any], "Trial"], Mapping[str, Any]]
-ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -237,17 +243,30 @@ class Sweep:
         errors: list[BaseException] = []
         driver = uuid.uuid4().hex[:12]
 
+        def lives(calls: list[int | None]) -> list[int] | None:
+            """Run workers; the trials that were running when one was killed and took the pool along."""
+            try:
+                with joblib.parallel_config(backend=backend, n_jobs=workers):
+                    joblib.Parallel()(joblib.delayed(self.work)(driver, only=only) for only in calls)
+            except TerminatedWorkerError:
+                return ledger.release(driver)
+            return None
+
         def drive() -> None:
-            for _ in range(1 + ATTEMPTS * workers):
-                try:
-                    with joblib.parallel_config(backend=backend, n_jobs=workers):
-                        joblib.Parallel()(joblib.delayed(self.work)(driver) for _ in range(workers))
-                except TerminatedWorkerError:
-                    ledger.release(driver)  # one worker was killed and took the pool along: start it again
-                    continue
-                except BaseException as error:
-                    errors.append(error)
-                return
+            idle = 0
+            try:
+                while (lost := lives([None] * workers)) is not None:
+                    idle = 0 if lost else idle + 1
+                    if idle == ATTEMPTS:
+                        raise BadInput(
+                            "workers: they die before they take a trial; run with workers=1 to see why"
+                        )
+                    for number in lost:  # alone, so that only the one that kills is blamed
+                        for _ in range(ATTEMPTS):
+                            if not lives([number]):
+                                break
+            except BaseException as error:
+                errors.append(error)
 
         thread = threading.Thread(target=drive, daemon=True)
         thread.start()
@@ -272,9 +291,13 @@ class Sweep:
         self._shown = done
 
     def work(
-        self, driver: str, on_done: Callable[[], None] | None = None, progress: Progress | None = None
+        self,
+        driver: str,
+        on_done: Callable[[], None] | None = None,
+        progress: Progress | None = None,
+        only: int | None = None,
     ) -> int:
-        """What one worker does: claim, run, record, until nothing is left.
+        """What one worker does: claim, run, record, until nothing is left (or that one trial `only`).
         Returns how many results it recorded.
         """
         ledger, owner, recorded = self.open(), owner_name(driver), 0
@@ -282,7 +305,7 @@ class Sweep:
         assert found is not None
         study = patiently(lambda: self._optuna(found[1]), racing=True)
         while not ledger.stopped() and not (progress is not None and progress.stopped):
-            claim = ledger.claim(owner)
+            claim = ledger.claim(owner, only)
             if claim is None:
                 break
             recorded += self._run_one(ledger, study, claim, owner, progress)
@@ -313,7 +336,7 @@ class Sweep:
                     return 0
                 state, facts = "failed", {"error": f"{type(error).__name__}: {error}"}
         if inner.partial:
-            ledger.give_back(claim.number, owner)
+            ledger.give_back(claim.number, owner, begun=False)
             return 0
         value = float(facts.get("value", math.nan))
         facts["diverged"] = bool(facts.get("diverged", False)) or (

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sql
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 
+from workbench.errors import BadInput
 from workbench.results import plain
 
 Value = TypeVar("Value")
@@ -49,11 +50,58 @@ TRIALS = sql.Table(
 #: A claim without a heartbeat for this long is abandoned (a dead process of this machine is noticed at once).
 STALE = 30.0
 PATIENCE = 90.0
+#: Times that a trial may be begun before it counts as failed.
+ATTEMPTS = 3
+#: What a database says when waiting cannot help.
+PERMANENT = (
+    "unable to open database file",
+    "file is not a database",
+    "disk image is malformed",
+    "readonly database",
+    "read-only",
+    "disk is full",
+    "no space left",
+    "authentication failed",
+    "no password supplied",
+    "no pg_hba.conf entry",
+    "permission denied",
+    "access denied",
+    "could not translate host name",
+    "name or service not known",
+    "nodename nor servname",
+    "failed to resolve host",
+    "unknown database",
+)
+#: The server's own clock in seconds, so that a worker whose clock is wrong takes nobody's trial.
+CLOCKS = {
+    "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
+    "postgresql": "extract(epoch from clock_timestamp())",
+    "mysql": "unix_timestamp(now(6))",
+    "mariadb": "unix_timestamp(now(6))",
+}
+
+
+def permanent(error: Exception) -> str:
+    """The line of a database's complaint that no waiting mends, or nothing."""
+    said = [line.strip() for line in str(getattr(error, "orig", None) or error).splitlines() if line.strip()]
+    for line in said:
+        low = line.lower()
+        missing = "does not exist" in low and any(word in low for word in ("database", "role", "user"))
+        if missing or any(part in low for part in PERMANENT):
+            return line[:200]
+    return ""
+
+
+def storage_error(line: str) -> BadInput:
+    return BadInput(
+        f"storage: {line}; give an SQLAlchemy URL of a database that exists and may be written, such as "
+        "sqlite:///sweep.sqlite or postgresql+psycopg://user:password@host/database"
+    )
 
 
 def patiently(action: Callable[[], Value], patience: float = PATIENCE, racing: bool = False) -> Value:
     """Repeat a database action while the server is away or busy (a restart, a lock),
-    up to `patience` seconds.
+    up to `patience` seconds; `BadInput` at once for what waiting does not mend, and when patience ends.
 
     racing : also when somebody else inserted the same row first,
         as two workers do that create optuna's tables at once.
@@ -65,8 +113,16 @@ def patiently(action: Callable[[], Value], patience: float = PATIENCE, racing: b
         try:
             return action()
         except (DBAPIError, StorageInternalError) as error:
-            if time.monotonic() > until or (isinstance(error, IntegrityError) and not racing):
+            line = permanent(error.__cause__ if isinstance(error, StorageInternalError) else error)  # type: ignore[arg-type]
+            if line:
+                raise storage_error(line) from None
+            if isinstance(error, IntegrityError) and not racing:
                 raise
+            if time.monotonic() > until:
+                said = str(getattr(error, "orig", None) or error).strip().splitlines()
+                raise storage_error(
+                    f"{said[0][:160] if said else error!r} (tried for {patience:g} s)"
+                ) from None
             time.sleep(pause)
             pause = min(pause * 2, 1.0)
 
@@ -94,6 +150,14 @@ def alive(owner: str) -> bool:
     return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
+#: States of a trial that has no result yet. A suspect's worker died, perhaps by its doing.
+OPEN = ("waiting", "running", "suspect")
+POISONED = (
+    f"its worker died {ATTEMPTS} times (out of memory, or a crash of compiled code); run it alone to see, or "
+    "leave its settings out"
+)
+
+
 @dataclass
 class Claim:
     number: int
@@ -107,7 +171,14 @@ class Ledger:
 
     def __init__(self, url: str, study: str) -> None:
         self.url, self.study = url, study
-        self.engine = sql.create_engine(url, **engine_options(url))
+        try:
+            self.engine = sql.create_engine(url, **engine_options(url))
+        except (ArgumentError, ImportError, ValueError) as error:  # no URL, or its driver is not installed
+            raise storage_error(str(error).splitlines()[0][:160]) from None
+        clock = CLOCKS.get(self.engine.dialect.name)
+        if clock is None:
+            raise storage_error(f"{self.engine.dialect.name} is not supported")
+        self.clock = sql.literal_column(clock, sql.Float)
         if url.startswith("sqlite"):
             sql.event.listen(
                 self.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=NORMAL")
@@ -170,39 +241,41 @@ class Ledger:
 
         return patiently(write)
 
-    def claim(self, owner: str) -> Claim | None:
-        """The next trial that nobody runs, or None when there is none left; abandoned ones come back."""
+    def claim(self, owner: str, only: int | None = None) -> Claim | None:
+        """The next trial that nobody runs (or that one `only`), or None when there is none left.
+
+        Abandoned ones come back; those that crashed their workers wait until nothing else is left, and one
+        that was begun `ATTEMPTS` times without an end is marked as failed.
+        """
 
         def attempt() -> Claim | bool | None:
             with self.engine.connect() as connection:
-                where = (TRIALS.c.study == self.study) & TRIALS.c.state.in_(("waiting", "running"))
+                where = (TRIALS.c.study == self.study) & TRIALS.c.state.in_(OPEN)
+                if only is not None:
+                    where &= TRIALS.c.number == only
                 rows = connection.execute(sql.select(TRIALS).where(where).order_by(TRIALS.c.number)).all()
-            now, found = time.time(), False
-            for row in rows:
+                now = float(connection.execute(sql.select(self.clock)).scalar_one())
+            found = False
+            for row in sorted(rows, key=lambda row: row.state == "suspect"):
                 if row.state == "running" and row.beat > now - STALE and alive(row.owner):
                     continue
                 found = True
-                same = (TRIALS.c.study == self.study) & (TRIALS.c.number == row.number)
                 unchanged = (
-                    (TRIALS.c.state == row.state)
+                    (TRIALS.c.study == self.study)
+                    & (TRIALS.c.number == row.number)
+                    & (TRIALS.c.state == row.state)
                     & (TRIALS.c.owner == row.owner)
                     & (TRIALS.c.attempts == row.attempts)
                 )
                 if row.state == "running":
                     unchanged &= TRIALS.c.beat == row.beat
-                with self.engine.begin() as connection:
-                    change = (
-                        sql.update(TRIALS)
-                        .where(same & unchanged)
-                        .values(state="running", owner=owner, beat=now, attempts=row.attempts + 1)
-                    )
-                    if connection.execute(change).rowcount == 1:
-                        return Claim(
-                            row.number,
-                            json.loads(row.params) if row.params else None,
-                            row.optuna,
-                            row.attempts + 1,
-                        )
+                if row.state in ("running", "suspect") and row.attempts >= ATTEMPTS:
+                    self._update(unchanged, state="failed", result=json.dumps({"error": POISONED}))
+                    continue
+                taken = {"state": "running", "owner": owner, "beat": self.clock, "attempts": row.attempts + 1}
+                if self._update(unchanged, **taken):
+                    params = json.loads(row.params) if row.params else None
+                    return Claim(row.number, params, row.optuna, row.attempts + 1)
             return found  # True: lost every race, look again
 
         while True:
@@ -232,7 +305,7 @@ class Ledger:
 
     def beat(self, number: int, owner: str) -> bool:
         """Keep a claim; False when it was lost."""
-        return self._update(self._mine(number, owner), beat=time.time())
+        return self._update(self._mine(number, owner), beat=self.clock)
 
     def finish(self, number: int, owner: str, state: str, result: dict[str, Any], seconds: float) -> bool:
         """Record the one result of a trial; False when the claim was lost, and then nothing is recorded."""
@@ -240,22 +313,26 @@ class Ledger:
             self._mine(number, owner), state=state, result=json.dumps(result, default=plain), seconds=seconds
         )
 
-    def give_back(self, number: int, owner: str) -> bool:
-        return self._update(self._mine(number, owner), state="waiting", owner="")
+    def give_back(self, number: int, owner: str, begun: bool = True) -> bool:
+        """Return a claim; `begun` False when it was only stopped, which is no attempt."""
+        attempts = {} if begun else {"attempts": TRIALS.c.attempts - 1}
+        return self._update(self._mine(number, owner), state="waiting", owner="", **attempts)
 
-    def release(self, driver: str) -> None:
-        """Return what the dead workers of one driver were running."""
+    def release(self, driver: str) -> list[int]:
+        """Suspect what the dead workers of one driver were running: the numbers."""
+        mine = (
+            (TRIALS.c.study == self.study)
+            & (TRIALS.c.state == "running")
+            & TRIALS.c.owner.like(f"%|{driver}")
+        )
 
-        def write() -> None:
+        def write() -> list[int]:
             with self.engine.begin() as connection:
-                where = (
-                    (TRIALS.c.study == self.study)
-                    & (TRIALS.c.state == "running")
-                    & TRIALS.c.owner.like(f"%|{driver}")
-                )
-                connection.execute(sql.update(TRIALS).where(where).values(state="waiting", owner=""))
+                numbers = [n for (n,) in connection.execute(sql.select(TRIALS.c.number).where(mine))]
+                connection.execute(sql.update(TRIALS).where(mine).values(state="suspect", owner=""))
+                return numbers
 
-        patiently(write)
+        return patiently(write)
 
     def stop(self, value: bool) -> None:
         def write() -> None:

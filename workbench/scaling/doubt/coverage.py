@@ -12,12 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from workbench.scaling.certificate import certify
+from workbench.scaling.doubt.certificate import certify
+from workbench.scaling.doubt.uncertainty import bootstrap, profile, refit
 from workbench.scaling.fitting import Fit
 from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective, Problem, Resample
 from workbench.scaling.solver import descend
-from workbench.scaling.uncertainty import bootstrap, profile, refit
 
 Array = np.ndarray
 

@@ -21,16 +21,20 @@ Array = np.ndarray
 SLOPE_LIMIT = 1e-5
 #: Scaled curvature below this share of the largest is a direction that the data leave open.
 FLAT_LIMIT = 1e-4
+#: A minimum lies where one more Newton step promises less than this share of the objective,
+GAIN_LIMIT = 1e-6
+#: and where the smallest scaled curvature exceeds what summing rounded numbers leaves.
+CURVATURE_LIMIT = 1e-12
 
 
 @dataclass(frozen=True)
 class Certificate:
     """slope: largest relative gradient; curvature: smallest eigenvalue of the Hessian scaled to unit diagonal
-    (positive at a minimum); condition: largest over smallest; flat: parameter combinations that are hardly
-    determined, as text; starts, reached: how many starts, and the share that ended within 0.1 % of the best
-    objective; at_bound: parameters that ended on a limit of their range; idle: parameters that do not change
-    the prediction there, so that a zero slope proves nothing; gain:
-    relative decrease that one more Newton step promises.
+    (beyond rounding at a minimum); condition: largest over smallest; flat: combinations of parameters that
+    are hardly determined, as text; starts, reached: how many starts, and the share that ended within 0.1 %
+    of the best objective; at_bound: parameters that ended on a limit of their range; idle: parameters that do
+    not change the prediction there, so that a zero slope proves nothing; gain: relative decrease that one
+    more Newton step promises.
     """
 
     slope: float
@@ -47,7 +51,11 @@ class Certificate:
 
     @property
     def converged(self) -> bool:
-        return not self.idle and (self.exact or (self.slope <= SLOPE_LIMIT and self.curvature > -1e-9))
+        """A minimum: no slope, nothing left to gain, and a curvature that rounding cannot explain."""
+        return not self.idle and (
+            self.exact
+            or (self.slope <= SLOPE_LIMIT and self.gain < GAIN_LIMIT and self.curvature > CURVATURE_LIMIT)
+        )
 
     @property
     def text(self) -> str:
@@ -61,7 +69,9 @@ class Certificate:
             why = (
                 f"slope {self.slope:.1e} (limit {SLOPE_LIMIT:.0e})"
                 if self.slope > SLOPE_LIMIT
-                else f"curvature {self.curvature:.1e} < 0"
+                else f"curvature {self.curvature:.1e} is none beyond rounding (a plateau or a saddle)"
+                if self.curvature <= CURVATURE_LIMIT
+                else f"a gain is left (limit {100 * GAIN_LIMIT:g} %)"
             )
             return (
                 f"NOT converged: {why}; one Newton step promises to lower the objective by "

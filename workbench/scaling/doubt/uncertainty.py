@@ -16,9 +16,13 @@ import pandas as pd
 from workbench.errors import BadInput
 from workbench.scaling.fitting import Fit
 from workbench.scaling.objective import Problem, Resample
-from workbench.scaling.solver import descend, polish
+from workbench.scaling.solver import Solutions, descend, polish
 
 Array = np.ndarray
+#: Further Newton steps for refits that are not at rest after the first sixty.
+REFIT_STEPS = 600
+#: Residuals below this share of the observations are rounding: the runs lie on the law.
+EXACT = 1e-9
 
 
 def refit(
@@ -27,10 +31,12 @@ def refit(
     guesses: Array,
     stop: Callable[[], bool] | None = None,
     bounds: tuple[Array, Array] | None = None,
+    patience: int = REFIT_STEPS,
 ) -> tuple[Array, Array, Array]:
     """Minimise once per row of the resampled data (s, rows), from every guess (g, p); the best of each.
 
-    Returns theta (s, p), internal objective (s,), settled (s,).
+    Rows that are not at rest are polished on for `patience` steps, and then refitted from the ends of the
+    others. Returns theta (s, p), internal objective (s,), settled (s,): every row has an end, settled or not.
     """
     data = data if isinstance(data, Resample) else Resample(weights=data)
     filled = data.weights if data.weights is not None else data.shift
@@ -43,18 +49,40 @@ def refit(
     )
     best = np.argmin(rough.value.reshape(s, g), axis=1) + g * np.arange(s)
     end = polish(problem, rough.theta[best], data, steps=60, tolerance=1e-9, bounds=bounds, stop=stop)
+
+    def again(rows: Array, theta: Array) -> Solutions:
+        at = None if bounds is None else (bounds[0][rows], bounds[1][rows])
+        return polish(problem, theta, data.take(rows), patience, 1e-9, at, stop)
+
+    rows = np.flatnonzero(~end.settled)
+    if len(rows) and patience:
+        end = end.replaced(rows, again(rows, end.theta[rows]))
+    rows = np.flatnonzero(~end.settled)
+    if len(rows) and len(rows) < s and patience:
+        middle = np.median(end.theta[end.settled], axis=0)
+        start = descend(
+            problem,
+            np.tile(middle, (len(rows), 1)),
+            data.take(rows),
+            steps=60,
+            bounds=None if bounds is None else (bounds[0][rows], bounds[1][rows]),
+            stop=stop,
+        )
+        other = again(rows, start.theta)
+        better = other.value <= end.value[rows]
+        end = end.replaced(rows[better], other[better])
     return end.theta, end.value, end.settled
 
 
 @dataclass
 class Bootstrap:
-    """Refits on resampled runs. theta (resamples, p) working coordinates; `dropped`:
-    resamples that did not settle.
+    """Refits on resampled runs. theta (resamples, p) working coordinates, every resample in it; `unsettled`:
+    how many of them had not come to rest (their best point counts in every interval).
     """
 
     fit: Fit
     theta: Array
-    dropped: int
+    unsettled: int
     kind: str
 
     @property
@@ -88,7 +116,9 @@ class Bootstrap:
     def correlation(self) -> pd.DataFrame:
         """Correlation of the parameters across resamples, in working coordinates."""
         names = [p.name for p in self.fit.law.free]
-        return pd.DataFrame(np.corrcoef(self.theta.T), index=names, columns=names)
+        with np.errstate(invalid="ignore", divide="ignore"):  # no spread, no correlation: not a number
+            found = np.corrcoef(self.theta.T).reshape(len(names), len(names))
+        return pd.DataFrame(found, index=names, columns=names)
 
 
 def bootstrap(
@@ -97,6 +127,7 @@ def bootstrap(
     seed: int = 0,
     kind: Literal["runs", "residuals"] = "runs",
     stop: Callable[[], bool] | None = None,
+    patience: int = REFIT_STEPS,
 ) -> Bootstrap:
     """Refit on resampled data, starting from every known optimum.
 
@@ -131,11 +162,13 @@ def bootstrap(
         r = fit.residuals
         noise = _residual_noise(fit, (resamples, n), rng)
         data = Resample(shift=r + noise)  # observation + residual = prediction
-    theta, value, settled = refit(problem, data, guesses, stop)
-    good = settled & np.isfinite(value)
-    if not good.any():
-        raise BadInput("bootstrap: no resample could be refitted; add runs or take a smaller law")
-    theta = theta[good]
+    theta, value, settled = refit(problem, data, guesses, stop, patience=patience)
+    lost = ~np.isfinite(value)
+    if lost.all():
+        raise BadInput("bootstrap: the law is undefined on every resample; add runs or take a smaller law")
+    theta[lost] = fit.theta  # undefined there: the estimate is the only point that is known
+    exact = np.abs(fit.residuals).max(initial=0.0) <= EXACT * max(np.abs(problem.y).max(), 1e-300)
+    settled = (settled & ~lost) | exact  # noise-free runs: every resample has the same minimum, zero
     if kind == "runs" and n > p:
         from scipy import stats  # slow to import
 
@@ -143,7 +176,7 @@ def bootstrap(
         if problem.objective.kind == "squares":  # residuals are smaller than errors, by the parameters spent
             wider *= np.sqrt(n / (n - p))
         theta = np.clip(fit.theta + (theta - fit.theta) * wider, problem.low, problem.high)
-    return Bootstrap(fit, theta, int((~good).sum()), kind)
+    return Bootstrap(fit, theta, int((~settled).sum()), kind)
 
 
 def _residual_noise(fit: Fit, shape: tuple[int, int], rng: np.random.Generator) -> Array:
