@@ -257,10 +257,11 @@ def page(groups: dict[float, list[Held]]) -> str:
         "",
         "## What was chosen on these tables",
         "",
-        "The form of the band was chosen on these same held-out runs too: about 80 variants were compared (how the",
-        "scatter is estimated, the weight of the refits, how the law's own error grows, its least size, what is",
-        "pooled), and the one without a table outside at the tenth was taken. So the coverage above is not a test on",
-        "data that the band has not seen; leaving one table out below chooses `DRIFT` alone anew.",
+        "The form of the band was chosen on these same held-out runs too: about 80 variants were compared "
+        "(how the scatter is estimated, the weight of the refits, how the law's own error grows, its least "
+        "size, what is pooled), and the one without a table outside at the tenth was taken. So the coverage "
+        "above is not a test on data that the band has not seen; leaving one table out below chooses "
+        "`DRIFT` alone anew.",
         "",
         "`DRIFT`, the growth of a law's own error with compute, is the one constant. What others give:",
         "",
