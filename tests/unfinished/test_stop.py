@@ -68,7 +68,7 @@ def test_each_instrument_ends_when_it_is_asked_to(
     else:
         on = workbench.subject(checkpoints["llama" if name == "rotate" else "vit"], data="random")
     progress = Moved(moves)
-    fields = {"candidates": [str(checkpoints["vit"])]} if name == "fidelity" else FIELDS.get(name, {})
+    fields = {"candidates": str(checkpoints["vit"])} if name == "fidelity" else FIELDS.get(name, {})
     try:
         result = cls(**fields).run(on, progress, cache=False)
     except workbench.BadInput as error:
