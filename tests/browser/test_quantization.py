@@ -77,7 +77,7 @@ def test_the_grid_and_the_error_follow_the_slider_and_the_page_says_how_fast(
     facts, title = panel.locator(".wb-facts"), page.locator(".wb-plot [role=img], .wb-plot-figure").first
     expect(title).to_have_attribute("aria-label", re.compile("^int4 on "))
     values = f"() => {TRACES}.find((t) => t.name === 'values of the format').x.length"
-    assert page.evaluate(values) == 15
+    assert page.evaluate(values) == 16
     page.evaluate(CLOCK)
     handle = page.locator(".wb-field-bits .noUi-handle")
     handle.focus()
@@ -88,7 +88,7 @@ def test_the_grid_and_the_error_follow_the_slider_and_the_page_says_how_fast(
         handle.press(key)
         expect(title).to_have_attribute("aria-label", re.compile(f"^int{bits} on "))
         page.wait_for_function(
-            f"() => {TRACES}.find((t) => t.name === 'values of the format').x.length === {2**bits - 1}"
+            f"() => {TRACES}.find((t) => t.name === 'values of the format').x.length === {2**bits}"
         )
         errors.append((bits, facts.inner_text()))
     waited = page.evaluate("() => window.waited")

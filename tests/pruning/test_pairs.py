@@ -17,6 +17,7 @@ from workbench.pruning import Prune
 from workbench.pruning.axes import DIMENSIONS, PRUNING_METHOD
 from workbench.pruning.engine.structures import EXPERT_STEP
 from workbench.pruning.pattern import parse
+from workbench.subjects import all_layers
 from workbench.subjects.structure.units import discover
 
 LEAST = {"calibration_examples": 2, "predict_examples": 0, "sparsity": 0.5}
@@ -99,9 +100,11 @@ def test_every_pair_is_exact_or_says_why_not(pattern, architecture, checkpoints)
                 p.numel() for p in model.parameters()
             )
         else:
-            before, after = (discover(m, parse(pattern).kinds) for m in (subject.model, model))
+            before = discover(subject.model, parse(pattern).kinds)
+            names = {member.layer.name for group in before for member in group.members}
             weights, left = (
-                sum(g.units * g.experts * g.weights_per_unit() for g in groups) for groups in (before, after)
+                sum(layer.original.numel() for layer in all_layers(m) if layer.name in names)
+                for m in (subject.model, model)
             )
             step = [g.experts * g.weights_per_unit() * (EXPERT_STEP if g.experts > 1 else 1) for g in before]
             # One threshold over all groups is off by half of the largest unit at most,

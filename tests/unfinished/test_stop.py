@@ -48,7 +48,8 @@ class Moved(Stopped):
 
 
 def instruments() -> list[Any]:
-    names = [name for name in sorted(workbench.catalog()) if name not in ELSEWHERE]
+    own = {name for name, cls in workbench.catalog().items() if cls.__module__.startswith("workbench.")}
+    names = [name for name in sorted(own) if name not in ELSEWHERE]
     return [
         pytest.param(name, moves, marks=pytest.mark.long if moves > 1 or name in SLOW else ())
         for name in names

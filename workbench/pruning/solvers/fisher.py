@@ -69,6 +69,11 @@ def absolute_damp(gradients: list[Gradients], weights: int, fraction: float) -> 
     return max(fraction * trace / weights, torch.finfo(torch.float32).tiny * 1e8)
 
 
+def wide(values: Tensor) -> Tensor:
+    """In float32, or in float64 if that is what they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def greedy_costs(weight: Tensor, inverse: Tensor) -> Tensor:
     """Remove weights one by one inside each block, always the cheapest, with exact updates;
     the cost at each removal.
@@ -102,7 +107,7 @@ def saliency(weight: Tensor, gradients: Gradients, damp: float, block: int, gree
     """rho of every single weight, (rows, in); `greedy` updates each block after each removal
     (see `greedy_costs`).
     """
-    weight = weight.float()
+    weight = wide(weight)
     inputs = weight.shape[-1]
     width = block_width(inputs, block)
     found = torch.empty_like(weight)
@@ -124,7 +129,7 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
 
     The cheapest set gets rho 0, the rest 1. Needs a block width that M divides; groups run along the inputs.
     """
-    weight = weight.float()
+    weight = wide(weight)
     inputs, of, drop = weight.shape[-1], pattern.of, pattern.of - pattern.keep
     width = block_width(inputs, max(block // of * of, of))
     width = width if width % of == 0 else max(block // of * of, of)
@@ -150,7 +155,7 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
 
 def update(weight: Tensor, mask: Tensor, gradients: Gradients, damp: float, block: int) -> Tensor:
     """The pruned weight (rows, in) with the survivors' joint optimal update, block by block, in float32."""
-    dtype, weight = weight.dtype, weight.float()
+    dtype, weight = weight.dtype, wide(weight)
     inputs = weight.shape[-1]
     width = block_width(inputs, block)
     found = torch.empty_like(weight)
