@@ -1,5 +1,5 @@
-"""Claims about language models, measured on a real one: Kullback-Leibler divergence to the dense model, window
-by window on the same texts, so that two ways to compress it are compared pair by pair.
+"""Claims about language models, measured on a real one: Kullback-Leibler divergence to the dense model,
+window by window on the same texts, so that two ways to compress it are compared pair by pair.
 
 Every arm is computed once for all records and kept under the user's cache; a record that was interrupted goes
 on with those that are left.
@@ -45,9 +45,9 @@ def language_model() -> Subject:
 
 
 def divergences(arm: Arm, progress: Progress) -> dict[str, list[float]]:
-    """Of each test window of the compressed model: `kl` (nats a token) and `loss`; from the cache if there."""
+    """Of each test window of the compressed model: `kl` (nats a token), `loss`, `dense_loss`."""
     name, fields = arm
-    usual = {"calibration_examples": CALIBRATION, "predict_examples": 0}
+    usual: dict[str, Any] = {"calibration_examples": CALIBRATION, "predict_examples": 0}
     usual |= {"test_examples": 0} if name == "quantize" else {"test_split": "validation"}
     instrument, on = find(name)(**(usual | dict(fields))), language_model()
     file = cache_folder() / "evidence" / f"{instrument.key(on)}-{WINDOWS}.json"
@@ -83,7 +83,7 @@ def ordered(
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
         found = {label: divergences(arm, progress) for label, arm in arms.items()}
-        judged = []
+        judged: list[dict[str, Any]] = []
         for better, worse in claims:
             gaps = {
                 what: interval(np.subtract(found[better][what], found[worse][what]).tolist())
