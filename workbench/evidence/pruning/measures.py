@@ -14,6 +14,7 @@ from typing import Any
 from workbench.evidence.harness import compare
 from workbench.evidence.pruning.structural_measures import MEASURES as STRUCTURAL
 from workbench.evidence.pruning.training_measures import MEASURES as TRAINED
+from workbench.evidence.real_model import PRUNING
 from workbench.progress import Progress
 
 
@@ -69,26 +70,6 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
             each_layer={"method": "magnitude"},
         ),
         claims=[("all layers", "each layer")],
-    ),
-    "wanda": functools.partial(
-        compare,
-        arms=arms_at(0.5, wanda={"method": "wanda"}, magnitude={"method": "magnitude"}),
-        claims=[("wanda", "magnitude")],
-    ),
-    "sparsegpt": functools.partial(
-        compare,
-        arms=arms_at(
-            0.6,
-            sparsegpt={"method": "sparsegpt"},
-            wanda={"method": "wanda"},
-            magnitude={"method": "magnitude"},
-        ),
-        claims=[("sparsegpt", "wanda"), ("sparsegpt", "magnitude")],
-    ),
-    "sparsegpt-2:4": functools.partial(
-        compare,
-        arms={m: {"method": m, "pattern": "2:4"} for m in ("sparsegpt", "wanda", "magnitude")},
-        claims=[("sparsegpt", "wanda"), ("sparsegpt", "magnitude")],
     ),
     "snip": functools.partial(
         compare,
@@ -190,6 +171,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         ),
         claims=[("refitted", "wanda")],
     ),
+    **PRUNING,
     **STRUCTURAL,
     **TRAINED,
 }

@@ -20,6 +20,7 @@ from workbench.evidence.quantization.trained_evidence import (
     trained,
 )
 from workbench.evidence.quantization.width_evidence import before_or_after, drawn_by_trace, one_for_all
+from workbench.evidence.real_model import QUANTIZATION
 from workbench.progress import Progress
 
 NEAREST: dict[str, Any] = {"rounding": "nearest"}
@@ -40,25 +41,11 @@ FOUR: dict[str, Any] = {
 
 
 MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
-    "gptq": against({"rounding": "gptq"}, NEAREST),
     "adaround": against({"rounding": "adaround"} | FEW, NEAREST),
     "flexround": against({"rounding": "flexround"} | FEW, NEAREST),
     "signround": against({"rounding": "signround"} | FEW, NEAREST),
     "adaquant": against({"rounding": "adaquant"} | FEW, NEAREST, ("bytelm",)),
-    "hqq": against({"rounding": "hqq", "format": "uint3"}, {"format": "uint3"}),
-    "awq": against({"transform": "awq"}, NEAREST),
     "teq": against({"transform": "teq"} | FEW_FOR_TRANSFORM, NEAREST, ("bytelm",)),
-    "smoothquant": against(
-        {
-            "format": "int8",
-            "granularity": "channel",
-            "activations": "tensor",
-            "activations.format": "uint6",
-            "transform": "smooth",
-        },
-        {"format": "int8", "granularity": "channel", "activations": "tensor", "activations.format": "uint6"},
-        test_examples=ROUNDED_INPUTS,
-    ),
     "quarot": rotations,
     "outliertune": against(
         {"format": "int8", "granularity": "channel", "activations": "channel", "activations.format": "uint6"},
@@ -107,6 +94,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "l4q": merged,
     "bibert": above_majority,
     "halo": rotated_products,
+    **QUANTIZATION,
     **TAUGHT_MEASURES,
     "ptq1.61": binarised,
     "double-rounding": one_for_all,
