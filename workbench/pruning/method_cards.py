@@ -81,7 +81,7 @@ METHODS: list[Method] = [
         "Frantar and Alistarh 2023",
         "w^2 / [H^-1]_jj with column-wise OBS updates, H = X X^T",
         "calibration inputs",
-        "better than Wanda and magnitude at 60 %",
+        "better than Wanda and magnitude at 50 %",
         None,
         recipe=(("prune", {"method": "sparsegpt", "sparsity": 0.6}),),
     ),
