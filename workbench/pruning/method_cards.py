@@ -83,7 +83,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "better than Wanda and magnitude at 50 %",
         None,
-        recipe=(("prune", {"method": "sparsegpt", "sparsity": 0.6}),),
+        recipe=(("prune", {"method": "sparsegpt"}),),
     ),
     Method(
         "sparsegpt-2:4",
