@@ -77,6 +77,15 @@ def below(low: float, high: float, margin: float = 0.0) -> bool | None:
     return False if low > margin else None
 
 
+def judged(differences: Sequence[float], margin: float = 0.0) -> dict[str, Any]:
+    """Paired differences, and whether they are below a margin: what a claim's record holds of them."""
+    return {
+        "difference": summary(differences),
+        "holds": below(*interval(differences)[1:], margin),
+        "in_every_seed": bool((np.asarray(differences) < margin).all()),
+    }
+
+
 def together(found: Iterable[bool | None]) -> bool | None:
     """Whether all of it holds: no, when one does not; None, when one is undecided."""
     answers = list(found)
@@ -110,15 +119,7 @@ def compare(
     checked: list[dict[str, Any]] = []
     for better, worse in claims:
         difference = np.subtract(measured[better]["loss"]["values"], measured[worse]["loss"]["values"])
-        checked.append(
-            {
-                "better": better,
-                "worse": worse,
-                "difference": summary(difference.tolist()),
-                "holds": below(*interval(difference.tolist())[1:]),
-                "in_every_seed": bool((difference < 0).all()),
-            }
-        )
+        checked.append({"better": better, "worse": worse} | judged(difference.tolist()))
     left = words((f"{c['better']} < {c['worse']}", c["holds"]) for c in checked)
     means = ", ".join(f"{label} {m['loss']['mean']:.3f}" for label, m in measured.items())
     return {

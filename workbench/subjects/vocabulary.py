@@ -96,8 +96,9 @@ class Unspoken:
         return self.head(self.rows[self.targets != -100])
 
 
-def wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def wide(values: Tensor) -> Tensor:
+    """16-bit numbers in float32, others as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def unspoken(

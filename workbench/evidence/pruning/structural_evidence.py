@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.evidence.harness import SEEDS, below, compare, interval, summary, together, words
+from workbench.evidence.harness import SEEDS, compare, judged, summary, together, words
 from workbench.progress import Progress
 from workbench.pruning.prune import Prune
 from workbench.pruning.saliency.expert_routing import ExpertPatterns, routing
@@ -40,12 +40,7 @@ def lower(arms: Mapping[str, Sequence[float]], better: str, worse: str) -> dict[
     a single run is compared with each of the other's.
     """
     difference = np.subtract(arms[better], arms[worse])
-    return {
-        "claim": f"{better} < {worse}",
-        "difference": summary(difference.tolist()),
-        "holds": below(*interval(difference.tolist())[1:]),
-        "in_every_seed": bool((difference < 0).all()),
-    }
+    return {"claim": f"{better} < {worse}"} | judged(difference.tolist())
 
 
 def language_model(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.evidence.harness import SEEDS, below, interval, summary, together, words
+from workbench.evidence.harness import SEEDS, judged, summary, together, words
 from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.subjects import Subject
@@ -118,10 +118,7 @@ class Claim:
             "weights": self.weights,
             "value": self.value,
             "margin": self.margin,
-            "difference": summary(sums.tolist()),
-            "holds": below(*interval(sums.tolist())[1:], self.margin),
-            "in_every_seed": bool((sums < self.margin).all()),
-        }
+        } | judged(sums.tolist(), self.margin)
 
 
 def run_arm(

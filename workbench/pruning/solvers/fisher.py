@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from workbench.kernels.sparse.block_fisher import block_fisher, block_fisher_inverse
 from workbench.pruning.pattern import NM
 from workbench.statistics import GradientFactors, StackedGradients
+from workbench.subjects.vocabulary import wide
 
 Gradients = GradientFactors | StackedGradients
 CHUNK = 4 << 20  # floats of gradients formed at once: few enough to stay near the processor
@@ -67,11 +68,6 @@ def absolute_damp(gradients: list[Gradients], weights: int, fraction: float) -> 
     """`fraction` of the mean diagonal of the empirical Fisher over all the weights pruned together."""
     trace = sum(g.square_sum() / g.examples for g in gradients)
     return max(fraction * trace / weights, torch.finfo(torch.float32).tiny * 1e8)
-
-
-def wide(values: Tensor) -> Tensor:
-    """In float32, or in float64 if that is what they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def greedy_costs(weight: Tensor, inverse: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +12,10 @@ from workbench.subjects.structure.units import discover
 SWITCH = {"heads": "attention_bias", "neurons": "mlp_bias"}  # fields of configs of transformers
 
 
-def missing(config: Any, kinds: Sequence[str]) -> list[str]:
-    """The switches of a model's configuration that are off and would give these groups' matrices biases."""
-    return [SWITCH[kind] for kind in kinds if getattr(config, SWITCH[kind], None) is False]
-
-
 def can_be_given(model: nn.Module, kind: str) -> bool:
     """True when a saved model of this class with biases on a kind of group opens again."""
-    config = getattr(model, "config", None)
-    if config is None or not missing(config, (kind,)):
+    config: Any = getattr(model, "config", None)
+    if getattr(config, SWITCH[kind], None) is not False:  # it has no such switch, or biases already
         return False
     changed = type(config).from_dict({**config.to_dict(), SWITCH[kind]: True})
     with torch.device("meta"):
