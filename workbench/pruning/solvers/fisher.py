@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from workbench.kernels.sparse.block_fisher import block_fisher, block_fisher_inverse
 from workbench.pruning.pattern import NM
 from workbench.statistics import GradientFactors, StackedGradients
-from workbench.subjects.vocabulary import wide
 
 Gradients = GradientFactors | StackedGradients
 CHUNK = 4 << 20  # floats of gradients formed at once: few enough to stay near the processor
@@ -103,7 +102,7 @@ def saliency(weight: Tensor, gradients: Gradients, damp: float, block: int, gree
     """rho of every single weight, (rows, in); `greedy` updates each block after each removal
     (see `greedy_costs`).
     """
-    weight = wide(weight)
+    weight = weight.float()
     inputs = weight.shape[-1]
     width = block_width(inputs, block)
     found = torch.empty_like(weight)
@@ -125,7 +124,7 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
 
     The cheapest set gets rho 0, the rest 1. Needs a block width that M divides; groups run along the inputs.
     """
-    weight = wide(weight)
+    weight = weight.float()
     inputs, of, drop = weight.shape[-1], pattern.of, pattern.of - pattern.keep
     width = block_width(inputs, max(block // of * of, of))
     width = width if width % of == 0 else max(block // of * of, of)
@@ -151,7 +150,7 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
 
 def update(weight: Tensor, mask: Tensor, gradients: Gradients, damp: float, block: int) -> Tensor:
     """The pruned weight (rows, in) with the survivors' joint optimal update, block by block, in float32."""
-    dtype, weight = weight.dtype, wide(weight)
+    dtype, weight = weight.dtype, weight.float()
     inputs = weight.shape[-1]
     width = block_width(inputs, block)
     found = torch.empty_like(weight)
