@@ -126,6 +126,8 @@ class Instrument(Fields):
             return result
         if hasattr(on, "check_finite"):
             on.check_finite()
+        for told in self.idle():
+            notice(told)
         self.check(on)
         with journal(key, self.about(on), progress, fresh) as kept:
             result = self._measure(on, progress, key)

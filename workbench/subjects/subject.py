@@ -418,6 +418,7 @@ class Subject:
             "origin": self.origin,
             "changes": records,
             "removed": record_of(self.model),
+            "frozen": sorted(n for n, p in self.model.named_parameters() if not p.requires_grad),
             "fingerprint": self.fingerprint,
             "files": identity.files_in(folder),
         }
