@@ -71,7 +71,7 @@ def check_exported(subject: Any, place: Path, kind: str, given: Mapping[str, tor
             raise BadInput(f"subject: what was exported does not open in a fresh process: {said}")
         output = load_file(answered)["output"]
     there = float(subject.task.criterion(output, probe(subject)))
-    if not alike(here, there, max(tolerance(subject.model), CLOSE[torch.float32] * 10)):
+    if not alike(here, there, tolerance(subject.model)):
         raise BadInput(
             f"subject: what was exported has the loss {there:.6g} in a fresh process, {here:.6g} here; "
             "nothing was kept"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
+from workbench.subjects.changes import Change, stacks_of
 from workbench.subjects.subject import Split, Subject
 from workbench.subjects.tasks import TASK, CustomLoss, ModuleTask, Task
 from workbench.subjects.text import cut
@@ -35,6 +36,7 @@ def from_module(
         )
     if not any(True for _ in module.parameters()):
         raise BadInput("subject: the module has no parameters; there is nothing to measure or compress")
+    check_plain(module)
     splits = data if all(isinstance(v, dict) for v in data.values()) else cut(data, seed)
     first = next(iter(splits.values()))
     if "inputs" not in first or ("labels" not in first and not callable(loss)):
@@ -64,6 +66,25 @@ def from_module(
     if callable(loss):
         check_mean(made)
     return made
+
+
+def check_plain(module: nn.Module) -> None:
+    """`BadInput` for a weight that is computed from others at every step: it could be neither changed nor
+    saved.
+    """
+    for path, part in module.named_modules():
+        for tensor, stack in stacks_of(part).items():
+            if foreign := next((change for change in stack if not isinstance(change, Change)), None):
+                kind = type(foreign).__name__.lstrip("_")
+                advice = f"torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r})"
+                raise BadInput(
+                    f"subject: {tensor} of {path!r} is computed ({kind}); make it plain by {advice}"
+                )
+        if isinstance(vars(part).get("weight"), Tensor):
+            raise BadInput(
+                f"subject: weight of {path!r} is computed by a hook; make it plain by "
+                "torch.nn.utils.remove_weight_norm or remove_spectral_norm"
+            )
 
 
 def declared(
