@@ -132,6 +132,7 @@ def test_an_exported_checkpoint_too(
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.long
 def test_an_onnx_file_too(tmp_path: Path, here: None, monkeypatch: Any) -> None:
     """An example that was not listed. What cannot be tried is said."""
     pytest.importorskip("onnxruntime", reason="onnxruntime (extra export) is not installed")
