@@ -8,7 +8,7 @@ import torch
 import workbench
 from workbench.progress import Progress
 from workbench.pruning import Prune, TrainSparse
-from workbench.quantization import Quantize, TrainQuantized
+from workbench.quantization import Quantize, Rotate, TrainQuantized
 from workbench.training import Train
 
 
@@ -72,3 +72,14 @@ def test_zeros_without_a_mask_that_get_a_value_are_counted(sparse, instrument, r
         assert "revived" not in found.facts and counted
         return
     assert found.facts.get("revived", 0) == counted and (counted > 0) == revives
+
+
+def test_a_rotation_mixes_zeros_away_and_says_so(checkpoints):
+    """A further example: rotating a pruned model into other coordinates left none of its masks, without a word."""
+    on = workbench.subject(checkpoints["llama"], data="random", max_length=12)
+    pruned = Prune(method="magnitude", predict_examples=0).run(on, Progress(), cache=False).subject
+    found = Rotate(calibration_examples=8).run(pruned, Progress(), cache=False)
+    before, after = zeros(pruned), zeros(found.subject)
+    assert (
+        found.facts["revived"] == sum(int((gone & ~after[name]).sum()) for name, gone in before.items()) > 0
+    )
