@@ -75,7 +75,7 @@ def test_zeros_without_a_mask_that_get_a_value_are_counted(sparse, instrument, r
 
 
 def test_a_rotation_mixes_zeros_away_and_says_so(checkpoints):
-    """A further example: rotating a pruned model into other coordinates left none of its masks, without a word."""
+    """A further example: a pruned model in other coordinates had none of its zeros left, without a word."""
     on = workbench.subject(checkpoints["llama"], data="random", max_length=12)
     pruned = Prune(method="magnitude", predict_examples=0).run(on, Progress(), cache=False).subject
     found = Rotate(calibration_examples=8).run(pruned, Progress(), cache=False)
