@@ -26,6 +26,7 @@ import traitlets
 from numpy.typing import ArrayLike, NDArray
 from plotly.colors import sample_colorscale
 
+from widgets.whole import Whole
 from workbench.errors import BadInput
 
 _HERE = Path(__file__).parent
@@ -93,7 +94,7 @@ def class_codes(matrix: ArrayLike, count: int) -> NDArray[np.uint8]:
     return cells.astype(np.uint8)
 
 
-class Bitmap(anywidget.AnyWidget):
+class Bitmap(Whole, anywidget.AnyWidget):
     """A live view of one matrix; `show` puts another one in its place,
     keeping zoom when the shape is the same.
 

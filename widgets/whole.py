@@ -8,15 +8,17 @@ list of all widgets keeps every other one, with what its callbacks hold, for as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 
-from widgets.plot import PlotlyLibrary
-
 
 class Whole(ipywidgets.Widget):
-    """Closed as a whole. `unseen` names what it made and does not show."""
+    """Closed as a whole. `unseen` names what it made and does not show; `everybodys` is true of what all
+    share, which goes with none of them.
+    """
+
+    everybodys: ClassVar[bool] = False
 
     @property
     def unseen(self) -> tuple[ipywidgets.Widget, ...]:
@@ -38,12 +40,12 @@ def take_down(widget: ipywidgets.Widget) -> None:
 
 
 def made_of(widget: ipywidgets.Widget) -> Iterator[ipywidgets.Widget]:
-    """Children, layouts and styles of a widget, and what it keeps unseen; not plotly.js, which all share."""
+    """Children, layouts and styles of a widget, and what it keeps unseen; not what all share."""
     values: Any = widget._trait_values
     for name in widget.keys:
         held = values.get(name)
         for part in held if isinstance(held, (list, tuple)) else (held,):
-            if isinstance(part, ipywidgets.Widget) and not isinstance(part, PlotlyLibrary):
+            if isinstance(part, ipywidgets.Widget) and not getattr(part, "everybodys", False):
                 yield part
     if isinstance(widget, Whole):
         yield from widget.unseen

@@ -60,6 +60,7 @@ def test_a_closed_panel_leaves_no_widget(name: str) -> None:
 
 def test_a_closed_panel_and_a_plot_that_stands_alone_are_let_go() -> None:
     """2,100 objects were kept; also by anywidget's watch over the file that a class of widgets reads."""
+    PlotlyLibrary.shared()  # made by the first plot, for all of them
     before = set(widget._instances)
     panel, plot = widgets.panel(Wave, Bench()), PlotView()
     kept = [weakref.ref(widget._instances[name]) for name in set(widget._instances) - before]
