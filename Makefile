@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
-.PHONY: help report lab test test-long lint docs clean
+.PHONY: help report lab test test-long fuzz lint docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort
@@ -49,6 +49,9 @@ test: $(VENV)/.test ## run the whole test suite (installs Chromium for the brows
 
 test-long: $(VENV)/.test ## the tests that are left out of `make test`: every recorded run, every recipe, a report of own entries
 	$(BIN)/python -m pytest -n 2 --long tests/recorded tests/test_recipes.py tests/test_own_entries.py
+
+fuzz: $(VENV)/.test ## 10,000 damaged inputs for every loader (goes on where it was interrupted); counts in data/benchmarks/fuzz.md
+	$(BIN)/python -m tests.fuzz
 
 lint: $(VENV)/.test ## ruff, mypy, notebooks without outputs
 	$(BIN)/ruff format --check workbench widgets tests docs

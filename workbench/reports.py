@@ -105,13 +105,13 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     """The notebook called so: a path to an .ipynb file, or a name from `available()`."""
     given = Path(name_or_path)
     if given.suffix == ".ipynb":
-        if not given.is_file():
+        if not os.path.isfile(given):
             raise BadInput(
                 f"report: {str(given)!r} is not a file; give a notebook or one of {', '.join(available())}"
             )
         return given
     file = notebooks_folder() / f"{name_or_path}.ipynb"
-    if given.name != str(name_or_path) or not file.is_file():
+    if given.name != str(name_or_path) or not os.path.isfile(file):
         raise unknown_name("report", str(name_or_path), available(), ", or a path to an .ipynb file")
     return file
 
@@ -139,7 +139,9 @@ def parameters_of(name_or_path: str | os.PathLike[str]) -> dict[str, Parameter]:
 def _read(path: Path) -> nbformat.NotebookNode:
     """A notebook's file; `BadInput` when it is none."""
     try:
-        return nbformat.read(path, 4)
+        notebook = nbformat.read(path, 4)
+        nbformat.validate(notebook)  # reading only warns of what the schema does not allow
+        return notebook
     except Exception as error:  # nbformat passes on whatever its readers and its schema raise
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"report: {str(path)!r} is not a notebook: {type(error).__name__}: {reason}") from None

@@ -137,10 +137,10 @@ def check_columns(
         if column not in rows.columns:
             raise BadInput(f"{option}: {column!r} is not in the data; it has the columns {have}")
         values = rows[column]
-        empty = values.isna() | (values.map(lambda v: isinstance(v, str)) & (values.astype(str) == ""))
+        empty = values.isna().to_numpy(dtype=bool) | [isinstance(v, str) and v == "" for v in values]
         if empty.any():
             raise BadInput(
-                f"{option}: row {int(empty.to_numpy().argmax()) + 1} of column {column!r} is empty "
+                f"{option}: row {int(empty.argmax()) + 1} of column {column!r} is empty "
                 f"({int(empty.sum())} in all); fill or drop them"
             )
     if len(rows) < 8:
