@@ -23,7 +23,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +38,7 @@ from workbench.errors import BadInput, unknown_name
 from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.storage import check_target, replacing
-from workbench.storage.writing import place
+from workbench.storage.writing import place, scratch
 
 HEADLESS = {"WORKBENCH_HEADLESS": "1", "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONHASHSEED": "0"}
 #: Type names that a parameter's declaration may use: those a notebook knows without an import.
@@ -315,11 +314,11 @@ def _execute(
         "ERROR"
     )  # it calls parameters of a type it cannot read unknown; `check` knows better
     with (
-        tempfile.TemporaryDirectory(prefix="workbench-") as private,
+        scratch() as private,
         _told_to_end(),
         replacing(target, overwrite=overwrite) as draft,
     ):
-        watch = _Watch(Path(private) / "progress", show)
+        watch = _Watch(private / "progress", show)
         try:
             papermill.execute_notebook(
                 _as_it_is(source),
@@ -327,7 +326,7 @@ def _execute(
                 parameters=values,
                 kernel_name="python3",
                 language="python",
-                kernel_manager_class=_kernel_manager(Path(private)),
+                kernel_manager_class=_kernel_manager(private),
                 engine_name=_engine(),
                 watch=watch,
                 store_widget_state=False,

@@ -20,8 +20,9 @@ TABLE = ROOT / "data" / "benchmarks" / "fuzz.md"
 HEAD = """# Damaged inputs
 
 `make fuzz` opens damaged inputs with every loader, each loader in a process of its own with {limit:g} seconds
-an input and 3 GiB of address space beyond what it has when the originals are made (`tests/fuzz`). *Refused* is
-one line that names what is wrong; *accepted* is an input whose damage does no harm, or that a checksum or a
+an input and 3 GiB of address space beyond what it has when the originals are made (`tests/fuzz`).
+*Refused* is one line that names what is wrong;
+*accepted* is an input whose damage does no harm, or that a checksum or a
 second copy makes good. *Traceback* is any other exception, *long* more than one line, *crash* the end of the
 process. *Memory* is the peak of the process above its peak when the originals were made, over all inputs.
 Seed {seed}.

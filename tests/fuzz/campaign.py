@@ -2,8 +2,8 @@
 
 A loader is a function of an empty folder; it makes what is to be damaged there and returns a function
 that draws one input: (what it is, a function that opens it). Opening ends by itself ("accepted"), in
-`BadInput` ("refused"), or in something that is looked for: another exception ("traceback"), more than one line
-("long"), the time limit ("hang") or the end of the process ("crash").
+`BadInput` ("refused"), or in something that is looked for: another exception ("traceback"), more than one
+line ("long"), the time limit ("hang") or the end of the process ("crash").
 
 Inputs of one loader are opened in a process of its own, which is watched from outside: one that hangs where
 no signal reaches it is killed, and the next process goes on after the input that did it.
@@ -39,7 +39,7 @@ BAD = ("traceback", "long", "hang", "crash")
 #: Characters of a message that is still one readable line.
 LONGEST = 3000
 #: Seconds that opening one input may take, and those after which its process is killed.
-LIMIT, KILL = 20.0, 60.0
+LIMIT, KILL = 60.0, 180.0
 #: Bytes of address space that a process may take beyond what it has once the originals are made.
 MEMORY = 3 * 2**30
 
@@ -148,10 +148,10 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def lines(process: subprocess.Popen[str], patience: float) -> Iterator[dict[str, Any] | None]:
-    """The notes of a worker; None once when it says nothing for too long."""
+def lines(process: subprocess.Popen[str]) -> Iterator[dict[str, Any] | None]:
+    """The notes of a worker; None once when it says nothing for too long. The originals take their time."""
     assert process.stdout is not None
-    file, rest = process.stdout.fileno(), b""
+    file, rest, patience = process.stdout.fileno(), b"", 10 * KILL
     while True:
         if not select.select([file], [], [], patience)[0]:
             yield None
@@ -159,6 +159,7 @@ def lines(process: subprocess.Popen[str], patience: float) -> Iterator[dict[str,
         got = os.read(file, 65536)
         if not got:
             return
+        patience = KILL
         *whole, rest = (rest + got).split(b"\n")
         yield from (json.loads(line) for line in whole)
 
@@ -183,7 +184,7 @@ def campaign(name: str, count: int, seed: int, state: Path) -> dict[str, Any]:
             [*command, "--seed", str(seed)], stdout=subprocess.PIPE, start_new_session=True, text=True
         )
         hung, ready = False, 0
-        for note in lines(process, KILL):
+        for note in lines(process):
             if note is None:
                 hung = True
                 break

@@ -1,6 +1,6 @@
 """The fresh process of `workbench.storage.reopening`: open a folder and print the loss as JSON.
 
-python -m workbench.storage.reopened FOLDER SPLIT THREADS
+python -m workbench.storage.reopened PARENT FOLDER SPLIT THREADS
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import sys
 
-import torch
-
-from workbench.storage.reopening import probe_loss
-from workbench.subjects.loaders import subject
+from workbench.storage.together import ends_with_its_parent
 
 
 def answer(folder: str, split: str, threads: str) -> None:
+    import torch
+
+    from workbench.storage.reopening import probe_loss
+    from workbench.subjects.loaders import subject
+
     torch.set_num_threads(int(threads))
     try:
         print(json.dumps({"loss": probe_loss(subject(folder), split)}))
@@ -24,4 +26,5 @@ def answer(folder: str, split: str, threads: str) -> None:
 
 
 if __name__ == "__main__":
-    answer(*sys.argv[1:])
+    ends_with_its_parent(int(sys.argv[1]))
+    answer(*sys.argv[2:])

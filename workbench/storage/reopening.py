@@ -34,9 +34,8 @@ def check_saved(subject: Any, folder: Path) -> str:
         return "not opened again: the code of a plain module is not in the folder"
     split = list(subject.splits)[-1]
     here = probe_loss(subject, split)
-    code, answer, said = fresh(
-        ["-m", "workbench.storage.reopened", str(folder), split, str(torch.get_num_threads())]
-    )
+    told = [str(os.getpid()), str(folder), split, str(torch.get_num_threads())]
+    code, answer, said = fresh(["-m", "workbench.storage.reopened", *told])
     if code:
         raise BadInput(f"subject: what was saved does not open in a fresh process: {said}; nothing was kept")
     there = float(answer["loss"])

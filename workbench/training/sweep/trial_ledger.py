@@ -204,7 +204,8 @@ def checked(row: Any) -> Any:
     if wrong := [column for column, good in held.items() if not good]:
         raise BadInput(
             f"storage: trial {said(row.number)[:20]} of {said(row.study)[:80]!r} is damaged: its "
-            f"{wrong[0]} is {said(getattr(row, wrong[0]))[:80]!r}; restore the database, or give the sweep another name"
+            f"{wrong[0]} is {said(getattr(row, wrong[0]))[:80]!r}; restore the database, or give the sweep "
+            "another name"
         )
     return row
 
