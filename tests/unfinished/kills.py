@@ -31,14 +31,9 @@ from workbench.storage.writing import DRAFT, SCRATCH, damage
 ROOT = Path(__file__).parent.parent.parent
 STATES = ROOT / "build" / "kills"
 TABLE = ROOT / "data" / "benchmarks" / "kills.md"
-SWEEP = {
-    "examples": 256,
-    "learning_rate_points": 3,
-    "batch_sizes": [8, 32],
-    "noise_groups": 6,
-    "noise_size": 8,
-}
-SWEEP |= {"target_batches": [8, 32, 128], "target_learning_rate_low": 0.01, "target_learning_rate_high": 0.16}
+SWEEP = {"examples": 256, "learning_rate_points": 3, "batch_sizes": [8, 32]}
+REPORT = SWEEP | {"noise_groups": 6, "noise_size": 8, "target_batches": [8, 32, 128]}
+REPORT |= {"target_learning_rate_low": 0.01, "target_learning_rate_high": 0.16}
 
 
 def options(fields: dict[str, Any]) -> list[str]:
@@ -65,7 +60,7 @@ COMMANDS: dict[str, list[str]] = {
         *("--workers", "2", "--out", "{out}"),
     ],
     "report": [
-        *("report", "learning-rate-batch-size", "--subject", "digits-softmax", *options(SWEEP)),
+        *("report", "learning-rate-batch-size", "--subject", "digits-softmax", *options(REPORT)),
         *("--workers", "2", "--out", "{out}"),
     ],
 }
