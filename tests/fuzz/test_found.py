@@ -25,6 +25,7 @@ from workbench.families import load_plugins, module_name
 from workbench.pruning.saliency.expert_routing import ExpertPatterns
 from workbench.quantization.allocation.allocate import layer_times
 from workbench.storage import evidence_record
+from workbench.storage.together import PARENT
 from workbench.storage.writing import SCRATCH, scratch
 from workbench.subjects import rows
 from workbench.subjects.loaders import check_alike, from_file
@@ -265,7 +266,8 @@ def test_the_process_that_opens_a_saved_subject_again_ends_with_its_parent(tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = subprocess.run(
-            [sys.executable, "-m", "workbench.storage.reopened", str(gone.pid), str(tmp_path), "test", "1"],
+            [sys.executable, "-m", "workbench.storage.reopened", "saved", str(tmp_path), "test", "1"],
+            env=os.environ | {PARENT: str(gone.pid)},
             capture_output=True,
             text=True,
             timeout=60,

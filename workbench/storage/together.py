@@ -9,6 +9,8 @@ import time
 
 #: Seconds between two looks.
 OFTEN = 0.2
+#: Environment variable: the number of the process that started this one.
+PARENT = "WORKBENCH_PARENT"
 
 
 def ends_with_its_parent(parent: int | None = None) -> None:
