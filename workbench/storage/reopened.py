@@ -16,10 +16,10 @@ from workbench.storage.together import PARENT, ends_with_its_parent
 if __name__ == "__main__":  # before anything slow is imported: the parent may be gone by then
     ends_with_its_parent(int(os.environ.get(PARENT, os.getppid())))
 
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+from safetensors.torch import load_file, save_file
 
-from workbench.storage.reopening import probe_loss  # noqa: E402
+from workbench.storage.reopening import probe_loss
 
 
 def answer(kind: str, place: str, *more: str) -> dict[str, float]:
