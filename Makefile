@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
-.PHONY: help report lab test test-long lint docs clean
+.PHONY: help report lab test test-long fuzz lint docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort
@@ -50,6 +50,9 @@ test: $(VENV)/.test ## run the whole test suite (installs Chromium for the brows
 test-long: $(VENV)/.test ## the tests that `make test` leaves out; called again, it goes on with those that have not passed
 	@mkdir -p build
 	$(BIN)/python -m pytest -n 2 --dist loadfile --only-long --resume build/long-tests-passed
+
+fuzz: $(VENV)/.test ## 10,000 damaged inputs for every loader (goes on where it was interrupted); counts in data/benchmarks/fuzz.md
+	$(BIN)/python -m tests.fuzz
 
 lint: $(VENV)/.test ## ruff, mypy, notebooks without outputs
 	$(BIN)/ruff format --check workbench widgets tests docs

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable
 
 from pydantic import BaseModel, ValidationError
 
+#: Characters of a message that are still one readable line, and of a word in it: the rest is the user's.
+LONGEST, LONGEST_WORD = 3000, 300
+
 
 class BadInput(ValueError):
     """The user asked for something that cannot be done; one line names the field, the value,
-    what is accepted and the fix.
+    what is accepted and the fix. Whatever it quotes, it is one line, and not an endless one.
     """
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(one_line(said(text)))
+
+
+def said(error: object) -> str:
+    """The words of an error or anything else, even of one that has none."""
+    try:
+        return str(error)
+    except Exception:  # whatever a stranger's class does
+        return f"a {type(error).__name__} without words"
+
+
+def one_line(text: str) -> str:
+    """Line breaks and control characters become spaces; what is too long is cut in the middle."""
+    line = re.sub(r"\s*[\x00-\x08\n-\r\x0e-\x1f\x7f\x85\u2028\u2029]\s*", " ", text).strip()
+    line = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: shortened(word[0], LONGEST_WORD), line)
+    return shortened(line, LONGEST)
+
+
+def shortened(text: str, length: int) -> str:
+    """`text` without its middle where it is longer than `length`."""
+    half = (length - 5) // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
 class Stopped(BadInput):

@@ -10,10 +10,11 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, said
 
 FAMILIES = ("curvature", "pruning", "quantization", "latency", "training", "scaling", "measures")
 #: Environment variable: Python files of the user's own, separated as in PATH. Reports and worker processes
@@ -56,11 +57,11 @@ def import_plugins() -> None:
 
 def import_plugin(path: str | os.PathLike[str]) -> None:
     """Import one file, once. `BadInput` names the file and what its error says."""
-    file = Path(path).resolve()
+    file = Path(os.path.realpath(path))
     name = module_name(file)
     if name in sys.modules:
         return
-    if file.suffix != ".py" or not file.is_file():
+    if file.suffix != ".py" or not os.path.isfile(file):
         raise BadInput(f"plugins: {str(path)!r} is not a Python file; give the path of a .py file")
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
@@ -68,10 +69,20 @@ def import_plugin(path: str | os.PathLike[str]) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        said = (str(error).strip().splitlines() or ["no message"])[0]
-        raise BadInput(f"plugins: {str(path)!r} failed: {type(error).__name__}: {said}") from error
+    except BaseException as error:
+        sys.modules.pop(name, None)
+        if not isinstance(error, (Exception, SystemExit)):
+            raise
+        raise BadInput(f"plugins: {str(path)!r} failed: {of_own_code(error, file)}") from error
+
+
+def of_own_code(error: BaseException, file: Path) -> str:
+    """What a user's own file raised, and in which of its lines."""
+    first = (said(error).strip().splitlines() or ["no message"])[0]
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
+    return f"{type(error).__name__}: {first}" + (f" (line {lines[-1]})" if lines else "")
 
 
 def module_name(file: Path) -> str:

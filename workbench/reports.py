@@ -23,7 +23,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +38,7 @@ from workbench.errors import BadInput, unknown_name
 from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.storage import check_target, replacing
-from workbench.storage.writing import place
+from workbench.storage.writing import place, scratch
 
 HEADLESS = {"WORKBENCH_HEADLESS": "1", "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONHASHSEED": "0"}
 #: Type names that a parameter's declaration may use: those a notebook knows without an import.
@@ -105,13 +104,13 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     """The notebook called so: a path to an .ipynb file, or a name from `available()`."""
     given = Path(name_or_path)
     if given.suffix == ".ipynb":
-        if not given.is_file():
+        if not os.path.isfile(given):
             raise BadInput(
                 f"report: {str(given)!r} is not a file; give a notebook or one of {', '.join(available())}"
             )
         return given
     file = notebooks_folder() / f"{name_or_path}.ipynb"
-    if given.name != str(name_or_path) or not file.is_file():
+    if given.name != str(name_or_path) or not os.path.isfile(file):
         raise unknown_name("report", str(name_or_path), available(), ", or a path to an .ipynb file")
     return file
 
@@ -139,7 +138,9 @@ def parameters_of(name_or_path: str | os.PathLike[str]) -> dict[str, Parameter]:
 def _read(path: Path) -> nbformat.NotebookNode:
     """A notebook's file; `BadInput` when it is none."""
     try:
-        return nbformat.read(path, 4)
+        notebook = nbformat.read(path, 4)
+        nbformat.validate(notebook)  # reading only warns of what the schema does not allow
+        return notebook
     except Exception as error:  # nbformat passes on whatever its readers and its schema raise
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"report: {str(path)!r} is not a notebook: {type(error).__name__}: {reason}") from None
@@ -313,11 +314,11 @@ def _execute(
         "ERROR"
     )  # it calls parameters of a type it cannot read unknown; `check` knows better
     with (
-        tempfile.TemporaryDirectory(prefix="workbench-") as private,
+        scratch() as private,
         _told_to_end(),
         replacing(target, overwrite=overwrite) as draft,
     ):
-        watch = _Watch(Path(private) / "progress", show)
+        watch = _Watch(private / "progress", show)
         try:
             papermill.execute_notebook(
                 _as_it_is(source),
@@ -325,7 +326,7 @@ def _execute(
                 parameters=values,
                 kernel_name="python3",
                 language="python",
-                kernel_manager_class=_kernel_manager(Path(private)),
+                kernel_manager_class=_kernel_manager(private),
                 engine_name=_engine(),
                 watch=watch,
                 store_widget_state=False,

@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from workbench.figures import figure, line, points, rule
 from workbench.instruments import Instrument
 from workbench.progress import Progress, TextProgress
 from workbench.results import Result, format_fact
+from workbench.storage.writing import scratch
 from workbench.subjects import Subject, subject
 from workbench.version import threads
 
@@ -192,8 +191,8 @@ def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress:
     """Fill the result cache from worker processes, each opening the subject from a folder written once."""
     import joblib
 
-    with tempfile.TemporaryDirectory(prefix="workbench-sweep-") as folder:
-        place = Path(folder) / "subject"
+    with scratch() as folder:
+        place = folder / "subject"
         on.save(place, private=True)
         tasks = (
             joblib.delayed(one_group)(str(place), on.fingerprint, on.evaluations, group) for group in groups

@@ -297,7 +297,7 @@ Parameters.add_constructor("tag:yaml.org,2002:str", _plain)
 def read_file(file: str | os.PathLike[str], field: str = "parameters") -> dict[str, Any]:
     """Names and values from a YAML or JSON file; `BadInput` for anything else."""
     path = Path(file)
-    if not path.is_file():
+    if not os.path.isfile(path):  # which is False, and no error, for a name that no file can have
         raise BadInput(f"{field}: {str(file)!r} is not a file")
     try:
         if path.stat().st_size > LARGEST:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from workbench.commands.options import RUN_OPTIONS, Parser, files_in, parse
@@ -46,10 +45,7 @@ def report(arguments: list[str]) -> int:
             name = key.split(":", 1)[1]
             given[name] = read(text, known[name].annotation, name.replace("_", "-"))
     for name in ("subject", "data", "runs"):  # the notebook runs in its own folder
-        if (
-            isinstance(given.get(name), str)
-            and Path(given[name].split(".py:")[0] + (".py" if ".py:" in given[name] else "")).exists()
-        ):
+        if isinstance(given.get(name), str) and lies_there(given[name]):
             given[name] = os.path.abspath(given[name])
     done = reports.render(arguments[0], given, space.out, overwrite=space.overwrite)
     for path in (done.notebook, done.html):
@@ -58,3 +54,9 @@ def report(arguments: list[str]) -> int:
         print(f"workbench: {done.error}", file=sys.stderr)
         return 1
     return 0
+
+
+def lies_there(text: str) -> bool:
+    """Whether a text names a file or folder, or a function in one; what no file can be called does not."""
+    file, function, _ = text.partition(".py:")
+    return os.path.exists(file + ".py" if function else file)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 from collections.abc import Sequence
 
+from workbench.commands.options import Parser
 from workbench.errors import BadInput
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the three commands; 0 when all is well, 1 when a kernel got worse,
-    2 for a request that cannot be met.
+    """Run one of the three commands; 0 when all is well, 1 when a kernel got worse.
+    `BadInput` for a request that cannot be met.
     """
-    parser = argparse.ArgumentParser(
-        prog="workbench kernels", description="Triton kernels: list, compile and check, time."
-    )
+    parser = Parser(prog="workbench kernels", description="Triton kernels: list, compile and check, time.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="kernels, their configurations and their recorded resources")
     checking = commands.add_parser(
@@ -36,20 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--only", default="*", metavar="GLOB", help="kernels or operations by name, e.g. 'attention.*'"
         )
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "list":
-            return _list(arguments.only)
-        if arguments.command == "check":
-            return _check(arguments.only, arguments.target, arguments.record)
-        from workbench.kernels import bench
+    if arguments.command == "list":
+        return _list(arguments.only)
+    if arguments.command == "check":
+        return _check(arguments.only, arguments.target, arguments.record)
+    from workbench.kernels import bench
 
-        written = bench.run(arguments.only, arguments.record)
-        if written is not None:
-            print(f"wrote {written}")
-        return 0
-    except BadInput as error:
-        print(f"error: {error}")
-        return 2
+    written = bench.run(arguments.only, arguments.record)
+    if written is not None:
+        print(f"wrote {written}")
+    return 0
 
 
 def _list(only: str) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import platformdirs
 
+from workbench.errors import notice
+
 
 def cache_folder() -> Path:
     """Where fine-tuned subjects and finished results are kept;
@@ -38,13 +40,27 @@ def evidence_folders() -> tuple[Path, Path]:
 
 
 def evidence_record(family: str, name: str) -> dict[str, Any] | None:
-    """The stored measurement of a method, or None."""
+    """The stored measurement of a method, or None. A file that is damaged is named and counts for nothing."""
     for folder in evidence_folders():
         file = folder / family / f"{name}.json"
         if file.exists():
-            found: dict[str, Any] = json.loads(file.read_text())
-            return found
+            try:
+                return measured(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, RecursionError) as error:
+                notice(
+                    f"evidence: {str(file)!r} cannot be read ({error}) and counts for nothing; "
+                    "delete it or measure again"
+                )
     return None
+
+
+def measured(record: Any) -> dict[str, Any]:
+    """A record with the fields that a verdict needs; `ValueError` for anything else."""
+    if not isinstance(record, dict):
+        raise ValueError(f"it holds {type(record).__name__}, a record is an object")
+    if not isinstance(record.get("holds"), (bool, type(None))):
+        raise ValueError(f"holds is {str(record['holds'])[:60]!r}, neither true, false nor null")
+    return record
 
 
 #: What can be said of a claim after looking at its measurement.

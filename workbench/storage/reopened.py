@@ -8,7 +8,13 @@ python -m workbench.storage.reopened onnx FILE TASK GIVEN FOUND THREADS     outp
 from __future__ import annotations
 
 import json
+import os
 import sys
+
+from workbench.storage.together import PARENT, ends_with_its_parent
+
+if __name__ == "__main__":  # before anything slow is imported: the parent may be gone by then
+    ends_with_its_parent(int(os.environ.get(PARENT, os.getppid())))
 
 import torch
 from safetensors.torch import load_file, save_file

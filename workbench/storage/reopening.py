@@ -12,7 +12,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from workbench.errors import BadInput
+from workbench.storage.together import PARENT
+from workbench.storage.writing import scratch
 
 #: Examples whose loss is compared.
 EXAMPLES = 8
@@ -62,8 +63,8 @@ def check_exported(subject: Any, place: Path, kind: str, given: Mapping[str, tor
     if kind == "onnx" and importlib.util.find_spec("onnxruntime") is None:
         return "not opened again: onnxruntime is not installed"
     here = probe_loss(subject, list(subject.splits)[-1])
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "given", Path(folder) / "found"
+    with scratch() as folder:
+        asked, answered = folder / "given", folder / "found"
         save_file({name: column.contiguous().clone() for name, column in given.items()}, asked)
         arguments = [kind, str(place), subject.task.name, str(asked), str(answered)]
         code, _, said = fresh(["-m", "workbench.storage.reopened", *arguments, str(torch.get_num_threads())])
@@ -92,6 +93,7 @@ def fresh(arguments: list[str]) -> tuple[int, dict[str, Any], str]:
     package = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WORKBENCH_HEADLESS": "1"}
+    offline[PARENT] = str(os.getpid())
     try:
         done = subprocess.run(
             [sys.executable, "-P", *arguments],

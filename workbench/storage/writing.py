@@ -41,6 +41,7 @@ except ImportError:  # Windows: no advisory locks
 MANIFEST = ".workbench-files.json"
 READY = ".workbench-ready"
 DRAFT = ".workbench-draft-"
+SCRATCH = "workbench-scratch-"
 #: What file browsers and notebook servers leave in any folder.
 LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"}
 #: What an operating system says when a place cannot be written.
@@ -223,16 +224,34 @@ def settle(folder: Path) -> None:
     sweep(folder)
 
 
-def sweep(folder: Path, left: bool = True) -> list[Path]:
+def sweep(folder: Path, left: bool = True, prefix: str = DRAFT) -> list[Path]:
     """The drafts in a folder whose process is gone; they are removed unless `left` is False."""
-    found = []
+    found, drafts = [], list[Path]()
     with contextlib.suppress(OSError):
-        for draft in folder.glob(DRAFT + "*"):
-            if draft.name not in _drafts and _abandoned(draft):
+        drafts = list(folder.glob(prefix + "*"))
+    for draft in drafts:
+        with contextlib.suppress(OSError):  # somebody else's, or gone by now
+            if draft.name not in _drafts and draft.is_dir() and _abandoned(draft):
                 found.append(draft)
                 if left:
                     shutil.rmtree(draft, ignore_errors=True)
     return found
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A private folder among the system's temporary files, for as long as the block or the process lives: one
+    that a killed process has left there is removed by the next that needs one.
+    """
+    root = Path(tempfile.gettempdir())
+    sweep(root, prefix=SCRATCH)
+    holder = _new_draft(root, SCRATCH)
+    try:
+        with _held(holder):
+            yield holder
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+        _drafts.discard(holder.name)
 
 
 @contextlib.contextmanager
@@ -415,9 +434,9 @@ def _flush_folder(folder: Path, private: bool) -> None:
         os.close(handle)
 
 
-def _new_draft(root: Path) -> Path:
+def _new_draft(root: Path, prefix: str = DRAFT) -> Path:
     try:
-        holder = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=root))
+        holder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=root))
     except FileNotFoundError:  # what a file system that takes no files says, such as /proc
         raise OSError(errno.EROFS, os.strerror(errno.EROFS)) from None
     _drafts.add(holder.name)
@@ -428,7 +447,7 @@ def _abandoned(draft: Path) -> bool:
     """Whether nobody holds a draft any more. A living process of the number in its name keeps it for a day:
     it may be about to lock it.
     """
-    number = re.match(r"(\d+)-", draft.name.removeprefix(DRAFT))
+    number = re.match(r"(\d+)-", draft.name.removeprefix(DRAFT).removeprefix(SCRATCH))
     young = time.time() - draft.stat().st_mtime < 86400
     if young and number and int(number[1]) != os.getpid() and _alive(int(number[1])):
         return False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,7 @@ def shards(folder: Path, index: Path) -> list[Path]:
                 f"subject: {index.name}: weight_map names {name!r}, which is no file of its own folder; "
                 "put the shards beside their index"
             )
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(folder / name)]
     if missing:
         raise BadInput(
             f"subject: {index.name} names {missing[0]}, which is not in {str(folder)!r} ({len(missing)} "

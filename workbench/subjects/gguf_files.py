@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -27,14 +28,14 @@ DAMAGED = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryErr
 
 
 def is_gguf(source: str | Path) -> bool:
-    return str(source).lower().endswith(".gguf") and not Path(source).is_dir()
+    return str(source).lower().endswith(".gguf") and not os.path.isdir(source)
 
 
 def check_gguf(file: Path) -> None:
     """Refuse, before anything is built, what is not a whole GGUF file: missing, another format, cut off, or
     no package that reads it.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise BadInput(f"subject: {str(file)!r} is not a file; give the path of a GGUF file")
     with open(file, "rb") as stream:
         start = stream.read(4)

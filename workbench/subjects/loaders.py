@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from workbench.errors import BadInput, unknown_name
-from workbench.families import import_families
+from workbench.families import import_families, of_own_code
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import gguf_files, text
@@ -117,7 +118,7 @@ def subject(
         return from_file(Path(match[1]), match[2])
     folder = Path(source)
     packed = gguf_files.is_gguf(folder)
-    local = folder.is_dir() or packed
+    local = os.path.isdir(folder) or packed
     if packed:
         gguf_files.check_gguf(folder)
     elif local:
@@ -164,7 +165,7 @@ def from_checkpoint(
     config = read_config(source, local)
     guessed = task or guess_task(config, label_column, image_column)
     kind = TASK.chosen(guessed).value
-    if isinstance(data, str) and data != "random" and not data.startswith("hf:") and not Path(data).is_file():
+    if isinstance(data, str) and data != "random" and not data.startswith("hf:") and not os.path.isfile(data):
         raise BadInput(f"data: {data!r} is not a file; give a CSV, JSONL or Parquet file, hf:ID, or random")
     tokenizer = tokenizer or open_tokenizer(source, local, needed=data != "random")
     rows, notes = None, []
@@ -277,6 +278,7 @@ def from_saved(folder: Path) -> Subject:
                 f"subject: splits.safetensors: {key[:60]!r} is no split/column; copy or save it again"
             )
         splits.setdefault(split, {})[column] = value
+    check_alike(splits)
     if (folder / "config.json").is_file():
         model, _ = open_model(folder, local=True)
         tokenizer = open_tokenizer(folder, True)
@@ -331,6 +333,30 @@ def from_saved(folder: Path) -> Subject:
     return made
 
 
+def check_alike(splits: dict[str, Split]) -> None:
+    """`BadInput` unless every split of a saved subject has the columns of the first, in its types and with as
+    many rows each.
+    """
+    wanted = {c: (v.dtype, v.shape[1:]) for split in list(splits.values())[:1] for c, v in split.items()}
+    for name, split in splits.items():
+        held = {c: (v.dtype, v.shape[1:]) for c, v in split.items()}
+        rows = {len(v) if v.ndim else 0 for v in split.values()}
+        if held.keys() != wanted.keys():
+            wrong = f"has the columns {', '.join(sorted(held))}, not {', '.join(sorted(wanted))}"
+        elif other := [
+            c for c in wanted if held[c][0] != wanted[c][0] or len(held[c][1]) != len(wanted[c][1])
+        ]:
+            wrong = f"has another type or other dimensions of {other[0]}"
+        elif len(rows) != 1 or 0 in rows:
+            wrong = f"has columns of {', '.join(map(str, sorted(rows)))} rows"
+        else:
+            continue
+        raise BadInput(
+            f"subject: splits.safetensors: the split {name[:40]!r} {wrong[:200]}; "
+            "copy or save the subject again"
+        )
+
+
 NOTED: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "task": str,
@@ -360,19 +386,24 @@ def saved_note(folder: Path) -> dict[str, Any]:
 
 def from_file(file: Path, attribute: str) -> Subject:
     """Run a Python file of the user's own and take a Subject (or a function giving one) from it."""
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise BadInput(f"subject: {str(file)!r} is not a file; give path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, attribute):
-        raise BadInput(
-            f"subject: {str(file)!r} has no {attribute!r}; it defines "
-            f"{', '.join(n for n in vars(module) if not n.startswith('_'))}"
-        )
-    made = getattr(module, attribute)
-    made = made() if callable(made) and not isinstance(made, Subject) else made
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, attribute):
+            raise BadInput(
+                f"subject: {str(file)!r} has no {attribute!r}; it defines "
+                f"{', '.join(n for n in vars(module) if not n.startswith('_'))}"
+            )
+        made = getattr(module, attribute)
+        made = made() if callable(made) and not isinstance(made, Subject) else made
+    except BadInput:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        raise BadInput(f"subject: {str(file)!r} failed: {of_own_code(error, file)}") from error
     if not isinstance(made, Subject):
         raise BadInput(
             f"subject: {attribute!r} in {str(file)!r} gives {type(made).__name__}, a Subject is needed; "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from workbench.errors import BadInput
@@ -137,10 +138,11 @@ def check_columns(
         if column not in rows.columns:
             raise BadInput(f"{option}: {column!r} is not in the data; it has the columns {have}")
         values = rows[column]
-        empty = values.isna() | (values.map(lambda v: isinstance(v, str)) & (values.astype(str) == ""))
+        blank = np.array([isinstance(v, str) and v == "" for v in values], dtype=bool)
+        empty = values.isna().to_numpy(dtype=bool) | blank
         if empty.any():
             raise BadInput(
-                f"{option}: row {int(empty.to_numpy().argmax()) + 1} of column {column!r} is empty "
+                f"{option}: row {int(empty.argmax()) + 1} of column {column!r} is empty "
                 f"({int(empty.sum())} in all); fill or drop them"
             )
     if len(rows) < 8:

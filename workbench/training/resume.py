@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -110,10 +111,12 @@ def load_run(folder: Path, run: Resumable) -> None:
                 f"steps: the checkpoint in {str(folder)!r} is of a run of {state['steps']} steps, "
                 f"not {run.steps}; delete it or ask for the same"
             )
+        check_course(state, rows, run)
         for part, kept in zip(stateful(run), state["parts"], strict=True):
             part.load_state_dict(kept)
         run.subject.model.load_state_dict(state["model"])
         set_numbers(run.subject.model, state["changes"])
+        check_form(state, run)
         run.optimizer.load_state_dict(state["optimizer"])
         run.schedule.load_state_dict(state["schedule"])
         if run.scaler.is_enabled():
@@ -127,6 +130,70 @@ def load_run(folder: Path, run: Resumable) -> None:
         raise
     except checkpoint.UNREADABLE as error:
         raise checkpoint.damaged(folder, error) from None
+
+
+def check_course(state: dict[str, Any], rows: Any, run: Resumable) -> None:
+    """`ValueError` unless the numbers of a stored run can be those of this one."""
+    lowest = {"step": 0, "position": 0, "items": 0, "batch_size": 1}
+    for name, low in lowest.items():
+        if type(state[name]) is not int or state[name] < low:
+            raise ValueError(f"{name} is {str(state[name])[:60]!r}")
+    if state["step"] > run.steps or not isinstance(state["stop"], bool):
+        raise ValueError(f"it stands at step {state['step']} of {run.steps}")
+    if type(state["seconds"]) not in (int, float) or not 0 <= state["seconds"] < math.inf:
+        raise ValueError(f"seconds is {str(state['seconds'])[:60]!r}")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("its history is no list of steps")
+    names = {name for row in rows for name in row}
+    if len(rows) > state["step"] or any(not isinstance(name, str) for name in names):
+        raise ValueError(f"its history has {len(rows)} rows at step {state['step']}")
+    for row in rows:
+        for name, value in row.items():
+            if name in ("step", "loss") and type(value) not in (int, float):
+                raise ValueError(f"its history has the {name} {str(value)[:60]!r}")
+
+
+def check_form(state: dict[str, Any], run: Resumable) -> None:
+    """`ValueError` unless the stored optimizer's settings, schedule and generators have the form that they
+    have here at the start, once the run's parts have given the optimizer what it had been given.
+    """
+    fresh = {
+        "optimizer": {"param_groups": run.optimizer.state_dict()["param_groups"]},
+        "schedule": run.schedule.state_dict(),
+        "rng": checkpoint.rng_state(run.subject.device),
+    }
+    for name, wanted in fresh.items():
+        if (place := unlike(state[name], wanted, name)) is not None:
+            raise ValueError(f"{place} is not of the form that it has here")
+
+
+def unlike(kept: Any, fresh: Any, place: str) -> str | None:
+    """The first part of a stored state that has another form than the fresh one has: a number is a number, a
+    tensor has the shape and type, a mapping the names. What is None at the start may be anything.
+    """
+    if fresh is None:
+        return None
+    if isinstance(fresh, Tensor):
+        same = isinstance(kept, Tensor) and kept.shape == fresh.shape and kept.dtype == fresh.dtype
+        return None if same else place
+    if isinstance(fresh, dict):
+        if not isinstance(kept, dict):
+            return place
+        missing = [f"{place}.{name}" for name in fresh if name not in kept]
+        inner = (
+            unlike(kept[name], value, f"{place}.{name}") for name, value in fresh.items() if name in kept
+        )
+        return next(iter(missing), None) or next((found for found in inner if found), None)
+    if isinstance(fresh, (list, tuple)):
+        if not isinstance(kept, (list, tuple)):
+            return place
+        inner = (unlike(a, b, f"{place}.{i}") for i, (a, b) in enumerate(zip(kept, fresh, strict=False)))
+        return next((found for found in inner if found), None)
+    if isinstance(fresh, bool) or isinstance(kept, bool):
+        return None if isinstance(kept, bool) and isinstance(fresh, bool) else place
+    if isinstance(fresh, (int, float)):
+        return None if isinstance(kept, (int, float)) else place
+    return None if not isinstance(fresh, str) or isinstance(kept, str) else place
 
 
 def remembered(name: str, compute: Callable[[], Any], always: bool = False) -> Any:

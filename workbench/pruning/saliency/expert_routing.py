@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -158,9 +158,24 @@ class ExpertPatterns:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> ExpertPatterns:
-        with safe_open(file, "pt") as stream:
-            names = json.loads(stream.metadata()["tasks"])
-            return cls({name: stream.get_tensor(str(i)) for i, name in enumerate(names)})
+        """What `save` wrote; `BadInput` for any other file."""
+        try:
+            with safe_open(file, "pt") as stream:
+                names = json.loads(stream.metadata()["tasks"])
+                if not isinstance(names, list) or len(set(names)) != len(names):
+                    raise ValueError(f"its tasks are {names!r}")
+                scores = {str(name): stream.get_tensor(str(i)) for i, name in enumerate(names)}
+            shapes = {tuple(score.shape) for score in scores.values()}
+            if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+                raise ValueError("its scores are not of one shape (layers, experts)")
+            if not all(score.is_floating_point() and score.isfinite().all() for score in scores.values()):
+                raise ValueError("its scores are not finite numbers")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise BadInput(
+                f"file: {str(file)!r} holds no scores of experts ({reason}); save them again"
+            ) from None
+        return cls(scores)
 
 
 def of_calibration(calibration: Calibration) -> Routing:

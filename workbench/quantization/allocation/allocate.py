@@ -330,14 +330,15 @@ def layer_times(path: str, layers: Sequence[Layer], widths: Sequence[int]) -> Co
     or leaves a layer and width out.
     """
     try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError, OverflowError) as error:
         raise BadInput(f"times: {path} cannot be read as CSV ({error})") from None
     if missing := {"layer", "width", "milliseconds"} - set(table.columns):
         raise BadInput(
-            f"times: {path} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(table.columns)}"
+            f"times: {path} lacks the columns {', '.join(sorted(missing))}; "
+            f"it has {', '.join(map(str, table.columns))}"
         )
-    values = pd.to_numeric(table["milliseconds"], errors="coerce").to_numpy(dtype=float)
+    values = np.array([number(text) for text in table["milliseconds"]], dtype=np.float64)
     good = np.isfinite(values) & (values > 0)
     if not good.all():
         raise BadInput(
@@ -345,16 +346,24 @@ def layer_times(path: str, layers: Sequence[Layer], widths: Sequence[int]) -> Co
             f"the first in line {int(np.argmin(good)) + 2}"
         )
     found = np.full((len(layers), len(widths)), np.nan)
-    for glob, width, value in zip(table["layer"].astype(str), table["width"], values, strict=True):
+    for glob, width, value in zip(table["layer"], map(number, table["width"]), values, strict=True):
         for i, layer in enumerate(layers):
-            if width in widths and fnmatchcase(layer.name, glob):
-                found[i, list(widths).index(width)] = value
+            if width in widths and fnmatchcase(layer.name, glob.strip()):
+                found[i, list(widths).index(int(width))] = value
     if len(gaps := np.argwhere(np.isnan(found))):
         raise BadInput(
             f"times: {path} has no time of {layers[gaps[0][0]].name} at width {widths[gaps[0][1]]}; "
             f"every layer needs one at each of {list(widths)}"
         )
     return found
+
+
+def number(text: str) -> float:
+    """The number a cell writes; NaN for anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def uniform_plan(cost: Costs, size: Costs, budget: float, widths: list[int]) -> Allocation:

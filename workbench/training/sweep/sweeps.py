@@ -180,7 +180,12 @@ class Sweep:
 
                 optuna.delete_study(study_name=label, storage=study._storage)
             found = ledger.spec()
-        assert found is not None
+            if found is None:  # its trials are there, so it could not be written
+                ledger.close()
+                raise BadInput(
+                    f"name: the storage holds trials of {self.name!r} and not the sweep, so it is damaged; "
+                    "restore the database, or give this sweep another name"
+                )
         if found[0] != self.spec:
             ledger.close()
             raise BadInput(
@@ -321,6 +326,12 @@ class Sweep:
             params, number = trial.params, trial.number
             if not ledger.sampled(claim.number, owner, params, number):
                 return 0
+        if params.keys() != self.space.keys():
+            raise BadInput(
+                f"storage: trial {claim.number} of {self.name!r} is damaged: it has the fields "
+                f"{', '.join(params) or 'none'}, not {', '.join(self.space)}; restore the database, or give "
+                "the sweep another name"
+            )
         inner = Progress()
         if outer is not None:
             inner.stop = outer.stop
@@ -363,13 +374,16 @@ class Sweep:
         value = float(facts.get("value", math.nan))
         good = state == "done" and math.isfinite(value)
         if number is None:
-            made = create_trial(
-                params=params,
-                distributions=self._distributions_of_grid(),
-                state=TrialState.COMPLETE if good else TrialState.FAIL,
-                value=value if good else None,
+            patiently(
+                lambda: study.add_trial(
+                    create_trial(
+                        params=params,
+                        distributions=self._distributions_of_grid(),
+                        state=TrialState.COMPLETE if good else TrialState.FAIL,
+                        value=value if good else None,
+                    )
+                )
             )
-            patiently(lambda: study.add_trial(made))
         else:
             patiently(
                 lambda: study.tell(

@@ -9,8 +9,10 @@ and only the statement that changed a row counts.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sql
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, said
 from workbench.results import plain
 
 Value = TypeVar("Value")
@@ -72,6 +74,20 @@ PERMANENT = (
     "failed to resolve host",
     "unknown database",
 )
+#: What SQLite says when another process is at the file; everything else that it says stays as it is.
+BUSY = ("locked", "busy", "already exists", "schema has changed", "disk i/o error", "interrupted")
+#: What it says while another worker creates tables.
+RACING = ("no such table", "unique constraint failed")
+#: What libraries make of rows that they have not written.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
 #: The server's own clock in seconds, so that a worker whose clock is wrong takes nobody's trial.
 CLOCKS = {
     "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
@@ -83,11 +99,16 @@ CLOCKS = {
 
 def permanent(error: Exception) -> str:
     """The line of a database's complaint that no waiting mends, or nothing."""
-    said = [line.strip() for line in str(getattr(error, "orig", None) or error).splitlines() if line.strip()]
-    for line in said:
+    words = str(getattr(error, "orig", None) or error).splitlines()
+    for line in filter(None, (word.strip() for word in words)):
         low = line.lower()
         missing = "does not exist" in low and any(word in low for word in ("database", "role", "user"))
-        if missing or any(part in low for part in PERMANENT):
+        own_file = isinstance(getattr(error, "orig", None), sqlite3.Error)
+        if (
+            missing
+            or any(part in low for part in PERMANENT)
+            or (own_file and not any(p in low for p in BUSY))
+        ):
             return line[:200]
     return ""
 
@@ -106,7 +127,7 @@ def patiently(action: Callable[[], Value], patience: float = PATIENCE, racing: b
     racing : also when somebody else inserted the same row first,
         as two workers do that create optuna's tables at once.
     """
-    from optuna.exceptions import StorageInternalError
+    from optuna.exceptions import OptunaError, StorageInternalError
 
     until, pause = time.monotonic() + patience, 0.02
     while True:
@@ -114,17 +135,22 @@ def patiently(action: Callable[[], Value], patience: float = PATIENCE, racing: b
             return action()
         except (DBAPIError, StorageInternalError) as error:
             line = permanent(error.__cause__ if isinstance(error, StorageInternalError) else error)  # type: ignore[arg-type]
-            if line:
+            if line and not (racing and any(part in line.lower() for part in RACING)):
                 raise storage_error(line) from None
             if isinstance(error, IntegrityError) and not racing:
-                raise
+                raise storage_error(str(error.orig).splitlines()[0][:200]) from None
             if time.monotonic() > until:
-                said = str(getattr(error, "orig", None) or error).strip().splitlines()
+                words = said(getattr(error, "orig", None) or error).strip().splitlines()
                 raise storage_error(
-                    f"{said[0][:160] if said else error!r} (tried for {patience:g} s)"
+                    f"{words[0][:160] if words else error!r} (tried for {patience:g} s)"
                 ) from None
             time.sleep(pause)
             pause = min(pause * 2, 1.0)
+        except BadInput:
+            raise
+        except (sql.exc.SQLAlchemyError, OptunaError, *UNREADABLE) as error:
+            reason = f"{type(error).__name__}: {(said(error).strip().splitlines() or [''])[0][:160]}"
+            raise storage_error(f"it holds what no sweep has written ({reason})") from error
 
 
 def engine_options(url: str) -> dict[str, Any]:
@@ -137,14 +163,15 @@ def owner_name(driver: str) -> str:
 
 def alive(owner: str) -> bool:
     """False only when the owner was a process of this machine that is gone."""
-    host, pid, _ = owner.split("|", 2)
-    if host != socket.gethostname():
+    host, _, rest = owner.partition("|")
+    pid = rest.partition("|")[0]
+    if host != socket.gethostname() or not pid.isdecimal() or len(pid) > 18:
         return True
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     status = Path(f"/proc/{pid}/stat")  # a killed process that nobody waited for still has its number
     return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
@@ -152,10 +179,46 @@ def alive(owner: str) -> bool:
 
 #: States of a trial that has no result yet. A suspect's worker died, perhaps by its doing.
 OPEN = ("waiting", "running", "suspect")
+STATES = (*OPEN, "done", "failed")
 POISONED = (
     f"its worker died {ATTEMPTS} times (out of memory, or a crash of compiled code); run it alone to see, or "
     "leave its settings out"
 )
+
+
+def checked(row: Any) -> Any:
+    """A row of the ledger whose every column holds what this module writes there; `BadInput` names the first
+    that does not.
+    """
+    held = {
+        "number": type(row.number) is int,
+        "state": row.state in STATES,
+        "owner": isinstance(row.owner, str),
+        "beat": is_number(row.beat),
+        "attempts": type(row.attempts) is int,
+        "optuna": row.optuna is None or type(row.optuna) is int,
+        "params": row.params is None or is_object(row.params),
+        "result": is_object(row.result) if row.state in ("done", "failed") else True,
+        "seconds": row.seconds is None or is_number(row.seconds),
+    }
+    if wrong := [column for column, good in held.items() if not good]:
+        raise BadInput(
+            f"storage: trial {said(row.number)[:20]} of {said(row.study)[:80]!r} is damaged: its "
+            f"{wrong[0]} is {said(getattr(row, wrong[0]))[:80]!r}; restore the database, or give the sweep "
+            "another name"
+        )
+    return row
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_object(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @dataclass
@@ -209,6 +272,8 @@ class Ledger:
                 ).first()
 
         found = patiently(read)
+        if found is not None and not all(isinstance(part, str) for part in found):
+            raise storage_error(f"the study {self.study!r} in it is damaged")
         return None if found is None else (found[0], found[1])
 
     def create(self, spec: str, optuna: str, points: list[tuple[dict[str, Any] | None, int | None]]) -> bool:
@@ -253,7 +318,8 @@ class Ledger:
                 where = (TRIALS.c.study == self.study) & TRIALS.c.state.in_(OPEN)
                 if only is not None:
                     where &= TRIALS.c.number == only
-                rows = connection.execute(sql.select(TRIALS).where(where).order_by(TRIALS.c.number)).all()
+                chosen = sql.select(TRIALS).where(where).order_by(TRIALS.c.number)
+                rows = [checked(row) for row in connection.execute(chosen)]
                 now = float(connection.execute(sql.select(self.clock)).scalar_one())
             found = False
             for row in sorted(rows, key=lambda row: row.state == "suspect"):
@@ -357,10 +423,7 @@ class Ledger:
     def rows(self) -> list[Any]:
         def read() -> list[Any]:
             with self.engine.connect() as connection:
-                return list(
-                    connection.execute(
-                        sql.select(TRIALS).where(TRIALS.c.study == self.study).order_by(TRIALS.c.number)
-                    ).all()
-                )
+                mine = sql.select(TRIALS).where(TRIALS.c.study == self.study).order_by(TRIALS.c.number)
+                return [checked(row) for row in connection.execute(mine)]
 
         return patiently(read)

@@ -1,0 +1,36 @@
+"""A few damaged inputs for every loader; `make fuzz` opens ten thousand of each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.campaign import GOOD, briefly, campaign
+from tests.fuzz.loaders import LOADERS
+
+#: Inputs in the suite; the slow ones have fewer.
+COUNT = {"configs": 8, "saved-subjects": 6, "training-checkpoints": 8, "command-line": 12, "gguf": 10}
+SLOW = ("processes",)
+
+
+@pytest.mark.parametrize("name", [name for name in LOADERS if name not in SLOW])
+def test_damaged_inputs_open_or_are_refused_in_one_line(name: str) -> None:
+    """Kind: whatever is wrong with an input is one line that says so, soon, and never a traceback."""
+    if name == "gguf":
+        pytest.importorskip("gguf")
+    ends, told = briefly(name, LOADERS[name], COUNT.get(name, 24), seed=7)
+    assert set(ends) <= set(GOOD), "\n".join(told)
+
+
+def test_a_campaign_goes_on_where_it_stopped_and_counts_what_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts are kept; another call adds what is missing and opens nothing twice."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
+    state = tmp_path / "values.json"
+    first = campaign("values", 30, 1, state)
+    assert first["done"] == 30 and sum(first["ends"].values()) == 30
+    both = campaign("values", 50, 1, state)
+    assert both["done"] == 50 and sum(both["ends"].values()) == 50 and set(both["ends"]) <= set(GOOD)
