@@ -100,7 +100,9 @@ class Attribution(SubjectInstrument):
         dense, changed = beside(dense, changed)
         parts = parts_of(dense, changed)
         if not parts:
-            raise BadInput(f"changed: {changed.name!r} is {name!r} itself, weight for weight; nothing differs")
+            raise BadInput(
+                f"changed: {changed.name!r} is {name!r} itself, weight for weight; nothing differs"
+            )
         wanted = [part for part in parts if part.level in LEVELS[self.parts]]
         with closing(FinishedParts("attribution")) as finished:
             run = Run(self, dense, changed, wanted, finished, progress or Progress())
@@ -268,7 +270,8 @@ class Run:
         )
 
     def preview(self) -> None:
-        if time.monotonic() - self.previewed > PREVIEW_EVERY:
+        watched = type(self.progress).preview is not Progress.preview
+        if watched and time.monotonic() - self.previewed > PREVIEW_EVERY:
             self.previewed = time.monotonic()
             self.progress.preview(self.result())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, Field
 
 from workbench.results import Result
@@ -62,7 +61,7 @@ def grid(result: AttributionResult, value: str, logarithmic: bool) -> go.Figure:
     heat(
         fig,
         np.log10(np.where(shown > 0, shown, np.nan)) if logarithmic else shown,
-        [shortened(name) for name in columns],
+        columns,
         [name.rpartition(".")[2] if len(set(stacks(rows))) == 1 else name for name in rows],
         unit,
         customdata=shown,
@@ -93,7 +92,7 @@ def budget(result: AttributionResult) -> go.Figure:
     from workbench.figures import color, figure, rule
 
     table = result.table[result.table["level"] == "block"]
-    names = [name.rpartition(".")[2] if b != "outside" else name for name, b in zip(table["part"], table["block"], strict=True)]
+    names = [row["role"] or row["block"].rpartition(".")[2] for _, row in table.iterrows()]
     axis = f"{distance_of(result)} of the block alone ({result.facts['unit']})"
     fig = figure(title(result), "block", axis, barmode="overlay")
     fig.update_xaxes(type="category")
@@ -139,14 +138,5 @@ def distance_of(result: AttributionResult) -> str:
     return "KL" if result.facts["unit"].startswith("nats") else "distance"
 
 
-def shortened(role: str) -> str:
-    """`self_attn.q_proj` -> `q_proj`, as long as that tells it apart from nothing else in a block."""
-    return role
-
-
 def stacks(rows: list[str]) -> list[str]:
     return [name.rpartition(".")[0] for name in rows]
-
-
-def table_of(result: AttributionResult, level: str) -> pd.DataFrame:
-    return result.table[result.table["level"] == level]

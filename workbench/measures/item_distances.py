@@ -45,7 +45,9 @@ class ItemDistances:
         if self.kind in ("language", "classification"):
             items = sum(len(a.rows) for a in self.answers)
             width = self.answers[0].outputs if self.answers else 0
-            own_code = any(a.spoken and not a.plain for a in self.answers)  # of the model, which will be changed
+            own_code = any(
+                a.spoken and not a.plain for a in self.answers
+            )  # of the model, which will be changed
             if 4 * items * width <= disk * 1e6 or own_code:
                 self._keep(items, width)
             self.own = [self.costs(index, answer) for index, answer in enumerate(self.answers)]
@@ -77,7 +79,7 @@ class ItemDistances:
         step = chunk_length(answer.outputs)
         for first in range(0, len(answer.rows), step):
             part = slice(first, first + step)
-            logits = fresh(wide(answer.head(answer.rows[part])), answer.rows)
+            logits = self.logits(answer, part)
             chances = self.chances(index, part)
             total = logits.logsumexp(-1).double()
             product = logits.mul_(chances)
@@ -91,15 +93,19 @@ class ItemDistances:
         """(n, outputs) the dense model's probabilities of some items of a batch."""
         if self.known is not None:
             return self.known[index][part].to(self.answers[index].rows.device)
-        dense = self.answers[index]
-        return fresh(wide(dense.head(dense.rows[part])), dense.rows).softmax(-1)
+        return self.logits(self.answers[index], part).softmax(-1)
+
+    def logits(self, answer: Answer, part: slice) -> Tensor:
+        """(n, outputs) of some items, to be overwritten; of classifiers, which have few, in double."""
+        values = wide(answer.head(answer.rows[part]))
+        return fresh(values, answer.rows) if self.kind == "language" else values.double()
 
     @torch.no_grad()
     def _keep(self, items: int, width: int) -> None:
         """Write all probabilities to a file without a name, which goes when nobody reads it any more."""
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        dtype = wide(self.answers[0].head(self.answers[0].rows[:1])).dtype
+        dtype = self.logits(self.answers[0], slice(1)).dtype
         with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as place:
             file = str(Path(place) / "chances")
             held = torch.from_file(file, shared=True, size=items * width, dtype=dtype).view(items, width)

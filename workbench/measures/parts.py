@@ -163,9 +163,7 @@ def taken(model: nn.Module, part: Part) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in part.modules}
 
 
-def pairs_in(
-    dense: nn.Module, changed: nn.Module, part: Part
-) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def pairs_in(dense: nn.Module, changed: nn.Module, part: Part) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """(name, dense module, changed module) of all that hold weights in a part and have the same shapes."""
     for name in part.modules:
         one, two = dense.get_submodule(name), changed.get_submodule(name)
@@ -177,12 +175,12 @@ def pairs_in(
 
 @torch.no_grad()
 def weight_error(dense: nn.Module, changed: nn.Module, part: Part) -> float:
-    """|W' - W|^2 / |W|^2 over the tensors of a part; NaN where shapes differ."""
+    """|W' - W|^2 / |W|^2 over the tensors of a part that changed; NaN where shapes differ."""
     error = size = 0.0
     for _, one, two in pairs_in(dense, changed, part):
         others = tensors_of(two)
         for name, value in tensors_of(one).items():
-            if value.is_floating_point():
+            if value.is_floating_point() and not torch.equal(others[name], value):
                 error += float((others[name].double() - value.double()).square().sum())
                 size += float(value.double().square().sum())
     return error / size if size else float("nan")
@@ -262,7 +260,7 @@ class OutputScores:
             if mine.shape != theirs.shape:
                 return
             sums = self.sums[name]
-            mine, theirs = mine.float(), theirs.float()
+            mine, theirs = mine.detach().float(), theirs.detach().float()
             for place, value in enumerate(
                 (
                     (theirs - mine).square().sum(),
@@ -277,7 +275,9 @@ class OutputScores:
 
     def of(self, names: Sequence[str]) -> tuple[float, float]:
         """(relative squared output error, 1 - cosine) over some modules; NaN where none was compared."""
-        error, size, product, other = (sum(self.sums[n][i] for n in names if n in self.sums) for i in range(4))
+        error, size, product, other = (
+            sum(self.sums[n][i] for n in names if n in self.sums) for i in range(4)
+        )
         if not size or not other:
             return float("nan"), float("nan")
         return error / size, max(0.0, 1 - product / (size * other) ** 0.5)

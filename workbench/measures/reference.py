@@ -30,7 +30,6 @@ from workbench.subjects.tasks import (
 )
 from workbench.subjects.vocabulary import Unspoken, wide
 
-
 TOKENS = 2048  # of a batch: what is held of activations does not grow with the number of texts
 
 

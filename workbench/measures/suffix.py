@@ -30,7 +30,9 @@ class Suffix:
     def __init__(self, on: Subject, split: str, examples: int, progress: Progress, disk: float) -> None:
         self.on, self.progress = on, progress
         size = min(on.size(split), examples)
-        self.walk = Walk(on, (), examples=size, split=split, batch_size=batch_of(on, split), progress=progress)
+        self.walk = Walk(
+            on, (), examples=size, split=split, batch_size=batch_of(on, split), progress=progress
+        )
         self.order = self.walk.blocks()
         rows = on.order(split, size, by_length=True).split(self.walk.batch_size)
         self.distances = ItemDistances(on, dense_answers(on, rows, list(self.walk.batches())), disk)
