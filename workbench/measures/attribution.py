@@ -177,11 +177,8 @@ class Run:
         if self.progress.stopped:
             return
         for part, name in zip(here, names, strict=True):
-            error, turn = scores.of(part.modules)
-            record = self.finished.get(
-                name, lambda error=error, turn=turn: {"output_error": error, "output_turn": turn}
-            )
-            self.found[part] |= record or {}
+            measured = dict(zip(("output_error", "output_turn"), scores.of(part.modules), strict=True))
+            self.found[part] |= self.finished.get(name, measured.copy) or {}
 
     def measured(self, part: Part) -> Record | None:
         """The distance of the dense model with one part of the changed one."""
@@ -291,7 +288,11 @@ class Run:
         return self.asked.result(table, self.summed_up(table), tables=tables)
 
     def summed_up(self, table: pd.DataFrame) -> Record:
-        facts = {"reference": self.dense.name, "changed": self.changed.name, "unit": unit_of(self.dense)}
+        facts: Record = {
+            "reference": self.dense.name,
+            "changed": self.changed.name,
+            "unit": unit_of(self.dense),
+        }
         facts |= self.facts
         complete = {level: len(table[table["level"] == level]) for level in ("block", "role", "module")}
         for level, name in (("block", "blocks"), ("module", "modules")):
@@ -301,7 +302,7 @@ class Run:
             total = float(mine["kl"].sum())
             facts[f"{name}_sum"] = total
             facts[f"{name}_additivity"] = facts["full"] / total if total else 1.0
-            worst = mine.loc[mine["kl"].idxmax()]
+            worst = mine.iloc[int(mine["kl"].argmax())]
             facts[f"worst_{level}"] = f"{worst['part']} ({100 * worst['share']:.1f} %)"
         facts |= {
             f"repaired_{row['level']}s_{name}": row[name]

@@ -1,12 +1,12 @@
 """How far a model's answers are from the dense model's, item by item, asked many times for the same items.
 
-With p the dense model's distribution and z the logits of another,
+With p the dense model's distribution and q another's,
 
-    KL(p || softmax z) = D(z) - D(z of the dense model),   D(z) = ln sum_v exp z_v - sum_v p_v z_v
+    KL(p || q) = D(q) - D(p),   D(q) = -sum_v p_v ln q_v
 
-so p is formed once and kept (tokens x vocabulary, on disk), and another model costs its head, one sum of
-exponentials and one product a token. The dense model's own logits give exactly 0: both terms are the same
-numbers, computed alike.
+so p is formed once and kept (tokens x vocabulary, on disk), and another model costs its head, one softmax and
+one product a token. The dense model itself gives exactly 0: both terms are the same numbers, computed
+alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workbench.measures.embedding import VectorPairs
-from workbench.measures.language import chunk_length, fresh
+from workbench.measures.language import chunk_length
 from workbench.measures.reference import Answer, answer_of, kind_of
 from workbench.storage import cache_folder
 from workbench.subjects.subject import Subject
@@ -74,19 +74,19 @@ class ItemDistances:
 
     @torch.no_grad()
     def costs(self, index: int, answer: Answer) -> Tensor:
-        """(items,) cross-entropy of the answer under the dense distribution, D(z) above, in double."""
+        """(items,) cross-entropy of the answer under the dense distribution, D(q) above, in double."""
         found = []
         step = chunk_length(answer.outputs)
         for first in range(0, len(answer.rows), step):
             part = slice(first, first + step)
-            logits = self.logits(answer, part)
             chances = self.chances(index, part)
-            total = logits.logsumexp(-1).double()
-            product = logits.mul_(chances)
+            product = self.logits(answer, part).log_softmax(-1).mul_(chances)
             kept = product.sum(-1)
-            if not kept.isfinite().all():  # a word that cannot be said has chance 0 and logit -inf
+            if (
+                not kept.isfinite().all()
+            ):  # a word that neither can say has chance 0 and ln 0, and adds nothing
                 kept = torch.where(chances == 0, 0.0, product).sum(-1)
-            found.append(total - kept.double())
+            found.append(-kept.double())
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.double)
 
     def chances(self, index: int, part: slice) -> Tensor:
@@ -96,9 +96,9 @@ class ItemDistances:
         return self.logits(self.answers[index], part).softmax(-1)
 
     def logits(self, answer: Answer, part: slice) -> Tensor:
-        """(n, outputs) of some items, to be overwritten; of classifiers, which have few, in double."""
+        """(n, outputs) of some items; of classifiers, which have few, in double."""
         values = wide(answer.head(answer.rows[part]))
-        return fresh(values, answer.rows) if self.kind == "language" else values.double()
+        return values if self.kind == "language" else values.double()
 
     @torch.no_grad()
     def _keep(self, items: int, width: int) -> None:

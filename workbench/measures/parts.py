@@ -149,13 +149,13 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
         for name, module in modules.items():
             above, _, last = name.rpartition(".")
             parent = model.get_submodule(above)
-            before.append((parent, last, parent._modules[last]))
+            before.append((parent, last, parent.get_submodule(last)))
             parent._modules[last] = module
         with parametrize.cached():
             yield
     finally:
-        for parent, last, module in reversed(before):
-            parent._modules[last] = module
+        for parent, last, own in reversed(before):
+            parent._modules[last] = own
 
 
 def taken(model: nn.Module, part: Part) -> dict[str, nn.Module]:
