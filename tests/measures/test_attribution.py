@@ -23,7 +23,7 @@ from workbench.measures.finished_parts import FinishedParts, read
 from workbench.measures.parts import OutputScores, noisy, parts_of, role_of, tensors_of, weight_error
 from workbench.measures.suffix import Suffix
 from workbench.progress import Progress
-from workbench.subjects import Subject
+from workbench.subjects import Mask, Subject
 
 ASKED = Attribution(changed="at hand", test_examples=8)
 #: A weight of each architecture, in its second block.
@@ -93,6 +93,19 @@ def test_each_part_is_what_a_model_with_only_this_part_changed_gives(architectur
     assert result.facts["repaired_modules_predicted"] == pytest.approx(
         result.facts["full"] * (1 - shares[worst].sum())
     )
+
+
+def test_changes_on_weights_are_swapped_with_them():
+    """A mask on one of GPT-2's transposed weights; the changed subject keeps it."""
+    dense = on("gpt2", examples("gpt2"), 0.2)
+    changed = dense.copy()
+    layer = next(layer for layer in changed.layers() if layer.name == ONE["gpt2"])
+    layer.attach(Mask(torch.rand(layer.shape) < 0.5))
+    result = ASKED.between(dense, changed)
+    assert list(lines(result, "module").index) == [ONE["gpt2"]]
+    assert result.facts["full"] == pytest.approx(compare(dense, changed, limit=8).measures()["kl"], rel=1e-4)
+    assert lines(result, "module")["weight_error"].iloc[0] == pytest.approx(0.5, abs=0.1)
+    assert layer.changes and result.facts["modules_additivity"] == pytest.approx(1)
 
 
 def test_small_changes_add_up_and_are_predicted():

@@ -181,8 +181,8 @@ def weight_error(dense: nn.Module, changed: nn.Module, part: Part) -> float:
         others = tensors_of(two)
         for name, value in tensors_of(one).items():
             if value.is_floating_point() and not torch.equal(others[name], value):
-                error += float((others[name].double() - value.double()).square().sum())
-                size += float(value.double().square().sum())
+                error += float((others[name].float() - value.float()).square().sum())
+                size += float(value.float().square().sum())
     return error / size if size else float("nan")
 
 
@@ -224,7 +224,9 @@ def beside(dense: Subject, changed: Subject) -> tuple[Subject, Subject]:
         for change in changes_of(module, tensor)
         if type(change).restored is not Change.restored
     ]
-    if asking:
+    if not asking:  # changed weights are computed once, not at every swap
+        changed = changed.with_model(bake(copy.deepcopy(changed.model)))
+    else:
         dense = dense.copy()
         dense.model.eval()
         for change in asking:
