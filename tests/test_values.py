@@ -12,7 +12,7 @@ from workbench.values import read, read_file
 
 
 @pytest.mark.parametrize(
-    "text", ["1:30", "0b11", "1_000", "0x1F", "007", "inf", "nan", ".inf", "1e400", "1,5"]
+    "text", ["1:30", "0b11", "1_000", "0x1F", "007", "inf", "nan", ".inf", "1e400", "1,5", "\uff11\uff12"]
 )
 def test_what_is_no_number_of_json_is_refused_where_one_is_asked_for(text: str) -> None:
     """Faults 22 and 34: notations of YAML 1.1 were read as other numbers (90, 3, 1000, infinity)."""

@@ -26,6 +26,7 @@ import traitlets
 from numpy.typing import ArrayLike, NDArray
 from plotly.colors import sample_colorscale
 
+from widgets.whole import Whole
 from workbench.errors import BadInput
 
 _HERE = Path(__file__).parent
@@ -93,7 +94,7 @@ def class_codes(matrix: ArrayLike, count: int) -> NDArray[np.uint8]:
     return cells.astype(np.uint8)
 
 
-class Bitmap(anywidget.AnyWidget):
+class Bitmap(Whole, anywidget.AnyWidget):
     """A live view of one matrix; `show` puts another one in its place,
     keeping zoom when the shape is the same.
 
@@ -103,8 +104,8 @@ class Bitmap(anywidget.AnyWidget):
         0 for none of them and i for the i-th name.
     """
 
-    _esm = _HERE / "bitmap.js"
-    _css = _HERE / "workbench.css"
+    _esm = (_HERE / "bitmap.js").read_text(encoding="utf-8")
+    _css = (_HERE / "workbench.css").read_text(encoding="utf-8")
     cells = traitlets.Bytes(b"").tag(sync=True)
     palette = traitlets.Bytes(b"").tag(sync=True)
     rows = traitlets.Int(0).tag(sync=True)

@@ -26,6 +26,8 @@ import traitlets
 from plotly.io import to_json
 from plotly.offline import get_plotlyjs
 
+from widgets.whole import Whole
+
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _HERE = Path(__file__).parent
 
@@ -35,10 +37,11 @@ def _gzipped_plotly() -> bytes:
     return gzip.compress(get_plotlyjs().encode("utf-8"), 6, mtime=0)
 
 
-class PlotlyLibrary(anywidget.AnyWidget):
+class PlotlyLibrary(Whole, anywidget.AnyWidget):
     """plotly.js, gzipped, as a widget model: one for a kernel, referred to by every `PlotView`."""
 
     _esm = "export default {}"
+    everybodys: ClassVar[bool] = True
     code = traitlets.Bytes(b"").tag(sync=True)
     _shared: ClassVar[PlotlyLibrary | None] = None
 
@@ -85,7 +88,7 @@ def _spec(figure: go.Figure | None) -> dict[str, Any]:
     }
 
 
-class PlotView(anywidget.AnyWidget):
+class PlotView(Whole, anywidget.AnyWidget):
     """A live view of one Plotly figure; assign `figure` to change it.
 
     figure : what is drawn. alt : text for screen readers (default: the figure's title). clicked : the last
@@ -93,8 +96,8 @@ class PlotView(anywidget.AnyWidget):
         one: the first state a page receives is then complete.
     """
 
-    _esm = _HERE / "plot.js"
-    _css = _HERE / "workbench.css"
+    _esm = (_HERE / "plot.js").read_text(encoding="utf-8")
+    _css = (_HERE / "workbench.css").read_text(encoding="utf-8")
     spec = traitlets.Dict().tag(sync=True, to_json=packed)
     revision = traitlets.Int(0).tag(sync=True)
     alt = traitlets.Unicode("").tag(sync=True)

@@ -23,8 +23,8 @@ import yaml
 
 from workbench.errors import BadInput
 
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-INTEGER = re.compile(r"[-+]?\d+")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+INTEGER = re.compile(r"[-+]?\d+", re.ASCII)
 WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "~": None}
 #: Brackets in brackets; deeper is no value that anything here takes.
 DEEPEST = 20

@@ -185,16 +185,19 @@ def test_quantized_weights_without_a_word_in_the_config(folder):
         opened(place)
 
 
-@pytest.mark.parametrize("kind", ["alone", "beside a model"])
-def test_an_adapter_is_called_one(kind, folder, tmp_path):
-    """Kind 29."""
+@pytest.mark.parametrize(
+    "kind, method",
+    [("alone", "LORA"), ("alone", "IA3"), ("beside a model", "LORA"), ("beside a model", "OFT")],
+)
+def test_an_adapter_is_called_one(kind, method, folder, tmp_path):
+    """Kind 29: what a folder holds is named, whichever method made it."""
     place = folder("llama")
     if kind == "alone":
         (place / "config.json").unlink()
         (place / "model.safetensors").rename(place / "adapter_model.safetensors")
-    said = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    said = {"peft_type": method, "base_model_name_or_path": "org/base"}
     (place / "adapter_config.json").write_text(json.dumps(said))
-    with pytest.raises(BadInput, match="holds an adapter .LORA of 'org/base'.* merge it"):
+    with pytest.raises(BadInput, match=f"holds an adapter .{method} of 'org/base'.* merge it"):
         opened(place)
 
 

@@ -16,6 +16,7 @@ from tests.subjects.test_checkpoints import letters
 from workbench import BadInput
 from workbench.subjects.classes import trained, untrained
 from workbench.subjects.rows import read_rows
+from workbench.subjects.text import numbers
 
 SIZES = {
     "hidden_size": 16,
@@ -101,6 +102,9 @@ def test_classes_by_the_number_in_their_name():
     assert trained(["0", "1"], "label", {0: "1", 1: "0"}).place == {"0": 1, "1": 0}
     assert trained([0, 4], "label", {i: f"LABEL_{i}" for i in range(5)}).note == ""
     assert untrained(["10", "9", "x"], "label").names == ["9", "10", "x"]
+    assert untrained(["10", "1_0", "\u0661\u0660"], "label").names == ["10", "1_0", "\u0661\u0660"]
+    with pytest.raises(BadInput, match="must hold numbers"):  # fault 34, in data
+        numbers(pd.Series(["0.5", "1_000"]), "stars")
     with pytest.raises(BadInput, match="holds negative, positive, but"):  # LABEL_0 may be either
         trained(["positive", "negative"], "label", {0: "LABEL_0", 1: "LABEL_1"})
 

@@ -26,10 +26,17 @@ class Classes:
         return self.place[written(value)]
 
 
+def float_of(value: Any) -> float:
+    """A number, or the text of one in a table: Python reads `1_000` and digits of other scripts as well."""
+    if isinstance(value, str) and ("_" in value or not value.isascii()):
+        raise ValueError(value)
+    return float(value)
+
+
 def number_of(value: Any) -> int | None:
     """The whole number that a label is or spells ("3", 3, 3.0, True); None for any other."""
     try:
-        found = float(value)
+        found = float_of(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return int(found) if math.isfinite(found) and found == int(found) else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
-from workbench.subjects.classes import Classes, number_of, trained, untrained, written
+from workbench.subjects.classes import Classes, float_of, number_of, trained, untrained, written
 from workbench.subjects.subject import Split, Subject
 
 #: tasks whose targets are classes that the data names
@@ -180,7 +180,7 @@ def check_ids(ids: Tensor, model: nn.Module) -> None:
 def numbers(values: pd.Series, column: str) -> Tensor:
     """(rows,) or (rows, outputs) numbers to predict."""
     try:
-        found = torch.tensor([[float(n) for n in v] if several_of(v) else float(v) for v in values])
+        found = torch.tensor([[*map(float_of, v)] if several_of(v) else float_of(v) for v in values])
     except (TypeError, ValueError):
         raise BadInput(
             f"label-column: {column!r} must hold numbers, because the model predicts one; "

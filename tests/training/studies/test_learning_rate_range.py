@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from torch import nn
 
+from workbench.errors import BadInput
 from workbench.subjects import Subject
+from workbench.training.studies.critical_batch import CriticalBatch
 from workbench.training.studies.learning_rate_range import LearningRateRange, noise_of, rose, smoothed
 
 RATES = np.geomspace(1e-5, 1.0, 200)
@@ -66,6 +68,16 @@ def test_a_log_likelihood_runs_all_its_steps(tiny_negative):
     )
     assert result.facts["steps"] == 60 and result.table.loss.iloc[-1] < 0
     assert result.figure().layout.title.text
+
+
+def test_a_target_may_be_below_zero(tiny_negative):
+    """A further example of the kind: the loss that `critical-batch` trains to had to be positive."""
+    on = tiny_negative.with_split("validation", tiny_negative.split("test"))
+    CriticalBatch(target=-9.5, noise_groups=4).check(on)
+    with pytest.raises(BadInput, match="target: -8.5 nats are reached before training"):
+        CriticalBatch(target=-8.5, noise_groups=4).check(on)
+    with pytest.raises(BadInput, match="target: nan"):
+        CriticalBatch(target=math.nan)
 
 
 @pytest.fixture

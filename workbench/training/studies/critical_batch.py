@@ -104,7 +104,7 @@ class CriticalBatch(SweptInstrument):
         "scale)"
     )
 
-    target: float = parameter(0.8, "validation loss to reach", gt=0, le=100, unit="nats")
+    target: float = parameter(0.8, "validation loss to reach", allow_inf_nan=False, unit="nats")
     batch_sizes: tuple[int, ...] = parameter(
         (4, 16, 64, 256), "batch sizes (examples), at least three", min_length=3
     )
