@@ -57,9 +57,17 @@ def instruments() -> list[Any]:
     ]
 
 
+def halved(on: Subject, folder: Path) -> Path:
+    """A saved copy with half the weights in its first layer."""
+    changed = on.copy()
+    layer = changed.layers()[0]
+    layer.write(layer.weight / 2)
+    return changed.save(folder)
+
+
 @pytest.mark.parametrize(("name", "moves"), instruments())
 def test_each_instrument_ends_when_it_is_asked_to(
-    name: str, moves: int, checkpoints: dict[str, Path]
+    name: str, moves: int, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """Asked at its first move: it has shown something, and a partial result or one line comes back."""
     cls = workbench.catalog()[name]
@@ -70,6 +78,8 @@ def test_each_instrument_ends_when_it_is_asked_to(
         on = workbench.subject(checkpoints["llama" if name == "rotate" else "vit"], data="random")
     progress = Moved(moves)
     fields = {"candidates": str(checkpoints["vit"])} if name == "fidelity" else FIELDS.get(name, {})
+    if name == "attribution":
+        fields = {"changed": str(halved(on, tmp_path / "halved"))}
     try:
         result = cls(**fields).run(on, progress, cache=False)
     except workbench.BadInput as error:

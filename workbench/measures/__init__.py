@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from workbench.measures.attribution import Attribution
 from workbench.measures.classification import AnswerPairs, classification_measures
 from workbench.measures.embedding import VectorPairs, embedding_measures
 from workbench.measures.fidelity import Fidelity
@@ -26,6 +27,7 @@ from workbench.measures.words import LEGEND, Verdict, verdict, word
 __all__ = [
     "LEGEND",
     "AnswerPairs",
+    "Attribution",
     "Comparison",
     "Fidelity",
     "Reference",

@@ -17,7 +17,7 @@ from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.measures.floor import floor_of
 from workbench.measures.language import TokenPairs, confidence_table
-from workbench.measures.reference import Comparison, Reference, kind_of, other_model, reference_of
+from workbench.measures.reference import Comparison, Reference, batch_of, kind_of, other_model, reference_of
 from workbench.measures.size import Size, gguf_size, size_of
 from workbench.measures.words import LEGEND, verdict, word
 from workbench.progress import Progress
@@ -28,8 +28,6 @@ from workbench.subjects.loaders import builtin_names, subject
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-TOKENS = 2048  # of a batch: what is held of activations does not grow with the number of texts
 
 
 class FidelityView(BaseModel):
@@ -250,12 +248,6 @@ def stamp(source: str) -> list[Any]:
         source,
         *([str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()),
     ]
-
-
-def batch_of(on: Subject, split: str) -> int:
-    """Examples of a batch of at most 2,048 tokens; 64 where an example is not a text."""
-    ids = on.split(split).get("input_ids")
-    return 64 if ids is None or ids.ndim != 2 else max(1, min(64, TOKENS // ids.shape[1]))
 
 
 def sized(size: Size) -> dict[str, float]:

@@ -30,6 +30,8 @@ from workbench.subjects.tasks import (
 )
 from workbench.subjects.vocabulary import Unspoken, wide
 
+TOKENS = 2048  # of a batch: what is held of activations does not grow with the number of texts
+
 
 class Stopped(Exception):
     """Somebody asked to stop before all answers were there; nothing is remembered."""
@@ -340,3 +342,9 @@ def other_model(dense: Subject, changed: Subject) -> Subject:
         history=list(changed.history),
         origin=changed.origin,
     )
+
+
+def batch_of(on: Subject, split: str) -> int:
+    """Examples of a batch of at most 2,048 tokens; 64 where an example is not a text."""
+    ids = on.split(split).get("input_ids")
+    return 64 if ids is None or ids.ndim != 2 else max(1, min(64, TOKENS // ids.shape[1]))

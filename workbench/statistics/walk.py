@@ -160,13 +160,19 @@ class Walk:
 
     def replay(self, batch: Batch, block: str, answers: Answers) -> Any:
         """What a block ("": the model) returns for a batch when those before it have answered this."""
+        with self.answered(answers):
+            return output_of(self.on, batch, block)
+
+    @contextlib.contextmanager
+    def answered(self, answers: Answers) -> Iterator[None]:
+        """Inside, the blocks that are done compute nothing and answer this."""
         with contextlib.ExitStack() as stack:
             latest = {list_of(name): name for name in self.done}
             for name in self.done:
                 module = self.on.model.get_submodule(name)
                 fresh = latest[list_of(name)] == name
                 stack.enter_context(answering(module, answers[list_of(name)], fresh))
-            return output_of(self.on, batch, block)
+            yield
 
     @torch.no_grad()
     def readers(self, block: str, layers: list[Layer]) -> list[list[Layer]]:

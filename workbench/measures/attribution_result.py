@@ -1,0 +1,142 @@
+"""What `attribution` returns: the grid block x kind of module, and the error budget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from workbench.results import Result
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+WHOLE = "whole block"
+TITLES = {
+    "kl": "{distance} of the part alone ({unit})",
+    "share": "share of the sum of its level (%)",
+    "weight_error": "|W' - W|² / |W|² (no unit)",
+    "output_error": "|y' - y|² / |y|² (no unit)",
+}
+DECADES = 3.0  # that the colours of a logarithmic scale span
+
+
+class AttributionView(BaseModel):
+    """What the viewer may choose without measuring again."""
+
+    show: Literal["grid", "budget"] = Field("grid", description="the grid of parts, or each block's share")
+    value: Literal["kl", "share", "weight_error", "output_error"] = Field(
+        "kl", description="what the grid's colours show"
+    )
+    scale: Literal["log", "linear"] = Field("log", description="the colours' scale")
+
+
+class AttributionResult(Result):
+    """Grid: a row a block, a column a kind of module; budget: a bar a block, beside noise of equal norm."""
+
+    def view_model(self) -> type[BaseModel]:
+        return AttributionView
+
+    def figure(self, **view: Any) -> go.Figure:
+        chosen = AttributionView(**view)
+        return budget(self) if chosen.show == "budget" else grid(self, chosen.value, chosen.scale == "log")
+
+
+def grid(result: AttributionResult, value: str, logarithmic: bool) -> go.Figure:
+    from workbench.figures import figure, heat
+
+    table = result.table[result.table["level"].isin(("block", "module"))]
+    inside = table[table["block"] != "outside"]
+    rows = list(dict.fromkeys(inside["block"]))
+    columns = [WHOLE, *dict.fromkeys(inside["role"][inside["role"] != ""])]
+    shown = np.full((len(rows), len(columns)), np.nan)
+    for _, row in inside.iterrows():
+        place = rows.index(row["block"]), columns.index(row["role"] or WHOLE)
+        shown[place] = 100 * row[value] if value == "share" else row[value]
+    unit = TITLES[value].format(distance=distance_of(result), unit=result.facts["unit"])
+    height = max(320, 130 + 17 * (len(rows)))
+    fig = figure(title(result), "part of the block", "block", height=height)
+    fig.update_yaxes(tickmode="linear" if len(rows) <= 40 else "auto", type="category")
+    heat(
+        fig,
+        np.log10(np.where(shown > 0, shown, np.nan)) if logarithmic else shown,
+        columns,
+        [name.rpartition(".")[2] if len(set(stacks(rows))) == 1 else name for name in rows],
+        unit,
+        customdata=shown,
+        hovertemplate=f"block %{{y}}, %{{x}}: %{{customdata:.3g}}<extra>{unit}</extra>",
+        xgap=1,
+        ygap=1,
+    )
+    if logarithmic and np.isfinite(shown[shown > 0]).any():
+        fig.data[0].update(**colours(shown))
+    return fig
+
+
+def colours(shown: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """The range and the marks of a logarithmic colour scale, of the largest value and three decades below."""
+    known = np.log10(shown[shown > 0])
+    high = float(known.max())
+    low = max(float(known.min()), high - DECADES)
+    whole = [10.0**k * m for k in range(int(np.floor(low)), int(np.ceil(high)) + 1) for m in (1, 3)]
+    marks = [value for value in whole if low <= np.log10(value) <= high]
+    bar = dict(tickvals=[float(np.log10(v)) for v in marks], ticktext=[f"{v:g}" for v in marks])
+    return dict(zmin=low, zmax=high if high > low else low + 1, colorbar=bar)
+
+
+def budget(result: AttributionResult) -> go.Figure:
+    """Each block's distance alone, its interval, and that of noise of the same norm; the sum beside the
+    whole is in the title.
+    """
+    from workbench.figures import color, figure, rule
+
+    table = result.table[result.table["level"] == "block"]
+    names = [row["role"] or row["block"].rpartition(".")[2] for _, row in table.iterrows()]
+    axis = f"{distance_of(result)} of the block alone ({result.facts['unit']})"
+    fig = figure(title(result), "block", axis, barmode="overlay")
+    fig.update_xaxes(type="category")
+    fig.add_bar(
+        x=names,
+        y=table["kl"],
+        name="its change alone",
+        marker_color=color(0),
+        error_y=dict(
+            type="data",
+            symmetric=False,
+            array=table["kl_high"] - table["kl"],
+            arrayminus=table["kl"] - table["kl_low"],
+        ),
+        customdata=100 * table[["share"]],
+        hovertemplate="block %{x}: %{y:.4g}, %{customdata[0]:.1f} % of the sum<extra></extra>",
+    )
+    if table["noise"].notna().any():
+        fig.add_scatter(
+            x=names,
+            y=table["noise"],
+            name="random noise of the same norm",
+            mode="markers",
+            marker=dict(symbol="diamond", color=color(1), size=8),
+            hovertemplate="block %{x}, noise: %{y:.4g}<extra></extra>",
+        )
+    if len(table):
+        rule(fig, "an equal share", y=float(table["kl"].mean()))
+    return fig
+
+
+def title(result: AttributionResult) -> str:
+    facts = result.facts
+    text = f"Which part broke it? {facts['changed']}"
+    if "full" in facts:
+        text += f": {distance_of(result)} {facts['full']:.3g}"
+    if "blocks_additivity" in facts:
+        text += f", full / sum {facts['blocks_additivity']:.2f}"
+    return text + (" (unreliable)" if str(facts.get("prediction", "")).startswith("unreliable") else "")
+
+
+def distance_of(result: AttributionResult) -> str:
+    return "KL" if result.facts["unit"].startswith("nats") else "distance"
+
+
+def stacks(rows: list[str]) -> list[str]:
+    return [name.rpartition(".")[0] for name in rows]
