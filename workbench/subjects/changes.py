@@ -109,6 +109,12 @@ def original_of(module: nn.Module, tensor: str) -> nn.Parameter:
     return cast("nn.Parameter", getattr(module, tensor) if stack is None else stack.original)
 
 
+def holder_of(module: nn.Module, tensor: str) -> tuple[nn.Module, str]:
+    """The module, and the name in it, of the parameter underneath a weight's changes."""
+    stack = stacks_of(module).get(tensor)
+    return (module, tensor) if stack is None else (stack, "original")
+
+
 def restack(module: nn.Module, tensor: str, changes: Iterable[Change]) -> None:
     """Let a changed weight carry these changes, innermost first, and no others."""
     kept, stack = list(changes), stacks_of(module)[tensor]
