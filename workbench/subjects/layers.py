@@ -15,8 +15,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import BadInput
-from workbench.subjects.changes import Change, attach, changes_of, detach, holder_of, original_of, restack
-from workbench.subjects.sharing import is_shared, write
+from workbench.subjects.changes import (
+    Change,
+    attach,
+    changes_of,
+    detach,
+    holder_of,
+    is_shared,
+    original_of,
+    restack,
+    write,
+)
 
 
 @dataclass(frozen=True)

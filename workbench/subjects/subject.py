@@ -23,10 +23,9 @@ from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
 from workbench.subjects import finite, identity
 from workbench.subjects import layers as layer_selection
-from workbench.subjects.changes import bake, describe_changes
+from workbench.subjects.changes import bake, computed_once, describe_changes, same_tensors
 from workbench.subjects.identity import Seen
 from workbench.subjects.layers import Layer
-from workbench.subjects.sharing import same_tensors
 from workbench.subjects.stored import declare_wide, narrow
 from workbench.subjects.tasks import Batch, LanguageModel, Task
 
@@ -304,7 +303,7 @@ class Subject:
         was_training, total, items = self.model.training, 0.0, 0
         self.model.eval()
         rows = self.order(split, limit, by_length=True).split(batch_size)
-        with torch.nn.utils.parametrize.cached(), unpadded(self.model):
+        with computed_once(self.model), unpadded(self.model):
             batches = zip(rows, self.batches(split, batch_size, limit, by_length=True), strict=True)
             for examples, batch in progress.track(batches, f"evaluate {split}", len(rows)):
                 weight = self.task.items(batch)
