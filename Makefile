@@ -47,8 +47,9 @@ test: $(VENV)/.test ## run the whole test suite (installs Chromium for the brows
 	@command -v chromium >/dev/null 2>&1 || sh tests/browser/install_chromium.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-long: $(VENV)/.test ## the tests that are left out of `make test`: every recorded run, every recipe, a report of own entries
-	$(BIN)/python -m pytest -n 2 --long tests/recorded tests/test_recipes.py tests/test_own_entries.py
+test-long: $(VENV)/.test ## the tests that `make test` leaves out; called again, it goes on with those that have not passed
+	@mkdir -p build
+	$(BIN)/python -m pytest -n 2 --dist loadfile --only-long --resume build/long-tests-passed
 
 lint: $(VENV)/.test ## ruff, mypy, notebooks without outputs
 	$(BIN)/ruff format --check workbench widgets tests docs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,20 +18,75 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the suite was started in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
 
 
+#: Tests that took over some seconds of CPU, by measurement; tests of many minutes are marked in their files.
+LONG = Path(__file__).parent / "long.txt"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the tests marked long as well")
+    parser.addoption("--long", action="store_true", help="run the tests that are left out otherwise as well")
+    parser.addoption("--only-long", action="store_true", help="run these only")
+    parser.addoption(
+        "--resume",
+        metavar="FILE",
+        help="leave out the tests that FILE says have passed on this very code, and add those that pass",
+    )
+
+
+def code() -> str:
+    """Hash of everything a test can depend on here."""
+    found = hashlib.sha256()
+    for folder in ("workbench", "widgets", "tests", "notebooks", "docs"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix in {".py", ".json", ".ipynb", ".md", ".css", ".js"} and file.is_file():
+                found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+class Resumed:
+    """Keeps which tests have passed, in the process that hears of all of them."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.code = file, code()
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.passed = {line.partition(" ")[2] for line in lines if line.startswith(f"{self.code} ")}
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        leave_out(config, items, [item for item in items if item.nodeid in self.passed])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed and "PYTEST_XDIST_WORKER" not in os.environ:
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write(f"{self.code} {report.nodeid}\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("--resume"):
+        config.pluginmanager.register(Resumed(Path(file)))
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], those: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=those)
+    left = {id(item) for item in those}
+    items[:] = [item for item in items if id(item) not in left]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--long") or os.environ.get("WORKBENCH_TEST_LONG") == "1":
-        return
-    skip = pytest.mark.skip(reason="long: give --long, or set WORKBENCH_TEST_LONG=1")
+    measured = {line.split(" ", 1)[1] for line in LONG.read_text(encoding="utf-8").splitlines()}
     for item in items:
-        if item.get_closest_marker("long"):
-            item.add_marker(skip)
+        if item.nodeid in measured:
+            item.add_marker(pytest.mark.long)
+    long = [item for item in items if item.get_closest_marker("long")]
+    if config.getoption("--only-long"):
+        chosen = {id(item) for item in long}
+        leave_out(config, items, [item for item in items if id(item) not in chosen])
+    elif not config.getoption("--long") and os.environ.get("WORKBENCH_TEST_LONG") != "1":
+        for item in long:
+            item.add_marker(pytest.mark.skip(reason="long: give --long, or set WORKBENCH_TEST_LONG=1"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -198,3 +199,20 @@ def test_lists_are_written_with_or_without_brackets():
     assert value_of("8, 32", tuple[int, ...]) == value_of("[8, 32]", tuple[int, ...]) == [8, 32]
     assert value_of("*layers.0.*,head", list[str]) == ["*layers.0.*", "head"]
     assert value_of("1e-3,0.1", tuple[float, ...]) == [0.001, 0.1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["list", "methods"], ["run", "quantize", "--help"], ["show", "wanda"]]
+)
+def test_a_reader_that_leaves_early_is_no_error(arguments):
+    """Kind (fault 23): whoever reads the output may stop at any line (`workbench list | head`); the last two
+    are examples that were not listed.
+    """
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "workbench.cli", *arguments], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

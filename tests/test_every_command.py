@@ -75,6 +75,8 @@ def test_help_tells_every_field(name, capsys):
     told = capsys.readouterr().out
     for field in workbench.catalog()[name].parameters():
         assert f"--{field.replace('_', '-')}" in told, field
+    for written in ("Ge(", "Lt(", "annotation=", "PydanticUndefined", "Literal[", "<class"):
+        assert written not in told, "fault 34: how pydantic writes a bound is not how people do"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from workbench.quantization.rounding.feedback import linear_feedback
 from workbench.subjects import finite
 
 SIZES = {"train": 640, "calibration": 64, "validation": 32, "test": 32}
+FACTORS = {"huge": 1e30, "overflow": 1e12, "zero": 0.0}
+SMALL = {"steps": 4, "examples": 64, "gradients": 32, "products": 4, "probes": 1, "predict_examples": 8}
 INSTRUMENTS = [name for name, cls in workbench.catalog().items() if cls.on == "subject"]
 
 
@@ -38,9 +40,9 @@ def made(kind="", dtype=torch.float32):
             module[2].weight[3, 4] = float(kind)
         if kind == "input":
             data["calibration"]["inputs"][50, 2] = math.nan
-        if kind in ("huge", "overflow"):
+        if kind in FACTORS:
             for weight in module.parameters():
-                weight.mul_(1e30 if kind == "huge" else 1e12)
+                weight.mul_(FACTORS[kind])
     data = {
         s: {k: v.to(dtype) if v.is_floating_point() else v for k, v in c.items()} for s, c in data.items()
     }
@@ -78,6 +80,25 @@ def test_every_instrument_names_what_is_not_finite(name, cache):
         with pytest.raises(BadInput) as error:
             instrument.run(made(kind), Progress())
         assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        "error-anatomy gradient-noise layer-sensitivity prune quadratic-prediction quantize sharpness "
+        "spectrum trace train-quantized weight-spectrum"
+    ).split(),
+)
+def test_weights_that_are_all_zero_are_no_traceback(name):
+    """Fault 45: 20 of 396 subjects with NaN, zero or huge weights ended in a traceback."""
+    cls = workbench.catalog()[name]
+    small = {name: size for name, size in SMALL.items() if name in cls.model_fields}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert len(cls(**small).run(made("zero"), Progress(), cache=False).table)
+        except BadInput as error:
+            assert "\n" not in str(error)
 
 
 def test_activations_that_overflow_are_named_before_anything_is_computed():

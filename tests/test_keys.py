@@ -21,6 +21,8 @@ import workbench
 from workbench import version
 from workbench.curvature import Trace
 from workbench.keys import live_code
+from workbench.statistics.factors import gradient_factors
+from workbench.statistics.gradients import example_gradients
 from workbench.subjects import Subject
 from workbench.subjects.tasks import ModuleTask
 from workbench.version import threads
@@ -185,6 +187,35 @@ def test_modules_that_were_replaced_or_set_count(cache):
     assert changed(), "a hook"
     handle.remove()
     assert key(on) == seen[-2], "what was undone is as it was"
+
+
+def test_what_decides_over_gradients_counts(cache, checkpoints, tmp_path):
+    """Two more of the kind: a frozen layer is not trained and has no curvature; a hook changes gradients."""
+    on = small()
+    whole = key(on)
+    trace = Trace().run(on).facts["trace"]
+    on.model[0].weight.requires_grad_(False)
+    assert key(on) != whole and Trace().run(on).facts["trace"] != trace
+    saliencies(on)
+    assert not on.model[0].weight.requires_grad, "looking at a subject thaws nothing"
+    on.model[0].weight.requires_grad_(True)
+    assert key(on) == whole
+    handle = on.model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    assert key(on) != whole
+    handle.remove()
+    assert key(on) == whole
+    frozen = workbench.subject(checkpoints["gpt2"], data="random")
+    frozen.model.transformer.wte.weight.requires_grad_(False)
+    again = workbench.subject(frozen.save(tmp_path / "frozen"))
+    assert again.fingerprint == frozen.fingerprint
+    assert not again.model.transformer.wte.weight.requires_grad
+
+
+def saliencies(on):
+    """Per-example gradients and Kronecker factors of a subject's layers."""
+    layers = on.layers("*")
+    list(example_gradients(on, layers, "train", 4))
+    gradient_factors(on, layers, "train", 4)
 
 
 def test_writes_that_torch_does_not_count_are_seen(cache):

@@ -6,14 +6,27 @@ from __future__ import annotations
 
 import warnings
 
+import pandas as pd
 import pytest
 
 import workbench
-from workbench.errors import BadInput
+from workbench.axis import parameter
+from workbench.errors import BadInput, Notice
+from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.quantization import Quantize
 from workbench.training import Train
+
+
+class Tried(SubjectInstrument):
+    """An option that another one switches on."""
+
+    learning_rates: bool = parameter(False)
+    training_steps: int = parameter(60, only_with="learning_rates")
+
+    def _run(self, on, progress):
+        return self.result(pd.DataFrame({"x": [1.0]}), {})
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +79,40 @@ def test_an_option_that_contradicts_a_name_is_refused(fields):
     with pytest.raises(BadInput, match=r"contradicts format (nf4|int4|e4m3), which says [34]"):
         Quantize(**fields)
     assert Quantize(**{"format.bits": 3}).format == "int3"
+
+
+@pytest.mark.parametrize(
+    ("instrument", "fields", "told"),
+    [
+        ("prune", {"pattern": "2:4", "allocation": "row"}, "allocation: has no effect with pattern 2:4"),
+        ("sharpness", {"bisect_steps": 30}, "bisect_steps: has no effect without bisect"),
+        ("quadratic-prediction", {"sparsity": 0.3}, "sparsity: has no effect without change prune"),
+        ("quadratic-prediction", {"bits": 8, "change": "prune"}, "bits: has no effect without change round"),
+        ("train-quantized", {"temperature": 2.0}, "temperature: has no effect without distillation"),
+        ("train-quantized", {"reset_optimizer": True}, "reset_optimizer: has no effect without switch_at"),
+        (
+            "trace",
+            {"diagonal": True, "method": "xtrace"},
+            "diagonal: has no effect without method hutchinson",
+        ),
+        ("batch-size-theory", {"training_steps": 90}, "training_steps: has no effect without learning_rates"),
+        ("scaling-fit", {"against": ("kaplan",), "checks": False}, "against: has no effect without checks"),
+        ("scaling-plan", {"utilisation": 0.5}, "utilisation: has no effect without gpu_hours or money"),
+    ],
+)
+def test_an_option_that_nothing_reads_says_so(instrument, fields, told):
+    """Examples of the kind that were not listed, of the other instruments."""
+    cls = workbench.catalog()[instrument]
+    assert [line for line in cls(**fields).idle() if line.startswith(told)]
+    assert not list(cls().idle()) and not list(cls(**cls().model_dump(mode="json")).idle())
+
+
+def test_what_nothing_reads_is_said_when_it_is_run(vit, cache):
+    with pytest.warns(Notice, match="training_steps: has no effect without learning_rates"):
+        Tried(training_steps=3).run(vit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        Tried(training_steps=3, learning_rates=True).run(vit)
 
 
 @pytest.mark.parametrize("fields", [{"pattern": "2:8", "sparsity": 0.5}, {"pattern": "1:4", "sparsity": 0.5}])

@@ -10,12 +10,13 @@ import ipywidgets
 from widgets.jobs import Note, guarded
 from widgets.opening import panel
 from widgets.panels import Panel
+from widgets.whole import Whole, take_down
 from workbench.errors import BadInput
 from workbench.names import catalog, find
 from workbench.subjects.registry import BUILTINS
 
 
-class Bench(ipywidgets.VBox):
+class Bench(Whole, ipywidgets.VBox):
     """A choice of subject (a built-in, a folder, a hub id; for instruments on runs, a table's file)
     and instrument; Open shows the panel below.
     """
@@ -59,7 +60,10 @@ class Bench(ipywidgets.VBox):
                 f"subject: is empty; choose one of {', '.join(BUILTINS)}, or give a folder or a hub id"
             )
         self.note.say("")
+        before = self.panel
         self.place.children = [panel(find(self.instrument.value), self.subject.value.strip())]
+        if before is not None:
+            take_down(before)
 
     def _describe(self) -> None:
         kind: Any = find(self.instrument.value)

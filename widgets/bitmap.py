@@ -103,8 +103,8 @@ class Bitmap(anywidget.AnyWidget):
         0 for none of them and i for the i-th name.
     """
 
-    _esm = _HERE / "bitmap.js"
-    _css = _HERE / "workbench.css"
+    _esm = (_HERE / "bitmap.js").read_text(encoding="utf-8")
+    _css = (_HERE / "workbench.css").read_text(encoding="utf-8")
     cells = traitlets.Bytes(b"").tag(sync=True)
     palette = traitlets.Bytes(b"").tag(sync=True)
     rows = traitlets.Int(0).tag(sync=True)

@@ -17,6 +17,7 @@ from typing import Any
 import ipywidgets
 import traitlets
 
+from widgets.whole import Whole
 from workbench.axis import Axis, Entry
 from workbench.errors import BadInput
 from workbench.families import import_plugins
@@ -28,7 +29,7 @@ NOT_GIVEN: Any = type(
 )()
 
 
-class ChoiceControl(ipywidgets.VBox):
+class ChoiceControl(Whole, ipywidgets.VBox):
     """`options_of(entry)` makes the controls of an entry's options (`Controls`, which imports this module).
 
     `.value` is the last value that could be read, as JSON holds it; it may be assigned. `.name` is the list,
@@ -69,6 +70,11 @@ class ChoiceControl(ipywidgets.VBox):
     def options(self) -> Any:
         """Controls of the chosen entry's options; None when it has none."""
         return self._kept.get(self.name.value) if self.name.value != FILLED else None
+
+    @property
+    def unseen(self) -> tuple[ipywidgets.Widget, ...]:
+        """Options of the entries that were chosen before."""
+        return tuple(self._kept.values())
 
     def read(self) -> Any:
         """The choice as JSON holds it; `BadInput` names the option that is not accepted."""

@@ -305,27 +305,28 @@ def _slider(
 def _texts(look: dict[str, Any]) -> Control:
     """A list of texts, separated by commas; in YAML's brackets when a text itself holds what separates."""
     widget = ipywidgets.Text(placeholder="one, two, ...", continuous_update=False, **look)
-    in_brackets = _yaml(list[str], look)
 
     def read() -> list[Any]:
         if widget.value.strip().startswith("["):
-            in_brackets.widget.value = widget.value
-            return list(in_brackets.read())
+            return list(_from_line(widget.value, list[str], look["description"]))
         return [part.strip() for part in widget.value.split(",") if part.strip()]
 
     def write(values: list[str]) -> None:
         plain = all(v and v == v.strip() and "," not in v and not v.startswith("[") for v in values)
-        in_brackets.write(values)
-        widget.value = ", ".join(values) if plain else f"[{in_brackets.widget.value}]"
+        widget.value = ", ".join(values) if plain else f"[{_as_line(values, list[str])}]"
 
     return Control(widget, read, write)
 
 
+def _holds(kind: Any) -> tuple[bool, bool]:
+    """Whether a field of this type holds a list, and whether it holds a mapping."""
+    listing = get_origin(kind) in (list, tuple, set) or kind in (list, tuple)
+    return listing, kind is dict or get_origin(kind) is dict
+
+
 def _yaml(kind: Any, look: dict[str, Any]) -> Control:
     """A line of text for a value of any other type; an empty line is None."""
-    listing = get_origin(kind) in (list, tuple, set) or kind in (list, tuple)
-    text = str in get_args(kind) and get_origin(kind) in (Union, types.UnionType)
-    mapping = kind is dict or get_origin(kind) is dict
+    listing, mapping = _holds(kind)
     hint = (
         "none"
         if type(None) in get_args(kind)
@@ -337,30 +338,38 @@ def _yaml(kind: Any, look: dict[str, Any]) -> Control:
     )
     widget = ipywidgets.Text(placeholder=hint, continuous_update=False, **look)
 
-    def read() -> Any:
-        line = widget.value.strip(BLANKS)
-        if not line:
-            return [] if listing else {} if mapping else None
-        if listing and not line.startswith("["):
-            line = f"[{line}]"
-        if mapping and not line.startswith("{"):
-            line = f"{{{line}}}"
-        try:
-            value = yaml.load(line, Parameters)
-        except yaml.YAMLError:
-            advice = "write values separated by commas, and texts with special characters in quotes"
-            raise BadInput(f"{look['description']}: {line!r} cannot be read; {advice}") from None
-        return line if text and isinstance(value, str) and line[0] not in "'\"" else value
-
     def write(value: Any) -> None:
-        if value is None:
-            widget.value = ""
-            return
-        line = yaml.safe_dump(
-            value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
-        ).strip(BLANKS)
-        line = line.removesuffix("...").strip(BLANKS)
-        bare = (listing or mapping) and not line.startswith(("[[", "[{", "{{"))
-        widget.value = line[1:-1] if bare else line
+        widget.value = _as_line(value, kind)
 
-    return Control(widget, read, write)
+    return Control(widget, lambda: _from_line(widget.value, kind, look["description"]), write)
+
+
+def _from_line(text: str, kind: Any, name: str) -> Any:
+    """The value that a line of text stands for, brackets and braces added where they are left out."""
+    listing, mapping = _holds(kind)
+    line = text.strip(BLANKS)
+    if not line:
+        return [] if listing else {} if mapping else None
+    if listing and not line.startswith("["):
+        line = f"[{line}]"
+    if mapping and not line.startswith("{"):
+        line = f"{{{line}}}"
+    try:
+        value = yaml.load(line, Parameters)
+    except yaml.YAMLError:
+        advice = "write values separated by commas, and texts with special characters in quotes"
+        raise BadInput(f"{name}: {line!r} cannot be read; {advice}") from None
+    a_text = str in get_args(kind) and get_origin(kind) in (Union, types.UnionType)
+    return line if a_text and isinstance(value, str) and line[0] not in "'\"" else value
+
+
+def _as_line(value: Any, kind: Any) -> str:
+    """The line that `_from_line` reads as this value."""
+    if value is None:
+        return ""
+    line = yaml.safe_dump(
+        value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
+    ).strip(BLANKS)
+    line = line.removesuffix("...").strip(BLANKS)
+    bare = any(_holds(kind)) and not line.startswith(("[[", "[{", "{{"))
+    return line[1:-1] if bare else line

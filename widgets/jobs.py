@@ -18,6 +18,7 @@ from typing import Any
 
 import ipywidgets
 
+from widgets.whole import Whole
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.results import Result
@@ -95,7 +96,7 @@ class WidgetProgress(Progress):
             self._preview(result)
 
 
-class Job(ipywidgets.HBox):
+class Job(Whole, ipywidgets.HBox):
     """A row of Run, Stop, bar and state for `work(progress) -> value`;
     `finished(value)` is called with what it returned.
 
@@ -166,6 +167,11 @@ class Job(ipywidgets.HBox):
             self.halt.disabled = True
             self.note.say("stopping")
 
+    def close(self) -> None:
+        """Work that is running is asked to end; what it found is not shown."""
+        self.stop()
+        super().close()
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the work, and what was to come after it, to end;
         True when it did within `timeout` seconds.
@@ -185,6 +191,8 @@ class Job(ipywidgets.HBox):
         began = time.monotonic()
         try:
             value = self._work(progress)
+            if self.comm is None:  # closed meanwhile
+                return
             self._finished(value)
             how = "stopped, kept what was there" if progress.partial else "done"
             self.note.say(f"{how} after {time.monotonic() - began:.1f} s")

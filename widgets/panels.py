@@ -33,6 +33,7 @@ from widgets.controls import Controls, help_html
 from widgets.jobs import Job, Note, guarded
 from widgets.plot import PlotView
 from widgets.sending import Report, check_known_elsewhere, source_of
+from widgets.whole import Whole, take_down
 from workbench.errors import BadInput
 from workbench.instruments import Instrument
 from workbench.names import find
@@ -44,7 +45,7 @@ KEPT = 12  # earlier results of a panel that can be compared with
 KNOWN = ("instrument", "subject", "settings", "view", "fingerprint")
 
 
-class Panel(ipywidgets.VBox):
+class Panel(Whole, ipywidgets.VBox):
     """An interactive view of one instrument on one subject.
 
     instrument : an `Instrument` class, or an instance whose settings to start from. on : a Subject, what
@@ -183,16 +184,22 @@ class Panel(ipywidgets.VBox):
         choices made before stay where they still exist.
         """
         model = result.view_model()
+        before = self.view_controls
         if model is None:
             self.view_controls = None
+            self.view_box.children = ()
             self.view_box.layout.display = "none"
+            if before is not None:
+                take_down(before)
             return
         kept = self._valid_view(result)
         schema = model.model_json_schema()
-        if self.view_controls is None or self.view_controls.model.model_json_schema() != schema:
+        if before is None or before.model.model_json_schema() != schema:
             self.view_controls = Controls(model, kept, changed=guarded(self.job.note, self._draw), live=True)
             self.view_box.children = [self.view_controls]
             self.view_box.layout.display = ""
+            if before is not None:
+                take_down(before)
 
     def _valid_view(self, result: Result) -> dict[str, Any]:
         model = result.view_model()
@@ -335,7 +342,9 @@ class Panel(ipywidgets.VBox):
         note, place = Note(), ipywidgets.VBox()
 
         def show(change: Mapping[str, Any]) -> None:
-            place.children = ()
+            before, place.children = place.children, ()
+            for shown in before:
+                take_down(shown)
             note.say("opening" if change["new"] else "")
             if change["new"]:
                 place.children = (view.beside(self),)

@@ -93,8 +93,8 @@ class PlotView(anywidget.AnyWidget):
         one: the first state a page receives is then complete.
     """
 
-    _esm = _HERE / "plot.js"
-    _css = _HERE / "workbench.css"
+    _esm = (_HERE / "plot.js").read_text(encoding="utf-8")
+    _css = (_HERE / "workbench.css").read_text(encoding="utf-8")
     spec = traitlets.Dict().tag(sync=True, to_json=packed)
     revision = traitlets.Int(0).tag(sync=True)
     alt = traitlets.Unicode("").tag(sync=True)

@@ -21,6 +21,7 @@ import numpy as np
 from widgets.jobs import Note, guarded
 from widgets.panels import Panel
 from widgets.plot import PlotView
+from widgets.whole import Whole
 from workbench.errors import BadInput
 from workbench.figures import color, figure, line, rule
 from workbench.progress import Progress
@@ -67,7 +68,7 @@ def with_twin(bundle: Any, plot: PlotView, facts: str) -> Any:
     return {**data, **twin}, metadata
 
 
-class FormatPanel(ipywidgets.VBox):
+class FormatPanel(Whole, ipywidgets.VBox):
     """Pick a format and watch its grid and its error on one layer.
 
     `.instrument` is what a report runs with these settings, `.found` the numbers shown.
@@ -218,7 +219,7 @@ class FormatPanel(ipywidgets.VBox):
         return self._matrices[name, rotate]
 
 
-class AllocationPanel(ipywidgets.VBox):
+class AllocationPanel(Whole, ipywidgets.VBox):
     """Walk the Pareto front of an `Allocate` result: the slider is the average width,
     the picture each layer's width.
 

@@ -20,6 +20,7 @@ import numpy as np
 from widgets.jobs import Note, guarded
 from widgets.panels import Panel
 from widgets.plot import PlotView
+from widgets.whole import Whole
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.results import Result
@@ -32,7 +33,7 @@ STARTS, RESAMPLES = 96, 200  # enough for a live answer: the report fits with mo
 VIEWS = ("fit", "residuals", "isoflop", "contour", "draws")
 
 
-class ScalingPanel(ipywidgets.VBox):
+class ScalingPanel(Whole, ipywidgets.VBox):
     """An interactive scaling-law fit.
 
     runs : Runs, a DataFrame, or anything `load_runs` opens. law : the law to start with, by name or formula.

@@ -19,6 +19,7 @@ from widgets.bitmap import BOTH_COLOR, Bitmap
 from widgets.jobs import Job, Note, guarded
 from widgets.panels import Panel
 from widgets.plot import PlotView
+from widgets.whole import Whole
 from workbench.errors import BadInput
 from workbench.figures import color
 from workbench.progress import Progress
@@ -34,7 +35,7 @@ VIEWS = (
 )
 
 
-class SparsityPanel(ipywidgets.VBox):
+class SparsityPanel(Whole, ipywidgets.VBox):
     """Look at masks before making them.
 
     on : a Subject or anything `workbench.subject` opens.

@@ -15,6 +15,7 @@ import ipywidgets
 from widgets.jobs import Note, guarded
 from widgets.panels import Panel
 from widgets.plot import PlotView
+from widgets.whole import Whole
 from workbench.errors import BadInput
 from workbench.training import Train
 from workbench.training.schedule.drawings import schedule_areas, schedule_figure, schedule_table
@@ -33,7 +34,7 @@ def drawn() -> tuple[str, ...]:
     )
 
 
-class SchedulePanel(ipywidgets.VBox):
+class SchedulePanel(Whole, ipywidgets.VBox):
     """Schedules drawn from the schedulers themselves. `.table` holds what is drawn: name, step, lr."""
 
     caption: ClassVar[str] = "Draw and compare schedules"

@@ -45,12 +45,18 @@ def parameter(
     unit: str = "",
     scale: Literal["linear", "log"] = "linear",
     step: float | None = None,
+    only_with: str = "",
     **bounds: Any,
 ) -> Any:
     """One field of an instrument or of an entry's options.
     `bounds` are pydantic's `ge`, `gt`, `le`, `lt`, `min_length`, ...
+
+    only_with : the field without which this one is not read ("bisect"), one of several ("money or flops"), or
+        the value that another has to have ("change=prune"); see `Fields.idle`
     """
     extra: dict[str, Any] = {"unit": unit, "scale": scale, "step": step}
+    if only_with:
+        extra["only_with"] = only_with
     return Field(default, description=help, json_schema_extra=extra, **bounds)
 
 
@@ -87,6 +93,20 @@ class Fields(BaseModel):
         such as a method's choices.
         """
         return {}
+
+    def idle(self) -> Iterator[str]:
+        """A line for each field that somebody set, and that is not read beside the others as they are."""
+        for name, info in type(self).model_fields.items():
+            extra = info.json_schema_extra
+            needed = str(extra.get("only_with", "")) if isinstance(extra, dict) else ""
+            changed = name in self.model_fields_set and getattr(self, name) != info.default
+            if needed and changed and not any(self._met(part) for part in needed.split(" or ")):
+                yield f"{name}: has no effect without {needed.replace('=', ' ')}"
+
+    def _met(self, needed: str) -> bool:
+        name, _, wanted = needed.partition("=")
+        value = getattr(self, name)
+        return str(value) == wanted if wanted else bool(value)
 
 
 class Options(Fields):

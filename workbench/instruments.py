@@ -134,6 +134,8 @@ class Instrument(Fields):
             return result
         if hasattr(on, "check_finite"):
             on.check_finite()
+        for told in self.idle():
+            notice(told)
         self.check(on)
         with journal(key, self.about(on), progress, fresh) as kept:
             result = self._measure(on, progress, key)
@@ -143,6 +145,12 @@ class Instrument(Fields):
             if stored or (kept.root and not result.partial):
                 kept.clear()
         return result
+
+    def begins_anew(self) -> bool:
+        """Whether the weights that come in are not what the run starts with, so that none of their zeros is
+        meant.
+        """
+        return getattr(self, "start", "") == "random" or bool(getattr(self, "from_scratch", False))
 
     def about(self, on: Any) -> dict[str, Any]:
         """What this run is, for whoever finds what it has left."""
@@ -188,6 +196,12 @@ class Instrument(Fields):
         result.provenance = provenance(self, on, time.perf_counter() - began) | {"key": key}
         if self.changes_model:
             assert result.subject is not None, f"{self.name()} declares changes_model and returned no subject"
+            if (
+                "revived" not in result.facts
+                and not self.begins_anew()
+                and (n := result.subject.revived_from(on))
+            ):
+                result.facts["revived"] = n
             result.subject.adopt(parent=on, instrument=self, fingerprint=None if result.partial else key)
         return result
 

@@ -27,9 +27,8 @@ from workbench.quantization.activations import sequential
 from workbench.quantization.number import grid
 from workbench.quantization.number.elements import Minifloat
 from workbench.quantization.number.formats import named
-from workbench.quantization.rotation import fold
 from workbench.quantization.rounding import feedback
-from workbench.quantization.transform import coordinates
+from workbench.quantization.transform import coordinates, hadamard_orders
 from workbench.statistics import damping
 from workbench.statistics.factors import StackedGradients
 from workbench.subjects import TASK, Subject, vocabulary
@@ -42,11 +41,11 @@ subject = sys.modules[Subject.__module__]
 
 #: (product module, name, the one definition)
 ENTRIES: list[tuple[Any, str, Any]] = [
-    (coordinates, "hadamard", hadamard.hadamard),
+    (hadamard_orders, "hadamard", hadamard.hadamard),
     (coordinates, "kronecker", kronecker.kronecker),
     (quantized_products, "hadamard", hadamard.hadamard),
     (quantized_products, "quantize_dequantize", quantize.quantize_dequantize),
-    (fold, "hadamard_matrix", hadamard.hadamard_matrix),
+    (hadamard_orders, "hadamard_matrix", hadamard.hadamard_matrix),
     (grid, "quantize_dequantize", quantize.quantize_dequantize),
     (fisher, "block_fisher", block_fisher.block_fisher),
     (fisher, "block_fisher_inverse", block_fisher.block_fisher_inverse),
@@ -107,7 +106,7 @@ def stepped(kind: Callable[..., torch.optim.Optimizer]) -> Callable[[], Any]:
 
 
 USES: list[tuple[Any, str, Callable[[], Any]]] = [
-    (coordinates, "hadamard", transformed),
+    (hadamard_orders, "hadamard", transformed),
     (coordinates, "kronecker", transformed),
     (quantized_products, "hadamard", lambda: quantized_products.over_features(torch.randn(4, 8))),
     (quantized_products, "hadamard", lambda: quantized_products.over_tokens(torch.randn(4, 8))),

@@ -88,7 +88,7 @@ def test_compressed_tensors_round_trip(
     checkpoints: dict[str, Path], tmp_path: Path, architecture: str, fields: dict[str, object]
 ) -> None:
     on = quantized(checkpoints[architecture], **fields)
-    folder = to_compressed_tensors(on, tmp_path / "out")
+    folder = to_compressed_tensors(on, tmp_path / "out", reopen=False)
     again = type(on.model).from_pretrained(folder)  # type: ignore[attr-defined]
     batch = next(on.batches("calibration", 4))
     with torch.no_grad():
@@ -102,7 +102,9 @@ def test_our_own_export_opens_again(
 ) -> None:
     """Kind 17: what we export is opened again, decompressed, with the same outputs."""
     on = quantized(checkpoints["llama"], **fields)
-    again = workbench.subject(to_compressed_tensors(on, tmp_path / "out"), data="random", max_length=12)
+    again = workbench.subject(
+        to_compressed_tensors(on, tmp_path / "out", reopen=False), data="random", max_length=12
+    )
     batch = next(again.batches("test", 3))
     with torch.no_grad():
         assert torch.equal(again.task.output(again.model, batch), on.task.output(on.model, batch))
@@ -125,7 +127,7 @@ def test_onnx_round_trip(
 ) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime (extra export) is not installed")
     on = quantized(checkpoints[architecture], **fields)
-    file = to_onnx(on, tmp_path / "model.onnx")
+    file = to_onnx(on, tmp_path / "model.onnx", reopen=False)
     options = runtime.SessionOptions()
     options.add_session_config_entry(
         "session.qdq_matmulnbits_accuracy_level", "1"
@@ -166,7 +168,7 @@ def test_onnx_takes_ids_of_any_width(checkpoints: dict[str, Path], tmp_path: Pat
     on = quantized(checkpoints["gpt2"], format="int8", granularity="channel")
     for split in on.splits.values():
         split["attention_mask"] = split["attention_mask"].int()
-    file = to_onnx(on, tmp_path / "model.onnx")
+    file = to_onnx(on, tmp_path / "model.onnx", reopen=False)
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     assert {i.type for i in session.get_inputs()} == {"tensor(int64)"}
 
@@ -188,7 +190,7 @@ def test_what_cannot_be_expressed_is_refused_by_name(
 ) -> None:
     on = quantized(checkpoints[architecture], **fields)
     with pytest.raises(BadInput, match=f"compressed-tensors.*{reason}"):
-        to_compressed_tensors(on, tmp_path / "out")
+        to_compressed_tensors(on, tmp_path / "out", reopen=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -198,7 +200,9 @@ def test_a_dense_subject_is_refused(checkpoints: dict[str, Path], tmp_path: Path
 
 
 def test_a_truncated_file_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    folder = to_compressed_tensors(quantized(checkpoints["bert"], format="int4"), tmp_path / "out")
+    folder = to_compressed_tensors(
+        quantized(checkpoints["bert"], format="int4"), tmp_path / "out", reopen=False
+    )
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-200])
     with pytest.raises(BadInput):
@@ -209,7 +213,9 @@ def test_a_truncated_file_is_refused(checkpoints: dict[str, Path], tmp_path: Pat
 def test_a_file_that_does_not_match_is_refused(
     checkpoints: dict[str, Path], tmp_path: Path, fault: str
 ) -> None:
-    folder = to_compressed_tensors(quantized(checkpoints["bert"], format="int4"), tmp_path / "out")
+    folder = to_compressed_tensors(
+        quantized(checkpoints["bert"], format="int4"), tmp_path / "out", reopen=False
+    )
     tensors = load_file(folder / "model.safetensors")
     name = next(key for key in tensors if key.endswith("weight_packed"))
     if fault == "shape":

@@ -47,7 +47,9 @@ def test_charts_over_time_and_epochs(tmp_path, axis):
 
 
 def test_states_of_a_table(tmp_path):
-    """Also words that other trackers write, and a status that is something else altogether."""
+    """Also words that other trackers write, and a status that is something else altogether. One word that
+    was not known made all runs finished ones.
+    """
     states = ["finished", "crashed", "killed", "running", "failed", "", "preempted"]
     frame = pd.DataFrame({"params": np.logspace(7, 9, 7), "tokens": 1e9, "loss": np.linspace(4, 3, 7)})
     frame.assign(State=states, run=list("abcdefg")).to_csv(tmp_path / "a.csv", index=False)
@@ -55,6 +57,16 @@ def test_states_of_a_table(tmp_path):
         runs = load_runs(tmp_path / "a.csv")
     assert runs.table.run.tolist() == ["a", "f"]
     assert ends(runs) == {"b": "crashed", "c": "killed", "d": "unfinished", "e": "failed", "g": "unfinished"}
+    for name, word, status in (
+        ("Status", "OUT_OF_MEMORY", "failed"),
+        ("run.state", "timed out", "killed"),
+        ("trial_status", "ran away", "ran away"),
+    ):
+        with pytest.warns(UserWarning, match=f"1 of 7 runs did not finish: 1 {status}"):
+            runs = Runs.from_table(frame.assign(run=list("abcdefg"), **{name: ["COMPLETED"] * 6 + [word]}))
+        assert len(runs) == 6 and ends(runs) == {"g": status}
+    with pytest.warns(UserWarning, match="ran away is no known word for how a run ends"):
+        Runs.from_table(frame.assign(state=["finished"] * 6 + ["ran away"]))
     other = Runs.from_table(frame.assign(status=["solid", "liquid", "gas"] + ["solid"] * 4))
     assert len(other) == 7 and "status" in other.table
     with pytest.raises(BadInput, match="no row has a finite value and a good end .*7 crashed"):

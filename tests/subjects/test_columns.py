@@ -442,6 +442,48 @@ def test_a_users_loss_is_a_mean_over_examples_or_says_over_what(loss: Callable[.
             )
 
 
+class Mixed(nn.Module):
+    """Every example is compared with the others of its batch."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(6, 3), how
+        self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.layer(x)
+        if self.how == "normalised":
+            return self.norm(found)
+        return found - found.mean(0) if self.how == "centred" else found.softmax(0)
+
+
+@pytest.mark.parametrize("how", ["normalised", "centred", "softmax over the wrong axis"])
+def test_a_network_whose_answers_depend_on_the_batch_is_refused(how):
+    """Kind 8, another example: losses of such a network differ by the batch size."""
+    data = {"inputs": torch.randn(40, 6), "labels": torch.randint(3, (40,))}
+    with pytest.raises(
+        BadInput, match=r"subject: (what the module computes|the module takes no batch of one)"
+    ):
+        workbench.subject(Mixed(how), data=data)
+
+
+def test_columns_are_tensors_of_one_length_and_targets_are_numbers():
+    """Kind 7, another example: a target of NaN made the loss of a split NaN; the others were tracebacks."""
+    inputs, labels = torch.randn(40, 6), torch.randn(40)
+    net = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))
+    with pytest.raises(BadInput, match="columns have not one number of examples .inputs 40, labels 39"):
+        workbench.subject(net, data={"inputs": inputs, "labels": labels[:39]})
+    with pytest.raises(BadInput, match="the column 'labels' of the split 'test' is a list"):
+        workbench.subject(net, data={"test": {"inputs": inputs, "labels": ["a"] * 40}})
+    given = {"inputs": inputs.numpy(), "labels": labels.tolist()}
+    assert workbench.subject(net, data=given).evaluate("test")["loss"] > 0
+    for value in (float("nan"), float("inf")):
+        broken = labels.clone()
+        broken[30] = value
+        with pytest.raises(BadInput, match="labels: example 30 of split 'test' is nan or inf"):
+            workbench.subject(net, data={"test": {"inputs": inputs, "labels": broken}})
+
+
 def test_a_modules_outputs_and_numbers_to_predict_have_one_shape():
     """Kind 5, another example: three outputs against one number were broadcast without a word."""
     data = {"inputs": torch.randn(20, 6), "labels": torch.randn(20)}

@@ -59,6 +59,24 @@ def test_plain_module_and_its_errors():
         workbench.subject(nn.Tanh(), data={"inputs": x, "labels": y})
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "computed",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+def test_weights_that_are_computed_are_named(computed):
+    """Kind (section D): a traceback where a line would do; these were AttributeErrors of the first run."""
+    net = nn.Sequential(computed(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3))
+    data = {"inputs": torch.randn(40, 4), "labels": torch.randint(3, (40,))}
+    with pytest.raises(BadInput, match="subject: weight of '0' is computed"):
+        workbench.subject(net, data=data)
+
+
 def test_a_single_output_is_regression(checkpoints, tmp_path):
     """As in transformers: a classification head with one label predicts a number."""
     config = transformers.AutoConfig.from_pretrained(checkpoints["bert"], num_labels=1)

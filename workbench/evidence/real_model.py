@@ -16,9 +16,10 @@ import numpy as np
 
 from workbench.errors import BadInput
 from workbench.evidence.harness import below, interval, together, words
+from workbench.instruments import SubjectInstrument
 from workbench.measures.language import TokenPairs
 from workbench.measures.reference import reference_of
-from workbench.names import find
+from workbench.names import find, in_words
 from workbench.progress import Progress
 from workbench.storage import cache_folder, replacing
 from workbench.subjects import Subject
@@ -27,7 +28,8 @@ SUBJECT = "smollm2"
 CALIBRATION, WINDOWS = 32, 32
 DAMAGE = 0.02  # nats a token: the rival has to lose this much before a claim of losing less can be seen
 
-Arm = tuple[str, Mapping[str, Any]]  # instrument, fields
+Step = tuple[str, dict[str, Any]]  # instrument, fields
+Arm = tuple[Step, ...]  # each step works on what the one before made
 
 
 @functools.cache
@@ -44,18 +46,30 @@ def language_model() -> Subject:
     )
 
 
+def instrument_of(step: Step) -> SubjectInstrument:
+    """The instrument of a step with the calibration windows of all arms and no measurement of its own."""
+    name, fields = step
+    usual: dict[str, Any] = {"calibration_examples": CALIBRATION}
+    if name != "rotate":
+        usual |= {"predict_examples": 0}
+        usual |= {"test_examples": 0} if name == "quantize" else {"test_split": "validation"}
+    made = find(name)(**(usual | fields))
+    assert isinstance(made, SubjectInstrument)
+    return made
+
+
 def divergences(arm: Arm, progress: Progress) -> dict[str, list[float]]:
     """Of each test window of the compressed model: `kl` (nats a token), `loss`, `dense_loss`."""
-    name, fields = arm
-    usual: dict[str, Any] = {"calibration_examples": CALIBRATION, "predict_examples": 0}
-    usual |= {"test_examples": 0} if name == "quantize" else {"test_split": "validation"}
-    instrument, on = find(name)(**(usual | dict(fields))), language_model()
-    file = cache_folder() / "evidence" / f"{instrument.key(on)}-{WINDOWS}.json"
+    on, steps = language_model(), [instrument_of(step) for step in arm]
+    key = "-".join(step.key(on) for step in steps)
+    file = cache_folder() / "evidence" / f"{key}-{WINDOWS}.json"
     if file.exists():
         found: dict[str, list[float]] = json.loads(file.read_text())
         return found
+    made: Subject | None = on
+    for step in steps:
+        made = None if made is None else step.run(made, progress, cache=False).subject
     reference = reference_of(on, "test", WINDOWS, progress)
-    made = instrument.run(on, progress, cache=False).subject
     if reference is None or made is None or progress.stopped:
         raise BadInput("method: the measurement was stopped; run it again, finished arms are kept")
     comparison = reference.against(made, progress)
@@ -104,7 +118,7 @@ def ordered(
         return {
             "subject": SUBJECT,
             "arms": {
-                label: {"instrument": arms[label][0], "fields": dict(arms[label][1])}
+                label: {"recipe": in_words(arms[label])}
                 | {what: interval(values) for what, values in found[label].items()}
                 for label in arms
             },
@@ -119,17 +133,31 @@ def ordered(
 
 
 def quantized(format: str, granularity: str = "channel", **more: Any) -> Arm:
-    return "quantize", {"format": format, "granularity": granularity} | more
+    return (("quantize", {"format": format, "granularity": granularity} | more),)
 
 
 def pruned(method: str, **more: Any) -> Arm:
-    return "prune", {"method": method} | more
+    return (("prune", {"method": method} | more),)
 
 
 CHANNEL = {f"nearest, {bits} bits": quantized(f"int{bits}") for bits in (4, 3)}
 GROUPS = {"nearest, 3 bits, groups": quantized("int3", "group")}
 ZERO_POINT = {f"nearest, uint{bits}": quantized(f"uint{bits}", "group") for bits in (4, 3)}
 STATIC = quantized("int8", activations="tensor")
+ROUNDED = {"rounding": "gptq", "activations": "token", "activations.format": "int4"}
+#: QuaRot turns what the writers of the stream read while the model runs, and folds everything else.
+ONLINE = {"transform": "hadamard", "transform.only": "*.o_proj,*.down_proj"}
+
+
+def rotated(kind: str, **more: Any) -> Arm:
+    """Four-bit weights (GPTQ) and activations of the rotated model."""
+    return (("rotate", {"kind": kind} | more), *quantized("int4", **(ROUNDED | ONLINE)))
+
+
+FOUR_BITS = {
+    "W4A4, GPTQ": quantized("int4", **ROUNDED),
+    "QuaRot": rotated("hadamard"),
+}
 PRUNED = {label: pruned(label) for label in ("magnitude", "wanda", "sparsegpt")}
 PAIRED = {f"{label}, 2:4": pruned(label, pattern="2:4") for label in PRUNED}
 
@@ -161,6 +189,7 @@ QUANTIZATION: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         },
         [("smoothed", "W8A8, a scale a tensor")],
     ),
+    "quarot": ordered(FOUR_BITS, [("QuaRot", "W4A4, GPTQ")]),
 }
 
 PRUNING: dict[str, Callable[[str, Progress], dict[str, Any]]] = {

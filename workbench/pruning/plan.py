@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from workbench.axis import Choice, parameter
@@ -79,6 +79,11 @@ class PrunePlan(SubjectInstrument):
         form = form_of(given)
         fixed = {} if form.fixed is None else {"sparsity": form.fixed}
         return {**PRUNING_METHOD.chosen(given.get("method", "obert"), "method")(form), **fixed}
+
+    def idle(self) -> Iterator[str]:
+        yield from super().idle()
+        if self.pattern().fixed is not None and self.allocation != self.parts()["allocation"]:
+            yield f"allocation: has no effect with pattern {self.pattern}, which has one sparsity everywhere"
 
     def with_gradients(self, count: int) -> Self:
         """A copy in which everything that measures gradients measures so many."""

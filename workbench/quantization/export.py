@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, notice
 from workbench.quantization.activations.activations import ActivationQuant
 from workbench.quantization.number.fake_quant import FakeQuant
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.packing import quantizer_of
 from workbench.quantization.number.split_grid import SplitGrid
 from workbench.storage import replacing
+from workbench.storage.reopening import check_exported, probe
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import bake
 from workbench.subjects.checkpoint_files import one_line
@@ -65,13 +66,14 @@ def check_exportable(layers: Sequence[Layer], target: str, formats: tuple[str, .
 
 
 def to_compressed_tensors(
-    subject: Subject, folder: str | os.PathLike[str], *, overwrite: bool = False
+    subject: Subject, folder: str | os.PathLike[str], *, overwrite: bool = False, reopen: bool = True
 ) -> Path:
     """Write a checkpoint that `transformers` and vLLM open:
     packed int2..int8, or FP8 E4M3 with tensor or channel scales.
 
     `BadInput` for anything else, by layer. What a save left in `folder` is replaced, anything else is refused
-    unless `overwrite`. Needs the package `compressed-tensors` (extra `export`).
+    unless `overwrite`. Before it takes its place it is opened in a fresh process and its loss compared,
+    unless `reopen` is False. Needs the package `compressed-tensors` (extra `export`).
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -121,6 +123,8 @@ def to_compressed_tensors(
         compressor.update_config(str(draft))
         if subject.tokenizer is not None and hasattr(subject.tokenizer, "save_pretrained"):
             subject.tokenizer.save_pretrained(draft)
+        if reopen:
+            check_exported(subject, draft, "checkpoint", probe(subject))
     return Path(folder)
 
 
@@ -161,12 +165,15 @@ def fill_parameters(module: nn.Module, grid: Grid) -> None:
             )
 
 
-def to_onnx(subject: Subject, file: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def to_onnx(
+    subject: Subject, file: str | os.PathLike[str], *, overwrite: bool = False, reopen: bool = True
+) -> Path:
     """Write an ONNX file whose quantized weights are 8-bit integers with `DequantizeLinear`
     (opset 21: one scale a tensor, channel or group).
 
     Inputs are the task's columns, with a free batch size and a free length of each sequence. A file that no
-    export wrote is refused unless `overwrite`.
+    export wrote is refused unless `overwrite`. Before it takes its place it is run in a fresh process and its
+    loss compared, unless `reopen` is False or ONNX Runtime is not installed, which is said.
     Needs the packages `onnx` and `onnxscript` (extra `export`).
     """
     import onnx
@@ -236,6 +243,10 @@ def to_onnx(subject: Subject, file: str | os.PathLike[str], *, overwrite: bool =
             graph.graph.node.insert(0, node)
         onnx.checker.check_model(graph)
         onnx.save(graph, str(draft))
+        if reopen:
+            told = check_exported(subject, draft, "onnx", subject.task.exported(model, probe(subject)))
+            if told.startswith("not opened"):
+                notice(f"onnx: {told}")
     return Path(file)
 
 

@@ -86,6 +86,7 @@ def problems(settings: QuantizeSettings, layer: Layer, source: Source) -> list[P
         rows=rows,
         activation=None if rows is None else settings.activations.options.format(),
         salient=salient,
+        layer=layer.name,
     )
     return [
         replace(

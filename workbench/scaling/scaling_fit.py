@@ -61,7 +61,9 @@ class ScalingFit(Instrument):
     resamples: int = parameter(500, "bootstrap refits", ge=20, le=20_000, scale="log")
     level: float = parameter(0.9, "probability content of every interval", gt=0, lt=1)
     against: tuple[str, ...] = parameter(
-        ("kaplan", "over-training", "power-compute"), "other laws to compare with on the same runs"
+        ("kaplan", "over-training", "power-compute"),
+        "other laws to compare with on the same runs",
+        only_with="checks",
     )
 
     checks: bool = parameter(

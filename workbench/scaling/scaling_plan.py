@@ -84,9 +84,15 @@ class ScalingPlan(ScalingFit):
     )
     gpu_hours: float | None = parameter(None, "training budget in device hours", unit="hours", gt=0)
     money: float | None = parameter(None, "training budget in money", gt=0)
-    price_per_gpu_hour: float | None = parameter(None, "price of a device hour, in the same money", gt=0)
-    peak_flops: float | None = parameter(None, "FLOP/s of one device", unit="FLOP/s", gt=0)
-    utilisation: float = parameter(0.4, "share of the peak that training reaches", gt=0, le=1)
+    price_per_gpu_hour: float | None = parameter(
+        None, "price of a device hour, in the same money", only_with="money", gt=0
+    )
+    peak_flops: float | None = parameter(
+        None, "FLOP/s of one device", only_with="gpu_hours or money", unit="FLOP/s", gt=0
+    )
+    utilisation: float = parameter(
+        0.4, "share of the peak that training reaches", only_with="gpu_hours or money", gt=0, le=1
+    )
     inference_tokens: float = parameter(
         0.0, "tokens that the model will serve in its life", unit="tokens", ge=0
     )

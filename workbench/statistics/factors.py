@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
+from workbench.statistics.gradients import learning
 from workbench.subjects import Layer, Subject
 
 
@@ -195,9 +196,7 @@ def gradient_factors(
             )
             if int(items.sum()) == 0:
                 continue
-            with torch.enable_grad():
-                for layer in layers:
-                    layer.original.requires_grad_(True)
+            with torch.enable_grad(), learning(layer.original for layer in layers):
                 loss = subject.loss(batch)
                 # The graph is left at the outputs: the weights' own gradients are never formed.
                 grads = torch.autograd.grad(loss, [output for _, _, output in calls], allow_unused=True)

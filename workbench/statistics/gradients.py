@@ -4,13 +4,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workbench.progress import Progress
 from workbench.subjects import Layer, Subject
+
+
+@contextlib.contextmanager
+def learning(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Meanwhile there are gradients of these parameters, also of those that somebody has frozen."""
+    was = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        for parameter, _ in was:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, learns in was:
+            parameter.requires_grad_(learns)
 
 
 def example_gradients(
@@ -33,9 +47,7 @@ def example_gradients(
     for batch in progress.track(subject.batches(split, group, examples), "gradients", count):
         if subject.task.items(batch) == 0:
             continue
-        with torch.enable_grad():
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+        with torch.enable_grad(), learning(parameters):
             grads = torch.autograd.grad(subject.loss(batch), parameters, allow_unused=True)
         yield [
             torch.zeros(layer.shape, device=p.device) if g is None else (g.mT if layer.transposed else g)

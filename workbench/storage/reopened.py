@@ -1,6 +1,8 @@
-"""The fresh process of `workbench.storage.reopening`: open a folder and print the loss as JSON.
+"""The fresh process of `workbench.storage.reopening`: open what was written and say what it computes.
 
-python -m workbench.storage.reopened FOLDER SPLIT THREADS
+python -m workbench.storage.reopened saved FOLDER SPLIT THREADS             the loss, as JSON
+python -m workbench.storage.reopened checkpoint FOLDER TASK GIVEN FOUND THREADS
+python -m workbench.storage.reopened onnx FILE TASK GIVEN FOUND THREADS     outputs of GIVEN, into FOUND
 """
 
 from __future__ import annotations
@@ -9,19 +11,48 @@ import json
 import sys
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from workbench.storage.reopening import probe_loss
-from workbench.subjects.loaders import subject
 
 
-def answer(folder: str, split: str, threads: str) -> None:
-    torch.set_num_threads(int(threads))
-    try:
-        print(json.dumps({"loss": probe_loss(subject(folder), split)}))
-    except Exception as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
-        sys.exit(1)
+def answer(kind: str, place: str, *more: str) -> dict[str, float]:
+    torch.set_num_threads(int(more[-1]))
+    if kind == "saved":
+        from workbench.subjects.loaders import subject
+
+        return {"loss": probe_loss(subject(place), more[0])}
+    task, given, found = more[:3]
+    columns = load_file(given)
+    save_file({"output": run(place, columns) if kind == "onnx" else opened(place, task, columns)}, found)
+    return {}
+
+
+def opened(folder: str, task: str, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Outputs of an exported checkpoint."""
+    from workbench.subjects.loaders import subject
+
+    on = subject(folder, data="random", task=task)
+    on.model.eval()
+    with torch.no_grad():
+        return on.task.output(on.model, columns).contiguous()
+
+
+def run(file: str, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Outputs of an ONNX file, its quantized products in float32."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    given = {wanted.name: columns[wanted.name].numpy() for wanted in session.get_inputs()}
+    return torch.from_numpy(session.run(None, given)[0]).contiguous()
 
 
 if __name__ == "__main__":
-    answer(*sys.argv[1:])
+    try:
+        print(json.dumps(answer(*sys.argv[1:])))
+    except Exception as error:
+        print(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        sys.exit(1)

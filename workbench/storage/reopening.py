@@ -1,19 +1,24 @@
 """A saved subject, opened again in a fresh process and its loss compared: what was written is what was meant.
 
 check_saved(subject, folder)    "opened again in a fresh process: loss 1.234, as here"
+check_exported(subject, file, "onnx", given)    the same of a file for other programs
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from workbench.errors import BadInput
 
@@ -35,7 +40,7 @@ def check_saved(subject: Any, folder: Path) -> str:
     split = list(subject.splits)[-1]
     here = probe_loss(subject, split)
     code, answer, said = fresh(
-        ["-m", "workbench.storage.reopened", str(folder), split, str(torch.get_num_threads())]
+        ["-m", "workbench.storage.reopened", "saved", str(folder), split, str(torch.get_num_threads())]
     )
     if code:
         raise BadInput(f"subject: what was saved does not open in a fresh process: {said}; nothing was kept")
@@ -46,6 +51,38 @@ def check_saved(subject: Any, folder: Path) -> str:
             "nothing was kept"
         )
     return f"opened again in a fresh process: loss {there:.5g}, as here"
+
+
+def check_exported(subject: Any, place: Path, kind: str, given: Mapping[str, torch.Tensor]) -> str:
+    """The same of an export: its outputs in a fresh process, and the loss that they give here.
+
+    kind : "checkpoint", a folder that `transformers` opens, or "onnx", a file that ONNX Runtime runs
+    given : the columns or inputs of the first examples of the last split, as `probe` draws them
+    """
+    if kind == "onnx" and importlib.util.find_spec("onnxruntime") is None:
+        return "not opened again: onnxruntime is not installed"
+    here = probe_loss(subject, list(subject.splits)[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "given", Path(folder) / "found"
+        save_file({name: column.contiguous().clone() for name, column in given.items()}, asked)
+        arguments = [kind, str(place), subject.task.name, str(asked), str(answered)]
+        code, _, said = fresh(["-m", "workbench.storage.reopened", *arguments, str(torch.get_num_threads())])
+        if code:
+            raise BadInput(f"subject: what was exported does not open in a fresh process: {said}")
+        output = load_file(answered)["output"]
+    there = float(subject.task.criterion(output, probe(subject)))
+    if not alike(here, there, tolerance(subject.model)):
+        raise BadInput(
+            f"subject: what was exported has the loss {there:.6g} in a fresh process, {here:.6g} here; "
+            "nothing was kept"
+        )
+    return f"opened again in a fresh process: loss {there:.5g}, as here"
+
+
+def probe(subject: Any) -> dict[str, torch.Tensor]:
+    """The examples whose loss is compared, in the main memory."""
+    batch = next(subject.batches(list(subject.splits)[-1], EXAMPLES, EXAMPLES))
+    return {name: column.cpu() for name, column in batch.items()}
 
 
 def fresh(arguments: list[str]) -> tuple[int, dict[str, Any], str]:

@@ -104,8 +104,19 @@ def structure(model: nn.Module) -> str:
             known[kind] = reader.text(kind) if has_user_code(kind) else f"{kind.__module__}.{kind.__name__}"
         hooks = [list(vars(module).get(name, {}).values()) for name in HOOKS]
         told = reader.text(hooks) if any(hooks) else ""
-        lines.append(f"{path} {known[kind]} {settings_of(module, reader)} {told}")
+        lines.append(f"{path} {known[kind]} {settings_of(module, reader)} {told}{learning(module, reader)}")
     return "\n".join(lines)
+
+
+def learning(module: nn.Module, reader: Reader) -> str:
+    """What decides over gradients: parameters that are frozen, hooks on the others; most have neither."""
+    told = []
+    for name, value in module._parameters.items():
+        if value is not None and not value.requires_grad:
+            told.append(f" {name} is frozen")
+        elif value is not None and value._backward_hooks:
+            told.append(f" {name} {reader.text(list(value._backward_hooks.values()))}")
+    return "".join(told)
 
 
 def has_user_code(kind: type) -> bool:

@@ -152,3 +152,19 @@ def select(model: nn.Module, glob: str = "blocks", least: int = 1) -> list[Layer
             "globs like '*.query' or '*' are accepted"
         )
     return chosen
+
+
+@torch.no_grad()
+def revived(before: nn.Module, after: nn.Module) -> int:
+    """Weights that were zero in one model and are not in the other, in layers that both have and that were
+    neither dense nor all zero.
+    """
+    found, count = {layer.name: layer for layer in all_layers(after)}, 0
+    for layer in all_layers(before):
+        other = found.get(layer.name)
+        if other is None or other.shape != layer.shape:
+            continue
+        zero = layer.weight == 0
+        if zero.any() and not zero.all():
+            count += int((zero & (other.weight.to(zero.device) != 0)).sum())
+    return count

@@ -296,7 +296,9 @@ def from_saved(folder: Path) -> Subject:
             raise BadInput(
                 f"subject: model.safetensors does not fit the built-in: {one_line(error)}; save it again"
             ) from None
-    changes = note["changes"]
+    changes, frozen = note["changes"], note.get("frozen", [])
+    if not isinstance(frozen, list):
+        raise BadInput("subject: workbench.json: frozen is no list of names; save the subject again")
     try:
         if note.get("removed"):
             from workbench.subjects.structure.removal import again
@@ -312,6 +314,8 @@ def from_saved(folder: Path) -> Subject:
             f"subject: workbench.json and changes.safetensors do not fit the model: {one_line(error)}; "
             "copy or save the subject again"
         ) from None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in frozen)
     made = Subject(
         note["name"],
         model.eval(),

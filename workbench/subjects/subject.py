@@ -342,6 +342,10 @@ class Subject:
     def layers(self, glob: str = "blocks") -> list[Layer]:
         return layer_selection.select(self.model, glob)
 
+    def revived_from(self, before: Subject) -> int:
+        """Weights that were zero there and are not here."""
+        return layer_selection.revived(before.model, self.model)
+
     def blocks(self) -> list[tuple[str, nn.Module]]:
         return layer_selection.blocks(self.model)
 
@@ -423,6 +427,7 @@ class Subject:
             "origin": self.origin,
             "changes": records,
             "removed": record_of(self.model),
+            "frozen": sorted(n for n, p in self.model.named_parameters() if not p.requires_grad),
             "fingerprint": self.fingerprint,
             "files": identity.files_in(folder),
         }

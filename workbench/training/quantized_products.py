@@ -30,7 +30,7 @@ from workbench.errors import BadInput
 from workbench.kernels.quantized.hadamard import hadamard
 from workbench.kernels.quantized.quantize import quantize_dequantize
 from workbench.quantization.number.formats import Format, named
-from workbench.quantization.transform.coordinates import power_of_two
+from workbench.quantization.transform.hadamard_orders import power_of_two
 from workbench.statistics.inputs import WeightCalls
 from workbench.subjects import Layer, Subject
 from workbench.training.precision.precision import PRECISION

@@ -24,8 +24,9 @@ from workbench.quantization.activations.activations import (
 from workbench.quantization.number.formats import named
 from workbench.quantization.rounding.nearest import rounded
 from workbench.quantization.rounding.problem import Problem
-from workbench.quantization.transform.coordinates import Transform, kronecker, power_of_two
+from workbench.quantization.transform.coordinates import Transform, kronecker
 from workbench.quantization.transform.flatquant import factor, factors_of
+from workbench.quantization.transform.hadamard_orders import power_of_two
 from workbench.quantization.transform.transform import TRANSFORM, in_coordinates
 from workbench.subjects import Subject
 from workbench.subjects.changes import Mask
@@ -295,3 +296,19 @@ def test_refusals(bert: Subject, checkpoints: dict[str, Path]) -> None:
         Quantize(**SMALL, rounding={"name": "signround", "objective": "block"}, transform="awq").run(
             bert, Progress(), cache=False
         )
+
+
+def test_hadamard_rotates_the_layers_it_is_told_to(checkpoints: dict[str, Path]) -> None:
+    on = workbench.subject(checkpoints["llama"], data="random")
+    fields = {"format": "int4", "granularity": "channel", "calibration_examples": 4, "predict_examples": 0}
+    errors = {}
+    for name, transform in (
+        ("none", "none"),
+        ("down", {"name": "hadamard", "only": "*.down_proj"}),
+        ("all", "hadamard"),
+    ):
+        table = Quantize(**fields, transform=transform).run(on, Progress(), cache=False).table
+        errors[name] = table.set_index("layer")["weight_error"]
+    same = errors["none"] == errors["down"]
+    assert {name.rsplit(".", 1)[-1] for name in same.index[~same]} == {"down_proj"}
+    assert not (errors["none"] == errors["all"]).any()

@@ -116,7 +116,9 @@ class BatchSizeTheory(CurvatureInstrument):
     learning_rates: bool = parameter(
         False, "also bisect the largest stable learning rate of SGD and Adam by short trainings"
     )
-    training_steps: int = parameter(60, "steps of each such training", ge=8, le=10_000, scale="log")
+    training_steps: int = parameter(
+        60, "steps of each such training", only_with="learning_rates", ge=8, le=10_000, scale="log"
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:

@@ -93,8 +93,10 @@ class QuadraticPrediction(CurvatureInstrument):
     change: Literal["round", "prune"] = parameter(
         "round", "nearest rounding to `bits`, or magnitude pruning to `sparsity`"
     )
-    bits: int = parameter(4, "bits of the rounding", ge=2, le=16)
-    sparsity: float = parameter(0.5, "share of weights that the pruning removes", gt=0, lt=1)
+    bits: int = parameter(4, "bits of the rounding", only_with="change=round", ge=2, le=16)
+    sparsity: float = parameter(
+        0.5, "share of weights that the pruning removes", only_with="change=prune", gt=0, lt=1
+    )
     radius: bool = parameter(
         True, "also find the scale of each change at which prediction and measurement differ by a factor of 2"
     )

@@ -153,7 +153,7 @@ class Sharpness(CurvatureInstrument):
     bisect: bool = parameter(
         False, "also find both limits by bisection on the true gradients (about 100 to 400 gradients each)"
     )
-    bisect_steps: int = parameter(24, "iterations of each stability test", ge=4, le=500)
+    bisect_steps: int = parameter(24, "iterations of each stability test", only_with="bisect", ge=4, le=500)
 
     @classmethod
     def result_class(cls) -> type[Result]:

@@ -46,7 +46,7 @@ class Trace(CurvatureInstrument):
         le=10,
     )
     diagonal: bool = parameter(
-        False, "also estimate the diagonal and summarise it per layer (hutchinson only)"
+        False, "also estimate the diagonal and summarise it per layer", only_with="method=hutchinson"
     )
 
     @classmethod

@@ -9,7 +9,7 @@ from workbench.evidence.quantization.allocation_evidence import allocations, int
 from workbench.evidence.quantization.evidence import ROUNDED_INPUTS, against, number_formats
 from workbench.evidence.quantization.low_bit_evidence import binarised
 from workbench.evidence.quantization.product_evidence import rotated_products
-from workbench.evidence.quantization.rotation_evidence import learned_rotations, rotations
+from workbench.evidence.quantization.rotation_evidence import learned_rotations
 from workbench.evidence.quantization.study_evidence import binary_points, half_precision, what_matters
 from workbench.evidence.quantization.taught_measures import MEASURES as TAUGHT_MEASURES
 from workbench.evidence.quantization.trained_evidence import (
@@ -46,7 +46,6 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "signround": against({"rounding": "signround"} | FEW, NEAREST),
     "adaquant": against({"rounding": "adaquant"} | FEW, NEAREST, ("bytelm",)),
     "teq": against({"transform": "teq"} | FEW_FOR_TRANSFORM, NEAREST, ("bytelm",)),
-    "quarot": rotations,
     "outliertune": against(
         {"format": "int8", "granularity": "channel", "activations": "channel", "activations.format": "uint6"},
         {"format": "int8", "granularity": "channel", "activations": "tensor", "activations.format": "uint6"},

@@ -5,42 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from workbench.evidence.harness import SEEDS, below, interval
-from workbench.evidence.quantization.evidence import ROUNDED_INPUTS, TEST, opened
+from workbench.evidence.quantization.evidence import ROUNDED_INPUTS, opened
 from workbench.progress import Progress
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.rotation.fold import rotate
 from workbench.quantization.rotation.rotate import Rotate
-
-
-def rotations(name: str, progress: Progress) -> dict[str, Any]:
-    """Four-bit weights and activations of the bytelm after folded rotations, against none."""
-    rows: list[dict[str, Any]] = []
-    settings = Quantize(
-        format="int4",
-        granularity="channel",
-        activations={"name": "token", "format": "uint4"},
-        calibration_examples=16,
-        predict_examples=0,
-        test_examples=TEST,
-    )
-    on = opened("bytelm")
-    plain = float(settings.run(on, Progress()).facts["loss"])
-    for seed in progress.track(SEEDS, name):
-        for kind in ("hadamard", "orthogonal"):
-            rows.append(
-                {
-                    "seed": seed,
-                    "kind": kind,
-                    "loss": float(settings.run(rotate(on, kind, seed), Progress()).facts["loss"]),
-                    "plain": plain,
-                }
-            )
-    mean, low, high = interval([r["loss"] - plain for r in rows if r["kind"] == "hadamard"])
-    return {
-        "holds": below(low, high),
-        "note": f"bytelm W4A4, folded Hadamard minus none {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats",
-        "rows": rows,
-    }
 
 
 def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:

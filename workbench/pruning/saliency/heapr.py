@@ -25,6 +25,7 @@ from workbench.progress import Progress
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.statistics import InputCapture
+from workbench.statistics.gradients import learning
 from workbench.statistics.inputs import kept_positions
 from workbench.subjects import Layer, Subject
 from workbench.subjects.structure.experts import expert_count, expert_modules
@@ -92,11 +93,11 @@ def atomic_scores(
         with InputCapture(layers, inputs) as capture, torch.no_grad():
             capture.keep = kept_positions(on, batch)
             on.task.output(on.model, batch)
-        with torch.enable_grad(), OutputGradients(layers, gradients):
-            for layer in layers:
-                layer.original.requires_grad_(True)
-            loss = on.loss(batch) * count  # the sum over items: every token's own gradient
-        torch.autograd.grad(loss, [layer.original for layer in layers], allow_unused=True)
+        weights = [layer.original for layer in layers]
+        with learning(weights):
+            with torch.enable_grad(), OutputGradients(layers, gradients):
+                loss = on.loss(batch) * count  # the sum over items: every token's own gradient
+            torch.autograd.grad(loss, weights, allow_unused=True)
     scores = {}
     for name, group in consumers.items():
         weight = group.consumers[0].layer.weight.detach().cpu()

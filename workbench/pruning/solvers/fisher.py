@@ -63,6 +63,11 @@ def unblocked(blocks: Tensor, inputs: int, width: int) -> Tensor:
     return blocks.reshape(-1, -(-inputs // width) * width)[:, :inputs]
 
 
+def like_gradients(weight: Tensor, gradients: Gradients) -> Tensor:
+    """The weight in float64 where the gradients are, else in float32."""
+    return weight.double() if gradients.rows(0, 1).dtype == torch.float64 else weight.float()
+
+
 def absolute_damp(gradients: list[Gradients], weights: int, fraction: float) -> float:
     """`fraction` of the mean diagonal of the empirical Fisher over all the weights pruned together."""
     trace = sum(g.square_sum() / g.examples for g in gradients)
@@ -102,7 +107,7 @@ def saliency(weight: Tensor, gradients: Gradients, damp: float, block: int, gree
     """rho of every single weight, (rows, in); `greedy` updates each block after each removal
     (see `greedy_costs`).
     """
-    weight = weight.float()
+    weight = like_gradients(weight, gradients)
     inputs = weight.shape[-1]
     width = block_width(inputs, block)
     found = torch.empty_like(weight)
@@ -124,7 +129,7 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
 
     The cheapest set gets rho 0, the rest 1. Needs a block width that M divides; groups run along the inputs.
     """
-    weight = weight.float()
+    weight = like_gradients(weight, gradients)
     inputs, of, drop = weight.shape[-1], pattern.of, pattern.of - pattern.keep
     width = block_width(inputs, max(block // of * of, of))
     width = width if width % of == 0 else max(block // of * of, of)
@@ -149,8 +154,8 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
 
 
 def update(weight: Tensor, mask: Tensor, gradients: Gradients, damp: float, block: int) -> Tensor:
-    """The pruned weight (rows, in) with the survivors' joint optimal update, block by block, in float32."""
-    dtype, weight = weight.dtype, weight.float()
+    """The pruned weight (rows, in) with the survivors' joint optimal update, block by block."""
+    dtype, weight = weight.dtype, like_gradients(weight, gradients)
     inputs = weight.shape[-1]
     width = block_width(inputs, block)
     found = torch.empty_like(weight)

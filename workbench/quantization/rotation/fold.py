@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import BadInput
-from workbench.kernels.quantized.hadamard import hadamard_matrix
-from workbench.quantization.transform.coordinates import haar, power_of_two
+from workbench.quantization.transform.coordinates import haar
+from workbench.quantization.transform.hadamard_orders import matrix_of_order, widest
 from workbench.subjects import Subject
 from workbench.subjects.changes import bake
 
@@ -84,15 +84,15 @@ def stream_of(model: Any) -> Stream:
 
 
 def random_rotation(width: int, kind: str, generator: torch.Generator) -> Tensor:
-    """An orthogonal (width, width), float64: "hadamard" (block Hadamard with random signs), "orthogonal"
+    """An orthogonal (width, width), float64: "hadamard" (with random signs), "orthogonal"
     (Haar), "identity".
     """
     if kind == "identity":
         return torch.eye(width, dtype=torch.float64)
     if kind == "hadamard":
-        block = power_of_two(width)
+        order = widest(width)
         signs = torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
-        return torch.block_diag(*[hadamard_matrix(block, dtype=torch.float64)] * (width // block)) * signs
+        return torch.block_diag(*[matrix_of_order(order)] * (width // order)) * signs
     if kind == "orthogonal":
         return haar(width, generator)
     raise BadInput(f"kind: {kind!r} is unknown; accepted: hadamard, orthogonal, identity")

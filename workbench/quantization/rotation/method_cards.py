@@ -8,7 +8,7 @@ METHODS: list[Method] = [
     Method(
         "quarot",
         "quantization",
-        "QuaRot: folded Hadamard rotation of the residual stream",
+        "QuaRot: Hadamard rotation, folded into the stream, online before its writers",
         "Ashkboos et al. 2024",
         r"W R^\top, R W",
         "nothing",
@@ -21,6 +21,9 @@ METHODS: list[Method] = [
                 {
                     "format": "int4",
                     "granularity": "channel",
+                    "rounding": "gptq",
+                    "transform": "hadamard",
+                    "transform.only": "*.o_proj,*.down_proj",
                     "activations": "token",
                     "activations.format": "int4",
                 },

@@ -4,7 +4,7 @@ and show what it does to what its layers read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
@@ -19,14 +19,18 @@ from workbench.quantization.quantize_result import choices
 from workbench.quantization.rotation.fold import stream_of
 from workbench.quantization.rotation.rotations import ROTATION
 from workbench.results import Result
-from workbench.subjects import Subject
+from workbench.statistics import InputCapture
+from workbench.statistics.inputs import kept_positions
+from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
 class RotateResult(Result):
-    """Tails of each layer's inputs with and without the rotation; the rotated model is `.subject`."""
+    """Tails of each layer's inputs and what rounding noise does to its outputs, with and without the
+    rotation; the rotated model is `.subject`.
+    """
 
     def figure(self, column: str = "kurtosis", **more: Any) -> go.Figure:
         from workbench.figures import figure, line
@@ -34,6 +38,7 @@ class RotateResult(Result):
         words = {
             "kurtosis": "kurtosis of the inputs (3 is Gaussian)",
             "spread": "largest over root mean square input",
+            "noise_gain": "noise gain (outputs' relative error over the weights')",
         }[column]
         kind = self.instrument.kind  # type: ignore[attr-defined]
         title = f"What each layer reads, before and after the {kind} rotation"
@@ -44,12 +49,15 @@ class RotateResult(Result):
         return fig
 
     def view_model(self) -> type[BaseModel] | None:
-        return choices("RotateView", column=("kurtosis", "spread"))
+        return choices("RotateView", column=("kurtosis", "spread", "noise_gain"))
 
 
 class Rotate(SubjectInstrument):
     """Fold a rotation of the residual stream into a pre-norm causal model, drawn, learned (SpinQuant)
     or principal (ResQ); its function stays.
+
+    Round with `gptq` afterwards, as QuaRot's and SpinQuant's commands do: folding the norms' scales raises
+    the noise gain of the layers that read them, and at 4 bits nearest rounding then loses more than before.
     """
 
     changes_model: ClassVar[bool] = True
@@ -71,18 +79,16 @@ class Rotate(SubjectInstrument):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         made, losses = self.kind(on, self.calibration_examples, self.seed, progress)
-        found = [
-            input_ranges(s, s.layers("blocks"), examples=self.calibration_examples, progress=progress)
-            for s in (on, made)
-        ]
+        found = []
+        for subject in (on, made):
+            layers = subject.layers("blocks")
+            ranges = input_ranges(subject, layers, examples=self.calibration_examples, progress=progress)
+            gains = noise_gains(subject, layers, self.calibration_examples, progress)
+            found.append({name: tails(ranges[name]) | {"noise_gain": gains[name]} for name in ranges})
+        before, after = found
         rows = [
-            {"layer": name}
-            | {
-                f"{key}{suffix}": value
-                for suffix, ranges in (("", before), ("_rotated", found[1][name]))
-                for key, value in tails(ranges).items()
-            }
-            for name, before in found[0].items()
+            {"layer": name} | before[name] | {f"{key}_rotated": v for key, v in after[name].items()}
+            for name in before
         ]
         table = pd.DataFrame(rows)
         with torch.no_grad():
@@ -92,6 +98,8 @@ class Rotate(SubjectInstrument):
             "largest_change_of_logits": gap,
             "kurtosis": float(table["kurtosis"].median()),
             "kurtosis_rotated": float(table["kurtosis_rotated"].median()),
+            "noise_gain": float(table["noise_gain"].median()),
+            "noise_gain_rotated": float(table["noise_gain_rotated"].median()),
         }
         tables = {"learning": pd.DataFrame({"step": range(len(losses)), "loss": losses})} if losses else {}
         return self.result(table, facts, tables=tables, subject=made)
@@ -105,4 +113,37 @@ def tails(ranges: InputRanges) -> dict[str, float]:
     return {
         "kurtosis": float(ranges.kurtosis.mean()),
         "spread": float(ranges.largest.max()) / max(mean_square, 1e-30) ** 0.5,
+    }
+
+
+@torch.no_grad()
+def noise_gains(
+    subject: Subject, layers: Sequence[Layer], examples: int, progress: Progress, batch_size: int = 16
+) -> dict[str, float]:
+    """name -> (tr G / n) |W|^2 / tr(W G W^T): the relative squared error that white noise on the weights
+    makes in what a layer puts out, over the noise's relative energy.
+
+    G (n, n) is the second moment of the inputs. A rotation leaves it as it is, but the folding of a norm's
+    scale that comes first does not: where it grows, nearest rounding loses by the rotation whatever the
+    kurtosis says.
+    """
+    inputs, outputs = ({layer.name: 0.0 for layer in layers} for _ in range(2))
+
+    def add(layer: Layer, expert: int, rows: torch.Tensor) -> None:
+        rows = rows.float()
+        inputs[layer.name] += float(rows.square().sum())
+        outputs[layer.name] += float((rows @ layer.weight.detach().float().mT).square().sum())
+
+    count = -(-min(examples, subject.size("calibration")) // batch_size)
+    with InputCapture(layers, add) as capture:
+        batches = subject.batches("calibration", batch_size, examples)
+        for batch in progress.track(batches, "noise gain", count):
+            capture.keep = kept_positions(subject, batch)
+            subject.task.output(subject.model, batch)
+    return {
+        layer.name: inputs[layer.name]
+        / layer.shape[-1]
+        * float(layer.weight.detach().float().square().sum())
+        / max(outputs[layer.name], 1e-30)
+        for layer in layers
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from workbench.axis import Axis, Options, parameter
 from workbench.progress import Progress
-from workbench.quantization.rotation.fold import rotate
+from workbench.quantization.rotation.fold import random_rotation, rotate, stream_of
 from workbench.quantization.rotation.learned import learned_rotation, principal_rotation
 from workbench.subjects import Subject
 
@@ -12,21 +14,36 @@ from workbench.subjects import Subject
 #: where there are any.
 ROTATION = Axis(
     "rotation",
-    "random signs times Hadamard blocks; Haar; learned for rounded activations; "
+    "random signs times a Hadamard matrix; Haar; learned for rounded activations; "
     "principal components, the widest features last",
     found_in="workbench.quantization.rotation",
 )
 Made = tuple[Subject, list[float]]
 
 
-@ROTATION.add("hadamard", formula="R = diag(+-1) H", source="Ashkboos et al. 2024, QuaRot")
-def hadamard_rotation(on: Subject, examples: int, seed: int, progress: Progress, options: Options) -> Made:
-    return rotate(on, "hadamard", seed), []
+class Drawn(Options):
+    heads: bool = parameter(
+        False, "also turn what each block's heads read and write, one draw a block (SpinQuant's R2)"
+    )
 
 
-@ROTATION.add("orthogonal", formula="R from the Haar measure", source="Mezzadri 2007")
-def orthogonal(on: Subject, examples: int, seed: int, progress: Progress, options: Options) -> Made:
-    return rotate(on, "orthogonal", seed), []
+@ROTATION.add(
+    "hadamard", formula="R = H diag(+-1)", source="Ashkboos et al. 2024, QuaRot, section 4", options=Drawn
+)
+def hadamard_rotation(on: Subject, examples: int, seed: int, progress: Progress, options: Drawn) -> Made:
+    return drawn(on, "hadamard", seed, options), []
+
+
+@ROTATION.add("orthogonal", formula="R from the Haar measure", source="Mezzadri 2007", options=Drawn)
+def orthogonal(on: Subject, examples: int, seed: int, progress: Progress, options: Drawn) -> Made:
+    return drawn(on, "orthogonal", seed, options), []
+
+
+def drawn(on: Subject, kind: str, seed: int, options: Drawn) -> Subject:
+    """The subject under a random rotation of its stream and, where asked, of each block's heads."""
+    stream, generator = stream_of(on.model), torch.Generator().manual_seed(seed + 1)
+    blocks = stream.heads if options.heads else []
+    return rotate(on, kind, seed, heads=[random_rotation(stream.head_size, kind, generator) for _ in blocks])
 
 
 class LearnedRotation(Options):

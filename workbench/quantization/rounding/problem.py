@@ -27,7 +27,7 @@ class Problem:
         gram : (in, in) second moment of the inputs the quantized layer will see
     mask : True where a weight is kept, or None;  generator : the source of every random choice
     largest : (in,) largest magnitude of each input in calibration, for transforms that ask for it
-    salient : weights that stay on a wider grid, or None
+    salient : weights that stay on a wider grid, or None;  layer : its name in the model
     rows, activation : (tokens, in) sampled inputs and the format they will be rounded to per token,
         for transforms that minimise both errors
     """
@@ -45,6 +45,7 @@ class Problem:
     rows: Tensor | None = None
     activation: Format | None = None
     salient: Salient | None = None
+    layer: str = ""
 
     def moved(self, transform: Transform) -> Problem:
         """The same problem in a transform's coordinates."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from workbench.quantization.noise import decibel, kurtosis
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
-from workbench.quantization.transform.coordinates import Transform, power_of_two
+from workbench.quantization.transform.coordinates import Transform
+from workbench.quantization.transform.hadamard_orders import widest
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -57,10 +58,10 @@ class Matrix:
 
 @torch.no_grad()
 def prepared(weight: Tensor, gram: Tensor, rotate: bool = False) -> Matrix:
-    """What `look` asks of a layer, computed once; `rotate` puts a block Hadamard on the inputs first."""
+    """What `look` asks of a layer, computed once; `rotate` puts a Hadamard matrix on the inputs first."""
     if rotate:
         width = weight.shape[1]
-        transform = Transform(signs=torch.ones(width, device=weight.device), block=power_of_two(width))
+        transform = Transform(signs=torch.ones(width, device=weight.device), block=widest(width))
         weight, gram = transform.weight(weight), transform.gram(gram)
     energy = float(weight.square().sum())
     spread = float(weight.abs().max()) / max((energy / weight.numel()) ** 0.5, 1e-30)

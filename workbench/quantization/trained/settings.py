@@ -39,7 +39,12 @@ class TrainedSettings(SubjectInstrument, RunFields):
         step=0.1,
     )
     temperature: float = parameter(
-        1.0, "temperature at which those outputs are compared", gt=0, le=100, scale="log"
+        1.0,
+        "temperature at which those outputs are compared",
+        only_with="distillation",
+        gt=0,
+        le=100,
+        scale="log",
     )
     entropy: float = parameter(
         0.0, "weight of the information in queries and keys, which is to grow", ge=0, le=100
@@ -71,6 +76,8 @@ class TrainedSettings(SubjectInstrument, RunFields):
     switch_at: float = parameter(
         0.0, "share of the steps trained in full precision first", ge=0, lt=1, step=0.05
     )
-    reset_optimizer: bool = parameter(False, "forget the optimizer's moments at the switch")
+    reset_optimizer: bool = parameter(
+        False, "forget the optimizer's moments at the switch", only_with="switch_at"
+    )
     from_scratch: bool = parameter(False, "start from random weights instead of the subject's")
     test_examples: int = parameter(512, "test and validation examples at most", ge=1, unit="examples")

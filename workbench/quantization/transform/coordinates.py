@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workbench.kernels.quantized.hadamard import hadamard
 from workbench.kernels.quantized.kronecker import kronecker
+from workbench.quantization.transform.hadamard_orders import mixed
 
 
 @dataclass(frozen=True)
 class Transform:
-    """T = diag(scale), then a rotation (signs times a Sylvester-Hadamard matrix on consecutive blocks
-    of `block` inputs), then left kron right.
+    """T = diag(scale), then a rotation (signs times a Hadamard matrix on consecutive blocks of
+    `block` inputs, see `hadamard_orders`), then left kron right.
 
     scale : (..., in) positive, or None;  signs : (in,) of +-1, or None (no rotation)
     left, right : (..., a, a) and (..., b, b) invertible with a b = in, or both None; a dense matrix is a = 1
@@ -35,7 +35,7 @@ class Transform:
         if self.scale is not None:
             weight = weight * self.scale.unsqueeze(-2)
         if self.signs is not None:
-            weight = hadamard(weight * self.signs.to(weight.dtype), self.block)
+            weight = mixed(weight * self.signs.to(weight.dtype), self.block)
         if self.left is None or self.right is None:
             return weight
         return kronecker(weight, self.left.mT, self.right)
@@ -44,7 +44,7 @@ class Transform:
         if self.left is not None and self.right is not None:
             weight = kronecker(weight, self.inverse(self.left).mT, self.inverse(self.right))
         if self.signs is not None:
-            weight = hadamard(weight, self.block) * self.signs.to(weight.dtype)
+            weight = mixed(weight, self.block, back=True) * self.signs.to(weight.dtype)
         return weight if self.scale is None else weight / self.scale.unsqueeze(-2)
 
     def inputs(self, inputs: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Transform:
         if self.scale is not None:
             inputs = inputs / self.scale
         if self.signs is not None:
-            inputs = hadamard(inputs * self.signs.to(inputs.dtype), self.block)
+            inputs = mixed(inputs * self.signs.to(inputs.dtype), self.block)
         return (
             inputs
             if self.left is None or self.right is None
@@ -63,7 +63,7 @@ class Transform:
         if self.left is not None and self.right is not None:
             inputs = kronecker(inputs, self.left, self.right.mT)
         if self.signs is not None:
-            inputs = hadamard(inputs, self.block) * self.signs.to(inputs.dtype)
+            inputs = mixed(inputs, self.block, back=True) * self.signs.to(inputs.dtype)
         return inputs if self.scale is None else inputs * self.scale
 
     def gram(self, gram: Tensor) -> Tensor:
@@ -100,11 +100,6 @@ class Transform:
             if smooth is None and signs is None and left is None
             else cls(smooth, signs, block, left, right, orthogonal)
         )
-
-
-def power_of_two(width: int) -> int:
-    """The largest power of two that divides `width`: 384 -> 128."""
-    return width & -width
 
 
 def haar(width: int, generator: torch.Generator) -> Tensor:

@@ -10,13 +10,15 @@ hardware T^-1 is applied to the activations, or folded into the layer before
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 
 import torch
 
 from workbench.axis import Options, parameter
 from workbench.quantization.number.grid import steps_of
 from workbench.quantization.rounding.problem import Problem
-from workbench.quantization.transform.coordinates import Transform, half, power_of_two
+from workbench.quantization.transform.coordinates import Transform, half
+from workbench.quantization.transform.hadamard_orders import power_of_two, widest
 from workbench.quantization.transform.transform import TRANSFORM, TransformSteps
 
 
@@ -109,17 +111,29 @@ def trained(problem: Problem, options: TransformSteps) -> Transform:
     return best
 
 
+class OnlineHadamard(Options):
+    only: str = parameter(
+        "*", "layers whose inputs are rotated, comma-separated globs; the others keep their coordinates"
+    )
+    blocks: bool = parameter(
+        False, "mix within the largest power of two that divides the width, not across the whole width"
+    )
+
+
 @TRANSFORM.add(
     "hadamard",
     formula="T = diag(+-1) H",
     source="Ashkboos et al. 2024, QuaRot's online rotation",
+    options=OnlineHadamard,
     traits="mixes inputs",
 )
-def rotation(problem: Problem, options: Options) -> Transform:
+def rotation(problem: Problem, options: OnlineHadamard) -> Transform | None:
     """A randomised Hadamard rotation of the inputs (Ashkboos et al. 2024, QuaRot's online rotation)."""
+    if not any(fnmatchcase(problem.layer, glob.strip()) for glob in options.only.split(",")):
+        return None
     width = problem.weight.shape[1]
     signs = torch.randint(0, 2, (width,), generator=problem.generator).to(problem.weight) * 2 - 1
-    return Transform(signs=signs, block=power_of_two(width))
+    return Transform(signs=signs, block=power_of_two(width) if options.blocks else widest(width))
 
 
 @TRANSFORM.add(

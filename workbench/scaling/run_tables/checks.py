@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +18,19 @@ from workbench.scaling.run_tables.schema import SCHEMA, Column
 Array = np.ndarray
 #: MLflow's SQL stores infinity as the largest double.
 INFINITE = 1.797e308
-#: Words of trackers for how a run ended.
+#: Names of the column that says how a run ended, and words of trackers and schedulers for it.
+STATUS_NAMES = frozenset(
+    f"{whose}{what}" for whose in ("", "run_", "trial_", "job_") for what in ("status", "state")
+)
 STATUS = {
     **dict.fromkeys(("", "finished", "complete", "completed", "done", "success", "succeeded"), "finished"),
+    **dict.fromkeys(("ok", "successful"), "finished"),
     **dict.fromkeys(("running", "waiting", "scheduled", "pending", "preempting", "preempted"), "unfinished"),
     **dict.fromkeys(("unfinished", "paused", "queued"), "unfinished"),
-    **dict.fromkeys(("fail", "failed", "error"), "failed"),
-    **dict.fromkeys(("killed", "canceled", "cancelled", "stopped"), "killed"),
+    **dict.fromkeys(("fail", "failed", "error", "errored", "node_fail", "boot_fail"), "failed"),
+    **dict.fromkeys(("oom", "out_of_memory", "out of memory"), "failed"),
+    **dict.fromkeys(("killed", "canceled", "cancelled", "stopped", "aborted", "interrupted"), "killed"),
+    **dict.fromkeys(("timeout", "timed out", "timed_out", "deadline", "revoked"), "killed"),
     **{word: word for word in ("crashed", "pruned", "diverged")},
 }
 
@@ -141,20 +148,34 @@ def _formula(frame: pd.DataFrame, name: str, text: str) -> pd.Series:
     return pd.Series(np.broadcast_to(value, (1, len(frame)))[0], index=frame.index)
 
 
-def _status(frame: pd.DataFrame) -> pd.Series:
-    """How each run ended, by a column `status` or `state` whose every value is a word for that."""
+def _tells_the_end(column: Any) -> bool:
+    return re.sub(r"[\s./-]+", "_", str(column).strip()).lower() in STATUS_NAMES
+
+
+def _status(frame: pd.DataFrame, notes: list[str]) -> pd.Series:
+    """How each run ended, by a column such as `status` that has words for that. A word that is not known
+    beside some that are stands for itself, and for no good end.
+    """
     for column in frame:
-        if str(column).strip().lower() in ("status", "state"):
-            words = frame[column].map(lambda v: "" if v is None or v != v else str(v).strip().lower())
+        if _tells_the_end(column):
+            words = frame[column].map(lambda v: "" if v is None or v != v else str(v).strip().lower()[:40])
             words = words.str.removeprefix("trialstate.")
-            if words.isin(STATUS).all():
-                return words.map(STATUS)
+            known = words.isin(STATUS)
+            if not (known & (words != "")).any():
+                continue
+            if not known.all():
+                strange = ", ".join(sorted(set(words[~known]))[:4])
+                notes.append(
+                    f"warning: {column}: {strange} is no known word for how a run ends; such runs are "
+                    "left out (write finished, or rename the column)"
+                )
+            return words.map(STATUS).where(known, words)
     return pd.Series(["finished"] * len(frame), index=frame.index, dtype=object)
 
 
 def _drop(frame: pd.DataFrame, target: str, notes: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(rows to fit, rows left out with a status)."""
-    status = _status(frame)
+    status = _status(frame, notes)
     ended = status != "finished"
     if target in frame:
         loss = pd.to_numeric(frame[target], errors="coerce").astype(np.float64)
@@ -180,11 +201,7 @@ def _drop(frame: pd.DataFrame, target: str, notes: list[str]) -> tuple[pd.DataFr
         ]
         notes.append(f"warning: {int(ended.sum())} of {len(frame)} runs did not finish: {', '.join(parts)}")
     out = status != "finished"
-    kept = (
-        [c for c in frame if str(c).strip().lower() not in ("status", "state")]
-        if ended.any()
-        else list(frame)
-    )
+    kept = [c for c in frame if not _tells_the_end(c)] if ended.any() else list(frame)
     left_out = frame.loc[out, [c for c in kept if c != "status"]].assign(status=status[out])
     frame = frame.loc[~out, kept]
     double = frame.duplicated()
