@@ -27,6 +27,7 @@ import pandas as pd
 from workbench.axis import Fields, entries_in, parameter
 from workbench.code_version import code_version
 from workbench.errors import BadInput, Stopped, notice
+from workbench.keys.live_code import owner
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import CannotWrite, cache_folder
@@ -101,6 +102,13 @@ class Instrument(Fields):
     def check(self, on: Any) -> None:
         """Raise `BadInput` for anything that can be seen to fail before the computation starts."""
 
+    @property
+    def shares_weights(self) -> bool:
+        """True when nothing is written to but by `Layer.write`: the private copy may then have the tensors of
+        the subject that it was made from.
+        """
+        return False
+
     def _run(self, on: Any, progress: Progress) -> Result:
         raise TypeError(f"{type(self).__name__} has no _run")
 
@@ -171,7 +179,7 @@ class Instrument(Fields):
         import torch
 
         prepared = (
-            on.prepared(getattr(self, "device", "auto"), copy=self.changes_model)
+            on.prepared(getattr(self, "device", "auto"), self.changes_model, self._shares())
             if hasattr(on, "prepared")
             else on
         )
@@ -196,6 +204,11 @@ class Instrument(Fields):
                 result.facts["revived"] = n
             result.subject.adopt(parent=on, instrument=self, fingerprint=None if result.partial else key)
         return result
+
+    def _shares(self) -> bool:
+        """What somebody's own entries write to is not known."""
+        own = (owner(entry.value) == "package" for entry in entries_in(self))
+        return self.shares_weights and all(own)
 
     def _explained(self, on: Any, prepared: Any, progress: Progress) -> Result:
         """`_run`; a failure, or facts that are NaN, are explained by the subject's own numbers where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,8 @@ class Calibration:
     They are kept with the subject (`Subject.memo`), so a sweep over sparsities measures them once. When they
     take more than `memory` bytes they are measured a group of neighbouring layers at a time, each when it is
     asked for, and only one group is held. Everything asked for must be asked before the weights are changed.
+
+    given : second moments that a walk over the blocks has collected; nothing else can be asked for then
     """
 
     subject: Subject
@@ -45,11 +47,15 @@ class Calibration:
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
     memory: int = BYTES
-    # layer -> scores collected in training, for saliencies that are
+    given: Mapping[str, InputMoments] | None = None
 
     def __post_init__(self) -> None:
         self.passes: dict[Any, list[list[Layer]]] = {}
-        self.store: dict[Any, Any] = self.subject.memo(("pruning calibration", self.split, self.names), dict)
+        self.store: dict[Any, Any] = (
+            self.subject.memo(("pruning calibration", self.split, self.names), dict)
+            if self.given is None
+            else {}
+        )
 
     def remember(self, key: tuple[Any, ...], compute: Any) -> Any:
         if key in self.store:
@@ -83,6 +89,8 @@ class Calibration:
 
     def moments(self, layer: Layer) -> InputMoments:
         """Input second moments of one layer; its neighbours come with it."""
+        if self.given is not None:
+            return self.given[layer.name]
         groups = self.groups(
             "moments", lambda a: 4 * a.shape[-1] ** 2 * (a.shape[0] if len(a.shape) == 3 else 1)
         )
@@ -181,6 +189,11 @@ class Calibration:
 
     def factors(self, layer: Layer, asked: Gradients) -> fisher.Gradients:
         """The gradients of one layer; neighbours that fit in memory come with it."""
+        if self.given is not None:
+            raise BadInput(
+                "prune: an entry asks for gradients that was not registered with needs='gradients'; "
+                "without it blocks are pruned one after the other, on their inputs alone"
+            )
         count, size = asked.gradients, asked.gradient_batch
         groups = self.groups(
             ("gradients", count, size),

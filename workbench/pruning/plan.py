@@ -18,7 +18,7 @@ from workbench.pruning.axes import (
     SPARSITY_SCHEDULE,
 )
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.pattern import Pattern
+from workbench.pruning.pattern import NM, Pattern, Tiles
 from workbench.subjects import Layer, Subject
 
 
@@ -52,6 +52,12 @@ class PrunePlan(SubjectInstrument):
     schedule: Choice = SPARSITY_SCHEDULE.choice("one-shot")
     calibration_examples: int = parameter(
         128, "examples for the layers' input statistics", ge=1, unit="examples"
+    )
+    sequential: bool = parameter(
+        True,
+        "block by block: calibrate on the inputs that the already pruned blocks produce; else on the dense "
+        "model's (no difference where nothing but the weights is read, or where gradients, recovery or "
+        "other layers' scores are)",
     )
     recovery: Choice = RECOVERY.choice("none")
     predict_examples: int = parameter(
@@ -93,6 +99,28 @@ class PrunePlan(SubjectInstrument):
     def compares_layers_by_itself(self) -> bool:
         """True when layers' scores are compared and the method did not say so."""
         return self.allocation.has("across layers") and self.allocation != self.parts()["allocation"]
+
+    @property
+    def walks(self) -> bool:
+        """True when each layer's mask and weights follow from its own inputs, at once and for good, so that
+        blocks are pruned one after another with the statistics of one.
+        """
+        local = ("", "inputs")
+        return (
+            self.schedule.has("at once")
+            and self.recovery.has("nothing")
+            and self.saliency.entry.needs in local
+            and self.compensation.entry.needs in local
+            and not self.allocation.has("across layers")
+            and not self.method.has("refines")
+            and isinstance(self.pattern(), Tiles | NM)
+        )
+
+    @property
+    def in_sequence(self) -> bool:
+        """True when a block is pruned once those before it are."""
+        reads = "inputs" in (self.saliency.entry.needs, self.compensation.entry.needs)
+        return self.sequential and self.walks and reads
 
     @property
     def recovery_steps(self) -> int:

@@ -5,6 +5,7 @@ subject.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, ClassVar, Protocol
 
 from workbench.errors import BadInput
@@ -61,7 +62,17 @@ class Prune(PrunePlan):
         engine: Engine = made(self, self.pattern())
         return engine
 
+    @property
+    def shares_weights(self) -> bool:
+        return self.walks
+
     def check(self, on: Any) -> None:
+        if "sequential" in self.model_fields_set and self.sequential and not self.in_sequence:
+            warnings.warn(
+                "sequential: has no effect where nothing but the weights is read, or gradients, recovery or "
+                "other layers' scores are",
+                stacklevel=2,
+            )
         for split in (self.calibration_split, self.test_split):
             on.split(split)
         on.layers(self.layers)

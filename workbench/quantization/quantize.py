@@ -43,6 +43,10 @@ class Quantize(QuantizeSettings):
     def result_class(cls) -> type[Result]:
         return QuantizeResult
 
+    @property
+    def shares_weights(self) -> bool:
+        return self.walks
+
     def check(self, on: Subject) -> None:
         check(self, on)
 

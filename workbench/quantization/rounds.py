@@ -58,7 +58,7 @@ class Rounds:
             self.waiting.append((layer, values, grid, term))
             return
         if self.keeps_dense:
-            self.dense[layer.name] = weight.clone()
+            self.dense[layer.name] = weight if layer.shared else weight.clone()
         put(layer, values, grid, term)
 
     @contextlib.contextmanager

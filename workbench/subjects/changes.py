@@ -9,7 +9,9 @@ low-rank terms first, then number formats, masks last, so zeros stay zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -109,6 +111,12 @@ def original_of(module: nn.Module, tensor: str) -> nn.Parameter:
     return cast("nn.Parameter", getattr(module, tensor) if stack is None else stack.original)
 
 
+def holder_of(module: nn.Module, tensor: str) -> tuple[nn.Module, str]:
+    """The module, and the name in it, of the parameter underneath a weight's changes."""
+    stack = stacks_of(module).get(tensor)
+    return (module, tensor) if stack is None else (stack, "original")
+
+
 def restack(module: nn.Module, tensor: str, changes: Iterable[Change]) -> None:
     """Let a changed weight carry these changes, innermost first, and no others."""
     kept, stack = list(changes), stacks_of(module)[tensor]
@@ -150,6 +158,54 @@ def detach(module: nn.Module, tensor: str, change: Change) -> None:
         module.register_parameter(name, original)
         for other in left[name]:
             attach(module, name, other, other.transposed)
+
+
+def same_tensors(model: nn.Module) -> dict[int, Any]:
+    """For `copy.deepcopy`: parameters and buffers by identity -> ones with the same memory and the same
+    counter of writes. A parameter that several modules hold is left out, so that it stays theirs together,
+    unless one of them is an embedding, whose weight is no layer's.
+
+    The parameters are marked: `write` gives one memory of its own, so that the other model keeps what it has.
+    Nothing else may write to them.
+    """
+    held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    words = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
+    }
+    found: dict[int, Any] = {id(b): b.detach() for b in model.buffers()}
+    for parameter in model.parameters():
+        if held[id(parameter)] == 1 or id(parameter) in words:
+            made = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            made.shared = True  # type: ignore[attr-defined]
+            found[id(parameter)] = made
+    return found
+
+
+def is_shared(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, "shared", False))
+
+
+@torch.no_grad()
+def write(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module's parameter these values: in its memory, or in new memory where it is shared."""
+    parameter = getattr(module, name)
+    if not is_shared(parameter):
+        parameter.copy_(value)
+        return
+    made = torch.empty_like(parameter)
+    made.copy_(value)
+    setattr(module, name, nn.Parameter(made, parameter.requires_grad))
+
+
+@contextlib.contextmanager
+def computed_once(model: nn.Module, limit: int = 64 << 20) -> Iterator[None]:
+    """Inside, a changed weight is computed once and kept, while all of them together take no more than
+    `limit` bytes; those of a larger model are computed at each use, little beside a product with many rows.
+    """
+    underneath = [original_of(module, name) for module in model.modules() for name in stacks_of(module)]
+    small = sum(p.numel() * p.element_size() for p in underneath) <= limit
+    with parametrize.cached() if small else contextlib.nullcontext():
+        yield
 
 
 def bake(model: nn.Module) -> nn.Module:

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import BadInput
-from workbench.subjects.changes import Change, attach, changes_of, detach, original_of, restack
+from workbench.subjects.changes import (
+    Change,
+    attach,
+    changes_of,
+    detach,
+    holder_of,
+    is_shared,
+    original_of,
+    restack,
+    write,
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,21 @@ class Layer:
     def changes(self) -> list[Change]:
         return changes_of(self.module, self.tensor)
 
-    @torch.no_grad()
+    @property
+    def shared(self) -> bool:
+        """True while the parameter underneath has the memory of another model's (`Subject.copy`)."""
+        return is_shared(self.original)
+
     def write(self, weight: Tensor) -> None:
         """Set the parameter underneath from a matrix (..., out, in); changes stay on top of it."""
-        self.original.copy_(weight.mT if self.transposed else weight)
+        write(*holder_of(self.module, self.tensor), weight.mT if self.transposed else weight)
+
+    @torch.no_grad()
+    def shift_bias(self, shift: Tensor) -> None:
+        """Add to the bias, which this layer must have."""
+        bias = self.bias
+        assert bias is not None
+        write(self.module, "bias", bias + shift)
 
     def attach(self, change: Change) -> None:
         """Put a change (mask, number format, low-rank term) on this weight."""

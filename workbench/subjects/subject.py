@@ -23,7 +23,7 @@ from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
 from workbench.subjects import finite, identity
 from workbench.subjects import layers as layer_selection
-from workbench.subjects.changes import bake, describe_changes
+from workbench.subjects.changes import bake, computed_once, describe_changes, same_tensors
 from workbench.subjects.identity import Seen
 from workbench.subjects.layers import Layer
 from workbench.subjects.stored import declare_wide, narrow
@@ -116,8 +116,12 @@ class Subject:
         tensor = next(iter(self.model.parameters()), None)
         return tensor.device if tensor is not None else torch.device("cpu")
 
-    def copy(self) -> Subject:
-        """A subject with its own copy of the weights (data is shared)."""
+    def copy(self, shares: bool = False) -> Subject:
+        """A subject with its own copy of the weights (data is shared).
+
+        shares : own modules with the same tensors, for who writes to none but by `Layer.write`, which gives
+            what it writes memory of its own
+        """
         # a module has a dozen empty tables of hooks; deepcopy would spend half of a small model's copy on
         # them
         empty = {
@@ -126,7 +130,8 @@ class Subject:
             for table in vars(module).values()
             if type(table) in (dict, OrderedDict) and not table
         }
-        made = self.with_model(copy.deepcopy(self.model, empty))
+        known: dict[int, Any] = empty | (same_tensors(self.model) if shares else {})
+        made = self.with_model(copy.deepcopy(self.model, known))
         made.adopt_fingerprint(self.fingerprint)
         return made
 
@@ -158,13 +163,13 @@ class Subject:
             origin=self.origin,
         )
 
-    def prepared(self, device: str, copy: bool) -> Subject:
+    def prepared(self, device: str, copy: bool, shares: bool = False) -> Subject:
         """What an instrument works on: eval mode, on the device,
-        a private copy when it will change the weights.
+        a private copy when it will change the weights (`shares`: see `copy`).
         """
         target = self.resolve_device(device)
         if copy or target != self.device:
-            mine = self.copy()
+            mine = self.copy(shares)
             mine.model.to(target).eval()
             return mine
         self.model.eval()
@@ -298,7 +303,7 @@ class Subject:
         was_training, total, items = self.model.training, 0.0, 0
         self.model.eval()
         rows = self.order(split, limit, by_length=True).split(batch_size)
-        with torch.nn.utils.parametrize.cached(), unpadded(self.model):
+        with computed_once(self.model), unpadded(self.model):
             batches = zip(rows, self.batches(split, batch_size, limit, by_length=True), strict=True)
             for examples, batch in progress.track(batches, f"evaluate {split}", len(rows)):
                 weight = self.task.items(batch)

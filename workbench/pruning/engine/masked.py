@@ -36,7 +36,7 @@ class Masked:
         reference_of(on, self.prune.test_split, progress=progress)
         self.dense_test = on.evaluated(self.prune.test_split, progress=progress)
         self.dense = on.copy()
-        self.before = {layer.name: layer.weight.detach().clone() for layer in self.layers}
+        self.before = {layer.name: layer.weight.detach() for layer in self.dense.layers(self.prune.layers)}
         self.calibration = self.prune.calibration(on, self.layers, progress)
         self.changed = False
         self.history: list[dict[str, float]] = []
@@ -155,7 +155,7 @@ class Masked:
                 weights,
                 weights - zeros,
                 self.pattern,
-                bytes_of_weights(self.on.model, [layer.weight for layer in layers]),
+                bytes_of_weights(self.on.model, (layer.weight for layer in layers)),
             ),
             "composition": (
                 f"{prune.saliency} x {prune.pattern} x {prune.allocation} x {prune.compensation} x "

@@ -87,8 +87,8 @@ def sweep(
     """
     upper = inverse_factor(gram, damp)
     out, width = weight.shape
-    columns = (
-        weight.mT.contiguous()
+    columns = weight.mT.clone(
+        memory_format=torch.contiguous_format
     )  # (in, out): a column of the weight is a row here, so that the sweep reads and writes in order
     keep = torch.ones_like(columns, dtype=torch.bool) if mask is None else mask.mT.clone()
     diagonal = upper.diagonal()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from workbench.progress import Progress
 from workbench.pruning.axes import COMPENSATION
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.engine.matrices import prune_once
+from workbench.pruning.engine.weights import prune_once
 from workbench.pruning.pattern import NM, Tiles
 from workbench.pruning.recovery.recovery import merge
 from workbench.pruning.schedule import annealed, cubic

@@ -67,6 +67,7 @@ class DampDoctor(SubjectInstrument):
             layers=self.layers,
             saliency={"name": "obs", "damp": damp},
             compensation={"name": "obs", "damp": damp},
+            sequential=False,
             predict_examples=0,
             seed=self.seed,
             device=self.device,
