@@ -104,8 +104,8 @@ class Instrument(Fields):
 
     @property
     def shares_weights(self) -> bool:
-        """True when nothing is written to but by `Layer.write`: the private copy may then have the tensors of
-        the subject that it was made from.
+        """True when nothing is written to but by `Layer.write`: while it works the private copy may then have
+        the tensors of the subject that it was made from.
         """
         return False
 
@@ -202,6 +202,10 @@ class Instrument(Fields):
                 and (n := result.subject.revived_from(on))
             ):
                 result.facts["revived"] = n
+            if self._shares():
+                from workbench.subjects.changes import own_tensors
+
+                own_tensors(result.subject.model)
             result.subject.adopt(parent=on, instrument=self, fingerprint=None if result.partial else key)
         return result
 

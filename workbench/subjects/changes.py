@@ -186,6 +186,24 @@ def is_shared(parameter: nn.Parameter) -> bool:
 
 
 @torch.no_grad()
+def own_tensors(model: nn.Module) -> None:
+    """Give every parameter and buffer that `same_tensors` left in another model's memory one of its own, so
+    that anybody may write to them.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not is_shared(parameter):
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(parameter.clone(), parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.clone()
+
+
+@torch.no_grad()
 def write(module: nn.Module, name: str, value: Tensor) -> None:
     """Give a module's parameter these values: in its memory, or in new memory where it is shared."""
     parameter = getattr(module, name)
