@@ -343,4 +343,5 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def unit_of(on: Subject) -> str:
-    return "nats an item" if kind_of(on.task) in ("language", "classification") else "distance"
+    units = {"language": "nats a token", "classification": "nats an example"}
+    return units.get(kind_of(on.task), "distance")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 WHOLE = "whole block"
 TITLES = {
-    "kl": "{distance} of the part alone ({unit})",
+    "kl": "{distance} ({unit})",
     "share": "share of the sum of its level (%)",
     "weight_error": "|W' - W|² / |W|² (no unit)",
     "output_error": "|y' - y|² / |y|² (no unit)",
