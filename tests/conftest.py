@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the suite was started i
 ROOT = Path(__file__).parent.parent
 
 
-#: Tests that took over some seconds of CPU, by measurement; tests of many minutes are marked in their files.
+#: Tests that took over some seconds, by measurement; tests of many minutes are marked in their files.
 LONG = Path(__file__).parent / "long.txt"
 
 
