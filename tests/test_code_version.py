@@ -84,8 +84,8 @@ def test_a_name_is_followed_to_the_file_that_defines_it():
     assert {"pruning/recovery/trainable.py", "subjects/__init__.py", "subjects/subject.py"} <= reached
     assert "subjects/loaders.py" not in reached  # offered by the same package as `Subject`
     course = ["workbench.pruning.sparse_training.run"]
-    stopped = closure(course, stop={"workbench.pruning.engine.matrices"})
-    assert PACKAGE / "pruning" / "engine" / "matrices.py" in stopped
+    stopped = closure(course, stop={"workbench.pruning.engine.weights"})
+    assert PACKAGE / "pruning" / "engine" / "weights.py" in stopped
     assert PACKAGE / "pruning" / "solvers" / "icbs.py" in closure(course) - stopped
 
 

@@ -81,7 +81,7 @@ def test_a_file_is_loaded_once(plugin: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_wrong_with_a_file_is_said_in_one_line(plugin: Path) -> None:
     plugin.write_text("raise RuntimeError('no\\nmore')")
-    with pytest.raises(BadInput, match=r"plugins: '.*my plugin.py' failed: RuntimeError: no$"):
+    with pytest.raises(BadInput, match=r"plugins: '.*my plugin.py' failed: RuntimeError: no \(line 1\)$"):
         import_plugin(plugin)
     assert module_name(plugin) not in sys.modules
     plugin.write_text("def broken(:")

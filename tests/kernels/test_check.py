@@ -101,7 +101,10 @@ try:
 except ValueError as error:
     print(error)
 from workbench.kernels import main
-sys.exit(main(["list"]) - 2)
+try:
+    main(["list"])
+except ValueError as error:
+    sys.exit("Triton is not installed" not in str(error))
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
@@ -139,11 +142,13 @@ def test_a_configuration_that_names_no_argument_is_refused() -> None:
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--only", "attention.*"]) == 0
     assert "attention.backward_keys" in capsys.readouterr().out
-    assert main(["check", "--only", "nothing"]) == 2
-    assert "matches no kernel" in capsys.readouterr().out
-    assert main(["check", "--record", "--only", "attention.*"]) == 2
-    assert main(["bench"]) == 2
-    assert "no CUDA device" in capsys.readouterr().out
+    for arguments, said in (
+        (["check", "--only", "nothing"], "matches no kernel"),
+        (["check", "--record", "--only", "attention.*"], "--record"),
+        (["bench"], "no CUDA device"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            main(arguments)
 
 
 def test_a_kernel_measured_slower_is_not_chosen_at_that_size(

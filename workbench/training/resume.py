@@ -158,13 +158,24 @@ def check_form(state: dict[str, Any], run: Resumable) -> None:
     have here at the start, once the run's parts have given the optimizer what it had been given.
     """
     fresh = {
-        "optimizer": {"param_groups": run.optimizer.state_dict()["param_groups"]},
+        "optimizer": settings_of(run.optimizer.state_dict()),
         "schedule": run.schedule.state_dict(),
         "rng": checkpoint.rng_state(run.subject.device),
     }
     for name, wanted in fresh.items():
         if (place := unlike(state[name], wanted, name)) is not None:
             raise ValueError(f"{place} is not of the form that it has here")
+
+
+def settings_of(state: Any) -> Any:
+    """The groups of an optimizer's state, also where it is made of several optimizers; the rest grows only in
+    training.
+    """
+    if isinstance(state, dict) and "param_groups" in state:
+        return {"param_groups": state["param_groups"]}
+    if isinstance(state, dict):
+        return {name: settings_of(part) for name, part in state.items() if isinstance(part, (dict, list))}
+    return [settings_of(part) for part in state] if isinstance(state, list) else None
 
 
 def unlike(kept: Any, fresh: Any, place: str) -> str | None:

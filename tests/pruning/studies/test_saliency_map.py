@@ -28,6 +28,7 @@ def test_a_threshold_on_the_ranks_is_the_methods_own_mask(found):
             compensation="none",
             calibration_examples=16,
             predict_examples=0,
+            sequential=False,
         )
         pruned = pruned.with_gradients(16).run(vit, Progress(), cache=False)
         same = [
