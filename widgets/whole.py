@@ -33,7 +33,7 @@ class Whole(ipywidgets.Widget):
 
 def take_down(widget: ipywidgets.Widget) -> None:
     """Close a widget and everything that it is made of."""
-    parts = list(made_of(widget))
+    parts = [] if isinstance(widget, Whole) else list(made_of(widget))  # that one closes its own
     widget.close()
     for part in parts:
         take_down(part)

@@ -178,8 +178,9 @@ class Instrument(Fields):
     def _measure(self, on: Any, progress: Progress, key: str) -> Result:
         import torch
 
+        shares = self._shares()
         prepared = (
-            on.prepared(getattr(self, "device", "auto"), self.changes_model, self._shares())
+            on.prepared(getattr(self, "device", "auto"), self.changes_model, shares)
             if hasattr(on, "prepared")
             else on
         )
@@ -202,7 +203,7 @@ class Instrument(Fields):
                 and (n := result.subject.revived_from(on))
             ):
                 result.facts["revived"] = n
-            if self._shares():
+            if shares:
                 from workbench.subjects.changes import own_tensors
 
                 own_tensors(result.subject.model)

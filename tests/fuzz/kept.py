@@ -20,29 +20,13 @@ import torch
 import workbench
 from tests.fuzz import checkpoint_folders, mutation
 from tests.fuzz.campaign import Case, Drawing, Odd
-from tests.fuzz.models import RANDOM, checkpoint, copied
+from tests.fuzz.models import RANDOM, changed_file, checkpoint, copied
 from tests.fuzz.tables import rows_changed
 from tests.unfinished.stopping import Stopped
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.storage import cache_folder
 from workbench.storage.writing import MANIFEST
-
-
-def changed_file(draw: random.Random, file: Path) -> str:
-    """One file of any kind damaged; says which and how it begins now."""
-    what = draw.random()
-    if what < 0.04:
-        file.unlink()
-        return f"{file.name} is gone"
-    if file.suffix == ".json" and what < 0.75:
-        said = mutation.as_json(draw, json.loads(file.read_text()))
-        file.write_bytes(said.encode("utf-8", "surrogatepass"))
-    elif file.suffix == ".safetensors" and what < 0.6:
-        checkpoint_folders.header(draw, file)
-    else:
-        file.write_bytes(mutation.damaged(draw, file.read_bytes(), draw.choice([0, 500])))
-    return f"{file.name}: {file.read_bytes()[:1200]!r}"
 
 
 def listed_again(folder: Path) -> None:
@@ -290,7 +274,7 @@ def evidence(root: Path) -> Drawing:
     def draw_case(draw: random.Random) -> Case:
         what = draw.random()
         if what < 0.6:
-            file.write_bytes(mutation.as_json(draw, whole).encode("utf-8", "surrogatepass"))
+            file.write_bytes(mutation.encoded(mutation.as_json(draw, whole)))
         else:
             file.write_bytes(mutation.damaged(draw, json.dumps(whole).encode()))
         showing = draw.random() < 0.1
@@ -316,10 +300,7 @@ def expert_patterns(root: Path) -> Drawing:
     def draw_case(draw: random.Random) -> Case:
         shutil.copy(whole, file)
         if draw.random() < 0.5:
-            data = file.read_bytes()
-            length = int.from_bytes(data[:8], "little")
-            said = mutation.as_json(draw, json.loads(data[8 : 8 + length])).encode("utf-8", "surrogatepass")
-            file.write_bytes(len(said).to_bytes(8, "little") + said + data[8 + length :])
+            mutation.json_header(draw, file)
         else:
             file.write_bytes(mutation.damaged(draw, file.read_bytes(), draw.choice([0, 200])))
         return repr(file.read_bytes()[:400]), opened

@@ -51,6 +51,22 @@ def copied(original: Path, place: Path) -> Path:
 RANDOM = {"data": "random", "max_length": 8, "max_examples": 64}
 
 
+def changed_file(draw: random.Random, file: Path) -> str:
+    """One file of any kind damaged; says which and how it begins now."""
+    what = draw.random()
+    if what < 0.04:
+        file.unlink()
+        return f"{file.name} is gone"
+    if file.suffix == ".json" and what < 0.75:
+        said = mutation.as_json(draw, json.loads(file.read_text()))
+        file.write_bytes(mutation.encoded(said))
+    elif file.suffix == ".safetensors" and what < 0.6:
+        checkpoint_folders.header(draw, file)
+    else:
+        file.write_bytes(mutation.damaged(draw, file.read_bytes(), draw.choice([0, 500])))
+    return f"{file.name}: {file.read_bytes()[:1200]!r}"
+
+
 def configs(root: Path) -> Drawing:
     """config.json of six architectures: fields changed, dropped, added, bytes."""
     folders = [checkpoint(root, name) for name in ARCHITECTURES]
@@ -63,9 +79,7 @@ def configs(root: Path) -> Drawing:
         if what < 0.6:
             checkpoint_folders.fields(draw, file)
         elif what < 0.85:
-            file.write_bytes(
-                mutation.as_json(draw, json.loads(file.read_text())).encode("utf-8", "surrogatepass")
-            )
+            file.write_bytes(mutation.encoded(mutation.as_json(draw, json.loads(file.read_text()))))
         else:
             file.write_bytes(mutation.damaged(draw, file.read_bytes()))
         return repr(file.read_bytes()[:1500]), lambda: opened(folder, **RANDOM)
@@ -85,10 +99,7 @@ def safetensors(root: Path) -> Drawing:
         if what < 0.5:
             checkpoint_folders.header(draw, file)
         elif what < 0.7:
-            data = file.read_bytes()
-            length = int.from_bytes(data[:8], "little")
-            said = mutation.as_json(draw, json.loads(data[8 : 8 + length])).encode("utf-8", "surrogatepass")
-            file.write_bytes(len(said).to_bytes(8, "little") + said + data[8 + length :])
+            mutation.json_header(draw, file)
         else:
             file.write_bytes(mutation.damaged(draw, file.read_bytes(), draw.choice([0, 8, 2000])))
         return f"{folder.name}: {file.read_bytes()[:1500]!r}", lambda: opened(folder, **RANDOM)
@@ -107,11 +118,9 @@ def indexes(root: Path) -> Drawing:
         shards = sorted(folder.glob("*.safetensors"))
         what = draw.random()
         if what < 0.5:
-            file.write_bytes(
-                mutation.as_json(draw, json.loads(file.read_text())).encode("utf-8", "surrogatepass")
-            )
+            file.write_bytes(mutation.encoded(mutation.as_json(draw, json.loads(file.read_text()))))
         elif what < 0.7:
-            file.write_bytes(mutation.text(draw, file.read_text()).encode("utf-8", "surrogatepass"))
+            file.write_bytes(mutation.encoded(mutation.text(draw, file.read_text())))
         elif what < 0.8:
             file.write_bytes(mutation.damaged(draw, file.read_bytes()))
         elif what < 0.85:
@@ -171,11 +180,9 @@ def tokenizer_files(root: Path) -> Drawing:
         file = draw.choices(files, [4 if f.name == "tokenizer.json" else 3 for f in files])[0]
         what = draw.random()
         if what < 0.6:
-            file.write_bytes(
-                mutation.as_json(draw, json.loads(file.read_text())).encode("utf-8", "surrogatepass")
-            )
+            file.write_bytes(mutation.encoded(mutation.as_json(draw, json.loads(file.read_text()))))
         elif what < 0.8:
-            file.write_bytes(mutation.text(draw, file.read_text()).encode("utf-8", "surrogatepass"))
+            file.write_bytes(mutation.encoded(mutation.text(draw, file.read_text())))
         elif what < 0.95:
             file.write_bytes(mutation.damaged(draw, file.read_bytes()))
         else:
@@ -210,18 +217,7 @@ def saved_subjects(root: Path) -> Drawing:
         files = [f for f in sorted(folder.iterdir()) if f.is_file()]
         named = {"workbench.json": 12, "changes.safetensors": 5, "splits.safetensors": 5}
         file = draw.choices(files, [named.get(f.name, 1) for f in files])[0]
-        what = draw.random()
-        if file.suffix == ".json" and what < 0.75:
-            said = mutation.as_json(draw, json.loads(file.read_text()))
-            file.write_bytes(said.encode("utf-8", "surrogatepass"))
-        elif file.suffix == ".safetensors" and what < 0.6:
-            checkpoint_folders.header(draw, file)
-        elif what < 0.97:
-            file.write_bytes(mutation.damaged(draw, file.read_bytes(), draw.choice([0, 500])))
-        else:
-            file.unlink()
-        shown = file.read_bytes()[:1500] if file.exists() else b"gone"
-        return f"{file.name}: {shown!r}", lambda: opened(folder)
+        return changed_file(draw, file), lambda: opened(folder)
 
     return draw_case
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 #: Texts that readers take for something else than they are, or choke on.
@@ -98,6 +99,19 @@ def text(draw: random.Random, before: str, tokens: tuple[str, ...] = TOKENS) -> 
         else:
             found = found[:place] + chr(draw.randrange(0x250)) + found[place + 1 :]
     return found
+
+
+def encoded(written: str) -> bytes:
+    """UTF-8, lone surrogates too."""
+    return written.encode("utf-8", "surrogatepass")
+
+
+def json_header(draw: random.Random, file: Path) -> None:
+    """The JSON at the front of a safetensors file changed, its length told right."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = encoded(as_json(draw, json.loads(data[8 : 8 + length])))
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
 def damaged(draw: random.Random, content: bytes, first: int = 0) -> bytes:

@@ -193,9 +193,9 @@ def run_tables(root: Path) -> Drawing:
             else:
                 content = mutation.damaged(draw, content)
         elif name.endswith(".json") and draw.random() < 0.6:
-            content = mutation.as_json(draw, json.loads(content)).encode("utf-8", "surrogatepass")
+            content = mutation.encoded(mutation.as_json(draw, json.loads(content)))
         elif draw.random() < 0.7:
-            content = mutation.text(draw, content.decode()).encode("utf-8", "surrogatepass")
+            content = mutation.encoded(mutation.text(draw, content.decode()))
         else:
             content = mutation.damaged(draw, content)
         file.write_bytes(content)
@@ -260,9 +260,9 @@ def data_rows(root: Path) -> Drawing:
         if name.endswith(".parquet") or draw.random() < 0.3:
             content = mutation.damaged(draw, content)
         elif name.endswith(".json") and draw.random() < 0.6:
-            content = mutation.as_json(draw, json.loads(content)).encode("utf-8", "surrogatepass")
+            content = mutation.encoded(mutation.as_json(draw, json.loads(content)))
         else:
-            content = mutation.text(draw, content.decode()).encode("utf-8", "surrogatepass")
+            content = mutation.encoded(mutation.text(draw, content.decode()))
         file = root / name
         file.write_bytes(content)
         task = draw.choice(
@@ -293,7 +293,7 @@ def measured_times(root: Path) -> Drawing:
         if draw.random() < 0.3:
             file.write_bytes(mutation.damaged(draw, content.encode()))
         else:
-            file.write_bytes(mutation.text(draw, content).encode("utf-8", "surrogatepass"))
+            file.write_bytes(mutation.encoded(mutation.text(draw, content)))
         return repr(file.read_bytes()[:300]), opened
 
     return draw_case

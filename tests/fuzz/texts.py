@@ -126,10 +126,10 @@ def parameters(root: Path) -> Drawing:
         if what == 0:
             file.write_bytes(mutation.damaged(draw, PARAMETERS.encode()))
         elif what == 1:
-            file.write_bytes(mutation.text(draw, PARAMETERS).encode("utf-8", "surrogatepass"))
+            file.write_bytes(mutation.encoded(mutation.text(draw, PARAMETERS)))
         else:
             told = draw.choice([content, taken])
-            file.write_bytes(mutation.as_json(draw, told).encode("utf-8", "surrogatepass"))
+            file.write_bytes(mutation.encoded(mutation.as_json(draw, told)))
         return repr(file.read_bytes()[:200]), opened
 
     return draw_case
@@ -153,7 +153,7 @@ def notebooks(root: Path) -> Drawing:
         if what == 0:
             file.write_bytes(mutation.damaged(draw, json.dumps(whole).encode()))
         elif what == 1:
-            file.write_bytes(mutation.as_json(draw, whole).encode("utf-8", "surrogatepass"))
+            file.write_bytes(mutation.encoded(mutation.as_json(draw, whole)))
         else:
             cell = whole["cells"][-1] | {"source": mutation.text(draw, source, pieces)}
             file.write_text(json.dumps(whole | {"cells": [*whole["cells"][:-1], cell]}))
@@ -238,9 +238,9 @@ def plugins(root: Path) -> Drawing:
         text = mutation.text(draw, PLUGIN, pieces)
         if draw.random() < 0.2:
             text = "# first\n" + draw.choice(pieces) + PLUGIN
-        file.write_bytes(text.encode("utf-8", "surrogatepass"))
+        file.write_bytes(mutation.encoded(text))
         if draw.random() < 0.1:
-            file.write_bytes(mutation.damaged(draw, text.encode("utf-8", "surrogatepass")))
+            file.write_bytes(mutation.damaged(draw, mutation.encoded(text)))
         return repr(file.read_bytes()[:400]), opened
 
     return draw_case

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +19,7 @@ from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.measures.attribution_result import AttributionResult
-from workbench.measures.fidelity import candidate, stamp
+from workbench.measures.fidelity import candidate, check_comparable, stamp
 from workbench.measures.finished_parts import FinishedParts, Record
 from workbench.measures.intervals import block_bootstrap
 from workbench.measures.parts import (
@@ -38,7 +37,6 @@ from workbench.measures.suffix import Suffix
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
-from workbench.subjects.gguf_files import is_gguf
 
 #: full / sum of the parts within which what the parts do adds up well enough to predict from.
 ADDITIVE = (0.8, 1.25)
@@ -75,16 +73,11 @@ class Attribution(SubjectInstrument):
 
     def check(self, on: Subject) -> None:
         on.split(self.split)
-        if not kind_of(on.task):
-            raise BadInput(
-                f"subject: the task {on.task.name} has a loss of its own; its outputs do not compare"
-            )
+        check_comparable(on, "changed", [self.changed])
         if not self.changed.strip():
             raise BadInput(
                 "changed: is empty; give a folder, a saved result, a GGUF file, a hub id or a built-in name"
             )
-        if is_gguf(self.changed) and not Path(self.changed).is_file():
-            raise BadInput(f"changed: {self.changed!r} is not a file; give the path of a GGUF file")
 
     def key(self, on: Any) -> str:
         return hashlib.sha256(json.dumps([super().key(on), stamp(self.changed)]).encode()).hexdigest()[:24]
@@ -294,10 +287,9 @@ class Run:
             "unit": unit_of(self.dense),
         }
         facts |= self.facts
-        complete = {level: len(table[table["level"] == level]) for level in ("block", "role", "module")}
         for level, name in (("block", "blocks"), ("module", "modules")):
             mine = table[table["level"] == level]
-            if not len(mine) or complete[level] < sum(part.level == level for part in self.parts):
+            if not len(mine) or len(mine) < sum(part.level == level for part in self.parts):
                 continue
             total = float(mine["kl"].sum())
             facts[f"{name}_sum"] = total

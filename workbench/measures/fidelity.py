@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -110,6 +111,15 @@ def front(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
     return best
 
 
+def check_comparable(on: Subject, field: str, sources: Iterable[str]) -> None:
+    """`BadInput` for a reference whose outputs do not compare, and for GGUF files that are not there."""
+    if not kind_of(on.task):
+        raise BadInput(f"subject: the task {on.task.name} has a loss of its own; its outputs do not compare")
+    for source in sources:
+        if is_gguf(source) and not Path(source).is_file():
+            raise BadInput(f"{field}: {source!r} is not a file; give the path of a GGUF file")
+
+
 class Fidelity(SubjectInstrument):
     """Is a smaller model still the same model? Kullback-Leibler divergence to the reference on the same
     texts, beside size, flips and acceptance, with a verdict against your own tolerance.
@@ -139,18 +149,12 @@ class Fidelity(SubjectInstrument):
 
     def check(self, on: Subject) -> None:
         on.split(self.split)
-        if not kind_of(on.task):
-            raise BadInput(
-                f"subject: the task {on.task.name} has a loss of its own; its outputs do not compare"
-            )
+        check_comparable(on, "candidates", self.sources)
         if not self.sources:
             raise BadInput(
                 "candidates: is empty; give folders, saved results, GGUF files, hub ids or built-in names, "
                 "separated by commas"
             )
-        for source in self.sources:
-            if is_gguf(source) and not Path(source).is_file():
-                raise BadInput(f"candidates: {source!r} is not a file; give the path of a GGUF file")
 
     def key(self, on: Any) -> str:
         stamps = [stamp(source) for source in self.sources]

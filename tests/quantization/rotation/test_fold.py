@@ -10,8 +10,10 @@ import torch
 import workbench
 from workbench.errors import BadInput
 from workbench.progress import Progress
+from workbench.quantization.activations.activations import input_ranges
 from workbench.quantization.rotation.fold import random_rotation, rotate
-from workbench.quantization.rotation.rotate import Rotate, noise_gains
+from workbench.quantization.rotation.rotate import NoiseGains, Rotate
+from workbench.subjects import Subject
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bytelm"])
@@ -80,6 +82,12 @@ def test_drawn_rotations_turn_the_heads_too(checkpoints: dict[str, Path], kind: 
     assert changed == {"v_proj", "o_proj"}
 
 
+def gains(subject: Subject) -> dict[str, float]:
+    layers = subject.layers("blocks")
+    noise = NoiseGains(layers)
+    return {name: noise.of(name) for name in input_ranges(subject, layers, examples=4, also=noise.add)}
+
+
 def test_noise_gain_is_what_white_noise_does_to_the_outputs(checkpoints: dict[str, Path]) -> None:
     """A massive feature that a norm's scale hides raises it once folded; a rotation leaves it as it is."""
     on = workbench.subject(checkpoints["llama"], data="random")
@@ -87,7 +95,7 @@ def test_noise_gain_is_what_white_noise_does_to_the_outputs(checkpoints: dict[st
         on.model.model.embed_tokens.weight[:, 5] *= 50
         on.model.model.layers[0].post_attention_layernorm.weight[5] = 0.02
     subjects = (on, rotate(on, "identity"), rotate(on, "hadamard"))
-    plain, folded, turned = (noise_gains(s, s.layers("blocks"), 4, Progress()) for s in subjects)
+    plain, folded, turned = (gains(s) for s in subjects)
     gate = "model.layers.0.mlp.gate_proj"
     assert folded[gate] > 2 * plain[gate]
     assert turned[gate] == pytest.approx(folded[gate], rel=1e-3)

@@ -17,7 +17,7 @@ from workbench.curvature.operators.weights import Place, place_of, with_weights
 from workbench.measures.reference import measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.engine.masked import Masked, revived_in
+from workbench.pruning.engine.masked import Masked
 from workbench.pruning.engine.weights import check_weights, prune_once, uniform
 from workbench.pruning.error_table import add_prediction, layer_table
 from workbench.pruning.pattern import NM, Tiles
@@ -44,7 +44,6 @@ class Visited(Masked):
         self.reference = reference_of(on, prune.test_split, progress=progress, changing=changing)
         self.dense_test = on.evaluated(prune.test_split, progress=progress)
         self.rows: list[pd.DataFrame] = []
-        self.revived = 0
         self.weights: dict[str, Tensor] = {}  # weights (..., out, in), for a prediction at them
         self.biases: dict[str, Tensor] = {}
 
@@ -80,7 +79,6 @@ class Visited(Masked):
             if progress.stopped:
                 break
             self.rows.append(layer_table(layers, before, calibration.gram))
-            self.revived += sum(revived_in(layer, before[layer.name]) for layer in layers)
         return not progress.stopped
 
     def visits(self) -> Iterator[tuple[Sequence[Layer], Calibration]]:
@@ -108,8 +106,6 @@ class Visited(Masked):
         prune, on, progress, layers = self.prune, self.on, self.progress, self.layers
         table = self.table()
         facts = self.facts()
-        if self.revived:
-            facts["revived"] = self.revived
         if prune.predict_examples and not progress.stopped:
             self.predict(table, facts)
         arrays = {

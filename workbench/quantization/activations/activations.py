@@ -18,7 +18,7 @@ from workbench.quantization.number.grid import spanning
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 from workbench.quantization.transform.coordinates import Transform
 from workbench.statistics import InputCapture
-from workbench.statistics.inputs import kept_positions
+from workbench.statistics.inputs import Handler, kept_positions
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Change
 
@@ -72,9 +72,10 @@ def input_ranges(
     batch_size: int = 16,
     progress: Progress | None = None,
     transforms: Mapping[str, Transform | None] | None = None,
+    also: Handler | None = None,
 ) -> dict[str, InputRanges]:
     """name -> ranges of the layer's inputs, in one streaming pass; padding positions are left out.
-    With `transforms`, of T^-1 x.
+    With `transforms`, of T^-1 x. `also` sees the same inputs (tokens, in), in float32.
     """
     progress = progress or Progress()
     found = {}
@@ -91,6 +92,8 @@ def input_ranges(
         if not len(rows):
             return
         mine, rows = found[layer.name], rows.float()
+        if also is not None:
+            also(layer, expert, rows)
         transform = None if transforms is None else transforms.get(layer.name)
         if transform is not None:
             rows = transform.inputs(rows)

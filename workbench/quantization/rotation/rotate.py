@@ -19,8 +19,6 @@ from workbench.quantization.quantize_result import choices
 from workbench.quantization.rotation.fold import stream_of
 from workbench.quantization.rotation.rotations import ROTATION
 from workbench.results import Result
-from workbench.statistics import InputCapture
-from workbench.statistics.inputs import kept_positions
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -82,9 +80,15 @@ class Rotate(SubjectInstrument):
         found = []
         for subject in (on, made):
             layers = subject.layers("blocks")
-            ranges = input_ranges(subject, layers, examples=self.calibration_examples, progress=progress)
-            gains = noise_gains(subject, layers, self.calibration_examples, progress)
-            found.append({name: tails(ranges[name]) | {"noise_gain": gains[name]} for name in ranges})
+            noise = NoiseGains(layers)
+            ranges = input_ranges(
+                subject,
+                layers,
+                examples=self.calibration_examples,
+                progress=progress,
+                also=noise.add,
+            )
+            found.append({name: tails(ranges[name]) | {"noise_gain": noise.of(name)} for name in ranges})
         before, after = found
         rows = [
             {"layer": name} | before[name] | {f"{key}_rotated": v for key, v in after[name].items()}
@@ -116,34 +120,25 @@ def tails(ranges: InputRanges) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def noise_gains(
-    subject: Subject, layers: Sequence[Layer], examples: int, progress: Progress, batch_size: int = 16
-) -> dict[str, float]:
-    """name -> (tr G / n) |W|^2 / tr(W G W^T): the relative squared error that white noise on the weights
+class NoiseGains:
+    """(tr G / n) |W|^2 / tr(W G W^T) of layers: the relative squared error that white noise on the weights
     makes in what a layer puts out, over the noise's relative energy.
 
     G (n, n) is the second moment of the inputs. A rotation leaves it as it is, but the folding of a norm's
     scale that comes first does not: where it grows, nearest rounding loses by the rotation whatever the
     kurtosis says.
     """
-    inputs, outputs = ({layer.name: 0.0 for layer in layers} for _ in range(2))
 
-    def add(layer: Layer, expert: int, rows: torch.Tensor) -> None:
-        rows = rows.float()
-        inputs[layer.name] += float(rows.square().sum())
-        outputs[layer.name] += float((rows @ layer.weight.detach().float().mT).square().sum())
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self.inputs, self.outputs = (dict.fromkeys(self.layers, 0.0) for _ in range(2))
 
-    count = -(-min(examples, subject.size("calibration")) // batch_size)
-    with InputCapture(layers, add) as capture:
-        batches = subject.batches("calibration", batch_size, examples)
-        for batch in progress.track(batches, "noise gain", count):
-            capture.keep = kept_positions(subject, batch)
-            subject.task.output(subject.model, batch)
-    return {
-        layer.name: inputs[layer.name]
-        / layer.shape[-1]
-        * float(layer.weight.detach().float().square().sum())
-        / max(outputs[layer.name], 1e-30)
-        for layer in layers
-    }
+    def add(self, layer: Layer, expert: int, rows: torch.Tensor) -> None:
+        """Inputs (tokens, n) of a layer, in float32."""
+        self.inputs[layer.name] += float(rows.square().sum())
+        self.outputs[layer.name] += float((rows @ layer.weight.detach().float().mT).square().sum())
+
+    def of(self, name: str) -> float:
+        weight = self.layers[name].weight.detach().float()
+        energy = self.inputs[name] / weight.shape[-1] * float(weight.square().sum())
+        return energy / max(self.outputs[name], 1e-30)
