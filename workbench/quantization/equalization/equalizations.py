@@ -16,9 +16,10 @@ from workbench.quantization.equalization.scale_groups import ScaleGroup
 from workbench.quantization.number.grid import fit
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 from workbench.quantization.rotation.fold import matrix_of
-from workbench.statistics.inputs import first_tensor, kept_positions
+from workbench.statistics.inputs import kept_positions
 from workbench.statistics.walk import Walk
 from workbench.subjects import Layer, Subject
+from workbench.subjects.tasks import first_tensor
 
 #: `entry(on, groups, examples, progress, options)` yields a `Scaled` for each group it scales.
 EQUALIZATION = Axis(
