@@ -78,7 +78,7 @@ def test_each_instrument_ends_when_it_is_asked_to(
         on = workbench.subject(checkpoints["llama" if name == "rotate" else "vit"], data="random")
     progress = Moved(moves)
     fields = {"candidates": str(checkpoints["vit"])} if name == "fidelity" else FIELDS.get(name, {})
-    if name == "attribution":
+    if name in ("attribution", "token-strip"):
         fields = {"changed": str(halved(on, tmp_path / "halved"))}
     try:
         result = cls(**fields).run(on, progress, cache=False)
