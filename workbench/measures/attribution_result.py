@@ -95,7 +95,7 @@ def budget(result: AttributionResult) -> go.Figure:
     table = result.table[result.table["level"] == "block"]
     names = [row["role"] or row["block"].rpartition(".")[2] for _, row in table.iterrows()]
     axis = f"{distance_of(result)} of the part alone ({result.facts['unit']})"
-    fig = figure(title(result), "block", axis, barmode="overlay")
+    fig = figure(title(result), "block", axis, barmode="overlay", height=470)
     fig.update_xaxes(type="category")
     fig.add_bar(**bars(result, table, names, "block"), name="a block's change alone", marker_color=color(0))
     if table["noise"].notna().any():
@@ -106,6 +106,7 @@ def budget(result: AttributionResult) -> go.Figure:
             mode="markers",
             marker=dict(symbol="diamond", color=color(1), size=8),
             hovertemplate="block %{x}, noise: %{y:.4g}<extra></extra>",
+            meta={"clicked": said_of(result, table)},
         )
     if len(table):
         rule(fig, "an equal share", y=float(table["kl"].mean()))
@@ -130,12 +131,6 @@ def bars(result: AttributionResult, table: pd.DataFrame, names: list[str], kind:
     """What bars of parts show, and say when they are clicked."""
     from workbench.figures import NEUTRAL_INK
 
-    said = [
-        f"{row['part']}: {distance_of(result)} {row['kl']:.4g} {result.facts['unit']} alone, "
-        f"95 % interval {row['kl_low']:.4g} to {row['kl_high']:.4g}, {100 * row['share']:.1f} % of the sum"
-        + (f"; noise of the same norm {row['noise']:.4g}" if row["noise"] > 0 else "")
-        for _, row in table.iterrows()
-    ]
     return dict(
         x=names,
         y=table["kl"],
@@ -148,8 +143,18 @@ def bars(result: AttributionResult, table: pd.DataFrame, names: list[str], kind:
         ),
         customdata=100 * table[["share"]],
         hovertemplate=f"{kind} %{{x}}: %{{y:.4g}}, %{{customdata[0]:.1f}} % of the sum<extra></extra>",
-        meta={"clicked": said},
+        meta={"clicked": said_of(result, table)},
     )
+
+
+def said_of(result: AttributionResult, table: pd.DataFrame) -> list[str]:
+    """What each part says when it is clicked."""
+    return [
+        f"{row['part']}: {distance_of(result)} {row['kl']:.4g} {result.facts['unit']} alone, "
+        f"95 % interval {row['kl_low']:.4g} to {row['kl_high']:.4g}, {100 * row['share']:.1f} % of the sum"
+        + (f"; noise of the same norm {row['noise']:.4g}" if row["noise"] > 0 else "")
+        for _, row in table.iterrows()
+    ]
 
 
 def modules_of_worst(table: pd.DataFrame) -> pd.DataFrame:

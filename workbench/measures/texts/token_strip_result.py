@@ -199,8 +199,8 @@ def flips(result: TokenStripResult, show: str, most: int) -> go.Figure:
     counts = ", ".join(f"{facts[kind.replace(' ', '_')]} {kind}" for kind in KINDS[:2])
     if others := facts[KINDS[2].replace(" ", "_")]:
         counts += f", {others} between wrong ones"
-    title = f"{flipped} of {len(table)} answers flipped: {counts} (McNemar p {facts['mcnemar_p']:.2g})"
-    note = f"{facts['changed']} against {facts['reference']}"
+    title = f"{flipped} of {len(table)} answers flipped: {facts['changed']} against {facts['reference']}"
+    note = f"{counts} (McNemar p {facts['mcnemar_p']:.2g})"
     if (mine["flip"] == "").all():
         note += "; none of this kind, so those are shown that changed the most"
     fig = figure(
@@ -209,6 +209,7 @@ def flips(result: TokenStripResult, show: str, most: int) -> go.Figure:
         height=190 + 24 * len(mine),
     )
     fig.update_layout(margin=dict(l=60, r=16, t=64, b=110), hoverlabel=LABEL, showlegend=False)
+    fig.update_layout(title=dict(xref="container", x=0, pad_l=12))
     names = [html.escape(short(text, 46), quote=False) for text in mine["text"]]
     rows = np.arange(len(mine))
     fig.update_yaxes(
