@@ -305,9 +305,9 @@ def test_in_a_report(
     (tmp_path / "given.json").write_text(json.dumps(parameters))
     request.getfixturevalue("known")  # removes what the command registers here
     given = ["--parameters", str(tmp_path / "given.json"), "--plugins", str(folder / "own.py")]
-    assert main(["report", str(book), *given, "--out", str(tmp_path)]) == 0
+    assert main(["report", str(book), *given, "--out", str(tmp_path / "reports")]) == 0
     table = pd.read_csv(tmp_path / "facts.csv")
-    page = (tmp_path / "own.html").read_text()
+    page = (tmp_path / "reports" / "own.html").read_text()
     for own, (_, row) in zip(OWN, table.iterrows(), strict=True):
         expected = run(own, opened(own, subject, folder)).facts[own.fact]
         assert row[own.fact] == pytest.approx(expected, rel=1e-9), own.name

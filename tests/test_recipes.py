@@ -88,6 +88,7 @@ REDUCED: dict[str, dict[str, Any]] = {
         "transform.steps": 4,
     },
     "rotate": {"calibration_examples": 8, "kind.steps": 2},
+    "equalize": {"calibration_examples": 8, "kind.ratios": 4},
     "allocate": {
         "calibration_examples": 8,
         "predict_examples": 8,

@@ -4,6 +4,7 @@ prints how many opened, how many were refused in one line, and the traceback of 
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -65,10 +66,15 @@ ODD: tuple[Any, ...] = (
 )
 
 
+def odd(draw: random.Random) -> Any:
+    """One of its own: what it is put into may be changed further."""
+    return copy.deepcopy(draw.choice(ODD))
+
+
 def value(draw: random.Random, before: Any) -> Any:
     kind = draw.random()
     if isinstance(before, bool) or kind < 0.5:
-        return draw.choice(ODD)
+        return odd(draw)
     if isinstance(before, int):
         return draw.choice(
             [before + 1, before - 1, before * 2, -before, before * 1000, before // 2, str(before)]
@@ -78,7 +84,7 @@ def value(draw: random.Random, before: Any) -> Any:
         return before | {key: value(draw, before[key])}
     if isinstance(before, list) and before:
         return [*before[:-1], value(draw, before[-1])]
-    return [before] if draw.random() < 0.5 else draw.choice(ODD)
+    return [before] if draw.random() < 0.5 else odd(draw)
 
 
 def fields(draw: random.Random, file: Path) -> None:
@@ -97,7 +103,7 @@ def fields(draw: random.Random, file: Path) -> None:
         if what < 0.15:
             where.pop(key)
         elif what < 0.25:
-            where[draw.choice(MORE)] = draw.choice(ODD)
+            where[draw.choice(MORE)] = odd(draw)
         else:
             where[key] = value(draw, where[key])
     file.write_text(json.dumps(said))

@@ -49,7 +49,7 @@ def test_pack_and_unpack(bits: int) -> None:
         {"format": "e4m3fn", "granularity": "channel"},
         {"format": "ternary"},
         {"format": "uint4", "rounding": "hqq"},
-        {"format": "int4", "transform": "awq"},
+        {"format": "int4", "transform": "activation-aware"},
         {"format": "int4", "transform": "hadamard"},
         {"format": "bf16"},
         {"format": "fixed8.6"},
@@ -177,7 +177,7 @@ def test_onnx_takes_ids_of_any_width(checkpoints: dict[str, Path], tmp_path: Pat
     ("architecture", "fields", "reason"),
     [
         ("bert", {"format": "nf4"}, "nf4"),
-        ("bert", {"transform": "awq"}, "transform"),
+        ("bert", {"transform": "activation-aware"}, "transform"),
         ("bert", {"rounding": "hqq", "format": "uint4"}, "no integers"),
         ("gpt2", {}, "Conv1D"),
         ("mixtral", {}, "experts"),

@@ -50,7 +50,7 @@ def instrument_of(step: Step) -> SubjectInstrument:
     """The instrument of a step with the calibration windows of all arms and no measurement of its own."""
     name, fields = step
     usual: dict[str, Any] = {"calibration_examples": CALIBRATION}
-    if name != "rotate":
+    if name not in ("rotate", "equalize"):
         usual |= {"predict_examples": 0}
         usual |= {"test_examples": 0} if name == "quantize" else {"test_split": "validation"}
     made = find(name)(**(usual | fields))
@@ -142,8 +142,22 @@ def pruned(method: str, **more: Any) -> Arm:
 
 CHANNEL = {f"nearest, {bits} bits": quantized(f"int{bits}") for bits in (4, 3)}
 GROUPS = {"nearest, 3 bits, groups": quantized("int3", "group")}
+
+
+def scaled(kind: str, arm: Arm, **more: Any) -> Arm:
+    """What an arm does, after scales were folded into the model."""
+    return (("equalize", {"kind": kind} | more), *arm)
+
+
 ZERO_POINT = {f"nearest, uint{bits}": quantized(f"uint{bits}", "group") for bits in (4, 3)}
-STATIC = quantized("int8", activations="tensor")
+CLIPPED = {f"clipped, uint{bits}": quantized(f"uint{bits}", "group", range="mse") for bits in (4, 3)}
+AWQ = {
+    f"AWQ, uint{bits}": scaled(
+        "awq", CLIPPED[f"clipped, uint{bits}"], **{"kind.format": f"uint{bits}", "kind.group_size": 64}
+    )
+    for bits in (4, 3)
+}
+STATIC = quantized("int8", "tensor", activations="tensor")
 ROUNDED = {"rounding": "gptq", "activations": "token", "activations.format": "int4"}
 #: QuaRot turns what the writers of the stream read while the model runs, and folds everything else.
 ONLINE = {"transform": "hadamard", "transform.only": "*.o_proj,*.down_proj"}
@@ -174,8 +188,8 @@ QUANTIZATION: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         ],
     ),
     "awq": ordered(
-        CHANNEL | {f"AWQ, {bits} bits": quantized(f"int{bits}", transform="awq") for bits in (4, 3)},
-        [("AWQ, 4 bits", "nearest, 4 bits"), ("AWQ, 3 bits", "nearest, 3 bits")],
+        ZERO_POINT | CLIPPED | AWQ,
+        [(f"AWQ, uint{bits}", f"{rival}, uint{bits}") for bits in (4, 3) for rival in ("nearest", "clipped")],
     ),
     "hqq": ordered(
         ZERO_POINT
@@ -185,9 +199,10 @@ QUANTIZATION: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "smoothquant": ordered(
         {
             "W8A8, a scale a tensor": STATIC,
-            "smoothed": quantized("int8", activations="tensor", transform="smooth"),
+            "smoothed, alpha 0.5": scaled("smoothquant", STATIC),
+            "smoothed, alpha 0.85": scaled("smoothquant", STATIC, **{"kind.alpha": 0.85}),
         },
-        [("smoothed", "W8A8, a scale a tensor")],
+        [(f"smoothed, alpha {alpha}", "W8A8, a scale a tensor") for alpha in ("0.5", "0.85")],
     ),
     "quarot": ordered(FOUR_BITS, [("QuaRot", "W4A4, GPTQ")]),
 }

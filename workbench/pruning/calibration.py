@@ -124,19 +124,17 @@ class Calibration:
         """
         moments = self.moments(layer)
         assert moments.gram is not None
-        tokens = moments.tokens.reshape(-1, 1, 1)
-        pooled = moments.gram.sum(0) / tokens.sum().clamp_min(1)
-        return torch.where(tokens >= 2, moments.gram / tokens.clamp_min(1), pooled)
+        return mean_of(moments.gram, moments.tokens)
 
     def norm(self, layer: Layer) -> Tensor:
-        """(experts, in) root mean square of each input feature."""
+        """(experts, in) root mean square of each input feature; of few tokens as `gram`."""
         moments = self.moments(layer)
-        return (moments.square / moments.tokens.reshape(-1, 1).clamp_min(1)).sqrt()
+        return mean_of(moments.square, moments.tokens).sqrt()
 
     def mean(self, layer: Layer) -> Tensor:
-        """(experts, in) mean input."""
+        """(experts, in) mean input; of few tokens as `gram`."""
         moments = self.moments(layer)
-        return moments.total / moments.tokens.reshape(-1, 1).clamp_min(1)
+        return mean_of(moments.total, moments.tokens)
 
     def variance(self, layer: Layer) -> Tensor:
         """(experts, in) variance of each input feature over the tokens."""
@@ -228,3 +226,12 @@ class Calibration:
 def rows_of(weight: Tensor) -> Tensor:
     """(..., out, in) -> (all rows, in)."""
     return weight.reshape(-1, weight.shape[-1])
+
+
+def mean_of(sums: Tensor, tokens: Tensor) -> Tensor:
+    """(experts, ...) means over each expert's tokens (experts,); over all of them for one that saw fewer
+    than 2.
+    """
+    counts = tokens.reshape(-1, *[1] * (sums.ndim - 1))
+    pooled = sums.sum(0) / counts.sum().clamp_min(1)
+    return torch.where(counts >= 2, sums / counts.clamp_min(1), pooled)

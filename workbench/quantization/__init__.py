@@ -4,6 +4,8 @@ from workbench.quantization.activations.activations import ACTIVATION_QUANTIZER
 from workbench.quantization.allocation.allocate import Allocate
 from workbench.quantization.allocation.layer_sensitivity import LayerSensitivity
 from workbench.quantization.allocation.width_cost import WIDTH_COST
+from workbench.quantization.equalization.equalizations import EQUALIZATION
+from workbench.quantization.equalization.equalize import Equalize
 from workbench.quantization.export import to_compressed_tensors, to_onnx
 from workbench.quantization.number.elements import Codebook
 from workbench.quantization.number.fake_quant import FakeQuant
@@ -27,6 +29,7 @@ from workbench.quantization.transform.transform import TRANSFORM
 
 __all__ = [
     "ACTIVATION_QUANTIZER",
+    "EQUALIZATION",
     "NUMBER_FORMAT",
     "ROTATION",
     "ROUNDING",
@@ -36,6 +39,7 @@ __all__ = [
     "WIDTH_COST",
     "Allocate",
     "Codebook",
+    "Equalize",
     "ErrorAnatomy",
     "FakeQuant",
     "Format",

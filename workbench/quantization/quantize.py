@@ -61,6 +61,8 @@ class Quantize(QuantizeSettings):
             run.add(layer, values, grid, term, moments)
         table = pd.DataFrame(run.rows)
         facts: dict[str, Any] = {"revived": run.revived} if run.revived else {}
+        if self.reads_inputs:
+            facts |= run.experts.facts(progress, "rounded as if every input feature were alike")
         if self.predict_examples and run.rows:
             deltas = run.deltas()
             with run.dense_weights(on):
@@ -73,7 +75,7 @@ class Quantize(QuantizeSettings):
         facts = summary_facts(table, before, after) | facts | distance_facts(near)
         if self.predict_examples:
             facts["measured_change"] = after["calibration"]["loss"] - before["calibration"]["loss"]
-        return self.result(table, facts, subject=on)
+        return self.result(table, facts, tables=run.experts.tables(), subject=on)
 
     def _inputs(self, on: Subject, layers: Sequence[Layer], progress: Progress) -> Inputs:
         """What the transform asks of the layers' inputs."""

@@ -14,7 +14,7 @@ from workbench.quantization.quantize_settings import QuantizeSettings
 from workbench.quantization.quantized_layer import effective, layer_row, mask_of, put
 from workbench.quantization.rounding.adapters import Term
 from workbench.quantization.transform.coordinates import Transform
-from workbench.statistics import InputMoments
+from workbench.statistics import ExpertsSeen, InputMoments
 from workbench.subjects import Layer, Subject
 
 
@@ -32,6 +32,7 @@ class Rounds:
         self.layers: list[Layer] = []
         self.revived = 0  # weights that came in as zeros, by no mask, and are none now
         self.rows: list[dict[str, Any]] = []
+        self.experts = ExpertsSeen()
         self.transforms: dict[str, Transform | None] = {}
         self.wide: dict[str, Tensor] = {}
         self.dense: dict[str, Tensor] = {}
@@ -43,6 +44,7 @@ class Rounds:
         delta = effective(values, term) - weight.float()
         self.revived += revived_in(layer, weight, delta)
         self.layers.append(layer)
+        self.experts.add(layer.name, moments)
         self.rows.append(layer_row(layer, weight.float(), delta, grid, moments, term))
         self.transforms[layer.name] = transform = grid.transform
         options = self.settings.activations.options

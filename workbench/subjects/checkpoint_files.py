@@ -98,9 +98,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name."""
+    """The first line of what an error says (and the one that it announces), or its name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0] if lines else ""
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     if isinstance(error, KeyError) or not said:
         said = f"{type(error).__name__} {said}".strip()
     return said if len(said) <= 300 else f"{said[:297]}..."

@@ -192,7 +192,7 @@ def test_each_step_lowers_the_loss() -> None:
         ({"rounding": "flexround"}, "salient: "),
         ({"format": "bf16", "range": "auto"}, "salient: "),
         ({"format": "int"}, "centred"),
-        ({"rounding": "scales", "transform": "awq"}, "scales"),
+        ({"rounding": "scales", "transform": "activation-aware"}, "scales"),
         ({"rounding": "scales", "format": "mxfp4", "granularity": "auto", "range": "auto"}, "scales"),
     ],
 )

@@ -81,7 +81,7 @@ def test_products_and_moments_are_kept(name: str) -> None:
     assert torch.allclose(transform.gram(rows.T @ rows), there.T @ there, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["awq", "teq", "flatquant"])
+@pytest.mark.parametrize("name", ["activation-aware", "teq", "flatquant"])
 def test_output_error_falls_with_outlying_inputs(name: str) -> None:
     problem = with_outliers()
     plain = problem.error(rounded(problem, "nearest")[0])
@@ -173,7 +173,7 @@ def test_activation_error_falls_with_outlying_features(transform: str) -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
-@pytest.mark.parametrize("transform", ["smooth", "awq", "teq", "hadamard"])
+@pytest.mark.parametrize("transform", ["smooth", "activation-aware", "teq", "hadamard"])
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_with_every_rounding_and_saved(bert: Subject, tmp_path: Path, transform: str, rounding: str) -> None:
     result = Quantize(**SMALL, transform=transform, rounding=rounding, activations="token").run(
@@ -293,9 +293,9 @@ def test_refusals(bert: Subject, checkpoints: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match="kv_bits"):
         Quantize(**SMALL, kv_bits=4, layers="*.output.dense").run(bert, Progress(), cache=False)
     with pytest.raises(BadInput, match="objective"):
-        Quantize(**SMALL, rounding={"name": "signround", "objective": "block"}, transform="awq").run(
-            bert, Progress(), cache=False
-        )
+        Quantize(
+            **SMALL, rounding={"name": "signround", "objective": "block"}, transform="activation-aware"
+        ).run(bert, Progress(), cache=False)
 
 
 def test_hadamard_rotates_the_layers_it_is_told_to(checkpoints: dict[str, Path]) -> None:

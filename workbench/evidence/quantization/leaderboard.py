@@ -37,7 +37,7 @@ COMPOSED: dict[str, dict[str, Any]] = {
         "rounding.objective.window": 2,
     },
     "loftq": {"adapter": "loftq"},
-    "awq, gptq": {"transform": "awq", "rounding": "gptq"},
+    "activation-aware, gptq": {"transform": "activation-aware", "rounding": "gptq"},
     "hadamard, gptq": {"transform": "hadamard", "rounding": "gptq"},
 }
 #: What a choice needs beside it to be itself.

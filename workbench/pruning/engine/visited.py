@@ -22,7 +22,7 @@ from workbench.pruning.engine.weights import check_weights, prune_once, uniform
 from workbench.pruning.error_table import add_prediction, layer_table
 from workbench.pruning.pattern import NM, Tiles
 from workbench.results import Result
-from workbench.statistics import Walk
+from workbench.statistics import ExpertsSeen, Walk
 from workbench.subjects import Layer, Subject
 
 KEPT = 256 << 20  # bytes of second moments that are kept with a subject, for the next run on it
@@ -44,6 +44,7 @@ class Visited(Masked):
         self.reference = reference_of(on, prune.test_split, progress=progress, changing=changing)
         self.dense_test = on.evaluated(prune.test_split, progress=progress)
         self.rows: list[pd.DataFrame] = []
+        self.experts = ExpertsSeen()
         self.weights: dict[str, Tensor] = {}  # weights (..., out, in), for a prediction at them
         self.biases: dict[str, Tensor] = {}
 
@@ -61,6 +62,8 @@ class Visited(Masked):
             options = prune.allocation.options
             shares = prune.allocation.value.shares(self.layers, {}, self.pattern, sparsity, options)
         for layers, calibration in self.visits():
+            for layer in layers:
+                self.experts.add(layer.name, calibration.moments(layer))
             before = {layer.name: held(layer) for layer in layers}
             if prune.predict_examples:
                 self.weights |= before
@@ -113,7 +116,9 @@ class Visited(Masked):
         }
         if not progress.stopped:
             facts |= measured_beside(self.reference, on, prune.test_split, progress=progress)
-        return prune.result(table, facts, arrays=arrays, subject=on)
+        if "inputs" in (prune.saliency.entry.needs, prune.compensation.entry.needs):
+            facts |= self.experts.facts(progress, "pruned by what the other experts read")
+        return prune.result(table, facts, tables=self.experts.tables(), arrays=arrays, subject=on)
 
     def table(self) -> pd.DataFrame:
         """One row a layer, in the model's order; of those that a stop has left out, as they are."""

@@ -111,6 +111,30 @@ def keep_mean(matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def change_of_outputs(on: Subject, made: Subject) -> tuple[float, float]:
+    """(largest change of any output on four calibration examples, largest output)."""
+    batch = next(on.batches("calibration", 4))
+    before = on.task.output(on.model, batch).float()
+    return float((made.task.output(made.model, batch).float() - before).abs().max()), float(
+        before.abs().max()
+    )
+
+
+def same_function(on: Subject, made: Subject) -> None:
+    """Raises `BadInput` where what was folded changed the function: a norm that is no plain multiple of its
+    weight (Gemma's 1 + weight), or one more between the stream and the layers.
+    """
+    change, largest = change_of_outputs(on, made)
+    coarse = min(torch.finfo(p.dtype).bits for p in on.model.parameters()) < 32
+    if not change <= (0.1 if coarse else 1e-3) * max(largest, 1.0):
+        raise BadInput(
+            f"subject: {type(on.model).__name__} does not keep its function when its norms' scales move "
+            f"(outputs change by {change:.2g}, the largest is {largest:.2g}); use quantize with a transform, "
+            "which stays online"
+        )
+
+
+@torch.no_grad()
 def rotate(
     subject: Subject,
     kind: str = "hadamard",
@@ -149,7 +173,9 @@ def rotate(
         stream, matrix.to(device), [h.double().to(device) for h in heads]
     ).items():
         getattr(module, tensor).copy_(value)
-    return made.with_model(model)
+    turned_subject = made.with_model(model)
+    same_function(subject, turned_subject)
+    return turned_subject
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import InputRanges, input_ranges
 from workbench.quantization.quantize_result import choices
-from workbench.quantization.rotation.fold import stream_of
+from workbench.quantization.rotation.fold import change_of_outputs, stream_of
 from workbench.quantization.rotation.rotations import ROTATION
 from workbench.results import Result
 from workbench.subjects import Layer, Subject
@@ -95,11 +95,8 @@ class Rotate(SubjectInstrument):
             for name in before
         ]
         table = pd.DataFrame(rows)
-        with torch.no_grad():
-            batch = next(on.batches("calibration", 4))
-            gap = float((made.task.output(made.model, batch) - on.task.output(on.model, batch)).abs().max())
         facts: dict[str, Any] = {
-            "largest_change_of_logits": gap,
+            "largest_change_of_logits": change_of_outputs(on, made)[0],
             "kurtosis": float(table["kurtosis"].median()),
             "kurtosis_rotated": float(table["kurtosis_rotated"].median()),
             "noise_gain": float(table["noise_gain"].median()),

@@ -6,17 +6,6 @@ from workbench.names import Method
 
 METHODS: list[Method] = [
     Method(
-        "awq",
-        "quantization",
-        "AWQ: activation-aware scaling",
-        "Lin et al. 2023",
-        r"s = \mathrm{rms}(x)^\alpha,\ Q(W s) s^{-1}",
-        "calibration inputs",
-        "lower loss than nearest rounding at 3 bits",
-        None,
-        recipe=(("quantize", {"transform": "awq", "format": "int3"}),),
-    ),
-    Method(
         "teq",
         "quantization",
         "TEQ: trainable equivalent transformation",
@@ -26,28 +15,6 @@ METHODS: list[Method] = [
         "lower loss than nearest rounding at 3 bits",
         387,
         recipe=(("quantize", {"transform": "teq", "format": "int3"}),),
-    ),
-    Method(
-        "smoothquant",
-        "quantization",
-        "SmoothQuant",
-        "Xiao et al. 2023",
-        r"s_j = \max|x_j|^\alpha / \max|w_j|^{1-\alpha}",
-        "calibration inputs",
-        "lower loss than none with 8-bit weights by channel and 6-bit activations by tensor",
-        None,
-        recipe=(
-            (
-                "quantize",
-                {
-                    "transform": "smooth",
-                    "activations": "tensor",
-                    "format": "int8",
-                    "granularity": "channel",
-                    "activations.format": "int6",
-                },
-            ),
-        ),
     ),
     Method(
         "outliertune",

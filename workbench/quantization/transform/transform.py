@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from workbench.axis import Axis, Choice, Options, parameter
+from workbench.axis import Axis, Choice, Options, parameter, warn
 
 if TYPE_CHECKING:
     from workbench.quantization.rounding.problem import Problem
     from workbench.quantization.transform.coordinates import Transform
+
+
+def old_name(text: str) -> Mapping[str, Any] | None:
+    """A name of one release ago."""
+    if text != "awq":
+        return None
+    warn("transform awq is called activation-aware now; what its authors do is `equalize` of kind awq")
+    return {"name": "activation-aware"}
+
 
 #: `entry(problem, options)` gives a `Transform`, or None for the model's own coordinates. Traits say what it
 #: asks for ("needs ranges", "needs rows" of the inputs) and that it "mixes inputs", so zeros do not stay.
@@ -17,6 +27,7 @@ TRANSFORM = Axis(
     "equivalent transform in whose coordinates rounding happens (online)",
     found_in="workbench.quantization.transform",
     home="quantize.transform",
+    shorthand=old_name,
 )
 
 

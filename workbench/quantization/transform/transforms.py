@@ -51,14 +51,14 @@ def smooth(problem: Problem, options: Smooth) -> Transform:
 
 
 @TRANSFORM.add(
-    "awq",
-    formula="s = rms(x)^a, the a in 0, 0.05, ... 1 with the least output error",
-    source="Lin et al. 2023, AWQ",
+    "activation-aware",
+    formula="s = rms(x)^a, the a in 0, 0.05, ... 1 with the least output error of the layer",
+    source="after Lin et al. 2023, AWQ: a scale a layer, online",
     needs="inputs",
 )
 def activation_aware(problem: Problem, options: Options) -> Transform:
-    """AWQ: s = rms(x)^a with the a in 0, 0.05, ... 1 whose nearest rounding has the least output error
-    (Lin et al. 2023).
+    """AWQ's idea for one layer of any model: s = rms(x)^a with the a in 0, 0.05, ... 1 whose nearest rounding
+    has the least output error. The authors' one scale a norm, folded, is `equalize` of kind `awq`.
     """
     size = problem.gram.diagonal().clamp_min(1e-12).sqrt()
     best, least = Transform(), math.inf
