@@ -72,7 +72,11 @@ def partings(result: SideBySideResult) -> go.Figure:
             name=str(way),
             marker=dict(color=color(index), pattern_shape=("", "/")[index % 2]),
             hovertemplate=f"{way}, %{{x}}: texts %{{y}}<extra></extra>",
-            meta={"clicked": ["\n".join([f"{way}, {n}:", *t]) for n, t in zip(names, told, strict=True)]},
+            meta={
+                "clicked": [
+                    "\n".join([f"{way}, {n}: texts {len(t)}", *t]) for n, t in zip(names, told, strict=True)
+                ]
+            },
         )
     return fig
 
@@ -84,7 +88,7 @@ def said_of(rows: pd.DataFrame) -> list[str]:
         place = row["parts_at"]
         there = "" if pd.isna(place) else f" at token {int(place) + 1}: KL {row['kl']:.3g} nats there"
         lines.append(f"text {int(row['text']) + 1}{there}")
-    return lines or ["none"]
+    return lines
 
 
 def in_short(facts: dict[str, Any], way: str) -> str:
