@@ -11,7 +11,7 @@ from tests.measures.test_measures import examples, on
 from workbench import BadInput
 from workbench.cli import main
 from workbench.measures import SideBySide
-from workbench.measures.texts.continued import continued, next_words, parting, repetition
+from workbench.measures.texts.continued import continued, ends_of, next_words, parting, repetition, until_end
 from workbench.progress import Progress
 
 ASKED = SideBySide(changed="at hand", test_examples=6, prompt_tokens=5, new_tokens=12)
@@ -125,3 +125,17 @@ def test_other_tasks_and_an_early_stop():
     dense = on("llama", examples("llama"))
     result = ASKED.between(dense, dense, progress)
     assert len(result.table) == 0 and np.sum([t.y for t in result.figure().data or ()]) == 0
+
+
+def test_nothing_is_compared_after_the_end_of_a_text():
+    """Kind: what a model would say after its end of text is no difference; the end itself is one."""
+    tokens = torch.tensor([[1, 9, 2, 9, 3], [1, 2, 3, 4, 9], [9, 1, 1, 1, 1], [1, 2, 3, 4, 5]])
+    want = [[1, 9, -1, -1, -1], [1, 2, 3, 4, 9], [9, -1, -1, -1, -1], [1, 2, 3, 4, 5]]
+    assert until_end(tokens, [9]).tolist() == want and until_end(tokens, []).tolist() == tokens.tolist()
+    dense = on("llama", examples("llama"), 0.1)
+    first = continued(dense.model, dense.split("test")["input_ids"][:1, :5], 1)
+    dense.model.generation_config.eos_token_id = [int(first)]
+    assert ends_of(dense.model) == [int(first)]
+    result = ASKED.with_fields(test_examples=1, choose="greedy").between(dense, dense.copy())
+    assert result.tables["tokens"]["dense"].tolist() == [f"#{int(first)}"] + [""] * 11
+    assert len(result.figure(show="a text").data[0].text) == 1 and result.facts["greedy_same"] == 1

@@ -36,6 +36,21 @@ def continued(model: nn.Module, prompts: Tensor, steps: int, draws: Tensor | Non
     return made
 
 
+def ends_of(model: nn.Module) -> list[int]:
+    """The tokens that end a text, by the model's settings."""
+    for settings in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        said = getattr(settings, "eos_token_id", None)
+        if said is not None:
+            return list(said) if isinstance(said, (list, tuple)) else [int(said)]
+    return []
+
+
+def until_end(tokens: Tensor, ends: list[int]) -> Tensor:
+    """(texts, steps) tokens, -1 after the first that ends a text."""
+    over = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device=tokens.device)).cumsum(-1)
+    return tokens.masked_fill(over.roll(1, -1).index_fill(-1, torch.tensor([0]), 0) > 0, -1)
+
+
 def next_words(logits: Tensor, draws: Tensor | None) -> Tensor:
     """(texts,) words of logits (texts, vocabulary)."""
     if draws is None:

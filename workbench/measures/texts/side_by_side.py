@@ -17,7 +17,14 @@ from workbench.instruments import SubjectInstrument
 from workbench.measures.fidelity import candidate, check_comparable, stamp
 from workbench.measures.language import pair_of
 from workbench.measures.reference import other_model
-from workbench.measures.texts.continued import continued, last_logits, parting, repetition
+from workbench.measures.texts.continued import (
+    continued,
+    ends_of,
+    last_logits,
+    parting,
+    repetition,
+    until_end,
+)
 from workbench.measures.texts.side_by_side_result import SideBySideResult
 from workbench.measures.texts.spelled import Words
 from workbench.progress import Progress
@@ -83,7 +90,10 @@ class SideBySide(SubjectInstrument):
         for way, texts in progress.track(work, "texts continued", len(work)):
             read = torch.stack([prompts[text] for text in texts]).to(dense.device)
             draws = torch.cat([self.draws(text) for text in texts]) if way == "sampled" else None
-            wrote = [continued(m.model, read, self.new_tokens, draws).cpu() for m in (dense, changed)]
+            wrote = [
+                until_end(continued(m.model, read, self.new_tokens, draws).cpu(), ends_of(dense.model))
+                for m in (dense, changed)
+            ]
             for text, one, two in zip(texts, *wrote, strict=True):
                 row, top = self.compared(dense, changed, prompts[text], one, two, words)
                 about = {"text": text, "way": way}
@@ -104,8 +114,8 @@ class SideBySide(SubjectInstrument):
             "prompt": "".join(map(words, prompt.tolist())),
             "parts_at": float("nan") if place is None else float(place),
             "kl": float("nan"),
-            "dense_repetition": repetition(one.tolist()),
-            "changed_repetition": repetition(two.tolist()),
+            "dense_repetition": repetition(one[one >= 0].tolist()),
+            "changed_repetition": repetition(two[two >= 0].tolist()),
         }
         if place is None:
             return row, None

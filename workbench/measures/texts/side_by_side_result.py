@@ -119,7 +119,7 @@ def both(result: SideBySideResult, number: int, way: str) -> go.Figure:
     )
     lines = 1
     for side, name in enumerate(("dense", "changed")):
-        spelled = list(tokens[name])
+        spelled = [word for word in tokens[name] if word] or [""]
         places = laid_out(spelled, COLUMN)
         lines = max(lines, places[-1][0] + 1)
         colours, told = [], []

@@ -24,6 +24,8 @@ class Words:
         return self.known[token]
 
     def _of(self, token: int) -> str:
+        if token < 0:
+            return ""  # after the end of a text
         if self.tokenizer is None:
             return f"#{token}"
         piece = self.tokenizer.convert_ids_to_tokens(token)
