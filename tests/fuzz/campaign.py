@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,12 @@ def surroundings() -> Iterator[Path]:
             os.environ.update(before)
 
 
-def briefly(name: str, loader: Loader, count: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """A few inputs, here: the ends, and what was said at those that are looked for."""
+def briefly(name: str, loader: Loader, inputs: Iterable[int], seed: int) -> tuple[Counter[str], list[str]]:
+    """A few inputs, by their numbers, here: the ends, and what was said at those that are looked for."""
     ends, told = Counter[str](), []
     with surroundings() as root:
         draw_case = loader(root)
-        for index in range(count):
+        for index in inputs:
             what, call = draw_case(drawn(name, seed, index))
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 end, said = attempt(call)

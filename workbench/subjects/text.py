@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
+from workbench.subjects.checkpoint_files import one_line
 from workbench.subjects.classes import Classes, float_of, number_of, trained, untrained, written
 from workbench.subjects.subject import Split, Subject
 
@@ -139,7 +140,7 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
     if task == "token-classification":
         return encode_tokens(rows, tokenizer, columns, options)
     texts = rows[columns.text].astype(str).tolist()
-    coded = tokenizer(texts, **options)
+    coded = coded_by(tokenizer, texts, **options)
     check_ids(coded["input_ids"], model)
     made: Split = {"input_ids": coded["input_ids"], "attention_mask": coded["attention_mask"]}
     if task in POOLED:
@@ -162,10 +163,23 @@ def encode_text(rows: pd.DataFrame, task: str, tokenizer: Any, model: nn.Module,
             if columns.label in rows.columns
             else [t[len(t) // 2 :] for t in texts]
         )
-        target = tokenizer(text_target=targets, **options)
+        target = coded_by(tokenizer, text_target=targets, **options)
         check_ids(target["input_ids"], model)
         made["labels"] = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
     return made
+
+
+def coded_by(tokenizer: Any, *texts: Any, **options: Any) -> Any:
+    """What a tokenizer gives; `BadInput` where it fails, as one does whose files contradict each other."""
+    try:
+        return tokenizer(*texts, **options)
+    except BaseException as error:
+        panic = type(error).__module__ == "pyo3_runtime"  # of a library in Rust, no Exception
+        if not panic and not isinstance(error, Exception):
+            raise
+        raise BadInput(
+            f"subject: its tokenizer fails on the texts: {one_line(error)}; copy or save the tokenizer again"
+        ) from None
 
 
 def check_ids(ids: Tensor, model: nn.Module) -> None:
@@ -233,7 +247,7 @@ def encode_tokens(rows: pd.DataFrame, tokenizer: Any, columns: Columns, options:
             "subject: token-classification from a file needs the tokenizer's tokenizer.json; "
             "save the tokenizer with transformers' fast class"
         )
-    coded = tokenizer([list(map(str, row)) for row in words], is_split_into_words=True, **options)
+    coded = coded_by(tokenizer, [list(map(str, row)) for row in words], is_split_into_words=True, **options)
     labels = torch.full(coded["input_ids"].shape, -100)
     for index, row in enumerate(tags):
         before = None
