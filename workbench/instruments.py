@@ -31,6 +31,7 @@ from workbench.keys.live_code import owner
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import CannotWrite, cache_folder
+from workbench.storage.forecast import SHARE, Forecast, bytes_of, free_bytes
 from workbench.unfinished import journal
 from workbench.version import __version__, surroundings, threads, versions
 
@@ -109,6 +110,14 @@ class Instrument(Fields):
         """
         return False
 
+    def foretold_memory(self, on: Any) -> Forecast | None:
+        """What a run holds at most, from shapes alone: no weight is read. None where it cannot be told."""
+        return None
+
+    def foretold_seconds(self, on: Any) -> float | None:
+        """Seconds that a run takes, from a trial of a small part of it; None where it cannot be told."""
+        return None
+
     def _run(self, on: Any, progress: Progress) -> Result:
         raise TypeError(f"{type(self).__name__} has no _run")
 
@@ -116,13 +125,24 @@ class Instrument(Fields):
         return self.result_class()(instrument=self, table=table, facts=facts or {}, **more)
 
     def run(
-        self, on: Any, progress: Progress | None = None, cache: bool = True, fresh: bool = False
+        self,
+        on: Any,
+        progress: Progress | None = None,
+        cache: bool = True,
+        fresh: bool = False,
+        memory: int | str | None = None,
     ) -> Result:
         """Run on a Subject (or Runs). The same fields on the same subject with the same code come from
         the cache; one that was interrupted while it trained goes on from there, unless it is to begin
         `fresh`.
+
+        memory : bytes that the run may hold, the subject's weights included, as a number or as '2GB'; one
+            that holds more is refused before a weight is read. Default: 80 % of what is free.
         """
         progress = progress or TextProgress()
+        given = None if memory is None else bytes_of(memory)
+        if given is not None and getattr(on, "made", True):  # before a weight is read
+            checked_limit(self, on, given, tells=False)
         key = self.key(on)
         slot = cache_folder() / "results" / key
         stored_before = from_slot(slot) if cache and self.cached else None
@@ -137,8 +157,11 @@ class Instrument(Fields):
         for told in self.idle():
             notice(told)
         self.check(on)
+        limit = checked_limit(self, on, given)
         with journal(key, self.about(on), progress, fresh) as kept:
             result = self._measure(on, progress, key)
+            if limit is not None:
+                result.provenance["memory"] = limit
             stored = cache and self.cached and not result.partial
             if stored:
                 to_slot(result, slot)
@@ -178,7 +201,7 @@ class Instrument(Fields):
     def _measure(self, on: Any, progress: Progress, key: str) -> Result:
         import torch
 
-        shares = self._shares()
+        shares, fingerprint = self._shares(), on.fingerprint
         prepared = (
             on.prepared(getattr(self, "device", "auto"), self.changes_model, shares)
             if hasattr(on, "prepared")
@@ -194,7 +217,7 @@ class Instrument(Fields):
         if isinstance(progress, TextProgress):
             progress.close()
         result.partial = result.partial or progress.partial
-        result.provenance = provenance(self, on, time.perf_counter() - began) | {"key": key}
+        result.provenance = provenance(self, on, fingerprint, time.perf_counter() - began) | {"key": key}
         if self.changes_model:
             assert result.subject is not None, f"{self.name()} declares changes_model and returned no subject"
             if (
@@ -278,6 +301,27 @@ class SubjectInstrument(Instrument):
     )
 
 
+def checked_limit(instrument: Instrument, on: Any, given: int | None, tells: bool = True) -> int | None:
+    """Bytes that a run may hold, a share of what is free where nobody says it, once it is known that it stays
+    below; `BadInput` when it does not. None where the system does not say what is free.
+
+    tells : say when a limit is given to an instrument that does not know what it will hold
+    """
+    limit = given
+    if limit is None:
+        device = getattr(instrument, "device", "auto")
+        free = free_bytes(on.resolve_device(device) if hasattr(on, "resolve_device") else None)
+        limit = None if free is None else int(SHARE * free)
+    found = None if limit is None else instrument.foretold_memory(on)
+    if found is not None and limit is not None:
+        found.check(instrument.name(), limit, given is not None)
+    elif given is not None and tells:
+        notice(
+            f"memory: {instrument.name()} does not say what it will hold; nothing keeps it below the limit"
+        )
+    return limit
+
+
 def from_slot(slot: Path) -> Result | None:
     """The result that a slot of the cache holds. A damaged one is said, and computed again."""
     if not slot.is_dir():
@@ -310,7 +354,7 @@ def is_nan(value: Any) -> bool:
     return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
 
 
-def provenance(instrument: Instrument, on: Any, seconds: float) -> dict[str, Any]:
+def provenance(instrument: Instrument, on: Any, fingerprint: str, seconds: float) -> dict[str, Any]:
     """Who made this, from what, with which versions."""
     import platform
 
@@ -318,7 +362,7 @@ def provenance(instrument: Instrument, on: Any, seconds: float) -> dict[str, Any
 
     return {
         "on": getattr(on, "name", type(on).__name__),
-        "fingerprint": on.fingerprint,
+        "fingerprint": fingerprint,
         "data": getattr(on, "data_note", ""),
         "history": list(getattr(on, "history", [])),
         "versions": {"workbench": __version__, **versions()},

@@ -98,12 +98,13 @@ def run_in_turn(
     progress: Progress | None = None,
     cache: bool = True,
     fresh: bool = False,
+    memory: int | None = None,
 ) -> Iterator[Result]:
     """The result of each instrument as it ends, run on the subject that the one before returned.
     A partial one is the last.
     """
     for step in steps:
-        result = step.run(on, progress, cache, fresh)
+        result = step.run(on, progress, cache, fresh, memory)
         on = result.subject
         yield result
         if result.partial:

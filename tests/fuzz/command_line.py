@@ -180,6 +180,8 @@ class Sentences:
             "--help": [""],
             "--no-cache": [""],
             "--fresh": [""],
+            "--memory": ["4GB", "1kB", "-1", "2 apples"],
+            "--dry-run": [""],
             "--overwrite": [""],
             "--nothing": ["1"],
         }.items():

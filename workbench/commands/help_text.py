@@ -52,8 +52,10 @@ def instrument_help(note: dict[str, Any], index: dict[str, Any], title: str) -> 
     for option, text in (subject if note["on"] == "subject" else RUNS_OPTIONS).items():
         lines += row(f"--{option}", text, "  ")
     lines += ["", "Running"]
+    fields = {field["name"] for field in note["fields"]}
     for option, text in RUN_OPTIONS.items():
-        lines += row(f"--{option}", text, "  ")
+        if option not in fields:
+            lines += row(f"--{option}", text, "  ")
     return "\n".join(lines)
 
 

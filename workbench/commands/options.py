@@ -27,6 +27,8 @@ RUN_OPTIONS = {
     "overwrite": "replace files of the same names that no save has written; others stay",
     "no-cache": "run again even when this exact run is stored",
     "fresh": "do not go on from where an interrupted run of the same command stopped",
+    "memory": "bytes that a run may hold, such as 2GB (default: 80 % of what is free); more is refused",
+    "dry-run": "only say what the run would hold and how long it would take",
     "plugins": "Python files with entries of your own, separated by commas; they are run",
 }
 

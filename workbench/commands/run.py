@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from workbench.commands import options
@@ -16,6 +17,7 @@ from workbench.errors import BadInput
 from workbench.families import load_plugins
 from workbench.progress import TextProgress
 from workbench.storage import check_target
+from workbench.storage.forecast import bytes_of
 from workbench.unfinished.journal import kept
 from workbench.values import read
 
@@ -86,6 +88,9 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--no-cache", action="store_true")
     parser.add_argument("--fresh", action="store_true")
+    if "memory" not in known:  # an instrument with a field of that name has no forecast of what it holds
+        parser.add_argument("--memory")
+    parser.add_argument("--dry-run", action="store_true")
     space = parse(parser, arguments)
     texts = {k.split(":", 1)[1]: v for k, v in vars(space).items() if k.startswith("field:")}
     given = {option.replace("-", "_"): read(text, known[option], option) for option, text in texts.items()}
@@ -93,17 +98,38 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
         warnings.simplefilter("always", FutureWarning)
         warnings.showwarning = told
         instruments = instruments_of(steps, given)
+    memory = None if getattr(space, "memory", None) is None else bytes_of(space.memory)
     if space.out is not None:
         check_target(space.out, overwrite=space.overwrite)
     if len(steps) > 1 or name != steps[0][0]:
         print(f"{name} = {in_words(steps)}")
     on = opened(space, classes[0].on)
+    if space.dry_run:
+        return foretold(instruments, on, memory, cache=not space.no_cache)
     progress = TextProgress()
-    for result in run_in_turn(instruments, on, progress, cache=not space.no_cache, fresh=space.fresh):
+    cache, fresh = not space.no_cache, space.fresh
+    for result in run_in_turn(instruments, on, progress, cache=cache, fresh=fresh, memory=memory):
         print(result.summary())
     print(result.table.head(40).to_string(index=False, float_format=lambda v: f"{v:.5g}", max_colwidth=60))
     code = 0 if space.out is None else saved(result, space.out, space.overwrite)
     return stopped(result, progress) or code if result.partial else code
+
+
+def foretold(instruments: Sequence[Any], on: Any, memory: int | None, cache: bool) -> int:
+    """Say what each step would hold and how long it would take; `BadInput` for one that does not fit."""
+    from workbench.instruments import checked_limit
+
+    for step, instrument in enumerate(instruments):
+        found = instrument.foretold_memory(on)
+        if found is None:
+            print(f"{instrument.name()}: what it holds and how long it takes is not known before it runs")
+            continue
+        checked_limit(instrument, on, memory)
+        if not step and cache and instrument.stored(on):
+            print(f"{instrument.name()}: this run is stored already")
+            continue
+        print(f"{instrument.name()} {replace(found, seconds=instrument.foretold_seconds(on)).words()}")
+    return 0
 
 
 def saved(result: Any, out: str, overwrite: bool) -> int:

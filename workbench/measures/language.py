@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workbench.measures.intervals import block_bootstrap, quantiles
+from workbench.storage.resident import trim
 from workbench.subjects.vocabulary import wide
 
 #: Upper bounds of the dense model's probability of its own first choice.
 CONFIDENCE = (0.25, 0.5, 0.75, 0.95, 1.0)
-#: Bytes of one chunk's logits. Six arrays of that size live at a time.
+#: Bytes of one chunk's logits. Four arrays of that size live at a time.
 CHUNK_BYTES = 24 * 2**20
 
 
@@ -91,6 +92,7 @@ def pairs_in_chunks(
     """`pair_of` over chunks of rows (n, width) of both models, each with its own head; the same chunks."""
     step = chunk_length(vocabulary)
     parts = []
+    trim()
     for first in range(0, len(targets), step):
         part = slice(first, first + step)
         logits = [
@@ -98,6 +100,7 @@ def pairs_in_chunks(
             for rows, head in ((dense, dense_head), (changed, changed_head))
         ]
         parts.append(pair_of(logits[0], logits[1], targets[part]))
+        del logits  # before the next two are formed
     return {name: torch.cat([part[name] for part in parts]).double() for name in parts[0]}
 
 

@@ -6,14 +6,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.pruning.axes import DIMENSIONS, STRUCTURES
+from workbench.pruning.engine.weights import prune_once
+from workbench.pruning.error_table import layer_table
 from workbench.pruning.plan import PrunePlan
 from workbench.results import Result
-from workbench.subjects import Subject
+from workbench.statistics import InputMoments
+from workbench.statistics.walk_forecast import Planned
+from workbench.storage.forecast import Forecast
+from workbench.subjects import Layer, Subject
 
 
 class Engine(Protocol):
@@ -111,6 +118,42 @@ class Prune(PrunePlan):
                 f"method: {method} has no form for whole {self.pattern}; "
                 "choose magnitude, taylor2, minitron or another that scores them"
             )
+
+    def planned(self, on: Subject) -> Planned | None:
+        """The walk, where blocks are pruned one after another on what they read."""
+        if not self.in_sequence:
+            return None
+        layers = on.layers(self.layers)
+        return Planned(
+            on,
+            layers,
+            self.calibration_split,
+            self.calibration_examples,
+            self.test_split,
+            on.size(self.test_split),
+            rewritten=not self.compensation.has("nothing"),
+            masks=sum(layer.original.numel() for layer in layers),
+            predicted=bool(self.predict_examples),
+        )
+
+    def foretold_memory(self, on: Subject) -> Forecast | None:
+        plan = self.planned(on)
+        return None if plan is None else plan.forecast()
+
+    def foretold_seconds(self, on: Subject) -> float | None:
+        plan = self.planned(on)
+        if plan is None or plan.predicted:
+            return None
+        pattern, shares = self.pattern(), {layer.name: self.sparsity for layer in plan.layers}
+
+        def change(layers: Sequence[Layer], moments: Mapping[str, InputMoments]) -> None:
+            calibration = replace(self.calibration(on, layers, Progress()), given=moments)
+            before = {layer.name: layer.weight.detach().clone() for layer in layers}
+            chosen = (self.saliency, self.compensation, self.allocation)
+            prune_once(layers, calibration, pattern, self.sparsity, *chosen, Progress(), fixed=shares)
+            layer_table(layers, before, calibration.gram)
+
+        return plan.seconds(change)
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         engine = self.engine()

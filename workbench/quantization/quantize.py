@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -20,14 +20,19 @@ from workbench.quantization.activations.activations import (
     key_value_layers,
     quantize_activations,
 )
+from workbench.quantization.number.grid import group_of
 from workbench.quantization.quantize_check import check
 from workbench.quantization.quantize_result import QuantizeResult
 from workbench.quantization.quantize_settings import QuantizeSettings
 from workbench.quantization.quantized_layer import ranges_for
-from workbench.quantization.rounding_order import Inputs, RoundingOrder
+from workbench.quantization.rounding.feedback import Factors
+from workbench.quantization.rounding_order import Inputs, RoundingOrder, Source, round_layer
 from workbench.quantization.rounds import Rounds
 from workbench.quantization.transform.flatquant import input_rows
 from workbench.results import Result
+from workbench.statistics import InputMoments
+from workbench.statistics.walk_forecast import Planned
+from workbench.storage.forecast import Forecast
 from workbench.subjects import Layer, Subject
 
 
@@ -49,6 +54,49 @@ class Quantize(QuantizeSettings):
 
     def check(self, on: Subject) -> None:
         check(self, on)
+
+    def planned(self, on: Subject) -> Planned | None:
+        """The walk, where nothing else is done that takes memory or time worth a word."""
+        if not self.in_sequence or not self.walks or self.rounds_inputs or self.kv_bits:
+            return None
+        if self.transform.has("needs ranges") or self.adapter != "none":
+            return None
+        layers = on.layers(self.layers)
+        grids = sum(
+            8 * math.prod(layer.shape[:-1]) * -(-layer.shape[-1] // self.group_for(layer)) for layer in layers
+        )
+        return Planned(
+            on,
+            layers,
+            "calibration",
+            self.calibration_examples,
+            "test",
+            min(self.test_examples, on.size("test")) if self.test_examples else 0,
+            rewritten=True,
+            grids=grids,
+            predicted=bool(self.predict_examples),
+        )
+
+    def group_for(self, layer: Layer) -> int:
+        """Columns of a layer that share a scale."""
+        return group_of(self.format_for(layer.name), self.granularity, self.group_size, layer.shape[-1])
+
+    def foretold_memory(self, on: Subject) -> Forecast | None:
+        plan = self.planned(on)
+        return None if plan is None else plan.forecast()
+
+    def foretold_seconds(self, on: Subject) -> float | None:
+        plan = self.planned(on)
+        if plan is None or plan.predicted:
+            return None
+
+        def change(layers: Sequence[Layer], moments: Mapping[str, InputMoments]) -> None:
+            factors, rounds = Factors(), Rounds(self, keeps_dense=False)
+            for layer in layers:
+                source = Source(moments[layer.name], torch.Generator().manual_seed(self.seed), factors)
+                rounds.add(layer, *round_layer(self, layer, source), moments[layer.name])
+
+        return plan.seconds(change)
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)

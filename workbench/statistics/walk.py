@@ -29,6 +29,7 @@ from workbench.statistics.inputs import (
     kept_positions,
     moments_of,
 )
+from workbench.storage.resident import let_go, trim
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import Batch
 
@@ -81,6 +82,8 @@ class Walk:
 
     def __iter__(self) -> Iterator[Visit]:
         self.done, self.answers = [], [{} for _ in range(self.batch_count)]
+        let_go(self.on.model.parameters())  # what is read comes back: a block, and words of the embeddings
+        trim()
         blocks = self.blocks()
         inside = {
             block: [layer for layer in self.layers if layer.name.startswith(block + ".")] for block in blocks
@@ -91,6 +94,7 @@ class Walk:
             blocks.pop()
         stops = [*blocks, ""] if outside else blocks
         for block in self.progress.track(stops, "block after block"):
+            came_in = [p.detach() for p in self.on.model.get_submodule(block).parameters()]
             parts = self.parts(block, inside[block] if block else outside)
             more = block != stops[-1]
             early = more and bool(parts) and not self.sequential
@@ -102,6 +106,8 @@ class Walk:
             if more and not early:
                 self.pass_on(block)
             self.done.append(block)
+            let_go(came_in)
+            trim()
         self.answers = []
 
     @property
@@ -212,6 +218,7 @@ class Walk:
         def watch(name: str) -> Callable[..., None]:
             def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 calls.append((name, entered.pop(name), tree_map(copied, output)))
+                let_go(module.parameters())
 
             return see
 

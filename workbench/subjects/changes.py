@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from workbench.storage.resident import let_go
+
 REGISTRY: dict[str, type[Change]] = {}
 
 
@@ -197,6 +199,7 @@ def own_tensors(model: nn.Module) -> None:
                 continue
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(parameter.clone(), parameter.requires_grad)
+                let_go([parameter])
             module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:

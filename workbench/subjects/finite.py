@@ -8,6 +8,7 @@ that fails or returns NaN is explained by the first place at which the model's o
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -93,6 +94,11 @@ def explanation(subject: Any) -> str | None:
     return None
 
 
+@torch.no_grad()
+def measured_loss(subject: Any, batch: Any) -> float:
+    return float(subject.task.measured(subject.model, batch)[0])
+
+
 def first_place(subject: Any, split: str, examples: int, gradients: bool) -> str | None:
     model: nn.Module = subject.model
     was_training = model.training
@@ -102,6 +108,8 @@ def first_place(subject: Any, split: str, examples: int, gradients: bool) -> str
             if not subject.task.items(batch):
                 continue
             where = f"in batch {number} of the split {split!r}"
+            if not gradients and math.isfinite(measured_loss(subject, batch)):
+                continue  # a language model that nobody watches forms no logits, and no gradient of its head
             with watched(model) as found, torch.set_grad_enabled(gradients):
                 loss = subject.loss(batch)
             if holds(loss):

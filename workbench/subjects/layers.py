@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import BadInput
+from workbench.storage.resident import let_go
 from workbench.subjects.changes import (
     Change,
     attach,
@@ -167,4 +168,5 @@ def revived(before: nn.Module, after: nn.Module) -> int:
         zero = layer.weight == 0
         if zero.any() and not zero.all():
             count += int((zero & (other.weight.to(zero.device) != 0)).sum())
+        let_go([layer.original])
     return count

@@ -21,6 +21,7 @@ from workbench.errors import BadInput, Stopped
 from workbench.kernels.sequence.unpadded import unpadded
 from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
+from workbench.storage.resident import trim
 from workbench.subjects import finite, identity
 from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, computed_once, describe_changes, same_tensors
@@ -85,6 +86,11 @@ class Subject:
             if self._seen is not None:
                 self._seen = replace(self._look(), data=self._seen.data)
         return self._model
+
+    @property
+    def made(self) -> bool:
+        """Whether the model is there, else it is made when somebody asks for it."""
+        return self._model is not None
 
     def _settings(self) -> str:
         return identity.settings(self.task, self.labels, self.tokenizer)
@@ -302,6 +308,7 @@ class Subject:
         sums: dict[str, float] = {}
         was_training, total, items = self.model.training, 0.0, 0
         self.model.eval()
+        trim()
         rows = self.order(split, limit, by_length=True).split(batch_size)
         with computed_once(self.model), unpadded(self.model):
             batches = zip(rows, self.batches(split, batch_size, limit, by_length=True), strict=True)
@@ -316,6 +323,7 @@ class Subject:
                 for key, value in metrics.items():
                     sums[key] = sums.get(key, 0.0) + value
         self.model.train(was_training)
+        trim()
         if items == 0 and progress.stopped:
             raise Stopped(f"split: stopped before anything of {split!r} was measured")
         if items == 0:

@@ -1,0 +1,109 @@
+"""What of a model's weights is resident: memory that is given back while the weights stay what they are.
+
+The weights of a safetensors checkpoint lie in its mapped file. Whoever reads them gets the file's pages into
+the process's memory, where they stay for as long as nobody needs it; a walk over blocks that gives back each
+block's when it leaves it holds one block of the dense model and the changed blocks, not two models. The next
+to read such a weight gets its pages from the system's cache of files.
+
+Both functions know Linux; elsewhere they do nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAGES = "/proc/self/pagemap"
+#: Of an entry of the page map (Documentation/admin-guide/mm/pagemap.rst): the page is in memory; and it is a
+#: file's or shared, so that nothing has been written to it that is not there too.
+PRESENT, OF_FILE = np.uint64(1 << 63), np.uint64(1 << 61)
+DONTNEED = 4
+
+
+@functools.cache
+def library() -> Any:
+    """The C library's `madvise` and `malloc_trim`, or None."""
+    if not sys.platform.startswith("linux") or not os.access(PAGES, os.R_OK):
+        return None
+    found = ctypes.CDLL(None)
+    if not hasattr(found, "malloc_trim"):
+        return None
+    found.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    found.malloc_trim.argtypes = (ctypes.c_size_t,)
+    return found
+
+
+def let_go(tensors: Iterable[Tensor]) -> int:
+    """Give back the pages of these tensors that a mapped file holds as they are; the number of bytes.
+
+    Pages that were written to since the file was opened are the process's own and stay. Nobody may write to
+    the tensors meanwhile.
+    """
+    system = library()
+    if system is None:
+        return 0
+    page, total = os.sysconf("SC_PAGESIZE"), 0
+    places = {place for tensor in tensors if (place := extent(tensor)) is not None}
+    pages = os.open(PAGES, os.O_RDONLY)
+    try:
+        for start, end in places:
+            first, last = -(-start // page), end // page
+            if last <= first:
+                continue
+            entries = np.frombuffer(os.pread(pages, 8 * (last - first), 8 * first), np.uint64)
+            clean = (entries & (PRESENT | OF_FILE)) == (PRESENT | OF_FILE)
+            edges = np.flatnonzero(np.diff(clean.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+            for begin, stop in edges.tolist():
+                size = (stop - begin) * page
+                if system.madvise((first + begin) * page, size, DONTNEED) == 0:
+                    total += size
+    finally:
+        os.close(pages)
+    return total
+
+
+def of_files(tensors: Iterable[Tensor]) -> bool:
+    """Whether all of these tensors lie in mapped files, so that `let_go` gives them back. Reads none."""
+    if library() is None:
+        return False
+    ranges = []
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            place, _, _, _, inode = line.split()[:5]
+            if inode != "0":
+                ranges.append(tuple(int(end, 16) for end in place.split("-")))
+    starts, ends = np.array(sorted(ranges), dtype=np.uint64).reshape(-1, 2).T
+    for tensor in tensors:
+        found = extent(tensor)
+        if found is None:
+            return False
+        index = int(np.searchsorted(starts, np.uint64(found[0]), side="right")) - 1
+        if index < 0 or found[0] >= int(ends[index]):
+            return False
+    return True
+
+
+def extent(tensor: Tensor) -> tuple[int, int] | None:
+    """Where a tensor's storage begins and ends in the process's memory."""
+    if tensor.device.type != "cpu" or tensor.is_meta or not tensor.numel():
+        return None
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def trim() -> None:
+    """Give back what lies free between allocations: between large temporary tensors, new weights are placed
+    that stay, and the gaps beside them would.
+    """
+    system = library()
+    if system is not None:
+        system.malloc_trim(0)
