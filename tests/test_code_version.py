@@ -61,6 +61,18 @@ def test_a_family_leaves_the_others_keys_as_they_were(tree):
     assert code_version(Quantize, root=tree) != before[Quantize]
 
 
+def test_pruning_depends_on_no_file_of_quantization(tree):
+    made = [Prune(), Prune(method="wanda"), Prune(method="sparsegpt"), Prune(method="obert")]
+
+    def chosen():
+        return [code_version(Prune, [e.value for e in entries_in(one)], tree) for one in made]
+
+    before = chosen()
+    for file in (tree / "quantization").rglob("*.py"):
+        touch(file)
+    assert chosen() == before
+
+
 def test_an_entry_counts_where_it_is_chosen(tree):
     def key(rounding):
         chosen = Quantize(rounding=rounding)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from workbench.axis import Axis
+from workbench.axis import Axis, axis
 from workbench.errors import BadInput
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ ROTATED = re.compile(r"(\S+) rotation (\d+)")
 
 
 def number_format(text: str) -> Mapping[str, Any] | None:
-    """`int8`, or `int8 rotation 2` with Hadamard rotations, as options of `rounded`."""
-    from workbench.quantization.number.formats import named
+    """`int8`, or `int8 rotation 2` with Hadamard rotations, as options of `rounded`.
 
+    The formats are looked up by their axis, not imported: what trains in float32 does not depend on them.
+    """
     found = ROTATED.fullmatch(text)
     name, rotation = (found[1], int(found[2])) if found else (text, 0)
     try:
-        named(name)
+        axis("number-format").chosen(name)
     except BadInput:
         return None
     return {"name": "rounded", "format": name} | ({"rotation": rotation} if rotation else {})
