@@ -49,7 +49,11 @@ async function render({ model, el }) {
   holder.className = "wb-plot-figure";
   holder.setAttribute("role", "img");
   holder.textContent = "loading the plot…";
-  el.append(holder);
+  const said = document.createElement("pre"); // what the last clicked point says (trace.meta.clicked)
+  said.className = "wb-plot-picked";
+  said.setAttribute("role", "status");
+  said.hidden = true;
+  el.append(holder, said);
 
   let Plotly = null, gone = false, drawing = false;
   let listening = false;
@@ -83,6 +87,8 @@ async function render({ model, el }) {
     const title = spec.layout?.title?.text || "figure";
     holder.setAttribute("aria-label", (model.get("alt") || title).replace(/<[^>]+>/g, " "));
     await Plotly.react(holder, spec.data, themed(spec.layout || {}, el), CONFIG);
+    said.hidden = !spec.data.some((trace) => trace.meta?.clicked);
+    if (el.dataset.revision !== String(revision)) said.textContent = "Click a point, bar or word: what it says stays here.";
     if (!listening) holder.on("plotly_click", clicked); // `on` is there once Plotly has drawn
     listening = true;
     el.dataset.milliseconds = (performance.now() - began).toFixed(1);
@@ -107,6 +113,7 @@ async function render({ model, el }) {
 
   function clicked(event) {
     const point = event.points[0];
+    said.textContent = point.data.meta?.clicked?.[point.pointNumber] ?? said.textContent;
     model.set("clicked", { trace: point.curveNumber, point: point.pointNumber ?? null, x: point.x, y: point.y });
     model.save_changes();
   }

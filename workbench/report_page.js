@@ -31,6 +31,22 @@
     for (const { holder } of figures) { holder.classList.add("failure"); holder.textContent = message; }
   }
 
+  // What a clicked point says (trace.meta.clicked, a text for each point) stays below the figure, to be read and copied.
+  function listen({ holder, spec }) {
+    if (!(spec.data || []).some((trace) => trace.meta?.clicked)) return;
+    const said = document.createElement("pre");
+    said.className = "picked";
+    said.setAttribute("role", "status");
+    said.textContent = "Click a point, bar or word: what it says stays here.";
+    holder.after(said);
+    holder.on("plotly_click", ({ points: [point] }) => {
+      const words = point.data.meta?.clicked?.[point.pointNumber];
+      if (words === undefined) return;
+      said.textContent = words;
+      said.dataset.picked = "yes";
+    });
+  }
+
   if (typeof DecompressionStream === "undefined") {
     fail("This figure needs a browser of 2023 or later (DecompressionStream).");
     return;
@@ -45,7 +61,10 @@
     const draw = ({ holder, spec }) => window.Plotly.react(
       holder, spec.data || [], themed(spec.layout || {}),
       { responsive: true, displaylogo: false, topojsonURL: "", ...(spec.config || {}) });
-    for (const figure of figures) await draw(figure);
+    for (const figure of figures) {
+      await draw(figure);
+      listen(figure);
+    }
     document.documentElement.dataset.figures = "drawn";
     const redraw = () => figures.forEach(draw);
     media.addEventListener("change", redraw);

@@ -21,6 +21,7 @@ from workbench.figures import figure, line, points, rule
 from workbench.instruments import Instrument
 from workbench.progress import Progress, TextProgress
 from workbench.results import Result, format_fact
+from workbench.storage.together import pool
 from workbench.storage.writing import scratch
 from workbench.subjects import Subject, subject
 from workbench.version import threads
@@ -201,9 +202,10 @@ def in_processes(on: Subject, groups: list[list[Chain]], workers: int, progress:
             # a worker that has grown by much is replaced by a new one between two parts:
             # its statistics are measured again, nothing is lost
             warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-            done = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(tasks)
-            for _ in progress.track(done, "parts of series", len(groups)):
-                pass
+            with pool("loky", workers):
+                done = joblib.Parallel(return_as="generator_unordered")(tasks)
+                for _ in progress.track(done, "parts of series", len(groups)):
+                    pass
 
 
 _opened: dict[

@@ -273,3 +273,27 @@ def test_the_process_that_opens_a_saved_subject_again_ends_with_its_parent(tmp_p
             timeout=60,
         )
     assert done.returncode == 1 and "no config.json" not in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are looked up in /proc")
+def test_workers_that_have_nothing_to_do_end_with_their_parent(tmp_path: Path) -> None:
+    """Kind: a child that was started for one answer lives on when nobody waits for it."""
+    code = (
+        "import joblib, os, sys, time\n"
+        "from workbench.storage.together import pool\n"
+        "with pool('loky', 2):\n"
+        "    found = joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(8))\n"
+        "print(*sorted(set(found)), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(word) for word in parent.stdout.readline().split()]
+    assert workers and parent.pid not in workers
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < until:
+        time.sleep(0.1)
+    parent.stdout.close()
+    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]

@@ -108,6 +108,26 @@ def test_changes_on_weights_are_swapped_with_them():
     assert layer.changes and result.facts["modules_additivity"] == pytest.approx(1)
 
 
+def test_of_the_modules_only_those_of_the_worst_block():
+    dense = on("llama", examples("llama"), 0.2)
+    changed = altered(dense)
+    every, some = (ASKED.with_fields(parts=parts).between(dense, changed) for parts in ("modules", "worst"))
+    blocks = lines(some, "block")
+    pd.testing.assert_frame_equal(blocks, lines(every, "block"))
+    worst = blocks["kl"].idxmax()
+    modules = lines(some, "module")
+    assert (
+        set(modules["block"]) == {worst} and len(modules) == 7 and modules["share"].sum() == pytest.approx(1)
+    )
+    want = lines(every, "module").loc[modules.index]
+    assert modules["kl"].to_numpy() == pytest.approx(want["kl"].to_numpy())
+    assert some.facts["worst_block_modules_sum"] == pytest.approx(want["kl"].sum())
+    assert "modules_additivity" not in some.facts and list(some.tables["given_back"]["level"]) == ["block"]
+    drawn = some.figure(show="budget")
+    assert list(drawn.data[2].y) == modules["kl"].tolist() and worst[-1] in drawn.layout.xaxis2.title.text
+    assert drawn.data[2].meta["clicked"][0].startswith(modules.index[0])
+
+
 def test_small_changes_add_up_and_are_predicted():
     trained = workbench.subject("bytelm")
     dense = trained.with_split("test", {k: v[:2, :96] for k, v in trained.split("test").items()})
@@ -263,7 +283,8 @@ def test_saved_read_and_drawn_again(saved, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("attribution: reference")
     result = workbench.Result.load(next(out.rglob("result.json")).parent)
     grid, budget = result.figure(), result.figure(show="budget", scale="linear")
-    assert grid.data[0].z.shape == (2, 8) and len(budget.data) == 2
+    assert grid.data[0].z.shape == (2, 8) and len(budget.data) == 3
+    assert len(budget.data[2].x) == 7 and budget.data[2].xaxis == "x2"
     assert "KL" in grid.data[0].colorbar.title.text and grid.data[0].colorscale[0][1] == "#00224e"
     linear = result.figure(value="share", scale="linear").data[0]
     assert np.nansum(linear.z[:, 1:]) == pytest.approx(100) == np.nansum(linear.z[:, 0])

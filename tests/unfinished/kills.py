@@ -216,12 +216,13 @@ def one_kill(
     moment = time.monotonic() - place.began
     finished = process.poll() is not None
     process.send_signal(signal.SIGKILL)
-    place.ended()
+    process.wait()  # its pipes stay open for as long as an orphan lives
     if orphans := place.wait_for_orphans():
         wrong.append(f"processes are left after the kill: {orphans}")
         for number in orphans:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
+    place.ended()
     wrong += [f"after the kill, {told}" for told in half_written(place)]
     step, before, kept = steps_kept(place.cache), trials(place.cache), stored(place.cache)
     place.start()

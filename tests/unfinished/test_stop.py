@@ -75,10 +75,12 @@ def test_each_instrument_ends_when_it_is_asked_to(
     if cls.on == "runs":
         on: Any = load_runs(ROOT / "data" / "runs" / "scaling_sweep.csv")
     else:
-        on = workbench.subject(checkpoints["llama" if name == "rotate" else "vit"], data="random")
+        on = workbench.subject(
+            checkpoints["llama" if name in ("rotate", "side-by-side") else "vit"], data="random"
+        )
     progress = Moved(moves)
     fields = {"candidates": str(checkpoints["vit"])} if name == "fidelity" else FIELDS.get(name, {})
-    if name == "attribution":
+    if name in ("attribution", "side-by-side", "token-strip"):
         fields = {"changed": str(halved(on, tmp_path / "halved"))}
     try:
         result = cls(**fields).run(on, progress, cache=False)

@@ -22,6 +22,8 @@ from workbench.measures.floor import floor_of
 from workbench.measures.language import TokenPairs, confidence_table, language_measures
 from workbench.measures.reference import Comparison, Reference, compare, reference_of
 from workbench.measures.size import Size, size_of, storage_dtype
+from workbench.measures.texts.side_by_side import SideBySide
+from workbench.measures.texts.token_strip import TokenStrip
 from workbench.measures.words import LEGEND, Verdict, verdict, word
 
 __all__ = [
@@ -31,8 +33,10 @@ __all__ = [
     "Comparison",
     "Fidelity",
     "Reference",
+    "SideBySide",
     "Size",
     "TokenPairs",
+    "TokenStrip",
     "VectorPairs",
     "Verdict",
     "classification_measures",

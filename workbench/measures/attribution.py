@@ -40,7 +40,12 @@ from workbench.subjects import Subject
 
 #: full / sum of the parts within which what the parts do adds up well enough to predict from.
 ADDITIVE = (0.8, 1.25)
-LEVELS = {"blocks": ("block",), "roles": ("block", "role"), "modules": ("block", "role", "module")}
+LEVELS = {
+    "blocks": ("block",),
+    "worst": ("block", "module"),
+    "roles": ("block", "role"),
+    "modules": ("block", "role", "module"),
+}
 PREVIEW_EVERY = 1.0  # seconds
 #: Scores that cost no swap, and what is measured with one.
 SCORES = ("weight_error", "output_error", "output_turn")
@@ -56,8 +61,10 @@ class Attribution(SubjectInstrument):
     changed: str = parameter(
         "", "the changed model: a folder, a saved result, a GGUF file, a hub id or a built-in"
     )
-    parts: Literal["blocks", "roles", "modules"] = parameter(
-        "modules", "how finely: blocks; also each kind of module in all blocks; also each module"
+    parts: Literal["blocks", "worst", "roles", "modules"] = parameter(
+        "modules",
+        "how finely: blocks; also each module of the worst block; each kind of module in all blocks; also "
+        "each module",
     )
     test_examples: int = parameter(8, "texts", ge=1, unit="examples")
     split: str = parameter("test", "split the texts come from")
@@ -135,8 +142,18 @@ class Run:
                     return
                 self.found[part] = dict(record)
                 self.preview()
+            if level == "block" and self.asked.parts == "worst":
+                self.only_worst()
         for level in ("block", "module"):
             self.repair(level)
+
+    def only_worst(self) -> None:
+        """Of the modules, keep those of the block with the largest distance."""
+        worst = max((p for p in self.parts if p.level == "block"), key=lambda p: self.found[p]["kl"])
+        inside = [p for p in self.parts if p.level == "module" and p.block == worst.block]
+        if worst.block == OUTSIDE:
+            inside = [p for p in inside if p.role == worst.role]
+        self.parts = [p for p in self.parts if p.level == "block"] + inside
 
     # ---- one after another ---------------------------------------------------------------------------------
     def through(self, parts: Sequence[Part]) -> Iterator[Part]:
@@ -230,7 +247,8 @@ class Run:
     def repair(self, level: str) -> None:
         """Give the worst parts of the changed model back to the dense one: predicted and measured."""
         parts = [part for part in self.parts if part.level == level]
-        if self.progress.stopped or not self.asked.give_back or not parts:
+        some = level == "module" and self.asked.parts == "worst"
+        if self.progress.stopped or not self.asked.give_back or not parts or some:
             return
         worst = sorted(parts, key=lambda part: -self.found[part]["kl"])[: self.asked.give_back]
         total = sum(self.found[part]["kl"] for part in parts)
@@ -292,8 +310,11 @@ class Run:
             if not len(mine) or len(mine) < sum(part.level == level for part in self.parts):
                 continue
             total = float(mine["kl"].sum())
-            facts[f"{name}_sum"] = total
-            facts[f"{name}_additivity"] = facts["full"] / total if total else 1.0
+            if level == "module" and self.asked.parts == "worst":
+                facts["worst_block_modules_sum"] = total
+            else:
+                facts[f"{name}_sum"] = total
+                facts[f"{name}_additivity"] = facts["full"] / total if total else 1.0
             worst = mine.iloc[int(mine["kl"].argmax())]
             facts[f"worst_{level}"] = f"{worst['part']} ({100 * worst['share']:.1f} %)"
         facts |= {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 from pydantic import BaseModel, Field
 
 from workbench.results import Result
@@ -87,29 +88,16 @@ def colours(shown: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 def budget(result: AttributionResult) -> go.Figure:
     """Each block's distance alone, its interval, and that of noise of the same norm; the sum beside the
-    whole is in the title.
+    whole is in the title. Beside it the modules of the worst block, where they were measured.
     """
     from workbench.figures import color, figure, rule
 
     table = result.table[result.table["level"] == "block"]
     names = [row["role"] or row["block"].rpartition(".")[2] for _, row in table.iterrows()]
-    axis = f"{distance_of(result)} of the block alone ({result.facts['unit']})"
-    fig = figure(title(result), "block", axis, barmode="overlay")
+    axis = f"{distance_of(result)} of the part alone ({result.facts['unit']})"
+    fig = figure(title(result), "block", axis, barmode="overlay", height=470)
     fig.update_xaxes(type="category")
-    fig.add_bar(
-        x=names,
-        y=table["kl"],
-        name="its change alone",
-        marker_color=color(0),
-        error_y=dict(
-            type="data",
-            symmetric=False,
-            array=table["kl_high"] - table["kl"],
-            arrayminus=table["kl"] - table["kl_low"],
-        ),
-        customdata=100 * table[["share"]],
-        hovertemplate="block %{x}: %{y:.4g}, %{customdata[0]:.1f} % of the sum<extra></extra>",
-    )
+    fig.add_bar(**bars(result, table, names, "block"), name="a block's change alone", marker_color=color(0))
     if table["noise"].notna().any():
         fig.add_scatter(
             x=names,
@@ -118,10 +106,70 @@ def budget(result: AttributionResult) -> go.Figure:
             mode="markers",
             marker=dict(symbol="diamond", color=color(1), size=8),
             hovertemplate="block %{x}, noise: %{y:.4g}<extra></extra>",
+            meta={"clicked": said_of(result, table)},
         )
     if len(table):
         rule(fig, "an equal share", y=float(table["kl"].mean()))
+    inside = modules_of_worst(result.table)
+    if len(inside):
+        roles = [role.rpartition(".")[2] if not alike else role for role, alike in ends(inside["role"])]
+        block = inside["block"].iloc[0].rpartition(".")[2]
+        fig.update_layout(
+            xaxis_domain=[0, 0.55],
+            xaxis2=dict(domain=[0.62, 1], anchor="y", type="category", title_text=f"in block {block}"),
+        )
+        fig.add_bar(
+            **bars(result, inside, roles, f"block {block},"),
+            name="a module's, in the worst block",
+            marker=dict(color=color(5), pattern_shape="/"),
+            xaxis="x2",
+        )
     return fig
+
+
+def bars(result: AttributionResult, table: pd.DataFrame, names: list[str], kind: str) -> dict[str, Any]:
+    """What bars of parts show, and say when they are clicked."""
+    from workbench.figures import NEUTRAL_INK
+
+    return dict(
+        x=names,
+        y=table["kl"],
+        error_y=dict(
+            type="data",
+            symmetric=False,
+            array=table["kl_high"] - table["kl"],
+            arrayminus=table["kl"] - table["kl_low"],
+            color=NEUTRAL_INK,
+        ),
+        customdata=100 * table[["share"]],
+        hovertemplate=f"{kind} %{{x}}: %{{y:.4g}}, %{{customdata[0]:.1f}} % of the sum<extra></extra>",
+        meta={"clicked": said_of(result, table)},
+    )
+
+
+def said_of(result: AttributionResult, table: pd.DataFrame) -> list[str]:
+    """What each part says when it is clicked."""
+    return [
+        f"{row['part']}: {distance_of(result)} {row['kl']:.4g} {result.facts['unit']} alone, "
+        f"95 % interval {row['kl_low']:.4g} to {row['kl_high']:.4g}, {100 * row['share']:.1f} % of the sum"
+        + (f"; noise of the same norm {row['noise']:.4g}" if row["noise"] > 0 else "")
+        for _, row in table.iterrows()
+    ]
+
+
+def modules_of_worst(table: pd.DataFrame) -> pd.DataFrame:
+    """The modules inside the block with the largest distance; none for what is in no block."""
+    blocks, modules = (table[table["level"] == level] for level in ("block", "module"))
+    if not len(blocks) or not len(modules):
+        return modules.head(0)
+    worst = blocks["block"].iloc[int(blocks["kl"].argmax())]
+    return modules[(modules["block"] == worst) & (worst != "outside")]
+
+
+def ends(roles: pd.Series) -> list[tuple[str, bool]]:
+    """Each name, and whether another one has the same last part."""
+    last = [role.rpartition(".")[2] for role in roles]
+    return [(role, last.count(end) > 1) for role, end in zip(roles, last, strict=True)]
 
 
 def title(result: AttributionResult) -> str:

@@ -247,6 +247,8 @@ def candidate(source: str, on: Subject) -> Candidate:
 def stamp(source: str) -> list[Any]:
     """What tells that a file or folder is another one now: names, sizes and times of its files."""
     path = Path(source)
+    if not source.strip():
+        return [source]  # not the folder one is in
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return [
         source,

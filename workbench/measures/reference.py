@@ -6,6 +6,7 @@ these are kept and the logits of both models are formed again a chunk at a time,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -140,11 +141,20 @@ class Reference:
         Of what was reached when it was stopped; None when that is nothing. Raises `BadInput` for a model with
         other outputs.
         """
+        look = functools.partial(paired, self.kind)
+        found, evaluation = self.beside(changed, look, progress or Progress())
+        if not found:
+            return None
+        return Comparison(self.kind, joined(self.kind, found), evaluation, seed)
+
+    def beside(
+        self, changed: Subject, look: Callable[[Answer, Answer], Any], progress: Progress
+    ) -> tuple[list[Any], dict[str, float]]:
+        """What `look` makes of both models' answers to each batch, and the loss and metrics of the other."""
         if not self.readable:
             raise BadInput(
                 "subject: the head of the reference was written to since it was asked; ask it again"
             )
-        progress = progress or Progress()
         found: list[Any] = []
 
         def compare(examples: Tensor, output: Any, batch: Batch) -> None:
@@ -154,14 +164,12 @@ class Reference:
                     f"subject: {changed.name!r} has {mine.outputs} outputs and the reference "
                     f"{self.on.name!r} has {dense.outputs}; only models that say the same words compare"
                 )
-            found.append(paired(self.kind, dense, mine))
+            found.append(look(dense, mine))
 
         evaluation = changed.evaluate(self.split, self.batch_size, self.limit, progress, seen=compare)
-        if not found:
-            return None
-        if not progress.stopped:
+        if found and not progress.stopped:
             changed.memo(("evaluate", self.split, self.limit), lambda: dict(evaluation))
-        return Comparison(self.kind, joined(self.kind, found), evaluation, seed)
+        return found, evaluation
 
 
 def paired(kind: str, dense: Answer, changed: Answer) -> Any:

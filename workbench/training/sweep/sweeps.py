@@ -27,6 +27,7 @@ import pandas as pd
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.storage import cache_folder
+from workbench.storage.together import pool
 from workbench.training.sweep.trial_ledger import (
     ATTEMPTS,
     Claim,
@@ -251,7 +252,7 @@ class Sweep:
         def lives(calls: list[int | None]) -> list[int] | None:
             """Run workers; the trials that were running when one was killed and took the pool along."""
             try:
-                with joblib.parallel_config(backend=backend, n_jobs=workers):
+                with pool(backend, workers):
                     joblib.Parallel()(joblib.delayed(self.work)(driver, only=only) for only in calls)
             except TerminatedWorkerError:
                 return ledger.release(driver)
