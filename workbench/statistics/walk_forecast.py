@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -121,11 +122,11 @@ class Planned:
     def changed(self, chosen: int) -> int:
         return (chosen if self.rewritten else 0) + self.masks + self.grids
 
-    @property
+    @functools.cached_property
     def model_bytes(self) -> int:
         return sum(bytes_of(p) for p in self.on.model.parameters())
 
-    @property
+    @functools.cached_property
     def mapped(self) -> bool:
         return of_files(layer.original for layer in self.layers)
 
