@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 import workbench
+from workbench.axis import axes
 from workbench.commands.listing import described
+from workbench.errors import BadInput
 from workbench.instruments import Instrument
 from workbench.names import (
     Method,
@@ -201,6 +203,19 @@ def test_a_name_is_one_computation(card: Method):
         assert card.name in [getattr(step, field).name for step in steps], (instrument, field)
 
 
+def test_every_entrys_name_runs_or_says_where_it_is_chosen():
+    """Nothing that `list axes` prints leads nowhere."""
+    silent = []
+    for axis in axes().values():
+        for name in axis:
+            try:
+                recipe(name)
+            except BadInput as error:
+                if "runs nothing by itself" not in str(error):
+                    silent.append((axis.kind, name, str(error)))
+    assert silent == []
+
+
 @pytest.mark.parametrize(
     ("name", "home"),
     [
@@ -226,7 +241,8 @@ def test_show_says_source_formula_recipe_and_file(card: Method):
     assert facts["recipe"] == in_words(card.recipe) == card.words()
     on = find(card.recipe[0][0]).on
     assert facts["run"] == f"workbench run {card.name} --{on} {card.subject}"
-    assert facts["defined"] and facts["evidence"]
+    assert all(place.rpartition(":")[2].isdigit() for place in facts["defined"].split("; ")), facts["defined"]
+    assert facts["evidence"]
     text = "\n".join(described(door))
     assert card.name in text and card.recipe[0][0] in text
 

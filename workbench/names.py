@@ -145,12 +145,19 @@ def recipe(name: str) -> tuple[Step, ...]:
         return ((name, {}),)
     if name in methods() and methods()[name].recipe:
         return methods()[name].recipe
-    for entry in entries_called(name):
+    entries = entries_called(name)
+    for entry in entries:
         found = home_of(entry)
         if found is not None:
             return ((found[0], {found[1]: name}),)
     if name in methods():
         raise BadInput(f"method: {name} has no recipe to run; `workbench show {name}` says what it is")
+    if entries:
+        kind = entries[0].axis.kind
+        how = (
+            f"give --task {name} beside --subject" if kind == "task" else f"it is chosen inside other {kind}s"
+        )
+        raise BadInput(f"method: {name} is a {kind} and runs nothing by itself; {how}")
     known = [*catalog(), *methods(), *(entry for axis in axes().values() for entry in axis.entries)]
     raise unknown_name("instrument", name, dict.fromkeys(known))
 
@@ -237,12 +244,16 @@ def doors(name: str) -> list[Door]:
     return found
 
 
+def source_of(cls: type[Instrument]) -> str:
+    """What an instrument is run on, as it is typed."""
+    return "--subject SUBJECT" if cls.on == "subject" else "--runs FILE"
+
+
 def instrument_door(name: str) -> Door:
     cls = find(name)
-    source = "--subject SUBJECT" if cls.on == "subject" else "--runs FILE"
     facts = [
         ("about", paragraph(cls)),
-        ("run", f"workbench run {name} {source}"),
+        ("run", f"workbench run {name} {source_of(cls)}"),
         ("python", f"{cls.__module__}.{cls.__name__}"),
         ("defined", line_of(cls)),
     ]
@@ -260,10 +271,8 @@ def method_door(card: Method) -> Door:
         facts.append(("recipe", in_words(card.recipe)))
         facts.append(("run", f"workbench run {card.name} --{find(card.recipe[0][0]).on} {card.subject}"))
         facts.append(("defined", "; ".join(places(card.recipe))))
-    record = card.evidence() or {}
-    facts.append(
-        ("evidence", ": ".join(part for part in (card.verdict(), str(record.get("note", ""))) if part))
-    )
+    note = "; ".join(dict.fromkeys(str((card.evidence() or {}).get("note", "")).split("; ")))
+    facts.append(("evidence", ": ".join(part for part in (card.verdict(), note) if part)))
     return Door(card.name, f"{card.title} (method, {card.family})", tuple(facts))
 
 
@@ -274,7 +283,7 @@ def places(steps: Iterable[Step]) -> list[str]:
         made = find(name)(**fields)
         chosen = [getattr(made, field) for field in fields if "." not in field]
         found += [place_text(choice.entry) for choice in chosen if isinstance(choice, Choice)] or [
-            type(made).__module__
+            f"{name}: {line_of(type(made))}"
         ]
     return list(dict.fromkeys(found))
 
@@ -298,18 +307,15 @@ def entry_door(entry: Entry) -> Door:
         facts.append(("needs", entry.needs))
     home = home_of(entry)
     if home is not None:
-        facts.append(
-            (
-                "run",
-                (
-                    f"workbench run {home[0]} --{home[1].replace('_', '-')} {quoted(entry.name)} --subject "
-                    "SUBJECT"
-                ),
-            )
-        )
+        field = home[1].replace("_", "-")
+        run = f"workbench run {home[0]} --{field} {quoted(entry.name)} {source_of(find(home[0]))}"
+        facts.append(("run", run))
         for option, info in entry.options.parameters().items():
-            default = info.get_default(call_default_factory=True)
-            facts.append(("option", f"--{home[1]}.{option}: {info.description} (default {shown(default)})"))
+            needed = info.is_required()
+            default = (
+                "required" if needed else f"default {shown(info.get_default(call_default_factory=True))}"
+            )
+            facts.append(("option", f"--{field}.{option.replace('_', '-')}: {info.description} ({default})"))
     facts.append(("defined", place_text(entry)))
     return Door(entry.name, entry.title or f"{entry.axis.kind}: {entry.axis.help}", tuple(facts))
 

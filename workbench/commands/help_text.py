@@ -90,7 +90,7 @@ def field_help(field: dict[str, Any], indent: str) -> list[str]:
 
 def row(left: str, right: str, indent: str) -> list[str]:
     start = f"{indent}{left:<{max(24 - len(indent) + 2, 2)}}"
-    if len(start) > 28 or not right:
+    if len(start.rstrip()) > 26 or not right:
         lines = [start.rstrip()]
         return lines + textwrap.wrap(right, WIDTH, initial_indent=" " * 28, subsequent_indent=" " * 28)
     return textwrap.wrap(right, WIDTH, initial_indent=f"{start:<28}", subsequent_indent=" " * 28)

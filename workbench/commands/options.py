@@ -51,7 +51,10 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
             for o in action.option_strings
         ]
         hint = did_you_mean(rest[0].split("=")[0], known)
-        names = ", ".join(o.lstrip("-") for o in known if o.startswith("--") and o != "--help")
+        plain = [o.lstrip("-") for o in known if o.startswith("--") and o != "--help" and "." not in o]
+        names = ", ".join(plain) + (
+            "; a choice's as CHOICE.OPTION, see --help" if len(plain) < len(known) - 2 else ""
+        )
         raise BadInput(f"{rest[0].lstrip('-')}: unknown field{'; ' + hint if hint else ''} (fields: {names})")
     return space
 

@@ -77,8 +77,11 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     classes = [find(instrument) for instrument, _ in steps]
     parser = Parser(prog=f"workbench run {name}", allow_abbrev=False)
     known = field_options(classes)
+    fields = {name.replace("_", "-") for cls in classes for name in cls.parameters()}
     for option in known:
-        parser.add_argument(f"--{option}", dest=f"field:{option}", default=argparse.SUPPRESS)
+        old = option not in fields and "." not in option  # neither listed nor offered
+        about = argparse.SUPPRESS if old else None
+        parser.add_argument(f"--{option}", dest=f"field:{option}", default=argparse.SUPPRESS, help=about)
     options.add_texts(
         parser,
         options.SUBJECT_OPTIONS | {"subject": ""} if classes[0].on == "subject" else options.RUNS_OPTIONS,

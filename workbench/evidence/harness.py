@@ -98,7 +98,7 @@ def words(claims: Iterable[tuple[str, bool | None]]) -> str:
     """The claims that fail and those that the intervals leave open."""
     claims = list(claims)
     failed = [claim for claim, holds in claims if holds is False]
-    undecided = [claim for claim, holds in claims if holds is None]
+    undecided = list(dict.fromkeys(claim for claim, holds in claims if holds is None))
     parts = [f"failed: {', '.join(failed)}"] if failed else []
     return "; ".join(parts + ([f"undecided: {', '.join(undecided)}"] if undecided else []))
 
