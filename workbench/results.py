@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib
 import json
@@ -170,6 +171,14 @@ def damaged(folder: Path, reason: str) -> BadInput:
     )
 
 
+def table_in(file: Path) -> pd.DataFrame:
+    """A stored table, its texts looked at: Parquet's readers believe that they are UTF-8."""
+    import pyarrow.parquet
+
+    pyarrow.parquet.read_table(file).validate(full=True)
+    return pd.read_parquet(file)
+
+
 def _read(folder: Path) -> Result:
     from safetensors.numpy import load_file
 
@@ -193,13 +202,15 @@ def _read(folder: Path) -> Result:
     instrument = Result.finds(content["instrument"])(**content["fields"])
     arrays = folder / "arrays.safetensors"
     found: Result = instrument.result(
-        pd.read_parquet(folder / "table.parquet"),
+        table_in(folder / "table.parquet"),
         content["facts"],
-        tables={name: pd.read_parquet(folder / f"table.{name}.parquet") for name in names},
+        tables={name: table_in(folder / f"table.{name}.parquet") for name in names},
         arrays=load_file(arrays) if arrays.exists() else {},
         provenance=content["provenance"],
         partial=content["partial"],
     )
+    with contextlib.suppress(BadInput):  # a partial one may be too empty to be summed up
+        found.summary()  # raises where facts are missing
     return found
 
 
