@@ -145,12 +145,14 @@ def check_course(state: dict[str, Any], rows: Any, run: Resumable) -> None:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("its history is no list of steps")
     names = {name for row in rows for name in row}
-    if len(rows) > state["step"] or any(not isinstance(name, str) for name in names):
-        raise ValueError(f"its history has {len(rows)} rows at step {state['step']}")
     for row in rows:
-        for name, value in row.items():
-            if name in ("step", "loss") and type(value) not in (int, float):
-                raise ValueError(f"its history has the {name} {str(value)[:60]!r}")
+        for name in ("step", "loss", "gradient_norm"):
+            if type(row.get(name)) not in (int, float):
+                raise ValueError(f"its history has the {name} {str(row.get(name))[:60]!r}")
+    diverged = bool(rows) and not all(math.isfinite(rows[-1][name]) for name in ("loss", "gradient_norm"))
+    whole = len(rows) == state["step"] or (diverged and len(rows) < state["step"])
+    if not whole or any(not isinstance(name, str) for name in names):
+        raise ValueError(f"its history has {len(rows)} rows at step {state['step']}")
 
 
 def check_form(state: dict[str, Any], run: Resumable) -> None:
