@@ -76,7 +76,7 @@ def test_each_instrument_ends_when_it_is_asked_to(
         on: Any = load_runs(ROOT / "data" / "runs" / "scaling_sweep.csv")
     else:
         on = workbench.subject(
-            checkpoints["llama" if name in ("rotate", "side-by-side") else "vit"], data="random"
+            checkpoints["llama" if name in ("equalize", "rotate", "side-by-side") else "vit"], data="random"
         )
     progress = Moved(moves)
     fields = {"candidates": str(checkpoints["vit"])} if name == "fidelity" else FIELDS.get(name, {})

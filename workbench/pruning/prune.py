@@ -4,23 +4,19 @@ subject.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.pruning.axes import DIMENSIONS, STRUCTURES
-from workbench.pruning.engine.weights import prune_once
-from workbench.pruning.error_table import layer_table
 from workbench.pruning.plan import PrunePlan
 from workbench.results import Result
-from workbench.statistics import InputMoments
 from workbench.statistics.walk_forecast import Planned
 from workbench.storage.forecast import Forecast
-from workbench.subjects import Layer, Subject
+from workbench.subjects import Subject
 
 
 class Engine(Protocol):
@@ -144,16 +140,8 @@ class Prune(PrunePlan):
         plan = self.planned(on)
         if plan is None or plan.predicted:
             return None
-        pattern, shares = self.pattern(), {layer.name: self.sparsity for layer in plan.layers}
-
-        def change(layers: Sequence[Layer], moments: Mapping[str, InputMoments]) -> None:
-            calibration = replace(self.calibration(on, layers, Progress()), given=moments)
-            before = {layer.name: layer.weight.detach().clone() for layer in layers}
-            chosen = (self.saliency, self.compensation, self.allocation)
-            prune_once(layers, calibration, pattern, self.sparsity, *chosen, Progress(), fixed=shares)
-            layer_table(layers, before, calibration.gram)
-
-        return plan.seconds(change)
+        engine: Any = self.engine()
+        return plan.seconds(functools.partial(engine.tried, on))
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         engine = self.engine()

@@ -66,8 +66,10 @@ class Planned:
         found = self.held(self.examples)
         smaller = {}
         for fewer in (self.examples // 2, self.examples // 4, WALKED):
+            if not WALKED <= fewer < self.examples:
+                continue
             less = sum(self.held(fewer).values())
-            if WALKED <= fewer < self.examples and less < sum(found.values()):
+            if less < sum(found.values()):
                 smaller[f"--calibration-examples {fewer}"] = less
         return Forecast(found, smaller=smaller, exact=not self.predicted)
 

@@ -5,7 +5,7 @@ block, and the hidden states of the calibration examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from workbench.pruning.engine.weights import check_weights, prune_once, uniform
 from workbench.pruning.error_table import add_prediction, layer_table
 from workbench.pruning.pattern import NM, Tiles
 from workbench.results import Result
-from workbench.statistics import ExpertsSeen, Walk
+from workbench.statistics import ExpertsSeen, InputMoments, Walk
 from workbench.subjects import Layer, Subject
 
 KEPT = 256 << 20  # bytes of second moments that are kept with a subject, for the next run on it
@@ -104,6 +104,16 @@ class Visited(Masked):
         )
         for visit in walk:
             yield visit.layers, replace(calibration, given=visit.moments)
+
+    def tried(self, on: Subject, layers: Sequence[Layer], moments: Mapping[str, InputMoments]) -> None:
+        """What a visit of these layers does to them, for how long it takes."""
+        prune = self.prune
+        calibration = replace(prune.calibration(on, layers, Progress()), given=moments)
+        before = {layer.name: held(layer) for layer in layers}
+        chosen = (prune.saliency, prune.compensation, prune.allocation)
+        shares = {layer.name: prune.sparsity for layer in layers}
+        prune_once(layers, calibration, self.pattern, prune.sparsity, *chosen, Progress(), fixed=shares)
+        layer_table(layers, before, calibration.gram)
 
     def finish(self) -> Result:
         prune, on, progress, layers = self.prune, self.on, self.progress, self.layers
