@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
+import pydantic
 import pytest
 import torch
 from torch import nn
@@ -152,6 +154,84 @@ def test_what_a_loss_holds_counts(cache):
     assert keys(*(functools.partial(smoothed, amount=a) for a in (0.1, 0.2, 0.1))) == 2
     assert keys(closed(0.1), closed(0.2), closed(0.1)) == 2
     assert keys(*(Weighted(torch.tensor([1.0, w, 1.0])) for w in (1.0, 2.0, 1.0))) == 2
+
+
+class Mapped(dict):
+    """A user's classes that keep what they hold elsewhere than in their own dictionary."""
+
+    __getattr__ = dict.get
+
+
+class Listed(list):
+    pass
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+
+class Below(Slotted):
+    pass
+
+
+class Private(pydantic.BaseModel):
+    _factor: float = 1.0
+
+
+class Number(float):
+    pass
+
+
+class Named:
+    held = types.SimpleNamespace(factor=1.0)
+
+
+def with_slot(value):
+    made = Below()
+    made.factor = value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("holder", "change", "read"),
+    [
+        (Mapped(factor=1.0), lambda held: held.update(factor=10.0), lambda held: held.factor),
+        (Listed([1.0]), lambda held: held.__setitem__(0, 10.0), lambda held: held[0]),
+        (with_slot(1.0), lambda held: setattr(held, "factor", 10.0), lambda held: held.factor),
+        (Private(), lambda held: setattr(held, "_factor", 10.0), lambda held: held._factor),
+        ({"": Number(1.0)}, lambda held: held.update({"": Number(10.0)}), lambda held: held[""]),
+        (Named(), lambda held: setattr(Named.held, "factor", 10.0), lambda held: held.held.factor),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_objects_count_by_all_that_they_hold(holder, change, read, cache):
+    """Kind: what a value is, asked of a place where only some values keep it."""
+    on = small(loss=lambda output, batch: read(holder) * nn.functional.cross_entropy(output, batch["labels"]))
+    before = Trace(products=4).run(on).facts["trace"]
+    change(holder)
+    after = Trace(products=4).run(on).facts["trace"]
+    assert after == pytest.approx(Trace(products=4).run(on, cache=False).facts["trace"])
+    assert after == pytest.approx(10 * before, rel=1e-3)
+
+
+def test_what_a_modules_class_holds_counts(cache):
+    class Scaled(nn.Module):
+        held = types.SimpleNamespace(factor=1.0)
+
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, inputs):
+            return self.held.factor * self.inner(inputs)
+
+    generator = torch.Generator().manual_seed(0)
+    data = {"inputs": torch.randn(8, 4, generator=generator), "labels": torch.arange(8) % 3}
+    loss = lambda output, batch: nn.functional.cross_entropy(output, batch["labels"])  # noqa: E731
+    on = workbench.subject(Scaled(), data=data, loss=loss)
+    before = key(on)
+    Scaled.held.factor = 2.0
+    assert key(on) != before
 
 
 def test_a_metric_of_ones_own_counts(cache):

@@ -31,7 +31,7 @@ from workbench.keys.live_code import owner
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import CannotWrite, cache_folder
-from workbench.storage.forecast import SHARE, Forecast, bytes_of, free_bytes
+from workbench.storage.forecast import SHARE, Forecast, bytes_of, free_bytes, in_words
 from workbench.unfinished import journal
 from workbench.version import __version__, surroundings, threads, versions
 
@@ -315,11 +315,22 @@ def checked_limit(instrument: Instrument, on: Any, given: int | None, tells: boo
     found = None if limit is None else instrument.foretold_memory(on)
     if found is not None and limit is not None:
         found.check(instrument.name(), limit, given is not None)
+    elif given is not None and (least := weight_bytes(on)) > given:
+        raise BadInput(
+            f"memory: {in_words(given)} is less than the subject's weights, which take {in_words(least)}; "
+            f"give --memory {-(-least // 1_000_000)}MB and more"
+        )
     elif given is not None and tells:
         notice(
             f"memory: {instrument.name()} does not say what it will hold; nothing keeps it below the limit"
         )
     return limit
+
+
+def weight_bytes(on: Any) -> int:
+    """What the weights of a subject take; 0 for what is none."""
+    model = getattr(on, "model", None)
+    return sum(p.numel() * p.element_size() for p in model.parameters()) if model is not None else 0
 
 
 def from_slot(slot: Path) -> Result | None:

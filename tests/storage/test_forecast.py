@@ -105,6 +105,12 @@ def test_an_instrument_that_does_not_know_says_so(llama):
         Spectrum(steps=2, probes=1, examples=4).run(llama, Progress(), cache=False, memory="4GB")
 
 
+def test_less_than_the_weights_is_refused_by_every_instrument() -> None:
+    """Kind: a limit that nothing holds to."""
+    with pytest.raises(BadInput, match="less than the subject's weights"):
+        Prune(sparsity=0.5).run(workbench.subject("digits-softmax"), memory="1KB", cache=False)
+
+
 def test_a_dry_run_only_tells(checkpoints, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     given = ["--subject", str(checkpoints["llama"]), "--data", "random", "--max-length", "12", "--dry-run"]

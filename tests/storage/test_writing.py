@@ -137,6 +137,14 @@ def test_a_tilde_is_the_home_folder_and_no_path_is_refused(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home"]
 
 
+def test_a_folder_in_the_place_of_a_file_is_found_before_the_run(tmp_path: Path) -> None:
+    """Kind: what stops the save is seen only once everything was computed."""
+    (tmp_path / "table.parquet").mkdir()
+    with pytest.raises(CannotWrite, match="a folder where a file has to be"):
+        check_target(tmp_path, overwrite=True, files=("result.json", "table.parquet"))
+    check_target(tmp_path, overwrite=True, files=("result.json",))
+
+
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="becomes another user")
 def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
     """A further example of fault 38: `--out` in a folder of somebody else's."""

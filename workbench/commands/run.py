@@ -103,7 +103,7 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
         instruments = instruments_of(steps, given)
     memory = None if getattr(space, "memory", None) is None else bytes_of(space.memory)
     if space.out is not None:
-        check_target(space.out, overwrite=space.overwrite)
+        check_target(space.out, overwrite=space.overwrite, files=("result.json", "table.parquet"))
     if len(steps) > 1 or name != steps[0][0]:
         print(f"{name} = {in_words(steps)}")
     on = opened(space, classes[0].on)

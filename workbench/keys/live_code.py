@@ -30,7 +30,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 #: What Python and the libraries write on a class, which computes nothing.
 ABOUT = re.compile(
     r"__(module|doc|dict|weakref|annotations|qualname|firstlineno|static_attributes|abstractmethods|"
-    r"parameters|orig_bases|class_vars|private_attributes|signature|pydantic.*)__|_abc_impl|model_.*"
+    r"parameters|orig_bases|dataclass_fields|dataclass_params|class_vars|private_attributes|signature|pydantic.*)__|_abc_impl|model_.*"
 )
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
@@ -76,7 +76,7 @@ class Reader:
         if isinstance(value, Mapping) and owner(kind) == "library":
             parts = sorted(f"{self.text(key)}: {self.text(part)}" for key, part in value.items())
             return f"{kind.__name__}{{{', '.join(parts)}}}"
-        if hasattr(value, "detach") or type(value).__module__ == "numpy":
+        if is_tensor(value) or type(value).__module__ == "numpy":
             return array_text(value)
         return self._callable(value) or self._instance(value)
 
@@ -88,7 +88,7 @@ class Reader:
             return f"method {self.text(value.__func__)} of {self.text(value.__self__)}"
         if isinstance(value, functools.partial):
             return f"partial {self.text(value.func)} {self.text(value.args)} {self.text(value.keywords)}"
-        if isinstance(value, (staticmethod, classmethod)) or hasattr(value, "__wrapped__"):
+        if isinstance(value, (staticmethod, classmethod)) or "__wrapped__" in own_dict(value):
             return f"{type(value).__name__} {self.text(value.__wrapped__)}"
         if isinstance(value, property):
             return f"property {self.text((value.fget, value.fset))}"
@@ -122,9 +122,7 @@ class Reader:
         if owned == "package":
             return f"{name} {closure_text(cls.__module__, self.root)}"
         own = {
-            key: part
-            for key, part in sorted(vars(cls).items())
-            if not ABOUT.fullmatch(key) and (computes_something(part) or isinstance(part, type))
+            key: part for key, part in sorted(vars(cls).items()) if not ABOUT.fullmatch(key) and counts(part)
         }
         file = file_of_class(cls)
         return f"{cls.__qualname__} {bases} {self.text(own)} {files_text(file, self.root) if file else ''}"
@@ -137,19 +135,76 @@ class Reader:
             key: part
             for key, part in sorted(vars(module).items())
             if not key.startswith("__")
-            and (computes_something(part) or isinstance(part, type))
+            and counts(part)
             and getattr(part, "__module__", module.__name__) == module.__name__
         }
         return f"module {module.__name__} {self.text(own)} {files_text(Path(file), self.root)}"
 
     def _instance(self, value: Any) -> str:
         kind = type(value)
-        if hasattr(value, "__dict__") and (owner(kind) != "library" or hasattr(value, "named_modules")):
-            return f"{self.text(kind)} {self.text(vars(value))}"
+        if owner(kind) != "library" or hasattr(kind, "named_modules"):
+            return f"{self.text(kind)} {self.text(held_by(value))}"
         try:
             return f"{kind.__qualname__} {hashlib.sha256(pickle.dumps(value)).hexdigest()}"
         except Exception:  # whatever a stranger's class raises when it cannot be pickled
             return f"{kind.__qualname__} {ADDRESS.sub('', repr(value))}"
+
+
+def is_tensor(value: object) -> bool:
+    """By its class: an object may answer to any name."""
+    return hasattr(type(value), "detach")
+
+
+def own_dict(value: object) -> dict[str, Any]:
+    found = getattr(type(value), "__dictoffset__", 0) and vars(value)
+    return found if isinstance(found, dict) else {}
+
+
+def held_by(value: Any) -> dict[str, Any]:
+    """What an object of a user's class keeps: in its dictionary, in the slots of its class and of those it
+    comes from, and as the number, text or collection that it is.
+    """
+    held: dict[str, Any] = {f".{name}": part for name, part in own_dict(value).items()}
+    for cls in type(value).__mro__:
+        for name, part in vars(cls).items():
+            if isinstance(part, types.MemberDescriptorType):
+                try:
+                    held[f"slot {cls.__qualname__}.{name}"] = part.__get__(value)
+                except AttributeError:  # nothing was put there yet
+                    continue
+    if (plain := content_of(value)) is not None:
+        held["content"] = plain
+    return held
+
+
+def content_of(value: Any) -> Any:
+    """The number, text or collection that an object is by the built-in class that its own comes from."""
+    if isinstance(value, dict):
+        return dict(dict.items(value))
+    if isinstance(value, list):
+        return list.copy(value)
+    if isinstance(value, tuple):
+        return tuple(tuple.__iter__(value))
+    if isinstance(value, (set, frozenset)):
+        return frozenset(set.__iter__(value) if isinstance(value, set) else frozenset.__iter__(value))
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    return complex.__complex__(value) if isinstance(value, complex) else None
+
+
+def counts(value: object) -> bool:
+    """True for what is read in a class or a module: functions, classes, plain values and what holds them."""
+    if computes_something(value) or isinstance(value, (type, types.SimpleNamespace, Mapping)):
+        return True
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return True
+    return owner(type(value)) == "user"
 
 
 def computes_something(value: object) -> bool:
@@ -159,12 +214,12 @@ def computes_something(value: object) -> bool:
     if isinstance(value, dict):
         return all(computes_something(part) for part in value.values())
     descriptors = (staticmethod, classmethod, property)
-    return isinstance(value, (*PLAIN, *FUNCTIONS, *descriptors)) or hasattr(value, "detach")
+    return isinstance(value, (*PLAIN, *FUNCTIONS, *descriptors)) or is_tensor(value)
 
 
 def array_text(value: Any) -> str:
     """Of a tensor or an array: its shape, type and a hash of what is in it."""
-    if hasattr(value, "detach"):
+    if is_tensor(value):
         import torch
 
         flat = value.detach().cpu().contiguous().reshape(-1)

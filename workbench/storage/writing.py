@@ -27,7 +27,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,15 @@ def replacing(
 
 
 def check_target(
-    target: str | os.PathLike[str], *, overwrite: bool = False, folder: bool = True, field: str = "out"
+    target: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    folder: bool = True,
+    field: str = "out",
+    files: Iterable[str] = (),
 ) -> Path:
     """Try, before a long computation, whether its result can be written there; the path it will have.
-    Nothing is left behind.
+    Nothing is left behind. `files`: names that will be written, where they are known.
     """
     goal = place(target, field)
     with told_of(goal, field):
@@ -113,6 +118,9 @@ def check_target(
         if not folder and goal.is_dir():
             raise CannotWrite(f"{field}: {str(goal)!r} is a folder; give a file")
         check_free(goal, overwrite, field)
+        for name in files:
+            if (goal / name).is_dir():
+                raise CannotWrite(f"{field}: {str(goal / name)!r} is a folder where a file has to be")
         root = goal if goal.is_dir() else goal.parent
         while not root.exists() and root != root.parent:
             root = root.parent
