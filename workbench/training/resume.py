@@ -150,7 +150,9 @@ def check_course(state: dict[str, Any], rows: Any, run: Resumable) -> None:
             if type(row.get(name)) not in (int, float):
                 raise ValueError(f"its history has the {name} {str(row.get(name))[:60]!r}")
     diverged = bool(rows) and not all(math.isfinite(rows[-1][name]) for name in ("loss", "gradient_norm"))
-    whole = len(rows) == state["step"] or (diverged and len(rows) < state["step"])
+    steps = [row["step"] for row in rows]
+    last = steps[-1] if diverged else state["step"]
+    whole = steps == list(range(last - len(rows) + 1, last + 1)) and len(rows) <= state["step"]
     if not whole or any(not isinstance(name, str) for name in names):
         raise ValueError(f"its history has {len(rows)} rows at step {state['step']}")
 
