@@ -13,6 +13,7 @@ validation messages and documentation are derived from them (see `Instrument.par
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -31,7 +32,7 @@ from workbench.keys.live_code import owner
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import CannotWrite, cache_folder
-from workbench.storage.forecast import SHARE, Forecast, bytes_of, free_bytes, in_words
+from workbench.storage.forecast import SHARE, Forecast, Plan, bytes_of, free_bytes, in_words, weight_bytes
 from workbench.unfinished import journal
 from workbench.version import __version__, surroundings, threads, versions
 
@@ -110,13 +111,25 @@ class Instrument(Fields):
         """
         return False
 
+    def planned(self, on: Any) -> Plan | None:
+        """The work of a run, where it can be foretold; `try_part` is then what it does to a part of it."""
+        return None
+
+    def try_part(self, on: Any, *part: Any) -> None:
+        """Do to a part of the planned work what a run does, for how long it takes."""
+        raise NotImplementedError
+
     def foretold_memory(self, on: Any) -> Forecast | None:
         """What a run holds at most, from shapes alone: no weight is read. None where it cannot be told."""
-        return None
+        plan = self.planned(on)
+        return None if plan is None else plan.forecast()
 
     def foretold_seconds(self, on: Any) -> float | None:
         """Seconds that a run takes, from a trial of a small part of it; None where it cannot be told."""
-        return None
+        plan = self.planned(on)
+        if plan is None or plan.predicted:
+            return None
+        return plan.seconds(functools.partial(self.try_part, on))
 
     def _run(self, on: Any, progress: Progress) -> Result:
         raise TypeError(f"{type(self).__name__} has no _run")
@@ -315,7 +328,7 @@ def checked_limit(instrument: Instrument, on: Any, given: int | None, tells: boo
     found = None if limit is None else instrument.foretold_memory(on)
     if found is not None and limit is not None:
         found.check(instrument.name(), limit, given is not None)
-    elif given is not None and (least := weight_bytes(on)) > given:
+    elif given is not None and (least := weight_bytes(on.model) if hasattr(on, "model") else 0) > given:
         raise BadInput(
             f"memory: {in_words(given)} is less than the subject's weights, which take {in_words(least)}; "
             f"give --memory {-(-least // 1_000_000)}MB and more"
@@ -325,12 +338,6 @@ def checked_limit(instrument: Instrument, on: Any, given: int | None, tells: boo
             f"memory: {instrument.name()} does not say what it will hold; nothing keeps it below the limit"
         )
     return limit
-
-
-def weight_bytes(on: Any) -> int:
-    """What the weights of a subject take; 0 for what is none."""
-    model = getattr(on, "model", None)
-    return sum(p.numel() * p.element_size() for p in model.parameters()) if model is not None else 0
 
 
 def from_slot(slot: Path) -> Result | None:

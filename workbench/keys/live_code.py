@@ -30,7 +30,8 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 #: What Python and the libraries write on a class, which computes nothing.
 ABOUT = re.compile(
     r"__(module|doc|dict|weakref|annotations|qualname|firstlineno|static_attributes|abstractmethods|"
-    r"parameters|orig_bases|dataclass_fields|dataclass_params|class_vars|private_attributes|signature|pydantic.*)__|_abc_impl|model_.*"
+    r"parameters|orig_bases|dataclass_fields|dataclass_params|class_vars|private_attributes|signature|"
+    r"pydantic.*)__|_abc_impl|model_.*"
 )
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -17,9 +15,8 @@ from scipy import stats
 
 from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument
 from workbench.measures.attribution_result import AttributionResult
-from workbench.measures.fidelity import candidate, check_comparable, stamp
+from workbench.measures.changed_model import BesideChanged, changed_parameter
 from workbench.measures.finished_parts import FinishedParts, Record
 from workbench.measures.intervals import block_bootstrap
 from workbench.measures.parts import (
@@ -32,7 +29,7 @@ from workbench.measures.parts import (
     taken,
     weight_error,
 )
-from workbench.measures.reference import kind_of, other_model
+from workbench.measures.reference import kind_of, on_its_data
 from workbench.measures.suffix import Suffix
 from workbench.progress import Progress
 from workbench.results import Result
@@ -51,16 +48,14 @@ PREVIEW_EVERY = 1.0  # seconds
 SCORES = ("weight_error", "output_error", "output_turn")
 
 
-class Attribution(SubjectInstrument):
+class Attribution(BesideChanged):
     """Which part broke it? Each changed block, kind of module and module alone is put into the dense model,
     and its distance to it measured; what repairing the worst would give is predicted, and measured.
     """
 
     summary_line: ClassVar[str] = "which changed block or module makes the divergence"
 
-    changed: str = parameter(
-        "", "the changed model: a folder, a saved result, a GGUF file, a hub id or a built-in"
-    )
+    changed: str = changed_parameter()
     parts: Literal["blocks", "worst", "roles", "modules"] = parameter(
         "modules",
         "how finely: blocks; also each module of the worst block; each kind of module in all blocks; also "
@@ -78,24 +73,12 @@ class Attribution(SubjectInstrument):
     def result_class(cls) -> type[Result]:
         return AttributionResult
 
-    def check(self, on: Subject) -> None:
-        on.split(self.split)
-        check_comparable(on, "changed", [self.changed])
-        if not self.changed.strip():
-            raise BadInput(
-                "changed: is empty; give a folder, a saved result, a GGUF file, a hub id or a built-in name"
-            )
-
-    def key(self, on: Any) -> str:
-        return hashlib.sha256(json.dumps([super().key(on), stamp(self.changed)]).encode()).hexdigest()[:24]
-
     def _run(self, on: Subject, progress: Progress) -> Result:
-        return self.between(on, candidate(self.changed, on).model, progress)
+        return self.between(on, self.changed_model(on), progress)
 
     def between(self, dense: Subject, changed: Subject, progress: Progress | None = None) -> Result:
         """The result for a changed model that is at hand; not cached."""
-        if changed.splits is not dense.splits:
-            changed = other_model(dense, changed)
+        changed = on_its_data(dense, changed)
         name = dense.name
         dense, changed = beside(dense, changed)
         parts = parts_of(dense, changed)

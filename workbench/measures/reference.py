@@ -332,6 +332,11 @@ def distance_facts(numbers: dict[str, float]) -> dict[str, float]:
     return {name: numbers[name] for name in wanted if name in numbers}
 
 
+def on_its_data(dense: Subject, changed: Subject) -> Subject:
+    """The changed model on the dense one's data, where it is not there already."""
+    return changed if changed.splits is dense.splits else other_model(dense, changed)
+
+
 def other_model(dense: Subject, changed: Subject) -> Subject:
     """The changed model on the dense one's data."""
     if changed.task.name != dense.task.name:

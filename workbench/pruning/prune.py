@@ -4,7 +4,6 @@ subject.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from typing import Any, ClassVar, Protocol
@@ -15,7 +14,7 @@ from workbench.pruning.axes import DIMENSIONS, STRUCTURES
 from workbench.pruning.plan import PrunePlan
 from workbench.results import Result
 from workbench.statistics.walk_forecast import Planned
-from workbench.storage.forecast import Forecast
+from workbench.storage.forecast import Plan
 from workbench.subjects import Subject
 
 
@@ -115,7 +114,7 @@ class Prune(PrunePlan):
                 "choose magnitude, taylor2, minitron or another that scores them"
             )
 
-    def planned(self, on: Subject) -> Planned | None:
+    def planned(self, on: Subject) -> Plan | None:
         """The walk, where blocks are pruned one after another on what they read."""
         if not self.in_sequence:
             return None
@@ -132,16 +131,9 @@ class Prune(PrunePlan):
             predicted=bool(self.predict_examples),
         )
 
-    def foretold_memory(self, on: Subject) -> Forecast | None:
-        plan = self.planned(on)
-        return None if plan is None else plan.forecast()
-
-    def foretold_seconds(self, on: Subject) -> float | None:
-        plan = self.planned(on)
-        if plan is None or plan.predicted:
-            return None
+    def try_part(self, on: Subject, *part: Any) -> None:
         engine: Any = self.engine()
-        return plan.seconds(functools.partial(engine.tried, on))
+        engine.tried(on, *part)
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         engine = self.engine()

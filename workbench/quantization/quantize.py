@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -30,9 +30,8 @@ from workbench.quantization.rounding_order import Inputs, RoundingOrder, Source,
 from workbench.quantization.rounds import Rounds
 from workbench.quantization.transform.flatquant import input_rows
 from workbench.results import Result
-from workbench.statistics import InputMoments
 from workbench.statistics.walk_forecast import Planned
-from workbench.storage.forecast import Forecast
+from workbench.storage.forecast import Plan
 from workbench.subjects import Layer, Subject
 
 
@@ -55,7 +54,7 @@ class Quantize(QuantizeSettings):
     def check(self, on: Subject) -> None:
         check(self, on)
 
-    def planned(self, on: Subject) -> Planned | None:
+    def planned(self, on: Subject) -> Plan | None:
         """The walk, where nothing else is done that takes memory or time worth a word."""
         if not self.in_sequence or not self.walks or self.rounds_inputs or self.kv_bits:
             return None
@@ -81,22 +80,12 @@ class Quantize(QuantizeSettings):
         """Columns of a layer that share a scale."""
         return group_of(self.format_for(layer.name), self.granularity, self.group_size, layer.shape[-1])
 
-    def foretold_memory(self, on: Subject) -> Forecast | None:
-        plan = self.planned(on)
-        return None if plan is None else plan.forecast()
-
-    def foretold_seconds(self, on: Subject) -> float | None:
-        plan = self.planned(on)
-        if plan is None or plan.predicted:
-            return None
-
-        def change(layers: Sequence[Layer], moments: Mapping[str, InputMoments]) -> None:
-            factors, rounds = Factors(), Rounds(self, keeps_dense=False)
-            for layer in layers:
-                source = Source(moments[layer.name], torch.Generator().manual_seed(self.seed), factors)
-                rounds.add(layer, *round_layer(self, layer, source), moments[layer.name])
-
-        return plan.seconds(change)
+    def try_part(self, on: Subject, *part: Any) -> None:
+        layers, moments = part
+        factors, rounds = Factors(), Rounds(self, keeps_dense=False)
+        for layer in layers:
+            source = Source(moments[layer.name], torch.Generator().manual_seed(self.seed), factors)
+            rounds.add(layer, *round_layer(self, layer, source), moments[layer.name])
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)

@@ -9,12 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import nn
-
 from workbench.measures.language import CHUNK_BYTES
 from workbench.statistics.inputs import InputMoments
 from workbench.statistics.walk import Walk
-from workbench.storage.forecast import Forecast
+from workbench.storage.forecast import Forecast, weight_bytes
 from workbench.storage.resident import of_files
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import LanguageModel
@@ -126,7 +124,7 @@ class Planned:
 
     @functools.cached_property
     def model_bytes(self) -> int:
-        return sum(bytes_of(p) for p in self.on.model.parameters())
+        return weight_bytes(self.on.model)
 
     @functools.cached_property
     def mapped(self) -> bool:
@@ -183,11 +181,7 @@ def clocked(work: Callable[[], Made]) -> tuple[Made, float]:
 
 
 def stored(layer: Layer) -> int:
-    return bytes_of(layer.original)
-
-
-def bytes_of(parameter: nn.Parameter) -> int:
-    return parameter.numel() * parameter.element_size()
+    return layer.original.nbytes
 
 
 def square(layer: Layer) -> int:

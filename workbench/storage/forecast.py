@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from workbench.errors import BadInput
 
@@ -83,6 +83,26 @@ class Forecast:
         least = -(-self.total // 1_000_000)
         help_ = f"give --memory {least}MB or more" + (f", or {enough}" if enough else "")
         raise BadInput(f"memory: {whose} too little: {name} {self.words()}; {help_}")
+
+
+class Plan(Protocol):
+    """Work whose memory follows from shapes and whose time follows from a trial; of `predicted` work no time
+    is told.
+    """
+
+    @property
+    def predicted(self) -> bool: ...
+
+    def forecast(self) -> Forecast:
+        """What is held when most is."""
+
+    def seconds(self, change: Callable[..., None]) -> float | None:
+        """How long it takes, by what `change` takes on a part."""
+
+
+def weight_bytes(model: Any) -> int:
+    """What the parameters of a torch module take."""
+    return sum(p.nbytes for p in model.parameters())
 
 
 def duration(seconds: float) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,10 +11,9 @@ from torch import Tensor
 
 from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument
-from workbench.measures.fidelity import candidate, check_comparable, stamp
+from workbench.measures.changed_model import BesideChanged, changed_parameter
 from workbench.measures.language import pair_of
-from workbench.measures.reference import other_model
+from workbench.measures.reference import on_its_data
 from workbench.measures.texts.continued import (
     continued,
     ends_of,
@@ -37,16 +34,14 @@ AT_ONCE = 8  # texts
 FIRST = 5  # words of both models kept of the place where they part
 
 
-class SideBySide(SubjectInstrument):
+class SideBySide(BesideChanged):
     """Do two language models write the same? Both go on with the same texts, greedily and with the same
     random numbers; the first differing token, the divergence there, and how much each repeats itself.
     """
 
     summary_line: ClassVar[str] = "two language models go on with the same texts; where they part"
 
-    changed: str = parameter(
-        "", "the changed model: a folder, a saved result, a GGUF file, a hub id or a built-in"
-    )
+    changed: str = changed_parameter()
     test_examples: int = parameter(20, "texts", ge=1, le=1000, unit="examples")
     split: str = parameter("test", "split the texts come from")
     prompt_tokens: int = parameter(32, "of each text that both models read", ge=1, unit="tokens")
@@ -60,27 +55,17 @@ class SideBySide(SubjectInstrument):
     def result_class(cls) -> type[Result]:
         return SideBySideResult
 
-    def check(self, on: Subject) -> None:
-        on.split(self.split)
-        check_comparable(on, "changed", [self.changed])
+    def check_task(self, on: Subject) -> None:
         check_writes(on)
-        if not self.changed.strip():
-            raise BadInput(
-                "changed: is empty; give a folder, a saved result, a GGUF file, a hub id or a built-in name"
-            )
-
-    def key(self, on: Any) -> str:
-        return hashlib.sha256(json.dumps([super().key(on), stamp(self.changed)]).encode()).hexdigest()[:24]
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        return self.between(on, candidate(self.changed, on).model, progress)
+        return self.between(on, self.changed_model(on), progress)
 
     def between(self, dense: Subject, changed: Subject, progress: Progress | None = None) -> Result:
         """The result for a changed model that is at hand; not cached."""
         check_writes(dense)
         progress = progress or Progress()
-        if changed.splits is not dense.splits:
-            changed = other_model(dense, changed)
+        changed = on_its_data(dense, changed)
         dense.model.eval()
         changed.model.eval()
         prompts = self.prompts(dense)

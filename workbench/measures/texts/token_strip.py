@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -15,11 +13,10 @@ from torch import Tensor
 
 from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument
-from workbench.measures.fidelity import candidate, check_comparable, stamp
+from workbench.measures.changed_model import BesideChanged, changed_parameter
 from workbench.measures.intervals import mcnemar
 from workbench.measures.language import chunk_length, fresh, pair_of
-from workbench.measures.reference import Answer, Reference, batch_of, kind_of, other_model, reference_of
+from workbench.measures.reference import Answer, Reference, batch_of, kind_of, on_its_data, reference_of
 from workbench.measures.texts.spelled import Words, class_name
 from workbench.measures.texts.token_strip_result import KINDS, TokenStripResult
 from workbench.measures.words import LEGEND
@@ -33,7 +30,7 @@ from workbench.subjects.vocabulary import wide
 USUAL = {"language": 8, "classification": 256}
 
 
-class TokenStrip(SubjectInstrument):
+class TokenStrip(BesideChanged):
     """Where do two models differ? A text with every token coloured by its divergence, and the words that both
     models put first there; of classifiers, the examples whose answer flipped, most confident first.
     """
@@ -42,9 +39,7 @@ class TokenStrip(SubjectInstrument):
         "a text coloured by divergence, both models' first words; flips of classifiers"
     )
 
-    changed: str = parameter(
-        "", "the changed model: a folder, a saved result, a GGUF file, a hub id or a built-in"
-    )
+    changed: str = changed_parameter()
     test_examples: int = parameter(
         0, "texts; 0: 8 of a language model, 256 of a classifier", ge=0, unit="examples"
     )
@@ -55,27 +50,17 @@ class TokenStrip(SubjectInstrument):
     def result_class(cls) -> type[Result]:
         return TokenStripResult
 
-    def check(self, on: Subject) -> None:
-        on.split(self.split)
-        check_comparable(on, "changed", [self.changed])
+    def check_task(self, on: Subject) -> None:
         check_words(on, self.split)
-        if not self.changed.strip():
-            raise BadInput(
-                "changed: is empty; give a folder, a saved result, a GGUF file, a hub id or a built-in name"
-            )
-
-    def key(self, on: Any) -> str:
-        return hashlib.sha256(json.dumps([super().key(on), stamp(self.changed)]).encode()).hexdigest()[:24]
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        return self.between(on, candidate(self.changed, on).model, progress)
+        return self.between(on, self.changed_model(on), progress)
 
     def between(self, dense: Subject, changed: Subject, progress: Progress | None = None) -> Result:
         """The result for a changed model that is at hand; not cached."""
         check_words(dense, self.split)
         progress = progress or Progress()
-        if changed.splits is not dense.splits:
-            changed = other_model(dense, changed)
+        changed = on_its_data(dense, changed)
         kind = kind_of(dense.task)
         size = self.test_examples or USUAL[kind]
         reference = reference_of(dense, self.split, size, progress, batch_size=batch_of(dense, self.split))

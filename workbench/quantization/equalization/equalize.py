@@ -13,7 +13,7 @@ from workbench.progress import Progress
 from workbench.quantization.equalization.equalizations import EQUALIZATION, Scaled
 from workbench.quantization.equalization.scale_groups import fold, scale_groups
 from workbench.quantization.quantize_result import choices
-from workbench.quantization.rotation.fold import change_of_outputs, same_function, stream_of
+from workbench.quantization.rotation.fold import same_function, stream_of
 from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.subjects.changes import bake
@@ -77,11 +77,11 @@ class Equalize(SubjectInstrument):
         for scaled in self.kind(made, groups, self.calibration_examples, progress):
             fold(made.model, scaled.group, scaled.scale)
             found.append(scaled)
-        same_function(on, made)
+        change = same_function(on, made)
         table = pd.DataFrame([row(scaled) for scaled in found])
         facts: dict[str, Any] = {
             "groups": len(found),
-            "largest_change_of_logits": change_of_outputs(on, made)[0],
+            "largest_change_of_logits": change,
             "spread": float(table["spread"].median()),
             "spread_scaled": float(table["spread_scaled"].median()),
         }

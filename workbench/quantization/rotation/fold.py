@@ -120,9 +120,10 @@ def change_of_outputs(on: Subject, made: Subject) -> tuple[float, float]:
     )
 
 
-def same_function(on: Subject, made: Subject) -> None:
-    """Raises `BadInput` where what was folded changed the function: a norm that is no plain multiple of its
-    weight (Gemma's 1 + weight), or one more between the stream and the layers.
+def same_function(on: Subject, made: Subject) -> float:
+    """The largest change of any output. Raises `BadInput` where what was folded changed the function: a norm
+    that is no plain multiple of its weight (Gemma's 1 + weight), or one more between the stream and the
+    layers.
     """
     change, largest = change_of_outputs(on, made)
     coarse = min(torch.finfo(p.dtype).bits for p in on.model.parameters()) < 32
@@ -132,6 +133,7 @@ def same_function(on: Subject, made: Subject) -> None:
             f"(outputs change by {change:.2g}, the largest is {largest:.2g}); use quantize with a transform, "
             "which stays online"
         )
+    return change
 
 
 @torch.no_grad()
