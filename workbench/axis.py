@@ -501,10 +501,13 @@ def _sorted_out(
     renamed = cls.renamed()
     for name, value in given.items():
         home = options
-        if name in renamed and name not in cls.model_fields:
-            home = old
-            warn(f"{name}: is called {renamed[name]} now; the old name goes with the next release")
-            name = renamed[name]
+        new = None if name.partition(".")[0] in cls.model_fields else new_name(name, renamed)
+        if new is not None:
+            home = options if "." in name else old
+            warn(f"{name}: is called {new} now; the old name goes with the next release")
+            if new in given:
+                raise BadInput(f"{name}: is the old name of {new}, which is given as well; leave it out")
+            name = new
         if "." in name:
             field, option = name.split(".", 1)
             if field not in cls.model_fields or axis_of(cls.model_fields[field]) is None:
@@ -517,6 +520,14 @@ def _sorted_out(
         else:
             values[name] = value
     return values, options, old
+
+
+def new_name(name: str, renamed: Mapping[str, str]) -> str | None:
+    """Today's name of a field or of an option of a field that is called otherwise now."""
+    field, dot, option = name.partition(".")
+    if name in renamed or field not in renamed:
+        return renamed.get(name)
+    return f"{renamed[field]}{dot}{option}"
 
 
 def _placed(choice: Choice, path: str, value: Any, where: str) -> Choice | None:

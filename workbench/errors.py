@@ -6,6 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterable
+from typing import get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -74,8 +75,11 @@ def describe(error: ValidationError, cls: type[BaseModel]) -> str:
     """A pydantic error as one line: field, value, what would be accepted."""
     lines = []
     for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"]) or cls.__name__
-        if item["type"] == "extra_forbidden":
+        count = values_asked(item["loc"], cls) if item["type"] in ("missing", "too_long") else 0
+        field = ".".join(str(part) for part in item["loc"][: 1 if count else None]) or cls.__name__
+        if count:
+            lines.append(f"{field}: {item['input']!r} is not accepted, it should be {count} values")
+        elif item["type"] == "extra_forbidden":
             hint = did_you_mean(field, cls.model_fields)
             fields = ", ".join(cls.model_fields)
             lines.append(f"{field}: unknown field{'; ' + hint if hint else ''} (fields: {fields})")
@@ -86,3 +90,11 @@ def describe(error: ValidationError, cls: type[BaseModel]) -> str:
                 shown = ""
             lines.append(f"{field}: {shown}{message}")
     return "; ".join(lines)
+
+
+def values_asked(place: tuple[int | str, ...], cls: type[BaseModel]) -> int:
+    """How many values a field of fixed length takes; 0 where it has none, or where the place is deeper."""
+    info = cls.model_fields.get(str(place[0])) if place else None
+    kind = info.annotation if info is not None else None
+    fixed = get_origin(kind) is tuple and Ellipsis not in get_args(kind)
+    return len(get_args(kind)) if fixed and len(place) <= 2 else 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.axis import Choice, Entry, Fields, axes, axis_of, place_of
+from workbench.axis import Choice, Entry, Fields, axes, axis_of, new_name, place_of
 from workbench.errors import BadInput, unknown_name
 from workbench.families import FAMILIES, import_families
 from workbench.field_text import paragraph, shown
@@ -182,7 +182,7 @@ def home_of(entry: Entry) -> tuple[str, str] | None:
 def accepts(cls: type[Fields], field: str) -> bool:
     """True where `field` is one of these fields, an option of their choices, or a name of one release ago."""
     head = field.split(".")[0]
-    if head in cls.model_fields or field in cls.renamed():
+    if head in cls.model_fields or new_name(field, cls.renamed()):
         return True
     homes = [axis for info in cls.model_fields.values() if (axis := axis_of(info)) is not None]
     return any(field in e.options.model_fields for axis in homes for e in axis.entries.values())
@@ -196,7 +196,8 @@ def instruments_of(steps: Sequence[Step], changes: Mapping[str, Any]) -> list[In
         cls = find(name)
         mine = {field: value for field, value in changes.items() if accepts(cls, field)}
         placed |= set(mine)
-        kept = {k: v for k, v in fields.items() if k.split(".")[0] not in mine or k in mine}
+        today = {new_name(field, cls.renamed()) or field for field in mine}
+        kept = {k: v for k, v in fields.items() if k.split(".")[0] not in today and k not in today}
         made.append(cls(**(kept | mine)))
     if missing := [field for field in changes if field not in placed]:
         raise BadInput(f"{missing[0]}: no step of {in_words(steps)} takes it")

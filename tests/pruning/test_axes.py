@@ -111,8 +111,14 @@ def test_a_method_fills_what_is_not_given():
 
 @pytest.mark.filterwarnings("default::FutureWarning")
 def test_names_of_one_release_ago_say_the_new_ones():
-    with pytest.warns(FutureWarning, match=r"schedule\.events"):
-        assert Prune(schedule="cubic", steps=3).schedule.options.events == 3
+    with pytest.warns(FutureWarning, match=r"sparsity_schedule\.events"):
+        assert Prune(sparsity_schedule="cubic", steps=3).sparsity_schedule.options.events == 3
+    with pytest.warns(FutureWarning, match="called sparsity_schedule"):
+        old = Prune(schedule="cubic", **{"schedule.events": 3})
+    assert old == Prune(sparsity_schedule={"name": "cubic", "events": 3})
+    with pytest.warns(FutureWarning, match="geometric is a sparsity_schedule now"):
+        both = TrainSparse(schedule="geometric", learning_rate_schedule="rex", stages=2)
+    assert both == TrainSparse(sparsity_schedule="geometric", schedule="rex", stages=2)
     with pytest.warns(FutureWarning, match=r"recovery\.steps"):
         made = Prune(recovery="low-rank", recovery_steps=5, lr=1e-3, rank=2, batch_size=4)
     assert made == Prune(
@@ -188,11 +194,13 @@ def test_scores_of_a_choice_that_was_changed_are_not_taken_from_the_memory(own):
 
 def test_schedules_and_patterns_of_the_other_instrument_are_refused():
     vit = workbench.subject("digits-vit")
+    with pytest.raises(BadInput, match="old name of sparsity_schedule, which is given as well"):
+        Prune(schedule="cubic", sparsity_schedule="linear")
     for made, words in (
-        (Prune(schedule="geometric"), "from stage to stage of `train-sparse`"),
+        (Prune(sparsity_schedule="geometric"), "from stage to stage of `train-sparse`"),
         (Prune(pattern="hybrid 4x4"), "only trained for, by `train-sparse`"),
-        (TrainSparse(schedule="linear"), "counts the events of `prune`"),
-        (TrainSparse(**{"method": "pst", "schedule.events": 3}), r"schedule\.events"),
+        (TrainSparse(sparsity_schedule="linear"), "counts the events of `prune`"),
+        (TrainSparse(**{"method": "pst", "sparsity_schedule.events": 3}), r"schedule\.events"),
         (TrainSparse(allocation="adaptive"), "shares out heads and neurons"),
     ):
         with pytest.raises(BadInput, match=words):

@@ -279,7 +279,7 @@ def test_a_gradual_cut_passes_through_its_sparsities_and_names_what_went():
         method="minitron",
         pattern="channels",
         sparsity=0.5,
-        schedule={"name": "linear", "events": 2},
+        sparsity_schedule={"name": "linear", "events": 2},
         recovery={"name": "distil", "steps": 10},
         predict_examples=16,
     ).run(on, Progress(), cache=False)

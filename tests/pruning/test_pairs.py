@@ -75,9 +75,9 @@ def pruned(subject, pattern, accepted, **fields):
         if method not in accepted:
             with pytest.raises(BadInput) as refused:
                 prune.run(subject, Progress(), cache=False)
-            assert re.match(r"(method|pattern|saliency|compensation|schedule): ", str(refused.value)), (
-                refused.value
-            )
+            assert re.match(
+                r"(method|pattern|saliency|compensation|sparsity_schedule): ", str(refused.value)
+            ), refused.value
             continue
         result = prune.run(subject, Progress(), cache=False)
         model = result.subject.model

@@ -102,7 +102,7 @@ def test_gradual_schedules_train_between():
         workbench.subject("digits-vit"),
         method="magnitude",
         sparsity=0.7,
-        schedule={"name": "cubic", "events": 3},
+        sparsity_schedule={"name": "cubic", "events": 3},
         recovery={"name": "finetune", "steps": 20, "learning_rate": 1e-3},
     )
     assert result.tables["schedule"].sparsity.tolist() == pytest.approx(sparsities("cubic", 0.7, 3), abs=2e-3)
@@ -172,7 +172,7 @@ def test_stop_keeps_what_there_is():
         ({"pattern": "2:4", "sparsity": 0.7}, "contradicts"),
         ({"pattern": "stripes"}, "pattern"),
         ({"layers": "nothing*"}, "layers"),
-        ({"schedule.events": 3}, "schedule.events"),
+        ({"sparsity_schedule.events": 3}, "sparsity_schedule.events"),
         ({"recovery": "finetune"}, "recovery.steps"),
         ({"method": "wanda", "allocation": "global"}, "allocation"),
         ({"pattern": "heads", "compensation": "fisher"}, "fisher"),

@@ -42,9 +42,7 @@ def told(name: str, settings: dict[str, Any]) -> Any:
     run = RUNS[name]
     if isinstance(run, Prune):
         return run.with_fields(**{f"recovery.{field}": value for field, value in settings.items()})
-    return run.with_fields(
-        **{field.replace("schedule", "learning_rate_schedule"): v for field, v in settings.items()}
-    )
+    return run.with_fields(**settings)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -122,8 +120,7 @@ def test_settings_of_the_loop_reach_it(name: str, checkpoints: Any, monkeypatch:
     if isinstance(run, Prune):
         run = run.with_fields(**{f"recovery.{field}": value for field, value in LOOP.items()})
     else:
-        own = {"schedule": "schedule"} if name == "train" else {"schedule": "learning_rate_schedule"}
-        run = run.with_fields(**{own.get(field, field): value for field, value in LOOP.items()})
+        run = run.with_fields(**LOOP)
     with pytest.raises(Begun):
         run.run(workbench.subject(checkpoints["vit"], data="random"), Progress(), cache=False)
     settings = begun[0].settings

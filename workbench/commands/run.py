@@ -179,17 +179,34 @@ def field_options(classes: Iterable[Any]) -> dict[str, Any]:
         for name, info in cls.parameters().items():
             axis = axis_of(info)
             found[name.replace("_", "-")] = str if axis else info.annotation
-            for entry in axis.entries.values() if axis else ():
-                for option, inner in entry.options.parameters().items():
-                    annotation = str if axis_of(inner) else inner.annotation
-                    dotted = f"{name}.{option}".replace("_", "-")
-                    found.setdefault(dotted, annotation)
-                    flat.setdefault(option.replace("_", "-"), annotation)
+            for option, annotation in options_within(axis, name).items():
+                found.setdefault(option, annotation)
+                if option.count(".") == 1:
+                    flat.setdefault(option.partition(".")[2], annotation)
         for old, new in cls.renamed().items():
             if old in options.SUBJECT_OPTIONS:  # on the command line it names the subject's
                 continue
-            flat[old.replace("_", "-")] = found.get(new.replace("_", "-"), object)
+            old, new = old.replace("_", "-"), new.replace("_", "-")
+            flat[old] = found.get(new, object)
+            flat |= {old + k.removeprefix(new): v for k, v in found.items() if k.startswith(f"{new}.")}
     return flat | found
+
+
+def options_within(axis: Any, path: str, around: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every option of the entries of `axis`, dotted, and of the entries that their options choose among,
+    each axis once on the way -> the type of its value.
+    """
+    from workbench.axis import axis_of
+
+    found: dict[str, Any] = {}
+    for entry in axis.entries.values() if axis else ():
+        for option, info in entry.options.parameters().items():
+            inner, dotted = axis_of(info), f"{path}.{option}".replace("_", "-")
+            found.setdefault(dotted, str if inner else info.annotation)
+            if inner is not None and inner.kind not in around:
+                within = options_within(inner, dotted, (*around, axis.kind))
+                found |= {name: kind for name, kind in within.items() if name not in found}
+    return found
 
 
 def opened(space: argparse.Namespace, on: str) -> Any:

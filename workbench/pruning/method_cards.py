@@ -144,8 +144,8 @@ METHODS: list[Method] = [
                 {
                     "method": "magnitude",
                     "sparsity": 0.9,
-                    "schedule": "cubic",
-                    "schedule.events": 6,
+                    "sparsity_schedule": "cubic",
+                    "sparsity_schedule.events": 6,
                     "recovery": "finetune",
                     "recovery.steps": 60,
                     "recovery.learning_rate": 0.001,

@@ -49,7 +49,7 @@ class PrunePlan(SubjectInstrument):
     saliency: Choice = SALIENCY.choice(None)
     compensation: Choice = COMPENSATION.choice(None)
     allocation: Choice = SPARSITY_ALLOCATION.choice(None)
-    schedule: Choice = SPARSITY_SCHEDULE.choice("one-shot")
+    sparsity_schedule: Choice = SPARSITY_SCHEDULE.choice("one-shot")
     calibration_examples: int = parameter(
         128, "examples for the layers' input statistics", ge=1, unit="examples"
     )
@@ -69,7 +69,8 @@ class PrunePlan(SubjectInstrument):
     @classmethod
     def renamed(cls) -> Mapping[str, str]:
         return {
-            "steps": "schedule.events",
+            "schedule": "sparsity_schedule",
+            "steps": "sparsity_schedule.events",
             "recovery_steps": "recovery.steps",
             "lr": "recovery.learning_rate",
         }
@@ -107,7 +108,7 @@ class PrunePlan(SubjectInstrument):
         """
         local = ("", "inputs")
         return (
-            self.schedule.has("at once")
+            self.sparsity_schedule.has("at once")
             and self.recovery.has("nothing")
             and self.saliency.entry.needs in local
             and self.compensation.entry.needs in local

@@ -85,9 +85,9 @@ class Prune(PrunePlan):
                 f"sparsity: {self.sparsity:g} contradicts pattern {self.pattern}, "
                 f"which fixes it at {fixed:g}; leave sparsity out"
             )
-        if self.schedule.has("stages"):
+        if self.sparsity_schedule.has("stages"):
             raise BadInput(
-                f"schedule: {self.schedule} goes from stage to stage of `train-sparse`; "
+                f"sparsity_schedule: {self.sparsity_schedule} goes from stage to stage of `train-sparse`; "
                 "choose one-shot, cubic or linear"
             )
         if not self.recovery.has("nothing"):
@@ -138,7 +138,7 @@ class Prune(PrunePlan):
     def _run(self, on: Subject, progress: Progress) -> Result:
         engine = self.engine()
         engine.begin(on, progress)
-        events = self.schedule(self.sparsity, 1)
+        events = self.sparsity_schedule(self.sparsity, 1)
         between = self.steps_between(len(events))
         for sparsity in events:
             if progress.stopped:

@@ -24,9 +24,8 @@ class RunFields(Fields):
     clip: float = parameter(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e6)
 
 
-def chosen_settings(fields: RunFields, schedule: str = "learning_rate_schedule") -> dict[str, Any]:
-    """Settings of a run from these fields; `schedule` names the one that holds the learning rate's."""
-    found: dict[str, Any] = {name: getattr(fields, name) for name in FIELDS}
-    found["schedule"] = getattr(fields, schedule)
+def chosen_settings(fields: RunFields) -> dict[str, Any]:
+    """Settings of a run from these fields; `schedule` is the learning rate's."""
+    found: dict[str, Any] = {name: getattr(fields, name) for name in (*FIELDS, "schedule")}
     found["clip"] = found["clip"] or None
     return found

@@ -25,7 +25,7 @@ def arms_at(sparsity: float, **methods: dict[str, Any]) -> dict[str, dict[str, A
 HN = {"pattern": "heads+neurons"}
 TUNE = {"recovery": {"name": "finetune", "steps": 60, "learning_rate": 1e-3}}
 ADAPTERS = {"recovery": {"name": "low-rank", "steps": 60, "learning_rate": 2e-3}}
-GRADUAL = TUNE | {"schedule": {"name": "cubic", "events": 6}}
+GRADUAL = TUNE | {"sparsity_schedule": {"name": "cubic", "events": 6}}
 
 MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "obert": functools.partial(

@@ -48,7 +48,11 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
             "equal shares": HN | {"method": "adapt-pruner", "sparsity": 0.5, "allocation": "layer"},
             "in five steps": HN
             | TUNE
-            | {"method": "adapt-pruner", "sparsity": 0.5, "schedule": {"name": "linear", "events": 5}},
+            | {
+                "method": "adapt-pruner",
+                "sparsity": 0.5,
+                "sparsity_schedule": {"name": "linear", "events": 5},
+            },
             "at once": HN | TUNE | {"method": "adapt-pruner", "sparsity": 0.5},
         },
         claims=[("adaptive", "equal shares"), ("in five steps", "at once")],
@@ -103,7 +107,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                 "method": "slimmoe",
                 "pattern": "neurons",
                 "sparsity": 0.5,
-                "schedule": {"name": "linear", "events": 2},
+                "sparsity_schedule": {"name": "linear", "events": 2},
                 "saliency.gradients": 32,
             },
             "one stage": DISTIL

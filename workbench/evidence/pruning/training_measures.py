@@ -86,7 +86,7 @@ LONG = {"steps": 300}
 def gradual(steps: int) -> dict[str, Any]:
     """A cubic ramp inside so many steps of recovery."""
     recovery = {"name": "finetune", "steps": steps, "learning_rate": 1e-3, "batch_size": 32}
-    return {"recovery": recovery, "schedule": {"name": "cubic", "events": 5}}
+    return {"recovery": recovery, "sparsity_schedule": {"name": "cubic", "events": 5}}
 
 
 GRADUAL = gradual(100)
@@ -142,7 +142,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                     "method": "ziplm",
                     "pattern": "heads+neurons",
                     "sparsity": 0.5,
-                    "schedule": {"name": "cubic", "events": 3},
+                    "sparsity_schedule": {"name": "cubic", "events": 3},
                     "recovery.steps": 480,
                 },
                 3.0,
@@ -155,7 +155,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
                     "sparsity": 0.8,
                     "saliency.gradients": 64,
                     "compensation.gradients": 64,
-                    "schedule": {"name": "cubic", "events": 4},
+                    "sparsity_schedule": {"name": "cubic", "events": 4},
                     "recovery.steps": 640,
                 },
                 1.0,
@@ -271,7 +271,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         keep=("cumulative_error",),
         arms={
             "dense": [sparse(method="dense", **APART)],
-            "at once": [sparse(method="app", schedule="from-start", **APART)],
+            "at once": [sparse(method="app", sparsity_schedule="from-start", **APART)],
             "progressive": [sparse(method="app", **APART)],
         },
         claims=[

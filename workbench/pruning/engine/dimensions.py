@@ -79,11 +79,11 @@ def check_dimension(prune: PrunePlan, on: Any, kind: str) -> None:
             f"the smallest is about {step / total:.2f}"
         )
     if saliency.entry.needs == "training" and (
-        prune.recovery not in ("finetune", "low-rank") or not prune.schedule.has("at once")
+        prune.recovery not in ("finetune", "low-rank") or not prune.sparsity_schedule.has("at once")
     ):
         raise BadInput(
             f"saliency: {saliency} channels are found by training; "
-            "give recovery finetune or low-rank, recovery.steps and schedule one-shot"
+            "give recovery finetune or low-rank, recovery.steps and sparsity_schedule one-shot"
         )
 
 
@@ -283,7 +283,7 @@ def shrunk_facts(
         "dense_bytes": dense_size(dense.model) * dense.parameter_count(),
         "packed_bytes": bytes_of_weights(on.model, on.model.parameters()) * on.parameter_count(),
         **flops,
-        "composition": f"{saliency} x {kind} x none x {prune.schedule} x {prune.recovery}",
+        "composition": f"{saliency} x {kind} x none x {prune.sparsity_schedule} x {prune.recovery}",
     }
 
 

@@ -159,7 +159,7 @@ class Masked:
             ),
             "composition": (
                 f"{prune.saliency} x {prune.pattern} x {prune.allocation} x {prune.compensation} x "
-                f"{prune.schedule} x {prune.recovery}"
+                f"{prune.sparsity_schedule} x {prune.recovery}"
             ),
         }
 

@@ -158,9 +158,9 @@ def check_weights(prune: PrunePlan, pattern: Tiles | NM, on: Any) -> None:
             f"allocation: {prune.allocation} shares heads and neurons among the blocks; "
             "choose layer, row or global"
         )
-    if pattern.fixed is not None and not prune.schedule.has("at once"):
+    if pattern.fixed is not None and not prune.sparsity_schedule.has("at once"):
         raise BadInput(
-            "schedule: an N:M pattern has one sparsity, so it cannot be reached gradually; use one-shot"
+            "sparsity_schedule: an N:M pattern has one sparsity, not reached gradually; use one-shot"
         )
     if prune.method.has("refines") and pattern != Tiles(1, 1):
         raise BadInput(f"pattern: {prune.method} exchanges single weights, so it needs pattern unstructured")

@@ -56,7 +56,7 @@ def finetune(
     **more: Any,
 ) -> Recovery:
     """All weights but the embeddings."""
-    more |= {"settings": chosen_settings(options, "schedule")}
+    more |= {"settings": chosen_settings(options)}
     rate = options.learning_rate
     return made(on, layers, "finetune", options.steps, rate, options.batch_size, **more)
 
@@ -78,7 +78,7 @@ def distil(
 ) -> Recovery:
     """The same, with the dense model as a teacher."""
     more |= {"teacher": teacher, "temperature": options.temperature}
-    more |= {"settings": chosen_settings(options, "schedule")}
+    more |= {"settings": chosen_settings(options)}
     return made(on, layers, "distil", options.steps, options.learning_rate, options.batch_size, **more)
 
 
@@ -98,5 +98,5 @@ def low_rank(
     **more: Any,
 ) -> Recovery:
     """Masked adapters, merged at the end without losing a zero."""
-    more |= {"rank": options.rank, "settings": chosen_settings(options, "schedule")}
+    more |= {"rank": options.rank, "settings": chosen_settings(options)}
     return made(on, layers, "low-rank", options.steps, options.learning_rate, options.batch_size, **more)

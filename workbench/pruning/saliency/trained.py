@@ -31,7 +31,7 @@ def learned(
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """(kept (hidden,), curve): the subject is trained in place."""
     training = recovery.options
-    settings = chosen_settings(training, "schedule")
+    settings = chosen_settings(training)
     if training.schedule == "rise-and-fall":  # the tuning has one of its own, which rests at the end
         del settings["schedule"]
     kept, curve = learn_channels(

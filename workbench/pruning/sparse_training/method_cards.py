@@ -21,8 +21,8 @@ METHODS: list[Method] = [
                 {
                     "method": "obert",
                     "sparsity": 0.8,
-                    "schedule": "cubic",
-                    "schedule.events": 4,
+                    "sparsity_schedule": "cubic",
+                    "sparsity_schedule.events": 4,
                     "recovery": "distil",
                     "recovery.steps": 640,
                     "recovery.learning_rate": 0.0002,

@@ -12,7 +12,7 @@ PLAIN = {
     "masks": "none",
     "saliency": "magnitude",
     "allocation": "layer",
-    "schedule": "from-start",
+    "sparsity_schedule": "from-start",
     "trainable": "all",
     "terms": "none",
     "objective": "task",
@@ -81,7 +81,7 @@ def app(options: Options) -> dict[str, str]:
         "masks": "static",
         "saliency": "gradient",
         "allocation": "global",
-        "schedule": "geometric",
+        "sparsity_schedule": "geometric",
         "portion": "megabatches",
     }
 
@@ -97,19 +97,24 @@ def block_movement(options: Options) -> dict[str, str]:
 
 @SPARSE_METHOD.add("movement", formula="M = choice(S), S -= lr dL/d(W M) W", source="Sanh et al. 2020")
 def movement(options: Options) -> dict[str, str]:
-    return PLAIN | {"masks": "movement", "schedule": "cubic"}
+    return PLAIN | {"masks": "movement", "sparsity_schedule": "cubic"}
 
 
 @SPARSE_METHOD.add("pst", formula="M = choice(|w| + A B + R + C), adapters under it", source="Li et al. 2022")
 def pst(options: Options) -> dict[str, str]:
-    return PLAIN | {"masks": "scores", "schedule": "cubic", "trainable": "adapters", "terms": "low-rank"}
+    return PLAIN | {
+        "masks": "scores",
+        "sparsity_schedule": "cubic",
+        "trainable": "adapters",
+        "terms": "low-rank",
+    }
 
 
 @SPARSE_METHOD.add("dsee", formula="M * W + B A + S2, dense until the last stage", source="Chen et al. 2021")
 def dsee(options: Options) -> dict[str, str]:
     return PLAIN | {
         "masks": "static",
-        "schedule": "late",
+        "sparsity_schedule": "late",
         "trainable": "adapters",
         "terms": "side-low-rank+entries",
     }

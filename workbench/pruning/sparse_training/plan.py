@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workbench.axis import Choice, parameter
+from workbench.axis import Choice, parameter, warn
 from workbench.instruments import SubjectInstrument
 from workbench.pruning.axes import PATTERN, SALIENCY, SPARSITY_ALLOCATION, SPARSITY_SCHEDULE
 from workbench.pruning.plan import form_of
@@ -21,6 +21,21 @@ from workbench.pruning.sparse_training.axes import (
 from workbench.training.chosen import RunFields
 from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
 from workbench.training.sweep.objective import Start
+
+
+def with_sparsity_schedule(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with `sparsity_schedule` where `schedule` names one of those, as it did one release ago;
+    the two axes share the name `linear` alone, which was refused here.
+    """
+    named = given.get("schedule")
+    name = named.get("name") if isinstance(named, Mapping) else named
+    if str(name) not in SPARSITY_SCHEDULE.entries or str(name) in LEARNING_RATE_SCHEDULE.entries:
+        return dict(given)
+    warn(f"schedule: {name} is a sparsity_schedule now; the old name goes with the next release")
+    return {
+        f"sparsity_{field}" if field.partition(".")[0] == "schedule" else field: value
+        for field, value in given.items()
+    }
 
 
 class SparsePlan(SubjectInstrument, RunFields):
@@ -47,7 +62,7 @@ class SparsePlan(SubjectInstrument, RunFields):
     allocation: Choice = SPARSITY_ALLOCATION.choice(
         None, "how a mask made before training shares its sparsity among layers"
     )
-    schedule: Choice = SPARSITY_SCHEDULE.choice(
+    sparsity_schedule: Choice = SPARSITY_SCHEDULE.choice(
         None, "sparsity over the run: from-start, cubic, or from stage to stage: geometric, late"
     )
     trainable: Choice = TRAINABLE.choice(None)
@@ -60,7 +75,7 @@ class SparsePlan(SubjectInstrument, RunFields):
     learning_rate: float = parameter(
         1e-3, "peak learning rate, anew in every stage", gt=0, le=10, scale="log"
     )
-    learning_rate_schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
     stages: int = parameter(
         1,
         "parts of the run: the half that learns is drawn, and a staged schedule prunes, at the start of each",
@@ -73,6 +88,9 @@ class SparsePlan(SubjectInstrument, RunFields):
     )
     test_split: str = parameter("test", "split for the reported loss and metrics")
 
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**with_sparsity_schedule(given))
+
     @classmethod
     def renamed(cls) -> Mapping[str, str]:
         return {
@@ -80,6 +98,7 @@ class SparsePlan(SubjectInstrument, RunFields):
             "score_lr": "masks.learning_rate",
             "blocks": "trainable.blocks",
             "data": "portion",
+            "learning_rate_schedule": "schedule",
         }
 
     @classmethod

@@ -219,7 +219,7 @@ class Course:
             selection = selection_of(layer)
             if isinstance(selection, AdaptiveMask):
                 selection.decay = annealed(self.masks.options.decay, share)
-            if selection is not None and plan.schedule.has("inside a stage"):
+            if selection is not None and plan.sparsity_schedule.has("inside a stage"):
                 selection.sparsity = cubic(
                     0.0, plan.sparsity, min(round(share * 1000), 700), 700
                 )  # the last three tenths at full sparsity
@@ -310,7 +310,7 @@ class Course:
             else 1 - mean,
             "composition": " x ".join(
                 str(getattr(plan, name))
-                for name in ("masks", "schedule", "trainable", "terms", "objective", "backward")
+                for name in ("masks", "sparsity_schedule", "trainable", "terms", "objective", "backward")
             ),
         }
         for kind in ("heads", "neurons"):

@@ -104,10 +104,10 @@ class TrainSparse(SparsePlan):
             raise BadInput(
                 f"pattern: regrow exchanges single weights, so it needs unstructured, not {self.pattern}"
             )
-        late = self.schedule == "late" and self.stages > 1
-        if form.fixed is not None and not self.schedule.has("at once") and not late:
+        late = self.sparsity_schedule == "late" and self.stages > 1
+        if form.fixed is not None and not self.sparsity_schedule.has("at once") and not late:
             raise BadInput(
-                f"schedule: an N:M pattern has one sparsity, so {self.schedule} cannot reach it; "
+                f"sparsity_schedule: an N:M pattern has one sparsity, not a {self.sparsity_schedule} one; "
                 "use from-start"
             )
 
@@ -137,23 +137,25 @@ class TrainSparse(SparsePlan):
             raise BadInput("layers: stacked experts are not accepted here; choose plain matrices by a glob")
 
     def _check_schedule(self) -> None:
-        masks, schedule = self.masks, self.schedule
+        masks, schedule = self.masks, self.sparsity_schedule
         if not schedule.has("stages") and not schedule.has("inside a stage"):
             raise BadInput(
-                f"schedule: {schedule} counts the events of `prune`; choose "
+                f"sparsity_schedule: {schedule} counts the events of `prune`; choose "
                 f"{', '.join(SPARSITY_SCHEDULE.with_trait('stages'))} or cubic"
             )
         if schedule.has("inside a stage"):
             if not masks.has("moving") or masks.has("tiles"):
                 raise BadInput(
-                    f"schedule: {schedule} rises inside the run, which masks {masks} cannot; "
-                    "use geometric with stages, or `prune` with schedule cubic"
+                    f"sparsity_schedule: {schedule} rises inside the run, which masks {masks} cannot; "
+                    "use geometric with stages, or `prune` with sparsity_schedule cubic"
                 )
             if schedule.options != type(schedule.options)():
-                raise BadInput(f"schedule.events: here {schedule} rises at every step; leave its options out")
+                raise BadInput(
+                    f"sparsity_schedule.events: here {schedule} rises at every step; leave its options out"
+                )
         elif not schedule.has("at once") and (masks != "static" or self.stages < 2):
             raise BadInput(
-                f"stages: schedule {schedule} prunes from stage to stage; "
+                f"stages: sparsity_schedule {schedule} prunes from stage to stage; "
                 f"it needs masks static and at least 2 stages, not {self.stages}"
             )
 
@@ -207,5 +209,5 @@ class TrainSparse(SparsePlan):
 
     def _planned(self) -> list[float]:
         """The sparsity of plain masks in every stage."""
-        inside = self.schedule.has("inside a stage")
-        return [self.sparsity] * self.stages if inside else self.schedule(self.sparsity, self.stages)
+        inside = self.sparsity_schedule.has("inside a stage")
+        return [self.sparsity] * self.stages if inside else self.sparsity_schedule(self.sparsity, self.stages)

@@ -44,13 +44,13 @@ class Subtune(SubjectInstrument, RunFields):
     steps: int = parameter(100, "optimizer steps of every candidate", ge=1, le=1_000_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
     learning_rate: float = parameter(1e-3, "peak learning rate", gt=0, le=10, scale="log")
-    learning_rate_schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
     choose_on: str = parameter("validation", "split whose loss chooses the blocks")
     test_split: str = parameter("test", "split for the reported loss and metrics")
 
     @classmethod
     def renamed(cls) -> Mapping[str, str]:
-        return {"lr": "learning_rate"}
+        return {"lr": "learning_rate", "learning_rate_schedule": "schedule"}
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -65,7 +65,7 @@ class Subtune(SubjectInstrument, RunFields):
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            learning_rate_schedule=self.learning_rate_schedule,
+            schedule=self.schedule,
             seed=self.seed,
             test_split=self.choose_on,
             **{name: getattr(self, name) for name in FIELDS},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from workbench.axis import Axis, Choice, parameter
 from workbench.instruments import SubjectInstrument
 from workbench.training.chosen import RunFields
@@ -72,7 +74,7 @@ class TrainedSettings(SubjectInstrument, RunFields):
     steps: int = parameter(200, "optimizer steps", ge=1, le=100000, scale="log")
     batch_size: int = parameter(16, "examples of a step", ge=1, le=4096, scale="log", unit="examples")
     learning_rate: float = parameter(2e-4, "peak learning rate", gt=0, le=1, scale="log")
-    learning_rate_schedule: Choice = LEARNING_RATE_SCHEDULE.choice("linear")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("linear")
     switch_at: float = parameter(
         0.0, "share of the steps trained in full precision first", ge=0, lt=1, step=0.05
     )
@@ -81,3 +83,7 @@ class TrainedSettings(SubjectInstrument, RunFields):
     )
     from_scratch: bool = parameter(False, "start from random weights instead of the subject's")
     test_examples: int = parameter(512, "test and validation examples at most", ge=1, unit="examples")
+
+    @classmethod
+    def renamed(cls) -> Mapping[str, str]:
+        return {"learning_rate_schedule": "schedule"}
