@@ -12,6 +12,7 @@ import sys
 import textwrap
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -214,23 +215,35 @@ def test_objects_count_by_all_that_they_hold(holder, change, read, cache):
     assert after == pytest.approx(10 * before, rel=1e-3)
 
 
-def test_what_a_modules_class_holds_counts(cache):
-    class Scaled(nn.Module):
-        held = types.SimpleNamespace(factor=1.0)
+class Scaled(nn.Module):
+    """A model that reads its factor from what its class holds, or from what it keeps on itself."""
 
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(4, 3)
+    held: Any = types.SimpleNamespace(factor=1.0)
 
-        def forward(self, inputs):
-            return self.held.factor * self.inner(inputs)
+    def __init__(self, own=None):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+        if own is not None:
+            self.held = own
 
+    def forward(self, inputs):
+        return self.held.factor * self.inner(inputs)
+
+
+@pytest.mark.parametrize("own", [None, types.SimpleNamespace(factor=1.0), with_slot(1.0), Mapped(factor=1.0)])
+def test_what_a_module_and_its_class_hold_counts(own, cache):
+    """Kind: objects were left out of a module's settings, where numbers and functions counted."""
     generator = torch.Generator().manual_seed(0)
     data = {"inputs": torch.randn(8, 4, generator=generator), "labels": torch.arange(8) % 3}
     loss = lambda output, batch: nn.functional.cross_entropy(output, batch["labels"])  # noqa: E731
-    on = workbench.subject(Scaled(), data=data, loss=loss)
+    on = workbench.subject(Scaled(own), data=data, loss=loss)
     before = key(on)
-    Scaled.held.factor = 2.0
+    on.model(data["inputs"])
+    assert key(on) == before
+    if isinstance(own, dict):
+        own["factor"] = 2.0
+    else:
+        on.model.held.factor = 2.0
     assert key(on) != before
 
 

@@ -128,3 +128,18 @@ def test_a_schedule_is_the_one_that_was_asked_for(vit):
         for name in ("uba", "cosine")
     }
     assert rates["uba"] != rates["cosine"]
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (Quantize(calibration_examples=10**9), "calibration_examples: 1000000000 are asked for"),
+        (Quantize(test_examples=10**6), "test_examples: 1000000 are asked for"),
+        (Prune(calibration_examples=400, calibration_split="validation"), "the split validation has 359"),
+    ],
+)
+def test_more_examples_than_there_are_is_said(made, told):
+    """Kind: a number was asked for, a smaller one was used, and nothing said so."""
+    (line,) = made.asks_beyond(workbench.subject("digits-vit"))
+    assert told in line and line.endswith("these are taken")
+    assert not list(type(made)().asks_beyond(workbench.subject("digits-vit")))

@@ -111,6 +111,10 @@ class Instrument(Fields):
         """
         return False
 
+    def asks_beyond(self, on: Any) -> Iterator[str]:
+        """A line for each number of examples that somebody set and that is more than there are."""
+        return iter(())
+
     def planned(self, on: Any) -> Plan | None:
         """The work of a run, where it can be foretold; `try_part` is then what it does to a part of it."""
         return None
@@ -167,7 +171,7 @@ class Instrument(Fields):
             return result
         if hasattr(on, "check_finite"):
             on.check_finite()
-        for told in self.idle():
+        for told in (*self.idle(), *self.asks_beyond(on)):
             notice(told)
         self.check(on)
         limit = checked_limit(self, on, given)
@@ -312,6 +316,17 @@ class SubjectInstrument(Instrument):
         "where to compute: auto (the best present), cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
+
+    def asks_beyond(self, on: Any) -> Iterator[str]:
+        fields = type(self).model_fields
+        for usual in ("calibration", "test"):
+            name = f"{usual}_examples"
+            split = getattr(self, f"{usual}_split", getattr(self, "split", usual))
+            if name not in fields or split not in on.splits:
+                continue
+            asked, there = getattr(self, name), on.size(split)
+            if asked > there and asked != fields[name].default:
+                yield f"{name}: {asked} are asked for, and the split {split} has {there}; these are taken"
 
 
 def checked_limit(instrument: Instrument, on: Any, given: int | None, tells: bool = True) -> int | None:

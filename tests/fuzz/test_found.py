@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from workbench.storage.together import PARENT
 from workbench.storage.writing import SCRATCH, scratch
 from workbench.subjects import rows
 from workbench.subjects.loaders import check_alike, from_file
-from workbench.training.resume import unlike
+from workbench.training.resume import check_course, unlike
 from workbench.training.sweep.sweeps import Sweep
 from workbench.values import read
 
@@ -192,6 +193,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("update workbench_trials set params = '[1'", "its params is"),
         ("update workbench_trials set attempts = 'x'", "its attempts is"),
         ("update workbench_trials set beat = null", "its beat is"),
+        ("update workbench_trials set result = 'None' where number = 1", "its result is"),  # a waiting one's
         ("update workbench_trials set state = 'odd'", "its state is"),
         ("""update workbench_trials set params = '{"y": 1}'""", "it has the fields y, not x"),
         ("delete from workbench_studies", "not the sweep"),
@@ -231,6 +233,22 @@ def test_a_stored_state_has_the_form_of_the_fresh_one() -> None:
     for name, wrong in {"lr": "x", "betas": 0.9, "on": 1, "draw": torch.zeros(4)}.items():
         assert unlike(fresh | {name: wrong}, fresh, "state") == f"state.{name}"
     assert unlike({}, fresh, "state") == "state.lr"
+
+
+@pytest.mark.parametrize("kept", [[], [2], [1], [1, 3], [2, 3], [1, 2, 3]])
+def test_a_history_that_lacks_steps_is_not_gone_on_with(kept: list[int]) -> None:
+    """Kind: what is missing looks like what has not been there yet; a run that goes on from such a history
+    ends with a curve that lacks its beginning.
+    """
+    state = {"step": 3, "position": 24, "items": 24, "batch_size": 8, "stop": False, "seconds": 1.0}
+    rows = [{"step": step, "loss": 1.0, "gradient_norm": 1.0} for step in kept]
+    run: Any = types.SimpleNamespace(steps=4)
+    for skipped, whole in ((0, [1, 2, 3]), (1, [2, 3]), (3, [])):
+        if kept == whole:
+            check_course(state | {"skipped": skipped}, rows, run)
+        else:
+            with pytest.raises(ValueError, match="its history has"):
+                check_course(state | {"skipped": skipped}, rows, run)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="processes end together on POSIX systems")

@@ -13,7 +13,7 @@ from typing import Any
 from workbench.commands import options
 from workbench.commands.help_text import run_help
 from workbench.commands.options import Parser, parse
-from workbench.errors import BadInput
+from workbench.errors import BadInput, notice
 from workbench.families import load_plugins
 from workbench.progress import TextProgress
 from workbench.storage import check_target
@@ -123,6 +123,8 @@ def foretold(instruments: Sequence[Any], on: Any, memory: int | None, cache: boo
     from workbench.instruments import checked_limit
 
     for step, instrument in enumerate(instruments):
+        for told in instrument.asks_beyond(on):
+            notice(told)
         found = instrument.foretold_memory(on)
         if found is None:
             print(f"{instrument.name()}: what it holds and how long it takes is not known before it runs")

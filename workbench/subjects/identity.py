@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workbench.keys.live_code import PLAIN, Reader, computes_something, owner
+from workbench.keys.live_code import PLAIN, Reader, computes_something, counts, owner
 from workbench.subjects.changes import describe_changes
 
 #: What `torch.nn.Module` itself keeps on every module.
@@ -124,15 +124,18 @@ def has_user_code(kind: type) -> bool:
 
 
 def settings_of(module: nn.Module, reader: Reader) -> str:
-    """Numbers, texts and functions that a module holds: an epsilon, a scale, an activation."""
-    told = owner(type(module)) != "library"
+    """Numbers, texts and functions that a module holds: an epsilon, a scale, an activation; of a user's
+    module whatever its code may read, a namespace or an object of the user's own class among it.
+    """
+    whose = owner(type(module))
+    reads, told = counts if whose == "user" else computes_something, whose != "library"
     found = []
     for name, value in vars(module).items():
         if name in KEPT_BY_TORCH or name in WRITTEN_BY_USE or (name.startswith("_") and not told):
             continue
         if type(value) in PLAIN:
             found.append(f"{name}={value!r}")
-        elif computes_something(value):
+        elif reads(value):
             found.append(f"{name}={reader.text(value)}")
     return "; ".join(sorted(found))
 

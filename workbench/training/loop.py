@@ -315,6 +315,7 @@ class Training(TrainingState):
             for _ in range(steps):
                 self.schedule.step()  # type: ignore[call-arg]
         self.step += steps
+        self.skipped += steps
 
     def finish(self) -> None:
         """The averaged weights, where there are any, become the model's."""

@@ -72,6 +72,7 @@ class Resumable(Protocol):
     rows: list[dict[str, Any]]
     step: int
     steps: int
+    skipped: int
     position: int
     items: int
     batch_size: int
@@ -90,6 +91,7 @@ def save_run(folder: Path, run: Resumable) -> None:
         "scaler": run.scaler.state_dict(),
         "rng": checkpoint.rng_state(run.subject.device),
         "step": run.step,
+        "skipped": run.skipped,
         "position": run.position,
         "items": run.items,
         "batch_size": run.batch_size,
@@ -123,7 +125,7 @@ def load_run(folder: Path, run: Resumable) -> None:
             run.scaler.load_state_dict(state["scaler"])
         if run.averaged is not None:
             run.averaged.load_state_dict(state["averaged"])
-        run.rows, run.generators = rows, state["rng"]
+        run.rows, run.generators, run.skipped = rows, state["rng"], state["skipped"]
         run.step, run.position, run.items = state["step"], state["position"], state["items"]
         run.batch_size, run.seconds, run.stop = state["batch_size"], state["seconds"], state["stop"]
     except BadInput:
@@ -134,7 +136,7 @@ def load_run(folder: Path, run: Resumable) -> None:
 
 def check_course(state: dict[str, Any], rows: Any, run: Resumable) -> None:
     """`ValueError` unless the numbers of a stored run can be those of this one."""
-    lowest = {"step": 0, "position": 0, "items": 0, "batch_size": 1}
+    lowest = {"step": 0, "skipped": 0, "position": 0, "items": 0, "batch_size": 1}
     for name, low in lowest.items():
         if type(state[name]) is not int or state[name] < low:
             raise ValueError(f"{name} is {str(state[name])[:60]!r}")
@@ -152,9 +154,11 @@ def check_course(state: dict[str, Any], rows: Any, run: Resumable) -> None:
     diverged = bool(rows) and not all(math.isfinite(rows[-1][name]) for name in ("loss", "gradient_norm"))
     steps = [row["step"] for row in rows]
     last = steps[-1] if diverged else state["step"]
-    whole = steps == list(range(last - len(rows) + 1, last + 1)) and len(rows) <= state["step"]
+    whole = steps == list(range(state["skipped"] + 1, last + 1))
     if not whole or any(not isinstance(name, str) for name in names):
-        raise ValueError(f"its history has {len(rows)} rows at step {state['step']}")
+        raise ValueError(
+            f"its history has {len(rows)} rows at step {state['step']}, {state['skipped']} of them skipped"
+        )
 
 
 def check_form(state: dict[str, Any], run: Resumable) -> None:

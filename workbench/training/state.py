@@ -27,6 +27,8 @@ class TrainingState:
     steps: int
     batch_size: int
     step: int = 0
+    #: Steps among them that another run has done.
+    skipped: int = 0
     position: int = 0  # examples seen
     items: int = 0  # targets seen: examples, or tokens of a language model
     stop: bool = False

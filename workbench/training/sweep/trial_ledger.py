@@ -198,7 +198,7 @@ def checked(row: Any) -> Any:
         "attempts": type(row.attempts) is int,
         "optuna": row.optuna is None or type(row.optuna) is int,
         "params": row.params is None or is_object(row.params),
-        "result": is_object(row.result) if row.state in ("done", "failed") else True,
+        "result": is_object(row.result) or (not row.result and row.state not in ("done", "failed")),
         "seconds": row.seconds is None or is_number(row.seconds),
     }
     if wrong := [column for column, good in held.items() if not good]:
