@@ -76,7 +76,7 @@ REDUCED: dict[str, dict[str, Any]] = {
         "predict_examples": 4,
         "method.gradients": 16,
         "saliency.gradients": 16,
-        "schedule.events": 2,
+        "sparsity_schedule.events": 2,
         "recovery.steps": 12,
         "recovery.batch_size": 4,
     },

@@ -45,7 +45,7 @@ SPARSITY_SCHEDULE = Axis(
     "sparsity-schedule",
     "at once, or over several events with the statistics measured anew at each",
     found_in="workbench.pruning.schedule",
-    home="prune.schedule",
+    home="prune.sparsity_schedule",
 )
 RECOVERY = Axis(
     "recovery",

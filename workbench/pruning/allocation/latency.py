@@ -245,9 +245,9 @@ class Latency(Allocation):
                 f"allocation.speedup: {options.speedup:g} with allocation latency and {prune.pattern}; "
                 "a speed-up above 1, allocation latency and removed heads or neurons belong together"
             )
-        if not prune.schedule.has("at once"):
+        if not prune.sparsity_schedule.has("at once"):
             raise BadInput(
-                "schedule: allocation latency is one-shot; prune again with a larger speed-up to go on "
+                "sparsity_schedule: allocation latency is one-shot; prune again with a larger speed-up to go on "
                 "gradually"
             )
 
