@@ -247,8 +247,8 @@ class Latency(Allocation):
             )
         if not prune.sparsity_schedule.has("at once"):
             raise BadInput(
-                "sparsity_schedule: allocation latency is one-shot; prune again with a larger speed-up to go on "
-                "gradually"
+                "sparsity_schedule: allocation latency is one-shot; prune again with a larger speed-up to "
+                "go on gradually"
             )
 
     @staticmethod
