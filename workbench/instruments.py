@@ -19,6 +19,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -33,6 +34,7 @@ from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import CannotWrite, cache_folder
 from workbench.storage.forecast import SHARE, Forecast, Plan, bytes_of, free_bytes, in_words, weight_bytes
+from workbench.storage.resident import on_disk
 from workbench.unfinished import journal
 from workbench.version import __version__, surroundings, threads, versions
 
@@ -153,13 +155,15 @@ class Instrument(Fields):
         the cache; one that was interrupted while it trained goes on from there, unless it is to begin
         `fresh`.
 
-        memory : bytes that the run may hold, the subject's weights included, as a number or as '2GB'; one
-            that holds more is refused before a weight is read. Default: 80 % of what is free.
+        memory : bytes that the run may hold, the subject's weights included, as a number or as '2GB'.
+            A walk that holds more goes on with one block in memory and the others in files, with the same
+            numbers; what does not fit then is refused before a weight is read. Default: 80 % of what is
+            free.
         """
         progress = progress or TextProgress()
         given = None if memory is None else bytes_of(memory)
         if given is not None and getattr(on, "made", True):  # before a weight is read
-            checked_limit(self, on, given, tells=False)
+            room_for(self, on, given, tells=False)
         key = self.key(on)
         slot = cache_folder() / "results" / key
         stored_before = from_slot(slot) if cache and self.cached else None
@@ -174,11 +178,12 @@ class Instrument(Fields):
         for told in (*self.idle(), *self.asks_beyond(on)):
             notice(told)
         self.check(on)
-        limit = checked_limit(self, on, given)
-        with journal(key, self.about(on), progress, fresh) as kept:
+        room = room_for(self, on, given)
+        where = on_disk(cache_folder()) if room.on_disk else contextlib.nullcontext()
+        with journal(key, self.about(on), progress, fresh) as kept, where:
             result = self._measure(on, progress, key)
-            if limit is not None:
-                result.provenance["memory"] = limit
+            if room.limit is not None:
+                result.provenance |= {"memory": room.limit, "in_files": room.on_disk}
             stored = cache and self.cached and not result.partial
             if stored:
                 to_slot(result, slot)
@@ -329,9 +334,24 @@ class SubjectInstrument(Instrument):
                 yield f"{name}: {asked} are asked for, and the split {split} has {there}; these are taken"
 
 
-def checked_limit(instrument: Instrument, on: Any, given: int | None, tells: bool = True) -> int | None:
-    """Bytes that a run may hold, a share of what is free where nobody says it, once it is known that it stays
-    below; `BadInput` when it does not. None where the system does not say what is free.
+@dataclass(frozen=True)
+class Room:
+    """limit : bytes that a run may hold; None where the system does not say what is free
+    foretold : what it will hold; None where it cannot be told
+    """
+
+    limit: int | None
+    foretold: Forecast | None
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the run stays below the limit with one block in memory, and not otherwise."""
+        return self.foretold is not None and self.foretold.in_files
+
+
+def room_for(instrument: Instrument, on: Any, given: int | None, tells: bool = True) -> Room:
+    """What a run may hold, a share of what is free where nobody says it, and what it will hold, once it is
+    known that it stays below; `BadInput` when it does not.
 
     tells : say when a limit is given to an instrument that does not know what it will hold
     """
@@ -342,6 +362,7 @@ def checked_limit(instrument: Instrument, on: Any, given: int | None, tells: boo
         limit = None if free is None else int(SHARE * free)
     found = None if limit is None else instrument.foretold_memory(on)
     if found is not None and limit is not None:
+        found = found.within(limit)
         found.check(instrument.name(), limit, given is not None)
     elif given is not None and (least := weight_bytes(on.model) if hasattr(on, "model") else 0) > given:
         raise BadInput(
@@ -352,7 +373,7 @@ def checked_limit(instrument: Instrument, on: Any, given: int | None, tells: boo
         notice(
             f"memory: {instrument.name()} does not say what it will hold; nothing keeps it below the limit"
         )
-    return limit
+    return Room(limit, found)
 
 
 def from_slot(slot: Path) -> Result | None:

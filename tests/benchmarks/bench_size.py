@@ -61,7 +61,7 @@ class Phases(Progress):
         self.restart()
 
 
-def measure(subject: str, windows: int, test: int, instrument: str, fields: dict[str, object]) -> Any:
+def measure(asked: argparse.Namespace, instrument: str, fields: dict[str, object]) -> Any:
     """Peak above the imports and CPU seconds of one run, in this process."""
     import torch
     import transformers  # noqa: F401
@@ -70,17 +70,16 @@ def measure(subject: str, windows: int, test: int, instrument: str, fields: dict
     import workbench.quantization
 
     torch.set_num_threads(1)
-    made = workbench.catalog()[instrument](predict_examples=0, calibration_examples=windows, **fields)
+    made = workbench.catalog()[instrument](predict_examples=0, calibration_examples=asked.windows, **fields)
     before = status()["VmRSS"]
     phases = Phases()
-    on = workbench.subject(
-        subject, **({"data": "random", "max_length": 256} if Path(subject).is_dir() else {})
-    )
-    on = on.with_split("test", {name: column[:test] for name, column in on.split("test").items()})
+    drawn = {"data": "random", "max_length": asked.length} if Path(asked.subject).is_dir() else {}
+    on = workbench.subject(asked.subject, **drawn)
+    on = on.with_split("test", {name: column[: asked.test] for name, column in on.split("test").items()})
     size = sum(p.numel() * p.element_size() for p in on.model.parameters())
     phases.close("begin")
     began, wall = time.process_time(), time.perf_counter()
-    result = made.run(on, phases, cache=False)
+    result = made.run(on, phases, cache=False, memory=asked.memory)
     phases.close("end")
     return {
         "checkpoint": size,
@@ -99,16 +98,20 @@ def main() -> None:
     parser.add_argument("--subject", default="smollm2")
     parser.add_argument("--windows", type=int, default=128, help="calibration windows")
     parser.add_argument("--test", type=int, default=8, help="test windows, where an instrument measures any")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window of drawn data")
+    parser.add_argument("--memory", help="what a run may hold; below the model's size it works in files")
     parser.add_argument("--phases", action="store_true", help="also the peak of every phase")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(json.dumps(measure(asked.subject, asked.windows, asked.test, *CASES[asked.one]), default=str))
+        print(json.dumps(measure(asked, *CASES[asked.one]), default=str))
         return
     print("| run | peak, GB | x checkpoint | CPU s | wall s |\n|---|---|---|---|---|")
     for case in asked.cases or USUAL:
         command = [sys.executable, __file__, "--one", case, "--subject", asked.subject]
         command += ["--windows", str(asked.windows), "--test", str(asked.test)]
+        command += ["--length", str(asked.length)]
+        command += [] if asked.memory is None else ["--memory", asked.memory]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True
         )

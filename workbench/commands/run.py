@@ -106,7 +106,7 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
         check_target(space.out, overwrite=space.overwrite, files=("result.json", "table.parquet"))
     if len(steps) > 1 or name != steps[0][0]:
         print(f"{name} = {in_words(steps)}")
-    on = opened(space, classes[0].on)
+    on = opened(space, classes[0].on, memory)
     if space.dry_run:
         return foretold(instruments, on, memory, cache=not space.no_cache)
     progress = TextProgress()
@@ -120,16 +120,15 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
 
 def foretold(instruments: Sequence[Any], on: Any, memory: int | None, cache: bool) -> int:
     """Say what each step would hold and how long it would take; `BadInput` for one that does not fit."""
-    from workbench.instruments import checked_limit
+    from workbench.instruments import room_for
 
     for step, instrument in enumerate(instruments):
         for told in instrument.asks_beyond(on):
             notice(told)
-        found = instrument.foretold_memory(on)
+        found = room_for(instrument, on, memory, tells=False).foretold
         if found is None:
             print(f"{instrument.name()}: what it holds and how long it takes is not known before it runs")
             continue
-        checked_limit(instrument, on, memory)
         if not step and cache and instrument.stored(on):
             print(f"{instrument.name()}: this run is stored already")
             continue
@@ -211,7 +210,7 @@ def options_within(axis: Any, path: str, around: tuple[str, ...] = ()) -> dict[s
     return found
 
 
-def opened(space: argparse.Namespace, on: str) -> Any:
+def opened(space: argparse.Namespace, on: str, memory: int | None = None) -> Any:
     """The subject or the runs that the options name."""
     if on == "subject":
         if not space.subject:
@@ -220,7 +219,8 @@ def opened(space: argparse.Namespace, on: str) -> Any:
             )
         from workbench.subjects import subject
 
-        return subject(space.subject, **options.subject_options(space), progress=TextProgress())
+        told = options.subject_options(space) | {"memory": memory}
+        return subject(space.subject, **told, progress=TextProgress())
     if not space.runs:
         raise BadInput("runs: is missing; give --runs FILE")
     from workbench.scaling import load_runs

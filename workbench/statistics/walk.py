@@ -29,7 +29,7 @@ from workbench.statistics.inputs import (
     kept_positions,
     moments_of,
 )
-from workbench.storage.resident import let_go, trim
+from workbench.storage.resident import disk, let_go, trim
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import Batch
 
@@ -94,7 +94,8 @@ class Walk:
             blocks.pop()
         stops = [*blocks, ""] if outside else blocks
         for block in self.progress.track(stops, "block after block"):
-            came_in = [p.detach() for p in self.on.model.get_submodule(block).parameters()]
+            module = self.on.model.get_submodule(block)
+            came_in = [p.detach() for p in module.parameters()]
             parts = self.parts(block, inside[block] if block else outside)
             more = block != stops[-1]
             early = more and bool(parts) and not self.sequential
@@ -106,6 +107,8 @@ class Walk:
             if more and not early:
                 self.pass_on(block)
             self.done.append(block)
+            if (place := disk()) is not None:
+                place.keep((*module.parameters(), *module.buffers()))
             let_go(came_in)
             trim()
         self.answers = []
@@ -152,8 +155,7 @@ class Walk:
                 if begin is not None:
                     begin()
                 answer = self.replay(batch, block, self.answers[index])
-                if pass_on:
-                    self.answers[index][list_of(block)] = answer
+                self.keep(index, block, answer if pass_on else None)
 
     @torch.no_grad()
     def pass_on(self, block: str) -> None:
@@ -162,7 +164,16 @@ class Walk:
             for index, batch in enumerate(self.batches()):
                 if self.progress.stopped:
                     return
-                self.answers[index][list_of(block)] = self.replay(batch, block, self.answers[index])
+                self.keep(index, block, self.replay(batch, block, self.answers[index]))
+
+    def keep(self, index: int, block: str, answer: Any) -> None:
+        """Put down what a block answered to a batch, if it is to be passed on."""
+        place, answers = disk(), self.answers[index]
+        if place is not None:
+            let_go(tensors_in(answers))
+            answer = tree_map(place.placed, answer)
+        if answer is not None:
+            answers[list_of(block)] = answer
 
     def replay(self, batch: Batch, block: str, answers: Answers) -> Any:
         """What a block ("": the model) returns for a batch when those before it have answered this."""

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from workbench.measures.language import CHUNK_BYTES
@@ -69,7 +69,25 @@ class Planned:
             less = sum(self.held(fewer).values())
             if less < sum(found.values()):
                 smaller[f"--calibration-examples {fewer}"] = less
-        return Forecast(found, smaller=smaller, exact=not self.predicted)
+        if self.predicted:
+            less = sum(replace(self, predicted=False).held(self.examples).values())
+            smaller = {"--predict-examples 0": less}
+        return Forecast(found, smaller=smaller, exact=not self.predicted, streamed=self.streamed())
+
+    def streamed(self) -> Forecast | None:
+        """With the blocks that are done in files: one block dense and changed, and what is in no block."""
+        groups = self.groups()
+        if self.predicted or "" in groups or not self.mapped or not self.in_sequence:
+            return None
+        chosen = sum(map(stored, self.layers))
+        block = max(sum(map(stored, group)) for group in groups.values())
+        outside = self.model_bytes - chosen
+        one = block + self.changed(chosen) * block // chosen
+        walking = self.walking(WALKED) | {"weights": outside + one}
+        phases = [walking]
+        if self.tested:
+            phases.append(self.evaluating(changed=False) | {"weights": outside + one})
+        return Forecast(max(phases, key=lambda phase: sum(phase.values())), in_files=True)
 
     def held(self, examples: int) -> dict[str, int]:
         phases = [self.walking(examples)]

@@ -51,12 +51,16 @@ class Forecast:
     seconds : how long the run takes; None where that was not asked
     exact : else it holds at least so much
     smaller : settings that hold less -> bytes they hold, the mildest first
+    streamed : the same run with one block in memory and the others in files, where it can be done;
+        `in_files` is that one's
     """
 
     held: Mapping[str, int]
     seconds: float | None = None
     exact: bool = True
     smaller: Mapping[str, int] = field(default_factory=dict)
+    streamed: Forecast | None = None
+    in_files: bool = False
 
     @property
     def total(self) -> int:
@@ -67,7 +71,12 @@ class Forecast:
         parts = ", ".join(f"{kind} {in_words(count)}" for kind, count in self.held.items() if count)
         time = "" if self.seconds is None else f", and takes about {duration(self.seconds)}"
         much = f"about {in_words(self.total)} at most" if self.exact else f"{in_words(self.total)} or more"
-        return f"holds {much} ({parts}){time}"
+        where = ", with one block in memory and the others in files" if self.in_files else ""
+        return f"holds {much} ({parts}){where}{time}"
+
+    def within(self, limit: int) -> Forecast:
+        """Of the ways to do this run the one that stays below `limit` bytes, in memory if it does."""
+        return self if self.total <= limit or self.streamed is None else self.streamed
 
     def check(self, name: str, limit: int, given: bool) -> None:
         """`BadInput` with the smallest that works when the run holds more than `limit` bytes.

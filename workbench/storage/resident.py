@@ -5,16 +5,23 @@ the process's memory, where they stay for as long as nobody needs it; a walk ove
 block's when it leaves it holds one block of the dense model and the changed blocks, not two models. The next
 to read such a weight gets its pages from the system's cache of files.
 
-Both functions know Linux; elsewhere they do nothing.
+A run whose changed blocks do not fit beside each other either has a `Disk`: what it makes of a block is put
+into a file without a name, and given back like the checkpoint's own. The numbers are the same.
+
+All of this knows Linux; elsewhere nothing is given back, and there is no `Disk`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,8 +52,8 @@ def library() -> Any:
 def let_go(tensors: Iterable[Tensor]) -> int:
     """Give back the pages of these tensors that a mapped file holds as they are; the number of bytes.
 
-    Pages that were written to since the file was opened are the process's own and stay. Nobody may write to
-    the tensors meanwhile.
+    Pages of a checkpoint that were written to since it was opened are the process's own and stay. Nobody may
+    write to the tensors meanwhile.
     """
     system = library()
     if system is None:
@@ -73,8 +80,11 @@ def let_go(tensors: Iterable[Tensor]) -> int:
 
 def of_files(tensors: Iterable[Tensor]) -> bool:
     """Whether all of these tensors lie in mapped files, so that `let_go` gives them back. Reads none."""
-    if library() is None:
-        return False
+    return library() is not None and all(in_files(tensors))
+
+
+def in_files(tensors: Iterable[Tensor]) -> Iterator[bool]:
+    """Of each tensor whether it lies in a mapped file."""
     ranges = []
     with open("/proc/self/maps") as maps:
         for line in maps:
@@ -84,12 +94,8 @@ def of_files(tensors: Iterable[Tensor]) -> bool:
     starts, ends = np.array(sorted(ranges), dtype=np.uint64).reshape(-1, 2).T
     for tensor in tensors:
         found = extent(tensor)
-        if found is None:
-            return False
-        index = int(np.searchsorted(starts, np.uint64(found[0]), side="right")) - 1
-        if index < 0 or found[0] >= int(ends[index]):
-            return False
-    return True
+        index = -1 if found is None else int(np.searchsorted(starts, np.uint64(found[0]), side="right")) - 1
+        yield found is not None and index >= 0 and found[0] < int(ends[index])
 
 
 def extent(tensor: Tensor) -> tuple[int, int] | None:
@@ -107,3 +113,73 @@ def trim() -> None:
     system = library()
     if system is not None:
         system.malloc_trim(0)
+
+
+class Disk:
+    """Memory in files without names, in a folder: they go when the last tensor in them does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def space(self, like: Tensor) -> Tensor:
+        """A tensor of the same shape and type, contiguous, with no values yet."""
+        import torch
+
+        if like.device.type != "cpu" or not like.numel():
+            return torch.empty_like(like)
+        number, name = tempfile.mkstemp(dir=self.folder)
+        os.close(number)
+        try:
+            flat = torch.from_file(name, shared=True, size=like.nbytes, dtype=torch.uint8)
+        finally:
+            os.unlink(name)
+        return flat.view(like.dtype).view(like.shape)
+
+    def placed(self, value: Any) -> Any:
+        """A tensor with the values of one, its pages given back; what is none as it is."""
+        if not hasattr(value, "untyped_storage"):
+            return value
+        made = self.space(value)
+        made.copy_(value.detach())
+        let_go([made])
+        return made
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Let these parameters and buffers lie here, where they do not lie in files already."""
+        held = list(tensors)
+        for tensor, is_there in zip(held, in_files(held), strict=True):
+            if not is_there:
+                tensor.data = self.placed(tensor)
+        let_go(held)
+
+
+ACTIVE: ContextVar[Disk | None] = ContextVar("ACTIVE", default=None)
+
+
+def disk() -> Disk | None:
+    """Where what is done with goes in the run that goes on; None where it stays in memory."""
+    return ACTIVE.get()
+
+
+@contextlib.contextmanager
+def on_disk(folder: Path) -> Iterator[None]:
+    """Inside, runs hold one block's worth: what they have made of the others lies in files in `folder`."""
+    before = ACTIVE.set(Disk(folder))
+    try:
+        yield
+    finally:
+        ACTIVE.reset(before)
+
+
+def cloned(tensor: Tensor) -> Tensor:
+    """A copy, where a run's changed weights go."""
+    place = disk()
+    return tensor.clone() if place is None else place.placed(tensor)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Room for a tensor of this shape and type, where a run's changed weights go."""
+    import torch
+
+    place = disk()
+    return torch.empty_like(tensor) if place is None else place.space(tensor)

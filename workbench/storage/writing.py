@@ -247,11 +247,11 @@ def sweep(folder: Path, left: bool = True, prefix: str = DRAFT) -> list[Path]:
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """A private folder among the system's temporary files, for as long as the block or the process lives: one
-    that a killed process has left there is removed by the next that needs one.
+def scratch(root: Path | None = None) -> Iterator[Path]:
+    """A private folder among the system's temporary files, or in `root`, for as long as the block or the
+    process lives: one that a killed process has left there is removed by the next that needs one.
     """
-    root = Path(tempfile.gettempdir())
+    root = root or Path(tempfile.gettempdir())
     sweep(root, prefix=SCRATCH)
     holder = _new_draft(root, SCRATCH)
     try:

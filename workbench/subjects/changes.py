@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from workbench.storage.resident import let_go
+from workbench.storage.resident import cloned, empty_like, let_go
 
 REGISTRY: dict[str, type[Change]] = {}
 
@@ -198,12 +198,12 @@ def own_tensors(model: nn.Module) -> None:
             if parameter is None or not is_shared(parameter):
                 continue
             if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(parameter.clone(), parameter.requires_grad)
+                made[id(parameter)] = nn.Parameter(cloned(parameter), parameter.requires_grad)
                 let_go([parameter])
             module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.clone()
+                module._buffers[name] = cloned(buffer)
 
 
 @torch.no_grad()
@@ -213,7 +213,7 @@ def write(module: nn.Module, name: str, value: Tensor) -> None:
     if not is_shared(parameter):
         parameter.copy_(value)
         return
-    made = torch.empty_like(parameter)
+    made = empty_like(parameter)
     made.copy_(value)
     setattr(module, name, nn.Parameter(made, parameter.requires_grad))
 

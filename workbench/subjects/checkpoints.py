@@ -21,6 +21,7 @@ from workbench.errors import BadInput
 from workbench.subjects import gguf_files
 from workbench.subjects.checkpoint_files import Stored, method_of, one_line, tensors_in
 from workbench.subjects.stored import commonest
+from workbench.subjects.widened import in_float32
 
 #: parts of a name that wrappers put there: torch.compile, FSDP, activation checkpointing, DeepSpeed
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -241,10 +242,16 @@ def load(
     try:
         packed = gguf_files.is_gguf(source)
         quiet = gguf_files.quiet_tensors() if packed else contextlib.nullcontext()
-        with quiet_transformers(), local_only(local), warnings.catch_warnings(), quiet:
+        with (
+            quiet_transformers(),
+            local_only(local),
+            warnings.catch_warnings(),
+            quiet,
+            in_float32(source, local and not packed and "quantization_config" not in options) as folder,
+        ):
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             model, report = cls.from_pretrained(
-                Path(source).parent if packed else source,
+                Path(source).parent if packed else folder,
                 config=config,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -258,6 +265,8 @@ def load(
             f"subject: {str(source)!r} could not be loaded as {getattr(cls, '__name__', cls)}: "
             f"{one_line(error)}"
         ) from None
+    if str(folder) != str(source):
+        model.config.name_or_path = model.name_or_path = str(source)
     return model, report
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
+from workbench.storage.resident import let_go
+from workbench.subjects.layers import block_after_block
 
 Splits = Mapping[str, Mapping[str, Tensor]]
 #: Examples that the model is tried with before an instrument runs, and when its failure is explained.
@@ -53,6 +55,7 @@ def check(model: nn.Module, splits: Splits, targets: str) -> None:
                 f"subject: the weight {plain(name)!r} holds nan or inf ({said(value.detach())}); "
                 "open another checkpoint, or repair it"
             )
+        let_go([value])
     for name, kept in model.named_buffers():
         if holds(kept, infinite=False):
             raise BadInput(
@@ -96,7 +99,8 @@ def explanation(subject: Any) -> str | None:
 
 @torch.no_grad()
 def measured_loss(subject: Any, batch: Any) -> float:
-    return float(subject.task.measured(subject.model, batch)[0])
+    with block_after_block(subject.model):
+        return float(subject.task.measured(subject.model, batch)[0])
 
 
 def first_place(subject: Any, split: str, examples: int, gradients: bool) -> str | None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.keys.live_code import PLAIN, Reader, computes_something, counts, owner
+from workbench.storage.resident import let_go
 from workbench.subjects.changes import describe_changes
 
 #: What `torch.nn.Module` itself keeps on every module.
@@ -73,6 +74,7 @@ def content(model: nn.Module, splits: Splits, settings: str) -> str:
         total.update(f"{name} {tuple(value.shape)} {value.dtype} {seen.get(place, '')}".encode())
         if seen.setdefault(place, name) == name:
             total.update(memory_of(value))
+            let_go([value])
     return total.hexdigest()[:24]
 
 
@@ -207,16 +209,19 @@ def glance(tensors: Iterable[tuple[str, Tensor]]) -> int:
             total = zlib.crc32(memory_of(torch.cat((rows.sum(0), rows.sum(1)))), total)
             raw = raw[whole:]
         total = zlib.crc32(memory_of(raw), total)
+        let_go([value])
     return total
 
 
 def files_in(folder: Path) -> dict[str, str]:
     """File name -> SHA-256, of the files in a folder."""
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-    }
+    return {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file of any size: a part of it is held at a time."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def saved_as(folder: Path) -> str:

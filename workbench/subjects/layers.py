@@ -6,8 +6,9 @@ the module keeps it: `nn.Linear.weight`, GPT-2's transposed `Conv1D.weight`, a f
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from workbench.errors import BadInput
-from workbench.storage.resident import let_go
+from workbench.storage.resident import disk, let_go
 from workbench.subjects.changes import (
     Change,
     attach,
@@ -62,6 +63,10 @@ class Layer:
     @property
     def changes(self) -> list[Change]:
         return changes_of(self.module, self.tensor)
+
+    def let_go(self) -> None:
+        """Give back what lies in files; the next to read it gets it again."""
+        let_go([self.original, *(buffer for change in self.changes for buffer in change.buffers())])
 
     @property
     def shared(self) -> bool:
@@ -133,6 +138,31 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def weights_in_turn(layers: Iterable[Layer]) -> Iterator[Tensor]:
+    """The layers' weights (..., out, in), each given back when the next is asked for."""
+    for layer in layers:
+        yield layer.weight.detach()
+        layer.let_go()
+
+
+@contextlib.contextmanager
+def block_after_block(model: nn.Module) -> Iterator[None]:
+    """Inside, a run that holds one block's worth gives back a block when it has answered."""
+    if disk() is None:
+        yield
+        return
+
+    def leave(module: nn.Module, inputs: object, output: object) -> None:
+        let_go([*module.parameters(), *module.buffers()])
+
+    hooks = [module.register_forward_hook(leave) for _, module in blocks(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def select(model: nn.Module, glob: str = "blocks", least: int = 1) -> list[Layer]:
     """Layers by comma-separated globs over their names; `blocks` means all those inside the repeated blocks
     (heads excluded).
@@ -168,5 +198,6 @@ def revived(before: nn.Module, after: nn.Module) -> int:
         zero = layer.weight == 0
         if zero.any() and not zero.all():
             count += int((zero & (other.weight.to(zero.device) != 0)).sum())
-        let_go([layer.original])
+            other.let_go()
+        layer.let_go()
     return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -15,6 +16,9 @@ from workbench.errors import BadInput, unknown_name
 from workbench.families import import_families, of_own_code
 from workbench.progress import Progress
 from workbench.results import Result
+from workbench.storage import cache_folder
+from workbench.storage.forecast import bytes_of
+from workbench.storage.resident import on_disk
 from workbench.subjects import gguf_files, text
 from workbench.subjects import rows as tables
 from workbench.subjects.changes import restore_changes
@@ -72,6 +76,7 @@ def subject(
     ignored: int = -100,
     items: Callable[[dict[str, Tensor]], int] | None = None,
     progress: Progress | None = None,
+    memory: int | str | None = None,
     **options: Any,
 ) -> Subject:
     """Put a model on the bench.
@@ -94,9 +99,13 @@ def subject(
         (chosen by `seed`).
     seed : also of a built-in's training, for those that are trained on first use;
         another than 0 is refused by those that ship.
+    memory : bytes that what runs on it may hold ("2GB"): the weights of a checkpoint that is narrower than
+        float32 then lie in files under the cache, until the subject goes.
 
     Raises `BadInput` naming what is wrong before any long computation.
     """
+    if memory is not None:
+        bytes_of(memory)  # refused at once where it is none
     if max_length < 2 or max_examples < 8:
         raise BadInput(
             f"max_length must be at least 2 and max_examples at least 8, got {max_length} and {max_examples}"
@@ -116,6 +125,25 @@ def subject(
         return build(source, progress=progress, **(options | ({"seed": seed} if seed else {})))
     if match := re.fullmatch(r"(.+\.py):(\w+)", source):
         return from_file(Path(match[1]), match[2])
+    where = contextlib.nullcontext() if memory is None else on_disk(cache_folder())
+    with where:
+        return from_place(
+            source,
+            data=data,
+            text_column=text_column,
+            label_column=label_column,
+            image_column=image_column,
+            task=task,
+            tokenizer=tokenizer,
+            name=name,
+            max_length=max_length,
+            max_examples=max_examples,
+            seed=seed,
+        )
+
+
+def from_place(source: str, *, data: Any, name: str | None, **told: Any) -> Subject:
+    """A subject from a folder, a GGUF file or a hub id."""
     folder = Path(source)
     packed = gguf_files.is_gguf(folder)
     local = os.path.isdir(folder) or packed
@@ -135,22 +163,16 @@ def subject(
     return from_checkpoint(
         source if local else source.removeprefix("hf:"),
         local,
-        data,
-        text_column,
-        label_column,
-        image_column,
-        task,
-        tokenizer,
-        name or ((folder.stem if packed else folder.name) if local else source),
-        max_length,
-        max_examples,
-        seed,
+        data=data,
+        name=name or ((folder.stem if packed else folder.name) if local else source),
+        **told,
     )
 
 
 def from_checkpoint(
     source: str,
     local: bool,
+    *,
     data: Any,
     text_column: str | None,
     label_column: str | None,

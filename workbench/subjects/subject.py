@@ -310,7 +310,7 @@ class Subject:
         self.model.eval()
         trim()
         rows = self.order(split, limit, by_length=True).split(batch_size)
-        with computed_once(self.model), unpadded(self.model):
+        with computed_once(self.model), unpadded(self.model), layer_selection.block_after_block(self.model):
             batches = zip(rows, self.batches(split, batch_size, limit, by_length=True), strict=True)
             for examples, batch in progress.track(batches, f"evaluate {split}", len(rows)):
                 weight = self.task.items(batch)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workbench.errors import BadInput
 from workbench.subjects.checkpoint_files import one_line
+from workbench.subjects.layers import block_after_block
 from workbench.subjects.subject import Subject
 
 
@@ -23,7 +24,8 @@ def try_out(on: Subject, padding: bool = True, tolerance: float = 1e-2) -> None:
 
     def rows(places: list[int]) -> Tensor:
         batch = on.task.trimmed({k: v[places] for k, v in columns.items()})
-        output = on.task.output(on.model, batch)
+        with block_after_block(on.model):
+            output = on.task.output(on.model, batch)
         if on.task.targets not in columns:
             return output.flatten(1)
         found = on.task.flat(output, batch)[0]

@@ -18,6 +18,7 @@ from workbench.pruning.pattern import Pattern
 from workbench.pruning.recovery.recovery import Recovery
 from workbench.results import Result
 from workbench.subjects import Layer, Mask, Subject
+from workbench.subjects.layers import weights_in_turn
 from workbench.subjects.stored import bytes_of_weights, dense_size
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class Masked:
     def facts(self) -> dict[str, Any]:
         prune, layers = self.prune, self.layers
         weights = sum(layer.original.numel() for layer in layers)
-        zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+        zeros = sum(int((weight == 0).sum()) for weight in weights_in_turn(layers))
         return {
             "sparsity": zeros / weights,
             **{f"dense_{k}": v for k, v in self.dense_test.items()},
@@ -155,7 +156,7 @@ class Masked:
                 weights,
                 weights - zeros,
                 self.pattern,
-                bytes_of_weights(self.on.model, (layer.weight for layer in layers)),
+                bytes_of_weights(self.on.model, weights_in_turn(layers)),
             ),
             "composition": (
                 f"{prune.saliency} x {prune.pattern} x {prune.allocation} x {prune.compensation} x "

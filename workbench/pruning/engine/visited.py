@@ -24,6 +24,7 @@ from workbench.pruning.pattern import NM, Tiles
 from workbench.results import Result
 from workbench.statistics import ExpertsSeen, InputMoments, Walk
 from workbench.subjects import Layer, Subject
+from workbench.subjects.layers import weights_in_turn
 
 KEPT = 256 << 20  # bytes of second moments that are kept with a subject, for the next run on it
 
@@ -122,7 +123,8 @@ class Visited(Masked):
         if prune.predict_examples and not progress.stopped:
             self.predict(table, facts)
         arrays = {
-            layer.name: np.packbits((layer.weight.detach() != 0).cpu().numpy(), axis=-1) for layer in layers
+            layer.name: np.packbits((weight != 0).cpu().numpy(), axis=-1)
+            for layer, weight in zip(layers, weights_in_turn(layers), strict=True)
         }
         if not progress.stopped:
             facts |= measured_beside(self.reference, on, prune.test_split, progress=progress)
