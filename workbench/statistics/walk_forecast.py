@@ -80,13 +80,12 @@ class Planned:
         if self.predicted or "" in groups or not self.mapped or not self.in_sequence:
             return None
         chosen = sum(map(stored, self.layers))
-        block = max(sum(map(stored, group)) for group in groups.values())
-        outside = self.model_bytes - chosen
-        one = block + self.changed(chosen) * block // chosen
-        walking = self.walking(WALKED) | {"weights": outside + one}
-        phases = [walking]
+        share = max(sum(map(stored, group)) for group in groups.values()) / chosen
+        sizes = [weight_bytes(block) for _, block in self.on.blocks()]
+        weights = self.model_bytes - sum(sizes) + max(sizes) + int(share * self.changed(chosen))
+        phases = [self.walking(WALKED) | {"weights": weights}]
         if self.tested:
-            phases.append(self.evaluating(changed=False) | {"weights": outside + one})
+            phases.append(self.evaluating(changed=False) | {"weights": weights})
         return Forecast(max(phases, key=lambda phase: sum(phase.values())), in_files=True)
 
     def held(self, examples: int) -> dict[str, int]:
