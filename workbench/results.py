@@ -18,7 +18,8 @@ import pandas as pd
 from pydantic import BaseModel
 
 from workbench.errors import BadInput
-from workbench.storage import damage, replacing
+from workbench.storage import cache_folder, damage, replacing
+from workbench.storage.resident import on_disk
 from workbench.storage.writing import READY, place
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class Result:
         told : open the subject again in a fresh process and compare its loss before anything is replaced,
             and say with this what came of it
         """
-        with replacing(folder, overwrite=overwrite, field="folder") as draft:
+        where = on_disk(cache_folder()) if self.provenance.get("in_files") else contextlib.nullcontext()
+        with replacing(folder, overwrite=overwrite, field="folder") as draft, where:
             draft.mkdir()
             if with_subject and self.subject is not None:
                 self.subject.save_into(draft)

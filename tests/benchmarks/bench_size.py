@@ -74,7 +74,7 @@ def measure(asked: argparse.Namespace, instrument: str, fields: dict[str, object
     before = status()["VmRSS"]
     phases = Phases()
     drawn = {"data": "random", "max_length": asked.length} if Path(asked.subject).is_dir() else {}
-    on = workbench.subject(asked.subject, **drawn)
+    on = workbench.subject(asked.subject, memory=asked.memory, **drawn)
     on = on.with_split("test", {name: column[: asked.test] for name, column in on.split("test").items()})
     size = sum(p.numel() * p.element_size() for p in on.model.parameters())
     phases.close("begin")

@@ -60,6 +60,10 @@ def test_below_what_fits_in_memory_it_goes_on_in_files(checkpoints: Any, cache: 
     there = run.run(on, Progress(), cache=False, memory=large - 1)
     assert not here.provenance["in_files"] and there.provenance["in_files"]
     assert same(here.subject.model, there.subject.model)
+    for name, result in (("here", here), ("there", there)):
+        result.save(cache / name)
+    saved = [workbench.subject(cache / name) for name in ("here", "there")]
+    assert same(saved[0].model, saved[1].model) and saved[0].fingerprint == saved[1].fingerprint
     with pytest.raises(
         BadInput, match=r"^memory: .* too little: prune holds .* the others in files.*--memory"
     ):

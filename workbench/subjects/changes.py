@@ -10,6 +10,7 @@ low-rank terms first, then number formats, masks last, so zeros stay zeros.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, cast
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from workbench.storage.resident import cloned, empty_like, let_go
+from workbench.storage.resident import cloned, disk, empty_like, let_go
 
 REGISTRY: dict[str, type[Change]] = {}
 
@@ -242,8 +243,18 @@ def bake(model: nn.Module) -> nn.Module:
             del module._modules["parametrizations"]
             module.__class__ = type(module).__bases__[0]
             for tensor, value in values.items():
-                module.register_parameter(tensor, nn.Parameter(value, requires_grad=trained[tensor]))
+                kept = value if disk() is None else cloned(value)
+                module.register_parameter(tensor, nn.Parameter(kept, requires_grad=trained[tensor]))
     return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, its parameters where a run's changed weights go."""
+    place = disk()
+    if place is None:
+        return copy.deepcopy(model)
+    known = {id(p): nn.Parameter(cloned(p), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, known)
 
 
 def describe_changes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

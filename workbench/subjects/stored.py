@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from workbench.storage.resident import cloned, disk
+
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -56,7 +58,8 @@ def narrow(model: nn.Module) -> bool:
     left = False
     for parameter in model.parameters():
         if parameter.dtype == torch.float32 and survives(parameter, dtype):
-            parameter.data = parameter.data.to(dtype)
+            narrow = parameter.data.to(dtype)
+            parameter.data = narrow if disk() is None else cloned(narrow)
         elif parameter.is_floating_point():
             left = True
     return left

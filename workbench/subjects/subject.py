@@ -21,10 +21,10 @@ from workbench.errors import BadInput, Stopped
 from workbench.kernels.sequence.unpadded import unpadded
 from workbench.progress import Progress, TextProgress
 from workbench.storage import replacing
-from workbench.storage.resident import trim
+from workbench.storage.resident import disk, trim
 from workbench.subjects import finite, identity
 from workbench.subjects import layers as layer_selection
-from workbench.subjects.changes import bake, computed_once, describe_changes, same_tensors
+from workbench.subjects.changes import bake, computed_once, copied, describe_changes, same_tensors
 from workbench.subjects.identity import Seen
 from workbench.subjects.layers import Layer
 from workbench.subjects.stored import declare_wide, narrow
@@ -33,6 +33,7 @@ from workbench.subjects.tasks import Batch, LanguageModel, Task
 if TYPE_CHECKING:
     from workbench.instruments import Instrument
 
+SHARDS = {"max_shard_size": "500MB"}  # of a model that a run kept in files: one is held at a time
 Split = dict[str, Tensor]  # column -> (examples, ...)
 
 
@@ -393,23 +394,22 @@ class Subject:
         told(check_saved(self, folder))
 
     def save_into(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         from workbench.subjects.structure.removal import record_of, stock
+        from workbench.subjects.tensor_files import write_tensors
 
         if named := getattr(self.model, "without_file", ""):
             raise BadInput(
                 f"subject: a model changed by {named} has no file format; keep the run, which makes it again"
             )
         records, tensors = describe_changes(self.model)
-        baked = stock(bake(copy.deepcopy(self.model))).cpu()
+        baked = stock(bake(copied(self.model))).cpu()
         save_pretrained = getattr(baked, "save_pretrained", None)
         if save_pretrained is not None:
             from workbench.subjects.checkpoints import quiet_transformers
 
             mixed = narrow(baked)
             with quiet_transformers():
-                save_pretrained(folder, safe_serialization=True)
+                save_pretrained(folder, safe_serialization=True, **({} if disk() is None else SHARDS))
             if mixed:
                 declare_wide(folder)
         else:
@@ -419,13 +419,9 @@ class Subject:
         if self.tokenizer is not None and hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)
         if tensors:
-            save_file(
-                {k: v.cpu().contiguous().clone() for k, v in tensors.items()}, folder / "changes.safetensors"
-            )
-        save_file(
-            {f"{s}/{k}": v.contiguous().clone() for s, c in self.splits.items() for k, v in c.items()},
-            folder / "splits.safetensors",
-        )
+            write_tensors(folder / "changes.safetensors", tensors)
+        columns = {f"{s}/{k}": v for s, c in self.splits.items() for k, v in c.items()}
+        write_tensors(folder / "splits.safetensors", columns)
         note = {
             "name": self.name,
             "task": self.task.name,
