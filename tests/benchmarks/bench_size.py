@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ class Phases(Progress):
         self.restart()
 
 
+def repeated(on: Any, split: str, count: int) -> Iterator[tuple[str, Any]]:
+    """The columns of a split, again and again until there are so many examples."""
+    for name, column in on.split(split).items():
+        yield name, column.repeat(-(-count // len(column)), *[1] * (column.ndim - 1))
+
+
 def measure(asked: argparse.Namespace, instrument: str, fields: dict[str, object]) -> Any:
     """Peak above the imports and CPU seconds of one run, in this process."""
     import torch
@@ -75,7 +82,8 @@ def measure(asked: argparse.Namespace, instrument: str, fields: dict[str, object
     phases = Phases()
     drawn = {"data": "random", "max_length": asked.length} if Path(asked.subject).is_dir() else {}
     on = workbench.subject(asked.subject, memory=asked.memory, **drawn)
-    on = on.with_split("test", {name: column[: asked.test] for name, column in on.split("test").items()})
+    for split, count in (("calibration", asked.windows), ("test", asked.test)):
+        on = on.with_split(split, {name: column[:count] for name, column in repeated(on, split, count)})
     size = sum(p.numel() * p.element_size() for p in on.model.parameters())
     phases.close("begin")
     began, wall = time.process_time(), time.perf_counter()

@@ -20,8 +20,7 @@ from torch import nn
 from workbench.errors import BadInput
 from workbench.subjects import gguf_files
 from workbench.subjects.checkpoint_files import Stored, method_of, one_line, tensors_in
-from workbench.subjects.stored import commonest
-from workbench.subjects.tensor_files import in_float32
+from workbench.subjects.stored import commonest, in_float32
 
 #: parts of a name that wrappers put there: torch.compile, FSDP, activation checkpointing, DeepSpeed
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")

@@ -27,7 +27,7 @@ from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, computed_once, copied, describe_changes, same_tensors
 from workbench.subjects.identity import Seen
 from workbench.subjects.layers import Layer
-from workbench.subjects.stored import declare_wide, narrow
+from workbench.subjects.stored import declare_wide, narrow, write_tensors
 from workbench.subjects.tasks import Batch, LanguageModel, Task
 
 if TYPE_CHECKING:
@@ -395,7 +395,6 @@ class Subject:
 
     def save_into(self, folder: Path) -> None:
         from workbench.subjects.structure.removal import record_of, stock
-        from workbench.subjects.tensor_files import write_tensors
 
         if named := getattr(self.model, "without_file", ""):
             raise BadInput(
