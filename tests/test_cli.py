@@ -104,6 +104,25 @@ def test_a_plain_module_is_pruned_from_the_command_line(module_file, cache, caps
         (["run", "prune", "--subject", "CUT", "--data", "random"], ["model.safetensors", "not a complete"]),
         (["run", "prune", "--subject", "PICKLE", "--data", "random"], ["pickle", "pytorch_model.bin"]),
         (["run"], ["instrument", "missing"]),
+        (["run", "prune"], ["subject: is missing", "--subject"]),
+        (["run", "magnitude"], ["subject: is missing"]),
+        (
+            ["run", "train", "--subject", "digits-vit", "--schedule", "power"],
+            ["schedule.batch: is missing, and has no default"],
+        ),
+        (
+            [
+                "run",
+                "train",
+                "--subject",
+                "digits-vit",
+                "--schedule",
+                "step",
+                "--schedule.milestones",
+                "0.9,0.1,7",
+            ],
+            ["schedule.milestones", "no rising shares"],
+        ),
         (["paint"], ["command", "paint"]),
     ],
 )
@@ -139,6 +158,15 @@ def test_help_on_an_entry_is_that_of_the_instrument_it_is_chosen_in(capsys):
     assert main(["run", "adagrad", "--help"]) == 0
     text = capsys.readouterr().out
     assert "workbench run train" in text and "--optimizer" in text
+
+
+def test_what_is_given_beside_a_method_stands_in_its_first_line(cache, capsys):
+    """Kind: a line that says what runs, and is not what runs."""
+    assert (
+        main(["run", "wanda", "--subject", "digits-vit", "--method", "magnitude", "--sparsity", "0.3"]) == 0
+    )
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "wanda = prune --method wanda, with --method magnitude --sparsity 0.3"
 
 
 def test_list_names_instruments_subjects_and_methods(capsys):

@@ -83,9 +83,11 @@ def describe(error: ValidationError, cls: type[BaseModel]) -> str:
             hint = did_you_mean(field, cls.model_fields)
             fields = ", ".join(cls.model_fields)
             lines.append(f"{field}: unknown field{'; ' + hint if hint else ''} (fields: {fields})")
+        elif item["type"] == "missing":
+            lines.append(f"{field}: is missing, and has no default")
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            shown = "" if item["type"] == "missing" else f"{item['input']!r} is not accepted, it should be "
+            shown = f"{item['input']!r} is not accepted, it should be "
             if item["type"] == "value_error":
                 shown = ""
             lines.append(f"{field}: {shown}{message}")

@@ -5,6 +5,7 @@ on a subject or on runs.
 from __future__ import annotations
 
 import argparse
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -46,7 +47,7 @@ def run(arguments: list[str]) -> int:
 def plugins_in(arguments: Sequence[str]) -> list[str]:
     """The files that `--plugins` names; read before everything else, for they may add options."""
     found = ""
-    for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, following in itertools.pairwise([*arguments, ""]):
         if option == "--plugins":
             found = following
         elif option.startswith("--plugins="):
@@ -105,7 +106,8 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     if space.out is not None:
         check_target(space.out, overwrite=space.overwrite, files=("result.json", "table.parquet"))
     if len(steps) > 1 or name != steps[0][0]:
-        print(f"{name} = {in_words(steps)}")
+        changed = "".join(f" --{option} {text}" for option, text in texts.items())
+        print(f"{name} = {in_words(steps)}{', with' + changed if changed else ''}")
     on = opened(space, classes[0].on, memory)
     if space.dry_run:
         return foretold(instruments, on, memory, cache=not space.no_cache)

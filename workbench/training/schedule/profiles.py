@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
+
+from pydantic import field_validator
 
 from workbench.axis import Options, parameter
 from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
@@ -111,6 +114,14 @@ def polynomial(p: float, options: Polynomial) -> float:
 class Steps(Options):
     factor: float = parameter(0.1, "ratio of the rates after and before a milestone", gt=0, lt=1)
     milestones: tuple[float, ...] = parameter((0.5, 0.75), "shares of the run at which the rate falls")
+
+    @field_validator("milestones")
+    @classmethod
+    def rising(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        ends = (0.0, *shares, 1.0)
+        if not all(one < other for one, other in itertools.pairwise(ends)):
+            raise ValueError(f"{shares} are no rising shares of the run between 0 and 1")
+        return shares
 
 
 @LEARNING_RATE_SCHEDULE.add("step", formula="factor^(milestones passed)", source="", options=Steps)
