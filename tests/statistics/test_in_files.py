@@ -87,6 +87,20 @@ def test_a_narrow_checkpoint_lies_in_files_with_the_numbers_it_has(checkpoints: 
     assert workbench.subject(tmp_path / "out").evaluate() == result.subject.evaluate()
 
 
+def test_a_disk_without_room_is_one_line(tmp_path: Path) -> None:
+    """Kind: memory in a file that the disk has no room for ends the process when it is written to."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(BadInput, match=r"^memory: "):
+            Disk(tmp_path).placed(torch.zeros(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_lies_in_files_is_written_to_and_keeps_its_type(tmp_path: Path) -> None:
     place = Disk(tmp_path)
     for value in (

@@ -122,14 +122,20 @@ class Disk:
         self.folder = folder
 
     def space(self, like: Tensor) -> Tensor:
-        """A tensor of the same shape and type, contiguous, with no values yet."""
+        """A tensor of the same shape and type, contiguous, with no values yet. `CannotWrite` where there is no
+        room: whoever wrote to a file's memory without room would be killed.
+        """
         import torch
+
+        from workbench.storage.writing import told_of
 
         if like.device.type != "cpu" or not like.numel():
             return torch.empty_like(like)
-        number, name = tempfile.mkstemp(dir=self.folder)
-        os.close(number)
+        with told_of(self.folder, "memory"):
+            number, name = tempfile.mkstemp(dir=self.folder)
         try:
+            with told_of(self.folder, "memory"), os.fdopen(number, "wb"):
+                os.posix_fallocate(number, 0, like.nbytes)
             flat = torch.from_file(name, shared=True, size=like.nbytes, dtype=torch.uint8)
         finally:
             os.unlink(name)

@@ -38,6 +38,11 @@ NAMES = {
     torch.float32: "F32",
     torch.int64: "I64",
     torch.float64: "F64",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 
 
