@@ -30,6 +30,7 @@ from workbench.names import (
     instruments_of,
     methods,
     recipe,
+    tried_with,
 )
 from workbench.progress import Progress
 from workbench.scaling import load_runs
@@ -214,6 +215,31 @@ def test_every_entrys_name_runs_or_says_where_it_is_chosen():
                 if "runs nothing by itself" not in str(error):
                     silent.append((axis.kind, name, str(error)))
     assert silent == []
+
+
+def test_every_entry_is_accepted_as_show_says_it_is_run(checkpoints):
+    """Kind: a command that the bench prints itself and then refuses. The three that are left go on with what
+    another run has made, and say which.
+    """
+    subjects = [opened("digits-vit"), opened("bytelm")]
+    subjects.append(workbench.subject(checkpoints["mixtral"], data="random", max_length=16))
+    refused = {}
+    for entry in (entry for axis in axes().values() for entry in axis.entries.values()):
+        home = home_of(entry)
+        if home is None or find(home[0]).on != "subject":
+            continue
+        made = find(home[0])(**{home[1]: entry.name}, **tried_with(entry))
+        for on in subjects:
+            try:
+                made.check(on)
+            except BadInput as error:
+                refused[entry.axis.kind, entry.name] = str(error)
+            else:
+                refused.pop((entry.axis.kind, entry.name), None)
+                break
+    before = {"kept": "prune it first", "lifted": "prune it first", "adapters": "quantize with adapter"}
+    assert {name for _, name in refused} == set(before)
+    assert all(before[name] in said for (_, name), said in refused.items())
 
 
 @pytest.mark.parametrize(

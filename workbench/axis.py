@@ -121,6 +121,8 @@ class Entry:
         ("inputs", "gradients", "training" or nothing)
     traits : what the engine may ask of it, such as "loss-like";
         spelled : options -> the text that stands for name and options
+    home : the instrument and field where it is tried, if that is not its axis' one;
+        beside : fields that it is tried with there, by name or with options ("recovery.steps")
     """
 
     axis: Axis = field(repr=False)
@@ -133,6 +135,8 @@ class Entry:
     options: type[Options] = Options
     traits: frozenset[str] = frozenset()
     spelled: Callable[[Any], str] | None = None
+    home: str = ""
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def place(self) -> tuple[str, int]:
         """The file and line where the value is defined."""
@@ -234,8 +238,8 @@ def _brought(kind: str, entry: Entry, options: dict[str, Any]) -> Choice:
 
 class Axis:
     """A named choice. `home` is the instrument and field where an entry is tried ("prune.saliency"), where
-    several have one. `found_in` names the modules or packages whose import registers the entries
-    of the package itself.
+    several have one, and `beside` tells what an entry is tried with there. `found_in` names the modules or
+    packages whose import registers the entries of the package itself.
     """
 
     def __init__(
@@ -246,10 +250,12 @@ class Axis:
         found_in: str | tuple[str, ...] = (),
         shorthand: Callable[[str], Mapping[str, Any] | None] | None = None,
         home: str = "",
+        beside: Callable[[Entry], Mapping[str, Any]] | None = None,
     ) -> None:
         if kind in AXES:
             raise BadInput(f"axis: {kind!r} exists already; give another kind")
         self.kind, self.help, self.shorthand, self.home = kind, help, shorthand, home
+        self.beside = beside
         self.found_in = (found_in,) if isinstance(found_in, str) else tuple(found_in)
         self._entries: dict[str, Entry] = {}
         self._open = bool(self.found_in)
@@ -308,6 +314,8 @@ class Axis:
         options: type[Options] = Options,
         traits: str | tuple[str, ...] = (),
         spelled: Callable[[Any], str] | None = None,
+        home: str = "",
+        beside: Mapping[str, Any] | None = None,
     ) -> Callable[[Any], Any]:
         """Register what follows under `name`. A name is registered once,
         except by the code that registered it (a cell run again).
@@ -322,7 +330,7 @@ class Axis:
                 )
             marks = frozenset((traits,) if isinstance(traits, str) else traits)
             self._entries[name] = Entry(
-                self, name, value, formula, source, needs, title, options, marks, spelled
+                self, name, value, formula, source, needs, title, options, marks, spelled, home, beside or {}
             )
             return value
 

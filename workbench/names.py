@@ -149,7 +149,7 @@ def recipe(name: str) -> tuple[Step, ...]:
     for entry in entries:
         found = home_of(entry)
         if found is not None:
-            return ((found[0], {found[1]: name}),)
+            return ((found[0], {found[1]: name} | tried_with(entry)),)
     if name in methods():
         raise BadInput(f"method: {name} has no recipe to run; `workbench show {name}` says what it is")
     if entries:
@@ -167,10 +167,16 @@ def entries_called(name: str) -> list[Entry]:
     return [axis.entries[name] for axis in axes().values() if name in axis.entries]
 
 
+def tried_with(entry: Entry) -> dict[str, Any]:
+    """The fields that an entry is tried with beside its own: a saliency of heads needs such a pattern."""
+    found = {} if entry.axis.beside is None else entry.axis.beside(entry)
+    return {**found, **entry.beside}
+
+
 def home_of(entry: Entry) -> tuple[str, str] | None:
     """(instrument, field) where an entry is chosen: what its axis says, else the only ones there are."""
-    if entry.axis.home:
-        name, field = entry.axis.home.split(".")
+    if home := entry.home or entry.axis.home:
+        name, field = home.split(".")
         return name, field
     for name, cls in catalog().items():
         for field, info in cls.model_fields.items():
@@ -309,7 +315,8 @@ def entry_door(entry: Entry) -> Door:
     home = home_of(entry)
     if home is not None:
         field = home[1].replace("_", "-")
-        run = f"workbench run {home[0]} --{field} {quoted(entry.name)} {source_of(find(home[0]))}"
+        words = in_words([(home[0], {home[1]: entry.name} | tried_with(entry))])
+        run = f"workbench run {words} {source_of(find(home[0]))}"
         facts.append(("run", run))
         for option, info in entry.options.parameters().items():
             needed = info.is_required()

@@ -21,14 +21,25 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from workbench.axis import Axis, Choice, Options, parameter
+from workbench.axis import Axis, Choice, Entry, Options, parameter
 from workbench.errors import BadInput
 
 STRUCTURES = ("heads", "neurons")
 DIMENSIONS = ("channels", "layers", "experts")
 
+
+def such_a_pattern(entry: Entry) -> Mapping[str, Any]:
+    """The first pattern that an entry for whole units has among its traits."""
+    found = [kind for kind in (*STRUCTURES, *DIMENSIONS) if kind in entry.traits]
+    return {"pattern": found[0]} if found else {}
+
+
 SALIENCY = Axis(
-    "saliency", "what a weight's removal is thought to cost", found_in="workbench.pruning.saliency"
+    "saliency",
+    "what a weight's removal is thought to cost",
+    found_in="workbench.pruning.saliency",
+    home="prune.saliency",
+    beside=such_a_pattern,
 )
 COMPENSATION = Axis(
     "compensation",
@@ -56,6 +67,8 @@ PRUNING_METHOD = Axis(
     "pruning-method",
     "published method: fixes saliency, compensation and allocation unless they are given",
     found_in="workbench.pruning.methods",
+    home="prune.method",
+    beside=such_a_pattern,
 )
 
 

@@ -200,6 +200,7 @@ def deeper_layers(pattern: Pattern, options: Options) -> dict[str, str]:
     formula="m = sigmoid(T M) + c, trained with the model",
     source="Liu et al. 2024",
     traits=("channels",),
+    beside={"recovery": "finetune", "recovery.steps": 20},
 )
 def pat(pattern: Pattern, options: Options) -> dict[str, str]:
     return parts(pattern, "learned")

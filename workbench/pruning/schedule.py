@@ -60,21 +60,35 @@ def linear(final: float, stages: int, options: Events) -> list[float]:
 
 
 @SPARSITY_SCHEDULE.add(
-    "from-start", formula="s_f in every stage", source="baseline", traits=("stages", "at once")
+    "from-start",
+    formula="s_f in every stage",
+    source="baseline",
+    traits=("stages", "at once"),
+    home="train-sparse.sparsity_schedule",
 )
 def from_start(final: float, stages: int, options: Options) -> list[float]:
     return [final] * stages
 
 
 @SPARSITY_SCHEDULE.add(
-    "geometric", formula="1 - 0.8^n, n evenly spaced", source="Misra et al. 2022 (APP)", traits="stages"
+    "geometric",
+    formula="1 - 0.8^n, n evenly spaced",
+    source="Misra et al. 2022 (APP)",
+    traits="stages",
+    home="train-sparse.sparsity_schedule",
+    beside={"stages": 2},
 )
 def geometric_stages(final: float, stages: int, options: Options) -> list[float]:
     return geometric(final, stages)
 
 
 @SPARSITY_SCHEDULE.add(
-    "late", formula="0 until the last stage", source="Chen et al. 2021 (DSEE)", traits="stages"
+    "late",
+    formula="0 until the last stage",
+    source="Chen et al. 2021 (DSEE)",
+    traits="stages",
+    home="train-sparse.sparsity_schedule",
+    beside={"stages": 2},
 )
 def late_stages(final: float, stages: int, options: Options) -> list[float]:
     return late(final, stages)

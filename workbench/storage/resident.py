@@ -122,8 +122,8 @@ class Disk:
         self.folder = folder
 
     def space(self, like: Tensor) -> Tensor:
-        """A tensor of the same shape and type, contiguous, with no values yet. `CannotWrite` where there is no
-        room: whoever wrote to a file's memory without room would be killed.
+        """A tensor of the same shape and type, contiguous, with no values yet. `CannotWrite` where the disk
+        has no room: whoever wrote to a file's memory without room would be killed.
         """
         import torch
 

@@ -201,6 +201,7 @@ def spelled(options: Rounded) -> str:
     source="Ashkboos, Nikdan, Tabesh et al. 2025, HALO",
     options=Rounded,
     spelled=spelled,
+    beside={"precision.format": "int8"},
 )
 def rounded_products(subject: Subject, options: Rounded) -> QuantizedProducts:
     return QuantizedProducts(subject.layers("blocks"), options.format, options.rotation)

@@ -224,6 +224,7 @@ class Speedup(Options):
     source="Kurtic, Frantar and Alistarh 2023 (ZipLM); Frantar and Alistarh 2022 (SPDY)",
     options=Speedup,
     traits="structures",
+    beside={"pattern": "neurons", "allocation.speedup": 1.5},
 )
 class Latency(Allocation):
     @staticmethod

@@ -118,6 +118,7 @@ class Amplitude(Options):
     needs="inputs",
     options=Amplitude,
     traits="structures",
+    beside={"method": "adapt-pruner", "pattern": "heads"},
 )
 class Adaptive(Allocation):
     @staticmethod

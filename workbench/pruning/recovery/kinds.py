@@ -46,6 +46,7 @@ def none(
     source="Han et al. 2015",
     needs="training",
     options=Finetune,
+    beside={"recovery.steps": 20},
 )
 def finetune(
     on: Subject,
@@ -67,6 +68,7 @@ def finetune(
     source="Hinton et al. 2015",
     needs="training",
     options=Distil,
+    beside={"recovery.steps": 20},
 )
 def distil(
     on: Subject,
@@ -88,6 +90,7 @@ def distil(
     source="Zimmer et al. 2023 (PERP); Munoz et al. 2024 (SQFT)",
     needs="training",
     options=Adapters,
+    beside={"recovery.steps": 20},
 )
 def low_rank(
     on: Subject,

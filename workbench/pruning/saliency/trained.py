@@ -25,6 +25,7 @@ class Learned(Options):
     needs="training",
     traits="channels",
     options=Learned,
+    beside={"recovery": "finetune", "recovery.steps": 20},
 )
 def learned(
     on: Subject, left: int, recovery: Choice, seed: int, progress: Progress, options: Learned

@@ -37,6 +37,8 @@ PATTERN.add(
     source="Lagunas et al. 2021",
     options=Block,
     spelled=hybrid_text,
+    home="train-sparse.pattern",
+    beside={"method": "block-movement"},
 )(Form(lambda options: Hybrid(Tiles(options.rows, options.columns))))
 
 

@@ -49,6 +49,7 @@ def mediswift(options: Options) -> dict[str, str]:
     "slope",
     formula="M * W + B A, dX from a matrix that is N:M along both sides",
     source="Mozaffari et al. 2024",
+    beside={"pattern": "2:4"},
 )
 def slope(options: Options) -> dict[str, str]:
     return PLAIN | {
@@ -75,6 +76,7 @@ def dsl(options: Options) -> dict[str, str]:
     "app",
     formula="|g w|, density 0.8^n from stage to stage, a part of the data for each",
     source="Misra et al. 2022",
+    beside={"stages": 2},
 )
 def app(options: Options) -> dict[str, str]:
     return PLAIN | {
@@ -110,7 +112,12 @@ def pst(options: Options) -> dict[str, str]:
     }
 
 
-@SPARSE_METHOD.add("dsee", formula="M * W + B A + S2, dense until the last stage", source="Chen et al. 2021")
+@SPARSE_METHOD.add(
+    "dsee",
+    formula="M * W + B A + S2, dense until the last stage",
+    source="Chen et al. 2021",
+    beside={"stages": 2},
+)
 def dsee(options: Options) -> dict[str, str]:
     return PLAIN | {
         "masks": "static",

@@ -52,6 +52,7 @@ class Named(Options):
     formula="the named blocks and the head",
     source="Kaplun et al. 2023 (SubTuning)",
     options=Named,
+    beside={"trainable.blocks": "0"},
 )
 def named_blocks(on: Subject, seed: int, options: Named) -> list[nn.Parameter]:
     return set_trainable(on, "blocks", parse_blocks(options.blocks, len(on.blocks())))
@@ -90,6 +91,7 @@ class Lazy(Options):
     source="Mozaffari et al. 2024 (SLoPe)",
     options=Lazy,
     traits="n:m",
+    beside={"pattern": "2:4"},
 )
 def double_pruned(layers: Sequence[Layer], pattern: Pattern, options: Lazy) -> DoublePruned:
     assert isinstance(pattern, NM)

@@ -26,6 +26,7 @@ class HalfQuadratic(Options):
     source="Badri and Shaji 2023",
     options=HalfQuadratic,
     traits="needs zero points",
+    beside={"format": "uint4"},
 )
 def half_quadratic(problem: Problem, options: HalfQuadratic) -> tuple[Tensor, Grid]:
     """Half-quadratic quantization (Badri and Shaji 2023): zero points that minimise a robust norm

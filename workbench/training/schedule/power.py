@@ -68,6 +68,7 @@ class Power(Options):
     source="Shen et al. 2024, eq. 5",
     options=Power,
     traits="scheduler",
+    beside={"schedule.batch": 32, "schedule.tokens": 128},
 )
 def power(optimizer: Optimizer, steps: int, warmup: float, options: Power) -> LRScheduler:
     return PowerLR(optimizer, steps, warmup=round(warmup * steps), **options.model_dump())
