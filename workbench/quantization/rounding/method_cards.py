@@ -14,7 +14,7 @@ METHODS: list[Method] = [
         "calibration inputs",
         "lower loss than nearest rounding at 3 bits",
         None,
-        recipe=(("quantize", {"rounding": "gptq", "format": "int3"}),),
+        recipe=(("quantize", {"rounding": "gptq"}),),
     ),
     Method(
         "adaround",
@@ -25,7 +25,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         216,
-        recipe=(("quantize", {"rounding": "adaround", "format": "int3"}),),
+        recipe=(("quantize", {"rounding": "adaround"}),),
     ),
     Method(
         "flexround",
@@ -36,7 +36,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         244,
-        recipe=(("quantize", {"rounding": "flexround", "format": "int3"}),),
+        recipe=(("quantize", {"rounding": "flexround"}),),
     ),
     Method(
         "signround",
@@ -47,7 +47,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         295,
-        recipe=(("quantize", {"rounding": "signround", "format": "int3"}),),
+        recipe=(("quantize", {"rounding": "signround"}),),
     ),
     Method(
         "adaquant",
@@ -58,7 +58,7 @@ METHODS: list[Method] = [
         "calibration inputs, gradients",
         "lower loss than nearest rounding at 3 bits",
         309,
-        recipe=(("quantize", {"rounding": "adaquant", "format": "int3"}),),
+        recipe=(("quantize", {"rounding": "adaquant"}),),
     ),
     Method(
         "hqq",
@@ -69,7 +69,7 @@ METHODS: list[Method] = [
         "nothing",
         "lower loss than nearest rounding with a zero point at 3 bits",
         None,
-        recipe=(("quantize", {"rounding": "hqq", "format": "uint3"}),),
+        recipe=(("quantize", {"rounding": "hqq", "format": "uint4"}),),
     ),
     Method(
         "asymmetric-calibration",
