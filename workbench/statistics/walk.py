@@ -82,9 +82,9 @@ class Walk:
 
     def __iter__(self) -> Iterator[Visit]:
         self.done, self.answers = [], [{} for _ in range(self.batch_count)]
+        blocks = self.blocks()
         let_go(self.on.model.parameters())  # what is read comes back: a block, and words of the embeddings
         trim()
-        blocks = self.blocks()
         inside = {
             block: [layer for layer in self.layers if layer.name.startswith(block + ".")] for block in blocks
         }
@@ -109,6 +109,7 @@ class Walk:
             self.done.append(block)
             if (place := disk()) is not None:
                 place.keep((*module.parameters(), *module.buffers()))
+                let_go(self.on.model.parameters())  # the embeddings too
             let_go(came_in)
             trim()
         self.answers = []
