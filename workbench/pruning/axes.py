@@ -28,10 +28,13 @@ STRUCTURES = ("heads", "neurons")
 DIMENSIONS = ("channels", "layers", "experts")
 
 
+def units_of(entry: Entry) -> list[str]:
+    """The patterns that an entry for whole units has among its traits; none of one for single weights."""
+    return [kind for kind in (*STRUCTURES, *DIMENSIONS) if kind in entry.traits]
+
+
 def such_a_pattern(entry: Entry) -> Mapping[str, Any]:
-    """The first pattern that an entry for whole units has among its traits."""
-    found = [kind for kind in (*STRUCTURES, *DIMENSIONS) if kind in entry.traits]
-    return {"pattern": found[0]} if found else {}
+    return {"pattern": units[0]} if (units := units_of(entry)) else {}
 
 
 SALIENCY = Axis(
@@ -129,4 +132,4 @@ class BlockFisher(Gradients):
 
 def scores_weights(saliency: Choice) -> bool:
     """True for a saliency of single weights, False for one that scores only whole units."""
-    return not saliency.entry.traits & {*STRUCTURES, *DIMENSIONS}
+    return not units_of(saliency.entry)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.pruning.axes import DIMENSIONS, STRUCTURES
+from workbench.pruning.axes import DIMENSIONS, units_of
 from workbench.pruning.plan import PrunePlan
 from workbench.results import Result
 from workbench.statistics.walk_forecast import Planned
@@ -102,7 +102,7 @@ class Prune(PrunePlan):
 
     def _check_method(self) -> None:
         kinds, method = set(self.pattern().kinds), self.method
-        only = [kind for kind in (*STRUCTURES, *DIMENSIONS) if method.has(kind)]
+        only = units_of(method.entry)
         if only and not (kinds and kinds <= set(only)):
             raise BadInput(
                 f"method: {method} removes {', '.join(only)}; "

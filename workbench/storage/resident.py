@@ -60,6 +60,9 @@ def let_go(tensors: Iterable[Tensor]) -> int:
         return 0
     page, total = os.sysconf("SC_PAGESIZE"), 0
     places = {place for tensor in tensors if (place := extent(tensor)) is not None}
+    places = {(start, end) for start, end in places if end - start >= page}
+    if not places:
+        return 0
     pages = os.open(PAGES, os.O_RDONLY)
     try:
         for start, end in places:

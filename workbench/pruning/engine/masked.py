@@ -145,7 +145,7 @@ class Masked:
     def facts(self) -> dict[str, Any]:
         prune, layers = self.prune, self.layers
         weights = sum(layer.original.numel() for layer in layers)
-        zeros = sum(int((weight == 0).sum()) for weight in weights_in_turn(layers))
+        zeros = zeros_in(layers)
         return {
             "sparsity": zeros / weights,
             **{f"dense_{k}": v for k, v in self.dense_test.items()},
@@ -170,7 +170,9 @@ def revived_in(layer: Layer, before: Tensor) -> int:
     return int(((before == 0) & (layer.weight.detach() != 0)).sum())
 
 
+def zeros_in(layers: Sequence[Layer]) -> int:
+    return sum(int((weight == 0).sum()) for weight in weights_in_turn(layers))
+
+
 def zero_share(layers: Sequence[Layer]) -> float:
-    return sum(int((layer.weight == 0).sum()) for layer in layers) / sum(
-        layer.original.numel() for layer in layers
-    )
+    return zeros_in(layers) / sum(layer.original.numel() for layer in layers)

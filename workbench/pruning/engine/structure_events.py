@@ -15,11 +15,10 @@ from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.pruning.axes import (
     COMPENSATION,
-    DIMENSIONS,
     PATTERN,
     SPARSITY_ALLOCATION,
-    STRUCTURES,
     scores_weights,
+    units_of,
 )
 from workbench.pruning.engine.masked import Masked
 from workbench.pruning.engine.structures import Asked, groups_of, prune_structures, score
@@ -68,7 +67,7 @@ class Units(Masked):
                 "heads and neurons"
             )
         if not scores_weights(saliency) and not set(pattern.kinds) <= saliency.entry.traits:
-            accepted = " or ".join(sorted(saliency.entry.traits & {*STRUCTURES, *DIMENSIONS}))
+            accepted = " or ".join(sorted(units_of(saliency.entry)))
             raise BadInput(
                 f"saliency: {saliency} scores {accepted}, not {whole}; choose another, or that pattern"
             )

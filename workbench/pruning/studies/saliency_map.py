@@ -22,7 +22,7 @@ from workbench.axis import Choice, parameter
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
-from workbench.pruning.axes import DIMENSIONS, PRUNING_METHOD, SALIENCY, STRUCTURES, scores_weights
+from workbench.pruning.axes import PRUNING_METHOD, SALIENCY, scores_weights, units_of
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.pattern import Tiles
 from workbench.results import Result
@@ -45,7 +45,7 @@ def scored_methods() -> dict[str, tuple[Choice, str]]:
         fields = PRUNING_METHOD.chosen(name)(Tiles(1, 1))
         saliency = SALIENCY.chosen(fields["saliency"])
         single = scores_weights(saliency) and saliency.entry.needs != "training"
-        if single and not entry.traits & {*STRUCTURES, *DIMENSIONS} and name not in LEFT_OUT:
+        if single and not units_of(entry) and name not in LEFT_OUT:
             found[name] = (saliency, fields["allocation"])
     return found
 
