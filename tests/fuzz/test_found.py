@@ -78,6 +78,8 @@ LONG = "a" * 300
         ["run", "scaling-fit", "--runs", f"{LONG}.csv"],
         ["report", f"{LONG}.ipynb"],
         ["report", LONG],
+        ["report", "kernels", "--out", LONG],
+        ["run", "critical-batch", "--out", LONG, "--workers=--"],
         ["report", "compress", "--parameters", LONG],
         ["report", "compress", "--data", LONG, "--steps", "x"],
         ["list", "--plugins", f"{LONG}.py"],
