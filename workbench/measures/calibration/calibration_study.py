@@ -79,7 +79,7 @@ class CalibrationStudy(SubjectInstrument):
     )
     amounts: list[int] = parameter([8, 32, 128], "numbers of calibration examples", unit="examples")
     draws: int = parameter(3, "draws of each number of examples", ge=1, le=100)
-    data: str = parameter(
+    sources: str = parameter(
         "train",
         "where the examples are drawn from, separated by commas: splits, 'second' (of the second domain what "
         "is not measured on), 'random' (tokens)",
@@ -109,12 +109,29 @@ class CalibrationStudy(SubjectInstrument):
         return listed(self.methods)
 
     @property
-    def sources(self) -> list[str]:
-        return listed(self.data)
+    def places(self) -> list[str]:
+        return listed(self.sources)
 
     def chains(self) -> tuple[list[Chain], dict[str, str]]:
         """One chain a method, for the largest amount, and those without data that they are beside."""
+        self.lists()
         return beside([chain(name, self.study, max(self.amounts)) for name in self.named])
+
+    def lists(self) -> dict[str, list[Any]]:
+        """What every combination of is run; `BadInput` for one without any, or with one twice."""
+        found: dict[str, list[Any]] = {
+            "methods": self.named,
+            "sources": self.places,
+            "amounts": self.amounts,
+        }
+        for name, values in found.items():
+            if not values:
+                raise BadInput(f"{name}: is empty; give at least one")
+            if len(set(values)) < len(values):
+                raise BadInput(f"{name}: {', '.join(map(str, values))} holds one twice; give each once")
+        if bad := [amount for amount in self.amounts if amount < 1]:
+            raise BadInput(f"amounts: {bad[0]} is no number of examples; give whole numbers from 1")
+        return found
 
     def code(self) -> str:
         """Version of the code that the methods reach."""
@@ -131,23 +148,17 @@ class CalibrationStudy(SubjectInstrument):
 
     def check(self, on: Subject) -> None:
         check_comparable(on, "methods", ())
-        for name, values in (("methods", self.named), ("data", self.sources), ("amounts", self.amounts)):
-            if not values:
-                raise BadInput(f"{name}: is empty; give at least one")
-            if len(set(values)) < len(values):
-                raise BadInput(f"{name}: {', '.join(map(str, values))} holds one twice; give each once")
-        if bad := [amount for amount in self.amounts if amount < 1]:
-            raise BadInput(f"amounts: {bad[0]} is no number of examples; give whole numbers from 1")
+        self.lists()
         on.split(self.test_split)
         texts = Texts.of(self, on)
         for made in self.chains()[0]:
-            rows = drawn(texts.pools[self.sources[0]], max(self.amounts), self.seed)
+            rows = drawn(texts.pools[self.places[0]], max(self.amounts), self.seed)
             made.steps[0].check(texts.given(rows))
 
     def asks_beyond(self, on: Any) -> Iterator[str]:
         yield from super().asks_beyond(on)
         if "amounts" in self.model_fields_set:
-            for source in self.sources:
+            for source in self.places:
                 if source in on.splits and on.size(source) < max(self.amounts):
                     yield (
                         f"amounts: {max(self.amounts)} are asked for, and the split {source} has "
@@ -161,7 +172,7 @@ class CalibrationStudy(SubjectInstrument):
         """
         chains = self.chains()[0]
         found = [Cell(made.method, NONE, 0, 0) for made in chains if made.free]
-        for source in self.sources:
+        for source in self.places:
             there = count_of(texts.pools[source])
             for amount in sorted({min(amount, there) for amount in self.amounts}):
                 draws = 1 if amount == there else self.draws
@@ -240,7 +251,7 @@ class Texts:
     def of(cls, asked: CalibrationStudy, on: Subject) -> Texts:
         count, split, seed = asked.test_examples, asked.test_split, asked.seed
         second = second_domain(on, asked.second, split, count, seed)
-        found = {source: pool(on, source, split, second, seed) for source in asked.sources}
+        found = {source: pool(on, source, split, second, seed) for source in asked.places}
         first = rows_of(on.split(split), torch_rows(min(count, on.size(split))))
         seen = on.with_split(SAME, first).with_split(OTHER, second.tested)
         return cls(seen.with_split("test", rows_of(first, torch_rows(PROBED))), second, found)
@@ -378,7 +389,7 @@ class Run:
             "unit": unit_of(on),
             "texts": f"{on.size(SAME)} and {on.size(OTHER)}",
         }
-        first = table[table["data"] == asked.sources[0]]
+        first = table[table["data"] == asked.places[0]]
         for method in dict.fromkeys(first["method"]):
             mine = first[first["method"] == method].sort_values("examples")
             facts[f"enough_{method}"] = enough(mine)

@@ -96,8 +96,8 @@ def pool(on: Subject, source: str, split: str, second: SecondDomain, seed: int) 
         return randomised(on.task, on.split(split), on.model, on.tokenizer, seed + 2)
     if source not in on.splits:
         raise BadInput(
-            f"data: {source!r} is no split; accepted: {', '.join(on.splits)}, {SECOND} (what is not measured "
-            f"on of the second domain), {RANDOM}"
+            f"sources: {source!r} is no split; accepted: {', '.join(on.splits)}, {SECOND} (of the second "
+            f"domain what is not measured on), {RANDOM}"
         )
     return on.split(source)
 
