@@ -25,6 +25,7 @@ from workbench.storage.resident import disk, trim
 from workbench.subjects import finite, identity
 from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, computed_once, copied, describe_changes, same_tensors
+from workbench.subjects.examples.card import card
 from workbench.subjects.identity import Seen
 from workbench.subjects.layers import Layer
 from workbench.subjects.stored import declare_wide, narrow, write_tensors
@@ -288,6 +289,10 @@ class Subject:
     def examples_at_once(self, split: str, most: int) -> int:
         """Examples of a batch: `most`, or fewer where the split's sequences are long."""
         return max(min(most, TOKENS // self.task.longest(self.split(split))), 1)
+
+    def examples_card(self, split: str, limit: int) -> dict[str, Any]:
+        """What the first `limit` examples of a split are: see `examples.card`."""
+        return card(self.task, self.split(split), limit, self.tokenizer, getattr(self.model, "config", None))
 
     # ---- measuring -----------------------------------------------------------------------------------------
     def loss(self, batch: Batch) -> Tensor:
