@@ -17,7 +17,7 @@ from workbench.quantization.activations.sequential import block_calls, grouped, 
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.split_grid import Salient
 from workbench.quantization.quantize_settings import QuantizeSettings
-from workbench.quantization.quantized_layer import mask_of, moments_for, stacked
+from workbench.quantization.quantized_layer import effective, mask_of, moments_for, stacked
 from workbench.quantization.rounding.adapters import Term
 from workbench.quantization.rounding.blockwise import reconstruct, windows
 from workbench.quantization.rounding.feedback import Factors
@@ -126,6 +126,16 @@ def round_layer(settings: QuantizeSettings, layer: Layer, source: Source) -> Rou
         return values, grid, terms[0]
     ups, downs = zip(*terms, strict=True)
     return values, grid, (torch.stack(ups), torch.stack(downs))
+
+
+def rounded_expert(settings: QuantizeSettings, layer: Layer, source: Source, expert: int) -> Tensor:
+    """(out, in) what one expert of a layer computes with when it is rounded by itself."""
+
+    def rounder(problem: Problem) -> tuple[Tensor, Grid]:
+        return round_matrix(settings, problem)
+
+    values, _, term = settings.adapter(problems(settings, layer, source)[expert], rounder)
+    return effective(values, term)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from workbench.quantization.activations.activations import widest
@@ -13,8 +14,11 @@ from workbench.quantization.number.grid import Grid
 from workbench.quantization.quantize_settings import QuantizeSettings
 from workbench.quantization.quantized_layer import effective, layer_row, mask_of, put
 from workbench.quantization.rounding.adapters import Term
+from workbench.quantization.rounding.feedback import Factors
+from workbench.quantization.rounding_order import Source, rounded_expert
 from workbench.quantization.transform.coordinates import Transform
 from workbench.statistics import ExpertsSeen, InputMoments
+from workbench.statistics.experts import all_tokens
 from workbench.subjects import Layer, Subject
 
 
@@ -45,6 +49,8 @@ class Rounds:
         self.revived += revived_in(layer, weight, delta)
         self.layers.append(layer)
         self.experts.add(layer.name, moments)
+        if self.settings.reads_inputs and weight.ndim == 3 and not bool(moments.tokens.all()):
+            self.unreached(layer, weight, weight.float() + delta, moments)
         self.rows.append(layer_row(layer, weight.float(), delta, grid, moments, term))
         self.transforms[layer.name] = transform = grid.transform
         options = self.settings.activations.options
@@ -62,6 +68,18 @@ class Rounds:
         if self.keeps_dense:
             self.dense[layer.name] = weight if layer.shared else weight.clone()
         put(layer, values, grid, term)
+
+    def unreached(self, layer: Layer, before: Tensor, after: Tensor, moments: InputMoments) -> None:
+        """What the rounding of experts without tokens costs, beside one on what all others read."""
+
+        def on_all(expert: int) -> Tensor | None:
+            if self.settings.by_blocks or self.settings.transform.has("needs ranges"):
+                return None
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            source = Source(all_tokens(moments), generator, Factors())
+            return rounded_expert(self.settings, layer, source, expert)
+
+        self.experts.measure(layer.name, moments, before, after, "rounded on all tokens of the layer", on_all)
 
     @contextlib.contextmanager
     def dense_weights(self, on: Subject) -> Iterator[None]:

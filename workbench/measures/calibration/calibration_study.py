@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import torch
 
 from workbench.axis import entries_in, parameter
 from workbench.code_version import code_version
@@ -252,19 +253,30 @@ class Texts:
         count, split, seed = asked.test_examples, asked.test_split, asked.seed
         second = second_domain(on, asked.second, split, count, seed)
         found = {source: pool(on, source, split, second, seed) for source in asked.places}
-        first = rows_of(on.split(split), torch_rows(min(count, on.size(split))))
-        seen = on.with_split(SAME, first).with_split(OTHER, second.tested)
-        return cls(seen.with_split("test", rows_of(first, torch_rows(PROBED))), second, found)
+        first = rows_of(on.split(split), torch.arange(min(count, on.size(split))))
+        seen = on
+        for name, rows in (
+            (SAME, first),
+            (OTHER, second.tested),
+            ("test", rows_of(first, torch.arange(PROBED))),
+        ):
+            seen = with_split(seen, name, rows)
+        return cls(seen, second, found)
 
     def given(self, rows: Split) -> Subject:
         """The dense subject with these examples to calibrate on."""
-        return self.on.with_split("calibration", rows)
+        return with_split(self.on, "calibration", rows)
 
 
-def torch_rows(count: int) -> Any:
-    import torch
-
-    return torch.arange(count)
+def with_split(on: Subject, name: str, rows: Split) -> Subject:
+    """`Subject.with_split`, its fingerprint from the subject's and the examples': no weight is read again."""
+    made = on.with_split(name, rows)
+    state = hashlib.sha256(f"{on.fingerprint}\0{name}\0".encode())
+    for column, values in sorted(rows.items()):
+        state.update(f"{column}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
+        state.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    made.adopt_fingerprint(state.hexdigest()[:24])
+    return made
 
 
 @dataclass
