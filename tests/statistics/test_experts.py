@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from workbench.quantization import Quantize
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 from workbench.quantization.rounding.nearest import rounded
 from workbench.quantization.rounding.problem import Problem
-from workbench.statistics import second_moments
+from workbench.statistics import ExpertsSeen, second_moments
 from workbench.subjects import Subject
 
 STARVED = 2
@@ -181,6 +183,24 @@ def test_an_expert_that_only_the_test_reaches_makes_a_part_of_the_distance(
         layer.write(weight)
     left = compare(on, back).measures()["kl"]
     assert result.facts["unseen_kl"] == pytest.approx(result.facts["kl"] - left, rel=1e-3)
+
+
+def test_an_interrupted_run_goes_on_with_what_it_had_found(starved: Subject) -> None:
+    """Kind: what a walk has noted of a block holds less than what is reported of it."""
+    layers = [layer for layer in starved.layers("blocks") if len(layer.shape) == 3]
+    whole, rest = ExpertsSeen(), ExpertsSeen()
+    found = second_moments(starved, layers, "calibration", 8)
+    for layer in layers:
+        weight = layer.weight.detach()
+        whole.add(layer.name, found[layer.name])
+        whole.measure(layer.name, found[layer.name], weight, weight * 0.9, "left alone", lambda e: None)
+    for layer in layers:
+        rest.take(json.loads(json.dumps(whole.record([layer]))))
+    assert [row["output_error"] for row in whole.errors] == pytest.approx([0.01] * 2)
+    for name, table in whole.tables().items():
+        pd.testing.assert_frame_equal(rest.tables()[name], table)
+    assert rest.facts(Progress(), "cut") == whole.facts(Progress(), "cut")
+    assert "unseen_rival_error" not in rest.facts(Progress(), "cut")
 
 
 def test_nothing_is_said_where_every_expert_is_reached(checkpoints: dict[str, Path]) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from workbench.quantization.activations.activations import widest
@@ -14,11 +13,8 @@ from workbench.quantization.number.grid import Grid
 from workbench.quantization.quantize_settings import QuantizeSettings
 from workbench.quantization.quantized_layer import effective, layer_row, mask_of, put
 from workbench.quantization.rounding.adapters import Term
-from workbench.quantization.rounding.feedback import Factors
-from workbench.quantization.rounding_order import Source, rounded_expert
 from workbench.quantization.transform.coordinates import Transform
 from workbench.statistics import ExpertsSeen, InputMoments
-from workbench.statistics.experts import all_tokens
 from workbench.subjects import Layer, Subject
 
 
@@ -27,6 +23,7 @@ class Rounds:
 
     Values are put in place at once, unless blocks are learned on the dense model's calls.
     keeps_dense : keep the dense weights, for a prediction at them
+    on_all : what an expert's weight becomes when it is rounded on the tokens of all the layer's experts
     wide : (in,) input features on the wider grid, by layer
     """
 
@@ -37,6 +34,7 @@ class Rounds:
         self.revived = 0  # weights that came in as zeros, by no mask, and are none now
         self.rows: list[dict[str, Any]] = []
         self.experts = ExpertsSeen()
+        self.on_all: Callable[[Layer, InputMoments, int], Tensor | None] | None = None
         self.transforms: dict[str, Transform | None] = {}
         self.wide: dict[str, Tensor] = {}
         self.dense: dict[str, Tensor] = {}
@@ -73,13 +71,26 @@ class Rounds:
         """What the rounding of experts without tokens costs, beside one on what all others read."""
 
         def on_all(expert: int) -> Tensor | None:
-            if self.settings.by_blocks or self.settings.transform.has("needs ranges"):
-                return None
-            generator = torch.Generator().manual_seed(self.settings.seed)
-            source = Source(all_tokens(moments), generator, Factors())
-            return rounded_expert(self.settings, layer, source, expert)
+            return None if self.on_all is None else self.on_all(layer, moments, expert)
 
         self.experts.measure(layer.name, moments, before, after, "rounded on all tokens of the layer", on_all)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the rows and counts are all that anybody asks of a layer that is done."""
+        return self.at_once and not self.keeps_dense and not self.settings.rounds_inputs
+
+    def record(self, layers: Sequence[Layer]) -> dict[str, Any]:
+        """What JSON can hold of these layers, which were the last to be added."""
+        rows = self.rows[len(self.rows) - len(layers) :]
+        return {"rows": rows, "revived": self.revived} | self.experts.record(layers)
+
+    def take(self, layers: Sequence[Layer], record: dict[str, Any]) -> None:
+        """Layers that were added by a run that was interrupted, which has left this record of them."""
+        self.layers += layers
+        self.rows += record["rows"]
+        self.experts.take(record)
+        self.revived = record["revived"]
 
     @contextlib.contextmanager
     def dense_weights(self, on: Subject) -> Iterator[None]:

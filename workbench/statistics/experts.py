@@ -4,7 +4,7 @@ guess, and is said.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from workbench.progress import Progress
 from workbench.statistics.inputs import InputMoments
 from workbench.storage.resident import disk
+from workbench.subjects import Layer
 
 
 @dataclass
@@ -71,6 +72,19 @@ class ExpertsSeen:
     def add(self, layer: str, moments: InputMoments) -> None:
         if len(moments.tokens) > 1:
             self.tokens[layer] = [int(count) for count in moments.tokens]
+
+    def record(self, layers: Iterable[Layer]) -> dict[str, Any]:
+        """What JSON can hold of some layers."""
+        names = {layer.name for layer in layers}
+        return {
+            "experts": {name: counts for name, counts in self.tokens.items() if name in names},
+            "unseen": [row for row in self.errors if row["layer"] in names],
+        }
+
+    def take(self, record: dict[str, Any]) -> None:
+        """What a run that was interrupted has left of some layers."""
+        self.tokens |= record["experts"]
+        self.errors += record["unseen"]
 
     @property
     def unseen(self) -> dict[str, list[int]]:
