@@ -166,6 +166,8 @@ def test_a_stop_inside_a_cell_leaves_the_cell_out(llama: Subject) -> None:
         ({"amounts": []}, "amounts: is empty"),
         ({"amounts": [0]}, "amounts: 0 is no number of examples"),
         ({"sources": "trian"}, "sources: 'trian' is no split; accepted: train"),
+        ({"sources": "train,test"}, "sources: 'test' is measured on"),
+        ({"sources": "validation", "second": "validation"}, "give second, which leaves out what is"),
         ({"second": "test"}, "second: 'test' is the split that the first domain is measured on"),
         ({"second": "texts.csv"}, "second: 'texts.csv' is neither a split (train"),
         ({"test_split": "tset"}, "split: 'tset' does not exist"),

@@ -19,7 +19,7 @@ import torch
 
 from workbench.axis import entries_in, parameter
 from workbench.code_version import code_version
-from workbench.errors import BadInput
+from workbench.errors import BadInput, Stopped
 from workbench.instruments import SubjectInstrument
 from workbench.measures.attribution import unit_of
 from workbench.measures.calibration.calibration_study_result import CalibrationStudyResult
@@ -207,12 +207,15 @@ class CalibrationStudy(SubjectInstrument):
         for cell in self.cells(texts):
             place = cell.method, cell.amount
             if place not in own:
-                own[place] = self.seconds_of(cell, on, text)
+                own[place] = self.seconds_of(cell, texts, text)
             total += own[place] + text * (seen.size(SAME) + seen.size(OTHER))
         return total
 
-    def seconds_of(self, cell: Cell, on: Subject, text: float) -> float:
-        made = self.made(cell)
+    def seconds_of(self, cell: Cell, texts: Texts, text: float) -> float:
+        """Of the method alone. text : seconds of a pass over a text"""
+        made, on = self.made(cell), texts.on
+        if cell.data != NONE:
+            on = texts.given(drawn(texts.pools[cell.data], cell.amount, self.seed))
         told = [step.foretold_seconds(on) for step in made.steps[:1]]
         known = [seconds for seconds in told if seconds is not None]
         passes = 2 * text * max(cell.amount, 1) * (len(made.steps) - len(known))
@@ -306,6 +309,13 @@ class Run:
         return reference_of(on, domain, None, quiet(self.progress), batch_size=batch_of(on, domain))
 
     def measured(self, cell: Cell) -> Record | None:
+        """What a cell gives; None when it was stopped."""
+        try:
+            return self.calibrated(cell)
+        except Stopped:
+            return None
+
+    def calibrated(self, cell: Cell) -> Record | None:
         asked, texts = self.asked, self.texts
         record: Record = {"examples": 0, "tokens": 0, "sha256": ""}
         on = texts.on
@@ -382,7 +392,8 @@ class Run:
             if domain == SAME:
                 excess = means - over.means(sums_of(largest, domain))
                 found["above_largest_low"], found["above_largest_high"] = interval(excess)
-        ratio = drawn_means[OTHER] / drawn_means[SAME]
+        with np.errstate(all="ignore"):
+            ratio = drawn_means[OTHER] / drawn_means[SAME]
         found["ratio"] = found["second_kl"] / found["kl"] if found["kl"] else float("nan")
         found["ratio_low"], found["ratio_high"] = interval(ratio)
         if free:
