@@ -18,6 +18,7 @@ from workbench import BadInput
 from workbench.cli import main
 from workbench.measures import CalibrationStudy, compare
 from workbench.measures.calibration import calibration_study
+from workbench.measures.calibration.calibration_study import enough
 from workbench.measures.calibration.chains import Chain, Study, beside, chain
 from workbench.measures.calibration.domains import drawn
 from workbench.measures.calibration.resampled import Resampled
@@ -107,6 +108,21 @@ def test_the_over_fit_is_beside_the_same_grid_without_data(made: Result) -> None
         assert low < want < high and free in made.facts[f"overfit_{method}"]
         assert table.loc[(method, 8), ["above_largest_low", "above_largest_high"]].tolist() == [0, 0]
     assert made.facts["second_domain"] == "random tokens"
+
+
+def test_enough_is_said_with_how_much_is_left() -> None:
+    """`4` alone would say the same of a difference of nothing and of one that nobody can see."""
+    columns = {"examples": [4, 8, 16], "kl": [3.0, 2.2, 2.0], "above_largest_high": [1.5, 0.5, 0.0]}
+    told = [
+        enough(pd.DataFrame(columns | {"above_largest_low": lows}))
+        for lows in ([0.5, -0.1, 0.0], [-0.5, -0.1, 0.0], [0.5, 0.1, 0.0], [-0.5, 0.1, 0.0])
+    ]
+    assert told == [
+        "8 (at most 25 % above 16)",
+        "4 (at most 75 % above 16)",
+        "16 or more",
+        "16 or more",
+    ]
 
 
 def test_a_larger_draw_holds_the_smaller_one(llama: Subject) -> None:

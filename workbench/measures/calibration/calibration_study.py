@@ -424,14 +424,18 @@ class Run:
 
 def enough(mine: pd.DataFrame) -> str:
     """The fewest examples from which on the divergence is not above that of most examples, as far as the
-    interval of their difference can tell.
+    interval of their difference can tell, and how far above that the interval goes.
     """
     if len(mine) < 2:
         return "not known: one amount"
     above = (mine["above_largest_low"] > 0).to_numpy()
     first = int(np.nonzero(above)[0][-1]) + 1 if above.any() else 0
     amounts = mine["examples"].tolist()
-    return str(amounts[first]) if first < len(mine) - 1 else f"{amounts[first]} or more"
+    if first == len(mine) - 1:
+        return f"{amounts[first]} or more"
+    last = mine.iloc[-1]
+    most = max(100 * mine["above_largest_high"].iloc[first] / last["kl"], 0.0) if last["kl"] else 0.0
+    return f"{amounts[first]} (at most {most:.2g} % above {last['examples']})"
 
 
 def overfit_in_words(row: pd.Series[Any]) -> str:
