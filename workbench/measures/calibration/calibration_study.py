@@ -435,7 +435,7 @@ def enough(mine: pd.DataFrame) -> str:
         return f"{amounts[first]} or more"
     last = mine.iloc[-1]
     most = max(100 * mine["above_largest_high"].iloc[first] / last["kl"], 0.0) if last["kl"] else 0.0
-    return f"{amounts[first]} (at most {most:.2g} % above {last['examples']})"
+    return f"{amounts[first]} (at most {most:.2g} % above {amounts[-1]})"
 
 
 def overfit_in_words(row: pd.Series[Any]) -> str:
