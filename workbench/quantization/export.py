@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +32,10 @@ from workbench.subjects.checkpoint_files import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+#: Session setting of ONNX Runtime by which products with integer weights are computed in float32.
+EXACT = "session.qdq_matmulnbits_accuracy_level"
 
 
 def quantized_layers(subject: Subject) -> list[Layer]:
@@ -171,7 +175,9 @@ def to_onnx(
     """Write an ONNX file whose quantized weights are 8-bit integers with `DequantizeLinear`
     (opset 21: one scale a tensor, channel or group).
 
-    Inputs are the task's columns, with a free batch size and a free length of each sequence. A file that no
+    Inputs are the task's columns, with a free batch size and a free length of each sequence. ONNX Runtime
+    computes what this computes with the session setting that the file's metadata name; by default it rounds
+    activations to 8 bits as well. A file that no
     export wrote is refused unless `overwrite`. Before it takes its place it is run in a fresh process and its
     loss compared, unless `reopen` is False or ONNX Runtime is not installed, which is said.
     Needs the packages `onnx` and `onnxscript` (extra `export`).
@@ -241,13 +247,34 @@ def to_onnx(
                 **attributes,
             )
             graph.graph.node.insert(0, node)
+        check_free(graph, named)
+        note = graph.metadata_props.add()
+        note.key, note.value = "session_config", f"{EXACT}=1"
         onnx.checker.check_model(graph)
         onnx.save(graph, str(draft))
         if reopen:
             told = check_exported(subject, draft, "onnx", subject.task.exported(model, probe(subject)))
             if told.startswith("not opened"):
                 notice(f"onnx: {told}")
+    notice(
+        f"onnx: ONNX Runtime rounds the inputs of products with integer weights too, unless a session has "
+        f"{EXACT} = 1 (SessionOptions.add_session_config_entry); the file's metadata say so"
+    )
     return Path(file)
+
+
+def check_free(program: Any, named: Mapping[str, Mapping[int, str]]) -> None:
+    """`BadInput` where the exporter has fixed a size that is to be free, as it does for a loop over
+    positions.
+    """
+    for given in program.graph.input:
+        sizes = given.type.tensor_type.shape.dim
+        for axis, what in named.get(given.name, {}).items():
+            if not sizes[axis].dim_param:
+                raise BadInput(
+                    f"onnx: the exporter fixes the {what} of {given.name} at {sizes[axis].dim_value}, so that the "
+                    "file takes no other; export it with to_compressed_tensors, or save the subject"
+                )
 
 
 class Outputs(nn.Module):
