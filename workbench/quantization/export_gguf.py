@@ -8,9 +8,10 @@ written; tensors are written one after another, so that one of them is held at a
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from workbench.quantization.number.fake_quant import FakeQuant
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.split_grid import SplitGrid
 from workbench.storage import replacing
+from workbench.storage.forecast import free_bytes, in_words
 from workbench.storage.reopening import check_exported, probe
 from workbench.storage.resident import let_go
 from workbench.storage.writing import scratch
@@ -95,28 +97,28 @@ class Part:
 
 
 def to_gguf(
-    subject: Subject, file: str | os.PathLike[str], *, overwrite: bool = False, reopen: bool = True
+    subject: Subject,
+    file: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    reopen: bool = True,
+    told: Callable[[str], Any] | None = None,
 ) -> Path:
     """Write a GGUF file: int4, int5, int8 and their unsigned ones in groups of a multiple of 32 inputs (or
     channels, tensors) and mxfp4 as ggml's blocks, other weights as F16, BF16, F32 or Q8_0, whichever holds
     them exactly; with configuration and tokenizer.
 
     `BadInput` for anything else, by layer. A file that no export wrote is refused unless `overwrite`. Before
-    it takes its place it is opened in a fresh process, which holds the whole model, and its loss compared,
-    unless `reopen` is False. Needs the package `gguf` (extra `gguf`).
+    it takes its place it is opened in a fresh process and its loss compared, unless `reopen` is False or that
+    process, which holds the whole model in float32, has no room for it; `told` is then called with what came
+    of it. Needs the package `gguf` (extra `gguf`).
     """
     if Path(file).suffix.lower() != ".gguf":
         raise BadInput(f"file: {str(file)!r} does not end in .gguf, by which such a file is known")
-    if importlib.util.find_spec("gguf") is None:
-        raise BadInput("gguf: needs the package gguf, which writes it; pip install gguf")
     model: Any = subject.model
-    target = target_of(model)
-    check_model(model)
+    target, fields = check_subject(subject)
     found = list(parts(subject, target))
-    fields = None
-    if knows_words(subject.tokenizer):
-        fields = tokenizer_fields(subject.tokenizer, model.config.vocab_size)
-    else:
+    if fields is None:
         notice("gguf: the subject has no tokenizer, so the file has none; llama.cpp needs one")
     length = context_of(model.config)
     with replacing(file, overwrite=overwrite, field="file") as draft:
@@ -133,14 +135,33 @@ def to_gguf(
                 f"at most {gap:.1e} of a step of its grid"
             )
         if reopen:
-            check_exported(subject, draft, "gguf", probe(subject))
+            compared = reopened(subject, draft, sum(math.prod(part.shape) for part in found))
+            if told is not None:
+                told(compared)
+            elif compared.startswith("not opened"):
+                notice(f"gguf: {compared}")
     return Path(file)
 
 
-def check_model(model: nn.Module) -> None:
-    """`BadInput` for a model that computes something else than its class does on its weights."""
+def reopened(subject: Subject, file: Path, numbers: int) -> str:
+    """What the comparison in a fresh process found, or why there was none: who reads a file has every number
+    in float32 twice for a moment.
+    """
+    needed, free = 8 * numbers, free_bytes()
+    if free is not None and needed > free:
+        return f"not opened again: that takes {in_words(needed)}, {in_words(free)} are free"
+    return check_exported(subject, file, "gguf", probe(subject))
+
+
+def check_subject(subject: Subject) -> tuple[Target, dict[str, Any] | None]:
+    """The architecture and the tokenizer's fields, None without one; `BadInput` for a subject that has no
+    place in a GGUF file whatever its weights are.
+    """
     from workbench.subjects.structure.removal import record_of
 
+    if importlib.util.find_spec("gguf") is None:
+        raise BadInput("gguf: needs the package gguf, which writes it; pip install gguf")
+    model: Any = subject.model
     if named := getattr(model, "without_file", ""):
         raise BadInput(f"gguf: a model changed by {named} has no file format")
     if record_of(model):
@@ -148,6 +169,10 @@ def check_model(model: nn.Module) -> None:
             "gguf: the model lost heads or neurons, which the file has no place for; save the subject, which "
             "fills them with zeros, and export what transformers opens"
         )
+    target = target_of(model)
+    if not knows_words(subject.tokenizer):
+        return target, None
+    return target, tokenizer_fields(subject.tokenizer, model.config.vocab_size)
 
 
 def parts(subject: Subject, target: Target) -> Iterator[Part]:
@@ -253,7 +278,7 @@ def write(
     for part in found:
         shape = part.bytes_shape
         kind = GGMLQuantizationType[part.kind]
-        writer.add_tensor_info(part.name, shape, bytewise, int(np.prod(shape)), raw_dtype=kind)
+        writer.add_tensor_info(part.name, shape, bytewise, math.prod(shape), raw_dtype=kind)
     gap = 0.0
     try:
         writer.write_header_to_file()
@@ -298,7 +323,7 @@ def commonest(found: Sequence[Part]) -> str:
     """The type of most weights."""
     counts: Counter[str] = Counter()
     for part in found:
-        counts[part.kind] += int(np.prod(part.shape))
+        counts[part.kind] += math.prod(part.shape)
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
