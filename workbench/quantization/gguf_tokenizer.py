@@ -101,8 +101,6 @@ def steps_of(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 def rule_of(parts: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
     """llama.cpp's name for how a text is cut before byte-level BPE."""
-    from transformers.integrations.gguf import gguf_tokenizer_mapping as known
-
     normal = [step["type"] for step in steps_of(parts["normalizer"])]
     if normal == ["NFC"]:
         notice("gguf: the tokenizer's normalizer NFC has no place in the file; give readers composed text")
@@ -116,13 +114,22 @@ def rule_of(parts: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str
         if before == ["Digits"] and steps[0].get("individual_digits") and last.get("use_regex", True):
             return DIGITS
         if before == ["Split"] and not last.get("use_regex", True):
-            expression = steps[0]["pattern"].get("Regex")
-            splits = known.GGUF_PRE_TOKENIZER_SPLITS
-            names = [*(n for n in PREFERRED if n in splits), *splits]
-            for name in names:
-                if splits[name] == expression:
-                    return str(name)
+            expression, splits = steps[0]["pattern"].get("Regex"), known_splits()
+            names = [*(name for name in PREFERRED if name in splits), *splits]
+            found = next((name for name in names if splits[name] == expression), None)
+            if found is not None:
+                return found
     raise no_place("cuts texts by a rule that has no name there")
+
+
+def known_splits() -> Mapping[str, str]:
+    """llama.cpp's name -> the expression that `transformers` cuts texts by; empty for a version without."""
+    try:
+        from transformers.integrations.gguf import gguf_tokenizer_mapping
+    except ImportError:
+        return {}
+    found: Mapping[str, str] = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {})
+    return found
 
 
 def words_of(tokenizer: Any, parts: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:

@@ -49,12 +49,12 @@ def opened(folder: str, task: str, columns: dict[str, torch.Tensor]) -> torch.Te
 
 def loss(file: str, task: str, columns: dict[str, torch.Tensor]) -> float:
     """Loss of an exported model file on these columns."""
-    from workbench.subjects.loaders import subject
+    from workbench.subjects.checkpoints import open_model
+    from workbench.subjects.tasks import TASK
 
-    on = subject(file, data="random", task=task)
-    on.model.eval()
+    model, _ = open_model(file, local=True)
     with torch.no_grad():
-        return float(on.task.loss(on.model, columns))
+        return float(TASK.chosen(task).value().loss(model, columns))
 
 
 def run(file: str, columns: dict[str, torch.Tensor]) -> torch.Tensor:
