@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from workbench.axis import Choice, parameter
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument
+from workbench.instruments import WEIGHTS, SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.allocation.integer_program import (
     Allocation,
@@ -162,6 +162,10 @@ class Allocate(SubjectInstrument):
             seed=self.seed,
         )
 
+    def calibrates(self) -> dict[str, tuple[str, int]]:
+        """The rounding's examples or those of the sensitivities, whichever are more."""
+        return {WEIGHTS: ("calibration", max(self.calibration_examples, self.predict_examples))}
+
     def check(self, on: Subject) -> None:
         if not min(self.widths) <= self.budget <= max(self.widths):
             raise BadInput(
@@ -215,12 +219,15 @@ class Allocate(SubjectInstrument):
         main, rows_of = next(iter(plans)), np.arange(len(layers))
         plans |= self._rivals(cost, size, budget, widths, weights)
         rows, chosen, subject = [], [], None
+        experts, unseen = dict[str, pd.DataFrame](), dict[str, Any]()
         dense = on.evaluated("test", self.test_examples)
         for name, plan in progress.track(list(plans.items()), "strategies"):
             bits = {layer.name: widths[k] for layer, k in zip(layers, plan.choice, strict=True)}
             copy = on if name == main and len(plans) == 1 else on.copy()
             result = self.quantizer(layer_bits=bits)._run(copy, Progress())
-            subject = result.subject if name == main else subject
+            if name == main:
+                subject, experts = result.subject, result.tables
+                unseen = {k: v for k, v in result.facts.items() if k == "unseen_experts"}
             own = float(cost[rows_of, plan.choice].sum())
             code_bits = float(counted[rows_of, plan.choice].sum() / weights.sum())
             facts = result.facts
@@ -272,8 +279,8 @@ class Allocate(SubjectInstrument):
                 facts[f"{name}_loss"] = float(part["loss"].mean())
         return self.result(
             table,
-            facts,
-            tables={"front": frontier, "widths": pd.DataFrame(chosen), "sensitivity": errors},
+            facts | unseen,
+            tables={"front": frontier, "widths": pd.DataFrame(chosen), "sensitivity": errors} | experts,
             subject=subject,
         )
 
