@@ -387,14 +387,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.parametrize("elsewhere", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_export_from_the_command_line(
     folder: Path,
     cache: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    elsewhere: bool,
 ) -> None:
+    """`elsewhere`: the file is opened in a process of its own, which takes ten seconds to begin."""
     monkeypatch.setattr("workbench.storage.reopening.check_saved", lambda *_: "")
+    if not elsewhere:
+        monkeypatch.setattr("workbench.storage.reopening.fresh", lambda given: (0, answer(*given[2:]), ""))
     out = tmp_path / "out"
     few = ["--calibration-examples", "4", "--test-examples", "4", "--predict-examples", "0"]
     asked = ["run", "quantize", "--subject", str(folder), "--data", "random", "--max-length", "12"]
