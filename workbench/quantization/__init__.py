@@ -7,6 +7,7 @@ from workbench.quantization.allocation.width_cost import WIDTH_COST
 from workbench.quantization.equalization.equalizations import EQUALIZATION
 from workbench.quantization.equalization.equalize import Equalize
 from workbench.quantization.export import to_compressed_tensors, to_onnx
+from workbench.quantization.export_gguf import to_gguf
 from workbench.quantization.number.elements import Codebook
 from workbench.quantization.number.fake_quant import FakeQuant
 from workbench.quantization.number.formats import Format, named
@@ -56,5 +57,6 @@ __all__ = [
     "named",
     "rotate",
     "to_compressed_tensors",
+    "to_gguf",
     "to_onnx",
 ]
