@@ -28,7 +28,7 @@ import pandas as pd
 
 from workbench.axis import Fields, entries_in, parameter
 from workbench.code_version import code_version
-from workbench.errors import BadInput, Stopped, notice
+from workbench.errors import BadInput, NotFinite, Stopped, notice
 from workbench.keys.live_code import owner
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
@@ -271,6 +271,9 @@ class Instrument(Fields):
         """
         try:
             result = self._run(prepared, progress)
+        except NotFinite as error:
+            told = on.not_finite() if hasattr(on, "not_finite") else None
+            raise BadInput(told or str(error)) from error
         except (BadInput, MemoryError):
             raise
         except Exception as error:
