@@ -25,7 +25,7 @@ from widgets.whole import Whole
 from workbench.errors import BadInput
 from workbench.figures import color, figure, line, rule
 from workbench.progress import Progress
-from workbench.quantization.allocation.allocate import AllocateResult
+from workbench.quantization.allocation.allocate_result import AllocateResult
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.quantize_result import short_names
 from workbench.quantization.quantized_layer import moments_for
@@ -242,7 +242,7 @@ class AllocationPanel(Whole, ipywidgets.VBox):
             )
         self.result = result
         front = result.tables["front"]
-        self._averages = front["average_bits"].to_numpy()
+        self._averages = front[result.widths_column].to_numpy()
         low, high = float(self._averages.min()), float(self._averages.max())
         start = float(result.facts["code_bits"])
         self.average = ipywidgets.FloatSlider(
@@ -291,8 +291,8 @@ class AllocationPanel(Whole, ipywidgets.VBox):
             yaxis_type="log",
         )
         line(curve, self._averages, front["cost"].to_numpy(), "optimum of the integer program")
-        rule(curve, "here", x=float(point["average_bits"]))
+        rule(curve, "here", x=float(point[self.result.widths_column]))
         self.front.figure = curve
         proven = f"predicted loss change {point['cost']:.4g} nats (proven bound {point['bound']:.4g})"
-        self.facts.value = f"<p>{point['average_bits']:.2f} bits on average, {proven}</p>"
+        self.facts.value = f"<p>{point[self.result.widths_column]:.2f} bits on average, {proven}</p>"
         self.note.say("ready")

@@ -117,6 +117,10 @@ class Instrument(Fields):
         """A line for each number of examples that somebody set and that is more than there are."""
         return iter(())
 
+    def held_back(self) -> str:
+        """Why the subject that a run gives is not to be saved or exported; "" when it may be."""
+        return ""
+
     def planned(self, on: Any) -> Plan | None:
         """The work of a run, where it can be foretold; `try_part` is then what it does to a part of it."""
         return None

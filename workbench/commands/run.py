@@ -103,6 +103,8 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
         warnings.showwarning = told
         instruments = instruments_of(steps, given)
     memory = None if getattr(space, "memory", None) is None else bytes_of(space.memory)
+    if space.out is not None and (reason := instruments[-1].held_back()):
+        raise BadInput(reason)
     if space.out is not None:
         check_target(space.out, overwrite=space.overwrite, files=("result.json", "table.parquet"))
     if len(steps) > 1 or name != steps[0][0]:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 
 def quantized_layers(subject: Subject) -> list[Layer]:
+    if subject.held_back:
+        raise BadInput(subject.held_back)
     found = [layer for layer in subject.layers("*") if any(isinstance(c, FakeQuant) for c in layer.changes)]
     if not found:
         raise BadInput("subject: no layer is quantized; run quantize first")
