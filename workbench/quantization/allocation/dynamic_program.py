@@ -30,7 +30,7 @@ class Steps(Options):
 @WIDTH_SOLVER.add(
     "dynamic-program",
     formula="best(l, s) = min_c best(l - 1, s - size[l, c]) + cost[l, c]",
-    source="Malinovskii et al. 2024, HIGGS, section 5",
+    source="Malinovskii et al. 2024, HIGGS: widths by dynamic programming",
     options=Steps,
 )
 def dynamic_program(cost: ArrayLike, size: ArrayLike, limit: float, options: Steps) -> Allocation:

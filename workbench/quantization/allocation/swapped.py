@@ -5,7 +5,7 @@ rounded, and its divergence is measured behind them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from workbench.progress import Progress
 from workbench.subjects import Layer, Subject
 
 Deltas = Mapping[str, Sequence[Tensor]]
+DISK = 2048.0  # megabytes of dense distributions kept while it runs
 
 
 def groups_of(on: Subject, layers: Sequence[Layer]) -> dict[str, list[int]]:
@@ -115,39 +116,43 @@ def swapped_in(
     """Block -> (widths,) mean distance of the dense model with that block alone rounded; one walk, from what
     the block before put out. Blocks that a stop left out are missing.
     """
-    suffix = Suffix(on, "calibration", examples, progress, disk=2048.0)
+    suffix = Suffix(on, "calibration", examples, progress, DISK)
     found: dict[str, NDArray[np.float64]] = {}
-    stops = [name for name in groups if name not in suffix.order] + suffix.order
-    asked = [(name, k) for name in stops if name in groups for k in range(widths)]
     with closing(FinishedParts("allocation-swaps")) as finished:
-        done = 0
-        for stop in stops:
-            rows = groups.get(stop, ())
+        for group in through(suffix, list(groups)):
+            mine = [layers[row] for row in groups[group]]
             values = []
-            for k in range(widths) if rows else ():
-                measure = functools.partial(distance, suffix, layers, rows, k, deltas)
-                record = finished.get(f"{stop}:{k}", measure)
+            for k in range(widths):
+                moved = [deltas[layer.name][k] for layer in mine]
+                measure = functools.partial(distance, suffix, mine, moved)
+                record = finished.get(f"{group}:{k}", measure)
                 if record is None:
                     return found
                 values.append(record["distance"])
-                done += 1
-                progress.show("blocks swapped in", done, len(asked))
-            if rows:
-                found[stop] = np.array(values)
-            if stop in suffix.order and len(found) < len(groups):
-                suffix.advance(stop)
-            if progress.stopped:
-                return found
+            found[group] = np.array(values)
+            progress.show("blocks swapped in", len(found), len(groups))
     return found
 
 
-def distance(
-    suffix: Suffix, layers: Sequence[Layer], rows: Sequence[int], width: int, deltas: Deltas
-) -> Record | None:
-    """The mean distance with these layers rounded; None when that was stopped."""
-    mine = [layers[row] for row in rows]
-    values = [changed(layer, deltas[layer.name][width]) for layer in mine]
-    with with_weights(suffix.on.model, [place_of(layer) for layer in mine], values):
+def through(suffix: Suffix, wanted: Sequence[str]) -> Iterator[str]:
+    """Blocks, and layers outside of them, one after another; when one is given out the walk stands before it.
+    It ends early when somebody asks to stop.
+    """
+    left = set(wanted)
+    for stop in [*(name for name in wanted if name not in suffix.order), *suffix.order]:
+        if not left or suffix.progress.stopped:
+            return
+        if stop in left:
+            left.discard(stop)
+            yield stop
+        if left and stop in suffix.order:
+            suffix.advance(stop)
+
+
+def distance(suffix: Suffix, layers: Sequence[Layer], deltas: Sequence[Tensor]) -> Record | None:
+    """The mean distance of the dense model with changes of these layers; None when that was stopped."""
+    values = [changed(layer, delta) for layer, delta in zip(layers, deltas, strict=True)]
+    with with_weights(suffix.on.model, [place_of(layer) for layer in layers], values):
         found = suffix.ask({})
     return None if found is None else {"distance": float(found.mean())}
 

@@ -31,8 +31,9 @@ WIDTH_COST = Axis(
     "width-cost",
     "what a width costs: 1/2 d.Gd of its rounding error d with Gauss-Newton's matrix, or the Hessian's; "
     "mean trace or top eigenvalue of H x |d|^2; "
-    "mean trace x variance x 4^-width; output error; measured change",
+    "mean trace x variance x 4^-width; output error; measured change; divergence with noise in the layer",
     found_in="workbench.quantization.allocation",
+    home="allocate.sensitivity",
 )
 Found = dict[str, tuple[float, float]]
 
