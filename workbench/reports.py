@@ -273,11 +273,11 @@ def render(
     )
     place(out)
     out = Path(os.path.expanduser(out))
-    html = out if out.suffix == ".html" and not out.is_dir() else out / f"{source.stem}.html"
-    if html.parent.exists() and not html.parent.is_dir():
+    html = out if out.suffix == ".html" and not os.path.isdir(out) else out / f"{source.stem}.html"
+    if os.path.exists(html.parent) and not os.path.isdir(html.parent):
         raise BadInput(f"out: {str(html.parent)!r} is a file; give a folder")
     paths = ReportPaths(html.with_suffix(".ipynb"), html)
-    if paths.notebook.exists() and paths.notebook.samefile(source):
+    if os.path.exists(paths.notebook) and paths.notebook.samefile(source):
         raise BadInput(
             f"out: the executed copy would replace the notebook {str(source)!r} that is to be run; "
             "give another folder"
@@ -354,9 +354,12 @@ def _execute(
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of asyncio says more than that the cell which was interrupted ended with an error."""
+    """Whether a message of asyncio says more than that the cell which was interrupted ended with an error,
+    or with its kernel.
+    """
     said = record.getMessage()
-    return not (said.startswith("Task exception was never retrieved") and "CellExecutionError" in said)
+    known = any(name in said for name in ("CellExecutionError", "DeadKernelError"))
+    return not (said.startswith("Task exception was never retrieved") and known)
 
 
 @contextlib.contextmanager

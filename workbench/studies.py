@@ -351,6 +351,7 @@ def findings(table: pd.DataFrame, dense: Card) -> pd.DataFrame:
 
     for at in sorted(table["sparsity"].dropna().unique()) if "sparsity" in table else []:
         ordering("oBERT <= Wanda", "oBERT", "Wanda", "sparsity", at)
+        ordering("SparseGPT <= Wanda", "SparseGPT", "Wanda", "sparsity", at)
         ordering("Wanda <= magnitude", "Wanda", "magnitude", "sparsity", at)
     for at in sorted(table["bits"].dropna().unique()) if "bits" in table else []:
         ordering("GPTQ < nearest", "GPTQ", "round to nearest", "bits", at)

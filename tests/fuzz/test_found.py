@@ -78,6 +78,8 @@ LONG = "a" * 300
         ["run", "scaling-fit", "--runs", f"{LONG}.csv"],
         ["report", f"{LONG}.ipynb"],
         ["report", LONG],
+        ["report", "kernels", "--out", LONG],
+        ["run", "critical-batch", "--out", LONG, "--workers=--"],
         ["report", "compress", "--parameters", LONG],
         ["report", "compress", "--data", LONG, "--steps", "x"],
         ["list", "--plugins", f"{LONG}.py"],
@@ -200,13 +202,14 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("alter table workbench_trials drop column beat", "no such column"),
         ("update workbench_studies set spec = 7", "a different sweep"),
         ("delete from studies", "storage: "),
+        ("alter table trials rename column number to other; delete from workbench_studies", "storage: "),
     ],
 )
 def test_a_damaged_ledger_is_refused_at_once(statement: str, told: str, ledger: Path, tmp_path: Path) -> None:
     """Kind: a database that somebody else has written to is waited for, or believed."""
     file = Path(shutil.copy(ledger, tmp_path / "damaged.sqlite"))
     connection = sqlite3.connect(file)
-    connection.execute(statement)
+    connection.executescript(statement)
     connection.commit()
     connection.close()
     began = time.monotonic()

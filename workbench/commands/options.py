@@ -43,6 +43,9 @@ class Parser(argparse.ArgumentParser):
 def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse, naming an unknown option and its nearest known one."""
     space, rest = parser.parse_known_args(arguments)
+    for name, value in vars(space).items():
+        if value == []:  # argparse takes the two dashes of `--option=--` for the end of the options
+            setattr(space, name, "--")
     if rest:
         known = [
             o

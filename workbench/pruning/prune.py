@@ -5,10 +5,9 @@ subject.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, ClassVar, Protocol
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, notice
 from workbench.progress import Progress
 from workbench.pruning.axes import DIMENSIONS, units_of
 from workbench.pruning.plan import PrunePlan
@@ -70,10 +69,9 @@ class Prune(PrunePlan):
 
     def check(self, on: Any) -> None:
         if "sequential" in self.model_fields_set and self.sequential and not self.in_sequence:
-            warnings.warn(
+            notice(
                 "sequential: has no effect where nothing but the weights is read, or gradients, recovery or "
-                "other layers' scores are",
-                stacklevel=2,
+                "other layers' scores are"
             )
         for split in (self.calibration_split, self.test_split):
             on.split(split)

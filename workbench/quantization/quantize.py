@@ -92,8 +92,8 @@ class Quantize(QuantizeSettings):
         reference = self._reference(on, progress)
         before = self._losses(on, progress)
         dense = on.copy() if self.in_sequence and not self.walks else on
-        order = RoundingOrder(self, on, dense, layers, self._inputs(on, layers, progress), progress)
         run = Rounds(self, keeps_dense=bool(self.predict_examples))
+        order = RoundingOrder(self, on, dense, layers, self._inputs(on, layers, progress), run, progress)
         for layer, values, grid, term, moments in order:
             run.add(layer, values, grid, term, moments)
         table = pd.DataFrame(run.rows)

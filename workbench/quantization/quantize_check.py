@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, notice
 from workbench.quantization.activations.activations import KEY_VALUE, key_value_layers
 from workbench.quantization.number.formats import Format
 from workbench.quantization.number.grid import group_of
@@ -62,7 +61,7 @@ def check_sequence(settings: QuantizeSettings) -> None:
     }
     for name, (met, what) in needed.items():
         if name in settings.model_fields_set and not met:
-            warnings.warn(f"{name}: has no effect without {what}", stacklevel=3)
+            notice(f"{name}: has no effect without {what}")
 
 
 def check_groups(settings: QuantizeSettings, layers: Sequence[Layer], format: Format) -> None:
@@ -73,17 +72,15 @@ def check_groups(settings: QuantizeSettings, layers: Sequence[Layer], format: Fo
         if "group_size" not in settings.model_fields_set:
             return
         if group != min(settings.group_size, width):
-            warnings.warn(
+            notice(
                 f"group_size: has no effect with format {settings.format}, granularity "
-                f"{settings.granularity}; its groups have {group} columns",
-                stacklevel=2,
+                f"{settings.granularity}; its groups have {group} columns"
             )
             return
         if width % group:
-            warnings.warn(
+            notice(
                 f"group_size: {group} does not divide the {width} inputs of {layer.name}; its last group has "
-                f"{width % group}",
-                stacklevel=2,
+                f"{width % group}"
             )
             return
 

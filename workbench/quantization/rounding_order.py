@@ -24,8 +24,9 @@ from workbench.quantization.rounding.feedback import Factors
 from workbench.quantization.rounding.learned import LearnedRounding
 from workbench.quantization.rounding.nearest import rounded
 from workbench.quantization.rounding.problem import Problem
+from workbench.quantization.rounds import Rounds
 from workbench.quantization.transform.transform import in_coordinates
-from workbench.statistics import InputMoments, Walk
+from workbench.statistics import InputMoments, Visit, Walk
 from workbench.subjects import Layer, Subject
 
 Rounded = tuple[Tensor, Grid, Term | None]
@@ -134,6 +135,7 @@ class RoundingOrder:
 
     dense : the subject before anything was rounded, the same as `on` unless blocks are rounded in sequence
         and need the dense ones' outputs
+    rounds : whom each layer is handed to before the next is asked for
     """
 
     settings: QuantizeSettings
@@ -141,6 +143,7 @@ class RoundingOrder:
     dense: Subject
     layers: Sequence[Layer]
     seen: Inputs
+    rounds: Rounds
     progress: Progress
 
     def __post_init__(self) -> None:
@@ -157,34 +160,40 @@ class RoundingOrder:
         statistics are taken once those before it are in place.
         """
         if self.settings.walks:
-            for layers, moments in self.visits():
-                for layer in self.progress.track(layers, "rounding"):
-                    source = Source(moments[layer.name], self.generator, self.factors, seen=self.seen)
-                    yield layer, *round_layer(self.settings, layer, source), moments[layer.name]
+            for visit in self.visits():
+                if visit.done:
+                    self.rounds.take(visit.layers, visit.record)
+                    self.generator.set_state(torch.tensor(visit.record["generator"], dtype=torch.uint8))
+                    continue
+                for layer in self.progress.track(visit.layers, "rounding"):
+                    moments = visit.moments[layer.name]
+                    source = Source(moments, self.generator, self.factors, seen=self.seen)
+                    yield layer, *round_layer(self.settings, layer, source), moments
                 self.factors = Factors()
+                visit.record = self.rounds.record(visit.layers)
+                visit.record["generator"] = self.generator.get_state().tolist()
             return
         dense_moments = self.moments  # before anything is put in place
         for layer, values, grid, term in self.by_groups():
             yield layer, values, grid, term, dense_moments[layer.name]
 
-    def visits(self) -> Iterator[tuple[Sequence[Layer], dict[str, InputMoments]]]:
+    def visits(self) -> Iterator[Visit]:
         """Layers that are rounded on the same state of the model, with the second moments of their inputs:
         all of them on the dense inputs while that is little, else block by block.
         """
         settings = self.settings
         if not settings.in_sequence and gram_bytes(self.layers) <= KEPT:
-            yield self.layers, self.moments
+            yield Visit("", self.layers, self.moments)
             return
-        walk = Walk(
+        yield from Walk(
             self.on,
             self.layers,
             settings.calibration_examples,
             sequential=settings.in_sequence,
             within=settings.within,
+            resumes=self.rounds.resumes,
             progress=self.progress,
         )
-        for visit in walk:
-            yield visit.layers, visit.moments
 
     def by_groups(self) -> Iterator[tuple[Layer, Tensor, Grid, Term | None]]:
         """Block by block where blocks are learned or follow the dense outputs."""

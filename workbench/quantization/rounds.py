@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -62,6 +62,23 @@ class Rounds:
         if self.keeps_dense:
             self.dense[layer.name] = weight if layer.shared else weight.clone()
         put(layer, values, grid, term)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the rows and counts are all that anybody asks of a layer that is done."""
+        return self.at_once and not self.keeps_dense and not self.settings.rounds_inputs
+
+    def record(self, layers: Sequence[Layer]) -> dict[str, Any]:
+        """What JSON can hold of these layers, which were the last to be added."""
+        rows = self.rows[len(self.rows) - len(layers) :]
+        return {"rows": rows, "experts": self.experts.of(layers), "revived": self.revived}
+
+    def take(self, layers: Sequence[Layer], record: dict[str, Any]) -> None:
+        """Layers that were added by a run that was interrupted, which has left this record of them."""
+        self.layers += layers
+        self.rows += record["rows"]
+        self.experts.tokens |= record["experts"]
+        self.revived = record["revived"]
 
     @contextlib.contextmanager
     def dense_weights(self, on: Subject) -> Iterator[None]:

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.errors import BadInput
+from workbench.errors import BadInput, notice
 from workbench.scaling.doubt.certificate import Certificate, certify
 from workbench.scaling.formulas.laws import Law
 from workbench.scaling.objective import Objective, Problem
@@ -137,10 +136,9 @@ def fit(
             f"({', '.join(p.name for p in law.free)}); add runs, fix parameters or take a smaller law"
         )
     if count == len(law.free):
-        warnings.warn(
+        notice(
             f"law {law.name}: as many parameters as rows ({count}); "
-            "the fit can be exact and says nothing about error",
-            stacklevel=2,
+            "the fit can be exact and says nothing about error"
         )
     problem = Problem(law, columns, target, objective)
     project = isinstance(starts, int) if project is None else project

@@ -11,7 +11,6 @@ checked before anything is fitted.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench.errors import notice
 from workbench.scaling.run_tables.checks import checked_runs, mapping
 from workbench.scaling.run_tables.readers import read
 from workbench.scaling.run_tables.schema import SCHEMA
@@ -111,7 +111,7 @@ class Runs:
         frame, left_out, notes = checked_runs(table, columns, target)
         for note in notes:
             if note.startswith("warning: "):
-                warnings.warn(note.removeprefix("warning: "), stacklevel=3)
+                notice(note.removeprefix("warning: "))
         return cls(frame, name, notes, left_out=left_out)
 
 

@@ -4,6 +4,7 @@ guess, and is said.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 
 from workbench.progress import Progress
 from workbench.statistics.inputs import InputMoments
+from workbench.subjects import Layer
 
 
 @dataclass
@@ -22,6 +24,10 @@ class ExpertsSeen:
     def add(self, layer: str, moments: InputMoments) -> None:
         if len(moments.tokens) > 1:
             self.tokens[layer] = [int(count) for count in moments.tokens]
+
+    def of(self, layers: Iterable[Layer]) -> dict[str, list[int]]:
+        """The tokens of the experts of some layers."""
+        return {layer.name: self.tokens[layer.name] for layer in layers if layer.name in self.tokens}
 
     @property
     def unseen(self) -> dict[str, list[int]]:

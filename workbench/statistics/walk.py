@@ -9,7 +9,7 @@ position biases, an encoder's answer) needs no code here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_map
 
 from workbench.progress import Progress
+from workbench.statistics.finished_blocks import FinishedBlocks
 from workbench.statistics.inputs import (
     Handler,
     InputCapture,
@@ -32,19 +33,25 @@ from workbench.statistics.inputs import (
 from workbench.storage.resident import disk, let_go, trim
 from workbench.subjects import Layer, Subject
 from workbench.subjects.tasks import Batch
+from workbench.unfinished import current
 
 Answers = dict[str, Any]  # list of blocks -> what its block visited last returned for one batch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Visit:
     """Layers that are changed together, in the block that holds them ("" outside of the blocks), and the
     second moments of what they read.
+
+    record : what JSON can hold of what was found out about these layers, for a run that goes on behind them
+    done : they are changed already, by a run that was interrupted and has left that record; no moments then
     """
 
     block: str
-    layers: list[Layer]
-    moments: dict[str, InputMoments]
+    layers: Sequence[Layer]
+    moments: Mapping[str, InputMoments]
+    record: dict[str, Any] = field(default_factory=dict)
+    done: bool = False
 
 
 def list_of(block: str) -> str:
@@ -61,6 +68,8 @@ class Walk:
     within : sequential inside the blocks too: layers that read the same are visited together, then those that
         read what these gave; else every layer of a block is calibrated on the block as it came in
     gram : collect second moments, else only their diagonals
+    resumes : a walk in files notes each block that is done, with the records of its visits, and a run of the
+        same key that comes after an interrupted one visits those as `done`
 
     A model whose blocks do not follow one another, each called once on what the one before gave, is visited
     as one block.
@@ -74,6 +83,7 @@ class Walk:
     sequential: bool = True
     within: bool = False
     gram: bool = True
+    resumes: bool = False
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -93,26 +103,62 @@ class Walk:
         while blocks and not outside and not inside[blocks[-1]]:
             blocks.pop()
         stops = [*blocks, ""] if outside else blocks
-        for block in self.progress.track(stops, "block after block"):
-            module = self.on.model.get_submodule(block)
-            came_in = [p.detach() for p in module.parameters()]
-            parts = self.parts(block, inside[block] if block else outside)
-            more = block != stops[-1]
-            early = more and bool(parts) and not self.sequential
-            for part in parts:
-                moments = self.moments(block, part, early and part is parts[0])
+        noted = self.noted(stops)
+        with contextlib.nullcontext() if noted is None else noted.named():
+            for index, block in enumerate(self.progress.track(stops, "block after block")):
+                module = self.on.model.get_submodule(block)
+                layers = inside[block] if block else outside
+                if noted is not None and index < len(noted.notes):
+                    record = noted.take(index, module)
+                    self.done.append(block)
+                    for number, names in enumerate(record["visits"]):
+                        part = [layer for layer in layers if layer.name in names]
+                        yield Visit(block, part, {}, record["records"][number], done=True)
+                    continue
+                came_in = [p.detach() for p in module.parameters()]
+                visits = []
+                for visit in self.visits(block, layers, more=block != stops[-1]):
+                    yield visit
+                    visits.append(visit)
                 if self.progress.stopped:
                     return
-                yield Visit(block, part, moments)
-            if more and not early:
-                self.pass_on(block)
-            self.done.append(block)
-            if (place := disk()) is not None:
-                place.keep((*module.parameters(), *module.buffers()))
-                let_go(self.on.model.parameters())  # the embeddings too
-            let_go(came_in)
-            trim()
+                self.done.append(block)
+                if (place := disk()) is not None:
+                    place.keep((*module.parameters(), *module.buffers()))
+                    let_go(self.on.model.parameters())  # the embeddings too
+                if noted is not None:
+                    names = [[layer.name for layer in visit.layers] for visit in visits]
+                    record = {"visits": names, "records": [visit.record for visit in visits]}
+                    left = self.answers if block != stops[-1] else []
+                    noted.put(index, module, layers, record, left)
+                let_go(came_in)
+                trim()
         self.answers = []
+
+    def noted(self, blocks: Sequence[str]) -> FinishedBlocks | None:
+        """What an interrupted run has left of this walk, and where it is noted; None where none is kept."""
+        journal, place = current(), disk()
+        if not self.resumes or journal is None or place is None or "" in blocks:
+            return None
+        found = FinishedBlocks(journal, place, blocks)
+        if found.notes:
+            self.progress.say(
+                f"{len(found.notes)} of {len(blocks)} blocks are done, by a run that was interrupted"
+            )
+            self.answers = found.answers
+        return found
+
+    def visits(self, block: str, layers: list[Layer], more: bool) -> Iterator[Visit]:
+        """The visits of a block; what it answers then is kept if there are `more`."""
+        parts = self.parts(block, layers)
+        early = more and bool(parts) and not self.sequential
+        for part in parts:
+            moments = self.moments(block, part, early and part is parts[0])
+            if self.progress.stopped:
+                return
+            yield Visit(block, part, moments)
+        if more and not early:
+            self.pass_on(block)
 
     @property
     def batch_count(self) -> int:

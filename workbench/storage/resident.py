@@ -13,6 +13,7 @@ All of this knows Linux; elsewhere nothing is given back, and there is no `Disk`
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import functools
@@ -34,6 +35,7 @@ PAGES = "/proc/self/pagemap"
 #: file's or shared, so that nothing has been written to it that is not there too.
 PRESENT, OF_FILE = np.uint64(1 << 63), np.uint64(1 << 61)
 DONTNEED = 4
+DELETED = " (deleted)"  # at the end of the name of a mapped file that has none any more
 
 
 @functools.cache
@@ -83,22 +85,27 @@ def let_go(tensors: Iterable[Tensor]) -> int:
 
 def of_files(tensors: Iterable[Tensor]) -> bool:
     """Whether all of these tensors lie in mapped files, so that `let_go` gives them back. Reads none."""
-    return library() is not None and all(in_files(tensors))
+    return library() is not None and all(file is not None for file in files_of(tensors))
 
 
-def in_files(tensors: Iterable[Tensor]) -> Iterator[bool]:
-    """Of each tensor whether it lies in a mapped file."""
+def files_of(tensors: Iterable[Tensor]) -> Iterator[Path | None]:
+    """Of each tensor the mapped file that it lies in, None where it lies in none. The name of a file that has
+    lost its own ends in `DELETED`.
+    """
     ranges = []
     with open("/proc/self/maps") as maps:
         for line in maps:
-            place, _, _, _, inode = line.split()[:5]
+            place, _, _, _, inode, *name = line.rstrip("\n").split(maxsplit=5)
             if inode != "0":
-                ranges.append(tuple(int(end, 16) for end in place.split("-")))
-    starts, ends = np.array(sorted(ranges), dtype=np.uint64).reshape(-1, 2).T
+                start, end = (int(edge, 16) for edge in place.split("-"))
+                ranges.append((start, end, name[0] if name else ""))
+    ranges.sort()
+    starts = [start for start, _, _ in ranges]
     for tensor in tensors:
         found = extent(tensor)
-        index = -1 if found is None else int(np.searchsorted(starts, np.uint64(found[0]), side="right")) - 1
-        yield found is not None and index >= 0 and found[0] < int(ends[index])
+        index = -1 if found is None else bisect.bisect_right(starts, found[0]) - 1
+        inside = found is not None and index >= 0 and found[0] < ranges[index][1]
+        yield Path(ranges[index][2]) if inside else None
 
 
 def extent(tensor: Tensor) -> tuple[int, int] | None:
@@ -118,11 +125,22 @@ def trim() -> None:
         system.malloc_trim(0)
 
 
+def from_file(file: Path, size: int) -> Tensor:
+    """A file's bytes as memory: what is written to the tensor is written to the file."""
+    import torch
+
+    return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
+
+
 class Disk:
-    """Memory in files without names, in a folder: they go when the last tensor in them does."""
+    """Memory in files without names, in a folder: they go when the last tensor in them does.
+
+    keeps : where files are made while they are to keep their names
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.keeps: Path | None = None
 
     def space(self, like: Tensor) -> Tensor:
         """A tensor of the same shape and type, contiguous, with no values yet. `CannotWrite` where the disk
@@ -134,13 +152,17 @@ class Disk:
 
         if like.device.type != "cpu" or not like.numel():
             return torch.empty_like(like)
-        with told_of(self.folder, "memory"):
-            number, name = tempfile.mkstemp(dir=self.folder)
+        folder = self.keeps or self.folder
+        with told_of(folder, "memory"):
+            number, name = tempfile.mkstemp(dir=folder)
         try:
-            with told_of(self.folder, "memory"), os.fdopen(number, "wb"):
+            with told_of(folder, "memory"), os.fdopen(number, "wb"):
                 os.posix_fallocate(number, 0, like.nbytes)
-            flat = torch.from_file(name, shared=True, size=like.nbytes, dtype=torch.uint8)
-        finally:
+            flat = from_file(Path(name), like.nbytes)
+        except BaseException:
+            os.unlink(name)
+            raise
+        if self.keeps is None:
             os.unlink(name)
         return flat.view(like.dtype).view(like.shape)
 
@@ -154,12 +176,18 @@ class Disk:
         return made
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Let these parameters and buffers lie here, where they do not lie in files already."""
+        """Let these parameters and buffers lie here, where they do not lie in files already; where files keep
+        their names, in such a one each.
+        """
         held = list(tensors)
-        for tensor, is_there in zip(held, in_files(held), strict=True):
-            if not is_there:
+        for tensor, file in zip(held, files_of(held), strict=True):
+            if file is None or (self.keeps is not None and not self.has(file)):
                 tensor.data = self.placed(tensor)
         let_go(held)
+
+    def has(self, file: Path | None) -> bool:
+        """Whether this is a file of the folder where they keep their names."""
+        return file is not None and file.parent == self.keeps and not file.name.endswith(DELETED)
 
 
 ACTIVE: ContextVar[Disk | None] = ContextVar("ACTIVE", default=None)

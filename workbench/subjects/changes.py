@@ -282,15 +282,19 @@ def describe_changes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, 
     return records, tensors
 
 
+def made_again(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
+    """The change that a record of `describe_changes` tells of, with its tensors."""
+    key = f"{record['module']}.{record['tensor']}.{record['change']}"
+    state = {name: tensors[f"{key}.{name}"] for name in record["state"]}
+    return REGISTRY[record["change"]](**state, **record["config"])
+
+
 def restore_changes(model: nn.Module, records: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
     """Attach saved changes to a model that holds the baked weights."""
     for record in records:
         path, tensor = record["module"], record["tensor"]
         module = model.get_submodule(path)
-        key = f"{path}.{tensor}.{record['change']}"
-        change = REGISTRY[record["change"]](
-            **{name: tensors[f"{key}.{name}"] for name in record["state"]}, **record["config"]
-        )
+        change = made_again(record, tensors)
         attach(module, tensor, change, record["transposed"])
         change.restored(model)
         with torch.no_grad():

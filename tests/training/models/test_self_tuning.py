@@ -4,12 +4,17 @@ and the optimum they lead to.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import workbench
 from workbench.errors import BadInput
+from workbench.progress import Progress
 from workbench.training.models.self_tuning import (
     Hyperparameter,
     SelfTuningLinear,
@@ -146,3 +151,13 @@ def test_layers_respond() -> None:
     assert float((dropout(torch.ones(20000)) == 0).float().mean()) == pytest.approx(0.2, abs=0.01)
     with pytest.raises(BadInput, match="start"):
         Hyperparameter("rate", 1.2, "fraction").free()
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama", "vit", "t5", "mixtral"])
+def test_every_architecture_tunes_its_dropout(architecture: str, checkpoints: Any, cache: Path) -> None:
+    """Kind: a layer put in another's place lacks what the model asks of it (attention its dropout's `p`)."""
+    on = workbench.subject(checkpoints[architecture], data="random", max_length=8)
+    run = workbench.catalog()["self-tuning"](rounds=2, warmup_rounds=1, batch_size=4)
+    result = run.run(on, Progress(), cache=False)
+    assert result.subject is not None and np.isfinite(result.subject.evaluate()["loss"])
+    assert not any(isinstance(m, (TunedDropout, SelfTuningLinear)) for m in result.subject.model.modules())

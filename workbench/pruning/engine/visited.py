@@ -22,7 +22,7 @@ from workbench.pruning.engine.weights import check_weights, prune_once, uniform
 from workbench.pruning.error_table import add_prediction, layer_table
 from workbench.pruning.pattern import NM, Tiles
 from workbench.results import Result
-from workbench.statistics import ExpertsSeen, InputMoments, Walk
+from workbench.statistics import ExpertsSeen, InputMoments, Visit, Walk
 from workbench.subjects import Layer, Subject
 from workbench.subjects.layers import weights_in_turn
 
@@ -62,16 +62,23 @@ class Visited(Masked):
         if self.pattern.fixed is None:
             options = prune.allocation.options
             shares = prune.allocation.value.shares(self.layers, {}, self.pattern, sparsity, options)
-        for layers, calibration in self.visits():
+        calibration = prune.calibration(self.on, self.layers, progress)
+        for visit in self.visits(calibration):
+            layers = visit.layers
+            if visit.done:
+                self.rows.append(pd.DataFrame(visit.record["rows"]))
+                self.experts.tokens |= visit.record["experts"]
+                continue
+            seen = replace(calibration, given=visit.moments)
             for layer in layers:
-                self.experts.add(layer.name, calibration.moments(layer))
+                self.experts.add(layer.name, seen.moments(layer))
             before = {layer.name: held(layer) for layer in layers}
             if prune.predict_examples:
                 self.weights |= before
                 self.biases |= {a.name: a.bias.detach().clone() for a in layers if a.bias is not None}
             prune_once(
                 layers,
-                calibration,
+                seen,
                 self.pattern,
                 sparsity,
                 prune.saliency,
@@ -82,29 +89,28 @@ class Visited(Masked):
             )
             if progress.stopped:
                 break
-            self.rows.append(layer_table(layers, before, calibration.gram))
+            rows = layer_table(layers, before, seen.gram)
+            self.rows.append(rows)
+            visit.record = {"rows": rows.to_dict("records"), "experts": self.experts.of(layers)}
         return not progress.stopped
 
-    def visits(self) -> Iterator[tuple[Sequence[Layer], Calibration]]:
+    def visits(self, calibration: Calibration) -> Iterator[Visit]:
         """Layers that are pruned on the same state of the model, with what they read: all of them on the
         dense inputs while that is little, else block by block.
         """
         prune = self.prune
-        calibration = prune.calibration(self.on, self.layers, self.progress)
         if not prune.in_sequence and gram_bytes(self.layers) <= KEPT:
-            calibration.given = {layer.name: calibration.moments(layer) for layer in self.layers}
-            yield self.layers, calibration
+            yield Visit("", self.layers, {layer.name: calibration.moments(layer) for layer in self.layers})
             return
-        walk = Walk(
+        yield from Walk(
             self.on,
             self.layers,
             prune.calibration_examples,
             prune.calibration_split,
             sequential=prune.in_sequence,
+            resumes=not prune.predict_examples,
             progress=self.progress,
         )
-        for visit in walk:
-            yield visit.layers, replace(calibration, given=visit.moments)
 
     def tried(self, on: Subject, layers: Sequence[Layer], moments: Mapping[str, InputMoments]) -> None:
         """What a visit of these layers does to them, for how long it takes."""

@@ -123,8 +123,13 @@ class TunedDropout(nn.Module):
         self.name = name
         self.__dict__["setting"] = setting
 
+    @property
+    def p(self) -> float:
+        """The probability that is drawn now; a model's attention asks its dropout for it."""
+        return float(self.setting.values()[self.name].detach())
+
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.dropout(inputs, float(self.setting.values()[self.name].detach()), self.training)
+        return F.dropout(inputs, self.p, self.training)
 
 
 def self_tuning(model: nn.Module, setting: Setting) -> nn.Module:

@@ -172,14 +172,12 @@ class Sweep:
             if self.points is not None:
                 points = [(point, None) for point in self.points]
             elif self.sampling == "random":
-                points = [
-                    (t.params, t.number)
-                    for t in (study.ask(self._distributions()) for _ in range(self.trials))
-                ]
+                asked = patiently(lambda: [study.ask(self._distributions()) for _ in range(self.trials)])
+                points = [(trial.params, trial.number) for trial in asked]
             if not ledger.create(self.spec, label, points):
                 import optuna
 
-                optuna.delete_study(study_name=label, storage=study._storage)
+                patiently(lambda: optuna.delete_study(study_name=label, storage=study._storage))
             found = ledger.spec()
             if found is None:  # its trials are there, so it could not be written
                 ledger.close()
@@ -362,9 +360,9 @@ class Sweep:
     def _handle(self, study: Any, number: int) -> Any:
         import optuna
 
-        return optuna.trial.Trial(
-            study, study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
-        )
+        place = (study._study_id, number)
+        known = patiently(lambda: study._storage.get_trial_id_from_study_id_trial_number(*place))
+        return optuna.trial.Trial(study, known)
 
     def _tell(
         self, study: Any, number: int | None, params: dict[str, Any], facts: dict[str, Any], state: str
@@ -410,7 +408,8 @@ class Sweep:
         found = ledger.spec()
         assert found is not None
         study = patiently(lambda: self._optuna(found[1]), racing=True)
-        open_numbers = {t.number for t in study.trials if not t.state.is_finished()}
+        trials = patiently(lambda: study.trials)
+        open_numbers = {trial.number for trial in trials if not trial.state.is_finished()}
         for row in ledger.rows():
             if row.state in ("done", "failed") and row.optuna in open_numbers:
                 self._tell(study, row.optuna, json.loads(row.params), json.loads(row.result), row.state)
