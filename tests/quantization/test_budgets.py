@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.measures.test_measures import examples, on
+from workbench.cli import main
 from workbench.errors import BadInput
 from workbench.measures import compare, size_of
 from workbench.progress import Progress
@@ -143,6 +144,15 @@ def test_a_later_budget_asks_nothing_of_the_model(dense: Subject, scores: Any) -
     assert len({plan.key(dense) for plan in plans}) == 3
 
 
+def test_what_is_not_to_be_saved_is_said_before_it_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kind: a save that is refused after hours."""
+    options = ["--subject", "nowhere", "--draws", "0", "--out", str(tmp_path / "out")]
+    assert main(["run", "allocate", *options]) == 2
+    assert "draws: this allocation was not measured" in capsys.readouterr().err
+
+
 def test_scores_are_kept_and_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kind: the same; a second allocation of a subject finds the scores of the first on disk."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
@@ -150,6 +160,10 @@ def test_scores_are_kept_and_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     first = Allocate(**SMALL, swaps=1, bits=4, draws=1, test_examples=4)
     first.run(made, Progress())
     assert first.scorer().stored(made)
+    told = first.with_fields(bits=4.5).foretold_words(made)
+    assert "4.50 bits a weight" in told or "4.4" in told
+    assert "measuring 4 allocations takes about" in told
+    assert "has no scores yet" in first.with_fields(group_size=8).foretold_words(made)
     monkeypatch.setattr(AllocationScores, "_run", None)
     again = first.with_fields(bits=5.0).run(subject(), Progress())
     assert again.facts["average_bits"] <= 5

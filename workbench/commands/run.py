@@ -130,6 +130,9 @@ def foretold(instruments: Sequence[Any], on: Any, memory: int | None, cache: boo
         for told in instrument.asks_beyond(on):
             notice(told)
         found = room_for(instrument, on, memory, tells=False).foretold
+        if not step and (words := instrument.foretold_words(on)):
+            print(f"{instrument.name()} {words}")
+            continue
         if found is None:
             print(f"{instrument.name()}: what it holds and how long it takes is not known before it runs")
             continue

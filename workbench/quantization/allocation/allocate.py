@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -23,7 +22,7 @@ from workbench.measures.size import size_of
 from workbench.progress import Progress
 from workbench.quantization.allocation.allocate_result import UNCOMPARED, AllocateResult
 from workbench.quantization.allocation.allocation_scores import AllocationScores, ScoredResult
-from workbench.quantization.allocation.budget import Budget, Problem, budget_of, fronted, solved
+from workbench.quantization.allocation.budget import Answer, Budget, Problem, budget_of, fronted, solved
 from workbench.quantization.allocation.integer_program import Allocation, allocate, front, with_interactions
 from workbench.quantization.allocation.layer_times import layer_times
 from workbench.quantization.allocation.settings import SWAPS, AllocationSettings
@@ -123,6 +122,24 @@ class Allocate(AllocationSettings):
             **{n: getattr(self, n) for n in AllocationScores.model_fields.keys() - unread}
         )
 
+    def seconds(self, on: Subject, scores: ScoredResult, allocations: int) -> float:
+        """What measuring takes, foretold."""
+        return scores.measuring(allocations, min(self.test_examples, on.size("test")))
+
+    def foretold_words(self, on: Subject) -> str:
+        """The allocation as predicted, where its scores are kept already, and what measuring it takes."""
+        self.check(on)
+        scorer = self.scorer()
+        if not scorer.stored(on):
+            return "has no scores yet; workbench run allocation-scores makes them, then this is answered"
+        scores = scorer.run(on, Progress())
+        assert isinstance(scores, ScoredResult)
+        problem = scores.problem()
+        plan, size, limit = solved(problem, self.asked(), self.solver)
+        count = 1 + len(self._rivals(problem, size, limit))
+        words = duration(self.seconds(on, scores, count))
+        return f"gives {Answer.of(problem, plan).words()}; measuring {count} allocations takes about {words}"
+
     def asked(self) -> Budget:
         return budget_of(
             budget=self.budget,
@@ -199,7 +216,10 @@ class Allocate(AllocationSettings):
             plans = {"with interactions": with_interactions(joint, size, limit, best.choice.tolist())} | plans
         main = next(iter(plans))
         plans |= self._rivals(problem, size, limit)
-        dense = self._dense(on, progress, len(plans), float(scores.facts["round_seconds"]))
+        if (seconds := self.seconds(on, scores, len(plans))) > WORTH_SAYING:
+            progress.say(f"measuring {len(plans)} allocations takes about {duration(seconds)}")
+        reference_of(on, "test", self.test_examples, progress)
+        dense = on.evaluated("test", self.test_examples)
         rows, chosen, subject = [], [], None
         for name, plan in progress.track(list(plans.items()), "strategies"):
             copy = on if name == main and len(plans) == 1 else on.copy()
@@ -215,12 +235,12 @@ class Allocate(AllocationSettings):
             average = problem.code_bits(best.choice) if self.asked().field != "budget" else self.budget
             ideal = ideal_widths(sensitivity, len(problem.widths), average)
             sensitivity = sensitivity.drop(columns="share").assign(ideal_width=ideal)
-        facts = self._facts(table, dense["loss"], problem, plans, best) | {"rest_bytes": problem.rest}
-        facts |= {"cost_unit": problem.unit} if problem.unit else {}
+        facts = self._facts(table, dense["loss"], problem, plans, best)
         tables = {
             "front": fronted(problem, front(problem.cost, size), self.average),
             "widths": pd.DataFrame(chosen),
             "sensitivity": sensitivity,
+            "scored": scores.tables["scored"],
         }
         if "blocks" in scores.tables:
             tables["blocks"] = scores.tables["blocks"]
@@ -229,18 +249,6 @@ class Allocate(AllocationSettings):
         if subject is not None and not made.compared:
             subject.held_back = UNCOMPARED
         return made
-
-    def _dense(self, on: Subject, progress: Progress, plans: int, rounding: float) -> dict[str, float]:
-        """The dense model on the test examples; what measuring the allocations will take is then said."""
-        began = time.perf_counter()
-        reference_of(on, "test", self.test_examples, progress)
-        dense = on.evaluated("test", self.test_examples)
-        each = rounding + time.perf_counter() - began
-        count = min(self.test_examples, on.size("test"))
-        told = f"measuring {plans} allocations on {count} test examples takes about {duration(plans * each)}"
-        if plans * each > WORTH_SAYING:
-            progress.say(told)
-        return dense
 
     def _row(
         self,

@@ -16,9 +16,6 @@ from workbench.quantization.quantize_result import choices
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-#: Columns of the front that are no layer's width.
-ABOUT = ("code_bits", "average_bits", "bytes", "size", "cost", "bound")
-
 
 class AllocateResult(ScoredResult):
     """The Pareto front, the chosen widths and the compared strategies."""
@@ -82,7 +79,7 @@ class AllocateResult(ScoredResult):
                 "array": (self.table[f"{name}_high"] - self.table[name]).to_numpy(),
                 "arrayminus": (self.table[name] - self.table[f"{name}_low"]).to_numpy(),
             }
-        if name and self.facts.get("cost_unit") == name:
+        if name and "scored" in self.tables and self.problem().unit == name:
             points(fig, strategies, self.table["cost"].to_numpy(), "predicted")
         return fig
 
@@ -93,23 +90,6 @@ class AllocateResult(ScoredResult):
 
     def view_model(self) -> type[BaseModel] | None:
         return choices("AllocateView", view=("front", "widths", "strategies", "distances"))
-
-    @property
-    def widths_column(self) -> str:
-        """The front's column of the codes' average width; of a result of an earlier version, its only one."""
-        return "code_bits" if "code_bits" in self.tables["front"] else "average_bits"
-
-    def widths_for(self, code_bits: float) -> dict[str, int]:
-        """layer -> width on the front's point whose codes take at most this many bits on average:
-        what `Quantize(layer_bits=...)` takes. For another budget see `allocation`.
-        """
-        table = self.tables["front"]
-        bits = table[self.widths_column]
-        fitting = table[bits <= code_bits + 1e-9]
-        if fitting.empty:
-            raise BadInput(f"code_bits: {code_bits:g} is below the smallest allocation, {bits.min():g}")
-        chosen = fitting.iloc[-1]
-        return {name: int(chosen[name]) for name in table.columns if name not in ABOUT}
 
     @property
     def compared(self) -> bool:

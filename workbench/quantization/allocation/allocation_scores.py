@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from workbench.axis import Choice
-from workbench.measures.reference import kind_of
+from workbench.errors import BadInput
+from workbench.measures.reference import batch_of, kind_of
 from workbench.measures.size import size_of
 from workbench.progress import Progress
 from workbench.quantization.allocation.budget import Answer, Problem, budget_of, fronted, solved
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+#: Columns of the front that are no layer's width.
+ABOUT = ("code_bits", "average_bits", "bytes", "size", "cost", "bound")
+
+
 class ScoredResult(Result):
     """A result that holds scores: it answers any budget, predicted, from its own tables."""
 
@@ -39,8 +45,37 @@ class ScoredResult(Result):
     scores: ClassVar[str] = ""
 
     def problem(self) -> Problem:
+        if "scored" not in self.tables:
+            raise BadInput(
+                "result: it was made by an earlier version and holds no sizes; run allocation-scores again"
+            )
         table = self.tables[self.scores] if self.scores else self.table
-        return Problem.of(table, float(self.facts["rest_bytes"]), str(self.facts.get("cost_unit", "")))
+        about = self.tables["scored"].iloc[0]
+        return Problem.of(table, float(about["rest_bytes"]), str(about["unit"]))
+
+    def measuring(self, allocations: int, examples: int) -> float:
+        """Seconds that it takes to round so many allocations and ask each about so many examples, by what the
+        scores took.
+        """
+        about = self.tables["scored"].iloc[0]
+        return allocations * float(about["round_seconds"] + examples * about["forward_seconds"])
+
+    @property
+    def widths_column(self) -> str:
+        """The front's column of the codes' average width; of a result of an earlier version, its only one."""
+        return "code_bits" if "code_bits" in self.tables["front"] else "average_bits"
+
+    def widths_for(self, code_bits: float) -> dict[str, int]:
+        """layer -> width on the front's point whose codes take at most this many bits on average:
+        what `Quantize(layer_bits=...)` takes. For another budget see `allocation`.
+        """
+        table = self.tables["front"]
+        bits = table[self.widths_column]
+        fitting = table[bits <= code_bits + 1e-9]
+        if fitting.empty:
+            raise BadInput(f"code_bits: {code_bits:g} is below the smallest allocation, {bits.min():g}")
+        chosen = fitting.iloc[-1]
+        return {name: int(chosen[name]) for name in table.columns if name not in ABOUT}
 
     def allocation(self, *, solver: str | Choice = "integer-program", **budget: Any) -> Answer:
         """The best allocation within one budget, predicted: `bits`, `size` ("80MB"), `target_kl`,
@@ -58,7 +93,7 @@ class AllocationScoresResult(ScoredResult):
         from workbench.figures import figure, line
 
         unit = {"kl": "predicted KL (nats)", "distance": "predicted distance"}.get(
-            str(self.facts.get("cost_unit", "")), "predicted cost"
+            self.problem().unit, "predicted cost"
         )
         if view == "layers":
             fig = figure("Predicted cost of each layer", "layer", unit, yaxis_type="log")
@@ -114,6 +149,7 @@ class AllocationScores(AllocationSettings):
             )
             columns["uncorrected"] = cost.reshape(-1)
             cost, tables["blocks"] = made.cost, made.table
+        swapped = time.perf_counter()
         tokens = [float(moments[layer.name].tokens.sum()) for layer in layers]
         table = table.assign(
             block=blocks_of(on, layers, len(widths)),
@@ -124,21 +160,29 @@ class AllocationScores(AllocationSettings):
             **columns,
         )
         first = {layer.name: rows[layer.name][0]["bytes"] for layer in layers}
-        facts: dict[str, Any] = {"cost_unit": unit} if unit else {}
-        facts |= {
+        rest = size_of(on, instead=first).bytes - sum(first.values())
+        tables["scored"] = pd.DataFrame(
+            [
+                {
+                    "unit": unit,
+                    "rest_bytes": rest,
+                    "round_seconds": (rounded - collected) / len(widths),
+                    "forward_seconds": forward_seconds(on),
+                }
+            ]
+        )
+        problem = Problem.of(table, rest, unit)
+        tables["front"] = fronted(problem, front(problem.cost, problem.bytes))
+        facts = {
             "layers": len(layers),
             "weights": int(table["weights"].iloc[:: len(widths)].sum()),
-            "rest_bytes": size_of(on, instead=first).bytes - sum(first.values()),
-            "collect_seconds": collected - began,
-            "round_seconds": (rounded - collected) / len(widths),
-            "estimate_seconds": estimated - rounded,
-            "swap_seconds": time.perf_counter() - estimated,
-        }
-        problem = Problem.of(table, float(facts["rest_bytes"]), unit)
-        tables["front"] = fronted(problem, front(problem.cost, problem.bytes))
-        facts |= {
             "smallest_bytes": float(tables["front"]["bytes"].iloc[0]),
             "largest_bytes": float(tables["front"]["bytes"].iloc[-1]),
+            "rest_bytes": rest,
+            "collect_seconds": collected - began,
+            "round_seconds": rounded - collected,
+            "estimate_seconds": estimated - rounded,
+            "swap_seconds": swapped - estimated,
         }
         arrays = {} if found.joint is None else {"joint": found.joint}
         return self.result(table, facts, tables=tables, arrays=arrays)
@@ -150,6 +194,15 @@ class AllocationScores(AllocationSettings):
         if self.swaps or self.sensitivity.has("measured distance"):
             return "kl" if distributions else "distance"
         return "kl" if distributions and self.sensitivity.has("divergence") else ""
+
+
+@torch.no_grad()
+def forward_seconds(on: Subject, examples: int = 8) -> float:
+    """Seconds that an answer to one calibration example takes, several at once."""
+    batch = next(on.batches("calibration", batch_of(on, "calibration"), examples))
+    began = time.perf_counter()
+    on.task.output(on.model, batch)
+    return (time.perf_counter() - began) / len(next(iter(batch.values())))
 
 
 def blocks_of(on: Subject, layers: Sequence[Layer], widths: int) -> NDArray[np.str_]:

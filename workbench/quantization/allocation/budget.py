@@ -5,8 +5,10 @@ time. Everything here is arithmetic on stored scores: no model is asked.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -199,6 +201,24 @@ def budget_of(
     ((name, value),) = given.items()
     number = float(bytes_of(value, "size")) if name == "size" else float(value)
     return Budget(name, number, average if name == "budget" else "weights", times)
+
+
+def budget_in(text: str) -> dict[str, Any]:
+    """A budget as somebody writes it: "80MB", "4.5 bits", "KL 0.05" or "12 ms" -> what `budget_of` takes."""
+    found = re.fullmatch(r"\s*(?:(kl)\s*)?([\d.,]+(?:e-?\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    unit = (found[1] or found[3]).lower() if found else ""
+    name = {"bits": "bits", "bit": "bits", "kl": "target_kl", "nats": "target_kl", "ms": "milliseconds"}.get(
+        unit
+    )
+    if found is None or name is None:
+        if found is None or not found[3]:
+            raise BadInput(f"budget: {text!r} is none; write 80MB, 4.5 bits, KL 0.05 or 12 ms")
+        bytes_of(text, "budget")
+        return {"size": text.strip()}
+    try:
+        return {name: float(found[2])}
+    except ValueError:
+        raise BadInput(f"budget: {found[2]!r} is no number; write 80MB, 4.5 bits, KL 0.05 or 12 ms") from None
 
 
 @dataclass(frozen=True)
