@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -244,3 +245,21 @@ def test_a_reader_that_leaves_early_is_no_error(arguments):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_that_falls_into_a_finalizer_is_heard(monkeypatch, capfd):
+    """Kind: Python drops what is raised where it cleans up, the user's Ctrl-C too."""
+
+    def computes(arguments):
+        class Held:
+            def __del__(self):
+                raise KeyboardInterrupt
+
+        Held()
+        time.sleep(5)  # where it is heard
+        return 0
+
+    monkeypatch.setattr("workbench.commands.listing.list_", computes)
+    assert main(["list"]) == 130
+    told = capfd.readouterr().err
+    assert told == "workbench: interrupted\n"

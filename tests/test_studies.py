@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
@@ -85,3 +88,22 @@ def test_findings_name_the_ordering_that_failed(vit):
 def test_rank_correlation_needs_three_values():
     assert studies.rank_correlation([1, 2, 3], [2, 4, 9]) == pytest.approx(1)
     assert pd.isna(studies.rank_correlation([1, 1], [2, 3]))
+
+
+def test_what_is_stored_of_a_model_is_told_as_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kind: a number that was measured at another time stands among those of this run."""
+    monkeypatch.setenv("WORKBENCH_EVIDENCE", str(tmp_path))
+    record = {"subject": "own-model", "holds": False, "claim": "c", "note": "KL 0.5", "seconds": 90}
+    (tmp_path / "pruning").mkdir()
+    (tmp_path / "pruning" / "wanda.json").write_text(json.dumps(record))
+    on = workbench.subject("digits-softmax")
+    assert not len(studies.stored_orderings(on))
+    on.name = "own-model"
+    (row,) = studies.stored_orderings(on).to_dict("records")
+    assert row == {
+        "method": "wanda",
+        "claim": "c",
+        "stored verdict": "does not hold",
+        "measured": "KL 0.5",
+        "minutes": 1.5,
+    }

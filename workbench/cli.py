@@ -5,9 +5,11 @@ Exit codes: 0 done, 1 a computation failed, 2 the request was wrong (one line sa
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +30,14 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    before = warnings.showwarning
+    before, ignored = warnings.showwarning, sys.unraisablehook
+
+    def heard(lost: sys.UnraisableHookArgs) -> None:
+        """A Ctrl-C that fell into a finalizer, where Python drops exceptions, is heard a moment later."""
+        if lost.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            ignored(lost)
 
     def one_line(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
         if issubclass(category, Notice):
@@ -48,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise unknown_name("command", arguments[0], COMMANDS)
         module, function = COMMANDS[arguments[0]].split(":")
-        warnings.showwarning = one_line
+        warnings.showwarning, sys.unraisablehook = one_line, heard
         done: int = getattr(importlib.import_module(module), function)(arguments[1:])
         sys.stdout.flush()  # a reader that has left is noticed here, not when the interpreter ends
         return done
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("workbench: interrupted", file=sys.stderr)
         return 130
     finally:
-        warnings.showwarning = before
+        warnings.showwarning, sys.unraisablehook = before, ignored
 
 
 def usage() -> str:

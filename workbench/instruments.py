@@ -125,6 +125,10 @@ class Instrument(Fields):
         """Why the subject that a run gives is not to be saved or exported; "" when it may be."""
         return ""
 
+    def cards(self, on: Any, result: Result) -> dict[str, pd.DataFrame]:
+        """Tables that tell what the result was made from."""
+        return {}
+
     def planned(self, on: Any) -> Plan | None:
         """The work of a run, where it can be foretold; `try_part` is then what it does to a part of it."""
         return None
@@ -247,6 +251,7 @@ class Instrument(Fields):
         if isinstance(progress, TextProgress):
             progress.close()
         result.partial = result.partial or progress.partial
+        result.tables |= self.cards(prepared, result)
         result.provenance = provenance(self, on, fingerprint, time.perf_counter() - began) | {"key": key}
         if self.changes_model:
             assert result.subject is not None, f"{self.name()} declares changes_model and returned no subject"
@@ -321,6 +326,10 @@ class Instrument(Fields):
         return code_version(type(self), [entry.value for entry in entries_in(self)])
 
 
+#: What calibration examples decide.
+WEIGHTS, NUMBERS = "weights", "reported numbers"
+
+
 class SubjectInstrument(Instrument):
     """An instrument that computes on a model, so it also has a device."""
 
@@ -329,6 +338,31 @@ class SubjectInstrument(Instrument):
         "where to compute: auto (the best present), cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
+
+    def calibrates(self) -> dict[str, tuple[str, int]]:
+        """What decides -> (split, examples) of it that are read first: see `calibration`."""
+        if "calibration_examples" not in type(self).model_fields:
+            return {}
+        given: Any = self
+        decides = WEIGHTS if self.changes_model else NUMBERS
+        return {decides: (getattr(self, "calibration_split", "calibration"), given.calibration_examples)}
+
+    def cards(self, on: Any, result: Result) -> dict[str, pd.DataFrame]:
+        """`calibration`: one row for what was calibrated on; the columns of `Subject.examples_card`, and
+        decides : the weights that were changed, or only numbers that are reported
+        unreached, least_share : experts that none of the tokens reached (over all layers), and the smallest
+            share of a layer's tokens that an expert got; of mixtures, the shares are in the table `experts`
+        """
+        rows = [
+            {"decides": decides, "source": on.data_note, "split": split} | on.examples_card(split, examples)
+            for decides, (split, examples) in self.calibrates().items()
+            if split in on.splits
+        ]
+        experts = result.tables.get("experts")
+        if experts is not None:
+            shares = {"unreached": int((experts["tokens"] == 0).sum()), "least_share": experts["share"].min()}
+            rows = [row | shares for row in rows]
+        return {"calibration": pd.DataFrame(rows)} if rows else {}
 
     def asks_beyond(self, on: Any) -> Iterator[str]:
         fields = type(self).model_fields

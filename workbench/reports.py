@@ -43,6 +43,7 @@ from workbench.storage.writing import place, scratch
 HEADLESS = {"WORKBENCH_HEADLESS": "1", "PLOTLY_RENDERER": "plotly_mimetype", "PYTHONHASHSEED": "0"}
 #: Type names that a parameter's declaration may use: those a notebook knows without an import.
 TYPES: dict[str, Any] = {t.__name__: t for t in (str, int, float, bool, list, dict)}
+STARTED = 120  # seconds that a kernel has to answer for the first time
 #: Bytes of a cell of parameters; a longer one is none.
 LONGEST = 100_000
 
@@ -331,7 +332,7 @@ def _execute(
                 watch=watch,
                 store_widget_state=False,
                 progress_bar=False,
-                start_timeout=120,
+                start_timeout=STARTED,
                 execution_timeout=timeout,
             )
         except PapermillExecutionError as failure:
@@ -341,6 +342,12 @@ def _execute(
             error = f"{source.stem} stopped in {watch.what!r}: it took longer than {timeout:g} s"
         except DeadKernelError:
             error = f"{source.stem} stopped in {watch.what!r}: the kernel died (out of memory, or killed)"
+        except RuntimeError as failure:
+            if not str(failure).startswith("Kernel didn't respond"):
+                raise
+            raise BadInput(
+                f"report: the kernel did not answer within {STARTED} s; try when there is less to do"
+            ) from None
         except KeyboardInterrupt:
             error = f"{source.stem} stopped in {watch.what!r}: interrupted"
         finally:
@@ -354,12 +361,9 @@ def _execute(
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of asyncio says more than that the cell which was interrupted ended with an error,
-    or with its kernel.
-    """
+    """Whether a message of asyncio says more than how a cell or a kernel ended that was interrupted."""
     said = record.getMessage()
-    known = any(name in said for name in ("CellExecutionError", "DeadKernelError"))
-    return not (said.startswith("Task exception was never retrieved") and known)
+    return not (said.startswith("Task exception was never retrieved") and "NotebookClient" in said)
 
 
 @contextlib.contextmanager

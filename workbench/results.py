@@ -83,6 +83,11 @@ class Result:
         note = " (partial: stopped early)" if self.partial else ""
         return f"{self.instrument.name()}{note}: {shown}"
 
+    def calibration(self) -> list[str]:
+        """A line for each row of the calibration card."""
+        found = self.tables.get("calibration")
+        return [] if found is None else [card_line(row) for _, row in found.iterrows()]
+
     def __repr__(self) -> str:
         return self.summary()
 
@@ -91,7 +96,8 @@ class Result:
             index=False, border=0, float_format=lambda v: f"{v:.5g}", escape=True
         )
         more = f"<p>{len(self.table) - 60} more rows</p>" if len(self.table) > 60 else ""
-        return f"<p>{html.escape(self.summary())}</p>{rows}{more}"
+        cards = "".join(f"<p>{html.escape(line)}</p>" for line in self.calibration())
+        return f"<p>{html.escape(self.summary())}</p>{rows}{more}{cards}"
 
     def save(
         self,
@@ -221,6 +227,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     return str(value)
+
+
+def card_line(row: pd.Series[Any]) -> str:
+    """`calibrated on 128 examples of calibration: 32,768 tokens (256 each, packed; ...), sha256 1f3a...`"""
+    told = {name: value for name, value in row.items() if value is not None and value == value}
+    line = f"calibrated on {told['examples']:,} examples of {told['split']}"
+    if told["decides"] != "weights":
+        line = f"{told['decides']} from {told['examples']:,} examples of {told['split']}"
+    if "tokens" in told:
+        short, long = told["shortest"], told["longest"]
+        each = f"{short:,.0f} each" if short == long else f"{short:,.0f} to {long:,.0f} each"
+        line += f": {told['tokens']:,.0f} tokens ({', '.join(filter(None, (each, told['layout'])))})"
+    names = {"end_of_text": "ends of text", "template": "of the chat template", "other_marks": "other marks"}
+    if marks := [f"{told[name]:,.0f} {text}" for name, text in names.items() if told.get(name)]:
+        line += f", of these {', '.join(marks)}"
+    if "least_share" in told:
+        line += f"; experts: {told['unreached']} unreached, least share {100 * told['least_share']:.2g} %"
+    source = f"; {told['source']}" if told.get("source") else ""
+    return f"{line}; sha256 {told['sha256'][:12]}{source}"
 
 
 def format_fact(value: Any) -> str:

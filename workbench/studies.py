@@ -21,6 +21,7 @@ from workbench.figures import figure, line, points, rule
 from workbench.instruments import Instrument
 from workbench.progress import Progress, TextProgress
 from workbench.results import Result, format_fact
+from workbench.storage import evidence_record, measured_methods, verdict
 from workbench.storage.together import pool
 from workbench.storage.writing import scratch
 from workbench.subjects import Subject, subject
@@ -367,6 +368,26 @@ def findings(table: pd.DataFrame, dense: Card) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).set_index("expected").rename_axis(None)
+
+
+def stored_orderings(on: Subject) -> pd.DataFrame:
+    """What `workbench evidence` has measured of methods on this subject at other times: the claim, what came
+    out, the numbers and what it took. Empty where nothing is stored.
+    """
+    rows = []
+    for family, method in sorted(measured_methods()):
+        record = evidence_record(family, method) or {}
+        if record.get("subject") == on.name:
+            rows.append(
+                {
+                    "method": method,
+                    "claim": record.get("claim", ""),
+                    "stored verdict": verdict(record),
+                    "measured": record.get("note", ""),
+                    "minutes": round(float(record.get("seconds", np.nan)) / 60, 1),
+                }
+            )
+    return pd.DataFrame(rows, columns=["method", "claim", "stored verdict", "measured", "minutes"])
 
 
 @dataclass(frozen=True)

@@ -361,7 +361,8 @@ def in_processes(root: Path) -> Drawing:
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:
-            return judged(process.returncode, said)
+            late = waited and process.returncode == -signal.SIGINT  # asked to end when it was about to
+            return judged(128 + signal.SIGINT if late else process.returncode, said)
         os.killpg(process.pid, signal.SIGKILL)
         raise Odd("traceback", "processes were left behind")
 

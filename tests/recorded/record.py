@@ -38,6 +38,8 @@ ASKED = ("name", "instrument", "subject", "after", "fields", "quick", "timed")
 RECORDED = ("machine", "start", "facts", "tables", "layers", "parameters")
 #: Facts that results have had since the recording, which change none of those that they had.
 SINCE = re.compile(r"(kl|distance)(_low|_high)?")
+#: Tables that results have had since then.
+TABLES_SINCE = {"calibration"}
 TIMING = re.compile(r"second|latency|speedup|duration|milliseconds")
 
 
@@ -95,7 +97,11 @@ def recorded(entry: dict[str, Any], checkpoints: Mapping[str, Path]) -> dict[str
             for key, value in result.facts.items()
             if not TIMING.search(key) and not SINCE.fullmatch(key)
         },
-        "tables": {name: summed(table) for name, table in {"": result.table, **result.tables}.items()},
+        "tables": {
+            name: summed(table)
+            for name, table in {"": result.table, **result.tables}.items()
+            if name not in TABLES_SINCE
+        },
     }
     if entry.get("timed"):
         return found | {

@@ -4,6 +4,7 @@ truth is one example at a time, without padding, by the model's own class and pl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -537,3 +538,19 @@ def test_a_split_without_targets_is_named():
     )
     with pytest.raises(BadInput, match="split: 'test' has no column labels"):
         on.evaluate("test")
+
+
+def test_a_batch_that_is_measured_holds_so_many_tokens_and_the_loss_does_not_depend_on_it(
+    checkpoints: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kind: memory that grows with the examples of a batch, however long they are."""
+    on = workbench.subject(checkpoints["llama"], data="random", max_length=16)
+    whole = on.evaluate("test")
+    assert on.examples_at_once("test", 64) == 64
+    monkeypatch.setattr(sys.modules[Subject.__module__], "TOKENS", 40)
+    assert on.examples_at_once("test", 64) == 40 // on.task.longest(on.split("test")) < 4
+    assert on.evaluate("test") == pytest.approx(whole, rel=1e-6)
+    monkeypatch.setattr(sys.modules[Subject.__module__], "TOKENS", 1)
+    assert on.examples_at_once("test", 64) == 1
+    images = workbench.subject(checkpoints["vit"], data="random")
+    assert images.task.longest(images.split("test")) == 1

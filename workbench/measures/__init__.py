@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from workbench.measures.attribution import Attribution
+from workbench.measures.calibration.calibration_study import CalibrationStudy
 from workbench.measures.classification import AnswerPairs, classification_measures
 from workbench.measures.embedding import VectorPairs, embedding_measures
 from workbench.measures.fidelity import Fidelity
@@ -30,6 +31,7 @@ __all__ = [
     "LEGEND",
     "AnswerPairs",
     "Attribution",
+    "CalibrationStudy",
     "Comparison",
     "Fidelity",
     "Reference",

@@ -65,7 +65,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> Grid:
     """The usual grid for a model of this size, with what is `chosen` and neither empty nor 0 in its place.
 
     A large model is not measured at every width, nor predicted from gradients of the whole; the spectrum is
-    of one block.
+    of the last block.
     """
     test = on.size("test")
     if sum(layer.original.numel() for layer in on.layers(layers)) < LARGE:
@@ -84,7 +84,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> Grid:
             budget_examples=48,
         )
     else:
-        blocks = [name for name, _ in on.blocks()]
+        last = on.blocks()[-1][0]  # its second derivatives need no other block's activations
         found = Grid(
             on,
             SPARSEGPT,
@@ -94,7 +94,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> Grid:
             calibration_examples=32,
             test_examples=min(32, test),
             gradients=128,
-            curvature_layers=f"{blocks[len(blocks) // 2]}.*",
+            curvature_layers=f"{last}.*",
             curvature_examples=4,
             predict_examples=0,
             budget_examples=8,

@@ -77,12 +77,17 @@ def embedding_measures(pairs: VectorPairs, seed: int = 0) -> dict[str, float]:
     }
 
 
+def output_distances(pairs: VectorPairs) -> NDArray[np.float64]:
+    """(texts,) mean square of each output's change as a share of the outputs' variance."""
+    change = np.square(pairs.changed - pairs.dense).mean(-1)
+    return np.asarray(change / max(float(pairs.dense.var(0).mean()), np.finfo(float).tiny))
+
+
 def output_measures(pairs: VectorPairs, seed: int = 0) -> dict[str, float]:
     """Of numbers that are predicted: the mean square of their change as a share of their variance, 0 where
     nothing changed.
     """
-    change = np.square(pairs.changed - pairs.dense).mean(-1)
-    distance = change / max(float(pairs.dense.var(0).mean()), np.finfo(float).tiny)
+    distance = output_distances(pairs)
     low, high = block_bootstrap(distance, np.arange(len(distance)), seed)
     quarter, median, three_quarters = np.quantile(distance, (0.25, 0.5, 0.75))
     return {

@@ -11,12 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
 from workbench.measures.classification import AnswerPairs, classification_measures
-from workbench.measures.embedding import VectorPairs, embedding_measures, output_measures
+from workbench.measures.embedding import (
+    VectorPairs,
+    embedding_measures,
+    output_distances,
+    output_measures,
+)
 from workbench.measures.language import TokenPairs, language_measures, pairs_in_chunks
 from workbench.progress import Progress
 from workbench.subjects.subject import Subject
@@ -209,6 +216,12 @@ class Comparison:
         if isinstance(self.pairs, AnswerPairs):
             return classification_measures(self.pairs, self.seed)
         return (embedding_measures if self.kind == "embedding" else output_measures)(self.pairs, self.seed)
+
+    def distances(self) -> NDArray[np.float64]:
+        """(items,) what `distance` is the mean of."""
+        if not isinstance(self.pairs, VectorPairs):
+            return self.pairs.divergence
+        return 1 - self.pairs.cosine if self.kind == "embedding" else output_distances(self.pairs)
 
     def distance(self) -> tuple[float, float, float]:
         """(value, low, high) of what a verdict is about: the divergence in nats, else 1 - cosine or the

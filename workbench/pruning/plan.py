@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from workbench.axis import Choice, parameter
-from workbench.instruments import SubjectInstrument
+from workbench.instruments import NUMBERS, WEIGHTS, SubjectInstrument
 from workbench.progress import Progress
 from workbench.pruning.axes import (
     COMPENSATION,
@@ -131,6 +131,20 @@ class PrunePlan(SubjectInstrument):
     def steps_between(self, events: int) -> int:
         """Recovery steps before each of so many pruning events."""
         return int(TRAINED_BEFORE_LAST * self.recovery_steps / events) if events > 1 else 0
+
+    def calibrates(self) -> dict[str, tuple[str, int]]:
+        """The inputs' examples or those of the gradients, whichever are more; where only weights are read,
+        what the reported errors come from.
+        """
+        parts = (self.method, self.saliency, self.compensation, self.allocation)
+        counts = [self.calibration_examples for part in parts if part.entry.needs == "inputs"]
+        counts += [
+            part.options.gradients * getattr(part.options, "gradient_batch", 1)
+            for part in parts
+            if part.entry.needs == "gradients"
+        ]
+        decides = WEIGHTS if counts else NUMBERS
+        return {decides: (self.calibration_split, max(counts, default=self.calibration_examples))}
 
     def calibration(self, on: Subject, layers: Sequence[Layer], progress: Progress) -> Calibration:
         return Calibration(on, layers, self.calibration_split, self.calibration_examples, self.seed, progress)

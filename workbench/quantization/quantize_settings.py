@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from workbench.axis import Choice, parameter
-from workbench.instruments import SubjectInstrument
+from workbench.instruments import NUMBERS, WEIGHTS, SubjectInstrument
 from workbench.quantization.activations.activations import ACTIVATION_QUANTIZER
 from workbench.quantization.number.formats import Format
 from workbench.quantization.number.number_format import NUMBER_FORMAT
@@ -117,6 +117,12 @@ class QuantizeSettings(SubjectInstrument):
                 format = self.format.with_options(bits=width)
         made: Format = format()
         return made
+
+    def calibrates(self) -> dict[str, tuple[str, int]]:
+        """Where only weights are read the layers' inputs make the reported errors."""
+        ranges = self.activations.has("ranges") or bool(getattr(self.activations.options, "wide_share", 0))
+        decides = self.reads_inputs or self.paired or (self.rounds_inputs and ranges)
+        return {WEIGHTS if decides else NUMBERS: ("calibration", self.calibration_examples)}
 
     @property
     def by_blocks(self) -> bool:

@@ -24,7 +24,7 @@ WIDE, NARROW = 3, 6
 PIECES = 4
 #: Matrices of a layer's shape, and of its inputs' second moment, that are worked on while it is changed.
 MATRICES, SQUARES = 6, 4
-EVALUATED, WALKED = 64, 16  # examples of a batch
+EVALUATED, WALKED = 64, 16  # examples of a batch, of short sequences
 TRIED = 4  # test examples of a trial
 Made = TypeVar("Made")
 
@@ -113,7 +113,8 @@ class Planned:
         }
 
     def evaluating(self, changed: bool) -> dict[str, int]:
-        _, batch = tokens_of(self.on, self.test_split, EVALUATED, self.tested)
+        at_once = self.on.examples_at_once(self.test_split, EVALUATED)
+        _, batch = tokens_of(self.on, self.test_split, at_once, self.tested)
         chosen = sum(map(stored, self.layers))
         weights = self.model_bytes
         if changed and not (self.mapped and self.rewritten):

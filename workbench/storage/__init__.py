@@ -7,6 +7,7 @@ from workbench.storage.places import (
     evidence_folders,
     evidence_record,
     evidence_target,
+    measured_methods,
     verdict,
 )
 from workbench.storage.writing import CannotWrite, check_target, damage, replacing, settle
@@ -21,6 +22,7 @@ __all__ = [
     "evidence_folders",
     "evidence_record",
     "evidence_target",
+    "measured_methods",
     "replacing",
     "settle",
     "verdict",

@@ -54,6 +54,13 @@ def evidence_record(family: str, name: str) -> dict[str, Any] | None:
     return None
 
 
+def measured_methods() -> set[tuple[str, str]]:
+    """(family, name) of every method of which a measurement is stored."""
+    return {
+        (file.parent.name, file.stem) for folder in evidence_folders() for file in folder.glob("*/*.json")
+    }
+
+
 def measured(record: Any) -> dict[str, Any]:
     """A record with the fields that a verdict needs; `ValueError` for anything else."""
     if not isinstance(record, dict):

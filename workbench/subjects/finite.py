@@ -23,6 +23,8 @@ Splits = Mapping[str, Mapping[str, Tensor]]
 #: Examples that the model is tried with before an instrument runs, and when its failure is explained.
 TRIED = 2
 EXPLAINED = 128
+#: Bytes of the weights of a model whose derivatives are tried too.
+DIFFERENTIATED = 200_000_000
 
 
 def said(value: Tensor) -> str:
@@ -89,10 +91,11 @@ def check_outputs(subject: Any, examples: int = TRIED) -> None:
 
 def explanation(subject: Any) -> str | None:
     """The first place at which a subject's own numbers are not finite, by split and batch; None when all
-    that is tried is.
+    that is tried is. Derivatives of a large model, which take many times its memory, are not tried.
     """
+    small = sum(p.nbytes for p in subject.model.parameters()) <= DIFFERENTIATED
     for split in subject.splits:
-        if (told := first_place(subject, split, EXPLAINED, gradients=True)) is not None:
+        if (told := first_place(subject, split, EXPLAINED, gradients=small)) is not None:
             return told
     return None
 

@@ -25,6 +25,7 @@ from workbench.storage.resident import disk, trim
 from workbench.subjects import finite, identity
 from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, computed_once, copied, describe_changes, same_tensors
+from workbench.subjects.examples.card import card
 from workbench.subjects.identity import Seen
 from workbench.subjects.layers import Layer
 from workbench.subjects.stored import declare_wide, narrow, write_tensors
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from workbench.instruments import Instrument
 
 SHARDS = {"max_shard_size": "500MB"}  # of a model that a run kept in files: one is held at a time
+TOKENS = 8192  # of a batch whose answers are measured
 Split = dict[str, Tensor]  # column -> (examples, ...)
 
 
@@ -289,6 +291,14 @@ class Subject:
                 return lengths.argsort(stable=True)
         return torch.arange(total)
 
+    def examples_at_once(self, split: str, most: int) -> int:
+        """Examples of a batch: `most`, or fewer where the split's sequences are long."""
+        return max(min(most, TOKENS // self.task.longest(self.split(split))), 1)
+
+    def examples_card(self, split: str, limit: int) -> dict[str, Any]:
+        """What the first `limit` examples of a split are: see `examples.card`."""
+        return card(self.task, self.split(split), limit, self.tokenizer, getattr(self.model, "config", None))
+
     # ---- measuring -----------------------------------------------------------------------------------------
     def loss(self, batch: Batch) -> Tensor:
         return self.task.loss(self.model, batch)
@@ -302,7 +312,8 @@ class Subject:
         progress: Progress | None = None,
         seen: Callable[[Tensor, Any, Batch], None] | None = None,
     ) -> dict[str, float]:
-        """Mean loss and metrics over a split (perplexity for language models); exact whatever the batch size.
+        """Mean loss and metrics over a split (perplexity for language models); exact whatever the batch size,
+        which is the largest: there are no more than `TOKENS` tokens in a batch of several examples.
         `seen` gets what a loss is measured of: the rows of the split, the task's output and the batch.
         """
         progress = progress or Progress()
@@ -315,6 +326,7 @@ class Subject:
         was_training, total, items = self.model.training, 0.0, 0
         self.model.eval()
         trim()
+        batch_size = self.examples_at_once(split, batch_size)
         rows = self.order(split, limit, by_length=True).split(batch_size)
         with computed_once(self.model), unpadded(self.model), layer_selection.block_after_block(self.model):
             batches = zip(rows, self.batches(split, batch_size, limit, by_length=True), strict=True)

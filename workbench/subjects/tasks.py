@@ -81,6 +81,13 @@ class Task:
         real = list(self.real(batch).values())
         return torch.stack([each.sum(1) for each in real]).sum(0) if real else None
 
+    def longest(self, batch: Batch) -> int:
+        """Positions of the longest sequence without its padding; 1 where no column runs along one."""
+        along = (v for k, v in batch.items() if k in self.columns and self.columns[k].sequence and v.ndim > 1)
+        widest = max((value.shape[1] for value in along), default=1)
+        lengths = self.lengths(batch)
+        return widest if lengths is None or not len(lengths) else min(widest, max(int(lengths.max()), 1))
+
     def exported(self, model: nn.Module, batch: Batch) -> Batch:
         """The columns that a file of this model takes, in the dtypes of a file."""
         kinds = {name: column.exported for name, column in self.columns.items()}

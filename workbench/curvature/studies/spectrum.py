@@ -121,10 +121,11 @@ class Spectrum(CurvatureInstrument):
             "steps_done": whole.done,
             "products": operator.products,
             "items": operator.total_items,
-            "item_noise": whole.noise if whole.noise is not None else math.nan,
             "reorthogonalised": full,
             "operator": self.operator,
         }
+        if whole.noise is not None and not math.isnan(whole.noise):  # else there was one batch
+            facts["item_noise"] = whole.noise
         tables = {
             "nodes": share,
             "outliers": pd.DataFrame(

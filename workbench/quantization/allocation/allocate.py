@@ -221,11 +221,14 @@ class Allocate(AllocationSettings):
         reference_of(on, "test", self.test_examples, progress)
         dense = on.evaluated("test", self.test_examples)
         rows, chosen, subject = [], [], None
+        experts, unseen = dict[str, pd.DataFrame](), dict[str, Any]()
         for name, plan in progress.track(list(plans.items()), "strategies"):
             copy = on if name == main and len(plans) == 1 else on.copy()
             bits = problem.named(plan.choice)
             result = self.quantizer(layer_bits=bits, test_examples=self.test_examples)._run(copy, Progress())
-            subject = result.subject if name == main else subject
+            if name == main:
+                subject, experts = result.subject, result.tables
+                unseen = {k: v for k, v in result.facts.items() if k == "unseen_experts"}
             rows.append(self._row(name, problem, plan, result, dense["loss"], joint))
             chosen += [{"strategy": name, "layer": layer, "width": width} for layer, width in bits.items()]
             del copy, result
@@ -235,7 +238,7 @@ class Allocate(AllocationSettings):
             average = problem.code_bits(best.choice) if self.asked().field != "budget" else self.budget
             ideal = ideal_widths(sensitivity, len(problem.widths), average)
             sensitivity = sensitivity.drop(columns="share").assign(ideal_width=ideal)
-        facts = self._facts(table, dense["loss"], problem, plans, best)
+        facts = self._facts(table, dense["loss"], problem, plans, best) | unseen
         tables = {
             "front": fronted(problem, front(problem.cost, size), self.average),
             "widths": pd.DataFrame(chosen),
@@ -244,7 +247,7 @@ class Allocate(AllocationSettings):
         }
         if "blocks" in scores.tables:
             tables["blocks"] = scores.tables["blocks"]
-        made = self.result(table, facts, tables=tables, subject=subject)
+        made = self.result(table, facts, tables=tables | experts, subject=subject)
         assert isinstance(made, AllocateResult)
         if subject is not None and not made.compared:
             subject.held_back = UNCOMPARED

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from workbench.axis import Choice, parameter
 from workbench.errors import BadInput
-from workbench.instruments import SubjectInstrument
+from workbench.instruments import WEIGHTS, SubjectInstrument
 from workbench.measures.reference import kind_of
 from workbench.quantization.allocation.layer_sensitivity import check_alone
 from workbench.quantization.allocation.width_cost import WIDTH_COST
@@ -77,6 +77,10 @@ class AllocationSettings(SubjectInstrument):
             test_examples=test_examples,
             seed=self.seed,
         )
+
+    def calibrates(self) -> dict[str, tuple[str, int]]:
+        """The rounding's examples or those of the sensitivities, whichever are more."""
+        return {WEIGHTS: ("calibration", max(self.calibration_examples, self.predict_examples))}
 
     def check(self, on: Subject) -> None:
         check_widths(self.widths)

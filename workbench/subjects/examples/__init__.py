@@ -1,0 +1,1 @@
+"""Examples of a split: what they are, and others in their place."""
