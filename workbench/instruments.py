@@ -117,6 +117,14 @@ class Instrument(Fields):
         """A line for each number of examples that somebody set and that is more than there are."""
         return iter(())
 
+    def foretold_words(self, on: Any) -> str:
+        """What can be said of a run's outcome before it, from what is kept; "" when nothing can."""
+        return ""
+
+    def held_back(self) -> str:
+        """Why the subject that a run gives is not to be saved or exported; "" when it may be."""
+        return ""
+
     def cards(self, on: Any, result: Result) -> dict[str, pd.DataFrame]:
         """Tables that tell what the result was made from."""
         return {}

@@ -106,6 +106,8 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
         instruments = instruments_of(steps, given)
     memory = None if getattr(space, "memory", None) is None else bytes_of(space.memory)
     check_export(space.export, instruments, space.out)
+    if space.out is not None and (reason := instruments[-1].held_back()):
+        raise BadInput(reason)
     if space.out is not None:
         check_target(space.out, overwrite=space.overwrite, files=("result.json", "table.parquet"))
     if len(steps) > 1 or name != steps[0][0]:
@@ -136,6 +138,9 @@ def foretold(instruments: Sequence[Any], on: Any, memory: int | None, cache: boo
         for told in instrument.asks_beyond(on):
             notice(told)
         found = room_for(instrument, on, memory, tells=False).foretold
+        if not step and (words := instrument.foretold_words(on)):
+            print(f"{instrument.name()} {words}")
+            continue
         if found is None:
             print(f"{instrument.name()}: what it holds and how long it takes is not known before it runs")
             continue

@@ -2,7 +2,9 @@
 
 from workbench.quantization.activations.activations import ACTIVATION_QUANTIZER
 from workbench.quantization.allocation.allocate import Allocate
+from workbench.quantization.allocation.allocation_scores import AllocationScores
 from workbench.quantization.allocation.layer_sensitivity import LayerSensitivity
+from workbench.quantization.allocation.solver import WIDTH_SOLVER
 from workbench.quantization.allocation.width_cost import WIDTH_COST
 from workbench.quantization.equalization.equalizations import EQUALIZATION
 from workbench.quantization.equalization.equalize import Equalize
@@ -38,7 +40,9 @@ __all__ = [
     "TRAINED_ROUNDING",
     "TRANSFORM",
     "WIDTH_COST",
+    "WIDTH_SOLVER",
     "Allocate",
+    "AllocationScores",
     "Codebook",
     "Equalize",
     "ErrorAnatomy",

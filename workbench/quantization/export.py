@@ -43,6 +43,8 @@ EXACT = "session.qdq_matmulnbits_accuracy_level"
 
 
 def quantized_layers(subject: Subject) -> list[Layer]:
+    if subject.held_back:
+        raise BadInput(subject.held_back)
     found = [layer for layer in subject.layers("*") if any(isinstance(c, FakeQuant) for c in layer.changes)]
     if not found:
         raise BadInput("subject: no layer is quantized; run quantize first")
