@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from workbench.errors import BadInput, unknown_name
+from workbench.errors import BadInput, notice, unknown_name
 from workbench.families import import_families, of_own_code
 from workbench.progress import Progress
 from workbench.results import Result
@@ -216,7 +216,8 @@ def from_checkpoint(
         notes += [hidden, classes.note]
     names = classes.names if classes is not None else None
     model, said = open_model(source, local=local, head=head, labels=names)
-    notes.append(said or "")
+    notes += said
+    tell(said)
     settings = text.Columns(
         text_column or "text", label_column or "label", image_column or "image", classes, max_length, seed
     )
@@ -245,6 +246,13 @@ def from_checkpoint(
     )
     try_out(made)
     return text.self_targets(made) if guessed == "embedding" else made
+
+
+def tell(notes: list[str]) -> None:
+    """What whoever opens a model should not miss, a line each."""
+    for note in notes:
+        if note:
+            notice(f"subject: {note}")
 
 
 def guess_task(config: Any, label_column: str | None, image_column: str | None) -> str:
@@ -302,7 +310,8 @@ def from_saved(folder: Path) -> Subject:
         splits.setdefault(split, {})[column] = value
     check_alike(splits)
     if (folder / "config.json").is_file():
-        model, _ = open_model(folder, local=True)
+        model, said = open_model(folder, local=True)
+        tell(said)
         tokenizer = open_tokenizer(folder, True)
     else:
         from workbench.subjects.registry import skeleton
