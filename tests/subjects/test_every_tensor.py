@@ -98,7 +98,7 @@ def test_what_opening_finds_is_a_line_of_the_command(tmp_path, capsys):
     """Kind: what is new or left over was in the data note only, which the command line does not print."""
     stored(tmp_path / "m", "BertForMaskedLM", architectures=["BertModel"])
     asked = [
-        "size",
+        "magnitude",
         "--subject",
         str(tmp_path / "m"),
         "--data",
@@ -106,7 +106,7 @@ def test_what_opening_finds_is_a_line_of_the_command(tmp_path, capsys):
         "--task",
         "sequence-classification",
     ]
-    assert main(["run", *asked, "--no-cache"]) == 0
+    assert main(["run", *asked, "--dry-run"]) == 0
     told = capsys.readouterr().err
     assert "workbench: subject: the head of BertForSequenceClassification is new and untrained" in told
     assert "workbench: subject: left over: cls.predictions" in told

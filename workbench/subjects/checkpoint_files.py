@@ -40,6 +40,8 @@ OURS = ("splits.safetensors", "changes.safetensors", "arrays.safetensors")
 CONFIG_BYTES, HEADER_BYTES = 16 * 2**20, 100 * 2**20
 #: attention kernels that transformers brings itself
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+#: ways to compute experts that transformers brings itself
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
 #: fields of a config that count the blocks of a stack
 DEPTHS = (
     "num_hidden_layers",
@@ -125,7 +127,7 @@ def check_folder(folder: Path) -> None:
             "give a folder written by save_pretrained or by the workbench"
         )
     weights = [s for s in sorted(folder.glob("*.safetensors")) if s.name not in OURS]
-    if not weights:
+    if not weights and not (folder / "model.safetensors.index.json").is_file():
         pickles = sorted(
             p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for p in folder.glob(pattern)
         )
@@ -330,7 +332,8 @@ def check_local(config: dict[str, Any]) -> None:
                 ):
                     raise BadInput(
                         f"subject: config.json: {path} is {str(name)[:80]!r}, code that would be fetched; "
-                        f"accepted: {', '.join(ATTENTIONS)}; or leave it out"
+                        f"accepted: {', '.join(ATTENTIONS if field.strip('_')[0] == 'a' else EXPERTS)}; "
+                        "or leave it out"
                     )
         if field in ("kernel_config", "fusion_config", "distributed_config", "custom_generate") and value:
             raise BadInput(f"subject: config.json: {path} is not accepted from a folder; leave it out")

@@ -75,14 +75,19 @@ def read_config(source: str | Path, local: bool) -> Any:
 
 
 def open_model(
-    source: str | Path, *, local: bool, head: str | None = None, labels: list[str] | None = None
+    source: str | Path,
+    *,
+    local: bool,
+    head: str | None = None,
+    labels: list[str] | None = None,
+    outputs: int | None = None,
 ) -> tuple[nn.Module, list[str]]:
     """Build the model of a folder, GGUF file or hub id in float32; returns it with notes of what was
     renamed, is new or was left over.
 
     `head` names the auto class for a checkpoint whose own class has no head for the task, e.g.
     "SequenceClassification", "" for none, None for the checkpoint's own; `labels` are the classes of a new
-    one.
+    one, `outputs` the numbers that it predicts.
     """
     import transformers
 
@@ -91,6 +96,8 @@ def open_model(
     if new and labels is not None:
         config.num_labels = len(labels)
         config.id2label, config.label2id = dict(enumerate(labels)), {n: i for i, n in enumerate(labels)}
+    elif new and outputs is not None:
+        config.num_labels, config.problem_type = outputs, "regression"
     packed = gguf_files.is_gguf(source)
     stored = tensors_in(Path(source)) if local and not packed else None
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
