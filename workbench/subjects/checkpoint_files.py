@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ OURS = ("splits.safetensors", "changes.safetensors", "arrays.safetensors")
 CONFIG_BYTES, HEADER_BYTES = 16 * 2**20, 100 * 2**20
 #: attention kernels that transformers brings itself
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+#: ways to compute experts that transformers brings itself
+EXPERTS = ("eager", "batched_mm", "grouped_mm")
 #: fields of a config that count the blocks of a stack
 DEPTHS = (
     "num_hidden_layers",
@@ -64,6 +67,13 @@ PACKED = (
     ".quant_map",
     ".W_q",
     "_blocks",
+)
+
+#: what peft puts into the names of tensors, a part of its own
+ADAPTED = re.compile(
+    r"(^base_model\.model\.)|(^|\.)(base_layer|modules_to_save|lora_(A|B|E|ga|embedding_A|embedding_B"
+    r"|magnitude_vector)|ia3_l|oft_[RrSs]|boft_[RrSs]|hada_[wt][12]\w*|lokr_\w+|vera_lambda_\w+"
+    r"|prompt_embeddings|original_module|token_adapter)(\.|$)"
 )
 
 
@@ -117,7 +127,7 @@ def check_folder(folder: Path) -> None:
             "give a folder written by save_pretrained or by the workbench"
         )
     weights = [s for s in sorted(folder.glob("*.safetensors")) if s.name not in OURS]
-    if not weights:
+    if not weights and not (folder / "model.safetensors.index.json").is_file():
         pickles = sorted(
             p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for p in folder.glob(pattern)
         )
@@ -131,6 +141,8 @@ def check_folder(folder: Path) -> None:
             f"subject: {str(folder)!r} holds no *.safetensors weights; save the model with save_pretrained"
         )
     tensors = tensors_in(folder)
+    if part := adapter_in(sorted(tensors)):
+        raise BadInput(f"subject: {str(folder)!r} holds an adapter ({part}), {one_whole()}")
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
         check_local(config)
@@ -272,8 +284,21 @@ def check_adapter(folder: Path) -> None:
     raise BadInput(
         f"subject: {str(folder)!r} holds an adapter ({str(said.get('peft_type') or 'of unknown kind')[:40]}"
         + (f" of {base[:80]!r}" if isinstance(base, str) and base else "")
-        + "), which is no whole model; merge it into its base (peft: merge_and_unload) and save that"
+        + f"), {one_whole()}"
     )
+
+
+def one_whole() -> str:
+    """What an adapter is not, and what to do with it."""
+    return (
+        "which is no whole model; merge it into its base (peft: merge_and_unload) and save that, "
+        "or give the base"
+    )
+
+
+def adapter_in(names: list[str]) -> str:
+    """The first name of a tensor that an adapter's program gave it; "" for none."""
+    return next((name for name in names if ADAPTED.search(name)), "")
 
 
 def walk(config: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, str, Any]]:
@@ -307,7 +332,8 @@ def check_local(config: dict[str, Any]) -> None:
                 ):
                     raise BadInput(
                         f"subject: config.json: {path} is {str(name)[:80]!r}, code that would be fetched; "
-                        f"accepted: {', '.join(ATTENTIONS)}; or leave it out"
+                        f"accepted: {', '.join(ATTENTIONS if field.strip('_')[0] == 'a' else EXPERTS)}; "
+                        "or leave it out"
                     )
         if field in ("kernel_config", "fusion_config", "distributed_config", "custom_generate") and value:
             raise BadInput(f"subject: config.json: {path} is not accepted from a folder; leave it out")

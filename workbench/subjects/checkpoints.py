@@ -1,7 +1,6 @@
 """Opening checkpoints: validated safetensors, GGUF files and hub ids, never pickle, never remote code.
 
-Every tensor of a checkpoint is accounted for: used, renamed (the prefix of a wrapper), new (a head for the
-task) or left over (another head's); anything else is refused by name.
+Every tensor of a checkpoint is accounted for: see `every_tensor`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import nn
 from workbench.errors import BadInput
 from workbench.subjects import gguf_files
 from workbench.subjects.checkpoint_files import Stored, method_of, one_line, tensors_in
+from workbench.subjects.every_tensor import account
 from workbench.subjects.stored import commonest, in_float32
 
 #: parts of a name that wrappers put there: torch.compile, FSDP, activation checkpointing, DeepSpeed
@@ -75,14 +75,19 @@ def read_config(source: str | Path, local: bool) -> Any:
 
 
 def open_model(
-    source: str | Path, *, local: bool, head: str | None = None, labels: list[str] | None = None
-) -> tuple[nn.Module, str | None]:
-    """Build the model of a folder, GGUF file or hub id in float32; returns it with a note of what was
+    source: str | Path,
+    *,
+    local: bool,
+    head: str | None = None,
+    labels: list[str] | None = None,
+    outputs: int | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """Build the model of a folder, GGUF file or hub id in float32; returns it with notes of what was
     renamed, is new or was left over.
 
     `head` names the auto class for a checkpoint whose own class has no head for the task, e.g.
     "SequenceClassification", "" for none, None for the checkpoint's own; `labels` are the classes of a new
-    one.
+    one, `outputs` the numbers that it predicts.
     """
     import transformers
 
@@ -91,6 +96,8 @@ def open_model(
     if new and labels is not None:
         config.num_labels = len(labels)
         config.id2label, config.label2id = dict(enumerate(labels)), {n: i for i, n in enumerate(labels)}
+    elif new and outputs is not None:
+        config.num_labels, config.problem_type = outputs, "regression"
     packed = gguf_files.is_gguf(source)
     stored = tensors_in(Path(source)) if local and not packed else None
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
@@ -108,8 +115,7 @@ def open_model(
         model = plain_linears(model)
         notes.append("decompressed from compressed-tensors: weights are numbers, inputs are not rounded")
     model.stored_dtype = format_of(stored, config)  # type: ignore[assignment]
-    said = "; ".join([*notes, *told])
-    return model.eval(), said or None
+    return model.eval(), [*notes, *told]
 
 
 #: endings of the classes without a head
@@ -314,64 +320,6 @@ def base_names(model: nn.Module) -> set[str]:
     """The names of a model's trunk without its prefix, as a checkpoint without a head has them."""
     prefix = getattr(model, "base_model_prefix", "") + "."
     return {name.removeprefix(prefix) for name in model.state_dict() if name.startswith(prefix)}
-
-
-def account(source: str, model: nn.Module, report: dict[str, Any], new: bool) -> list[str]:
-    """What there is to say of tensors that are not simply used: new and left over ones; `BadInput` for
-    others that are missing, of another shape, or belong to blocks that the config does not name.
-    """
-    kind = type(model).__name__
-    told: list[str] = []
-    for name, given, wanted in sorted(report["mismatched_keys"], key=str):
-        raise BadInput(
-            f"subject: {name} is {list(given)} in the file and {list(wanted)} by config.json; "
-            "give the config that the weights were saved with"
-        )
-    trunk = getattr(model, "base_model_prefix", "") + "."
-    missing = sorted(report["missing_keys"])
-    poolers = [name for name in missing if "pooler" in name.split(".")]
-    lost = [name for name in missing if name not in poolers and (not new or name.startswith(trunk))]
-    if lost:
-        raise BadInput(
-            f"subject: {source!r} lacks {lost[0]} ({len(lost)} missing in all), "
-            f"which {kind} needs; copy or save it again"
-        )
-    heads = [name for name in missing if name not in poolers]
-    if heads:
-        told.append(f"the head of {kind} is new and untrained: {listed(heads)}")
-    if poolers:
-        told.append(f"the pooler is new and untrained: {listed(poolers)}")
-    left = sorted(report["unexpected_keys"])
-    names = set(model.state_dict())
-    for name in left:
-        if (sibling := sibling_of(name, names)) is not None:
-            raise BadInput(
-                f"subject: {source!r} holds {name}, a block that config.json does not name (it ends before "
-                f"{sibling}); give the number of blocks that the weights hold"
-            )
-    if left:
-        told.append(f"left over: {listed(left)}")
-    return told
-
-
-def sibling_of(name: str, names: set[str]) -> str | None:
-    """The part of a leftover name that counts a block, when the model has that tensor in another block."""
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        if not part.isdigit():
-            continue
-        before, after = ".".join(parts[:place]), ".".join(parts[place + 1 :])
-        pattern = re.compile(rf"(?:.*\.)?{re.escape(before)}\.\d+\.{re.escape(after)}$")
-        same = any(pattern.match(each) for each in names)
-        here = re.compile(rf"(?:.*\.)?{re.escape(before)}\.{part}\.")
-        if same and not any(here.match(each) for each in names):
-            return ".".join(parts[: place + 1])
-    return None
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def format_of(stored: dict[str, Stored] | None, config: Any) -> torch.dtype:

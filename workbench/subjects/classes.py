@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +49,16 @@ def written(value: Any) -> str:
     return str(value).strip() if number is None else str(number)
 
 
+def composed(name: str) -> str:
+    """A name with each accented letter as one character, however it is encoded."""
+    return unicodedata.normalize("NFC", written(name))
+
+
 def folded(name: str) -> str:
-    """A name without what spelling adds: case, and the sign between words."""
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+    """A name without what spelling adds: case, and the sign between words; a number keeps its sign."""
+    if number_of(name) is not None:
+        return written(name)
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
 
 
 def distinct(values: Iterable[Any]) -> list[str]:
@@ -66,7 +74,21 @@ def untrained(values: Iterable[Any], column: str) -> Classes:
         raise BadInput(
             f"label-column: {column!r} holds one value only ({names[0]!r}); at least two classes are needed"
         )
-    return Classes(names, {name: i for i, name in enumerate(names)})
+    between = [name for name in names if number_of(name) is None]
+    if between and all(is_number(name) for name in names):
+        raise BadInput(
+            f"label-column: {column!r} holds numbers such as {between[0]}, which are no classes; give "
+            "task=regression, or names in place of the numbers"
+        )
+    note = f"the new head's {len(names)} classes are {some(names)}"
+    return Classes(names, {name: i for i, name in enumerate(names)}, note)
+
+
+def is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float_of(name))
+    except ValueError:
+        return False
 
 
 def trained(values: Iterable[Any], column: str, id2label: dict[Any, Any]) -> Classes:
@@ -75,9 +97,9 @@ def trained(values: Iterable[Any], column: str, id2label: dict[Any, Any]) -> Cla
     """
     names = [str(id2label[key]) for key in sorted(id2label, key=int)]
     labels = distinct(values)
-    by_name = places({folded(name): i for i, name in enumerate(names)}, [folded(v) for v in labels], names)
-    if by_name is not None:
-        return Classes(names, dict(zip(labels, by_name, strict=True)))
+    by_name = [named(label, names) for label in labels]
+    if None not in by_name:
+        return Classes(names, {v: i for v, i in zip(labels, by_name, strict=True) if i is not None})
     numbers = [number_of(label) for label in labels]
     spelled = [re.findall(r"\d+", name) for name in names]
     if None not in numbers and all(len(found) == 1 for found in spelled):
@@ -91,6 +113,17 @@ def trained(values: Iterable[Any], column: str, id2label: dict[Any, Any]) -> Cla
         f"{some(names)}; write their names or their numbers 0 to {len(names) - 1} in the data, "
         "or name the classes in id2label of config.json"
     )
+
+
+def named(label: str, names: list[str]) -> int | None:
+    """The one class of this name: exactly, else as composed letters, else without case and signs; None where
+    there is none, or several.
+    """
+    for spelled in (written, composed, folded):
+        found = [i for i, name in enumerate(names) if spelled(name) == spelled(label)]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def places(known: dict[Any, int], wanted: list[Any], names: list[str]) -> list[int] | None:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from workbench.errors import BadInput, unknown_name
+from workbench.errors import BadInput, notice, unknown_name
 from workbench.families import import_families, of_own_code
 from workbench.progress import Progress
 from workbench.results import Result
@@ -69,8 +70,8 @@ def subject(
     loss: str | Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None,
     tokenizer: Any = None,
     name: str | None = None,
-    max_length: int = 128,
-    max_examples: int = 4096,
+    max_length: int | None = None,
+    max_examples: int | None = None,
     seed: int = 0,
     class_axis: int | None = None,
     ignored: int = -100,
@@ -95,8 +96,8 @@ def subject(
         -> mean loss over examples, or over `items(batch)` items.
     class_axis, ignored : for a module with cross-entropy: the output's axis of classes (1 in (batch, classes,
         height, width); needed where two axes fit the labels), and the label of what has no target.
-    max_length : tokens per example. max_examples : at most so many rows of `data` are used
-        (chosen by `seed`).
+    max_length : tokens per example (128, of random inputs 64). max_examples : at most so many rows of `data`
+        are used (4096, chosen by `seed`), or so many random ones drawn (96).
     seed : also of a built-in's training, for those that are trained on first use;
         another than 0 is refused by those that ship.
     memory : bytes that what runs on it may hold ("2GB"): the weights of a checkpoint that is narrower than
@@ -106,6 +107,9 @@ def subject(
     """
     if memory is not None:
         bytes_of(memory)  # refused at once where it is none
+    usual_length, usual_examples = (64, 96) if isinstance(data, str) and data == "random" else (128, 4096)
+    max_length = usual_length if max_length is None else max_length
+    max_examples = usual_examples if max_examples is None else max_examples
     if max_length < 2 or max_examples < 8:
         raise BadInput(
             f"max_length must be at least 2 and max_examples at least 8, got {max_length} and {max_examples}"
@@ -214,17 +218,28 @@ def from_checkpoint(
         rows, hidden = text.visible(rows, label_column)
         classes = text.classes_of(rows, guessed, label_column, config, new)
         notes += [hidden, classes.note]
+        tell([hidden, classes.note])
+    outputs = None
+    if new and guessed == "regression":
+        wanted = torch.ones(1) if rows is None else text.numbers(rows[label_column], str(label_column))
+        outputs = wanted.shape[1] if wanted.ndim > 1 else 1
+    if rows is not None and (instead := text.stand_in(rows)):
+        notes.append(instead)
+        tell([instead])
     names = classes.names if classes is not None else None
-    model, said = open_model(source, local=local, head=head, labels=names)
-    notes.append(said or "")
+    model, said = open_model(source, local=local, head=head, labels=names, outputs=outputs)
+    notes += said
+    tell(said)
     settings = text.Columns(
         text_column or "text", label_column or "label", image_column or "image", classes, max_length, seed
     )
     if guessed != "image-classification" and (limit := text.tokens_wanted(model, settings)) < max_length:
-        notes.append(f"texts are cut to {limit} tokens, the model's positions" if data != "random" else "")
+        notes.append(f"texts are cut to {limit} tokens, the model's positions")
     if rows is None:
         try:
-            splits = text.random_splits(model, guessed, settings)
+            splits = text.random_splits(model, guessed, settings, max_examples)
+        except BadInput:
+            raise
         except (RuntimeError, TypeError, ValueError, MemoryError) as error:
             raise BadInput(
                 f"subject: config.json gives no shape for random inputs: {one_line(error)}; "
@@ -245,6 +260,13 @@ def from_checkpoint(
     )
     try_out(made)
     return text.self_targets(made) if guessed == "embedding" else made
+
+
+def tell(notes: list[str]) -> None:
+    """What whoever opens a model should not miss, a line each."""
+    for note in notes:
+        if note:
+            notice(f"subject: {note}")
 
 
 def guess_task(config: Any, label_column: str | None, image_column: str | None) -> str:
@@ -302,7 +324,8 @@ def from_saved(folder: Path) -> Subject:
         splits.setdefault(split, {})[column] = value
     check_alike(splits)
     if (folder / "config.json").is_file():
-        model, _ = open_model(folder, local=True)
+        model, said = open_model(folder, local=True)
+        tell(said)
         tokenizer = open_tokenizer(folder, True)
     else:
         from workbench.subjects.registry import skeleton

@@ -144,6 +144,12 @@ def declared(
             f"{told}fits the labels (batch, {', '.join(map(str, wanted))}) along axis 1 and axis "
             f"{output.ndim - 1}; give class_axis=1 or class_axis=-1"
         )
+    integers = {axis for axis in {1, output.ndim - 1} if shape[: axis - 1] + shape[axis:] == wanted}
+    if not axes and output.ndim > 1 and labels.is_floating_point() and integers:
+        raise BadInput(
+            f"labels: are {str(labels.dtype).removeprefix('torch.')}, and classes are integers: give "
+            "labels.long(); floats are chances of the classes, in the output's shape"
+        )
     if not axes:
         raise BadInput(
             f"labels: shape (batch, {', '.join(map(str, wanted))}) fits no axis of classes of the output "
@@ -151,6 +157,11 @@ def declared(
         )
     axis = axes.pop()
     classes = output.shape[axis]
+    if classes == 1:
+        raise BadInput(
+            f"{told}has one class, and the cross-entropy of one class is 0 whatever the module computes: "
+            "give an output for each class, or a loss of your own (binary_cross_entropy_with_logits)"
+        )
     for name, split in splits.items():
         given = split["labels"]
         if given.is_floating_point():

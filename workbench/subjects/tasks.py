@@ -342,6 +342,12 @@ class SquaredErrorTask(Task):
     def flat(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         targets = batch[self.targets].to(output.dtype)
         rows, wanted = output.reshape(len(output), -1), targets.reshape(len(targets), -1)
+        shapes = [without_ones(each) for each in (output, targets)]
+        if rows.shape == wanted.shape and shapes[0] != shapes[1]:
+            raise BadInput(
+                f"{self.targets}: an example has the shape {shapes[1]} and the output {shapes[0]}; "
+                "give targets of the output's shape"
+            )
         if rows.shape != wanted.shape:
             raise BadInput(
                 f"{self.targets}: {wanted.shape[1]} numbers an example, but the model predicts "
@@ -460,6 +466,14 @@ class CustomLoss(Task):
 
     def metrics(self, output: Tensor, batch: Batch) -> dict[str, float]:
         return {}
+
+
+def without_ones(values: Tensor) -> tuple[int, ...]:
+    """The shape of one example, without ones at its end."""
+    shape = list(values.shape[1:])
+    while shape and shape[-1] == 1:
+        shape.pop()
+    return tuple(shape)
 
 
 def with_target(output: Tensor, targets: Tensor, missing: int) -> tuple[Tensor, Tensor]:

@@ -55,11 +55,7 @@ def encode(
         made = encode_text(rows, task, tokenizer, model, columns)
     splits: dict[str, Split] = {}
     if "split" in rows.columns:
-        renamed = (
-            rows["split"]
-            .astype(str)
-            .replace({"val": "validation", "dev": "validation", "eval": "validation"})
-        )
+        renamed = rows["split"].astype(str).replace(RENAMED)
         for name in renamed.unique():
             keep = torch.tensor((renamed == name).to_numpy())
             splits[name] = {k: v[keep] for k, v in made.items()}
@@ -79,7 +75,8 @@ def embedding_count(model: Any) -> int:
         count: int = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
         raise BadInput(
-            f"subject: {type(model).__name__} reads no ids of tokens; give the task of its class"
+            f"subject: {type(model).__name__} has no one table of tokens, so the ids that it reads are not "
+            "known; give a checkpoint of a text model with one, or build the module and its data in Python"
         ) from None
     return count
 
@@ -271,18 +268,47 @@ def classes_of(rows: pd.DataFrame, task: str, column: str, config: Any, new: boo
             names = [str(config.id2label[key]) for key in sorted(config.id2label, key=int)]
             return Classes(names, {})
         values = [label for row in held for label in row]
+    else:
+        check_single(values, column)
     return untrained(values, column) if new else trained(values, column, config.id2label)
 
 
+def check_single(values: list[Any], column: str) -> None:
+    """`BadInput` for lists of labels where one is needed."""
+    if row := next((number for number, value in enumerate(values, 1) if several_of(value)), 0):
+        raise BadInput(
+            f"label-column: row {row} of column {column!r} holds a list; "
+            "give task=multi-label-classification for several classes of one text, "
+            "task=token-classification for one label a word, task=regression for numbers, or one label a row"
+        )
+
+
+def stand_in(rows: pd.DataFrame) -> str:
+    """A note on the split whose rows another one shows, where the data has no such split itself."""
+    if "split" not in rows.columns:
+        return ""
+    held = set(rows["split"].astype(str).replace(RENAMED))
+    if "test" not in held:
+        return f"no rows are of test: test is the {'validation' if 'validation' in held else 'train'} split"
+    return "" if "validation" in held else "no rows are of validation: validation is the test split"
+
+
+#: other names of the validation split
+RENAMED = {"val": "validation", "dev": "validation", "eval": "validation"}
+#: what stands for a label that is hidden, where train has no such label
+HIDDEN = ("-1", "?", "unlabelled", "unlabeled", "nan", "<na>", "n/a", "null", "hidden")
+
+
 def visible(rows: pd.DataFrame, column: str) -> tuple[pd.DataFrame, str]:
-    """The rows whose label is known, and a note on the others: -1 or -100 outside train, where train has no
-    such label, stands for one that is hidden.
+    """The rows whose label is known, and a note on the others: -100, or a word of `HIDDEN` outside train,
+    where train has no such label.
     """
     labels = rows[column].map(lambda value: "" if several_of(value) else written(value))
     hidden = labels == "-100"
     if "split" in rows.columns:
         train = rows["split"].astype(str) == "train"
-        hidden |= ~train & (labels == "-1") & ("-1" not in set(labels[train]))
+        lower = labels.str.casefold()
+        hidden |= ~train & lower.isin(set(HIDDEN) - set(lower[train]))
     if not hidden.any():
         return rows, ""
     note = f"{int(hidden.sum())} rows without a label ({labels[hidden].iloc[0]}) are left out"
@@ -326,7 +352,7 @@ def encode_images(rows: pd.DataFrame, processor: Any, columns: Columns) -> Split
     }
 
 
-def random_splits(model: nn.Module, task: str, columns: Columns, examples: int = 96) -> dict[str, Split]:
+def random_splits(model: nn.Module, task: str, columns: Columns, examples: int) -> dict[str, Split]:
     """Token ids or pixels drawn by the seed: exact shapes, no meaning."""
 
     config: Any = model.config
@@ -339,7 +365,7 @@ def random_splits(model: nn.Module, task: str, columns: Columns, examples: int =
         size = (examples,) if task == "image-classification" else (examples, height, width)
         made["labels"] = torch.randint(config.num_labels, size, generator=draw)
         return cut(made, columns.seed)
-    length = min(tokens_wanted(model, columns), 64)
+    length = tokens_wanted(model, columns)
     vocabulary = embedding_count(model)
     free = 0
     if task in POOLED:
