@@ -5,9 +5,9 @@ Exit codes: 0 done, 1 a computation failed, 2 the request was wrong (one line sa
 
 from __future__ import annotations
 
-import _thread
 import importlib
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def heard(lost: sys.UnraisableHookArgs) -> None:
         """A Ctrl-C that fell into a finalizer, where Python drops exceptions, is heard a moment later."""
         if lost.exc_type is KeyboardInterrupt:
-            threading.Timer(0.05, _thread.interrupt_main).start()
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
         else:
             ignored(lost)
 
