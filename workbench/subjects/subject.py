@@ -406,7 +406,7 @@ class Subject:
         told(check_saved(self, folder))
 
     def save_into(self, folder: Path) -> None:
-        from workbench.subjects.structure.removal import record_of, stock
+        from workbench.subjects.structure.removal import opens_again, record_of, stock
 
         if named := getattr(self.model, "without_file", ""):
             raise BadInput(
@@ -414,6 +414,7 @@ class Subject:
             )
         records, tensors = describe_changes(self.model)
         baked = stock(bake(copied(self.model))).cpu()
+        opens_again(baked)
         save_pretrained = getattr(baked, "save_pretrained", None)
         if save_pretrained is not None:
             from workbench.subjects.checkpoints import quiet_transformers
