@@ -154,6 +154,10 @@ class Units(Masked):
         if not kept:
             return {}
         rows = [{"group": n, "units": k.shape[1], "kept": int(k[0].sum())} for n, k in kept.items()]
+        facts |= {
+            "units": sum(mask.numel() for mask in kept.values()),
+            "units_left": sum(int(mask.sum()) for mask in kept.values()),
+        }
         if prune.pattern.options.remove:
             remove_alike(on, kept, prune.calibration_split, str(prune.pattern))
             facts |= self.shared
