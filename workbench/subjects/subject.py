@@ -27,7 +27,7 @@ from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, computed_once, copied, describe_changes, same_tensors
 from workbench.subjects.examples.card import card
 from workbench.subjects.identity import Seen
-from workbench.subjects.layers import Layer
+from workbench.subjects.layers import Layer, plain_experts
 from workbench.subjects.stored import declare_wide, narrow, write_tensors
 from workbench.subjects.tasks import Batch, LanguageModel, Task
 
@@ -476,17 +476,6 @@ class Subject:
             **{f"{k} examples": self.size(k) for k in self.splits},
             "fingerprint": self.fingerprint,
         } | {f"test {k}": v for k, v in test.items()}
-
-
-def plain_experts(model: nn.Module) -> nn.Module:
-    """Mixture-of-experts models compute expert by expert: grouped kernels hide each expert's inputs and have
-    no second derivative.
-    """
-    choose = getattr(model, "set_experts_implementation", None)
-    chooses = getattr(model, "_can_set_experts_implementation", None)
-    if choose is not None and chooses is not None and chooses():
-        choose("eager")
-    return model
 
 
 def step(instrument: Instrument) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from workbench.errors import BadInput
 from workbench.subjects.checkpoint_files import one_line
 from workbench.subjects.checkpoints import quiet_transformers
-from workbench.subjects.subject import plain_experts
+from workbench.subjects.layers import plain_experts
 
 Axes = dict[str, tuple[int, ...]]  # parameter -> its axes that run along the dimension
 
