@@ -28,6 +28,7 @@ from workbench.progress import Progress
 from workbench.results import Result
 from workbench.statistics import InputCapture
 from workbench.subjects import Layer, Mask, Subject, bake
+from workbench.subjects.stored import bytes_of_weights, saved_size
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -76,8 +77,8 @@ class Latency(SubjectInstrument):
             "peak_memory_bytes": peak_memory(baked, batch),
             "parameters": on.parameter_count(),
             "nonzero": on.parameter_count() - sum(int((layer.weight == 0).sum()) for layer in layers),
-            "dense_bytes": model_bytes(baked.model),
-            "packed_bytes": model_bytes(baked.model) - saved_bytes(layers),
+            "dense_bytes": saved_size(baked.model),
+            "packed_bytes": saved_size(baked.model) - saved_bytes(on.model, layers),
             "flops": flops,
             "flops_without_zeros": flops - zero_flops(on, layers, batch),
             "batch": " x ".join(str(n) for n in next(iter(batch.values())).shape),
@@ -179,12 +180,28 @@ def peak_memory(subject: Subject, batch: dict[str, Tensor]) -> int:
     return watch.peak + model_bytes(subject.model)
 
 
+class Total:
+    """What `FlopCounterMode` asks for the modules that run: nothing but the whole. Its own hooks on modules
+    are for gradients, and fail on models that give a slice of a parameter to a module (DeBERTa).
+    """
+
+    parents: ClassVar[set[str]] = {"Global"}
+
+    def __enter__(self) -> Total:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
 @torch.no_grad()
 def count_flops(subject: Subject, batch: dict[str, Tensor]) -> int:
     """Floating-point operations of the matrix products of one forward pass (a multiply-add is 2),
     attention included.
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = Total()  # type: ignore[assignment]
+    with sdpa_kernel(SDPBackend.MATH), counter:
         subject.task.output(subject.model, batch)
     return counter.get_total_flops()
 
@@ -219,13 +236,14 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def saved_bytes(layers: list[Layer]) -> int:
+def saved_bytes(model: nn.Module, layers: list[Layer]) -> int:
     """What storing only the non-zeros of masked layers, and one bit a weight for their places, saves."""
     saved = 0
     for layer in layers:
         if any(isinstance(change, Mask) for change in layer.changes):
             weight = layer.weight
-            saved += int((weight == 0).sum()) * weight.element_size() - weight.numel() // 8
+            zeros = int((weight == 0).sum())
+            saved += zeros * bytes_of_weights(model, [weight]) - weight.numel() // 8
     return max(saved, 0)
 
 

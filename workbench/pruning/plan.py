@@ -39,7 +39,13 @@ class PrunePlan(SubjectInstrument):
 
     method: Choice = PRUNING_METHOD.choice("obert")
     sparsity: float = parameter(
-        0.5, "share of the weights to remove; an N:M pattern has its own", ge=0, lt=1, step=0.01
+        0.5,
+        "share to remove of what the pattern is about: weights, or heads, neurons, channels, blocks, experts "
+        "(the result's sparsity after heads or neurons is of the weights in all chosen layers, "
+        "its units and units_left are of those); an N:M pattern has its own",
+        ge=0,
+        lt=1,
+        step=0.01,
     )
     pattern: Choice = PATTERN.choice("unstructured")
     layers: str = parameter(

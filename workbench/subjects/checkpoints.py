@@ -114,6 +114,8 @@ def open_model(
     elif "quantization_config" in options:
         model = plain_linears(model)
         notes.append("decompressed from compressed-tensors: weights are numbers, inputs are not rounded")
+    if stored is not None and any(each.dtype == "F64" for each in stored.values()):
+        notes.append("float64 weights of the file are opened, and saved, in float32")
     model.stored_dtype = format_of(stored, config)  # type: ignore[assignment]
     return model.eval(), [*notes, *told]
 

@@ -58,9 +58,21 @@ def stored_dtype(model: nn.Module) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
+def held_dtype(model: nn.Module) -> torch.dtype:
+    """The format that most of a model's numbers have in memory."""
+    counts = Counter[str]()
+    for parameter in model.parameters():
+        counts[NAMES.get(parameter.dtype, "")] += parameter.numel()
+    return commonest(counts)
+
+
 def dense_size(model: nn.Module) -> int:
-    """Bytes of one weight of the checkpoint a model was opened from, 4 where it was made here."""
-    return min(4, stored_dtype(model).itemsize)
+    """Bytes of one weight of the checkpoint a model was opened from, 4 at most, which is what it is opened
+    to; of one in memory where the model was made here.
+    """
+    if isinstance(getattr(model, "stored_dtype", None), torch.dtype):
+        return min(4, stored_dtype(model).itemsize)
+    return held_dtype(model).itemsize
 
 
 def survives(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -73,7 +85,16 @@ def bytes_of_weights(model: nn.Module, weights: Iterable[Tensor]) -> int:
     dtype = stored_dtype(model)
     if dtype.itemsize < 4 and all(survives(weight.detach(), dtype) for weight in weights):
         return dtype.itemsize
-    return 4
+    return held_dtype(model).itemsize
+
+
+def saved_size(model: nn.Module) -> int:
+    """Bytes of a model's parameters, in the formats they are saved in, and buffers; tied weights once."""
+    tensors = {t.untyped_storage().data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(
+        t.numel() * (bytes_of_weights(model, [t]) if t.dtype == torch.float32 else t.element_size())
+        for t in tensors.values()
+    )
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from workbench.subjects import layers as layer_selection
 from workbench.subjects.changes import bake, computed_once, copied, describe_changes, same_tensors
 from workbench.subjects.examples.card import card
 from workbench.subjects.identity import Seen
-from workbench.subjects.layers import Layer
+from workbench.subjects.layers import Layer, plain_experts
 from workbench.subjects.stored import declare_wide, narrow, write_tensors
 from workbench.subjects.tasks import Batch, LanguageModel, Task
 
@@ -413,7 +413,7 @@ class Subject:
         told(check_saved(self, folder))
 
     def save_into(self, folder: Path) -> None:
-        from workbench.subjects.structure.removal import record_of, stock
+        from workbench.subjects.structure.removal import opens_again, record_of, stock
 
         if named := getattr(self.model, "without_file", ""):
             raise BadInput(
@@ -421,6 +421,7 @@ class Subject:
             )
         records, tensors = describe_changes(self.model)
         baked = stock(bake(copied(self.model))).cpu()
+        opens_again(baked)
         save_pretrained = getattr(baked, "save_pretrained", None)
         if save_pretrained is not None:
             from workbench.subjects.checkpoints import quiet_transformers
@@ -475,17 +476,6 @@ class Subject:
             **{f"{k} examples": self.size(k) for k in self.splits},
             "fingerprint": self.fingerprint,
         } | {f"test {k}": v for k, v in test.items()}
-
-
-def plain_experts(model: nn.Module) -> nn.Module:
-    """Mixture-of-experts models compute expert by expert: grouped kernels hide each expert's inputs and have
-    no second derivative.
-    """
-    choose = getattr(model, "set_experts_implementation", None)
-    chooses = getattr(model, "_can_set_experts_implementation", None)
-    if choose is not None and chooses is not None and chooses():
-        choose("eager")
-    return model
 
 
 def step(instrument: Instrument) -> dict[str, Any]:

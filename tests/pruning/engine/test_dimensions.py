@@ -15,12 +15,12 @@ from workbench.latency import count_flops
 from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.subjects import blocks
+from workbench.subjects.layers import plain_experts
 from workbench.subjects.structure import depth, experts, removal
 from workbench.subjects.structure.channels import align_heads, channel_axes, principal, projections
 from workbench.subjects.structure.dimensions import extent, left_after, shrink, smallest_units
 from workbench.subjects.structure.norms import channel_norms, restrict
 from workbench.subjects.structure.units import discover
-from workbench.subjects.subject import plain_experts
 
 CUTS = [
     (a, kind)

@@ -29,7 +29,15 @@ from workbench.results import Result
 from workbench.subjects import Batch, Subject
 from workbench.subjects.stored import bytes_of_weights, dense_size
 from workbench.subjects.structure.depth import stacks
-from workbench.subjects.structure.dimensions import check_shrinkable, extent, left_after, names_of, shrink
+from workbench.subjects.structure.dimensions import (
+    cannot,
+    check_shrinkable,
+    extent,
+    left_after,
+    names_of,
+    shrink,
+    try_shrinking,
+)
 from workbench.subjects.structure.removal import record_of
 from workbench.training.resume import remembered
 
@@ -78,6 +86,8 @@ def check_dimension(prune: PrunePlan, on: Any, kind: str) -> None:
             f"sparsity: {prune.sparsity:g} of {total} {kind} in steps of {step} is none; "
             f"the smallest is about {step / total:.2f}"
         )
+    if prune.sparsity > 0:
+        try_shrinking(on.model, kind, left_at(on, kind, prune.sparsity))
     if saliency.entry.needs == "training" and (
         prune.recovery not in ("finetune", "low-rank") or not prune.sparsity_schedule.has("at once")
     ):
@@ -162,11 +172,23 @@ class Dimensions:
         number = len(self.history) + 1
         self.lost += gone_units(self.on, kind, kept, number)
         self.alive = renamed(self.on, kind, kept, self.alive)
-        self.on = self.on.with_model(shrink(self.on.model, kind, kept))
+        self.on = self.smaller(kept)
         self.history.append(
             {"step": number, "trained": self.trained, "left": left, "sparsity": 1 - left / self.total}
         )
         return True
+
+    def smaller(self, kept: Tensor) -> Subject:
+        """The subject with the units that stay; `BadInput` when its model does not compute."""
+        try:
+            small = self.on.with_model(shrink(self.on.model, self.kind, kept))
+            with torch.no_grad():
+                small.task.output(small.model, next(small.batches(self.prune.test_split, 2)))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # another library's model at another size: anything can be raised
+            raise cannot(self.on.model, f"compute without the removed {self.kind}", error) from error
+        return small
 
     def chosen(self, left: int) -> Tensor:
         """The units that stay, by their saliency."""

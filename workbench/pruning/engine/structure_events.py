@@ -21,9 +21,17 @@ from workbench.pruning.axes import (
     units_of,
 )
 from workbench.pruning.engine.masked import Masked
-from workbench.pruning.engine.structures import Asked, groups_of, prune_structures, score
+from workbench.pruning.engine.structures import (
+    Asked,
+    Scored,
+    groups_of,
+    prune_structures,
+    score,
+    uniform,
+)
 from workbench.pruning.pattern import Form, Structures
 from workbench.subjects import Subject
+from workbench.subjects.checkpoint_files import one_line
 from workbench.subjects.stored import bytes_of_weights
 from workbench.subjects.structure.biases import can_be_given, give_biases
 from workbench.subjects.structure.removal import norm_says, remove
@@ -39,6 +47,8 @@ class Units(Masked):
             for kind in {group.kind for group in groups_of(on, on.layers(self.prune.layers), self.pattern)}:
                 if can_be_given(on.model, kind):
                     give_biases(on.model, kind)
+        if self.prune.pattern.options.remove:
+            self.try_removal(on)
         self.kept: dict[str, Tensor] = {}
         self.shared: dict[str, float] = {}
         super().begin(on, progress)
@@ -99,6 +109,23 @@ class Units(Masked):
                     f"{type(on.model).__name__} has no place for one; use least-squares or none"
                 )
 
+    def try_removal(self, on: Subject) -> None:
+        """`BadInput`, before anything is scored or trained, when the model cannot lose the first units of
+        every group, as many as are asked for.
+        """
+        trial = on.copy()
+        groups = groups_of(trial, trial.layers(self.prune.layers), self.pattern)
+        scored = [
+            Scored(g, torch.arange(g.units).expand(g.experts, -1), torch.zeros(g.units + 1)) for g in groups
+        ]
+        counts = uniform(scored, self.prune.sparsity)
+        kept = {s.group.name: s.kept(count) for s, count in zip(scored, counts, strict=True)}
+        if not any(counts):
+            return
+        for group in groups:
+            group.mask(kept[group.name])
+        remove_alike(trial, kept, self.prune.calibration_split, str(self.prune.pattern))
+
     def prune_to(self, sparsity: float) -> None:
         prune, progress = self.prune, self.progress
         groups = groups_of(self.on, self.layers, self.pattern)
@@ -127,6 +154,10 @@ class Units(Masked):
         if not kept:
             return {}
         rows = [{"group": n, "units": k.shape[1], "kept": int(k[0].sum())} for n, k in kept.items()]
+        facts |= {
+            "units": sum(mask.numel() for mask in kept.values()),
+            "units_left": sum(int(mask.sum()) for mask in kept.values()),
+        }
         if prune.pattern.options.remove:
             remove_alike(on, kept, prune.calibration_split, str(prune.pattern))
             facts |= self.shared
@@ -150,12 +181,15 @@ def remove_alike(on: Subject, kept: dict[str, Tensor], split: str, what: str) ->
         try:
             remove(on.model, kept)
             small = on.task.output(on.model, batch)
-        except (RuntimeError, IndexError, AttributeError) as error:
-            said = str(error).strip().splitlines()[0]
+        except (BadInput, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # another library's model at another size: anything can be raised
             raise BadInput(
-                f"pattern: {type(on.model).__name__} cannot compute without the removed {what} ({said}); "
-                "give pattern.remove false, which masks them"
+                f"pattern: {type(on.model).__name__} cannot compute without the removed {what} "
+                f"({one_line(error)}); give pattern.remove false, which masks them"
             ) from error
+    if not bool(torch.isfinite(masked).all()):  # says nothing about the removal
+        return
     gap, size = float((masked - small).abs().max()), float(masked.abs().max())
     wide = masked.dtype in (torch.float32, torch.float64)
     if not gap <= (1e-3 if wide else 5e-2) * max(size, 1e-6):

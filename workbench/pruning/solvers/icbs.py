@@ -107,6 +107,8 @@ def refine(
     a mean gradient that is not zero would otherwise be followed far beyond where it holds, layer by layer.
     """
     generator = torch.Generator().manual_seed(seed)
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.to(kind)
     flat, gone = scores.flatten(), ~mask.flatten()
     low, high = flat[gone], flat[~gone]
     if not len(low) or not len(high):
@@ -118,11 +120,11 @@ def refine(
             (~gone).nonzero().flatten()[high.topk(half, largest=False).indices],
         ]
     )
-    found = torch.empty(gradients.examples, len(where), device=weight.device)
-    fixed = torch.zeros(gradients.examples, device=weight.device)
+    found = torch.empty(gradients.examples, len(where), device=weight.device, dtype=kind)
+    fixed = torch.zeros(gradients.examples, device=weight.device, dtype=kind)
     row, column = where // weight.shape[1], where % weight.shape[1]
     for start, stop in chunks(len(weight), weight.shape[1], gradients.examples):
-        g = gradients.rows(start, stop)
+        g = gradients.rows(start, stop).to(kind)
         fixed += torch.einsum("kri,ri->k", g, weight[start:stop] * ~mask[start:stop])
         mine = ((row >= start) & (row < stop)).nonzero().flatten()
         found[:, mine] = g[:, row[mine] - start, column[mine]]

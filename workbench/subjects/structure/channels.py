@@ -47,14 +47,31 @@ def fixed_config(model: nn.Module) -> Any:
     config = copy.deepcopy(config_of(model, "channels"))
     if own_head_size(model):
         group = discover(model, ("heads",))[0]
+        fused = len(group.members) == 2 and not group.shared
         config.head_dim = (
-            group.members[1].index.shape[1]
-            if len(group.members) > 2
-            else group.members[0].index.shape[1] // 3
+            group.members[0].index.shape[1] // 3
+            if fused
+            else group.members[0 if group.shared else 1].index.shape[1]
         )
     if getattr(config, "n_inner", 0) is None:
         config.n_inner = 4 * config.n_embd
     return config
+
+
+EMBEDDING_SIZES = ("word_embed_proj_dim", "embedding_size")
+
+
+def at_width(model: nn.Module, config: Any, size: int) -> Any:
+    """A copy of the configuration at another hidden size. Embeddings of the hidden size stay so where they
+    would need a projection otherwise (OPT, ELECTRA).
+    """
+    said = copy.deepcopy(config)
+    said.hidden_size = size
+    if set(skeleton(model, said)) != set(skeleton(model, config)):
+        for field in EMBEDDING_SIZES:
+            if getattr(config, field, None) == config.hidden_size:
+                setattr(said, field, size)
+    return said
 
 
 def head_axes(model: nn.Module) -> Axes:
@@ -81,8 +98,7 @@ def channel_axes(model: nn.Module) -> tuple[Axes, Axes]:
             f"pattern: channels of {type(model).__name__} cannot go: "
             "its embeddings are scaled by the square root of the hidden size"
         )
-    wider = copy.deepcopy(config)
-    wider.hidden_size = config.hidden_size + 2 * channel_step(model)
+    wider = at_width(model, config, config.hidden_size + 2 * channel_step(model))
     moved, shapes, heads = moved_axes(model, config, wider), skeleton(model, config), head_axes(model)
     residual, inner = {}, {}
     for name, axes in moved.items():
@@ -114,13 +130,19 @@ def principal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def projections(group: Group) -> list[tuple[Member, Tensor]]:
     """(member, rows or columns (heads, size)) of queries, keys, values and outputs, fused or not."""
     first, last = group.members[0], group.members[-1]
+    if group.shared:
+        raise BadInput(
+            f"pattern: channels cannot go: the heads of {group.name} share one key and one value and have no "
+            "size of their own; give pattern heads, neurons or layers"
+        )
     if len(group.members) == 2:
         size = first.index.shape[1] // 3
         return [(first, part) for part in first.index.split(size, 1)] + [(last, last.index)]
     parts = [(m, m.index) for m in group.members]
     if len({index.shape[1] for _, index in parts}) > 1:
         raise BadInput(
-            f"pattern: channels cannot go: {group.name} has grouped queries and no head size of its own"
+            f"pattern: channels cannot go: {group.name} has grouped queries and no head size of its own; "
+            "give pattern heads, neurons or layers"
         )
     return parts
 
@@ -189,8 +211,7 @@ def shrink_channels(model: nn.Module, kept: Tensor) -> nn.Module:
     if left % channel_step(model) or not left:
         raise BadInput(f"kept: {left} channels; the {channel_step(model)} heads must divide their number")
     residual, inner = channel_axes(model)
-    config = fixed_config(model)
-    config.hidden_size = left
+    config = at_width(model, fixed_config(model), left)
     work = copy.deepcopy(model)
     state = work.state_dict(keep_vars=True)
     gone = (~kept).nonzero().flatten()

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from workbench.errors import BadInput
 from workbench.subjects import blocks
 from workbench.subjects.changes import bake
+from workbench.subjects.checkpoint_files import one_line
 from workbench.subjects.structure.channels import (
     channel_axes,
     channel_step,
     channels,
     shrink_channels,
 )
-from workbench.subjects.structure.depth import count_fields, shrink_layers
+from workbench.subjects.structure.depth import count_fields, shrink_layers, stacks
 from workbench.subjects.structure.experts import expert_count, expert_modules, shrink_experts
 from workbench.subjects.structure.removal import RECORD
+from workbench.subjects.structure.skeleton import blank
 
 SHRINK = {"channels": shrink_channels, "layers": shrink_layers, "experts": shrink_experts}
 
@@ -45,13 +47,47 @@ def extent(model: nn.Module, kind: str) -> tuple[int, int]:
 
 def check_shrinkable(model: nn.Module, kind: str) -> None:
     """`BadInput` with the reason when the model's class or configuration cannot lose units of a dimension."""
-    if kind == "channels":
-        channel_axes(model)
-    elif kind == "layers":
-        count_fields(model)
+    try:
+        if kind == "channels":
+            channel_axes(model)
+        elif kind == "layers":
+            count_fields(model)
+        else:
+            expert_modules(model)
+            expert_count(model)
+    except Exception as error:  # another library's constructor at another size: anything can be raised
+        raise cannot(model, f"lose {kind}", error) from error
+
+
+def try_shrinking(model: nn.Module, kind: str, left: int) -> None:
+    """`BadInput` when the model's class has no such size: `left` of its units, on a model without numbers."""
+    made = blank(model)
+    if kind == "layers":
+        sizes = [len(names) for names in stacks(made).values()]
+        firsts = [sum(sizes[:at]) for at in range(len(sizes))]
+        first = firsts + [at for at in range(sum(sizes)) if at not in firsts]
     else:
-        expert_modules(model)
-        expert_count(model)
+        first = list(range(extent(model, kind)[0]))
+    kept = torch.zeros(len(first), dtype=torch.bool)
+    kept[first[:left]] = True
+    if kind == "experts":
+        kept = kept.expand(len(expert_modules(made)), -1)
+    try:
+        SHRINK[kind](made, kept)
+    except NotImplementedError:  # an operation that does not exist without numbers
+        return
+    except Exception as error:
+        raise cannot(model, f"lose {kind}", error) from error
+
+
+def cannot(model: nn.Module, what: str, error: Exception) -> BadInput:
+    """What another library raised for a model, as one line that names its class; a `BadInput` as it is."""
+    if isinstance(error, BadInput):
+        return error
+    return BadInput(
+        f"pattern: {type(model).__name__} cannot {what} ({one_line(error)}); "
+        "give another sparsity or another pattern"
+    )
 
 
 def shrink(model: nn.Module, kind: str, kept: Tensor) -> nn.Module:

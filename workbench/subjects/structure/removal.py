@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from workbench.errors import BadInput
 from workbench.subjects.changes import bake
+from workbench.subjects.structure.skeleton import unlike
 from workbench.subjects.structure.units import Group, Member, discover
 
 RECORD = "_removed_structures"
@@ -126,7 +127,8 @@ def remove(model: nn.Module, kept: Kept) -> nn.Module:
         resize_modules(groups[name], mask)
     for kind in ("heads", "neurons"):
         mine = {n: m for n, m in kept.items() if groups[n].kind == kind}
-        if mine and not say_in_config(model, kind, safe(model, kind), mine):
+        later = [g for n, g in groups.items() if kind == "heads" and n in kept and g.kind == "neurons"]
+        if mine and not say_in_config(model, kind, safe(model, kind), mine, tensors_of(model, later)):
             record = getattr(model, RECORD, {})
             setattr(model, RECORD, record | {n: combined(record.get(n), m) for n, m in mine.items()})
     return model
@@ -157,14 +159,23 @@ def combined(earlier: list[list[bool]] | None, mask: Tensor) -> list[list[bool]]
     return found
 
 
-def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept) -> bool:
-    """Put the new sizes into `model.config` when it can express them; True when it did."""
+def tensors_of(model: nn.Module, groups: list[Group]) -> set[str]:
+    """Names of the matrices and biases of groups."""
+    layers = [member.layer for group in groups for member in group.members]
+    mine = {id(part) for layer in layers for part in (layer.original, layer.bias) if part is not None}
+    return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in mine}
+
+
+def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept, aside: set[str]) -> bool:
+    """Put the new sizes into `model.config` when a model of it has every tensor in its size now, those named
+    in `aside` left out; True when it did.
+    """
     config = getattr(model, "config", None)
     sizes = {g.units for g in groups}
     if config is None or len(sizes) != 1 or getattr(model, RECORD, None):
         return config is None
     left = sizes.pop()
-    known = config.to_dict()
+    known, state = config.to_dict(), model.state_dict()
     if kind == "neurons":
         before = next(iter(kept.values())).shape[1]
         fields = [name for name in NEURON_FIELDS if name in known]
@@ -173,7 +184,7 @@ def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept) 
             said = copy.deepcopy(config)
             for name in names:
                 setattr(said, name, left)
-            if names and fits(model, groups, said):
+            if names and not unlike(model, said, state, aside):
                 for name in names:
                     setattr(config, name, left)
                 return True
@@ -189,26 +200,12 @@ def say_in_config(model: nn.Module, kind: str, groups: list[Group], kept: Kept) 
             setattr(said, name, max(known[name] * left // share, 1))
     if "num_decoder_heads" in known:
         said.num_decoder_heads = left
-    if not accepted(said) or not fits(model, groups, said):
+    if not accepted(said) or unlike(model, said, state, aside):
         return False
     for name, value in said.to_dict().items():
         if known.get(name) != value:
             setattr(config, name, value)
     return True
-
-
-def fits(model: nn.Module, groups: list[Group], config: Any) -> bool:
-    """Whether a model of this configuration has the matrices of these groups in the sizes they have now."""
-    build: Any = type(model)
-    try:
-        with torch.device("meta"):
-            made = build(config)
-    except (ValueError, TypeError, RuntimeError, KeyError):
-        return False
-    sizes = {name: value.shape for name, value in made.named_parameters(remove_duplicate=False)}
-    mine = {id(member.layer.original) for group in groups for member in group.members}
-    own = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if id(p) in mine}
-    return all(sizes.get(name) == shape for name, shape in own.items())
 
 
 def accepted(config: Any) -> bool:
@@ -271,6 +268,19 @@ def stock(model: nn.Module) -> nn.Module:
                 target.zero_()
                 fill(target, value, members[name])
     return full.eval()
+
+
+def opens_again(model: nn.Module) -> None:
+    """`BadInput` when a model of transformers has other tensors than one of its configuration, which is what
+    opens a saved folder.
+    """
+    if not type(model).__module__.startswith("transformers.") or not hasattr(model, "config"):
+        return
+    if differs := unlike(model, model.config, model.state_dict()):
+        raise BadInput(
+            f"subject: {type(model).__name__} would not open again from its configuration: {differs}; "
+            "keep the run, which makes it again"
+        )
 
 
 def fill(target: Tensor, value: Tensor, parts: list[tuple[Member, Tensor]]) -> None:
