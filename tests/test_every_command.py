@@ -101,6 +101,6 @@ def test_a_small_run_ends_in_a_result_or_in_one_line(name, given, capsys):
 
 def test_no_field_hides_an_option_of_the_command():
     """Two more of the kind: what a command takes beside the fields is never a field's name."""
-    reserved = {"subject", "runs", "out", "no_cache", "plugins", "help", "dry_run", "fresh"}
+    reserved = {"subject", "runs", "out", "no_cache", "plugins", "help", "dry_run", "fresh", "export"}
     for name, cls in workbench.catalog().items():
         assert not reserved & set(cls.model_fields), name

@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 import signal
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,3 +189,13 @@ def test_a_module_of_any_precision_is_pruned(fields, dtype, cache):
     assert {p.dtype for p in found.subject.model.parameters()} == {dtype}
     single = Prune(**fields).run(made(), Progress(), cache=False)
     assert found.facts["loss"] == pytest.approx(single.facts["loss"], abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["trace", "spectrum", "sharpness"])
+def test_products_that_overflow_are_one_line(name: str, checkpoints: Any, cache: Path) -> None:
+    """Kind: finite weights whose curvature is not end in a traceback, or in nan beside nan."""
+    on = workbench.subject(checkpoints["llama"], data="random", max_length=8)
+    with torch.no_grad():
+        on.model.model.layers[1].mlp.up_proj.weight.mul_(1e30)
+    with pytest.raises(BadInput, match="not finite|is inf|is nan"):
+        workbench.catalog()[name]().run(on, Progress(), cache=False)

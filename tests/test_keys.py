@@ -4,6 +4,10 @@ answers from the result of something else.
 
 from __future__ import annotations
 
+import array
+import collections
+import copy
+import fractions
 import functools
 import importlib.util
 import os
@@ -15,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pydantic
 import pytest
 import torch
@@ -228,6 +233,37 @@ class Scaled(nn.Module):
 
     def forward(self, inputs):
         return self.held.factor * self.inner(inputs)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (np.ones(3), np.full(3, 2.0)),
+        (np.float32(1), np.float32(2)),
+        (collections.deque([1]), collections.deque([2])),
+        (array.array("d", [1.0]), array.array("d", [2.0])),
+        (bytearray(b"a"), bytearray(b"b")),
+        (fractions.Fraction(1, 2), fractions.Fraction(1, 3)),
+        (range(3), range(4)),
+        (pd.Series([1.0]), pd.Series([2.0])),
+        (np.random.default_rng(0), np.random.default_rng(1)),
+        ([np.ones(2)], [np.zeros(2)]),
+    ],
+)
+@pytest.mark.parametrize("on_class", [False, True])
+def test_what_a_librarys_object_holds_counts(one, two, on_class, cache):
+    """Kind: what a module keeps in an object of a library's was no part of its settings."""
+
+    def subject_with(held):
+        kind = type("Own", (Scaled,), {"other": held}) if on_class else Scaled
+        torch.manual_seed(0)
+        model = kind()
+        if not on_class:
+            model.other = held
+        return workbench.subject(model, data={"inputs": torch.ones(12, 4), "labels": torch.arange(12) % 3})
+
+    same, again, another = (subject_with(held).fingerprint for held in (one, copy.deepcopy(one), two))
+    assert same == again != another
 
 
 @pytest.mark.parametrize("own", [None, types.SimpleNamespace(factor=1.0), with_slot(1.0), Mapped(factor=1.0)])

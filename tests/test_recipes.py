@@ -98,6 +98,7 @@ REDUCED: dict[str, dict[str, Any]] = {
         "test_examples": 16,
         "draws": 1,
         "sensitivity.probes": 2,
+        "sensitivity.levels": 1,
     },
     "train-quantized": TRAINED,
     "ptq-or-qat": TRAINED | {"widths": [4], "calibration_examples": 8},

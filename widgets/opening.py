@@ -25,6 +25,7 @@ PANELS: dict[str, Any] = {
     "saliency-map": "widgets.sparsity:SparsityPanel",
     "quantize": "widgets.quantization:FormatPanel",
     "allocate": "widgets.quantization:AllocationPanel",
+    "allocation-scores": "widgets.quantization:AllocationPanel",
     "train": "widgets.training:SchedulePanel",
     "scaling-fit": "widgets.scaling:ScalingPanel",
 }

@@ -18,14 +18,16 @@ from typing import Any, ClassVar
 import ipywidgets
 import numpy as np
 
-from widgets.jobs import Note, guarded
+from widgets.jobs import Job, Note, guarded
 from widgets.panels import Panel
 from widgets.plot import PlotView
 from widgets.whole import Whole
 from workbench.errors import BadInput
 from workbench.figures import color, figure, line, rule
 from workbench.progress import Progress
-from workbench.quantization.allocation.allocate import AllocateResult
+from workbench.quantization.allocation.allocate import Allocate
+from workbench.quantization.allocation.allocation_scores import AllocationScores, ScoredResult
+from workbench.quantization.allocation.budget import budget_in
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.quantize_result import short_names
 from workbench.quantization.quantized_layer import moments_for
@@ -38,6 +40,7 @@ from workbench.quantization.studies.matrix_histogram import (
     spread_figure,
 )
 from workbench.results import Result
+from workbench.storage.forecast import duration
 from workbench.subjects import Subject
 
 FAMILIES = (
@@ -220,35 +223,41 @@ class FormatPanel(Whole, ipywidgets.VBox):
 
 
 class AllocationPanel(Whole, ipywidgets.VBox):
-    """Walk the Pareto front of an `Allocate` result: the slider is the average width,
-    the picture each layer's width.
+    """Any budget of an allocation, answered from kept scores (a result of `Allocate` or `AllocationScores`):
+    the slider is the codes' average width, the line a budget in words, the picture each layer's width.
 
-    `.widths` is what `Quantize(layer_bits=...)` takes.
+    `.widths` is what `Quantize(layer_bits=...)` takes, `.measured` the result of Measure, which needs the
+    subject: `on`.
     """
 
-    caption: ClassVar[str] = "Walk the Pareto front of widths"
+    caption: ClassVar[str] = "Any budget, and the widths it gives"
 
     @classmethod
     def beside(cls, panel: Panel) -> AllocationPanel:
         """For a panel's last result."""
         if panel.result is None:
             raise BadInput("allocation: there is no result yet; press Run first")
-        return cls(panel.result)
+        return cls(panel.result, panel.opened())
 
-    def __init__(self, result: Result) -> None:
-        if not isinstance(result, AllocateResult):
+    def __init__(self, result: Result, on: Subject | None = None) -> None:
+        if not isinstance(result, ScoredResult):
             raise BadInput(
                 f"result: the allocation panel shows a result of allocate, not of {result.instrument.name()}"
             )
-        self.result = result
+        self.result, self.on = result, on
+        self.measured: Result | None = None
         front = result.tables["front"]
-        self._averages = front["average_bits"].to_numpy()
+        self._averages = front[result.widths_column].to_numpy()
         low, high = float(self._averages.min()), float(self._averages.max())
-        start = float(result.facts["code_bits"])
+        start = float(result.facts.get("code_bits", (low + high) / 2))
         self.average = ipywidgets.FloatSlider(
             value=start, min=low, max=high, step=0.05, description="average bits", **wide()
         )
         self.average.add_class("wb-field-average")
+        self.budget = ipywidgets.Text(
+            placeholder="80MB, 4.5 bits, KL 0.05", description="or a budget", **wide()
+        )
+        self.budget.add_class("wb-field-budget")
         self.note, self.facts, self.plot, self.front = (
             Note("ready"),
             ipywidgets.HTML(),
@@ -259,13 +268,20 @@ class AllocationPanel(Whole, ipywidgets.VBox):
         title = ipywidgets.HTML(
             "<h3>Widths of the layers of "
             f"{html.escape(str(result.provenance.get('on', 'the subject')))}</h3>"
-            "<p>The best allocation of each average width, by the integer program.</p>"
+            "<p>The best allocation of each average width, or of a budget, as predicted.</p>"
         )
         title.add_class("wb-title")
-        self.average.observe(guarded(self.note, lambda _: self.draw()), "value")
+        for control in (self.average, self.budget):
+            control.observe(guarded(self.note, lambda _: self.draw()), "value")
         views = ipywidgets.Box([self.plot, self.front])
         views.add_class("wb-views")
-        super().__init__([title, self.average, self.note, self.facts, views])
+        self.job = Job(self._measure, self._show_measured)
+        self.job.run.description = "Measure"
+        self.job.run.tooltip = "Quantize and measure, beside uniform, random and reversed widths of this size"
+        self.cost, self.table = ipywidgets.HTML(), ipywidgets.HTML()
+        measure = ipywidgets.VBox([self.cost, self.job, self.table])
+        measure.layout.display = "none" if on is None or not self.answers else ""
+        super().__init__([title, self.average, self.budget, self.note, self.facts, views, measure])
         self.add_class("wb-panel")
         self.add_class("wb-panel-allocation")
         guarded(self.note, self.draw)()
@@ -274,12 +290,33 @@ class AllocationPanel(Whole, ipywidgets.VBox):
         return with_twin(super()._repr_mimebundle_(**options), self.plot, self.facts.value)
 
     @property
+    def answers(self) -> bool:
+        """Whether the result holds what budgets are answered from; one of an earlier version does not."""
+        return "scored" in self.result.tables
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The budget shown, as `Allocate` takes it."""
+        text = str(self.budget.value).strip()
+        return budget_in(text) if text else {"budget": float(self.average.value)}
+
+    @property
     def widths(self) -> dict[str, int]:
+        if str(self.budget.value).strip():
+            return self.result.allocation(**self.asked).widths
         return self.result.widths_for(float(self.average.value))
 
     def draw(self) -> None:
-        widths, front = self.widths, self.result.tables["front"]
-        point = front.iloc[int(np.searchsorted(self._averages, self.average.value + 1e-9, side="right")) - 1]
+        front, column = self.result.tables["front"], self.result.widths_column
+        if text := str(self.budget.value).strip():
+            answer = self.result.allocation(**budget_in(text))
+            widths, here, words = answer.widths, answer.code_bits, answer.words()
+        else:
+            widths = self.widths
+            point = front.iloc[int(np.flatnonzero(self._averages <= self.average.value + 1e-9)[-1])]
+            here = float(point[column])
+            proven = f"predicted loss change {point['cost']:.4g} nats (proven bound {point['bound']:.4g})"
+            words = f"{here:.2f} bits on average, {proven}"
         fig = figure("Width of each layer", "layer", "bits", yaxis_rangemode="tozero")
         fig.add_bar(x=list(widths), y=list(widths.values()), name="bits", marker_color=color(0))
         short_names(fig, list(widths))
@@ -291,8 +328,32 @@ class AllocationPanel(Whole, ipywidgets.VBox):
             yaxis_type="log",
         )
         line(curve, self._averages, front["cost"].to_numpy(), "optimum of the integer program")
-        rule(curve, "here", x=float(point["average_bits"]))
+        rule(curve, "here", x=here)
         self.front.figure = curve
-        proven = f"predicted loss change {point['cost']:.4g} nats (proven bound {point['bound']:.4g})"
-        self.facts.value = f"<p>{point['average_bits']:.2f} bits on average, {proven}</p>"
+        self.facts.value = f"<p>{html.escape(words)}</p>"
+        if self.on is not None and self.answers:
+            plan = self.instrument
+            count = 3 + plan.draws
+            seconds = duration(plan.seconds(self.on, self.result, count))
+            self.cost.value = (
+                f"<p>Measuring it and {count - 1} others of this size takes about {seconds}.</p>"
+            )
         self.note.say("ready")
+
+    @property
+    def instrument(self) -> Allocate:
+        """What measures the budget shown, on the scores of this result."""
+        scored = self.result.instrument
+        kept = {name: getattr(scored, name) for name in AllocationScores.model_fields}
+        more = {n: getattr(scored, n) for n in ("draws", "test_examples") if hasattr(scored, n)}
+        return Allocate(**(kept | more | self.asked | {"draws": more.get("draws") or 1}))
+
+    def _measure(self, progress: Progress) -> Result:
+        assert self.on is not None
+        return self.instrument.run(self.on, progress)
+
+    def _show_measured(self, result: Result) -> None:
+        self.measured = result
+        wanted = ("strategy", "average_bits", "bytes", "cost", "kl", "kl_low", "kl_high", "distance", "loss")
+        shown = result.table[[name for name in wanted if name in result.table]]
+        self.table.value = shown.to_html(index=False, border=0, float_format=lambda v: f"{v:.4g}")

@@ -48,6 +48,10 @@ class Stopped(BadInput):
     """Somebody asked to stop before there was anything to report."""
 
 
+class NotFinite(BadInput):
+    """Numbers overflowed where nothing that came in does; where the first did is looked for."""
+
+
 class Notice(UserWarning):
     """Something a user should know that stops nothing: one line."""
 

@@ -28,7 +28,7 @@ import pandas as pd
 
 from workbench.axis import Fields, entries_in, parameter
 from workbench.code_version import code_version
-from workbench.errors import BadInput, Stopped, notice
+from workbench.errors import BadInput, NotFinite, Stopped, notice
 from workbench.keys.live_code import owner
 from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
@@ -116,6 +116,14 @@ class Instrument(Fields):
     def asks_beyond(self, on: Any) -> Iterator[str]:
         """A line for each number of examples that somebody set and that is more than there are."""
         return iter(())
+
+    def foretold_words(self, on: Any) -> str:
+        """What can be said of a run's outcome before it, from what is kept; "" when nothing can."""
+        return ""
+
+    def held_back(self) -> str:
+        """Why the subject that a run gives is not to be saved or exported; "" when it may be."""
+        return ""
 
     def cards(self, on: Any, result: Result) -> dict[str, pd.DataFrame]:
         """Tables that tell what the result was made from."""
@@ -271,6 +279,9 @@ class Instrument(Fields):
         """
         try:
             result = self._run(prepared, progress)
+        except NotFinite as error:
+            told = on.not_finite() if hasattr(on, "not_finite") else None
+            raise BadInput(told or str(error)) from error
         except (BadInput, MemoryError):
             raise
         except Exception as error:

@@ -182,6 +182,7 @@ class Sentences:
             "--fresh": [""],
             "--memory": ["4GB", "1kB", "-1", "2 apples"],
             "--dry-run": [""],
+            "--export": ["gguf", "onnx"],
             "--overwrite": [""],
             "--nothing": ["1"],
         }.items():

@@ -13,7 +13,8 @@ import workbench
 from widgets.quantization import FAMILIES, AllocationPanel, FormatPanel
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.quantization import Allocate, Quantize
+from workbench.quantization import Allocate, AllocationScores, Quantize
+from workbench.quantization.allocation.budget import budget_in
 
 
 @pytest.fixture()
@@ -98,3 +99,48 @@ def test_allocation_panel_walks_the_front(checkpoints: dict[str, Path]) -> None:
                 on, Progress(), cache=False
             )
         )
+
+
+def test_the_allocation_panel_answers_a_budget_and_measures_it(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget in words is answered from the scores, its cost is told, and Measure sets it beside others."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    on = workbench.subject(checkpoints["bert"], data="random")
+    scores = AllocationScores(
+        layers="*.0.*", widths=[2, 4], group_size=16, calibration_examples=4, predict_examples=4, swaps=0
+    ).run(on, Progress())
+    panel = AllocationPanel(scores, on)
+    panel.budget.value = "4 bits"
+    assert panel.widths == scores.allocation(bits=4).widths
+    assert "bits a weight with scales and zero points" in panel.facts.value
+    assert "takes about" in panel.cost.value
+    panel.budget.value = "1 furlong"
+    assert "no number of bytes" in panel.note.value
+    panel.budget.value = "4.2 bits"
+    assert panel.instrument.scorer().key(on) == scores.instrument.key(on)
+    panel.job.now(Progress())
+    assert panel.measured is not None and "uniform" in panel.table.value
+    assert panel.measured.table["average_bits"].max() <= 4.2 + 1e-9
+    panel.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("80MB", {"size": "80MB"}),
+        ("1.5 GiB", {"size": "1.5 GiB"}),
+        ("4.5 bits", {"bits": 4.5}),
+        ("KL 0.05", {"target_kl": 0.05}),
+        ("1e-3 nats", {"target_kl": 0.001}),
+        ("12ms", {"milliseconds": 12.0}),
+    ],
+)
+def test_a_budget_is_read(text: str, said: dict[str, object]) -> None:
+    assert budget_in(text) == said
+
+
+@pytest.mark.parametrize("text", ["", "80", "many", "1.2.3 bits", "kl"])
+def test_what_is_no_budget_is_said(text: str) -> None:
+    with pytest.raises(BadInput, match="budget: "):
+        budget_in(text)

@@ -54,7 +54,7 @@ def instrument_help(note: dict[str, Any], index: dict[str, Any], title: str) -> 
     lines += ["", "Running"]
     fields = {field["name"] for field in note["fields"]}
     for option, text in RUN_OPTIONS.items():
-        if option not in fields:
+        if option not in fields and not (option == "export" and note["on"] != "subject"):
             lines += row(f"--{option}", text, "  ")
     return "\n".join(lines)
 

@@ -24,6 +24,8 @@ RUNS_OPTIONS = {
 }
 RUN_OPTIONS = {
     "out": "save the result in this folder",
+    "export": "also write the changed model for other programs, in the folder of --out: gguf (llama.cpp), "
+    "compressed-tensors (vLLM) or onnx",
     "overwrite": "replace files of the same names that no save has written; others stay",
     "no-cache": "run again even when this exact run is stored",
     "fresh": "do not go on from where an interrupted run of the same command stopped",

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from workbench.commands import options
+from workbench.commands.export import check_export, check_place, exported
 from workbench.commands.help_text import run_help
 from workbench.commands.options import Parser, parse
 from workbench.errors import BadInput, notice
@@ -88,6 +89,7 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
         options.SUBJECT_OPTIONS | {"subject": ""} if classes[0].on == "subject" else options.RUNS_OPTIONS,
     )
     parser.add_argument("--out")
+    parser.add_argument("--export")
     parser.add_argument("--plugins")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--no-cache", action="store_true")
@@ -103,12 +105,16 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
         warnings.showwarning = told
         instruments = instruments_of(steps, given)
     memory = None if getattr(space, "memory", None) is None else bytes_of(space.memory)
+    check_export(space.export, instruments, space.out)
+    if space.out is not None and (reason := instruments[-1].held_back()):
+        raise BadInput(reason)
     if space.out is not None:
         check_target(space.out, overwrite=space.overwrite, files=("result.json", "table.parquet"))
     if len(steps) > 1 or name != steps[0][0]:
         changed = "".join(f" --{option} {text}" for option, text in texts.items())
         print(f"{name} = {in_words(steps)}{', with' + changed if changed else ''}")
     on = opened(space, classes[0].on, memory)
+    check_place(space.export, instruments, on, space.out, space.overwrite)
     if space.dry_run:
         return foretold(instruments, on, memory, cache=not space.no_cache)
     progress = TextProgress()
@@ -119,6 +125,8 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     for line in result.calibration():
         print(line)
     code = 0 if space.out is None else saved(result, space.out, space.overwrite)
+    if space.export is not None and not code:
+        code = exported(result, space.export, space.out, space.overwrite)
     return stopped(result, progress) or code if result.partial else code
 
 
@@ -130,6 +138,9 @@ def foretold(instruments: Sequence[Any], on: Any, memory: int | None, cache: boo
         for told in instrument.asks_beyond(on):
             notice(told)
         found = room_for(instrument, on, memory, tells=False).foretold
+        if not step and (words := instrument.foretold_words(on)):
+            print(f"{instrument.name()} {words}")
+            continue
         if found is None:
             print(f"{instrument.name()}: what it holds and how long it takes is not known before it runs")
             continue

@@ -95,7 +95,8 @@ class Reader:
             return f"property {self.text((value.fget, value.fset))}"
         if isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType)):
             home = getattr(value, "__module__", "") or ""
-            return f"builtin {home}.{value.__qualname__} {version_of(home.split('.')[0])}"
+            version = version_of(home.split(".")[0]) if home else ""
+            return f"builtin {home}.{value.__qualname__} {version}"
         return ""
 
     def _code(self, code: types.CodeType) -> str:
@@ -200,12 +201,8 @@ def content_of(value: Any) -> Any:
 
 
 def counts(value: object) -> bool:
-    """True for what is read in a class or a module: functions, classes, plain values and what holds them."""
-    if computes_something(value) or isinstance(value, (type, types.SimpleNamespace, Mapping)):
-        return True
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return True
-    return owner(type(value)) == "user"
+    """True for what is read in a class or a module: everything but modules, which names in code lead to."""
+    return not isinstance(value, types.ModuleType)
 
 
 def computes_something(value: object) -> bool:

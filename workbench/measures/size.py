@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +35,19 @@ class Size:
 
 
 @torch.no_grad()
-def storage_dtype(model: nn.Module) -> torch.dtype:
+def storage_dtype(model: nn.Module, without: Collection[int] = ()) -> torch.dtype:
     """The narrowest of bfloat16, float16 and the weights' own type that holds every weight exactly: what the
-    checkpoint was stored in, whatever it is computed in. Changes on weights are looked under.
+    checkpoint was stored in, whatever it is computed in. Changes on weights are looked under, and weights
+    with a number format of their own are left out.
+
+    without : ids of further parameters that are left out
     """
     left = list(STORAGE)
     own = torch.float32
+    formatted = {id(layer.original) for layer in all_layers(model) if has_format(layer)}
     for parameter in model.parameters():
+        if id(parameter) in formatted or id(parameter) in without:
+            continue
         own = parameter.dtype
         if own in STORAGE:
             return own
@@ -55,6 +62,11 @@ def exact(tensor: Tensor, dtype: torch.dtype, piece: int = 1 << 22) -> bool:
     return all(
         bool((part.to(dtype).to(part.dtype) == part).all()) for part in tensor.reshape(-1).split(piece)
     )
+
+
+def has_format(layer: Layer) -> bool:
+    """Whether a layer is stored in a number format of its own."""
+    return any(change.stored_bytes(layer.shape, None) is not None for change in layer.changes)
 
 
 def layer_bytes(layer: Layer, bits: int) -> float:
@@ -76,16 +88,20 @@ def layer_bytes(layer: Layer, bits: int) -> float:
     return own + terms
 
 
-def size_of(on: Subject, bits: int | None = None) -> Size:
+def size_of(on: Subject, bits: int | None = None, instead: Mapping[str, float] | None = None) -> Size:
     """The subject's size with `bits` a number for what has no format of its own (default: those of the type
     it is stored in, see `storage_dtype`). Weights that are shared are counted once, as embeddings where one
     of them is an embedding.
+
+    instead : layer -> bytes that it is to take, whatever it takes now
     """
     model = on.model
-    wide = bits or 8 * storage_dtype(model).itemsize
     layers = all_layers(model)
+    planned = instead or {}
+    replaced = [id(layer.original) for layer in layers if layer.name in planned]
+    wide = bits or 8 * storage_dtype(model, replaced).itemsize
     counted = {id(layer.original) for layer in layers}
-    matrices = sum(layer_bytes(layer, wide) for layer in layers)
+    matrices = sum(planned.get(layer.name) or layer_bytes(layer, wide) for layer in layers)
     embeddings = other = 0.0
     held = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for module in held:

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from workbench.measures.item_distances import ItemDistances, dense_answers
 from workbench.measures.parts import swapped
-from workbench.measures.reference import batch_of
+from workbench.measures.reference import answer_of, batch_of
 from workbench.progress import Progress
-from workbench.statistics.walk import Walk
+from workbench.statistics.walk import Walk, copied, list_of
 from workbench.subjects import Subject
+from workbench.subjects.tasks import Batch
 
 
 class Suffix:
@@ -34,9 +36,45 @@ class Suffix:
             on, (), examples=size, split=split, batch_size=batch_of(on, split), progress=progress
         )
         self.order = self.walk.blocks()
+        if not self.only_the_last_is_read():
+            self.order = []
         rows = on.order(split, size, by_length=True).split(self.walk.batch_size)
         self.distances = ItemDistances(on, dense_answers(on, rows, list(self.walk.batches())), disk)
         self.begin()
+
+    @torch.no_grad()
+    def only_the_last_is_read(self) -> bool:
+        """Whether behind the blocks nothing is read but what the last one put out: not so where outputs of
+        several are added up.
+        """
+        last = {list_of(name): self.on.model.get_submodule(name) for name in self.order}
+        answers: dict[str, Any] = {}
+
+        def keep(place: str) -> Any:
+            def see(module: nn.Module, args: Any, output: Any) -> None:
+                answers[place] = tree_map(copied, output)
+
+            return see
+
+        batch = next(self.on.batches(self.walk.split, 1, 1))
+        handles = [module.register_forward_hook(keep(place)) for place, module in last.items()]
+        try:
+            want = self.spoken(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.walk.done = list(self.order)
+        try:
+            with self.walk.answered(answers):
+                return torch.equal(want, self.spoken(batch))
+        finally:
+            self.walk.done = []
+
+    def spoken(self, batch: Batch) -> Tensor:
+        """What the model answers, before a language model's head."""
+        task = self.on.task
+        output = task.deferred(self.on.model, batch)
+        return answer_of(task, output, batch, torch.arange(len(batch[next(iter(batch))]))).rows.clone()
 
     @property
     def batches(self) -> int:

@@ -2,11 +2,14 @@
 
 from workbench.quantization.activations.activations import ACTIVATION_QUANTIZER
 from workbench.quantization.allocation.allocate import Allocate
+from workbench.quantization.allocation.allocation_scores import AllocationScores
 from workbench.quantization.allocation.layer_sensitivity import LayerSensitivity
+from workbench.quantization.allocation.solver import WIDTH_SOLVER
 from workbench.quantization.allocation.width_cost import WIDTH_COST
 from workbench.quantization.equalization.equalizations import EQUALIZATION
 from workbench.quantization.equalization.equalize import Equalize
 from workbench.quantization.export import to_compressed_tensors, to_onnx
+from workbench.quantization.export_gguf import to_gguf
 from workbench.quantization.number.elements import Codebook
 from workbench.quantization.number.fake_quant import FakeQuant
 from workbench.quantization.number.formats import Format, named
@@ -37,7 +40,9 @@ __all__ = [
     "TRAINED_ROUNDING",
     "TRANSFORM",
     "WIDTH_COST",
+    "WIDTH_SOLVER",
     "Allocate",
+    "AllocationScores",
     "Codebook",
     "Equalize",
     "ErrorAnatomy",
@@ -56,5 +61,6 @@ __all__ = [
     "named",
     "rotate",
     "to_compressed_tensors",
+    "to_gguf",
     "to_onnx",
 ]

@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +25,7 @@ from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.packing import quantizer_of
 from workbench.quantization.number.split_grid import SplitGrid
 from workbench.storage import replacing
+from workbench.storage.forecast import in_words, weight_bytes
 from workbench.storage.reopening import check_exported, probe
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import bake
@@ -33,8 +34,17 @@ from workbench.subjects.checkpoint_files import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: Bytes of weights from which on it is said that they are held.
+SAID = 200_000_000
+
+
+#: Session setting of ONNX Runtime by which products with integer weights are computed in float32.
+EXACT = "session.qdq_matmulnbits_accuracy_level"
+
 
 def quantized_layers(subject: Subject) -> list[Layer]:
+    if subject.held_back:
+        raise BadInput(subject.held_back)
     found = [layer for layer in subject.layers("*") if any(isinstance(c, FakeQuant) for c in layer.changes)]
     if not found:
         raise BadInput("subject: no layer is quantized; run quantize first")
@@ -65,15 +75,31 @@ def check_exportable(layers: Sequence[Layer], target: str, formats: tuple[str, .
             refuse(layer, "rounds activations in a way of this workbench's own", target)
 
 
+def say_size(subject: Subject, target: str, times: int) -> None:
+    """Say of a model that is not small how much of it is held at once while it is written."""
+    size = weight_bytes(subject.model)
+    if size >= SAID:
+        notice(
+            f"{target}: while it is written the model is held in memory {times} times, "
+            f"{in_words(times * size)} in all, and has to fit; a GGUF file is written tensor by tensor"
+        )
+
+
 def to_compressed_tensors(
-    subject: Subject, folder: str | os.PathLike[str], *, overwrite: bool = False, reopen: bool = True
+    subject: Subject,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    reopen: bool = True,
+    told: Callable[[str], Any] | None = None,
 ) -> Path:
     """Write a checkpoint that `transformers` and vLLM open:
     packed int2..int8, or FP8 E4M3 with tensor or channel scales.
 
     `BadInput` for anything else, by layer. What a save left in `folder` is replaced, anything else is refused
     unless `overwrite`. Before it takes its place it is opened in a fresh process and its loss compared,
-    unless `reopen` is False. Needs the package `compressed-tensors` (extra `export`).
+    unless `reopen` is False; `told` is then called with what came of it. The whole model has to fit in
+    memory. Needs the package `compressed-tensors` (extra `export`).
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -86,6 +112,7 @@ def to_compressed_tensors(
         raise BadInput("subject: only a transformers model can be written as a compressed-tensors checkpoint")
     layers = quantized_layers(subject)
     check_exportable(layers, "compressed-tensors", ("int", "uint", "e4m3fn"))
+    say_size(subject, "compressed-tensors", 3)
     groups: dict[str, dict[str, Any]] = {}
     for layer in layers:
         grid = quantizer_of(layer).grid
@@ -124,7 +151,9 @@ def to_compressed_tensors(
         if subject.tokenizer is not None and hasattr(subject.tokenizer, "save_pretrained"):
             subject.tokenizer.save_pretrained(draft)
         if reopen:
-            check_exported(subject, draft, "checkpoint", probe(subject))
+            found = check_exported(subject, draft, "checkpoint", probe(subject))
+            if told is not None:
+                told(found)
     return Path(folder)
 
 
@@ -166,14 +195,22 @@ def fill_parameters(module: nn.Module, grid: Grid) -> None:
 
 
 def to_onnx(
-    subject: Subject, file: str | os.PathLike[str], *, overwrite: bool = False, reopen: bool = True
+    subject: Subject,
+    file: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    reopen: bool = True,
+    told: Callable[[str], Any] | None = None,
 ) -> Path:
     """Write an ONNX file whose quantized weights are 8-bit integers with `DequantizeLinear`
     (opset 21: one scale a tensor, channel or group).
 
-    Inputs are the task's columns, with a free batch size and a free length of each sequence. A file that no
+    Inputs are the task's columns, with a free batch size and a free length of each sequence. ONNX Runtime
+    computes what this computes with the session setting that the file's metadata name; by default it rounds
+    activations to 8 bits as well. A file that no
     export wrote is refused unless `overwrite`. Before it takes its place it is run in a fresh process and its
-    loss compared, unless `reopen` is False or ONNX Runtime is not installed, which is said.
+    loss compared, unless `reopen` is False or ONNX Runtime is not installed, which is said; `told` is called
+    with what came of it. The whole model has to fit in memory.
     Needs the packages `onnx` and `onnxscript` (extra `export`).
     """
     import onnx
@@ -182,7 +219,7 @@ def to_onnx(
     layers = quantized_layers(subject)
     check_exportable(layers, "onnx", ("int", "uint"))
     grids = {layer.name: quantizer_of(layer).grid for layer in layers}
-    codes = {layer.name: grids[layer.name].codes(layer.weight.detach()) for layer in layers}
+    say_size(subject, "onnx", 4)
     model = bake(copy.deepcopy(subject.model)).cpu().eval()
     batch = {k: v.cpu() for k, v in next(subject.batches("calibration", 2)).items()}
     if len(next(iter(batch.values()))) < 2:
@@ -227,7 +264,9 @@ def to_onnx(
                     f"onnx: the exporter changed {layer.name} beyond recognition; "
                     "export the dense model instead"
                 )
-            integers, scale, zero, attributes = dequantize_inputs(layer, grids[layer.name], codes[layer.name])
+            grid = grids[layer.name]
+            codes = grid.codes(layer.weight.detach())
+            integers, scale, zero, attributes = dequantize_inputs(layer, grid, codes)
             graph.graph.initializer.remove(known[name])
             parts = {"codes": integers, "scale": scale, "zero": zero}
             graph.graph.initializer.extend(
@@ -241,13 +280,36 @@ def to_onnx(
                 **attributes,
             )
             graph.graph.node.insert(0, node)
+        check_free(graph, named)
+        note = graph.metadata_props.add()
+        note.key, note.value = "session_config", f"{EXACT}=1"
         onnx.checker.check_model(graph)
         onnx.save(graph, str(draft))
         if reopen:
-            told = check_exported(subject, draft, "onnx", subject.task.exported(model, probe(subject)))
-            if told.startswith("not opened"):
-                notice(f"onnx: {told}")
+            found = check_exported(subject, draft, "onnx", subject.task.exported(model, probe(subject)))
+            if told is not None:
+                told(found)
+            elif found.startswith("not opened"):
+                notice(f"onnx: {found}")
+    notice(
+        f"onnx: ONNX Runtime rounds the inputs of products with integer weights too, unless a session has "
+        f"{EXACT} = 1 (SessionOptions.add_session_config_entry); the file's metadata say so"
+    )
     return Path(file)
+
+
+def check_free(program: Any, named: Mapping[str, Mapping[int, str]]) -> None:
+    """`BadInput` where the exporter has fixed a size that is to be free, as it does for a loop over
+    positions.
+    """
+    for given in program.graph.input:
+        sizes = given.type.tensor_type.shape.dim
+        for axis, what in named.get(given.name, {}).items():
+            if not sizes[axis].dim_param:
+                raise BadInput(
+                    f"onnx: the exporter fixes the {what} of {given.name} at {sizes[axis].dim_value}, so "
+                    "the file takes no other; export it with to_compressed_tensors, or save the subject"
+                )
 
 
 class Outputs(nn.Module):

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench.measures.experts_given_back import given_back
 from workbench.measures.reference import Reference, distance_facts, measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import (
@@ -110,6 +111,7 @@ class Quantize(QuantizeSettings):
         near = measured_beside(reference, on, "test", progress=progress) if reference else {}
         after = self._losses(on, progress)
         facts = summary_facts(table, before, after) | facts | distance_facts(near)
+        facts |= given_back(reference, on, run.layers, run.experts.dense, "test", progress)
         if self.predict_examples:
             facts["measured_change"] = after["calibration"]["loss"] - before["calibration"]["loss"]
         return self.result(table, facts, tables=run.experts.tables(), subject=on)

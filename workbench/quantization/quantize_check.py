@@ -55,7 +55,7 @@ def check_sequence(settings: QuantizeSettings) -> None:
         "sequential_damp": (settings.paired, "sequential and target outputs"),
         "target": (settings.sequential, "sequential"),
         "within": (
-            settings.sequential and settings.walks,
+            settings.in_sequence and settings.walks,
             "sequential, target weights and an objective of layers",
         ),
     }

@@ -17,7 +17,7 @@ from workbench.quantization.activations.sequential import block_calls, grouped, 
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.split_grid import Salient
 from workbench.quantization.quantize_settings import QuantizeSettings
-from workbench.quantization.quantized_layer import mask_of, moments_for, stacked
+from workbench.quantization.quantized_layer import effective, mask_of, moments_for, stacked
 from workbench.quantization.rounding.adapters import Term
 from workbench.quantization.rounding.blockwise import reconstruct, windows
 from workbench.quantization.rounding.feedback import Factors
@@ -27,6 +27,7 @@ from workbench.quantization.rounding.problem import Problem
 from workbench.quantization.rounds import Rounds
 from workbench.quantization.transform.transform import in_coordinates
 from workbench.statistics import InputMoments, Visit, Walk
+from workbench.statistics.experts import all_tokens
 from workbench.subjects import Layer, Subject
 
 Rounded = tuple[Tensor, Grid, Term | None]
@@ -129,6 +130,16 @@ def round_layer(settings: QuantizeSettings, layer: Layer, source: Source) -> Rou
     return values, grid, (torch.stack(ups), torch.stack(downs))
 
 
+def rounded_expert(settings: QuantizeSettings, layer: Layer, source: Source, expert: int) -> Tensor:
+    """(out, in) what one expert of a layer computes with when it is rounded by itself."""
+
+    def rounder(problem: Problem) -> tuple[Tensor, Grid]:
+        return round_matrix(settings, problem)
+
+    values, _, term = settings.adapter(problems(settings, layer, source)[expert], rounder)
+    return effective(values, term)
+
+
 @dataclass
 class RoundingOrder:
     """The layers of `on` in the order in which they are rounded.
@@ -149,6 +160,16 @@ class RoundingOrder:
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         self.factors = Factors()
+        self.rounds.on_all = self.on_all_tokens
+
+    def on_all_tokens(self, layer: Layer, moments: InputMoments, expert: int) -> Tensor | None:
+        """What an expert's weight would become, were the layer's tokens routed to it; None where more is read
+        of them than their second moment.
+        """
+        if self.settings.by_blocks or self.settings.paired or self.settings.transform.has("needs ranges"):
+            return None
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        return rounded_expert(self.settings, layer, Source(all_tokens(moments), generator, Factors()), expert)
 
     @functools.cached_property
     def moments(self) -> dict[str, InputMoments]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class Rounds:
 
     Values are put in place at once, unless blocks are learned on the dense model's calls.
     keeps_dense : keep the dense weights, for a prediction at them
+    on_all : what an expert's weight becomes when it is rounded on the tokens of all the layer's experts
     wide : (in,) input features on the wider grid, by layer
     """
 
@@ -33,6 +34,7 @@ class Rounds:
         self.revived = 0  # weights that came in as zeros, by no mask, and are none now
         self.rows: list[dict[str, Any]] = []
         self.experts = ExpertsSeen()
+        self.on_all: Callable[[Layer, InputMoments, int], Tensor | None] | None = None
         self.transforms: dict[str, Transform | None] = {}
         self.wide: dict[str, Tensor] = {}
         self.dense: dict[str, Tensor] = {}
@@ -45,6 +47,8 @@ class Rounds:
         self.revived += revived_in(layer, weight, delta)
         self.layers.append(layer)
         self.experts.add(layer.name, moments)
+        if self.settings.reads_inputs and weight.ndim == 3 and not bool(moments.tokens.all()):
+            self.unreached(layer, weight, weight.float() + delta, moments)
         self.rows.append(layer_row(layer, weight.float(), delta, grid, moments, term))
         self.transforms[layer.name] = transform = grid.transform
         options = self.settings.activations.options
@@ -63,6 +67,14 @@ class Rounds:
             self.dense[layer.name] = weight if layer.shared else weight.clone()
         put(layer, values, grid, term)
 
+    def unreached(self, layer: Layer, before: Tensor, after: Tensor, moments: InputMoments) -> None:
+        """What the rounding of experts without tokens costs, beside one on what all others read."""
+
+        def on_all(expert: int) -> Tensor | None:
+            return None if self.on_all is None else self.on_all(layer, moments, expert)
+
+        self.experts.measure(layer.name, moments, before, after, "rounded on all tokens of the layer", on_all)
+
     @property
     def resumes(self) -> bool:
         """Whether the rows and counts are all that anybody asks of a layer that is done."""
@@ -71,13 +83,13 @@ class Rounds:
     def record(self, layers: Sequence[Layer]) -> dict[str, Any]:
         """What JSON can hold of these layers, which were the last to be added."""
         rows = self.rows[len(self.rows) - len(layers) :]
-        return {"rows": rows, "experts": self.experts.of(layers), "revived": self.revived}
+        return {"rows": rows, "revived": self.revived} | self.experts.record(layers)
 
     def take(self, layers: Sequence[Layer], record: dict[str, Any]) -> None:
         """Layers that were added by a run that was interrupted, which has left this record of them."""
         self.layers += layers
         self.rows += record["rows"]
-        self.experts.tokens |= record["experts"]
+        self.experts.take(record)
         self.revived = record["revived"]
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 python -m workbench.storage.reopened saved FOLDER SPLIT THREADS             the loss, as JSON
 python -m workbench.storage.reopened checkpoint FOLDER TASK GIVEN FOUND THREADS
 python -m workbench.storage.reopened onnx FILE TASK GIVEN FOUND THREADS     outputs of GIVEN, into FOUND
+python -m workbench.storage.reopened gguf FILE TASK GIVEN FOUND THREADS     loss of GIVEN, as JSON
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def answer(kind: str, place: str, *more: str) -> dict[str, float]:
         return {"loss": probe_loss(subject(place), more[0])}
     task, given, found = more[:3]
     columns = load_file(given)
+    if kind == "gguf":
+        return {"loss": loss(place, task, columns)}
     save_file({"output": run(place, columns) if kind == "onnx" else opened(place, task, columns)}, found)
     return {}
 
@@ -42,6 +45,16 @@ def opened(folder: str, task: str, columns: dict[str, torch.Tensor]) -> torch.Te
     on.model.eval()
     with torch.no_grad():
         return on.task.output(on.model, columns).contiguous()
+
+
+def loss(file: str, task: str, columns: dict[str, torch.Tensor]) -> float:
+    """Loss of an exported model file on these columns."""
+    from workbench.subjects.checkpoints import open_model
+    from workbench.subjects.tasks import TASK
+
+    model, _ = open_model(file, local=True)
+    with torch.no_grad():
+        return float(TASK.chosen(task).value().loss(model, columns))
 
 
 def run(file: str, columns: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -57,7 +57,8 @@ def check_saved(subject: Any, folder: Path) -> str:
 def check_exported(subject: Any, place: Path, kind: str, given: Mapping[str, torch.Tensor]) -> str:
     """The same of an export: its outputs in a fresh process, and the loss that they give here.
 
-    kind : "checkpoint", a folder that `transformers` opens, or "onnx", a file that ONNX Runtime runs
+    kind : "checkpoint", a folder that `transformers` opens, "onnx", a file that ONNX Runtime runs, or "gguf",
+        a file whose loss is computed where it is opened
     given : the columns or inputs of the first examples of the last split, as `probe` draws them
     """
     if kind == "onnx" and importlib.util.find_spec("onnxruntime") is None:
@@ -67,11 +68,13 @@ def check_exported(subject: Any, place: Path, kind: str, given: Mapping[str, tor
         asked, answered = folder / "given", folder / "found"
         save_file({name: column.contiguous().clone() for name, column in given.items()}, asked)
         arguments = [kind, str(place), subject.task.name, str(asked), str(answered)]
-        code, _, said = fresh(["-m", "workbench.storage.reopened", *arguments, str(torch.get_num_threads())])
+        code, told, said = fresh(
+            ["-m", "workbench.storage.reopened", *arguments, str(torch.get_num_threads())]
+        )
         if code:
             raise BadInput(f"subject: what was exported does not open in a fresh process: {said}")
-        output = load_file(answered)["output"]
-    there = float(subject.task.criterion(output, probe(subject)))
+        output = None if "loss" in told else load_file(answered)["output"]
+    there = float(told["loss"] if output is None else subject.task.criterion(output, probe(subject)))
     if not alike(here, there, tolerance(subject.model)):
         raise BadInput(
             f"subject: what was exported has the loss {there:.6g} in a fresh process, {here:.6g} here; "

@@ -96,7 +96,17 @@ def gguf_config(file: Path) -> Any:
             if config.model_type in known:
                 config.architectures = [known[config.model_type]]
                 break
+    if config.model_type == "qwen3":  # whose head size transformers takes for 128, whatever the file says
+        config.head_dim = field_of(file, "attention.key_length") or config.head_dim
     return config
+
+
+def field_of(file: Path, key: str) -> Any:
+    """A number or text that the file says of its architecture; None when it does not."""
+    content = opened(file)
+    architecture = content.get_field("general.architecture")
+    field = content.get_field(f"{architecture.contents()}.{key}") if architecture is not None else None
+    return None if field is None else field.contents()
 
 
 def unpacked(file: Path) -> dict[str, Any]:

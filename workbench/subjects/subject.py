@@ -71,6 +71,8 @@ class Subject:
         self._model = plain_experts(model) if isinstance(model, nn.Module) else None
         self._make = None if isinstance(model, nn.Module) else model
         self._fingerprint = fingerprint
+        #: Why this is not to be saved; "" for all that may be.
+        self.held_back = ""
         self._memory: dict[tuple[Any, ...], Any] = {}
         self._seen = self._look() if fingerprint else None
         for split, columns in splits.items():
@@ -192,7 +194,7 @@ class Subject:
             assert made is not None
             return made.model
 
-        return Subject(
+        found = Subject(
             self.name,
             weights,
             self.task,
@@ -204,6 +206,8 @@ class Subject:
             fingerprint=key,
             origin=self.origin,
         )
+        found.held_back = instrument.held_back()
+        return found
 
     def adopt_fingerprint(
         self, fingerprint: str, evaluations: Mapping[tuple[str, int], dict[str, float]] | None = None
@@ -248,6 +252,7 @@ class Subject:
         (None: hash the weights).
         """
         self.history = [*parent.history, step(instrument)]
+        self.held_back = self.held_back or instrument.held_back()
         self._fingerprint = fingerprint
         self._seen = self._look() if fingerprint else None
 
@@ -392,6 +397,8 @@ class Subject:
         told : open the folder in a fresh process and compare the loss before it takes its place, and say
             with this what came of it; private : a folder of the cache
         """
+        if self.held_back and not private:
+            raise BadInput(self.held_back)
         with replacing(folder, overwrite=overwrite, private=private, field="folder") as draft:
             draft.mkdir()
             self.save_into(draft)

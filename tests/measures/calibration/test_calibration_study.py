@@ -18,6 +18,7 @@ from workbench import BadInput
 from workbench.cli import main
 from workbench.measures import CalibrationStudy, compare
 from workbench.measures.calibration import calibration_study
+from workbench.measures.calibration.calibration_study import enough
 from workbench.measures.calibration.chains import Chain, Study, beside, chain
 from workbench.measures.calibration.domains import drawn
 from workbench.measures.calibration.resampled import Resampled
@@ -109,6 +110,21 @@ def test_the_over_fit_is_beside_the_same_grid_without_data(made: Result) -> None
     assert made.facts["second_domain"] == "random tokens"
 
 
+def test_enough_is_said_with_how_much_is_left() -> None:
+    """`4` alone would say the same of a difference of nothing and of one that nobody can see."""
+    columns = {"examples": [4, 8, 16], "kl": [3.0, 2.2, 2.0], "above_largest_high": [1.5, 0.5, 0.0]}
+    told = [
+        enough(pd.DataFrame(columns | {"above_largest_low": lows}))
+        for lows in ([0.5, -0.1, 0.0], [-0.5, -0.1, 0.0], [0.5, 0.1, 0.0], [-0.5, 0.1, 0.0])
+    ]
+    assert told == [
+        "8 (at most 25 % above 16)",
+        "4 (at most 75 % above 16)",
+        "16 or more",
+        "16 or more",
+    ]
+
+
 def test_a_larger_draw_holds_the_smaller_one(llama: Subject) -> None:
     columns = llama.split("train")
     small, large = (drawn(columns, n, 3)["input_ids"] for n in (4, 8))
@@ -166,6 +182,8 @@ def test_a_stop_inside_a_cell_leaves_the_cell_out(llama: Subject) -> None:
         ({"amounts": []}, "amounts: is empty"),
         ({"amounts": [0]}, "amounts: 0 is no number of examples"),
         ({"sources": "trian"}, "sources: 'trian' is no split; accepted: train"),
+        ({"sources": "train,test"}, "sources: 'test' is measured on"),
+        ({"sources": "validation", "second": "validation"}, "give second, which leaves out what is"),
         ({"second": "test"}, "second: 'test' is the split that the first domain is measured on"),
         ({"second": "texts.csv"}, "second: 'texts.csv' is neither a split (train"),
         ({"test_split": "tset"}, "split: 'tset' does not exist"),

@@ -31,7 +31,7 @@ from workbench.curvature.operators.weights import (
     differentiable,
     find_places,
 )
-from workbench.errors import BadInput
+from workbench.errors import BadInput, NotFinite
 from workbench.progress import Progress
 from workbench.subjects import Batch, Subject, bake
 
@@ -151,7 +151,14 @@ class CurvatureOperator:
                 "check the label column"
             )
         self.total_items = float(count)
-        return total.div_(float(count))
+        total.div_(float(count))
+        if not bool(torch.isfinite(total.sum())):
+            kind = str(self.dtype).removeprefix("torch.")
+            raise NotFinite(
+                f"operator: a product with the {self.kind} is not finite in {kind}; scale the weights or the "
+                "inputs down, or compute in float64"
+            )
+        return total
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss of one micro-batch, checked."""

@@ -23,9 +23,10 @@ ALLOCATED: dict[str, Any] = dict(
 
 
 def allocations(
-    sensitivity: Literal["gauss-newton", "trace", "eigenvalue", "variance"],
+    sensitivity: Literal["gauss-newton", "trace", "eigenvalue", "variance", "linearity"],
     subjects: tuple[str, ...] = ("bytelm", "minilm-docstrings"),
     seeds: tuple[int, ...] = SEEDS,
+    **more: Any,
 ) -> Callable[[str, Progress], dict[str, Any]]:
     """Average of 3 bits, GPTQ with a zero point and a scale a row:
     the allocation against uniform, random and reversed at the same size.
@@ -33,9 +34,10 @@ def allocations(
 
     def measure(name: str, progress: Progress) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
+        settings = ALLOCATED | {"sensitivity": sensitivity} | more
         for subject in subjects:
             for seed in progress.track(seeds, f"{name} on {subject}"):
-                instrument = Allocate(**ALLOCATED, sensitivity=sensitivity, seed=seed)
+                instrument = Allocate(**settings, seed=seed)
                 facts = instrument.run(
                     redrawn(opened(subject), seed, ALLOCATED["predict_examples"]), Progress()
                 ).facts
@@ -57,7 +59,7 @@ def allocations(
             "holds": together(held),
             "note": "; ".join(notes),
             "rows": rows,
-            "settings": ALLOCATED | {"sensitivity": sensitivity},
+            "settings": settings,
             "seeds": list(seeds),
         }
 

@@ -100,6 +100,7 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "hasb": drawn_by_trace,
     "ptq-or-qat": before_or_after,
     "log-variance": allocations("variance", ("bytelm",)),
+    "higgs-allocation": allocations("linearity", ("bytelm",), solver="dynamic-program"),
     "q-bert": allocations("eigenvalue", ("bytelm",)),
     "bfloat16": half_precision,
     "gradient-ptq": what_matters,

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import torch
 
 from workbench.axis import entries_in, parameter
 from workbench.code_version import code_version
-from workbench.errors import BadInput
+from workbench.errors import BadInput, Stopped
 from workbench.instruments import SubjectInstrument
 from workbench.measures.attribution import unit_of
 from workbench.measures.calibration.calibration_study_result import CalibrationStudyResult
@@ -206,12 +207,15 @@ class CalibrationStudy(SubjectInstrument):
         for cell in self.cells(texts):
             place = cell.method, cell.amount
             if place not in own:
-                own[place] = self.seconds_of(cell, on, text)
+                own[place] = self.seconds_of(cell, texts, text)
             total += own[place] + text * (seen.size(SAME) + seen.size(OTHER))
         return total
 
-    def seconds_of(self, cell: Cell, on: Subject, text: float) -> float:
-        made = self.made(cell)
+    def seconds_of(self, cell: Cell, texts: Texts, text: float) -> float:
+        """Of the method alone. text : seconds of a pass over a text"""
+        made, on = self.made(cell), texts.on
+        if cell.data != NONE:
+            on = texts.given(drawn(texts.pools[cell.data], cell.amount, self.seed))
         told = [step.foretold_seconds(on) for step in made.steps[:1]]
         known = [seconds for seconds in told if seconds is not None]
         passes = 2 * text * max(cell.amount, 1) * (len(made.steps) - len(known))
@@ -252,19 +256,30 @@ class Texts:
         count, split, seed = asked.test_examples, asked.test_split, asked.seed
         second = second_domain(on, asked.second, split, count, seed)
         found = {source: pool(on, source, split, second, seed) for source in asked.places}
-        first = rows_of(on.split(split), torch_rows(min(count, on.size(split))))
-        seen = on.with_split(SAME, first).with_split(OTHER, second.tested)
-        return cls(seen.with_split("test", rows_of(first, torch_rows(PROBED))), second, found)
+        first = rows_of(on.split(split), torch.arange(min(count, on.size(split))))
+        seen = on
+        for name, rows in (
+            (SAME, first),
+            (OTHER, second.tested),
+            ("test", rows_of(first, torch.arange(PROBED))),
+        ):
+            seen = with_split(seen, name, rows)
+        return cls(seen, second, found)
 
     def given(self, rows: Split) -> Subject:
         """The dense subject with these examples to calibrate on."""
-        return self.on.with_split("calibration", rows)
+        return with_split(self.on, "calibration", rows)
 
 
-def torch_rows(count: int) -> Any:
-    import torch
-
-    return torch.arange(count)
+def with_split(on: Subject, name: str, rows: Split) -> Subject:
+    """`Subject.with_split`, its fingerprint from the subject's and the examples': no weight is read again."""
+    made = on.with_split(name, rows)
+    state = hashlib.sha256(f"{on.fingerprint}\0{name}\0".encode())
+    for column, values in sorted(rows.items()):
+        state.update(f"{column}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
+        state.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    made.adopt_fingerprint(state.hexdigest()[:24])
+    return made
 
 
 @dataclass
@@ -294,6 +309,13 @@ class Run:
         return reference_of(on, domain, None, quiet(self.progress), batch_size=batch_of(on, domain))
 
     def measured(self, cell: Cell) -> Record | None:
+        """What a cell gives; None when it was stopped."""
+        try:
+            return self.calibrated(cell)
+        except Stopped:
+            return None
+
+    def calibrated(self, cell: Cell) -> Record | None:
         asked, texts = self.asked, self.texts
         record: Record = {"examples": 0, "tokens": 0, "sha256": ""}
         on = texts.on
@@ -370,7 +392,8 @@ class Run:
             if domain == SAME:
                 excess = means - over.means(sums_of(largest, domain))
                 found["above_largest_low"], found["above_largest_high"] = interval(excess)
-        ratio = drawn_means[OTHER] / drawn_means[SAME]
+        with np.errstate(all="ignore"):
+            ratio = drawn_means[OTHER] / drawn_means[SAME]
         found["ratio"] = found["second_kl"] / found["kl"] if found["kl"] else float("nan")
         found["ratio_low"], found["ratio_high"] = interval(ratio)
         if free:
@@ -401,14 +424,18 @@ class Run:
 
 def enough(mine: pd.DataFrame) -> str:
     """The fewest examples from which on the divergence is not above that of most examples, as far as the
-    interval of their difference can tell.
+    interval of their difference can tell, and how far above that the interval goes.
     """
     if len(mine) < 2:
         return "not known: one amount"
     above = (mine["above_largest_low"] > 0).to_numpy()
     first = int(np.nonzero(above)[0][-1]) + 1 if above.any() else 0
     amounts = mine["examples"].tolist()
-    return str(amounts[first]) if first < len(mine) - 1 else f"{amounts[first]} or more"
+    if first == len(mine) - 1:
+        return f"{amounts[first]} or more"
+    last = mine.iloc[-1]
+    most = max(100 * mine["above_largest_high"].iloc[first] / last["kl"], 0.0) if last["kl"] else 0.0
+    return f"{amounts[first]} (at most {most:.2g} % above {amounts[-1]})"
 
 
 def overfit_in_words(row: pd.Series[Any]) -> str:

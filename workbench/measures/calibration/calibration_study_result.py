@@ -45,7 +45,7 @@ def divergence(result: CalibrationStudyResult, table: pd.DataFrame, data: str) -
 
     unit = result.facts.get("unit", "nats")
     fig = figure(
-        f"Calibrated on {data}: divergence on two domains",
+        f"How many calibration examples of {data} are enough?",
         "calibration examples (log scale)",
         f"KL to the dense model ({unit})" if unit.startswith("nats") else "distance to the dense model",
         xaxis_type="log",
@@ -68,8 +68,29 @@ def divergence(result: CalibrationStudyResult, table: pd.DataFrame, data: str) -
             name=f"on {name}",
         )
     ticks(fig, table)
-    fig.update_yaxes(exponentformat="none", minorloglabels="none", dtick="D2")
+    shown = table[[f"{prefix}kl{end}" for prefix in COLUMNS for end in ("", "_low", "_high")]].to_numpy(float)
+    marks = log_marks(shown[np.isfinite(shown) & (shown > 0)])
+    fig.update_yaxes(tickmode="array", tickvals=marks, ticktext=[f"{mark:.10g}" for mark in marks])
     return fig
+
+
+def log_marks(values: np.ndarray[Any, Any]) -> list[float]:
+    """Round numbers within the range of some positive values, about half a dozen."""
+    if not len(values):
+        return []
+    low, high = float(values.min()), float(values.max())
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    found: list[float] = []
+    for steps in (
+        (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0),
+        (1.0, 2.0, 3.0, 5.0, 7.0),
+        (1.0, 3.0),
+        (1.0,),
+    ):
+        found = [step * 10.0**n for n in decades for step in steps if low <= step * 10.0**n <= high]
+        if len(found) <= 8:
+            break
+    return found
 
 
 def span(table: pd.DataFrame) -> list[float]:
@@ -112,7 +133,7 @@ def curve(
     drawn.update(line=dict(dash=COLUMNS[prefix], width=1.5 if free else 2), showlegend=not prefix)
     drawn.update(name=f"{method}, no data" if free else method)
     if band is not None:
-        fig.data[-2].update(fillcolor=color(index, 0.10 if prefix or free else 0.18))
+        fig.data[-2].update(fillcolor=color(index, 0.06 if prefix or free else 0.18))
 
 
 def scatter(fig: go.Figure, mine: pd.DataFrame, method: str, index: int, domain: str) -> None:
@@ -135,26 +156,36 @@ def scatter(fig: go.Figure, mine: pd.DataFrame, method: str, index: int, domain:
 
 
 def overfit(result: CalibrationStudyResult, table: pd.DataFrame) -> go.Figure:
-    """The divergence on the second domain as a multiple of that on the first."""
-    from workbench.figures import figure, line
+    """How much more the second domain suffers than the first, beside the same without calibration data."""
+    from workbench.figures import color, figure, line
 
+    domains = f"KL on {result.facts['second_domain']} / KL on {result.facts['first_domain']}"
     fig = figure(
-        "Does it fit the calibration domain?",
+        "Does it fit the calibration domain more than it should?",
         "calibration examples (log scale)",
-        f"KL on {result.facts['second_domain']} / KL on {result.facts['first_domain']}",
+        f"{domains},<br>over that without calibration data",
         xaxis_type="log",
         height=460,
     )
-    ends = span(table)
-    for index, (method, part) in enumerate(table.groupby("method", sort=False)):
+    known = table[table["beside"] != ""]
+    methods = list(dict.fromkeys(table["method"]))
+    for place, (method, part) in enumerate(known.groupby("method", sort=False)):
         part = part.sort_values("examples")
-        free = bool((part["examples"] == FREE).all())
-        y, low, high = (part[name].to_numpy() for name in ("ratio", "ratio_low", "ratio_high"))
-        if free:
-            y, low, high = (np.repeat(values, 2) for values in (y, low, high))
-        band = (low, high) if bool(np.isfinite([*low, *high]).all()) else None
-        name = f"{method}, no data" if free else str(method)
-        x = ends if free else part["examples"].tolist()
-        line(fig, x, y, name, band=band, index=index, mode="lines" if free else "lines+markers")
+        index = methods.index(method)
+        y, low, high = (part[f"overfit{end}"].to_numpy(float) for end in ("", "_low", "_high"))
+        bars = dict(type="data", symmetric=False, array=high - y, arrayminus=y - low, color=color(index))
+        x = part["examples"].to_numpy(float) * 1.03 ** (place - (known["method"].nunique() - 1) / 2)
+        name = f"{method} beside {part['beside'].iloc[0]}"
+        line(fig, x, y, name, index=index, mode="lines+markers", error_y=bars)
+    if len(known):
+        amounts = known["examples"]
+        fig.add_scatter(
+            x=[amounts.min() / 1.1, amounts.max() * 1.1],
+            y=[1.0, 1.0],
+            mode="lines",
+            line=dict(color="#808080", dash="dash", width=1),
+            name="as without calibration data",
+            hoverinfo="skip",
+        )
     ticks(fig, table)
     return fig

@@ -94,6 +94,11 @@ def pool(on: Subject, source: str, split: str, second: SecondDomain, seed: int) 
         return second.left
     if source == RANDOM:
         return randomised(on.task, on.split(split), on.model, on.tokenizer, seed + 2)
+    if source in (split, second.name) and source in on.splits:
+        instead = (
+            f"give {SECOND}, which leaves out what is" if source == second.name else "give another split"
+        )
+        raise BadInput(f"sources: {source!r} is measured on, so nothing may be calibrated on it; {instead}")
     if source not in on.splits:
         raise BadInput(
             f"sources: {source!r} is no split; accepted: {', '.join(on.splits)}, {SECOND} (of the second "

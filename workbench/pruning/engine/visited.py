@@ -14,13 +14,14 @@ import pandas as pd
 from torch import Tensor
 
 from workbench.curvature.operators.weights import Place, place_of, with_weights
+from workbench.measures.experts_given_back import given_back
 from workbench.measures.reference import measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.masked import Masked
 from workbench.pruning.engine.weights import check_weights, prune_once, uniform
 from workbench.pruning.error_table import add_prediction, layer_table
-from workbench.pruning.pattern import NM, Tiles
+from workbench.pruning.pattern import NM, Tiles, make_mask
 from workbench.results import Result
 from workbench.statistics import ExpertsSeen, InputMoments, Visit, Walk
 from workbench.subjects import Layer, Subject
@@ -67,7 +68,7 @@ class Visited(Masked):
             layers = visit.layers
             if visit.done:
                 self.rows.append(pd.DataFrame(visit.record["rows"]))
-                self.experts.tokens |= visit.record["experts"]
+                self.experts.take(visit.record)
                 continue
             seen = replace(calibration, given=visit.moments)
             for layer in layers:
@@ -91,8 +92,24 @@ class Visited(Masked):
                 break
             rows = layer_table(layers, before, seen.gram)
             self.rows.append(rows)
-            visit.record = {"rows": rows.to_dict("records"), "experts": self.experts.of(layers)}
+            for layer in layers:
+                self.unreached(layer, before[layer.name], seen, shares[layer.name])
+            visit.record = {"rows": rows.to_dict("records")} | self.experts.record(layers)
         return not progress.stopped
+
+    def unreached(self, layer: Layer, before: Tensor, calibration: Calibration, sparsity: float) -> None:
+        """What pruning by the others' inputs costs experts without tokens, beside pruning by magnitude."""
+        moments = calibration.moments(layer)
+        reads = "inputs" in (self.prune.saliency.entry.needs, self.prune.compensation.entry.needs)
+        if not reads or before.ndim != 3 or bool(moments.tokens.all()):
+            return
+        mask = make_mask(before.abs(), self.pattern, sparsity, self.prune.allocation.value.within)
+
+        def by_magnitude(expert: int) -> Tensor:
+            return before[expert].float() * mask[expert]
+
+        after = layer.weight.detach()
+        self.experts.measure(layer.name, moments, before, after, "pruned by magnitude", by_magnitude)
 
     def visits(self, calibration: Calibration) -> Iterator[Visit]:
         """Layers that are pruned on the same state of the model, with what they read: all of them on the
@@ -136,6 +153,8 @@ class Visited(Masked):
             facts |= measured_beside(self.reference, on, prune.test_split, progress=progress)
         if "inputs" in (prune.saliency.entry.needs, prune.compensation.entry.needs):
             facts |= self.experts.facts(progress, "pruned by what the other experts read")
+            split, dense = prune.test_split, self.experts.dense
+            facts |= given_back(self.reference, on, layers, dense, split, progress)
         return prune.result(table, facts, tables=self.experts.tables(), arrays=arrays, subject=on)
 
     def table(self) -> pd.DataFrame:

@@ -65,4 +65,20 @@ METHODS: list[Method] = [
         24,
         recipe=(("allocate", {"sensitivity": "eigenvalue", "group_size": 4096}),),
     ),
+    Method(
+        "higgs-allocation",
+        "quantization",
+        "HIGGS: widths by the linearity theorem",
+        "Malinovskii et al. 2024",
+        r"\min_c \sum_l \alpha_l t_l^2, \quad t_l = \|Q_c(W_l) - W_l\| / \|W_l\|, "
+        r"\quad \alpha_l = \sum_j t_j^2 D_j / \sum_j t_j^4",
+        "forward passes with noise in one layer",
+        "at an average of 3 bits lower loss than uniform, random and reversed allocations",
+        recipe=(
+            (
+                "allocate",
+                {"sensitivity": "linearity", "solver": "dynamic-program", "group_size": 4096},
+            ),
+        ),
+    ),
 ]

@@ -1,4 +1,4 @@
-"""What a layer's width costs: seven sensitivities, each a formula for a table of layers and widths."""
+"""What a layer's width costs: sensitivities, each a formula for a table of layers and widths."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from workbench.quantization.allocation.layer_sensitivity import (
 from workbench.subjects import Layer, Subject
 
 #: `entry(candidates, options)` gives a `WidthCost`. The trait "drawn targets" says that it needs a loss whose
-#: targets can be drawn.
+#: targets can be drawn, "divergence" that its cost is a prediction of the divergence in nats, and "measured
+#: distance" that it compares what two models answer.
 WIDTH_COST = Axis(
     "width-cost",
     "what a width costs: 1/2 d.Gd of its rounding error d with Gauss-Newton's matrix, or the Hessian's; "
     "mean trace or top eigenvalue of H x |d|^2; "
-    "mean trace x variance x 4^-width; output error; measured change",
+    "mean trace x variance x 4^-width; output error; measured change; divergence with noise in the layer",
     found_in="workbench.quantization.allocation",
+    home="allocate.sensitivity",
 )
 Found = dict[str, tuple[float, float]]
 
@@ -41,7 +43,7 @@ class Candidates:
     """Every layer at every width.
 
     table : one row a layer and width, layers first;  deltas : layer name -> weight changes, one a width
-    examples : calibration examples of the estimate;  budget : bits a weight on average
+    examples : calibration examples of the estimate
     """
 
     on: Subject
@@ -50,7 +52,6 @@ class Candidates:
     table: pd.DataFrame
     deltas: Mapping[str, Sequence[Tensor]]
     examples: int
-    budget: float
     seed: int
     progress: Progress
 
@@ -83,7 +84,7 @@ class Pairs(Options):
     source="Martens 2020, section 9; Deng et al. 2025, CLADO",
     needs="gradients",
     options=Pairs,
-    traits="drawn targets",
+    traits=("drawn targets", "divergence"),
 )
 def gauss_newton(given: Candidates, options: Pairs) -> WidthCost:
     scores = gauss_newton_scores(
@@ -165,17 +166,20 @@ def eigenvalue(given: Candidates, options: Parts) -> WidthCost:
 )
 def variance(given: Candidates, options: Probes) -> WidthCost:
     columns = estimated(given, traces, options.probes, "trace")
-    weights, widths = given.table["weights"], len(given.widths)
+    weights = given.table["weights"]
     size = columns["trace"].clip(lower=0) / weights
     size = size.clip(lower=1e-3 * size.max())  # a trace that noise made zero has no logarithm
     columns["variance"] = pd.Series(
         [float(layer.weight.detach().float().var()) for layer in given.layers for _ in given.widths]
     )
-    ideal = log_variance(
-        size.iloc[::widths], columns["variance"].iloc[::widths], weights.iloc[::widths], given.budget
-    )
     noise = weights * columns["variance"] * 4.0 ** -given.table["width"]
-    return WidthCost((0.5 * size * noise).to_numpy(), columns | {"ideal_width": ideal.repeat(widths)})
+    return WidthCost((0.5 * size * noise).to_numpy(), columns | {"share": size})
+
+
+def ideal_widths(table: pd.DataFrame, widths: int, average: float) -> NDArray[np.float64]:
+    """One a row: the real-valued width of its layer at this average, where `variance` gave the cost."""
+    first = table.iloc[::widths]
+    return log_variance(first["share"], first["variance"], first["weights"], average).repeat(widths)
 
 
 @WIDTH_COST.add(
