@@ -16,7 +16,7 @@ import workbench
 from workbench import BadInput
 from workbench.cli import main
 from workbench.errors import Notice
-from workbench.subjects.every_tensor import is_inside
+from workbench.subjects.contents.every_tensor import is_inside
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

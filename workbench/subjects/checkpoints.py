@@ -1,6 +1,6 @@
 """Opening checkpoints: validated safetensors, GGUF files and hub ids, never pickle, never remote code.
 
-Every tensor of a checkpoint is accounted for: see `every_tensor`.
+Every tensor of a checkpoint is accounted for: see `contents.every_tensor`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from workbench.errors import BadInput
 from workbench.subjects import gguf_files
 from workbench.subjects.checkpoint_files import Stored, method_of, one_line, tensors_in
-from workbench.subjects.every_tensor import account
+from workbench.subjects.contents.every_tensor import account
 from workbench.subjects.stored import commonest, in_float32
 
 #: parts of a name that wrappers put there: torch.compile, FSDP, activation checkpointing, DeepSpeed

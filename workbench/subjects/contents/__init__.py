@@ -1,0 +1,1 @@
+"""What a checkpoint holds, compared with what its class needs."""
