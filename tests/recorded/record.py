@@ -37,7 +37,7 @@ RUNS = Path(__file__).with_name("runs.json")
 ASKED = ("name", "instrument", "subject", "after", "fields", "quick", "timed")
 RECORDED = ("machine", "start", "facts", "tables", "layers", "parameters")
 #: Facts that results have had since the recording, which change none of those that they had.
-SINCE = re.compile(r"(kl|distance)(_low|_high)?")
+SINCE = re.compile(r"(kl|distance)(_low|_high)?|units(_left)?")
 #: Tables that results have had since then.
 TABLES_SINCE = {"calibration"}
 TIMING = re.compile(r"second|latency|speedup|duration|milliseconds")
