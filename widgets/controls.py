@@ -31,7 +31,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from widgets.choices import NOT_GIVEN, ChoiceControl, entries_html
 from workbench.axis import Axis, Choice, Entry, Fields, axis_of
 from workbench.errors import BadInput
-from workbench.values import Parameters
+from workbench.values import Parameters, reads_otherwise
 
 MOST = 2**53  # the largest whole number JavaScript counts with
 BLANKS = " \t\r\n"  # white space to YAML; a no-break space is text
@@ -363,12 +363,25 @@ def _from_line(text: str, kind: Any, name: str) -> Any:
     return line if a_text and isinstance(value, str) and line[0] not in "'\"" else value
 
 
+class Lines(yaml.SafeDumper):
+    """Puts a text in quotes that `Parameters` would read as something else, `0E0` as a number."""
+
+
+def _as_text(dumper: Lines, text: str) -> yaml.Node:
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="'" if reads_otherwise(text) else None
+    )
+
+
+Lines.add_representer(str, _as_text)
+
+
 def _as_line(value: Any, kind: Any) -> str:
     """The line that `_from_line` reads as this value."""
     if value is None:
         return ""
-    line = yaml.safe_dump(
-        value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
+    line = yaml.dump(
+        value, Dumper=Lines, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
     ).strip(BLANKS)
     line = line.removesuffix("...").strip(BLANKS)
     bare = any(_holds(kind)) and not line.startswith(("[[", "[{", "{{"))

@@ -291,6 +291,14 @@ def _plain(loader: Parameters, node: Any) -> Any:
     return node.value if number is None else number
 
 
+def reads_otherwise(text: str) -> bool:
+    """Whether a text without quotes is a number or a word that stands for another value."""
+    try:
+        return text in WORDS or number_of(text) is not None
+    except BadInput:  # a number that is none, as 1e400
+        return True
+
+
 Parameters.add_constructor("tag:yaml.org,2002:str", _plain)
 
 

@@ -89,13 +89,14 @@ def recorded(entry: dict[str, Any], checkpoints: Mapping[str, Path]) -> dict[str
     of a `timed` run only names, numbers of rows and strings stay.
     """
     on, result = run(entry, checkpoints)
+    known = entry.get("facts", {})
     found: dict[str, Any] = {
         "machine": machine(),
         "start": whole(on.model),
         "facts": {
             key: plain(value)
             for key, value in result.facts.items()
-            if not TIMING.search(key) and not SINCE.fullmatch(key)
+            if not TIMING.search(key) and (key in known or not SINCE.fullmatch(key))
         },
         "tables": {
             name: summed(table)

@@ -20,7 +20,7 @@ CASES = {
             "view": {"show": "relative_error"},
         },
         1,
-        ("magnitude", "fingerprint", "share of the weights to remove"),
+        ("magnitude", "fingerprint", "share to remove of what the pattern is about"),
     ),
     "panels": ({"subject": "digits-vit"}, 3, ("spectrum", "prune", "quantize")),
 }

@@ -63,7 +63,9 @@ VALUES = st.fixed_dictionaries(
         "text": TEXT,
         "label": st.none()
         | TEXT
-        | st.sampled_from(["null", "yes", "1", "~", "'", '"', "- a", "{", "[", "a: b", "#", "...", "\xa0"]),
+        | st.sampled_from(
+            ["null", "yes", "1", "0E0", "1e5", "~", "'", '"', "- a", "{", "[", "a: b", "#", "...", "\xa0"]
+        ),
         "grid": st.lists(NUMBER, max_size=4).map(tuple),
         "pair": st.tuples(st.integers(-9, 9), TEXT),
         "layers": st.lists(TEXT | st.sampled_from(["*.q", "null", "1", "a: b", "#", "yes"]), max_size=4),

@@ -21,7 +21,7 @@ SPARSEGPT = {"magnitude": "magnitude", "Wanda": "wanda", "SparseGPT": "sparsegpt
 
 
 @dataclass(frozen=True)
-class Grid:
+class RunGrid:
     """methods : label -> method of pruning, the last of which goes before a quantization
     combined : [sparsity, bits] of prune, then quantize
     gradients : of the Fisher;  curvature_layers : whose Hessian's spectrum is drawn
@@ -61,7 +61,7 @@ def listed(values: list[Any], otherwise: str) -> str:
     return ", ".join(v if isinstance(v, str) else f"{v:g}" for v in values) or otherwise
 
 
-def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> Grid:
+def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> RunGrid:
     """The usual grid for a model of this size, with what is `chosen` and neither empty nor 0 in its place.
 
     A large model is not measured at every width, nor predicted from gradients of the whole; the spectrum is
@@ -69,7 +69,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> Grid:
     """
     test = on.size("test")
     if sum(layer.original.numel() for layer in on.layers(layers)) < LARGE:
-        found = Grid(
+        found = RunGrid(
             on,
             OBERT,
             [0.5, 0.7, 0.8, 0.9, 0.95],
@@ -85,7 +85,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> Grid:
         )
     else:
         last = on.blocks()[-1][0]  # its second derivatives need no other block's activations
-        found = Grid(
+        found = RunGrid(
             on,
             SPARSEGPT,
             [0.5],
