@@ -69,8 +69,12 @@ def test_chains_go_where_their_beginning_is_computed(vit):
     ) == [[first, second, longer, third]]
     assert studies.families(vit, {"both": [longer], "short": [second]}) == [[[second, longer]]]
     last: dict = {}
-    pruned = studies.run_chain(vit, second, Progress(), last)
+    pruned = studies.run_chain(vit, second, Progress(), last, [longer])
     assert list(last.values()) == [pruned.subject]
+    studies.run_chain(vit, longer, Progress(), last, [third])
+    assert list(last.values()) == [pruned.subject]
+    studies.run_chain(vit, third, Progress(), last, [])
+    assert not last  # a model that nothing goes on from is not held
 
 
 def test_findings_name_the_ordering_that_failed(vit):

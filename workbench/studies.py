@@ -73,20 +73,25 @@ def sweep(
         rows = []
         last: dict[str, Subject] = {}
         every = [(name, chain) for name, group in chains.items() for chain in group]
-        for name, chain in progress.track(every, "runs"):
-            result = run_chain(on, chain, quiet(progress), last)
+        for number, (name, chain) in enumerate(progress.track(every, "runs")):
+            following = [other for _, other in every[number + 1 :]]
+            result = run_chain(on, chain, quiet(progress), last, following)
             if result.partial:
                 break
             rows.append(row(name, result))
         return pd.DataFrame(rows)
 
 
-def run_chain(on: Subject, chain: Chain, progress: Progress, last: dict[str, Subject]) -> Result:
+def run_chain(
+    on: Subject, chain: Chain, progress: Progress, last: dict[str, Subject], following: Sequence[Chain]
+) -> Result:
     """Each instrument on the subject the one before it returned; the last result.
 
-    `last` holds the subject that the latest beginning of a chain ended with,
-    so chains that begin alike compute it once.
+    `last` holds the subject that the latest beginning of a chain ended with, so chains that begin alike
+    compute it once; none where no chain of the `following` goes on from it, for it is as large as the model.
     """
+    if not any(other[0] == chain[0] for other in (chain, *following) if len(other) > 1):
+        last.clear()
     for instrument in chain[:-1]:
         key = instrument.key(on)
         if key not in last:
@@ -99,7 +104,8 @@ def run_chain(on: Subject, chain: Chain, progress: Progress, last: dict[str, Sub
             last[key] = changed
         on = last[key]
     result = chain[-1].run(on, progress=progress)
-    if len(chain) == 1 and result.subject is not None and not result.partial:
+    goes_on = any(len(other) > 1 and other[0] == chain[0] for other in following)
+    if len(chain) == 1 and goes_on and result.subject is not None and not result.partial:
         last.clear()
         last[chain[-1].key(on)] = result.subject
     return result
@@ -228,8 +234,8 @@ def one_group(
         _opened[fingerprint] = subject(folder)
         _opened[fingerprint].adopt_fingerprint(fingerprint, evaluations)
     last: dict[str, Subject] = {}
-    for chain in group:
-        run_chain(_opened[fingerprint], chain, Progress(), last)
+    for number, chain in enumerate(group):
+        run_chain(_opened[fingerprint], chain, Progress(), last, group[number + 1 :])
     return len(group)
 
 
