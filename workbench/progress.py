@@ -50,6 +50,17 @@ class Progress:
             self.partial = True
         return self.partial
 
+    @property
+    def watched(self) -> bool:
+        """Whether anybody looks at unfinished results (building them costs time)."""
+        return type(self).preview is not Progress.preview
+
+    def quiet(self) -> Progress:
+        """One that draws nothing and obeys the same Stop."""
+        inner = Progress()
+        inner.stop = self.stop
+        return inner
+
     def show(self, label: str, done: int, total: int | None) -> None:
         """Draw the state; called often, so it must be cheap."""
 

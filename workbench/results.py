@@ -113,6 +113,8 @@ class Result:
         told : open the subject again in a fresh process and compare its loss before anything is replaced,
             and say with this what came of it
         """
+        if with_subject and self.subject is not None and self.subject.held_back:
+            raise BadInput(self.subject.held_back)
         where = on_disk(cache_folder()) if self.provenance.get("in_files") else contextlib.nullcontext()
         with replacing(folder, overwrite=overwrite, field="folder") as draft, where:
             draft.mkdir()

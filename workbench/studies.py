@@ -75,7 +75,7 @@ def sweep(
         every = [(name, chain) for name, group in chains.items() for chain in group]
         for number, (name, chain) in enumerate(progress.track(every, "runs")):
             following = [other for _, other in every[number + 1 :]]
-            result = run_chain(on, chain, quiet(progress), last, following)
+            result = run_chain(on, chain, progress.quiet(), last, following)
             if result.partial:
                 break
             rows.append(row(name, result))
@@ -90,7 +90,8 @@ def run_chain(
     `last` holds the subject that the latest beginning of a chain ended with, so chains that begin alike
     compute it once; none where no chain of the `following` goes on from it, for it is as large as the model.
     """
-    if not any(other[0] == chain[0] for other in (chain, *following) if len(other) > 1):
+    goes_on = any(other[0] == chain[0] for other in (chain, *following) if len(other) > 1)
+    if not goes_on:
         last.clear()
     for instrument in chain[:-1]:
         key = instrument.key(on)
@@ -104,7 +105,6 @@ def run_chain(
             last[key] = changed
         on = last[key]
     result = chain[-1].run(on, progress=progress)
-    goes_on = any(len(other) > 1 and other[0] == chain[0] for other in following)
     if len(chain) == 1 and goes_on and result.subject is not None and not result.partial:
         last.clear()
         last[chain[-1].key(on)] = result.subject
@@ -118,13 +118,6 @@ def stored(on: Subject, chain: Chain) -> bool:
             return False
         on = on.derived(instrument, instrument.key(on), lambda: None)
     return True
-
-
-def quiet(progress: Progress) -> Progress:
-    """A progress that draws nothing but obeys the same Stop."""
-    inner = Progress()
-    inner.stop = progress.stop
-    return inner
 
 
 def row(series: str, result: Result) -> dict[str, Any]:

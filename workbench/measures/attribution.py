@@ -261,7 +261,7 @@ class Run:
         )
 
     def preview(self) -> None:
-        watched = type(self.progress).preview is not Progress.preview
+        watched = self.progress.watched
         if watched and time.monotonic() - self.previewed > PREVIEW_EVERY:
             self.previewed = time.monotonic()
             self.progress.preview(self.result())

@@ -19,7 +19,7 @@ from workbench.curvature.estimators.batch_theory import bulk_edge, effective_bat
 from workbench.curvature.estimators.eigenpairs import eigenpairs
 from workbench.curvature.estimators.probes import rademacher, standard_error
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
-from workbench.curvature.studies.settings import CurvatureInstrument, quiet
+from workbench.curvature.studies.settings import CurvatureInstrument
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.results import Result
@@ -146,7 +146,7 @@ class BatchSizeTheory(CurvatureInstrument):
             for batch in progress.track(batches, "batch sizes"):
                 for number in range(1 if batch >= total else self.repeats):
                     chosen = torch.randperm(total, generator=draw)[:batch]
-                    with self.open(with_rows(full, self.split, chosen), quiet(progress)) as operator:
+                    with self.open(with_rows(full, self.split, chosen), progress.quiet()) as operator:
                         measured.append(
                             {"batch": batch, "repeat": number, "top_eigenvalue": self._top(operator)}
                         )
@@ -170,7 +170,7 @@ class BatchSizeTheory(CurvatureInstrument):
 
     def _full(self, full: Subject, progress: Progress, facts: dict[str, Any], total: int) -> None:
         progress.show("full batch", 0, None)
-        with self.open(full, quiet(progress)) as operator:
+        with self.open(full, progress.quiet()) as operator:
             probes = rademacher(operator, range(self.noise_probes), self.seed)
             noise = operator.noise(operator.matmat(probes))
             if noise is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workbench.axis import parameter
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
-from workbench.curvature.studies.settings import CurvatureInstrument, quiet
+from workbench.curvature.studies.settings import CurvatureInstrument
 from workbench.curvature.studies.sharpness import moved_loss_and_gradient
 from workbench.progress import Progress
 from workbench.results import Result
@@ -112,7 +112,7 @@ class QuadraticPrediction(CurvatureInstrument):
     def _run(self, on: Subject, progress: Progress) -> Result:
         rows: list[dict[str, Any]] = []
         joint: dict[str, float] = {}
-        with self.open(on, quiet(progress)) as operator:
+        with self.open(on, progress.quiet()) as operator:
             try:
                 self._study(operator, progress, rows, joint)
             except Stopped:

@@ -61,18 +61,6 @@ class CurvatureInstrument(SubjectInstrument):
         )
 
 
-def draws_previews(progress: Progress) -> bool:
-    """Whether anybody looks at unfinished results (building them costs time)."""
-    return type(progress).preview is not Progress.preview
-
-
-def quiet(progress: Progress) -> Progress:
-    """A progress without a bar that obeys the same Stop."""
-    inner = Progress()
-    inner.stop = progress.stop
-    return inner
-
-
 def preview(progress: Progress, result: Result) -> None:
     result.partial = True
     progress.preview(result)

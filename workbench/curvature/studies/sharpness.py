@@ -16,7 +16,7 @@ from torch import Tensor
 from workbench.axis import parameter
 from workbench.curvature.estimators.eigenpairs import eigenpairs
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
-from workbench.curvature.studies.settings import CurvatureInstrument, quiet
+from workbench.curvature.studies.settings import CurvatureInstrument
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.results import Result
@@ -162,7 +162,7 @@ class Sharpness(CurvatureInstrument):
     def _run(self, on: Subject, progress: Progress) -> Result:
         rows: list[dict[str, Any]] = []
         facts: dict[str, Any] = {}
-        with self.open(on, quiet(progress)) as operator:
+        with self.open(on, progress.quiet()) as operator:
             facts["parameters"] = operator.size
             try:
                 self._study(operator, progress, rows, facts)

@@ -19,7 +19,7 @@ from workbench.curvature.estimators.batch_theory import bulk_edge, shifted_eigen
 from workbench.curvature.estimators.lanczos import GroupedProbes, Quadrature, band, keeps_basis, outliers
 from workbench.curvature.estimators.probes import rademacher, standard_error
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
-from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
+from workbench.curvature.studies.settings import CurvatureInstrument, preview
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
@@ -51,7 +51,7 @@ class Spectrum(CurvatureInstrument):
         return SpectrumResult
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        with self.open(on, quiet(progress)) as operator:
+        with self.open(on, progress.quiet()) as operator:
             full = self.reorthogonalise == "full" or (
                 self.reorthogonalise == "auto"
                 and keeps_basis(operator.size, self.probes, self.steps, operator.dtype.itemsize)
@@ -64,13 +64,13 @@ class Spectrum(CurvatureInstrument):
             blocks: GroupedProbes | None = None
             try:
                 for _ in progress.track(whole.run(), "Lanczos steps", whole.steps):
-                    if draws_previews(progress):
+                    if progress.watched:
                         preview(progress, self._result(operator, whole, None, full))
                 if self.per_layer and not progress.stopped:
                     whole.release()
                     blocks = GroupedProbes(operator, draw, self.probes, self.steps, full, operator.slices)
                     for _ in progress.track(blocks.run(), "Lanczos steps in each layer", blocks.steps):
-                        if draws_previews(progress):
+                        if progress.watched:
                             preview(progress, self._result(operator, whole, blocks, full))
             except Stopped:
                 progress.partial = True

@@ -15,7 +15,7 @@ from torch import Tensor
 from workbench.axis import parameter
 from workbench.curvature.estimators.eigenpairs import Eigenpairs, eigenpairs
 from workbench.curvature.operators.curvature_operator import CurvatureOperator
-from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
+from workbench.curvature.studies.settings import CurvatureInstrument, preview
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
@@ -54,7 +54,7 @@ class TopEigenvalues(CurvatureInstrument):
     def _run(self, on: Subject, progress: Progress) -> Result:
         rows: list[dict[str, Any]] = []
         facts: dict[str, Any] = {}
-        with self.open(on, quiet(progress)) as operator:
+        with self.open(on, progress.quiet()) as operator:
             for end in ("top", "bottom") if self.end == "both" else (self.end,):
 
                 def each(
@@ -64,7 +64,7 @@ class TopEigenvalues(CurvatureInstrument):
                     finished: tuple[dict[str, Any], ...] = tuple(rows),
                 ) -> None:
                     progress.show(f"products ({end})", done, None)
-                    if draws_previews(progress):
+                    if progress.watched:
                         early = [
                             {"end": end, "rank": i, "eigenvalue": float(v), "residual": math.nan}
                             for i, v in enumerate(values)

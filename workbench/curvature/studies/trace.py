@@ -20,7 +20,7 @@ from workbench.curvature.estimators.traces import (
     narrow,
 )
 from workbench.curvature.operators.curvature_operator import CurvatureOperator, Stopped
-from workbench.curvature.studies.settings import CurvatureInstrument, draws_previews, preview, quiet
+from workbench.curvature.studies.settings import CurvatureInstrument, preview
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
@@ -54,7 +54,7 @@ class Trace(CurvatureInstrument):
         return TraceResult
 
     def _run(self, on: Subject, progress: Progress) -> Result:
-        with self.open(on, quiet(progress)) as operator:
+        with self.open(on, progress.quiet()) as operator:
             if self.method == "hutchinson":
                 return self._hutchinson(operator, progress)
             label = f"{self.method} products"
@@ -62,7 +62,7 @@ class Trace(CurvatureInstrument):
 
             def each(found: TraceEstimate) -> None:
                 progress.show(label, min(operator.products, self.products), self.products)
-                if draws_previews(progress):
+                if progress.watched:
                     preview(progress, self._result(operator, found))
 
             found = estimate(operator, self.method, self.products, self.seed, self.interval, each)
@@ -79,7 +79,7 @@ class Trace(CurvatureInstrument):
             )
             for sums in progress.track(groups, "probes", -(-self.products // group)):
                 found = of_sums(sums)
-                if draws_previews(progress):
+                if progress.watched:
                     preview(progress, self._result(operator, found, sums))
                 if found.products >= 8 and narrow(found.value, found.error, self.interval):
                     break

@@ -16,7 +16,6 @@ from workbench.progress import Progress, TextProgress
 from workbench.quantization.quantize import Quantize
 from workbench.quantization.rounding.rounding import ROUNDING
 from workbench.quantization.transform.transform import TRANSFORM
-from workbench.studies import quiet
 from workbench.subjects import Subject
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def leaderboard(
         made.check(drawn[seed])
     rows = []
     for seed, method, width, made in progress.track(plan, "leaderboard"):
-        result = made.run(drawn[seed], progress=quiet(progress))
+        result = made.run(drawn[seed], progress=progress.quiet())
         if result.partial:
             break
         wanted = ("loss", "accuracy", "perplexity", "dense_loss", "average_bits", "output_error")

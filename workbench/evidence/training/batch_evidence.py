@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from workbench.evidence.harness import SEEDS
-from workbench.evidence.training.evidence import Record, digits_net, quiet, told, tuned
+from workbench.evidence.training.evidence import Record, digits_net, told, tuned
 from workbench.progress import Progress
 from workbench.scaling.hyperparameters import critical_batch
 from workbench.training.batch.batch_size import (
@@ -58,7 +58,7 @@ def adadagrad(name: str, progress: Progress) -> Record:
                 callbacks=[spent],
                 optimizer=lambda model: torch.optim.Adagrad(model.parameters(), lr=0.05),
                 before_step=[rule] if eta else [],
-                progress=quiet(progress),
+                progress=progress.quiet(),
             )
             return (
                 1 - mine.evaluate("test")["accuracy"],
@@ -101,7 +101,7 @@ def noise(name: str, progress: Progress) -> Record:
         made: dict[str, Any] = {
             "batch_size": batch,
             "optimizer": {"name": "sgd", "momentum": 0.0},
-            "progress": quiet(progress),
+            "progress": progress.quiet(),
         }
         counts = {
             lr: float(
@@ -130,7 +130,7 @@ def noise(name: str, progress: Progress) -> Record:
             optimizer="sgd",
             schedule="constant",
             warmup=0.0,
-            progress=quiet(progress),
+            progress=progress.quiet(),
         )
         gram = gradient_groups(mine, groups=32, size=32)
         scales.append(
@@ -172,7 +172,7 @@ def accumulation(name: str, progress: Progress) -> Record:
             "batch_size": batch,
             "micro_batch": micro,
             "evaluate_limit": 64,
-            "progress": quiet(progress),
+            "progress": progress.quiet(),
         }
         limit = max(80, 3200 // batch)
         first = {

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from workbench.evidence.harness import SEEDS
-from workbench.evidence.training.evidence import Record, quiet
+from workbench.evidence.training.evidence import Record
 from workbench.progress import Progress
 from workbench.subjects import Subject
 from workbench.training.loop import Training, fit
@@ -86,7 +86,7 @@ def phase(
         optimizer=lambda model: optimizer,
         seed=seed,
         evaluate_limit=128,
-        progress=quiet(progress),
+        progress=progress.quiet(),
         schedule=lambda made, total: torch.optim.lr_scheduler.LambdaLR(made, multiple),
         **more,
     )

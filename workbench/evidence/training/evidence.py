@@ -41,12 +41,6 @@ def digits_net(norm: Callable[[int], nn.Module] | None = None, hidden: int = 64)
     )
 
 
-def quiet(progress: Progress) -> Progress:
-    inner = Progress()
-    inner.stop = progress.stop
-    return inner
-
-
 def over_seeds(make: Callable[[int], float]) -> tuple[float, float, float, list[float]]:
     values = [make(seed) for seed in SEEDS]
     return (*interval(values), values)
@@ -73,7 +67,7 @@ def tuned(
 
     def run(lr: float, seed: int) -> tuple[Training, Subject]:
         mine = fresh(on, seed)
-        fixed: dict[str, Any] = {"seed": seed, "learning_rate": lr, "progress": quiet(progress)}
+        fixed: dict[str, Any] = {"seed": seed, "learning_rate": lr, "progress": progress.quiet()}
         return fit(mine, **(fixed | given(lr, seed))), mine
 
     found = {lr: run(lr, SEEDS[0]) for lr in progress.track(rates, label, len(rates))}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from workbench.evidence.harness import SEEDS
-from workbench.evidence.training.evidence import Record, digits_net, quiet, told, tuned
+from workbench.evidence.training.evidence import Record, digits_net, told, tuned
 from workbench.progress import Progress
 from workbench.subjects import Batch, Subject
 from workbench.training.loop import fit
@@ -57,7 +57,7 @@ def lipschitz(name: str, progress: Progress) -> Record:
                 else torch.optim.AdamW(model.parameters(), lr=4e-3)
             )
 
-        fit(mine, steps=300, batch_size=32, optimizer=build, seed=seed, progress=quiet(progress))
+        fit(mine, steps=300, batch_size=32, optimizer=build, seed=seed, progress=progress.quiet())
         bound = math.prod(
             float(torch.linalg.matrix_norm(p.detach(), 2)) for p in mine.model.parameters() if p.ndim == 2
         )
@@ -212,7 +212,7 @@ def self_tuned(name: str, progress: Progress) -> Record:
             lr=2e-3,
             setting_lr=1e-2,
             seed=seed,
-            progress=quiet(progress),
+            progress=progress.quiet(),
         )
         spent = time.process_time() - began
         last = {k: float(table[k].iloc[-1]) for k in ("l2", "dropout")}
@@ -249,7 +249,7 @@ def self_tuned(name: str, progress: Progress) -> Record:
                 loss=loss,
                 seed=seed,
                 optimizer={"name": "adamw", "betas": (0.9, 0.999)},
-                progress=quiet(progress),
+                progress=progress.quiet(),
             )
             tried += 1
             best = min(best, (run.validation, mine.evaluate("test")["loss"]))

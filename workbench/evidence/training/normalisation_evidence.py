@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.evidence.training.evidence import Record, digits_net, over_seeds, quiet, told, tuned
+from workbench.evidence.training.evidence import Record, digits_net, over_seeds, told, tuned
 from workbench.progress import Progress
 from workbench.subjects import Layer, Subject
 from workbench.training.batch.adversary import ConcurrentAdversary
@@ -54,7 +54,7 @@ def ghost_batch_norm(name: str, progress: Progress) -> Record:
                 seed=seed,
                 warmup=0.0,
                 weight_decay=0.0,
-                progress=quiet(progress),
+                progress=progress.quiet(),
             )
             return 1 - mine.evaluate("test")["accuracy"]
 
@@ -147,7 +147,7 @@ def concurrent_adversary(name: str, progress: Progress) -> Record:
         found[label] = tuned(on, (1.0, 2.0, 4.0, 8.0, 16.0), arguments, progress, label, "accuracy")
         tops = [
             Sharpness(split="train", examples=512, batch_size=128)
-            .run(mine, progress=quiet(progress))
+            .run(mine, progress=progress.quiet())
             .facts["top_eigenvalue"]
             for _, mine in found[label]["done"]
         ]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from workbench.evidence.harness import SEEDS
-from workbench.evidence.training.evidence import Record, digits_net, quiet, told, tuned
+from workbench.evidence.training.evidence import Record, digits_net, told, tuned
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
@@ -125,7 +125,7 @@ def galore(name: str, progress: Progress) -> Record:
                 seed=seed,
                 warmup=0.1,
                 evaluate_limit=128,
-                progress=quiet(progress),
+                progress=progress.quiet(),
             ), mine
 
         best = min(progress.track(rates, f"tune {label}"), key=lambda lr: run(lr, 0)[0].validation)
@@ -204,7 +204,7 @@ def mkor(name: str, progress: Progress) -> Record:
         made: dict[str, Any] = {
             "batch_size": 64,
             "optimizer": optimizer,
-            "progress": quiet(progress),
+            "progress": progress.quiet(),
         }
         counts = {
             lr: float(
@@ -246,7 +246,7 @@ def mkor(name: str, progress: Progress) -> Record:
                 clip=None,
                 weight_decay=0.0,
                 seed=seed,
-                progress=quiet(progress),
+                progress=progress.quiet(),
             )
             done.append(
                 (

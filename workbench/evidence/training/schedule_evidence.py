@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from workbench.evidence.training.evidence import Record, digits_net, over_seeds, quiet, told, tuned
+from workbench.evidence.training.evidence import Record, digits_net, over_seeds, told, tuned
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
@@ -91,7 +91,7 @@ def budgeted_decay(name: str, progress: Progress) -> Record:
                 warmup=0.0,
                 seed=seed,
                 weight_decay=0.0,
-                progress=quiet(progress),
+                progress=progress.quiet(),
             )
             return done, mine
 
@@ -186,7 +186,7 @@ def reference_time(name: str, progress: Progress) -> Record:
             learning_rate=1e-3,
             evaluate_limit=1,
             callbacks=[clock],
-            progress=quiet(progress),
+            progress=progress.quiet(),
         )
         seconds[label] = float(
             np.diff(spent[:-1]).mean()

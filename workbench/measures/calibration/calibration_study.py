@@ -306,7 +306,7 @@ class Run:
     def reference(self, domain: str) -> Reference | None:
         """The dense model's answers, asked for when first needed, and kept with the subject."""
         on = self.texts.on
-        return reference_of(on, domain, None, quiet(self.progress), batch_size=batch_of(on, domain))
+        return reference_of(on, domain, None, self.progress.quiet(), batch_size=batch_of(on, domain))
 
     def measured(self, cell: Cell) -> Record | None:
         """What a cell gives; None when it was stopped."""
@@ -324,7 +324,7 @@ class Run:
             card = on.examples_card("calibration", cell.amount)
             record = {name: card[name] for name in ("examples", "tokens", "sha256") if name in card}
         began = time.perf_counter()
-        inner = quiet(self.progress)
+        inner = self.progress.quiet()
         steps = run_in_turn(asked.made(cell).steps, on, inner, cache=False)
         *_, last = steps
         if inner.stopped:
@@ -341,7 +341,7 @@ class Run:
         return record
 
     def preview(self) -> None:
-        watched = type(self.progress).preview is not Progress.preview
+        watched = self.progress.watched
         if watched and time.monotonic() - self.previewed > PREVIEW_EVERY:
             self.previewed = time.monotonic()
             self.progress.preview(self.result())
@@ -487,10 +487,3 @@ def draw_rows(cell: Cell, record: Record) -> Iterator[Record]:
 def sums_of(records: Sequence[Record], domain: str) -> Values:
     """(draws, texts)"""
     return np.array([record[domain]["sums"] for record in records])
-
-
-def quiet(progress: Progress) -> Progress:
-    """Draws nothing and obeys the same Stop."""
-    inner = Progress()
-    inner.stop = progress.stop
-    return inner

@@ -71,7 +71,7 @@ class Masked:
                 layer.attach(Mask(mask.to(layer.original.device)))
 
     def draw(self, run: Recovery) -> None:
-        if type(self.progress).preview is not Progress.preview:
+        if self.progress.watched:
             tables = {"recovery": pd.DataFrame(run.curve)}
             shown = self.prune.result(pd.DataFrame(), {"steps": run.done}, tables=tables, partial=True)
             self.progress.preview(shown)

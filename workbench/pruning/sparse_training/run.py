@@ -227,7 +227,7 @@ class Course:
             side_terms.let_in(self.layers)
         if self.done % max(plan.steps // RECORDS, 1) == 0 or self.done == plan.steps:
             self.record()
-            if type(self.progress).preview is not Progress.preview:
+            if self.progress.watched:
                 self.progress.preview(
                     plan.result(
                         run.history,

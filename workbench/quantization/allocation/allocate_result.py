@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from workbench.errors import BadInput
 from workbench.quantization.allocation.allocation_scores import ScoredResult
 from workbench.quantization.quantize_result import choices
 
@@ -96,18 +92,6 @@ class AllocateResult(ScoredResult):
         """Whether the rivals of the same size were measured too."""
         begin = {str(name).split(" ")[0] for name in self.table["strategy"]}
         return {"uniform", "random", "reversed"} <= begin
-
-    def save(
-        self,
-        folder: str | os.PathLike[str],
-        with_subject: bool = True,
-        *,
-        overwrite: bool = False,
-        told: Callable[[str], Any] | None = None,
-    ) -> Path:
-        if with_subject and self.subject is not None and not self.compared:
-            raise BadInput(UNCOMPARED)
-        return super().save(folder, with_subject, overwrite=overwrite, told=told)
 
 
 UNCOMPARED = (

@@ -177,7 +177,7 @@ class CriticalBatch(SweptInstrument):
         }
 
         def preview(table: pd.DataFrame) -> None:
-            if type(progress).preview is not Progress.preview and "steps_to_target" in table:
+            if progress.watched and "steps_to_target" in table:
                 progress.preview(self.summarise(table))
 
         table = swept(

@@ -157,7 +157,7 @@ class LearningRateBatchSize(SweptInstrument):
         shape = shape_of(on)
 
         def preview(table: pd.DataFrame) -> None:
-            if type(progress).preview is not Progress.preview and "value" in table:
+            if progress.watched and "value" in table:
                 progress.preview(self.summarise(table, shape))
 
         table = swept(

@@ -79,7 +79,7 @@ class Train(SubjectInstrument):
         mine = self.model_change(mine)
 
         def draw(run: Training) -> None:
-            if run.step % max(1, self.steps // 50) == 0 and type(progress).preview is not Progress.preview:
+            if run.step % max(1, self.steps // 50) == 0 and progress.watched:
                 progress.preview(self.result(run.history, {"steps": run.step}, partial=True))
 
         run = fit(
