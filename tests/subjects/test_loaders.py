@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -11,6 +16,8 @@ from torch import nn
 import workbench
 from tests.conftest import ARCHITECTURES, tiny
 from workbench import BadInput
+from workbench.pruning import Prune
+from workbench.results import Result
 from workbench.subjects import Mask, select
 
 
@@ -31,6 +38,37 @@ def test_saved_and_opened_again_gives_the_same_outputs(architecture, checkpoints
     plain = type(subject.model).from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         assert torch.allclose(subject.task.output(plain, batch), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_a_subject_of_an_interrupted_save_is_one_of_the_two(
+    step: int, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 51, a further example: between two renames a folder held the files of two saves, and only
+    `Result.load` finished the second.
+    """
+    on = workbench.subject(checkpoints["llama"], data="random", max_examples=16)
+    results = [Prune(method="magnitude", sparsity=s, predict_examples=0).run(on) for s in (0.25, 0.75)]
+    results[0].save(tmp_path / "r")
+    left = [step]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, "full")
+            return function(*given, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        with contextlib.suppress(workbench.BadInput):
+            results[1].save(tmp_path / "r")
+    opened = workbench.subject(tmp_path / "r")
+    zeros = float(torch.cat([(layer.weight == 0).float().flatten() for layer in opened.layers()]).mean())
+    assert zeros == pytest.approx(Result.load(tmp_path / "r").facts["sparsity"], abs=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

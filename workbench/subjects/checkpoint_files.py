@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import BadInput
+from workbench.storage.writing import settle, told_of
 
 #: bytes of one number, by the name that safetensors gives its dtype
 SIZES = {
@@ -118,8 +119,10 @@ def one_line(error: BaseException) -> str:
 
 def check_folder(folder: Path) -> None:
     """Refuse, before anything is built, a folder that is not a complete safetensors checkpoint, or one whose
-    weights are an adapter's or no floats.
+    weights are an adapter's or no floats. A save into it that was interrupted is finished first.
     """
+    with told_of(folder, "subject"):
+        settle(folder)
     check_adapter(folder)
     if not (folder / "config.json").is_file() and not (folder / "workbench.json").is_file():
         raise BadInput(

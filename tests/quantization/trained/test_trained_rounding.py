@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from workbench.quantization.rounding.adapters import ADAPTER, Adapter, best_term
 from workbench.quantization.rounding.nearest import nearest
 from workbench.quantization.rounding.problem import Problem
 from workbench.quantization.trained.chosen_widths import BitPlanes, FormatPolicy, PseudoNoise
+from workbench.quantization.trained.settings import TRAINED_ROUNDING
 from workbench.quantization.trained.trained_rounding import CentredSign, Course
 
 SHORT = {"layers": "*", "steps": 40, "batch_size": 64, "learning_rate": 1e-3}
@@ -37,6 +39,20 @@ def told(**options: object) -> Any:
 def course(**options: object) -> Course:
     settings = told(**({"budget": 3.0, "strength": 1.0} | options))
     return Course(settings, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("method", [str(name) for name in TRAINED_ROUNDING if str(name) != "adapters"])
+def test_every_rounding_trains_a_subject_of_16_bits(checkpoints: dict[str, Path], method: str) -> None:
+    """Fault 19, a further example: roundings learn in float32, and gave their float32 to a bf16 layer."""
+    on = workbench.subject(checkpoints["vit"], data="random", max_examples=64)
+    narrow = on.with_model(on.copy().model.to(torch.bfloat16))
+    settings = TrainQuantized(
+        method=method, layers="*", steps=4, batch_size=8, switch_at=0.0 if method == "l4q" else 0.25
+    )
+    result = settings.run(narrow, Progress(), cache=False)
+    assert result.subject is not None and np.isfinite(result.table["train_loss"]).all()
+    assert {layer.weight.dtype for layer in result.subject.layers()} == {torch.bfloat16}
+    assert result.tables is not None and len(result.tables["widths"]) == len(on.layers("*"))
 
 
 def test_pseudo_noise_has_the_variance_of_rounding() -> None:

@@ -123,9 +123,9 @@ class BinaryAttention(AttentionChange):
     def estimates(self) -> tuple[Tensor, ...]:
         """(batch, tokens, rank) each: Q_b, K_b, R_q, R_k, R_v."""
         assert self.hidden is not None and self.estimators is not None and self.offsets is not None
-        return (
-            torch.einsum("bti,eri->betr", self.hidden, self.estimators).add(self.offsets[:, None]).unbind(1)
-        )
+        hidden = self.hidden.to(self.estimators.dtype)
+        found = torch.einsum("bti,eri->betr", hidden, self.estimators).add(self.offsets[:, None])
+        return found.to(self.hidden.dtype).unbind(1)
 
     def operands(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         return scaled_signs(query, self.scales[0]), scaled_signs(key, self.scales[1])
@@ -140,7 +140,7 @@ class BinaryAttention(AttentionChange):
         binary = scaled_signs(value, self.scales[2])
         if self.up is not None:
             lost = (
-                (self.estimates()[4] @ self.up)
+                (self.estimates()[4] @ self.up.to(value.dtype))
                 .unflatten(-1, (value.shape[1], value.shape[-1]))
                 .transpose(1, 2)
             )

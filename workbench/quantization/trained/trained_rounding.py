@@ -43,7 +43,9 @@ class Course:
 
 
 class TrainedRounding(Change):
-    """One layer's rounding in training. `rate` multiplies the learning rate of its own parameters."""
+    """One layer's rounding in training, at float32 at least whatever the weight's dtype.
+    `rate` multiplies the learning rate of its own parameters.
+    """
 
     order = 50
     rate: ClassVar[float] = 1.0
@@ -79,6 +81,10 @@ class TrainedRounding(Change):
         is this when quantization is switched on; None where none is added.
         """
         raise TypeError(f"{cls.__name__} has no begin()")
+
+    def forward(self, weight: Tensor) -> Tensor:
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return super().forward(wide).to(weight.dtype)
 
     def prepare(self, course: Course) -> None:
         """Before a step: move what follows a schedule, draw what is random."""
