@@ -19,6 +19,7 @@ from workbench.axis import Choice
 from workbench.errors import BadInput
 from workbench.figures import figure, line, points, rule
 from workbench.instruments import Instrument
+from workbench.overview import WholeTable
 from workbench.progress import Progress, TextProgress
 from workbench.results import Result, format_fact
 from workbench.storage import evidence_record, measured_methods, verdict
@@ -386,7 +387,7 @@ def stored_orderings(on: Subject) -> pd.DataFrame:
                     "minutes": round(float(record.get("seconds", np.nan)) / 60, 1),
                 }
             )
-    return pd.DataFrame(rows, columns=["method", "claim", "stored verdict", "measured", "minutes"])
+    return WholeTable(rows, columns=["method", "claim", "stored verdict", "measured", "minutes"])
 
 
 @dataclass(frozen=True)
