@@ -27,6 +27,7 @@ class RunGrid:
     gradients : of the Fisher;  curvature_layers : whose Hessian's spectrum is drawn
     curvature_examples, predict_examples : of the spectrum, and of the predicted loss changes; 0 for none
     budget_examples : of the error budget
+    jobs : worker processes, each of which holds the model; 0 for one per core
     """
 
     on: Subject
@@ -41,6 +42,7 @@ class RunGrid:
     curvature_examples: int
     predict_examples: int
     budget_examples: int
+    jobs: int
 
     def _repr_html_(self) -> str:
         shown = {
@@ -65,7 +67,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> RunGrid:
     """The usual grid for a model of this size, with what is `chosen` and neither empty nor 0 in its place.
 
     A large model is not measured at every width, nor predicted from gradients of the whole; the spectrum is
-    of the last block.
+    of the last block; the runs come one after the other, in this process.
     """
     test = on.size("test")
     if sum(layer.original.numel() for layer in on.layers(layers)) < LARGE:
@@ -82,6 +84,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> RunGrid:
             curvature_examples=16,
             predict_examples=16,
             budget_examples=48,
+            jobs=0,
         )
     else:
         last = on.blocks()[-1][0]  # its second derivatives need no other block's activations
@@ -98,6 +101,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> RunGrid:
             curvature_examples=4,
             predict_examples=0,
             budget_examples=8,
+            jobs=1,  # its products are large enough for all threads, and nobody else holds the model
         )
     found = replace(found, **{name: value for name, value in chosen.items() if value})
     if found.test_examples >= test:
