@@ -133,6 +133,7 @@ def whole_model(on: Subject, python: str | None, windows: int) -> None:
     ids = on.split("calibration")["input_ids"][:windows]
     with tempfile.TemporaryDirectory() as folder:
         on.model.save_pretrained(folder)
+        on.tokenizer.save_pretrained(folder)
         save_file({"input_ids": ids.contiguous()}, Path(folder) / "tokens.safetensors")
         put = Path(folder) / "out.safetensors"
         found = ask(python, "model", folder, Path(folder) / "tokens.safetensors", put)

@@ -79,7 +79,7 @@ def model(folder: str, tokens: str, put: str) -> dict[str, object]:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = load_file(tokens)["input_ids"]
@@ -94,6 +94,7 @@ def model(folder: str, tokens: str, put: str) -> dict[str, object]:
         model=made,
         dataset=data,
         recipe=recipe,
+        processor=AutoTokenizer.from_pretrained(folder),
         max_seq_length=ids.shape[1],
         num_calibration_samples=len(ids),
         pipeline="sequential",
