@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -233,7 +235,8 @@ def refused(match, tasks, on=None, **fields):
 def test_without_data_the_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("went to the network"))
-    own = task(tmp_path / "own", dataset_path="some-org/some-data", dataset_kwargs={})
+    named = {"dataset_path": "some-org/some-data", "dataset_kwargs": {}}
+    own = task(tmp_path / "own", **named)
     said = refused("some-org/some-data of 'own' is not on this disk, and nothing is fetched", own)
     assert f"put its files into {tmp_path / 'cache' / 'task-data' / 'some-org' / 'some-data'}" in said
     (tmp_path / "data").mkdir()
@@ -247,6 +250,17 @@ def test_without_data_the_folder_is_named(tmp_path, monkeypatch):
         (held / f"{name}.jsonl").write_text(f"{item}\n" * 3)
     asked = TaskSuite(tasks=own, task_data=str(tmp_path / "data"))
     assert asked.run(speaking(), cache=False).facts["items"] == 3
+    with pytest.raises(BadInput, match="'own' .* does not open: .*; its data is read from .*some-data"):
+        TaskSuite(tasks=task(tmp_path / "part", **named, dataset_name="part"), task_data=asked.task_data).run(
+            speaking(), cache=False
+        )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "prepared"))
+    written = next((tmp_path / "cache" / "task-data-read").rglob("dataset_info.json")).parent
+    kept = tmp_path / "prepared" / "some-org___some-data" / "default" / "0.0.0"
+    shutil.copytree(written, kept / "abc")
+    for file in (kept / "abc").glob("*.arrow"):
+        file.rename(kept / "abc" / f"some-data-{file.name.rpartition('-')[2]}")
+    assert TaskSuite(tasks=own).run(speaking(), cache=False).facts["items"] == 3
     (held / "README.md").write_text("---\nconfigs:\n- data_files: https://example.org/x.jsonl\n---\n")
     refused(
         "README.md of .* names https://example.org/x.jsonl, and nothing is fetched",

@@ -65,6 +65,22 @@ class TaskFile:
         return beside if beside.is_dir() else self.data / self.dataset
 
     @property
+    def prepared(self) -> Path | None:
+        """Where `datasets` has prepared it before, this part of it."""
+        from datasets import config
+
+        place = Path(config.HF_DATASETS_CACHE) / self.dataset.replace("/", "___")
+        return next(iter(sorted(place.glob(f"{self.settings.get('dataset_name') or 'default'}*"))), None)
+
+    @property
+    def place(self) -> Path:
+        """What its data is read from."""
+        if not self.dataset:
+            return self.file.parent
+        prepared = None if self.folder.is_dir() else self.prepared
+        return self.folder if prepared is None else prepared
+
+    @property
     def files(self) -> list[Path]:
         """The data files that it names."""
         found: list[Path] = []
@@ -80,7 +96,7 @@ class TaskFile:
 
     def stamped(self) -> list[Any]:
         """What tells that the task or its data is another one now."""
-        places = [str(file) for file in self.files] or ([str(self.folder)] if self.dataset else [])
+        places = [str(file) for file in self.files] or ([str(self.place)] if self.dataset else [])
         return [self.name, repr(sorted(self.settings.items())), *[stamp(place) for place in places]]
 
 
@@ -301,7 +317,7 @@ def check_data(task: TaskFile) -> None:
         raise BadInput(
             f"tasks: the README.md of {task.folder} names {remote}, and nothing is fetched; remove it"
         )
-    elif not task.folder.is_dir() and not in_hub_cache(task.dataset):
+    elif not task.folder.is_dir() and task.prepared is None:
         raise BadInput(
             f"tasks: the data set {task.dataset} of {task.name!r} is not on this disk, and nothing is "
             f"fetched; put its files into {task.folder}, or give as task-data the folder that holds "
@@ -320,13 +336,6 @@ def described(folder: Path) -> Iterator[str]:
     except (yaml.YAMLError, RecursionError, ValueError):
         return
     yield from leaves(said.get("configs")) if isinstance(said, dict) else ()
-
-
-def in_hub_cache(dataset: str) -> bool:
-    """Whether `datasets` has prepared it here before."""
-    from datasets import config
-
-    return (Path(config.HF_DATASETS_CACHE) / dataset.replace("/", "___")).is_dir()
 
 
 def build(task: TaskFile, shots: int) -> Any:
@@ -358,7 +367,7 @@ def build(task: TaskFile, shots: int) -> Any:
         except Exception as error:
             raise BadInput(
                 f"tasks: {task.name!r} of {task.file} does not open: {type(error).__name__}: "
-                f"{one_line(str(error))[:300]}"
+                f"{one_line(str(error))[:300]}; its data is read from {task.place}"
             ) from None
 
 
