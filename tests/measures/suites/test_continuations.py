@@ -7,7 +7,8 @@ import torch
 
 from tests.measures.suites.speaking import WORDS, speaking
 from workbench import BadInput
-from workbench.measures.suites.continuations import answered, asked_of, batches
+from workbench.measures.suites import continuations
+from workbench.measures.suites.continuations import answered, asked_of, batches, planned
 
 
 def some_pairs(count: int = 20) -> list[tuple[list[int], list[int]]]:
@@ -72,3 +73,53 @@ def test_what_has_no_probability_is_refused():
         answered(on, [([1], [2] * 35)])
     with pytest.raises(BadInput, match=f"gives id {WORDS} and the model says {WORDS} words"):
         answered(on, [([1, 2], [WORDS])])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_context_is_read_once_for_its_choices(architecture, monkeypatch):
+    """The same answers with fewer tokens read; a model that answers otherwise reads everything whole."""
+    on = speaking(architecture)
+    generator = torch.Generator().manual_seed(7)
+    words = torch.randint(0, WORDS, (4, 4, 50), generator=generator).tolist()
+    pairs = [(item[0], choice[: 3 + 2 * k]) for item in words for k, choice in enumerate(item)]
+    pairs += [(words[0][0], [7]), (words[0][0][:40], words[0][0][40:])]
+    texts = asked_of(pairs, 512)
+    work = planned(texts, 2048, 64)
+    assert sorted(batch.shared for batch in work) == [0, 49, 49, 49, 49]
+    assert sum(len(batch.texts) for batch in work) == len(texts)
+    read: list[int] = []
+
+    def count(module, args, call):
+        read.append((args[0] if args else call["input_ids"]).numel())
+
+    on.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    found = answered(on, pairs)
+    kept = sum(read)
+    read.clear()
+    monkeypatch.setattr(continuations, "least_shared", lambda on: 10**9)
+    whole = answered(on, pairs)
+    assert kept < 0.7 * sum(read)  # with the first context read both ways
+    for one, two, (context, tokens) in zip(found, whole, pairs, strict=True):
+        assert one[1] == two[1] and one[0] == pytest.approx(two[0], abs=1e-4)
+        assert one[0] == pytest.approx(by_hand(on, context, tokens, 512)[0], abs=1e-4)
+    monkeypatch.undo()
+    plain = continuations.asked_together
+    wrong = lambda on, texts, shared=0, cache=None: [  # noqa: E731
+        (place, (log_p - 1.0 * (shared > 0), greedy)) for place, (log_p, greedy) in plain(on, texts)
+    ]
+    monkeypatch.setattr(continuations, "asked_together", wrong)
+    assert [a[0] for a in answered(on, pairs)] == pytest.approx([a[0] for a in whole], abs=1e-4)
+
+
+def test_a_model_without_a_cache_of_that_kind_reads_everything():
+    """Kind: what an architecture lacks costs time, not the answer."""
+    on, pairs = speaking(), [([*range(100)], [k, k + 1]) for k in range(5)]
+    expected = [by_hand(on, context, tokens, 512)[0] for context, tokens in pairs]
+    forward = on.model.forward
+
+    def refusing(**call):
+        assert call.get("past_key_values") is None, "no cache here"
+        return forward(**call)
+
+    on.model.forward = refusing
+    assert [a[0] for a in answered(on, pairs)] == pytest.approx(expected, abs=1e-4)

@@ -3,7 +3,9 @@
     ln p(c | x) = sum_t ln p(c_t | x, c_<t)      in nats
 
 Batches hold a fixed number of tokens, and (tokens, vocabulary) never exists: the head is applied to the rows
-that are asked for, a chunk at a time.
+that are asked for, a chunk at a time. The choices of an item have one context, often of many more tokens;
+where that saves enough it is read once, and its keys and values are kept for all of them. A model has to give
+the same answers both ways on the first such context, else it reads everything whole.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from workbench.errors import BadInput
 from workbench.kernels.sequence.unpadded import unpadded
 from workbench.measures.language import chunk_length
-from workbench.storage.resident import trim
+from workbench.storage.resident import disk, trim
 from workbench.subjects import Subject
 from workbench.subjects.changes import computed_once
 from workbench.subjects.layers import block_after_block
@@ -46,15 +48,32 @@ class Asked:
 
     read : the context and the continuation without its last token
     wanted : (place among the pairs, tokens of the continuation)
+    context : what others may be asked after as well; empty where it was cut
     """
 
     read: tuple[int, ...]
     wanted: list[tuple[int, Sequence[int]]]
+    context: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
         """Positions whose next token is asked for: the last ones."""
         return max(len(tokens) for _, tokens in self.wanted)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts that are read together; the first `shared` tokens are those of all of them."""
+
+    texts: list[Asked]
+    shared: int = 0
+
+
+@dataclass
+class Trust:
+    """Whether a model has given the same answers after a context that was kept; None before it was tried."""
+
+    earned: bool | None = None
 
 
 def longest(on: Subject) -> int:
@@ -74,7 +93,8 @@ def asked_of(pairs: Sequence[Pair], length: int) -> list[Asked]:
                 "item out, or take a model that reads more"
             )
         read = (*context, *tokens)[-(length + 1) : -1]
-        found.setdefault(read, Asked(read, [])).wanted.append((place, tokens))
+        whole = tuple(context) if len(context) + len(tokens) <= length + 1 else ()
+        found.setdefault(read, Asked(read, [], whole)).wanted.append((place, tokens))
     return sorted(found.values(), key=lambda text: -len(text.read))
 
 
@@ -90,12 +110,38 @@ def batches(texts: Iterable[Asked], tokens: int) -> Iterator[list[Asked]]:
         yield batch
 
 
+def planned(texts: Sequence[Asked], tokens: int, least: int) -> list[Batch]:
+    """Batches; the texts after one context together where at least so many tokens are not read again."""
+    families: dict[tuple[int, ...], list[Asked]] = {}
+    for text in texts:
+        families.setdefault(text.context, []).append(text)
+    found, others = list[Batch](), list[Asked]()
+    for context, family in families.items():
+        shared = min(len(context), *(len(text.read) - text.rows + 1 for text in family)) - 1
+        rest = max(len(text.read) for text in family) - shared
+        if shared > 0 and (len(family) - 1) * shared >= least and len(family) * rest <= tokens:
+            found.append(Batch(family, shared))
+        else:
+            others += family
+    others.sort(key=lambda text: -len(text.read))
+    return found + [Batch(texts) for texts in batches(others, tokens)]
+
+
+def least_shared(on: Subject) -> int:
+    """Tokens that are worth another call of the model, fewer where each takes long; of a model that lies in
+    files none are.
+    """
+    if disk() is not None:
+        return 10**9
+    return 2048 if on.device.type == "cuda" else 64
+
+
 @torch.no_grad()
 def answered(
     on: Subject,
     pairs: Sequence[Pair],
     tokens: int = 2048,
-    track: Callable[[list[list[Asked]]], Iterable[list[Asked]]] = iter,
+    track: Callable[[list[Batch]], Iterable[Batch]] = iter,
     remembered: Callable[[int, Measure], list[Placed]] = lambda batch, measure: measure(),
 ) -> list[Answer | None]:
     """The answer to each pair, in their order; None for those that `track` did not come to.
@@ -104,18 +150,70 @@ def answered(
     remembered : gives the answers of the n-th batch, measured or known from before
     """
     found: list[Answer | None] = [None] * len(pairs)
-    work = list(batches(asked_of(pairs, longest(on)), tokens))
+    trust = Trust()
+    work = planned(asked_of(pairs, longest(on)), tokens, least_shared(on))
     on.model.eval()
     trim()
     with computed_once(on.model), unpadded(on.model), block_after_block(on.model):
-        for batch, texts in enumerate(track(work)):
-            for place, answer in remembered(batch, functools.partial(answers, on, texts)):
+        for number, batch in enumerate(track(work)):
+            for place, answer in remembered(number, functools.partial(answers, on, batch, tokens, trust)):
                 found[place] = answer
     return found
 
 
-def answers(on: Subject, texts: Sequence[Asked]) -> list[Placed]:
-    """For a batch."""
+def answers(on: Subject, batch: Batch, tokens: int, trust: Trust) -> list[Placed]:
+    """For a batch, its context read once where the model is trusted with that."""
+    if not batch.shared:
+        return asked_together(on, batch.texts)
+    kept = None if trust.earned is False else after_context(on, batch)
+    if kept is not None and trust.earned:
+        return kept
+    whole = [each for texts in batches(batch.texts, tokens) for each in asked_together(on, texts)]
+    trust.earned = kept is not None and alike(kept, whole, on)
+    return whole
+
+
+def alike(one: list[Placed], two: list[Placed], on: Subject) -> bool:
+    """Equal but for the rounding of the dtype that the model computes in."""
+    parameter = next(on.model.parameters(), None)
+    wide_enough = parameter is None or parameter.dtype in (torch.float32, torch.float64)
+    near = 1e-4 if wide_enough else 3e-2
+    known = dict(two)
+    return all(abs(log_p - known[place][0]) <= near * (1 + abs(log_p)) for place, (log_p, _) in one)
+
+
+def after_context(on: Subject, batch: Batch) -> list[Placed] | None:
+    """For texts after one context, whose keys and values are computed once; None for a model that cannot."""
+    from transformers import DynamicCache
+
+    config: Any = getattr(on.model, "config", None)
+    if not hasattr(config, "use_cache"):
+        return None
+    ids = torch.tensor([batch.texts[0].read[: batch.shared]], device=on.device)
+    try:
+        cache = DynamicCache(config=config)
+        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        nothing = torch.zeros(0, dtype=torch.long, device=on.device)
+        read = unspoken(
+            on.model,
+            call | {"past_key_values": cache, "use_cache": True},
+            lambda hidden: (hidden.flatten(0, 1)[:0], nothing),
+            first_tensor,
+        )
+        if read is None or any(cache.is_sliding) or cache.get_seq_length() != batch.shared:
+            return None
+        cache.batch_repeat_interleave(len(batch.texts))
+        return asked_together(on, batch.texts, batch.shared, cache)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ):  # of an architecture that keeps something else; what is wrong with all of it is seen whole
+        return None
+
+
+def asked_together(on: Subject, texts: Sequence[Asked], shared: int = 0, cache: Any = None) -> list[Placed]:
+    """The answers to texts, without their first `shared` tokens where these are in the cache."""
     width = max(len(text.read) for text in texts)
     ids = torch.zeros(len(texts), width, dtype=torch.long)
     mask, kept = torch.zeros_like(ids), torch.zeros(len(texts), width, dtype=torch.bool)
@@ -130,14 +228,13 @@ def answers(on: Subject, texts: Sequence[Asked]) -> list[Placed]:
         for _, tokens in text.wanted:
             row_of += range(end - len(tokens), end)
             token_of += tokens
-    log_p, greedy = scored(
-        on,
-        ids.to(on.device),
-        mask.to(on.device),
-        kept.to(on.device),
-        torch.tensor(row_of),
-        torch.tensor(token_of),
-    )
+    call: dict[str, Any] = {"input_ids": ids[:, shared:].to(on.device), "attention_mask": mask.to(on.device)}
+    if cache is not None:
+        call |= {"past_key_values": cache, "use_cache": True}
+    elif hasattr(getattr(on.model, "config", None), "use_cache"):
+        call["use_cache"] = False
+    kept = kept[:, shared:].to(on.device)
+    log_p, greedy = scored(on, call, kept, torch.tensor(row_of), torch.tensor(token_of))
     found, first = list[Placed](), 0
     for text in texts:
         for place, tokens in text.wanted:
@@ -148,11 +245,12 @@ def answers(on: Subject, texts: Sequence[Asked]) -> list[Placed]:
 
 
 def scored(
-    on: Subject, ids: Tensor, mask: Tensor, kept: Tensor, row_of: Tensor, token_of: Tensor
+    on: Subject, call: dict[str, Any], kept: Tensor, row_of: Tensor, token_of: Tensor
 ) -> tuple[Tensor, Tensor]:
     """ln p of tokens in double precision, and whether each is the most probable one.
 
-    ids, mask, kept : (texts, length), what is read, where it is no padding, and whose next token is asked for
+    call : the model's arguments
+    kept : (texts, length) of what is read, whose next token is asked for
     row_of, token_of : (tokens,), the kept position that each token follows, and the token
     """
 
@@ -160,10 +258,9 @@ def scored(
         rows = hidden[kept]
         return rows, torch.zeros(len(rows), dtype=torch.long, device=rows.device)
 
-    call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if hasattr(getattr(on.model, "config", None), "use_cache"):
-        call["use_cache"] = False
     before_head = unspoken(on.model, call, flat, first_tensor)
+    if before_head is None and "past_key_values" in call:
+        raise RuntimeError("the cache may have been written to")
     if before_head is None:
         rows = flat(first_tensor(on.model(**call)))[0]
         head: Callable[[Tensor], Tensor] = wide

@@ -10,7 +10,7 @@ from workbench.errors import BadInput
 from workbench.measures.finished_parts import FinishedParts
 from workbench.measures.suites.continuations import (
     Answer,
-    Asked,
+    Batch,
     Measure,
     Pair,
     Placed,
@@ -81,7 +81,7 @@ def model_class() -> Any:
             return first is not None and bool(has_bos_prefix(string, self.tokenizer.decode(first)))
 
         def answers(self, pairs: list[Pair]) -> list[Answer]:
-            def track(work: list[list[Asked]]) -> Iterable[list[Asked]]:
+            def track(work: list[Batch]) -> Iterable[Batch]:
                 return self.progress.track(work, self.label, len(work))
 
             def remembered(batch: int, measure: Measure) -> list[Placed]:
