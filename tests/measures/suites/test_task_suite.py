@@ -249,7 +249,9 @@ def test_without_data_the_folder_is_named(tmp_path, monkeypatch):
     for name in ("test", "validation"):
         (held / f"{name}.jsonl").write_text(f"{item}\n" * 3)
     asked = TaskSuite(tasks=own, task_data=str(tmp_path / "data"))
-    assert asked.run(speaking(), cache=False).facts["items"] == 3
+    alone = asked.run(speaking(), cache=False)
+    assert alone.facts["items"] == 3 == len(alone.tables["items"]) and "acc_se" in alone.facts
+    assert alone.view_model().model_fields["show"].default == "scores" and len(alone.figure().data) == 2
     with pytest.raises(BadInput, match="'own' .* does not open: .*; its data is read from .*some-data"):
         TaskSuite(tasks=task(tmp_path / "part", **named, dataset_name="part"), task_data=asked.task_data).run(
             speaking(), cache=False
@@ -331,6 +333,7 @@ def test_names_of_the_harness_mean_its_tasks_groups_and_tags(monkeypatch):
     monkeypatch.setattr(task_files, "check_data", lambda task: None)
     found = task_files.task_files("hellaswag,ai2_arc")
     assert [task.name for task in found] == ["hellaswag", "arc_challenge", "arc_easy"]
+    assert found[0].settings["process_docs"].home == root / "hellaswag"
     assert found[0].dataset == "Rowan/hellaswag" and isinstance(
         found[0].settings["process_docs"], task_files.Code
     )
@@ -370,8 +373,10 @@ def test_an_early_stop_keeps_whole_tasks(docstrings, tmp_path):
     partial = asked.between(on, speaking(noise=0.1), After(1))
     assert len(partial.table) == 0 and len(partial.figure().data) == 0 and "reference" in partial.summary()
     whole = asked.between(on, on)
+    on._memory.clear()
     for moves in range(2, 40, 12):
         part = asked.between(on, on, After(moves))
+        on._memory.clear()
         merged = part.table.merge(whole.table, how="left", indicator=True)
         assert (merged["_merge"] == "both").all()
     result = asked.run(on, After(2), cache=False)

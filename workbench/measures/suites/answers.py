@@ -100,7 +100,7 @@ def gathered(task: Any, samples: list[dict[str, Any]]) -> TaskAnswers:
     )
 
 
-def item_table(dense: TaskAnswers, changed: TaskAnswers) -> pd.DataFrame:
+def item_table(dense: TaskAnswers, changed: TaskAnswers | None = None) -> pd.DataFrame:
     """One row an item: what both chose, whether each was right by each metric, and what became of it."""
     table = pd.DataFrame(
         {
@@ -108,15 +108,17 @@ def item_table(dense: TaskAnswers, changed: TaskAnswers) -> pd.DataFrame:
             "item": dense.item,
             "question": [text[-400:] for text in dense.question],
             "target": dense.target,
-            "dense_choice": dense.chosen,
-            "changed_choice": changed.chosen,
-            "dense_loglikelihoods": [found.tolist() for found in dense.loglikelihoods],
-            "changed_loglikelihoods": [found.tolist() for found in changed.loglikelihoods],
         }
     )
-    for metric, before in dense.scores.items():
-        after = changed.scores[metric]
-        table[f"dense_{metric}"], table[f"changed_{metric}"] = before, after
+    for name, answers in (("dense", dense), ("changed", changed)):
+        if answers is None:
+            continue
+        table[f"{name}_choice"] = answers.chosen
+        table[f"{name}_loglikelihoods"] = [found.tolist() for found in answers.loglikelihoods]
+        for metric, scores in answers.scores.items():
+            table[f"{name}_{metric}"] = scores
+    for metric in dense.scores if changed is not None else ():
+        before, after = table[f"dense_{metric}"], table[f"changed_{metric}"]
         table[f"{metric}_became"] = np.select(
             [before > after, after > before, before == 1],
             ["right to wrong", "wrong to right", "stayed right"],

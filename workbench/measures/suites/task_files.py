@@ -37,7 +37,9 @@ OWN = "docstrings"
 
 
 class Code(str):
-    """A function that a task file names."""
+    """A function that a task file names, and the folder of that file."""
+
+    home: Path
 
 
 @dataclass(frozen=True)
@@ -224,13 +226,18 @@ def members(word: str, index: dict[str, Any], above: dict[str, Any]) -> Iterator
         yield entry, above
 
 
-def loader() -> type[yaml.SafeLoader]:
+def loader(home: Path) -> type[yaml.SafeLoader]:
     """Reads functions as their names."""
 
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_constructor("!function", lambda loader, node: Code(str(node.value)))
+    def function(loader: yaml.SafeLoader, node: yaml.Node) -> Code:
+        found = Code(str(node.value))
+        found.home = home
+        return found
+
+    Loader.add_constructor("!function", function)
     return Loader
 
 
@@ -240,7 +247,7 @@ def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if file in above:
         raise BadInput(f"tasks: {file} includes itself; take the `include` out")
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), Loader=loader())  # a SafeLoader
+        found = yaml.load(file.read_text(encoding="utf-8"), Loader=loader(file.parent))  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise BadInput(f"tasks: {file} cannot be read: {one_line(str(error))[:200]}") from None
     if not isinstance(found, dict):
@@ -349,7 +356,7 @@ def build(task: TaskFile, shots: int) -> Any:
     settings = {
         key: value for key, value in task.settings.items() if key not in ("tag", "group", "task_list")
     }
-    settings = resolved(settings, lambda code: _import_func_in_yml(str(code), task.file.parent))
+    settings = resolved(settings, lambda code: _import_func_in_yml(str(code), code.home))
     options = dict(settings.get("dataset_kwargs") or {})
     options.pop("trust_remote_code", None)
     if not task.dataset:

@@ -47,6 +47,13 @@ class Asked:
     tokenizer: Any
 
 
+class Unfinished(Exception):
+    """Somebody asked to stop: `answers` are those of the tasks before."""
+
+    def __init__(self, answers: list[TaskAnswers]) -> None:
+        self.answers = answers
+
+
 class TaskSuite(SubjectInstrument):
     """Does a smaller model still solve the tasks? The lm-evaluation-harness's multiple-choice and likelihood
     tasks on the subject and on any number of changed models: accuracies with their errors, recovery in %,
@@ -101,11 +108,26 @@ class TaskSuite(SubjectInstrument):
         return self.asked(dense, [changed], progress or Progress())
 
     def asked(self, dense: Subject, changed: Sequence[str | Subject], progress: Progress) -> Result:
+        files = task_files(self.tasks, self.task_data)
         with quiet():
-            tasks = [build(file, self.shots) for file in task_files(self.tasks, self.task_data)]
+            tasks = [build(file, self.shots) for file in files]
         finished = FinishedParts(self.name())
+
+        def whole() -> list[TaskAnswers]:
+            first = Asked(dense.name, dense, dense.tokenizer)
+            found = self.answers(first, tasks, progress, finished, 0)
+            if len(found) < len(tasks):
+                raise Unfinished(found)
+            return found
+
+        told = json.dumps(
+            [[file.stamped() for file in files], self.model_dump(exclude={"candidates", "device"})]
+        )
         try:
-            before = self.answers(Asked(dense.name, dense, dense.tokenizer), tasks, progress, finished, 0)
+            try:
+                before = dense.memo(("task answers", told), whole)
+            except Unfinished as part:
+                before = part.answers
             told_by_guessing(dense.name, before)
             rows, items, shown = score_rows(dense.name, before), list[pd.DataFrame](), {dense.name}
             for place, source in enumerate(changed):
@@ -123,6 +145,8 @@ class TaskSuite(SubjectInstrument):
         finally:
             finished.close()
         table = pd.DataFrame(rows, columns=[*COLUMNS, *(COMPARED if changed else ())])
+        if not changed:
+            items = [item_table(found).assign(subject=dense.name) for found in before]
         tables = {"items": pd.concat(items, ignore_index=True)} if items else {}
         return self.result(table, self.facts(dense, table, tasks), tables=tables)
 
