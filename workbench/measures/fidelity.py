@@ -256,11 +256,14 @@ def timing(model: Subject, split: str, batch_size: int, progress: Progress) -> d
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to compare, on the reference's data, and what it takes to store."""
+    """A model to compare, on the reference's data, what it takes to store, and its own tokenizer if it has
+    one.
+    """
 
     name: str
     model: Subject
     size: Size
+    tokenizer: Any = None
 
 
 def candidate(source: str, on: Subject) -> Candidate:
@@ -272,7 +275,8 @@ def candidate(source: str, on: Subject) -> Candidate:
         found = subject(source, data="random", task=on.task.name, max_length=16)
     found.model.to(on.device)
     name = (folder.stem if is_gguf(source) else folder.name) if folder.exists() else source
-    return Candidate(name, other_model(on, found), gguf_size(folder) if is_gguf(source) else size_of(found))
+    size = gguf_size(folder) if is_gguf(source) else size_of(found)
+    return Candidate(name, other_model(on, found), size, found.tokenizer)
 
 
 def stamp(source: str) -> list[Any]:
