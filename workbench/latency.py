@@ -8,6 +8,7 @@ so that sparsity that makes things slower says so.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 import weakref
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
+from workbench.measures.texts.continued import continued
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.statistics import InputCapture
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 class Latency(SubjectInstrument):
     """Median latency with quartiles, peak memory, bytes (dense and sparse-packed),
-    parameters and FLOPs on this device.
+    parameters and FLOPs on this device; of a causal language model also tokens read and written a second.
     """
 
     summary_line: ClassVar[str] = "measured milliseconds, memory, bytes and FLOPs of a subject"
@@ -45,6 +47,9 @@ class Latency(SubjectInstrument):
     repeats: int = parameter(11, "timed runs; the median and the quartiles are reported", ge=3, le=100_000)
     formats: bool = parameter(
         True, "also time every layer alone: dense, CSR, BSR and, on CUDA, 2:4 semi-structured"
+    )
+    decode_tokens: int = parameter(
+        16, "tokens that a causal language model goes on by, timed; 0: none", ge=0, le=4096, unit="tokens"
     )
     layers: str = parameter("blocks", "layers timed alone: blocks or globs")
     split: str = parameter("test", "split the batch comes from")
@@ -83,8 +88,31 @@ class Latency(SubjectInstrument):
             "flops_without_zeros": flops - zero_flops(on, layers, batch),
             "batch": " x ".join(str(n) for n in next(iter(batch.values())).shape),
         }
+        if on.task.name == "causal-lm":
+            facts["prefill_tokens_per_second"] = batch["input_ids"].numel() / quartiles[1]
+            if self.decode_tokens:
+                facts["decode_tokens_per_second"] = self.written(baked, batch["input_ids"], progress)
         rows = layer_rows(on, on.layers(self.layers), batch, self.repeats if self.formats else 0, progress)
         return self.result(pd.DataFrame(rows), facts)
+
+    def written(self, on: Subject, prompts: Tensor, progress: Progress) -> float:
+        """Tokens a second after the first, of all texts together, each behind its prompt: the median."""
+        ends: list[float] = []
+
+        def note(*called: object) -> None:
+            wait_for(on.device)
+            ends.append(time.perf_counter())
+
+        rates = []
+        handle = on.model.register_forward_hook(note)
+        try:
+            for _ in progress.track(range(self.repeats), "writing"):
+                ends.clear()
+                continued(on.model, prompts, 1 + self.decode_tokens)
+                rates.append(len(prompts) * self.decode_tokens / (ends[-1] - ends[0]))
+        finally:
+            handle.remove()
+        return statistics.median(rates) if rates else math.nan
 
 
 class LatencyResult(Result):
@@ -118,22 +146,22 @@ def timed(
 ) -> list[float]:
     """Seconds of each of `repeats` runs after two that are not counted; on CUDA the device is waited for."""
     progress = progress or Progress()
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     found = []
     for number in progress.track(range(repeats + 2), label):
-        wait()
+        wait_for(device)
         began = time.perf_counter()
         run()
-        wait()
+        wait_for(device)
         if number >= 2:
             found.append(time.perf_counter() - began)
     if len(found) < 2:
         raise BadInput("repeats: stopped before two runs were timed")
     return found
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class MemoryWatch(TorchDispatchMode):

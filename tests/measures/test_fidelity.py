@@ -45,6 +45,9 @@ def test_every_candidate_has_its_row(measured, results):
     dense = workbench.subject("bytelm")
     found = compare(dense, workbench.subject(results / "int3"), limit=6).measures()
     assert table["kl"]["int3"] == pytest.approx(found["kl"], rel=1e-4)
+    for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes"):
+        assert (table[name] > 0).all()
+    assert (table["prefill_tokens_per_second"] > table["decode_tokens_per_second"]).all()
 
 
 def test_buckets_and_domains(measured):
@@ -69,10 +72,11 @@ def test_the_figure_shows_front_quartiles_and_tolerance(measured, tmp_path):
 def test_a_second_domain_and_a_budget(results):
     dense = workbench.subject("bytelm")
     on = dense.with_split("other-domain", {k: v[:8] for k, v in dense.split("validation").items()})
-    study = Fidelity(candidates=str(results / "int3"), test_examples=4, budget=0.5, floor=False)
+    study = Fidelity(candidates=str(results / "int3"), test_examples=4, budget=0.5, floor=False, speed=False)
     found = study.run(on, cache=False)
     assert list(found.tables["domains"]["domain"]) == ["test", "other-domain"]
     assert found.table["verdict"][1] == "does not fit" and "floor" not in found.facts
+    assert "decode_tokens_per_second" not in found.table
 
 
 def test_the_key_follows_the_files(results, tmp_path):
@@ -126,6 +130,7 @@ def test_classifiers(tmp_path):
     assert flips[0] > flips[1] and row["mcnemar_p"] == mcnemar(*flips)
     assert row["verdict"] == str(verdict(*row[["kl", "kl_low", "kl_high"]], 0.03, 200))
     assert row["word"] == word(row["kl"]) != "same"
+    assert 0 < row["latency_1_ms"] < row["latency_32_ms"]
 
 
 def test_the_front():

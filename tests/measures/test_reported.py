@@ -10,8 +10,8 @@ from tests.conftest import tiny
 from tests.measures.test_measures import examples, on
 from workbench.measures import compare, reference_of
 from workbench.measures.reference import measured_beside
-from workbench.pruning import Prune
-from workbench.quantization import Quantize
+from workbench.pruning import Prune, TrainSparse
+from workbench.quantization import Quantize, TrainQuantized
 from workbench.subjects import Subject
 
 
@@ -51,6 +51,24 @@ def test_prune_reports_the_divergence(fields):
     found = study.run(dense, cache=False)
     want = compare(prepared("llama"), found.subject).measures()
     assert found.facts["kl"] == pytest.approx(want["kl"], abs=1e-6) and found.facts["kl"] > 1e-5
+
+
+@pytest.mark.parametrize("study", [TrainSparse, TrainQuantized])
+@pytest.mark.parametrize("layers", ["blocks", "*"])
+def test_training_reports_the_divergence(study, layers):
+    """All weights move, the head's among them: the reference is the subject as it came."""
+    found = study(steps=3, batch_size=2, layers=layers, learning_rate=1e-3).run(
+        prepared("llama"), cache=False
+    )
+    want = compare(prepared("llama"), found.subject).measures()
+    for name in ("kl", "kl_low", "kl_high"):
+        assert found.facts[name] == pytest.approx(want[name], abs=1e-6)
+    assert found.facts["kl"] > 1e-5
+
+
+def test_a_model_that_begins_anew_has_no_dense_one_beside_it():
+    found = TrainSparse(steps=2, batch_size=2, start="random").run(prepared("bert"), cache=False)
+    assert "kl" not in found.facts and found.facts["loss"] > 0
 
 
 def test_without_test_examples_nothing_is_asked():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -44,12 +46,14 @@ def test_every_block_layer_sees_its_inputs_once(architecture, checkpoints):
             assert moments.tokens.sum() == 2 * tokens
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_half_a_product_and_its_mirror_are_the_whole(dtype):
-    """By BLAS (float32) and by blocks of columns (anything else), added to what is there,
+@pytest.mark.parametrize("count, dtype", [(1, torch.float32), (2, torch.float32), (1, torch.float64)])
+def test_half_a_product_and_its_mirror_are_the_whole(count, dtype, request):
+    """By BLAS (float32, one thread) and by blocks of columns (anything else), added to what is there,
     exactly symmetric.
     """
-    for width in (5, 128, 300):
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(count)
+    for width in (5, 256, 600):
         rows, more = torch.randn(40, width, dtype=dtype), torch.randn(7, width, dtype=dtype)
         gram = torch.zeros(width, width, dtype=dtype)
         for part in (rows, more, rows[:0], more.T.contiguous().T):

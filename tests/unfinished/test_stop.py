@@ -31,8 +31,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 #: They start processes, which takes longer than all that they are asked for here.
 SLOW = ("critical-batch", "learning-rate-batch-size", "optimizer-comparison", "schedule-study")
-#: Too small a subject for these is none at all; other tests stop them.
-ELSEWHERE = ("flatness",)
+#: Too small a subject for these is none at all, or it has no words; other tests stop them.
+ELSEWHERE = ("flatness", "task-suite")
 
 
 class Moved(Stopped):

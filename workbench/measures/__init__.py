@@ -23,6 +23,8 @@ from workbench.measures.floor import floor_of
 from workbench.measures.language import TokenPairs, confidence_table, language_measures
 from workbench.measures.reference import Comparison, Reference, compare, reference_of
 from workbench.measures.size import Size, size_of, storage_dtype
+from workbench.measures.suites.docstring_items import docstring_tasks
+from workbench.measures.suites.task_suite import TaskSuite
 from workbench.measures.texts.side_by_side import SideBySide
 from workbench.measures.texts.token_strip import TokenStrip
 from workbench.measures.words import LEGEND, Verdict, verdict, word
@@ -37,6 +39,7 @@ __all__ = [
     "Reference",
     "SideBySide",
     "Size",
+    "TaskSuite",
     "TokenPairs",
     "TokenStrip",
     "VectorPairs",
@@ -44,6 +47,7 @@ __all__ = [
     "classification_measures",
     "compare",
     "confidence_table",
+    "docstring_tasks",
     "embedding_measures",
     "floor_of",
     "language_measures",

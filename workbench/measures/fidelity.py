@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
+from workbench.latency import Latency
 from workbench.measures.floor import floor_of
 from workbench.measures.language import TokenPairs, confidence_table
 from workbench.measures.reference import Comparison, Reference, batch_of, kind_of, other_model, reference_of
@@ -138,6 +139,10 @@ class Fidelity(SubjectInstrument):
     split: str = parameter("test", "split the texts come from")
     other_split: str = parameter("other-domain", "texts of another kind; left out where there are none")
     floor: bool = parameter(True, "also measure the reference against itself within its storage's rounding")
+    speed: bool = parameter(
+        True,
+        "also time every model on one text: tokens read and written a second, or milliseconds; its memory",
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -166,7 +171,8 @@ class Fidelity(SubjectInstrument):
             for split in self.splits(on)
             if (found := self.reference(on, split, progress)) is not None
         }
-        rows = [{"subject": on.name, **sized(size_of(on)), "verdict": "reference", "word": "same"}]
+        row = {"subject": on.name, **sized(size_of(on)), "verdict": "reference", "word": "same"}
+        rows = [row | self.costs(on, progress)]
         buckets, domains = list[pd.DataFrame](), list[dict[str, Any]]()
         for source in progress.track(self.sources, "compare"):
             if self.split not in references:
@@ -178,7 +184,7 @@ class Fidelity(SubjectInstrument):
             main = compared[self.split]
             if main is None or progress.stopped:
                 break
-            rows.append(self.row(opened, main, on))
+            rows.append(self.row(opened, main, on) | self.costs(opened.model, progress))
             domains += [
                 {"subject": opened.name, "domain": split} | domain_numbers(comparison)
                 for split, comparison in compared.items()
@@ -208,6 +214,20 @@ class Fidelity(SubjectInstrument):
         row = {"subject": opened.name, **sized(opened.size), "verdict": str(said)}
         return row | ({"word": word(numbers["kl"])} if "kl" in numbers else {}) | numbers
 
+    def costs(self, model: Subject, progress: Progress) -> dict[str, float]:
+        """What the model takes to run; kept in the cache under its fingerprint, so measured once a model."""
+        written = model.task.name == "causal-lm"
+        found: dict[str, float] = {}
+        for count in (1,) if written else (1, 32):
+            if not self.speed or progress.stopped:
+                break
+            facts = timing(model, self.split, count, progress)
+            if facts and not written:
+                found[f"latency_{count}_ms"] = facts["median_ms"]
+            wanted = ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
+            found |= {name: facts[name] for name in wanted if name in facts}
+        return found
+
     def facts(
         self, on: Subject, table: pd.DataFrame, reference: Reference | None, progress: Progress
     ) -> dict[str, Any]:
@@ -223,13 +243,27 @@ class Fidelity(SubjectInstrument):
         return facts | {"words": LEGEND}
 
 
+def timing(model: Subject, split: str, batch_size: int, progress: Progress) -> dict[str, float]:
+    """The facts of `Latency` on one batch; none when somebody stopped it."""
+    settings = Latency(batch_size=batch_size, repeats=3, formats=False, decode_tokens=8, split=split)
+    try:
+        return settings.run(model, progress.quiet()).facts
+    except BadInput:
+        if progress.stopped:
+            return {}
+        raise
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A model to compare, on the reference's data, and what it takes to store."""
+    """A model to compare, on the reference's data, what it takes to store, and its own tokenizer if it has
+    one.
+    """
 
     name: str
     model: Subject
     size: Size
+    tokenizer: Any = None
 
 
 def candidate(source: str, on: Subject) -> Candidate:
@@ -241,7 +275,8 @@ def candidate(source: str, on: Subject) -> Candidate:
         found = subject(source, data="random", task=on.task.name, max_length=16)
     found.model.to(on.device)
     name = (folder.stem if is_gguf(source) else folder.name) if folder.exists() else source
-    return Candidate(name, other_model(on, found), gguf_size(folder) if is_gguf(source) else size_of(found))
+    size = gguf_size(folder) if is_gguf(source) else size_of(found)
+    return Candidate(name, other_model(on, found), size, found.tokenizer)
 
 
 def stamp(source: str) -> list[Any]:

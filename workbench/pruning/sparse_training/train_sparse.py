@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from workbench.errors import BadInput
+from workbench.measures.reference import measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.pruning.axes import SALIENCY, SPARSITY_ALLOCATION, SPARSITY_SCHEDULE, scores_weights
 from workbench.pruning.pattern import NM, Tiles
@@ -161,8 +162,11 @@ class TrainSparse(SparsePlan):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         teacher = on.copy() if self.objective.has("teacher") else None
+        reference = None
         if self.start == "random":
             on = reinitialised(on, self.seed)
+        else:
+            reference = reference_of(on, self.test_split, progress=progress, changing=True)
         was = {name: p.requires_grad for name, p in on.model.named_parameters()}
         layers = on.layers(self.layers)
         generator = torch.Generator().manual_seed(self.seed)
@@ -188,7 +192,7 @@ class TrainSparse(SparsePlan):
         facts = course.facts() | {"diverged": any(row["diverged"] for row in learned)}
         stages = pd.DataFrame(learned)
         if not progress.stopped and not facts["diverged"]:
-            facts |= on.evaluate(self.test_split, progress=progress)
+            facts |= measured_beside(reference, on, self.test_split, progress=progress)
         if self.stages > 1 and "accuracy" in stages:
             facts["cumulative_error"] = float((1 - stages.accuracy).sum())
         final = {layer.name: mask_in_force(layer) for layer in on.layers(self.layers)}

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from workbench.errors import BadInput
+from workbench.measures.reference import measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.quantization.activations.attention import (
     order_of,
@@ -125,6 +126,9 @@ class TrainQuantized(TrainedSettings):
             order_of(on, [])
 
     def _run(self, on: Subject, progress: Progress) -> Result:
+        reference = None
+        if not self.from_scratch:
+            reference = reference_of(on, "test", self.test_examples, progress, changing=True)
         dense = on.evaluated("test", self.test_examples)
         objective = Objective(self, on)
         if self.from_scratch:
@@ -141,7 +145,7 @@ class TrainQuantized(TrainedSettings):
             tensor.requires_grad_(wanted)
         facts: dict[str, Any] = {"switch_step": course.switch} | {f"dense_{k}": v for k, v in dense.items()}
         if not progress.stopped:
-            facts |= on.evaluate("test", limit=self.test_examples, progress=progress)
+            facts |= measured_beside(reference, on, "test", self.test_examples, progress)
         tables = {"widths": widths} if len(widths) else {}
         if tables:
             facts["average_width"] = float(
