@@ -62,7 +62,8 @@ ENTRIES: list[tuple[Any, str, Any]] = [
     (subject, "unpadded", unpadded.unpadded),
     (obs, "damped", damping.damped),
     (ziplm, "damped", damping.damped),
-    (feedback, "damped", damping.damped),
+    (feedback, "factor_from_the_last", damping.factor_from_the_last),
+    (obs, "factor_from_the_last", damping.factor_from_the_last),
     (sequential, "damped", damping.damped),
 ]
 
