@@ -32,6 +32,10 @@ INSTALL = "pip install 'model-workbench[eval]'"
 ANSWERED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 #: Readers of `datasets` for files that hold data only: no pickles, no archives, no databases.
 READERS = ("json", "csv", "parquet", "arrow", "text")
+#: What a task file cannot decide: what is fetched, what runs, and where things are written.
+IGNORED = ("cache_dir", "download_config", "download_mode", "storage_options", "token", "trust_remote_code")
+#: Values in a task file.
+MOST = 100_000
 #: The tasks that the workbench makes itself.
 OWN = "docstrings"
 
@@ -259,7 +263,7 @@ def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         part.pop("task_list", None)
         merged |= part
     merged |= {str(key): value for key, value in found.items()}
-    if not within_harness(file) and (code := next(codes(merged), "")):
+    if (code := next(iter(sorted(codes(merged, file))), "")) and not within_harness(file):
         raise BadInput(
             f"tasks: {file} names the function {code}, whose code would run with your rights; task files are "
             "read as data: write it as a template ({{...}}) or prepare the data beforehand"
@@ -267,16 +271,17 @@ def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged
 
 
-def codes(value: Any) -> Iterator[str]:
-    """The functions that are named anywhere in it."""
-    if isinstance(value, Code):
-        yield str(value)
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from codes(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from codes(inner)
+def codes(value: Any, file: Path) -> Iterator[str]:
+    """The functions that are named anywhere in it; `BadInput` where references make it endless."""
+    left, seen = [value], 0
+    while left:
+        found, seen = left.pop(), seen + 1
+        if seen > MOST:
+            raise BadInput(f"tasks: {file} unfolds to more than {MOST:,} values; write it without references")
+        if isinstance(found, Code):
+            yield str(found)
+        elif isinstance(found, (dict, list)):
+            left += found.values() if isinstance(found, dict) else found
 
 
 def leaves(value: Any) -> Iterator[str]:
@@ -306,10 +311,28 @@ def check_answerable(task: TaskFile) -> None:
             f"tasks: {task.name!r} asks for {kind}, and texts are not generated here; tasks that work are "
             f"{', '.join(ANSWERED)}"
         )
-    metrics = task.settings.get("metric_list") or []
-    if any(isinstance(each, dict) and each.get("hf_evaluate") for each in metrics):
-        raise BadInput(f"tasks: {task.name!r} loads code for a metric (hf_evaluate); give it acc or acc_norm")
+    if task.settings.get("use_prompt"):
+        raise BadInput(
+            f"tasks: {task.name!r} takes its prompt from elsewhere (use_prompt); write it as doc_to_text"
+        )
+    listed = task.settings.get("metric_list") or []
+    for metric in listed if isinstance(listed, list) else [listed]:
+        check_metric(task.name, metric)
     check_data(task)
+
+
+def check_metric(name: str, said: Any) -> None:
+    """What is not among the harness's own metrics it looks for elsewhere, as code."""
+    import lm_eval.api.metrics  # noqa: F401 (registers them)
+    from lm_eval.api.registry import metric_registry
+
+    metric = said.get("metric") if isinstance(said, dict) else said
+    known = isinstance(metric, Code) or (isinstance(metric, str) and metric in metric_registry)
+    if not known or (isinstance(said, dict) and said.get("hf_evaluate")):
+        raise BadInput(
+            f"tasks: {name!r} has the metric {metric!r}, which is none of the harness's own and would be "
+            "loaded as code; give it acc or acc_norm, perplexity, word_perplexity, bits_per_byte"
+        )
 
 
 def check_data(task: TaskFile) -> None:
@@ -358,7 +381,7 @@ def build(task: TaskFile, shots: int) -> Any:
     }
     settings = resolved(settings, lambda code: _import_func_in_yml(str(code), code.home))
     options = dict(settings.get("dataset_kwargs") or {})
-    options.pop("trust_remote_code", None)
+    options = {name: value for name, value in options.items() if name not in IGNORED}
     if not task.dataset:
         options |= {"data_files": absolute(task.settings["dataset_kwargs"]["data_files"], task)}
     elif task.folder.is_dir():
