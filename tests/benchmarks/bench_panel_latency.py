@@ -1,13 +1,15 @@
 """Milliseconds from a key pressed on a panel's slider to the new figure painted,
 in a real JupyterLab in headless Chromium.
 
-    python -m tests.benchmarks.bench_panel_latency [spectrum | formats | formats-minilm]
+    python -m tests.benchmarks.bench_panel_latency [spectrum | spectrum-smollm2 | formats | formats-minilm
+        | formats-smollm2 | sparsity-minilm | sparsity-smollm2 | sparsity-smollm2-head]
 
 `spectrum` redraws a result with another view setting; `formats` rounds a layer anew and draws the format's
-grid over its weights (on MiniLM: the first layer of a feed-forward, 1536 x 384). Measured in the page: from
-the keydown event until the figure is updated, and until it has been on the screen for two frames. The way is
-page, server, kernel, figure, kernel, server, page, Plotly. Prints median and 90th percentile of 40 presses
-and how long the kernel's own part (computing, drawing up the figure, packing it) takes.
+grid over its weights (on MiniLM: the first layer of a feed-forward, 1536 x 384; on SmolLM2 1536 x 576);
+`sparsity` moves a mask's threshold and draws its bitmap (of the head: 49,152 x 576). Measured in the page:
+from the keydown event until the figure is updated, and until it has been on the screen for two frames. The
+way is page, server, kernel, figure, kernel, server, page, Plotly. Prints median and 90th percentile of 40
+presses and how long the kernel's own part (computing, drawing up the figure, packing it) takes.
 """
 
 from __future__ import annotations
@@ -25,19 +27,37 @@ PRESSES = 40
 SPECTRUM = """\
 import time, widgets, workbench
 from workbench.curvature import Spectrum
-panel = widgets.panel(Spectrum, workbench.subject("digits-vit"), probes=2, steps=8, examples=64)
+panel = widgets.panel(Spectrum, workbench.subject("{subject}"), {fields})
 panel.job.start(); panel.job.wait()
 panel"""
 FORMATS = """\
 import time, widgets.quantization, workbench
 panel = widgets.quantization.FormatPanel(workbench.subject("{subject}"), "{layers}")
 panel"""
+SPARSITY = """\
+import time, widgets.sparsity, workbench
+on = workbench.subject("{subject}")
+panel = widgets.sparsity.SparsityPanel(on, "magnitude", layers="{layers}", gradients=4)
+panel.job.start(); panel.job.wait()
+panel"""
+VIEW = "packed(widgets.PlotView(panel.result.figure(**panel.view)).spec)"
+MASKS = "panel.threshold(); packed(panel.plot.spec)"
+FEED_FORWARD = {"minilm-docstrings": "*layer.0.intermediate*", "smollm2": "*layers.0.mlp.gate_proj"}
 PANELS = {  # cell, the slider's field and the way it can go first, the kernel's own part
     "spectrum": (
-        SPECTRUM,
+        SPECTRUM.format(subject="digits-vit", fields="probes=2, steps=8, examples=64"),
         "batch",
         "Left",
-        "packed(widgets.PlotView(panel.result.figure(**panel.view)).spec)",
+        VIEW,
+    ),
+    "spectrum-smollm2": (
+        SPECTRUM.format(
+            subject="smollm2",
+            fields='layers="model.layers.29.*", probes=1, steps=4, examples=2, batch_size=1',
+        ),
+        "batch",
+        "Left",
+        VIEW,
     ),
     "formats": (
         FORMATS.format(subject="digits-vit", layers="blocks"),
@@ -45,12 +65,23 @@ PANELS = {  # cell, the slider's field and the way it can go first, the kernel's
         "Right",
         "panel.draw(); packed(panel.plot.spec)",
     ),
-    "formats-minilm": (
-        FORMATS.format(subject="minilm-docstrings", layers="*layer.0.intermediate*"),
-        "bits",
-        "Right",
-        "panel.draw(); packed(panel.plot.spec)",
-    ),
+    **{
+        f"formats-{label}": (
+            FORMATS.format(subject=name, layers=FEED_FORWARD[name]),
+            "bits",
+            "Right",
+            "panel.draw(); packed(panel.plot.spec)",
+        )
+        for label, name in (("minilm", "minilm-docstrings"), ("smollm2", "smollm2"))
+    },
+    **{
+        f"sparsity-{label}": (SPARSITY.format(subject=name, layers=layers), "sparsity", "Right", MASKS)
+        for label, name, layers in (
+            ("minilm", "minilm-docstrings", FEED_FORWARD["minilm-docstrings"]),
+            ("smollm2", "smollm2", FEED_FORWARD["smollm2"]),
+            ("smollm2-head", "smollm2", "lm_head"),
+        )
+    },
 }
 KERNEL = """\
 from widgets.plot import packed

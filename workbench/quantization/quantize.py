@@ -27,7 +27,7 @@ from workbench.quantization.quantize_result import QuantizeResult
 from workbench.quantization.quantize_settings import QuantizeSettings
 from workbench.quantization.quantized_layer import ranges_for
 from workbench.quantization.rounding.feedback import Factors
-from workbench.quantization.rounding_order import Inputs, RoundingOrder, Source, round_layer
+from workbench.quantization.rounding_order import Inputs, RoundingOrder, Source, round_layers
 from workbench.quantization.rounds import Rounds
 from workbench.quantization.transform.flatquant import input_rows
 from workbench.results import Result
@@ -84,9 +84,12 @@ class Quantize(QuantizeSettings):
     def try_part(self, on: Subject, *part: Any) -> None:
         layers, moments = part
         factors, rounds = Factors(), Rounds(self, keeps_dense=False)
-        for layer in layers:
-            source = Source(moments[layer.name], torch.Generator().manual_seed(self.seed), factors)
-            rounds.add(layer, *round_layer(self, layer, source), moments[layer.name])
+        sources = {
+            layer.name: Source(moments[layer.name], torch.Generator().manual_seed(self.seed), factors)
+            for layer in layers
+        }
+        for layer, found in zip(layers, round_layers(self, layers, sources), strict=True):
+            rounds.add(layer, *found, moments[layer.name])
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         layers = on.layers(self.layers)

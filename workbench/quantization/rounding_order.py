@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,7 @@ from workbench.subjects import Layer, Subject
 Rounded = tuple[Tensor, Grid, Term | None]
 Placed = tuple[Layer, Tensor, Grid, Term | None, InputMoments]
 KEPT = 256 << 20  # bytes of second moments that are kept with a subject, for the next run on it
+TOGETHER = 1 << 21  # weights that are rounded as one matrix at most: more are no faster, and take memory
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,63 @@ def round_layer(settings: QuantizeSettings, layer: Layer, source: Source) -> Rou
     return values, grid, (torch.stack(ups), torch.stack(downs))
 
 
+def round_layers(
+    settings: QuantizeSettings, layers: Sequence[Layer], sources: Mapping[str, Source]
+) -> Iterator[Rounded]:
+    """What `round_layer` gives for each of these layers, one after another; neighbours that read the same
+    (query, key and value, gate and up) are rounded as one matrix where each row is rounded by itself.
+    """
+    group: list[Layer] = []
+    for layer in layers:
+        if group and not can_join(settings, group, layer, sources):
+            yield from round_group(settings, group, sources)
+            group = []
+        group.append(layer)
+    if group:
+        yield from round_group(settings, group, sources)
+
+
+def can_join(
+    settings: QuantizeSettings, group: Sequence[Layer], layer: Layer, sources: Mapping[str, Source]
+) -> bool:
+    """Whether a layer reads what those of the group do, and nothing but the inputs, the format and its own
+    weights decides about any row of them.
+    """
+    first, format = group[0], settings.format_for(layer.name)
+    plain = settings.transform == "none" and settings.adapter == "none" and settings.salient == "none"
+    if not plain or not settings.rounding.has("rows apart") or settings.granularity == "tensor":
+        return False
+    if format.scale not in ("real", "e8m0") or format != settings.format_for(first.name):
+        return False
+    if len(first.shape) != 2 or len(layer.shape) != 2:
+        return False
+    if sum(math.prod(each.shape) for each in (*group, layer)) > TOGETHER:
+        return False
+    one, other = sources[first.name].moments.gram, sources[layer.name].moments.gram
+    if one is None or other is None:
+        return False
+    return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
+
+
+def round_group(
+    settings: QuantizeSettings, group: Sequence[Layer], sources: Mapping[str, Source]
+) -> list[Rounded]:
+    """Layers that read the same, their rows one under the other."""
+    if len(group) == 1:
+        return [round_layer(settings, group[0], sources[group[0].name])]
+    parts = [problems(settings, layer, sources[layer.name])[0] for layer in group]
+    mask = None
+    if any(part.mask is not None for part in parts):
+        every = [torch.ones_like(part.weight, dtype=torch.bool) for part in parts]
+        mask = torch.cat([e if p.mask is None else p.mask for e, p in zip(every, parts, strict=True)])
+    whole = replace(parts[0], weight=torch.cat([part.weight for part in parts]), mask=mask)
+    values, grid = round_matrix(settings, whole)
+    rows = [len(part.weight) for part in parts]
+    zeros = [None] * len(rows) if grid.zero is None else grid.zero.split(rows)
+    own = zip(values.split(rows), grid.scale.split(rows), zeros, strict=True)
+    return [(value, replace(grid, scale=scale, zero=zero), None) for value, scale, zero in own]
+
+
 def rounded_expert(settings: QuantizeSettings, layer: Layer, source: Source, expert: int) -> Tensor:
     """(out, in) what one expert of a layer computes with when it is rounded by itself."""
 
@@ -186,10 +244,14 @@ class RoundingOrder:
                     self.rounds.take(visit.layers, visit.record)
                     self.generator.set_state(torch.tensor(visit.record["generator"], dtype=torch.uint8))
                     continue
-                for layer in self.progress.track(visit.layers, "rounding"):
-                    moments = visit.moments[layer.name]
-                    source = Source(moments, self.generator, self.factors, seen=self.seen)
-                    yield layer, *round_layer(self.settings, layer, source), moments
+                moments = visit.moments
+                sources = {
+                    layer.name: Source(moments[layer.name], self.generator, self.factors, seen=self.seen)
+                    for layer in visit.layers
+                }
+                found = round_layers(self.settings, visit.layers, sources)
+                for layer, each in zip(self.progress.track(visit.layers, "rounding"), found, strict=False):
+                    yield layer, *each, moments[layer.name]
                 self.factors = Factors()
                 visit.record = self.rounds.record(visit.layers)
                 visit.record["generator"] = self.generator.get_state().tolist()
@@ -228,10 +290,10 @@ class RoundingOrder:
         for block, mine in groups:
             if self.progress.stopped:
                 return
-            sources = self.sources(block, mine)
-            for layer in self.progress.track(mine, "rounding"):
-                source = replace(sources[layer.name], seen=self.seen)
-                yield layer, *round_layer(self.settings, layer, source)
+            sources = {name: replace(own, seen=self.seen) for name, own in self.sources(block, mine).items()}
+            found = round_layers(self.settings, mine, sources)
+            for layer, each in zip(self.progress.track(mine, "rounding"), found, strict=False):
+                yield layer, *each
 
     def sources(self, block: str, layers: Sequence[Layer]) -> dict[str, Source]:
         """What the layers of a block read, measured anew where the blocks before it are rounded already."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -121,3 +123,51 @@ def test_singular_second_moments(gram: Tensor) -> None:
     grid = fit(weight, named("int4"))
     values = gptq(weight, linear_feedback(gram, 0.01), grid)
     assert torch.isfinite(values).all() and torch.allclose(grid.round(values), values, atol=1e-6)
+
+
+def lopsided(gram: Tensor) -> Tensor:
+    """The entries above the diagonal a little off, as a product in single precision leaves them."""
+    return gram + (1e-6 * gram).triu(1)
+
+
+@pytest.mark.parametrize("of", [Tensor.clone, Tensor.double, lopsided])
+def test_the_factor_in_place_is_the_factor(
+    layer: tuple[Tensor, Tensor], of: Callable[[Tensor], Tensor]
+) -> None:
+    """An operation that writes into its input reads what the one beside it reads, and leaves the caller's
+    tensors alone.
+    """
+    gram = of(layer[1])
+    before = gram.clone()
+    lower = torch.linalg.cholesky(damped(gram, 0.01).flip(0, 1)).flip(0, 1)
+    assert torch.equal(linear_feedback(gram, 0.01), lower / lower.diagonal())
+    assert torch.equal(gram, before)
+
+
+@pytest.mark.parametrize("stored", ["as it is", "transposed", "in double precision"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_weights_and_feedback_are_left_alone(
+    layer: tuple[Tensor, Tensor], stored: str, ordered: bool
+) -> None:
+    """An operation that works in place works on copies."""
+    weight, gram = layer
+    plain = weight
+    if stored == "transposed":
+        weight = weight.T.contiguous().T
+    if stored == "in double precision":
+        weight = weight.double()
+    before, feedback = weight.clone(), linear_feedback(gram, 0.01)
+    again, grid = feedback.clone(), fit(plain, named("uint4"), "group", 32)
+    order = torch.randperm(96) if ordered else None
+    found = gptq(weight, feedback, grid, order=order)
+    assert torch.equal(found, gptq(plain, feedback, grid, order=order))
+    moving, _ = gptq_with_moving_scales(weight, feedback, named("uint4"), 32, "minmax")
+    assert torch.equal(moving, gptq_with_moving_scales(plain, feedback, named("uint4"), 32, "minmax")[0])
+    assert torch.equal(weight, before) and torch.equal(feedback, again)
+
+
+@pytest.mark.parametrize("name", ["int3", "uint4", "int8-odd", "e2m1", "e4m3fn", "nf4", "fixed8.4"])
+def test_rounding_that_may_write_gives_the_same(name: str) -> None:
+    element = named(name).element
+    x = torch.cat([torch.randn(500) * element.highest, torch.arange(-20, 20) / 2, torch.tensor([0.0, -0.0])])
+    assert torch.equal(element.round_into(x.clone()), element.round(x))

@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 
 from workbench.errors import BadInput
+from workbench.measures.reference import measured_beside, reference_of
 from workbench.progress import Progress
 from workbench.pruning.axes import SALIENCY, SPARSITY_ALLOCATION, SPARSITY_SCHEDULE, scores_weights
 from workbench.pruning.pattern import NM, Tiles
 from workbench.pruning.recovery.trainable import parse_blocks
-from workbench.measures.reference import measured_beside, reference_of
 from workbench.pruning.sparse_training import block_movement
 from workbench.pruning.sparse_training.plan import SparsePlan
 from workbench.pruning.sparse_training.run import Course

@@ -29,7 +29,7 @@ from workbench.quantization.quantize_result import choices
 from workbench.quantization.quantized_layer import layer_row, moments_for
 from workbench.quantization.rounding.feedback import Factors
 from workbench.quantization.rounding.rounding import ROUNDING
-from workbench.quantization.rounding_order import Source, round_layer
+from workbench.quantization.rounding_order import Rounded, Source, round_layers
 from workbench.results import Result
 from workbench.subjects import Batch, Layer, Subject
 
@@ -397,12 +397,18 @@ def candidates(
     rows: dict[str, list[dict[str, Any]]] = {}
     deltas: dict[str, list[Tensor]] = {}
     factors = Factors()
-    for layer in layers:
+
+    def roundings(quantizer: Quantize) -> Iterator[Rounded]:
+        sources = {
+            layer.name: Source(moments[layer.name], torch.Generator().manual_seed(quantizer.seed), factors)
+            for layer in layers
+        }
+        return round_layers(quantizer, layers, sources)
+
+    for layer, *found in zip(layers, *map(roundings, quantizers), strict=True):
         weight = layer.weight.detach()
         rows[layer.name], deltas[layer.name] = [], []
-        for quantizer in quantizers:
-            generator = torch.Generator().manual_seed(quantizer.seed)
-            values, grid, _ = round_layer(quantizer, layer, Source(moments[layer.name], generator, factors))
+        for values, grid, _ in found:
             delta = values - weight.float()
             width = grid.format.element.bits
             rows[layer.name].append(

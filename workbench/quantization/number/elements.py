@@ -40,6 +40,10 @@ class Element:
         """
         raise TypeError(f"{type(self).__name__} has no round")
 
+    def round_into(self, x: Tensor) -> Tensor:
+        """`round` to nearest by the fewest operations; what x held may be lost."""
+        return self.round(x)
+
     def encode(self, x: Tensor) -> Tensor:
         """Codes (int64, in [0, 2^bits)) of values that are already in the format."""
         raise TypeError(f"{type(self).__name__} has no encode")
@@ -71,7 +75,7 @@ class Integer(Element):
     def highest(self) -> float:
         return float(2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1)
 
-    @property
+    @functools.cached_property
     def numbers(self) -> Numbers:
         return Numbers(0, self.lowest, self.highest)
 
@@ -79,6 +83,10 @@ class Integer(Element):
         if generator is None:
             return self.numbers.round(x)
         return torch.floor(x + uniform(x, generator)).clamp_(self.lowest, self.highest)
+
+    def round_into(self, x: Tensor) -> Tensor:
+        numbers = self.numbers
+        return x.round_().clamp_(numbers.low, numbers.high)
 
     def encode(self, x: Tensor) -> Tensor:
         return x.to(torch.int64) & (2**self.bits - 1)

@@ -166,19 +166,19 @@ def fit(
         1. Scales are float32, already rounded to what the format stores.
     """
     work = weight.detach().to(torch.float32)
-    if not bool(torch.isfinite(work).all()):
-        raise BadInput("weight: it holds nan or inf; repair the checkpoint before quantizing it")
     width = work.shape[-1]
     group = group_of(format, granularity, group_size, width)
     blocks = in_groups(work, group)  # (..., out, groups, group)
     if granularity == "tensor" and not format.block:
         blocks = blocks.flatten(-3).unflatten(-1, (1, 1, -1))
+    low, high = blocks.amin(-1), blocks.amax(-1)  # nan and inf show in them
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        raise BadInput("weight: it holds nan or inf; repair the checkpoint before quantizing it")
     if format.scale == "none":
         ones = torch.ones(*blocks.shape[:-3], 1, 1, device=work.device)
         return Grid(format, ones, None, width)
     if rule == "auto":
         rule = format.rule
-    low, high = blocks.amin(-1), blocks.amax(-1)
     if rule == "mean":
         return Grid(format, stored(blocks.abs().mean(-1), format), None, group)
     if rule == "centred":

@@ -20,11 +20,14 @@ def linear_feedback(gram: Tensor, damp: float) -> Tensor:
     equation 4 and theorem 6, who show that this is GPTQ).
 
     F is the inverse of GPTQ's factor, its rows divided by their diagonal, so that one Cholesky factorisation,
-    from the last column to the first, replaces two and an inverse.
+    from the last column to the first, replaces two and an inverse. It is made in place, in the
+    layout that LAPACK writes.
     Damping grows tenfold while the matrix is numerically singular, up to `LARGEST_DAMP`.
     """
     while damp <= LARGEST_DAMP:
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, damp).flip(0, 1))
+        lower = damped(gram, damp).flip(0, 1).mT.contiguous().mT
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
             upper = lower.flip(0, 1)
             return upper.div_(upper.diagonal().clone())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
 from workbench.axis import Options, parameter
+from workbench.quantization.number.elements import Element
 from workbench.quantization.number.formats import Format
 from workbench.quantization.number.grid import Grid, fit, group_of
 from workbench.quantization.rounding.problem import Problem
@@ -24,97 +28,103 @@ def gptq(
     mask : weights that must stay zero; what a compensation puts there counts as error and is passed on
     Returns values on the grid, float32.
     """
-    columns = in_columns(weight, order)
+    errors = in_columns(weight, order)
+    values = errors.clone()
     scale, zero = grid.columns(weight.shape[1])
-    rounded = torch.empty_like(columns)
     solve(
-        columns,
-        columns.clone(),
-        feedback.to(columns.dtype),
-        spread(scale, columns, order),
-        None if zero is None else spread(zero, columns, order),
-        None if mask is None else in_columns(mask, order),
-        grid,
-        rounded,
-        torch.zeros_like(columns),
+        values,
+        errors,
+        without_diagonal(feedback.to(values.dtype)),
+        list(in_order(scale, values, order)),
+        None if zero is None else list(in_order(zero, values, order)),
+        None if mask is None else list(in_columns(mask, order)),
+        grid.format.element,
     )
     if order is not None:
-        rounded = rounded[torch.argsort(order)]
-    return rounded.T.contiguous()
+        values = values[torch.argsort(order)]
+    return values.T.contiguous()
 
 
 def in_columns(weight: Tensor, order: Tensor | None) -> Tensor:
-    """(out, in) -> (in, out), float32: a column of the weight is a contiguous row,
+    """(out, in) -> (in, out), a new tensor, float32: a column of the weight is a contiguous row,
     and the updates are products with rows.
     """
-    return (weight.float().T if order is None else weight.float().T[order]).contiguous()
+    columns = weight.to(torch.float32).T
+    if order is not None:
+        return columns[order]
+    return columns.clone(memory_format=torch.contiguous_format)
 
 
-def spread(scale: Tensor, columns: Tensor, order: Tensor | None) -> Tensor:
+def in_order(scale: Tensor, columns: Tensor, order: Tensor | None) -> Tensor:
     """Scales or zero points (out or 1, in) as (in, out)."""
-    return (scale.T if order is None else scale.T[order]).expand_as(columns).contiguous()
+    return (scale.T if order is None else scale.T[order]).contiguous().expand_as(columns)
+
+
+def without_diagonal(feedback: Tensor) -> Tensor:
+    """A copy with zeros on the diagonal: no column answers its own error."""
+    return feedback.clone().fill_diagonal_(0)
 
 
 def solve(
-    weight: Tensor,
-    work: Tensor,
-    feedback: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    keep: Tensor | None,
-    grid: Grid,
-    rounded: Tensor,
+    values: Tensor,
     errors: Tensor,
+    feedback: Tensor,
+    scale: Sequence[Tensor],
+    zero: Sequence[Tensor] | None,
+    keep: Sequence[Tensor] | None,
+    element: Element,
 ) -> None:
-    """Fill `rounded` and `errors` = weight - rounded, all (columns, out),
-    the columns in the order in which they are rounded.
+    """Round columns in their order, in place.
 
-    work : the weight with the answers to the columns before these, overwritten;
-        feedback : (columns, columns);  errors : zeros at first The paper updates lazily in blocks; here
-            the blocks are halved recursively, so all but `LEAF` columns' worth of the work is matrix
-            products.
+    values : (columns, out) the weights with the answers to the columns before these; then the rounded ones
+    errors : (columns, out) the weights; then weights - values
+    feedback : (columns, columns), strictly upper triangular
+    scale, zero, keep : one (out,) for each column
+
+    The paper updates lazily in blocks; here the blocks are halved recursively, so all but `LEAF` columns'
+    worth of the work is matrix products.
     """
-    width = len(work)
+    width = len(values)
     if width > LEAF:
         half = width // 2
         first, last = slice(half), slice(half, width)
         for part in (first, last):
             if part is last:
-                work[last].addmm_(feedback[first, last].T, errors[first])
+                values[last].addmm_(feedback[first, last].T, errors[first])
             solve(
-                weight[part],
-                work[part],
+                values[part],
+                errors[part],
                 feedback[part, part],
                 scale[part],
                 None if zero is None else zero[part],
                 None if keep is None else keep[part],
-                grid,
-                rounded[part],
-                errors[part],
+                element,
             )
         return
-    round_units, before = (
-        grid.format.element.round,
-        errors.T,
-    )  # (out, columns): those not yet rounded are zeros
-    rows = zip(
-        weight.unbind(),
-        work.unbind(),
-        scale.unbind(),
-        feedback.unbind(1),
-        rounded.unbind(),
+    # Columns that are not yet rounded count for nothing: their rows of the feedback are zeros here.
+    before, round_into = errors.T, element.round_into
+    columns = zip(
+        range(width),
+        values.unbind(),
         errors.unbind(),
-        strict=True,
+        feedback.unbind(1),
+        scale,
+        repeat(None) if zero is None else zero,
+        repeat(None) if keep is None else keep,
+        strict=False,
     )
-    for i, (dense, column, step, answers, value, error) in enumerate(rows):
+    for i, value, error, answers, step, shift, kept in columns:
         if i:
-            column.addmv_(before, answers)
-        units = column.div_(step)
-        units = round_units(units) if zero is None else round_units(units.add_(zero[i])).sub_(zero[i])
+            value.addmv_(before, answers)
+        value.div_(step)
+        if shift is None:
+            units = round_into(value)
+        else:
+            units = round_into(value.add_(shift)).sub_(shift)
         torch.mul(units, step, out=value)
-        if keep is not None:
-            value.mul_(keep[i])
-        torch.sub(dense, value, out=error)
+        if kept is not None:
+            value.mul_(kept)
+        error.sub_(value)
 
 
 def gptq_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
@@ -130,42 +140,39 @@ def gptq_with_moving_scales(
     (the paper's grouped variant); returns the values and the grid they are on.
     `group` must divide the columns.
     """
-    columns, feedback = in_columns(weight, None), feedback.float()
-    keep = None if mask is None else in_columns(mask, None)
-    rounded, errors = torch.empty_like(columns), torch.zeros_like(columns)
-    scales, zeros, eye = [], [], torch.eye(group, device=columns.device)
-    for start in range(0, len(columns), group):
+    errors, feedback = in_columns(weight, None), feedback.float()
+    keep = None if mask is None else list(in_columns(mask, None))
+    values, moved = torch.empty_like(errors), torch.empty_like(errors[:group])
+    rows = torch.empty(len(weight), group, device=weight.device)
+    scales, zeros, eye = [], [], torch.eye(group, device=weight.device)
+    for start in range(0, len(errors), group):
         part = slice(start, start + group)
-        square = feedback[part, part]
-        answers = feedback[:start, part].T @ errors[:start]  # (group, out)
-        # What the weights have become, all that follow being free,
-        # is their answers through the inverse of the group's own feedback.
-        moved = (
-            columns[part]
-            + torch.linalg.solve_triangular(square.T, eye, upper=False, unitriangular=True) @ answers
-            if start
-            else columns[part]
-        )
-        found = fit(moved.T.contiguous(), format, "channel", group, rule)
+        dense, work, square = errors[part], values[part], feedback[part, part]
+        if start:
+            answers = torch.mm(feedback[:start, part].T, errors[:start], out=work)
+            # What the weights have become, all that follow being free,
+            # is their answers through the inverse of the group's own feedback.
+            inverse = torch.linalg.solve_triangular(square.T, eye, upper=False, unitriangular=True)
+            torch.mm(inverse, answers, out=moved).add_(dense)
+            work.add_(dense)
+            rows.copy_(moved.T)
+        else:
+            work.copy_(dense)
+            rows.copy_(dense.T)
+        found = fit(rows, format, "channel", group, rule)
         scales.append(found.scale)
         zeros.append(found.zero)
-        scale, zero = (
-            None if t is None else t.T.contiguous().expand_as(moved) for t in (found.scale, found.zero)
-        )
-        assert scale is not None
         solve(
-            columns[part],
-            columns[part] + answers,
-            square,
-            scale,
-            zero,
+            work,
+            dense,
+            without_diagonal(square),
+            [found.scale[:, 0].contiguous()] * group,
+            None if found.zero is None else [found.zero[:, 0].contiguous()] * group,
             None if keep is None else keep[part],
-            found,
-            rounded[part],
-            errors[part],
+            format.element,
         )
     zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None], -1)
-    return rounded.T.contiguous(), Grid(format, torch.cat(scales, -1), zero, group)
+    return values.T.contiguous(), Grid(format, torch.cat(scales, -1), zero, group)
 
 
 class GPTQ(Options):
@@ -181,6 +188,7 @@ class GPTQ(Options):
     source="Frantar, Ashkboos, Hoefler and Alistarh 2023, algorithm 1",
     needs="inputs",
     options=GPTQ,
+    traits="rows apart",
 )
 def column_wise(problem: Problem, options: GPTQ) -> tuple[Tensor, Grid]:
     """Scales of groups are found on the way where the format leaves them free and columns stay in order."""

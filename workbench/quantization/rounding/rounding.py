@@ -7,7 +7,7 @@ from workbench.axis import Axis
 #: `entry(problem, options)` gives values on a grid and that grid; with the trait "learned" it gives a
 #: `LearnedRounding`. Further traits say what a format must have ("needs equal steps", "needs zero points",
 #: "needs real scales"), or what goes with it ("any grid": asks a grid for nothing but its values;
-#: "column factors": has a transform of its own).
+#: "column factors": has a transform of its own; "rows apart": a row's values depend on no other row).
 ROUNDING = Axis(
     "rounding",
     "how weights are put on the grid",
