@@ -380,9 +380,9 @@ def test_chat_and_examples_are_the_same_for_both(tmp_path, monkeypatch):
 def test_a_model_with_other_words_reads_by_its_own_tokenizer():
     """Kind: two models are asked the same texts, whatever their tokens are."""
     one, two = speaking(), speaking(noise=0.1)
-    two.tokenizer.add_tokens(["def"])
-    seen = []
-    two.tokenizer.encode = lambda *given, **more: seen.append(given) or [1, 2, 3]
+    two.tokenizer.add_tokens(["a word that no text has"])
+    seen, plain = [], two.tokenizer.encode
+    two.tokenizer.encode = lambda text, **more: seen.append(text) or plain(text, **more)
     with pytest.warns(workbench.errors.Notice, match="'llama 0.1' has other words than the reference"):
         TaskSuite(limit=2).between(one, two)
     assert seen
