@@ -20,7 +20,9 @@ from workbench.cli import main
 from workbench.measures import TaskSuite, docstring_tasks
 from workbench.measures.intervals import mcnemar
 from workbench.measures.suites import task_files
+from workbench.measures.suites.built_tasks import build
 from workbench.measures.suites.docstring_items import TASK
+from workbench.measures.suites.harness_limits import quiet
 from workbench.measures.suites.harness_model import model_class
 from workbench.measures.suites.recovery import MEAN, kinds, recovery
 from workbench.progress import Progress
@@ -89,9 +91,9 @@ def test_it_answers_as_the_harness_own_model_does(architecture, docstrings):
     asked = TaskSuite(tasks=str(docstrings), limit=12, shots=1)
     mine = asked.between(on, on)
     for file in files:
-        built = task_files.build(file, 1)
+        built = build(file, 1)
         built.set_fewshot_seed(0)
-        with task_files.quiet():
+        with quiet():
             found = evaluate(
                 lm=theirs,
                 task_dict={"tasks": {file.name: built}},

@@ -18,16 +18,11 @@ from workbench.measures.fidelity import candidate, check_comparable, stamp
 from workbench.measures.finished_parts import FinishedParts
 from workbench.measures.reference import on_its_data
 from workbench.measures.suites.answers import TaskAnswers, answers_of, item_table
+from workbench.measures.suites.built_tasks import build
+from workbench.measures.suites.harness_limits import quiet
 from workbench.measures.suites.harness_model import Interrupted, model_class
 from workbench.measures.suites.recovery import MEAN, compared_rows, score_rows
-from workbench.measures.suites.task_files import (
-    OWN,
-    build,
-    check_installed,
-    harness_version,
-    quiet,
-    task_files,
-)
+from workbench.measures.suites.task_files import OWN, check_installed, harness_version, task_files
 from workbench.measures.suites.task_suite_result import TaskSuiteResult
 from workbench.progress import Progress
 from workbench.results import Result
