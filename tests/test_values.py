@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from workbench.axis import Fields
 from workbench.errors import BadInput
+from workbench.pruning import Prune
+from workbench.quantization import Quantize
 from workbench.values import read, read_file
 
 
 @pytest.mark.parametrize(
-    "text", ["1:30", "0b11", "1_000", "0x1F", "007", "inf", "nan", ".inf", "1e400", "1,5", "\uff11\uff12"]
+    "text",
+    [
+        *("1:30", "0b11", "1_000", "0x1F", "007", "inf", "nan", ".inf", "1e400", "1,5", "\uff11\uff12"),
+        *("true", "False"),
+    ],
 )
 def test_what_is_no_number_of_json_is_refused_where_one_is_asked_for(text: str) -> None:
     """Faults 22 and 34: notations of YAML 1.1 were read as other numbers (90, 3, 1000, infinity)."""
@@ -61,6 +69,23 @@ def test_what_cannot_be_read_is_one_line(text: str) -> None:
     with pytest.raises(BadInput, match="sparsity: ") as caught:
         read(text, list[float] if text.startswith("[") else object, "sparsity")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("instrument", "given"),
+    [
+        (Prune, {"sparsity": True}),
+        (Prune, {"seed": "1_000"}),
+        (Prune, {"saliency": "fisher", "saliency.damp": "0_1.5"}),
+        (Quantize, {"layer_bits": {"*": True}}),
+    ],
+)
+def test_an_instruments_numbers_are_numbers(instrument: type[Fields], given: dict[str, Any]) -> None:
+    """Fault 34 behind the command line, where Python, panels and stored fields ask: `sparsity=True` pruned
+    every weight, `seed="1_000"` was 1000.
+    """
+    with pytest.raises(BadInput, match="is not a number"):
+        instrument(**given)
 
 
 def test_files_of_parameters_hold_json_s_numbers(tmp_path: Path) -> None:
