@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import yaml
 
 from workbench.axis import Fields
 from workbench.errors import BadInput
-from workbench.pruning import Prune
+from workbench.pruning import FisherSweep, Prune
+from workbench.pruning.recovery.trainable import parse_blocks
 from workbench.quantization import Quantize
+from workbench.storage.forecast import bytes_of
 from workbench.values import read, read_file
 
 
@@ -86,6 +89,28 @@ def test_an_instruments_numbers_are_numbers(instrument: type[Fields], given: dic
     """
     with pytest.raises(BadInput, match="is not a number"):
         instrument(**given)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: FisherSweep(damps="0.1,1_000").grid(),
+        lambda: FisherSweep(damps="nan").grid(),
+        lambda: FisherSweep(gradients="inf").grid(),
+        lambda: FisherSweep(blocks="8,nan").grid(),
+        lambda: parse_blocks("1_0", 20),
+        lambda: parse_blocks("\u0663", 20),
+        lambda: bytes_of("\u0663GB"),
+        lambda: bytes_of("9" * 400 + "GB"),
+    ],
+)
+def test_lists_and_amounts_are_read_the_same_way(ask: Callable[[], object]) -> None:
+    """Fault 34 where a field is a text with numbers in it: `1_000` was 1000, nan a damp; infinity, nan and
+    an amount of 400 digits were tracebacks.
+    """
+    with pytest.raises(BadInput) as caught:
+        ask()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_files_of_parameters_hold_json_s_numbers(tmp_path: Path) -> None:
