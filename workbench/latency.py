@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from workbench.axis import parameter
 from workbench.errors import BadInput
@@ -227,6 +226,8 @@ def count_flops(subject: Subject, batch: dict[str, Tensor]) -> int:
     """Floating-point operations of the matrix products of one forward pass (a multiply-add is 2),
     attention included.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton
+
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = Total()  # type: ignore[assignment]
     with sdpa_kernel(SDPBackend.MATH), counter:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from workbench.storage.forecast import duration
+
 if TYPE_CHECKING:
     from workbench.results import Result
 
@@ -61,6 +63,12 @@ class Progress:
         inner.stop = self.stop
         return inner
 
+    def within(self, name: str) -> Progress:
+        """One for a part of the work: it draws here, with the part's name before its own labels, and obeys
+        the same Stop.
+        """
+        return Part(self, name)
+
     def show(self, label: str, done: int, total: int | None) -> None:
         """Draw the state; called often, so it must be cheap."""
 
@@ -69,6 +77,20 @@ class Progress:
 
     def preview(self, result: Result) -> None:
         """Receive an unfinished result to draw while the run goes on."""
+
+
+class Part(Progress):
+    """Of a part of what another one watches."""
+
+    def __init__(self, whole: Progress, name: str) -> None:
+        super().__init__()
+        self.whole, self.name, self.stop = whole, name, whole.stop
+
+    def show(self, label: str, done: int, total: int | None) -> None:
+        self.whole.show(f"{self.name}, {label}", done, total)
+
+    def say(self, text: str) -> None:
+        self.whole.say(text)
 
 
 class TextProgress(Progress):
@@ -83,12 +105,23 @@ class TextProgress(Progress):
         self._headless = bool(os.environ.get("WORKBENCH_HEADLESS"))
         self._drawn = sys.stderr.isatty() or "ipykernel" in sys.modules
         self._last = 0.0
+        self._began: dict[str, float] = {}
+
+    def _left(self, label: str, done: int, total: int | None) -> str:
+        """What is left at the speed so far, in words; nothing of what takes no time."""
+        now = time.monotonic()
+        began = self._began.setdefault(label, now) if done else now
+        self._began[label] = began
+        if not total or not 0 < done < total or now - began < 2:
+            return ""
+        return f", about {duration((now - began) / done * (total - done))} left"
 
     def show(self, label: str, done: int, total: int | None) -> None:
         if self._headless:
             if self._file and (time.monotonic() - self._last > 0.5 or done == total):
                 self._last = time.monotonic()
-                Path(self._file).write_text(f"{label} {done}/{total if total is not None else '?'}\n")
+                whole = "?" if total is None else total
+                Path(self._file).write_text(f"{label} {done}/{whole}{self._left(label, done, total)}\n")
             return
         if not self._drawn:
             return

@@ -20,15 +20,17 @@ import ast
 import contextlib
 import io
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, ClassVar, Union
 
 import nbformat
 import yaml
@@ -491,13 +493,16 @@ class _Watch:
 
 
 class TerminalBar:
-    """The default progress: one line that rewrites itself on a terminal,
-    one line for each section anywhere else.
+    """The default progress: one line that rewrites itself on a terminal; anywhere else one for each section,
+    and every `OFTEN` seconds what is being done in it.
     """
+
+    OFTEN: ClassVar[float] = 10.0
 
     def __init__(self, name: str) -> None:
         self.name, self._last = name, ""
         self._live = sys.stderr.isatty()
+        self._said = -math.inf
 
     def __call__(self, what: str, done: int, total: int) -> None:
         ended = what in ("done", "stopped")
@@ -508,7 +513,8 @@ class TerminalBar:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
             print(f"\r\x1b[2K{text[: columns - 1]}", end="\n" if ended else "", file=sys.stderr, flush=True)
             return
-        section = what.split(":")[0]
-        if section != self._last:
-            self._last = section
-            print(f"{self.name} {done}/{total} {section}", file=sys.stderr, flush=True)
+        section, now = what.split(":")[0], time.monotonic()
+        if section != self._last or now - self._said > self.OFTEN:
+            said = what if section == self._last else section
+            self._last, self._said = section, now
+            print(f"{self.name} {done}/{total} {said}", file=sys.stderr, flush=True)

@@ -76,7 +76,8 @@ def sweep(
         every = [(name, chain) for name, group in chains.items() for chain in group]
         for number, (name, chain) in enumerate(progress.track(every, "runs")):
             following = [other for _, other in every[number + 1 :]]
-            result = run_chain(on, chain, progress.quiet(), last, following)
+            inner = progress.within(f"run {number + 1} of {len(every)}")
+            result = run_chain(on, chain, inner, last, following)
             if result.partial:
                 break
             rows.append(row(name, result))

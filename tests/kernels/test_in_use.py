@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import workbench
-from workbench.kernels.quantized import hadamard, kronecker, quantize
+from workbench.kernels.quantized import hadamard, kronecker, quantize, round_columns
 from workbench.kernels.sequence import unpadded
 from workbench.kernels.sparse import block_fisher, threshold
 from workbench.kernels.training import linear_cross_entropy, optimizer_step
@@ -27,7 +27,7 @@ from workbench.quantization.activations import sequential
 from workbench.quantization.number import grid
 from workbench.quantization.number.elements import Minifloat
 from workbench.quantization.number.formats import named
-from workbench.quantization.rounding import feedback
+from workbench.quantization.rounding import feedback, gptq
 from workbench.quantization.transform import coordinates, hadamard_orders
 from workbench.statistics import damping
 from workbench.statistics.factors import StackedGradients
@@ -47,6 +47,7 @@ ENTRIES: list[tuple[Any, str, Any]] = [
     (quantized_products, "quantize_dequantize", quantize.quantize_dequantize),
     (hadamard_orders, "hadamard_matrix", hadamard.hadamard_matrix),
     (grid, "quantize_dequantize", quantize.quantize_dequantize),
+    (gptq, "round_columns", round_columns.round_columns),
     (fisher, "block_fisher", block_fisher.block_fisher),
     (fisher, "block_fisher_inverse", block_fisher.block_fisher_inverse),
     (pattern, "kth_smallest", threshold.kth_smallest),
@@ -61,7 +62,8 @@ ENTRIES: list[tuple[Any, str, Any]] = [
     (subject, "unpadded", unpadded.unpadded),
     (obs, "damped", damping.damped),
     (ziplm, "damped", damping.damped),
-    (feedback, "damped", damping.damped),
+    (feedback, "factor_from_the_last", damping.factor_from_the_last),
+    (obs, "factor_from_the_last", damping.factor_from_the_last),
     (sequential, "damped", damping.damped),
 ]
 
@@ -106,6 +108,11 @@ def stepped(kind: Callable[..., torch.optim.Optimizer]) -> Callable[[], Any]:
 
 
 USES: list[tuple[Any, str, Callable[[], Any]]] = [
+    (
+        gptq,
+        "round_columns",
+        lambda: gptq.gptq(torch.randn(4, 8), torch.eye(8), grid.fit(torch.randn(4, 8), named("int4"))),
+    ),
     (hadamard_orders, "hadamard", transformed),
     (coordinates, "kronecker", transformed),
     (quantized_products, "hadamard", lambda: quantized_products.over_features(torch.randn(4, 8))),

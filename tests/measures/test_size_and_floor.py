@@ -7,7 +7,7 @@ import torch
 
 import workbench
 from tests.measures.test_measures import examples, on
-from workbench.measures import compare, floor_of, reference_of, size_of, storage_dtype
+from workbench.measures import Floor, compare, floor_of, reference_of, size_of, storage_dtype
 from workbench.measures.floor import jittered, spacing
 from workbench.pruning import Prune
 from workbench.quantization import Quantize
@@ -94,6 +94,17 @@ def test_the_floor_of_bfloat16_lies_above_that_of_float32():
     floors = [floor_of(reference_of(subject)).measures()["kl"] for subject in (whole, half)]
     changed = compare(whole, on("llama", columns, 0.05)).measures()["kl"]
     assert abs(floors[0]) < 1e-9 < floors[1] < changed / 100
+
+
+def test_the_floor_is_kept_with_the_subject(tmp_path, monkeypatch):
+    """Asked for by itself and by `fidelity`, it is measured once."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    whole = on("llama", examples("llama"))
+    found = Floor(test_examples=4).run(whole)
+    assert found.facts["stored_as"] == "float32"
+    low, value, high = (found.facts[name] for name in ("floor_low", "floor", "floor_high"))
+    assert low <= value <= high and value == floor_of(reference_of(whole, limit=4)).distance()[0]
+    assert Floor(test_examples=4).stored(on("llama", examples("llama")))
 
 
 def test_buckets_and_quantiles_of_a_bfloat16_model():

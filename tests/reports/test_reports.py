@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.notebook import write
-from workbench import BadInput, reports
+from workbench import BadInput, progress, reports
 
 DECLARED = """\
 subject: str = "digits # not a comment"  # what to measure
@@ -167,6 +167,36 @@ def test_the_kernels_own_progress_reaches_the_caller(tmp_path: Path) -> None:
 
     assert reports.render(book, {"seen": str(mark)}, tmp_path / "out", show=show, timeout=60).error is None
     assert "Lanczos: probe 3/8" in states
+
+
+def test_without_a_terminal_a_line_comes_every_few_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kind: a long computation that says nothing looks like one that hangs."""
+    clock = iter([0.0, 1.0, 9.0, 10.5, 12.0])
+    monkeypatch.setattr(reports.time, "monotonic", lambda: next(clock))
+    show = reports.TerminalBar("compress")
+    for what in ("Runs", "Runs: run 1 of 7", "Runs: run 2 of 7", "Runs: run 3 of 7", "Curvature"):
+        show(what, 4, 30)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["compress 4/30 Runs", "compress 4/30 Runs: run 3 of 7", "compress 4/30 Curvature"]
+
+
+def test_a_headless_run_says_of_which_part_and_how_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, clock = tmp_path / "progress", [100.0]
+    monkeypatch.setenv("WORKBENCH_HEADLESS", "1")
+    monkeypatch.setenv("WORKBENCH_PROGRESS_FILE", str(file))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    whole = progress.TextProgress()
+    inner = whole.within("run 2 of 7")
+    for done, seconds in ((0, 0), (10, 30)):
+        clock[0] += seconds
+        inner.show("block after block", done, 30)
+    assert file.read_text() == "run 2 of 7, block after block 10/30, about 60 s left\n"
+    whole.stop.set()
+    assert inner.stopped and not inner.watched
 
 
 def test_parameter_files_round_trip(tmp_path: Path) -> None:

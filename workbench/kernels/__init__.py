@@ -15,6 +15,7 @@ a kernel computes it calls the operation here; `tests/kernels/test_in_use.py` li
 | `quantized`: `scaled_matmul`, `int8_flow` | int8 x int8 and FP8 x FP8; int8 from operator to operator |
 | `quantized`: `numbers`, `quantize` | numbers before scaling, quantize-dequantize |
 | `quantized`: `hadamard`, `kronecker` | rotations fused with it |
+| `quantized`: `round_columns` | GPTQ's column loop |
 | `training`: `optimizer_step` | AdamW, LAMB, Lion with fp32, bf16, int8 and FP8 states |
 | `training`: `linear_cross_entropy` | chunked loss |
 | `training`: `norm`, `activation`, `saved_activation` | norms and activations that keep 8 or 2 bits |

@@ -25,6 +25,7 @@ MODULES: tuple[str, ...] = (
     "quantized.scaled_matmul",
     "quantized.int8_flow",
     "quantized.quantize",
+    "quantized.round_columns",
     "quantized.hadamard",
     "quantized.kronecker",
     "training.optimizer_step",

@@ -19,7 +19,7 @@ from workbench.measures.calibration.calibration_study import CalibrationStudy
 from workbench.measures.classification import AnswerPairs, classification_measures
 from workbench.measures.embedding import VectorPairs, embedding_measures
 from workbench.measures.fidelity import Fidelity
-from workbench.measures.floor import floor_of
+from workbench.measures.floor import Floor, floor_of
 from workbench.measures.language import TokenPairs, confidence_table, language_measures
 from workbench.measures.reference import Comparison, Reference, compare, reference_of
 from workbench.measures.size import Size, size_of, storage_dtype
@@ -36,6 +36,7 @@ __all__ = [
     "CalibrationStudy",
     "Comparison",
     "Fidelity",
+    "Floor",
     "Reference",
     "SideBySide",
     "Size",

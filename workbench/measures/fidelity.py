@@ -17,9 +17,16 @@ from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.latency import Latency
-from workbench.measures.floor import floor_of
+from workbench.measures.floor import Floor
 from workbench.measures.language import TokenPairs, confidence_table
-from workbench.measures.reference import Comparison, Reference, batch_of, kind_of, other_model, reference_of
+from workbench.measures.reference import (
+    Comparison,
+    Reference,
+    batch_of,
+    check_kind,
+    other_model,
+    reference_of,
+)
 from workbench.measures.size import Size, gguf_size, size_of
 from workbench.measures.words import LEGEND, verdict, word
 from workbench.progress import Progress
@@ -114,8 +121,7 @@ def front(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
 
 def check_comparable(on: Subject, field: str, sources: Iterable[str]) -> None:
     """`BadInput` for a reference whose outputs do not compare, and for GGUF files that are not there."""
-    if not kind_of(on.task):
-        raise BadInput(f"subject: the task {on.task.name} has a loss of its own; its outputs do not compare")
+    check_kind(on)
     for source in sources:
         if is_gguf(source) and not Path(source).is_file():
             raise BadInput(f"{field}: {source!r} is not a file; give the path of a GGUF file")
@@ -237,9 +243,9 @@ class Fidelity(SubjectInstrument):
             facts["smallest_accepted"] = str(accepted["subject"].iloc[0])
         facts |= {"accepted": len(accepted), "compared": len(table) - 1}
         if self.floor and reference is not None and not progress.stopped:
-            lowest = floor_of(reference, progress, self.seed)
-            if lowest is not None:
-                facts["floor"] = lowest.distance()[0]
+            lowest = Floor(test_examples=self.test_examples, split=self.split, seed=self.seed)
+            found = lowest.run(on, progress.quiet()).facts  # measured once a subject
+            facts |= {"floor": found["floor"]} if "floor" in found else {}
         return facts | {"words": LEGEND}
 
 

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from workbench.measures.reference import Comparison, Reference
+from workbench.axis import parameter
+from workbench.instruments import SubjectInstrument
+from workbench.measures.language import TokenPairs, confidence_table
+from workbench.measures.reference import Comparison, Reference, batch_of, check_kind, reference_of
 from workbench.measures.size import storage_dtype
 from workbench.progress import Progress
+from workbench.results import Result
 from workbench.subjects.subject import Subject
+
+
+class Floor(SubjectInstrument):
+    """How far is a model from itself? Its weights are moved within the rounding of the type they are stored
+    in: a divergence that is not above this one says nothing about a compressed model.
+    """
+
+    summary_line: ClassVar[str] = "a model against itself, its weights moved within their storage's rounding"
+
+    test_examples: int = parameter(64, "texts", ge=2, unit="examples")
+    split: str = parameter("test", "split the texts come from")
+
+    def check(self, on: Subject) -> None:
+        on.split(self.split)
+        check_kind(on)
+
+    def _run(self, on: Subject, progress: Progress) -> Result:
+        asked = reference_of(
+            on, self.split, self.test_examples, progress, batch_size=batch_of(on, self.split)
+        )
+        found = None if asked is None else floor_of(asked, progress, self.seed)
+        if found is None:
+            return self.result(pd.DataFrame(), {})
+        numbers = found.measures()
+        if isinstance(found.pairs, TokenPairs):
+            table = confidence_table(found.pairs)
+        else:
+            table = pd.DataFrame([{"subject": on.name} | numbers])
+        distance, low, high = found.distance()
+        facts: dict[str, Any] = {"floor": distance, "floor_low": low, "floor_high": high}
+        stored = str(storage_dtype(on.model)).removeprefix("torch.")
+        return self.result(table, {"reference": on.name, "stored_as": stored} | facts)
 
 
 @torch.no_grad()
@@ -19,9 +58,9 @@ def jittered(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
     the same variance. Shared weights move once.
     """
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        flat = parameter.view(-1) if parameter.is_contiguous() else None
-        for part in [parameter] if flat is None else flat.split(1 << 22):
+    for weight in model.parameters():
+        flat = weight.view(-1) if weight.is_contiguous() else None
+        for part in [weight] if flat is None else flat.split(1 << 22):
             draw = torch.rand(part.shape, generator=generator, dtype=torch.float32).to(part.device) - 0.5
             if torch.finfo(part.dtype).eps >= torch.finfo(dtype).eps:
                 draw = torch.where(draw.abs() > 0.5 - 1 / 24, draw.sign(), 0.0)

@@ -61,6 +61,12 @@ def kind_of(task: Task) -> str:
     return "classification" if task.loss_kind == "cross_entropy" else ""
 
 
+def check_kind(on: Subject) -> None:
+    """`BadInput` for a loss of somebody's own."""
+    if not kind_of(on.task):
+        raise BadInput(f"subject: the task {on.task.name} has a loss of its own; its outputs do not compare")
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a model answers to the items of one batch, before its head when it is a language model.
@@ -307,11 +313,10 @@ def compare(
     """Both models on the first `limit` examples of the dense one's split. Raises `BadInput` for a task whose
     outputs have no meaning that is known here.
     """
+    check_kind(dense)
     reference = reference_of(dense, split, limit, progress, batch_size)
     if reference is None:
-        raise BadInput(
-            f"subject: the task {dense.task.name} has a loss of its own; its outputs do not compare"
-        )
+        raise KeyboardInterrupt("the comparison was stopped")
     if changed is not dense:
         changed = other_model(dense, changed)
     found = reference.against(changed, progress, seed)

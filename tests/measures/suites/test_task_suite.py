@@ -20,7 +20,9 @@ from workbench.cli import main
 from workbench.measures import TaskSuite, docstring_tasks
 from workbench.measures.intervals import mcnemar
 from workbench.measures.suites import task_files
+from workbench.measures.suites.built_tasks import build
 from workbench.measures.suites.docstring_items import TASK
+from workbench.measures.suites.harness_limits import quiet
 from workbench.measures.suites.harness_model import model_class
 from workbench.measures.suites.recovery import MEAN, kinds, recovery
 from workbench.progress import Progress
@@ -89,9 +91,9 @@ def test_it_answers_as_the_harness_own_model_does(architecture, docstrings):
     asked = TaskSuite(tasks=str(docstrings), limit=12, shots=1)
     mine = asked.between(on, on)
     for file in files:
-        built = task_files.build(file, 1)
+        built = build(file, 1)
         built.set_fewshot_seed(0)
-        with task_files.quiet():
+        with quiet():
             found = evaluate(
                 lm=theirs,
                 task_dict={"tasks": {file.name: built}},
@@ -289,9 +291,14 @@ def test_code_of_a_task_file_is_refused(tmp_path):
     refused("cannot be read", own)
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     refused("does not open: SecurityError", task(tmp_path / "escape", doc_to_text=escape))
-    refused(
-        "loads code for a metric", task(tmp_path / "hf", metric_list=[{"metric": "x", "hf_evaluate": True}])
-    )
+    for said in ({"metric": "acc", "hf_evaluate": True}, {"metric": "./mine"}, "mine", {"metric": ["acc"]}):
+        refused(
+            "none of the harness's own and would be loaded as code", task(tmp_path / "hf", metric_list=[said])
+        )
+    refused("takes its prompt from elsewhere", task(tmp_path / "prompt", use_prompt="mine.yaml:x"))
+    elsewhere = TASK["dataset_kwargs"] | {"cache_dir": str(tmp_path / "written")}
+    TaskSuite(tasks=task(tmp_path / "away", dataset_kwargs=elsewhere)).run(speaking(), cache=False)
+    assert not (tmp_path / "written").exists()
     refused("not on this disk", task(tmp_path / "pickles", dataset_path="pandas"))
 
 
@@ -302,6 +309,23 @@ def test_what_cannot_be_asked_is_one_line(tmp_path, monkeypatch):
         "reads https://.*nothing is fetched",
         task(tmp_path / "w", dataset_kwargs={"data_files": "https://a/b"}),
     )
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
+        for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    for text in (
+        bomb,
+        "a: &a [*a]",
+        "&a a: {*a : 1}",
+        "- 1",
+        "a: [",
+        "\x00",
+        "include: own.yaml\ntask: own\n",
+    ):
+        (tmp_path / "own.yaml").write_text(text)
+        refused(
+            "unfolds to more than|cannot be read|no task file|includes itself|says no", tmp_path / "own.yaml"
+        )
     refused("tasks: is empty", "")
     refused("'away.yaml' is not a file", "away.yaml")
     (tmp_path / "none").mkdir()
@@ -353,6 +377,17 @@ def test_chat_and_examples_are_the_same_for_both(tmp_path, monkeypatch):
     assert prompts[0] == prompts[1] and len(prompts[0]) == 20
     text = one.tokenizer.decode(prompts[0][0][0])
     assert text.startswith("<user>def ") and text.endswith("<assistant>") and text.count("def ") >= 4
+
+
+def test_a_model_with_other_words_reads_by_its_own_tokenizer():
+    """Kind: two models are asked the same texts, whatever their tokens are."""
+    one, two = speaking(), speaking(noise=0.1)
+    two.tokenizer.add_tokens(["a word that no text has"])
+    seen, plain = [], two.tokenizer.encode
+    two.tokenizer.encode = lambda text, **more: seen.append(text) or plain(text, **more)
+    with pytest.warns(workbench.errors.Notice, match="'llama 0.1' has other words than the reference"):
+        TaskSuite(limit=2).between(one, two)
+    assert seen
 
 
 def test_an_early_stop_keeps_whole_tasks(docstrings, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from workbench.measures.suites.task_files import offline, quiet, sandboxed
+from workbench.measures.suites.harness_limits import offline, quiet, sandboxed
 
 
 @dataclass(frozen=True)

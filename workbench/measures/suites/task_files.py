@@ -7,13 +7,11 @@ names (`!function`) runs only where it is part of the installed harness; of othe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import yaml
 from workbench.errors import BadInput, did_you_mean, one_line
 from workbench.measures.fidelity import stamp
 from workbench.measures.suites import docstring_items
+from workbench.measures.suites.harness_limits import quiet
 from workbench.storage import cache_folder
 from workbench.version import version_of
 
@@ -32,6 +31,8 @@ INSTALL = "pip install 'model-workbench[eval]'"
 ANSWERED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 #: Readers of `datasets` for files that hold data only: no pickles, no archives, no databases.
 READERS = ("json", "csv", "parquet", "arrow", "text")
+#: Values in a task file.
+MOST = 100_000
 #: The tasks that the workbench makes itself.
 OWN = "docstrings"
 
@@ -259,7 +260,7 @@ def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         part.pop("task_list", None)
         merged |= part
     merged |= {str(key): value for key, value in found.items()}
-    if not within_harness(file) and (code := next(codes(merged), "")):
+    if (code := next(iter(sorted(codes(merged, file))), "")) and not within_harness(file):
         raise BadInput(
             f"tasks: {file} names the function {code}, whose code would run with your rights; task files are "
             "read as data: write it as a template ({{...}}) or prepare the data beforehand"
@@ -267,16 +268,17 @@ def read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged
 
 
-def codes(value: Any) -> Iterator[str]:
-    """The functions that are named anywhere in it."""
-    if isinstance(value, Code):
-        yield str(value)
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from codes(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from codes(inner)
+def codes(value: Any, file: Path) -> Iterator[str]:
+    """The functions that are named anywhere in it; `BadInput` where references make it endless."""
+    left, seen = [value], 0
+    while left:
+        found, seen = left.pop(), seen + 1
+        if seen > MOST:
+            raise BadInput(f"tasks: {file} unfolds to more than {MOST:,} values; write it without references")
+        if isinstance(found, Code):
+            yield str(found)
+        elif isinstance(found, (dict, list)):
+            left += found.values() if isinstance(found, dict) else found
 
 
 def leaves(value: Any) -> Iterator[str]:
@@ -306,10 +308,28 @@ def check_answerable(task: TaskFile) -> None:
             f"tasks: {task.name!r} asks for {kind}, and texts are not generated here; tasks that work are "
             f"{', '.join(ANSWERED)}"
         )
-    metrics = task.settings.get("metric_list") or []
-    if any(isinstance(each, dict) and each.get("hf_evaluate") for each in metrics):
-        raise BadInput(f"tasks: {task.name!r} loads code for a metric (hf_evaluate); give it acc or acc_norm")
+    if task.settings.get("use_prompt"):
+        raise BadInput(
+            f"tasks: {task.name!r} takes its prompt from elsewhere (use_prompt); write it as doc_to_text"
+        )
+    listed = task.settings.get("metric_list") or []
+    for metric in listed if isinstance(listed, list) else [listed]:
+        check_metric(task.name, metric)
     check_data(task)
+
+
+def check_metric(name: str, said: Any) -> None:
+    """What is not among the harness's own metrics it looks for elsewhere, as code."""
+    import lm_eval.api.metrics  # noqa: F401 (registers them)
+    from lm_eval.api.registry import metric_registry
+
+    metric = said.get("metric") if isinstance(said, dict) else said
+    known = isinstance(metric, Code) or (isinstance(metric, str) and metric in metric_registry)
+    if not known or (isinstance(said, dict) and said.get("hf_evaluate")):
+        raise BadInput(
+            f"tasks: {name!r} has the metric {metric!r}, which is none of the harness's own and would be "
+            "loaded as code; give it acc or acc_norm, perplexity, word_perplexity, bits_per_byte"
+        )
 
 
 def check_data(task: TaskFile) -> None:
@@ -343,122 +363,3 @@ def described(folder: Path) -> Iterator[str]:
     except (yaml.YAMLError, RecursionError, ValueError):
         return
     yield from leaves(said.get("configs")) if isinstance(said, dict) else ()
-
-
-def build(task: TaskFile, shots: int) -> Any:
-    """The harness's own task, its data read from the disk; `BadInput` when its files contradict each other.
-
-    shots : examples before each item; -1 for as many as the task says
-    """
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import _import_func_in_yml
-
-    settings = {
-        key: value for key, value in task.settings.items() if key not in ("tag", "group", "task_list")
-    }
-    settings = resolved(settings, lambda code: _import_func_in_yml(str(code), code.home))
-    options = dict(settings.get("dataset_kwargs") or {})
-    options.pop("trust_remote_code", None)
-    if not task.dataset:
-        options |= {"data_files": absolute(task.settings["dataset_kwargs"]["data_files"], task)}
-    elif task.folder.is_dir():
-        settings["dataset_path"] = str(task.folder)
-    if not task.dataset or task.folder.is_dir():
-        options["cache_dir"] = str(cache_folder() / "task-data-read")
-    settings["dataset_kwargs"] = options
-    if shots >= 0:
-        settings["num_fewshot"] = shots
-    with quiet(), offline(), sandboxed():
-        try:
-            return ConfigurableTask(config=settings)
-        except Exception as error:
-            raise BadInput(
-                f"tasks: {task.name!r} of {task.file} does not open: {type(error).__name__}: "
-                f"{one_line(str(error))[:300]}; its data is read from {task.place}"
-            ) from None
-
-
-def absolute(value: Any, task: TaskFile) -> Any:
-    """`data_files` with the files where they are."""
-    if isinstance(value, dict):
-        return {key: absolute(inner, task) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [absolute(inner, task) for inner in value]
-    beside = task.file.parent / str(value)
-    return str((beside if beside.exists() else Path(str(value))).resolve())
-
-
-def resolved(value: Any, function: Callable[[Code], Any]) -> Any:
-    """A copy with the functions that are named put in."""
-    if isinstance(value, Code):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: resolved(inner, function) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [resolved(inner, function) for inner in value]
-    return value
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, the harness logs nothing below an error and draws no bars."""
-    import lm_eval.api.task
-    from datasets.utils import disable_progress_bars, enable_progress_bars
-    from datasets.utils.tqdm import are_progress_bars_disabled
-
-    logs = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    before, bars = [log.level for log in logs], not are_progress_bars_disabled()
-    for log in logs:
-        log.setLevel(logging.ERROR)
-    disable_progress_bars()
-    bar = lm_eval.api.task.tqdm
-    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        lm_eval.api.task.tqdm = bar
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)
-        if bars:
-            enable_progress_bars()
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Inside, neither `datasets` nor the hub's client goes to the network."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    places = [
-        (module, name)
-        for module in (datasets.config, huggingface_hub.constants)
-        for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")
-        if hasattr(module, name)
-    ]
-    before = [getattr(module, name) for module, name in places]
-    for module, name in places:
-        setattr(module, name, True)
-    try:
-        yield
-    finally:
-        for (module, name), value in zip(places, before, strict=True):
-            setattr(module, name, value)
-
-
-@contextlib.contextmanager
-def sandboxed() -> Iterator[None]:
-    """Inside, the harness renders its templates where they reach no attribute that leads to code."""
-    import lm_eval.utils
-    from jinja2 import BaseLoader, StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    plain = lm_eval.utils.env
-    safe = ImmutableSandboxedEnvironment(
-        loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    safe.filters |= {name: value for name, value in plain.filters.items() if name not in safe.filters}
-    lm_eval.utils.env = safe
-    try:
-        yield
-    finally:
-        lm_eval.utils.env = plain

@@ -18,16 +18,11 @@ from workbench.measures.fidelity import candidate, check_comparable, stamp
 from workbench.measures.finished_parts import FinishedParts
 from workbench.measures.reference import on_its_data
 from workbench.measures.suites.answers import TaskAnswers, answers_of, item_table
+from workbench.measures.suites.built_tasks import build
+from workbench.measures.suites.harness_limits import quiet
 from workbench.measures.suites.harness_model import Interrupted, model_class
 from workbench.measures.suites.recovery import MEAN, compared_rows, score_rows
-from workbench.measures.suites.task_files import (
-    OWN,
-    build,
-    check_installed,
-    harness_version,
-    quiet,
-    task_files,
-)
+from workbench.measures.suites.task_files import OWN, check_installed, harness_version, task_files
 from workbench.measures.suites.task_suite_result import TaskSuiteResult
 from workbench.progress import Progress
 from workbench.results import Result
@@ -229,6 +224,11 @@ def check_asked(on: Subject, chat: bool) -> None:
         raise BadInput(f"chat: the tokenizer of {on.name!r} has no chat template; leave chat off")
 
 
+def words_of(tokenizer: Any) -> dict[str, int]:
+    """Word -> id; empty for a tokenizer that does not say."""
+    return tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+
+
 def opened(source: str | Subject, dense: Subject, shown: set[str]) -> Asked:
     """A changed model; its own tokenizer where that knows other words than the reference's."""
     if isinstance(source, Subject):
@@ -237,7 +237,7 @@ def opened(source: str | Subject, dense: Subject, shown: set[str]) -> Asked:
         found = candidate(source, dense)
         name, model, own = found.name, found.model, found.tokenizer
     tokenizer = dense.tokenizer
-    if own is not None and own.get_vocab() != tokenizer.get_vocab():
+    if own is not None and words_of(own) != words_of(tokenizer):
         notice(f"candidates: {name!r} has other words than the reference; it reads by its own tokenizer")
         tokenizer = own
     numbered = (f"{name} ({number})" for number in itertools.count(2))

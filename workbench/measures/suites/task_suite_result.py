@@ -40,6 +40,14 @@ class TaskSuiteResult(Result):
         )
 
 
+def near_the_values(fig: go.Figure, low: pd.Series[Any], high: pd.Series[Any], *also: float) -> None:
+    """A range of the axis that holds the intervals, and not zero for its own sake."""
+    ends = [value for value in (*low, *high, *also) if value == value]
+    if ends:
+        room = 0.08 * (max(ends) - min(ends) or 1.0)
+        fig.update_yaxes(range=[min(ends) - room, max(ends) + room])
+
+
 def bars(low: pd.Series[Any], value: pd.Series[Any], high: pd.Series[Any]) -> dict[str, Any]:
     return dict(type="data", symmetric=False, array=high - value, arrayminus=value - low)
 
@@ -64,7 +72,7 @@ def recoveries(result: TaskSuiteResult, table: pd.DataFrame, metric: str) -> go.
             y=rows["recovery"],
             error_y=bars(rows["recovery_low"], rows["recovery"], rows["recovery_high"]),
             mode="markers",
-            marker=dict(size=9, color=color(index)),
+            marker=dict(size=9, color=color(index + 1)),
             name=str(name),
             customdata=rows[["score", "score_se", "right_to_wrong", "wrong_to_right", "mcnemar_p"]],
             hovertemplate="%{x}: %{y:.1f} %<br>"
@@ -73,6 +81,7 @@ def recoveries(result: TaskSuiteResult, table: pd.DataFrame, metric: str) -> go.
             "wrong to right %{customdata[3]}, McNemar's p %{customdata[4]:.3g}"
             "<extra>%{fullData.name}</extra>",
         )
+    near_the_values(fig, known["recovery_low"], known["recovery_high"], 100.0)
     fig.add_hline(y=100, line=dict(color=color(6), dash="dot"))
     return fig
 
@@ -102,6 +111,8 @@ def scores(result: TaskSuiteResult, table: pd.DataFrame, metric: str) -> go.Figu
             "<extra>%{fullData.name}</extra>",
         )
     guessed = table[table["chance"].notna()].drop_duplicates("task") if len(table) else table
+    if len(table):
+        near_the_values(fig, table["score_low"], table["score_high"], *guessed["chance"])
     if len(guessed):
         fig.add_scatter(
             x=guessed["task"],
@@ -117,7 +128,9 @@ def flips(result: TaskSuiteResult, table: pd.DataFrame, metric: str) -> go.Figur
     """Items that were right and are wrong (downwards) and the other way round (upwards)."""
     from workbench.figures import color, figure
 
-    fig = figure(f"Items that flipped, by {metric}", "task", "items", barmode="relative")
+    fig = figure(
+        f"Items that flipped, by {metric}", "task", "items won (up) and lost (down)", barmode="relative"
+    )
     fig.update_xaxes(type="category")
     known = table[table["recovery"].notna()]
     for index, (name, rows) in enumerate(known.groupby("subject", sort=False)):
@@ -127,7 +140,7 @@ def flips(result: TaskSuiteResult, table: pd.DataFrame, metric: str) -> go.Figur
                 y=sign * rows[column],
                 name=f"{name}, {column.replace('_', ' ')}",
                 offsetgroup=str(name),
-                marker=dict(color=color(index), pattern_shape=pattern),
+                marker=dict(color=color(index + 1), pattern_shape=pattern),
                 customdata=rows[[column, "mcnemar_p"]],
                 hovertemplate="%{x}: %{customdata[0]} items, McNemar's p %{customdata[1]:.3g}"
                 "<extra>%{fullData.name}</extra>",

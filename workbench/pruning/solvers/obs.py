@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workbench.errors import BadInput
 from workbench.pruning.pattern import NM, smallest
-from workbench.statistics.damping import damped
+from workbench.statistics.damping import damped, factor_from_the_last
 
 
 def seen(gram: Tensor) -> Tensor:
@@ -30,13 +30,13 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     H = R R^T with R upper triangular is a Cholesky factorisation from the last row to the first, and U is R's
     inverse: neither H^-1 nor a second factorisation is needed.
     """
-    lower, failed = torch.linalg.cholesky_ex(damped(seen(gram), damp).flip(0, 1))
-    if int(failed):
+    upper = factor_from_the_last(seen(gram), damp)
+    if upper is None:
         raise BadInput(
             f"damp: {damp:g} is too small for the calibration Hessian to factorise; "
             "raise it (damp-doctor finds the smallest that works)"
         )
-    return triangular_inverse(lower.flip(0, 1))
+    return triangular_inverse(upper)
 
 
 def triangular_inverse(upper: Tensor, smallest_block: int = 128) -> Tensor:

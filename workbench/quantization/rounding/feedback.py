@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workbench.errors import BadInput
-from workbench.statistics.damping import damped
+from workbench.statistics.damping import factor_from_the_last
 
 #: Damping, as a share of the mean diagonal, beyond which a matrix is not what was measured any more.
 LARGEST_DAMP = 1e6
@@ -20,16 +20,12 @@ def linear_feedback(gram: Tensor, damp: float) -> Tensor:
     equation 4 and theorem 6, who show that this is GPTQ).
 
     F is the inverse of GPTQ's factor, its rows divided by their diagonal, so that one Cholesky factorisation,
-    from the last column to the first, replaces two and an inverse. It is made in place, in the
-    layout that LAPACK writes.
+    from the last column to the first, replaces two and an inverse.
     Damping grows tenfold while the matrix is numerically singular, up to `LARGEST_DAMP`.
     """
     while damp <= LARGEST_DAMP:
-        lower = damped(gram, damp).flip(0, 1).mT.contiguous().mT
-        failed = torch.empty((), dtype=torch.int32, device=gram.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not failed:
-            upper = lower.flip(0, 1)
+        upper = factor_from_the_last(gram, damp)
+        if upper is not None:
             return upper.div_(upper.diagonal().clone())
         damp = max(damp * 10, 1e-6)
     finite = bool(gram.isfinite().all())

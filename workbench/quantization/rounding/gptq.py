@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import repeat
-
 import torch
 from torch import Tensor
 
 from workbench.axis import Options, parameter
+from workbench.kernels.quantized.round_columns import at_once, round_columns
 from workbench.quantization.number.elements import Element
 from workbench.quantization.number.formats import Format
 from workbench.quantization.number.grid import Grid, fit, group_of
 from workbench.quantization.rounding.problem import Problem
 from workbench.quantization.rounding.rounding import ROUNDING
-
-LEAF = 16  # columns handled one by one between two matrix updates
 
 
 def gptq(
@@ -35,9 +31,9 @@ def gptq(
         values,
         errors,
         without_diagonal(feedback.to(values.dtype)),
-        list(in_order(scale, values, order)),
-        None if zero is None else list(in_order(zero, values, order)),
-        None if mask is None else list(in_columns(mask, order)),
+        in_order(scale, values, order),
+        None if zero is None else in_order(zero, values, order),
+        None if mask is None else in_columns(mask, order),
         grid.format.element,
     )
     if order is not None:
@@ -56,7 +52,7 @@ def in_columns(weight: Tensor, order: Tensor | None) -> Tensor:
 
 
 def in_order(scale: Tensor, columns: Tensor, order: Tensor | None) -> Tensor:
-    """Scales or zero points (out or 1, in) as (in, out)."""
+    """Scales or zero points (out or 1, in or 1) as (in, out)."""
     return (scale.T if order is None else scale.T[order]).contiguous().expand_as(columns)
 
 
@@ -69,62 +65,32 @@ def solve(
     values: Tensor,
     errors: Tensor,
     feedback: Tensor,
-    scale: Sequence[Tensor],
-    zero: Sequence[Tensor] | None,
-    keep: Sequence[Tensor] | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    keep: Tensor | None,
     element: Element,
 ) -> None:
-    """Round columns in their order, in place.
-
-    values : (columns, out) the weights with the answers to the columns before these; then the rounded ones
-    errors : (columns, out) the weights; then weights - values
-    feedback : (columns, columns), strictly upper triangular
-    scale, zero, keep : one (out,) for each column
-
-    The paper updates lazily in blocks; here the blocks are halved recursively, so all but `LEAF` columns'
-    worth of the work is matrix products.
+    """`round_columns` of any number of columns, in place, and of any element. The paper updates lazily in
+    blocks; here the blocks are halved recursively, so nearly all of the work is matrix products.
     """
     width = len(values)
-    if width > LEAF:
-        half = width // 2
-        first, last = slice(half), slice(half, width)
-        for part in (first, last):
-            if part is last:
-                values[last].addmm_(feedback[first, last].T, errors[first])
-            solve(
-                values[part],
-                errors[part],
-                feedback[part, part],
-                scale[part],
-                None if zero is None else zero[part],
-                None if keep is None else keep[part],
-                element,
-            )
+    if width <= at_once(values, zero, element.numbers):
+        round_columns(values, errors, feedback, scale, zero, keep, element.numbers, element.round_into)
         return
-    # Columns that are not yet rounded count for nothing: their rows of the feedback are zeros here.
-    before, round_into = errors.T, element.round_into
-    columns = zip(
-        range(width),
-        values.unbind(),
-        errors.unbind(),
-        feedback.unbind(1),
-        scale,
-        repeat(None) if zero is None else zero,
-        repeat(None) if keep is None else keep,
-        strict=False,
-    )
-    for i, value, error, answers, step, shift, kept in columns:
-        if i:
-            value.addmv_(before, answers)
-        value.div_(step)
-        if shift is None:
-            units = round_into(value)
-        else:
-            units = round_into(value.add_(shift)).sub_(shift)
-        torch.mul(units, step, out=value)
-        if kept is not None:
-            value.mul_(kept)
-        error.sub_(value)
+    half = width // 2
+    first, last = slice(half), slice(half, width)
+    for part in (first, last):
+        if part is last:
+            values[last].addmm_(feedback[first, last].T, errors[first])
+        solve(
+            values[part],
+            errors[part],
+            feedback[part, part],
+            scale[part],
+            None if zero is None else zero[part],
+            None if keep is None else keep[part],
+            element,
+        )
 
 
 def gptq_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
@@ -141,7 +107,7 @@ def gptq_with_moving_scales(
     `group` must divide the columns.
     """
     errors, feedback = in_columns(weight, None), feedback.float()
-    keep = None if mask is None else list(in_columns(mask, None))
+    keep = None if mask is None else in_columns(mask, None)
     values, moved = torch.empty_like(errors), torch.empty_like(errors[:group])
     rows = torch.empty(len(weight), group, device=weight.device)
     scales, zeros, eye = [], [], torch.eye(group, device=weight.device)
@@ -166,8 +132,8 @@ def gptq_with_moving_scales(
             work,
             dense,
             without_diagonal(square),
-            [found.scale[:, 0].contiguous()] * group,
-            None if found.zero is None else [found.zero[:, 0].contiguous()] * group,
+            in_order(found.scale, dense, None),
+            None if found.zero is None else in_order(found.zero, dense, None),
             None if keep is None else keep[part],
             format.element,
         )
