@@ -149,6 +149,21 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(arguments, words, checkpoin
         assert word in lines[0] or word == "known", lines[0]
 
 
+@pytest.mark.parametrize("instrument", ["trace", "quantize"])
+def test_a_result_does_not_replace_the_subject_it_is_of(instrument, tmp_path, monkeypatch, cache, capsys):
+    """Kind 1: `--out` with the subject's own folder, which an earlier save had written, left no model there
+    (a measurement), or another one.
+    """
+    folder = tmp_path / "kept"
+    workbench.subject("digits-vit").save(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.chdir(folder)
+    for out in (str(folder), ".", "../kept"):
+        assert main(["run", instrument, "--subject", str(folder), "--out", out]) == 2
+        assert "is the folder of the subject" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_help_lists_the_fields(capsys):
     assert main(["run", "quantize", "--help"]) == 0
     text = capsys.readouterr().out

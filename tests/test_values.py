@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from workbench.axis import Fields
 from workbench.errors import BadInput
+from workbench.pruning import FisherSweep, Prune
+from workbench.pruning.recovery.trainable import parse_blocks
+from workbench.quantization import Quantize
+from workbench.storage.forecast import bytes_of
 from workbench.values import read, read_file
 
 
 @pytest.mark.parametrize(
-    "text", ["1:30", "0b11", "1_000", "0x1F", "007", "inf", "nan", ".inf", "1e400", "1,5", "\uff11\uff12"]
+    "text",
+    [
+        *("1:30", "0b11", "1_000", "0x1F", "007", "inf", "nan", ".inf", "1e400", "1,5", "\uff11\uff12"),
+        *("true", "False"),
+    ],
 )
 def test_what_is_no_number_of_json_is_refused_where_one_is_asked_for(text: str) -> None:
     """Faults 22 and 34: notations of YAML 1.1 were read as other numbers (90, 3, 1000, infinity)."""
@@ -60,6 +71,45 @@ def test_what_cannot_be_read_is_one_line(text: str) -> None:
     """Fault 22: `--sparsity '[0.5'` was a traceback."""
     with pytest.raises(BadInput, match="sparsity: ") as caught:
         read(text, list[float] if text.startswith("[") else object, "sparsity")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("instrument", "given"),
+    [
+        (Prune, {"sparsity": True}),
+        (Prune, {"seed": "1_000"}),
+        (Prune, {"saliency": "fisher", "saliency.damp": "0_1.5"}),
+        (Quantize, {"layer_bits": {"*": True}}),
+    ],
+)
+def test_an_instruments_numbers_are_numbers(instrument: type[Fields], given: dict[str, Any]) -> None:
+    """Fault 34 behind the command line, where Python, panels and stored fields ask: `sparsity=True` pruned
+    every weight, `seed="1_000"` was 1000.
+    """
+    with pytest.raises(BadInput, match="is not a number"):
+        instrument(**given)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: FisherSweep(damps="0.1,1_000").grid(),
+        lambda: FisherSweep(damps="nan").grid(),
+        lambda: FisherSweep(gradients="inf").grid(),
+        lambda: FisherSweep(blocks="8,nan").grid(),
+        lambda: parse_blocks("1_0", 20),
+        lambda: parse_blocks("\u0663", 20),
+        lambda: bytes_of("\u0663GB"),
+        lambda: bytes_of("9" * 400 + "GB"),
+    ],
+)
+def test_lists_and_amounts_are_read_the_same_way(ask: Callable[[], object]) -> None:
+    """Fault 34 where a field is a text with numbers in it: `1_000` was 1000, nan a damp; infinity, nan and
+    an amount of 400 digits were tracebacks.
+    """
+    with pytest.raises(BadInput) as caught:
+        ask()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 

@@ -33,6 +33,7 @@ from pydantic_core import PydanticUndefined, core_schema
 
 from workbench.errors import BadInput, describe, unknown_name
 from workbench.families import import_families, import_plugins
+from workbench.values import check_numbers
 
 #: Every axis by its kind, in the order in which they were made.
 AXES: dict[str, Axis] = {}
@@ -69,6 +70,9 @@ class Fields(BaseModel):
 
     def __init__(self, **given: Any) -> None:
         named = resolved(type(self), given)
+        for name, info in type(self).model_fields.items():
+            if name in named.values:
+                check_numbers(named.values[name], info.annotation, name)
         try:
             super().__init__(**named.values)
         except ValidationError as error:

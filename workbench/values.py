@@ -187,7 +187,7 @@ def converted(found: Any, annotation: Any, field: str) -> Any:
 
 
 def scalar(text: str, annotation: Any, field: str) -> Any:
-    if text in WORDS:
+    if text in WORDS and not (numeric(annotation) and isinstance(WORDS[text], bool)):
         return WORDS[text]
     number = number_of(text, field)
     if number is None:
@@ -219,6 +219,19 @@ def kinds(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) in (Union, types.UnionType):
         return get_args(annotation)
     return (annotation,)
+
+
+def check_numbers(found: Any, annotation: Any, field: str) -> None:
+    """Raise `BadInput` where a number is asked for and true, false or text that is no number is given."""
+    if isinstance(found, bool | str) and numeric(annotation):
+        if isinstance(found, bool) or number_of(found, field) is None:
+            raise BadInput(f"{field}: {found!r} is not a number; give one such as 90, 0.5 or 1e-3")
+    elif isinstance(found, list | tuple) and listed(annotation) is not None:
+        for item in found:
+            check_numbers(item, listed(annotation), field)
+    elif isinstance(found, dict) and mapped(annotation) is not None:
+        for name, item in found.items():
+            check_numbers(item, mapped(annotation), f"{field}.{name}")
 
 
 def textual(annotation: Any) -> bool:

@@ -291,6 +291,19 @@ def test_formulas_have_a_size_and_a_meaning(text, message):
         Law.from_formula(text).compile("log").second  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["E + A*params**9**9**9", "E + A/params**1e400", "E + A*params + 0*log(0)", "E + A*params**-(2.**2000)"],
+)
+def test_constants_are_finite(text):
+    """Kind (faults 14, 34 and 41): a number beyond the largest is refused by name, however it is written;
+    as an exponent it was an OverflowError.
+    """
+    with pytest.raises(BadInput, match="constants have to be finite") as caught:
+        Law.from_formula(text).compile("log")
+    assert "\n" not in str(caught.value)
+
+
 def hostile_formulas(count, seed):
     draw, counts, broken = random.Random(seed), {"read": 0, "refused": 0}, []
     parts = ["A", "B", "params", "tokens", "+", "-", "*", "/", "**", "(", ")", "exp(", "log(", "where(", ">="]

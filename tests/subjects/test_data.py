@@ -83,6 +83,7 @@ def test_the_order_of_classes_is_matched_by_meaning(labels, classifier, tmp_path
     [
         (["good", "bad"], "holds bad, good, but the checkpoint's 2 classes are POSITIVE, NEGATIVE"),
         ([1, 2], "holds 1, 2"),
+        (["negative", "positive", "positive-"], "holds negative, positive, positive-"),
     ],
 )
 def test_labels_of_unknown_meaning_are_refused(labels, word, classifier, tmp_path):

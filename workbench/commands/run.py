@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -109,7 +110,18 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     if space.out is not None and (reason := instruments[-1].held_back()):
         raise BadInput(reason)
     if space.out is not None:
-        check_target(space.out, overwrite=space.overwrite, files=("result.json", "table.parquet"))
+        goal = check_target(space.out, overwrite=space.overwrite, files=("result.json", "table.parquet"))
+        subject = getattr(space, "subject", None)
+        if (
+            subject
+            and os.path.isdir(subject)
+            and os.path.realpath(subject) == str(goal)
+            and not space.overwrite
+        ):
+            raise BadInput(
+                f"out: {space.out!r} is the folder of the subject, whose weights the result would replace; "
+                "give another place, or --overwrite"
+            )
     if len(steps) > 1 or name != steps[0][0]:
         changed = "".join(f" --{option} {text}" for option, text in texts.items())
         print(f"{name} = {in_words(steps)}{', with' + changed if changed else ''}")

@@ -96,7 +96,8 @@ class Projection:
             shape = (n, problem.rows)
             slopes = np.stack([np.broadcast_to(o, shape) for o in out[1:]], axis=2)
             at = np.array([1.0 if law.free[i].scale == "log" else 0.0 for i in self.linear_index])
-            offset = np.broadcast_to(out[0], shape) - slopes @ at
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is left out below
+                offset = np.broadcast_to(out[0], shape) - slopes @ at
             basis, target = slopes * scale[None, :, None], (problem.target - offset) * scale
             fine = np.isfinite(basis).all((1, 2)) & np.isfinite(target).all(1)
             basis[~fine], target = 0.0, np.where(fine[:, None], target, 0.0)

@@ -8,6 +8,7 @@ A forecast is made of shapes alone, so a run that does not fit is refused before
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -27,12 +28,12 @@ SHARE = 0.8  # of what is free
 
 def bytes_of(value: int | float | str, field: str = "memory") -> int:
     """A number of bytes, or a text with a unit; `BadInput` for what is neither, or not above zero."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", str(value))
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", str(value), re.ASCII)
     unit = UNITS.get(found[2].lower()) if found else None
-    if found is None or unit is None or float(found[1]) * unit < 1:
+    if found is None or unit is None or not 1 <= float(found[1]) * unit < math.inf:
         raise BadInput(
-            f"{field}: {str(value)!r} is no number of bytes; give a whole number, or one with a unit such as "
-            "800MB, 2GB or 1.5GiB"
+            f"{field}: {str(value)[:60]!r} is no number of bytes; give a whole number, or one with a unit "
+            "such as 800MB, 2GB or 1.5GiB"
         )
     return int(float(found[1]) * unit)
 

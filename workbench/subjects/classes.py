@@ -55,10 +55,13 @@ def composed(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """A name without what spelling adds: case, and the sign between words; a number keeps its sign."""
+    """A name without what spelling adds: case, and the sign between words; `A-` keeps the one behind it, a
+    number the one before it.
+    """
     if number_of(name) is not None:
         return written(name)
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
+    words = unicodedata.normalize("NFKC", name).strip()
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", words).casefold()
 
 
 def distinct(values: Iterable[Any]) -> list[str]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from workbench.errors import BadInput
 from workbench.subjects import Change, Subject, all_layers, blocks
+from workbench.values import number_of
 
 TRAINABLE = ("all", "body", "adapters", "half", "blocks", "head")
 
@@ -91,12 +92,12 @@ def frozen_half(on: Subject, seed: int) -> set[int]:
 
 def parse_blocks(text: str, count: int) -> tuple[int, ...]:
     """'0,2' -> (0, 2); `BadInput` when a block is not there."""
-    try:
-        chosen = tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
-    except ValueError:
+    found = [number_of(part.strip(), "blocks") for part in text.split(",") if part.strip()]
+    chosen = tuple(sorted({number for number in found if isinstance(number, int)}))
+    if not all(isinstance(number, int) for number in found):
         raise BadInput(
             f"blocks: {text!r} is not accepted; give numbers of blocks separated by commas, 0 to {count - 1}"
-        ) from None
+        )
     if not chosen or chosen[0] < 0 or chosen[-1] >= count:
         raise BadInput(f"blocks: {text!r} is not accepted; this model's blocks are 0 to {count - 1}")
     return chosen

@@ -19,6 +19,7 @@ from workbench.progress import Progress
 from workbench.pruning.axes import PATTERN
 from workbench.results import Result
 from workbench.subjects import Subject
+from workbench.values import number_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -60,12 +61,11 @@ class FisherSweep(SubjectInstrument):
         for field, whole in (("damps", False), ("gradients", True), ("blocks", True)):
             values = []
             for word in getattr(self, field).split(","):
-                try:
-                    value = float(word)
-                except ValueError:
+                value = number_of(word.strip(), field)
+                if value is None:
                     raise BadInput(
                         f"{field}: {word.strip()!r} is not a number; give numbers separated by commas"
-                    ) from None
+                    )
                 if value <= 0 or (whole and value != int(value)):
                     raise BadInput(
                         f"{field}: {word.strip()} is not accepted; give positive "

@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from workbench.errors import BadInput
+from workbench.values import number_of
 
 
 class Named(Protocol):
@@ -65,7 +66,5 @@ def layer_times(path: str | Path, layers: Sequence[Named], widths: Sequence[int]
 
 def number(text: str) -> float:
     """The number a cell writes; NaN for anything else."""
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
+    found = number_of(text.strip(), "times")
+    return float("nan") if found is None else float(found)

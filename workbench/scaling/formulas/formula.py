@@ -220,7 +220,7 @@ class Graph:
                 return self.const(1)
             if exponent == 0.5:
                 return self.call("sqrt", a)
-            if exponent == int(exponent) and 1 <= abs(exponent) <= 8:
+            if 1 <= abs(exponent) <= 8 and exponent == int(exponent):
                 result = a
                 for _ in range(int(abs(exponent)) - 1):
                     result = self.mul(result, a)
@@ -382,6 +382,15 @@ def parse(text: str, graph: Graph, columns: Iterable[str], bindings: Mapping[str
 
 def _expression(tree: ast.expr, graph: Graph, names: Mapping[str, int], columns: set[str]) -> int:
     def build(part: ast.expr) -> int:
+        node = built(part)
+        value = graph.value(node)
+        if value is not None and not np.isfinite(value):
+            text = ast.unparse(part)
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            raise BadInput(f"formula: {shown!r} is {value}; constants have to be finite, at most 1.8e308")
+        return node
+
+    def built(part: ast.expr) -> int:
         if isinstance(part, ast.Constant):
             if isinstance(part.value, bool) or not isinstance(part.value, int | float):
                 raise BadInput(f"formula: {part.value!r} is not a number")
