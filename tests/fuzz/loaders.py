@@ -11,6 +11,7 @@ LOADERS: dict[str, Loader] = {
     "parameters": texts.parameters,
     "notebooks": texts.notebooks,
     "plugins": texts.plugins,
+    "task-files": texts.task_files,
     **tables.LOADERS,
     **models.LOADERS,
     **kept.LOADERS,

@@ -13,6 +13,7 @@ from tests.fuzz.loaders import LOADERS
 #: Inputs in the suite; the slow ones have fewer.
 COUNT = {"configs": 8, "saved-subjects": 6, "training-checkpoints": 8, "command-line": 12, "gguf": 10}
 SLOW = ("processes",)
+NEEDED = {"gguf": "gguf", "task-files": "lm_eval"}
 #: Inputs of seed 0 that ended in something else than one line once.
 FOUND = {"tokenizers": (2938, 4596), "results": (1266, 3841)}
 
@@ -20,8 +21,8 @@ FOUND = {"tokenizers": (2938, 4596), "results": (1266, 3841)}
 @pytest.mark.parametrize("name", [name for name in LOADERS if name not in SLOW])
 def test_damaged_inputs_open_or_are_refused_in_one_line(name: str) -> None:
     """Kind: whatever is wrong with an input is one line that says so, soon, and never a traceback."""
-    if name == "gguf":
-        pytest.importorskip("gguf")
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
     ends, told = briefly(name, LOADERS[name], range(COUNT.get(name, 24)), seed=7)
     assert set(ends) <= set(GOOD), "\n".join(told)
 

@@ -6,18 +6,24 @@ import contextlib
 import io
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from tests.fuzz import mutation
 from tests.fuzz.campaign import Case, Drawing
+from tests.measures.suites.speaking import speaking
 from workbench import reports
 from workbench.families import import_plugin, module_name
+from workbench.measures import TaskSuite
+from workbench.progress import Progress
 from workbench.scaling.formulas.laws import Law
 from workbench.scaling.run_tables.checks import mapping
+from workbench.storage import cache_folder
 from workbench.values import read, read_file
 
 FORMULAS = (
@@ -158,6 +164,52 @@ def notebooks(root: Path) -> Drawing:
             cell = whole["cells"][-1] | {"source": mutation.text(draw, source, pieces)}
             file.write_text(json.dumps(whole | {"cells": [*whole["cells"][:-1], cell]}))
         return repr(file.read_bytes()[-300:]), opened
+
+    return draw_case
+
+
+TASK = {
+    "task": "own",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "items.jsonl", "validation": "items.jsonl"}},
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "fewshot_split": "validation",
+    "num_fewshot": 1,
+    "doc_to_text": "{{question.strip()}} is",
+    "doc_to_choice": "choices",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+ITEMS = [{"question": f"{n} and one", "choices": [f"{n + 1}", f"{n}", "no"], "answer": 0} for n in range(4)]
+
+
+def task_files(root: Path) -> Drawing:
+    """Tasks of the lm-evaluation-harness with their data: built, and asked of a small model."""
+    on = speaking()
+    place = root / "tasks"
+    place.mkdir()
+    file, items = place / "own.yaml", place / "items.jsonl"
+    whole = [yaml.safe_dump(TASK), "\n".join(map(json.dumps, ITEMS))]
+
+    def opened() -> None:
+        try:
+            TaskSuite(tasks=str(file), limit=2).run(on, Progress(), cache=False)
+        finally:
+            shutil.rmtree(cache_folder() / "task-data-read", ignore_errors=True)
+
+    def draw_case(draw: random.Random) -> Case:
+        told = list(whole)
+        part, what = draw.randrange(2), draw.randrange(3)
+        if what == 0:
+            told[part] = mutation.damaged(draw, whole[part].encode()).decode("utf-8", "surrogateescape")
+        elif what == 1:
+            told[part] = mutation.text(draw, whole[part])
+        else:
+            told = [mutation.as_json(draw, TASK), "\n".join(mutation.as_json(draw, item) for item in ITEMS)]
+        for target, text in zip((file, items), told, strict=True):
+            target.write_bytes(text.encode("utf-8", "surrogateescape" if what == 0 else "surrogatepass"))
+        return repr(told[part][:300]), opened
 
     return draw_case
 

@@ -346,6 +346,27 @@ def test_what_cannot_be_asked_is_one_line(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    "items, said",
+    [
+        ("null\n0.0\n{}\n", "line 1 of .* is no object"),
+        ('[1, {"question": "a"}]', "begins a list of something else"),
+        ('{"question": "a"}\n{"question"', "line 2 of .* is not JSON"),
+        (
+            '{"question": "a", "choices": ["b", "c"], "answer": 0}\n{"question": "a", "answer": 0}\n',
+            "item that its own settings do not fit",
+        ),
+    ],
+)
+def test_items_that_are_no_items(items, said, tmp_path):
+    """Kind: a file of somebody's ends the process, in a library that reads it; the first three end Arrow's
+    reader or worse, the last one is found when it is asked.
+    """
+    file = task(tmp_path / "own")
+    (tmp_path / "own" / "items.jsonl").write_text(items)
+    refused(said, file)
+
+
 def test_names_of_the_harness_mean_its_tasks_groups_and_tags(monkeypatch):
     """Its own functions are part of the library that is installed, and run."""
     from lm_eval import tasks

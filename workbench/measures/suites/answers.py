@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from workbench.errors import BadInput, one_line
 from workbench.measures.suites.harness_limits import offline, quiet, sandboxed
 
 
@@ -46,21 +47,29 @@ class TaskAnswers:
 
 def answers_of(model: Any, task: Any, limit: int = 0, chat: bool = False, seed: int = 0) -> TaskAnswers:
     """Ask a `model_class()` the first `limit` items of a task (0: all), each after examples that are drawn
-    with the seed: the same for every model.
+    with the seed: the same for every model. `BadInput` for items that contradict the task.
     """
     from lm_eval.evaluator import evaluate
 
     task.set_fewshot_seed(seed)
     name = task.task_name
     with quiet(), offline(), sandboxed():
-        found = evaluate(
-            lm=model,
-            task_dict={"tasks": {name: task}},
-            limit=limit or None,
-            bootstrap_iters=0,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-        )
+        try:
+            found = evaluate(
+                lm=model,
+                task_dict={"tasks": {name: task}},
+                limit=limit or None,
+                bootstrap_iters=0,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+            )
+        except Exception as error:
+            if model.answering or isinstance(error, BadInput):
+                raise
+            raise BadInput(
+                f"tasks: {name!r} has an item that its own settings do not fit: {type(error).__name__}: "
+                f"{one_line(str(error))[:200]}"
+            ) from None
     assert found is not None
     samples = found["samples"][name]
     samples = sorted((s for s in samples if s["filter"] == samples[0]["filter"]), key=lambda s: s["doc_id"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ def build(task: TaskFile, shots: int) -> Any:
         key: value for key, value in task.settings.items() if key not in ("tag", "group", "task_list")
     }
     settings = resolved(settings, lambda code: _import_func_in_yml(str(code), code.home))
+    for file in json_files(task):
+        check_objects(task.name, file)
     options = dict(settings.get("dataset_kwargs") or {})
     options = {name: value for name, value in options.items() if name not in IGNORED}
     if not task.dataset:
@@ -46,6 +50,43 @@ def build(task: TaskFile, shots: int) -> Any:
                 f"tasks: {task.name!r} of {task.file} does not open: {type(error).__name__}: "
                 f"{one_line(str(error))[:300]}; its data is read from {task.place}"
             ) from None
+
+
+def json_files(task: TaskFile) -> list[Path]:
+    if not task.dataset:
+        return task.files if task.settings["dataset_path"] == "json" else []
+    return [file for file in sorted(task.folder.rglob("*")) if file.suffix in (".json", ".jsonl")]
+
+
+def check_objects(name: str, file: Path) -> None:
+    """`BadInput` for a file of JSON that is no object, list of objects or object a line: Arrow's reader of
+    such files ends the process on some.
+    """
+
+    def told(number: int, reason: str) -> BadInput:
+        return BadInput(
+            f"tasks: {name!r}: line {number} of {file} {reason}; give one object with the columns a line, "
+            'such as {"question": "..."}'
+        )
+
+    number = 1
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if text.lstrip()[:1] == "[":
+            found = json.loads(text)
+            if not all(isinstance(row, dict) for row in found):
+                raise told(1, "begins a list of something else than objects")
+            return
+        with contextlib.suppress(json.JSONDecodeError):
+            if isinstance(json.loads(text), dict):
+                return
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip() and not isinstance(json.loads(line), dict):
+                raise told(number, "is no object")
+    except UnicodeDecodeError:
+        raise told(number, "is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise told(number, f"is not JSON ({one_line(str(error))})") from None
 
 
 def absolute(value: Any, task: TaskFile) -> Any:

@@ -48,6 +48,7 @@ def model_class() -> Any:
             self.on, self.tokenizer, self.tokens = on, tokenizer, tokens
             self.progress, self.label, self.finished = progress or Progress(), label, finished
             self._device = on.device
+            self.answering = False  # what fails then is not the task's
 
         @property
         def eot_token_id(self) -> int:
@@ -91,7 +92,9 @@ def model_class() -> Any:
                 assert known is not None
                 return [(place, (log_p, greedy)) for place, (log_p, greedy) in known["answers"]]
 
+            self.answering = True
             found = answered(self.on, pairs, self.tokens, track, remembered)
+            self.answering = False
             known = [answer for answer in found if answer is not None]
             if len(known) < len(found):
                 raise Interrupted

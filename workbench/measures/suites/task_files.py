@@ -333,6 +333,11 @@ def check_metric(name: str, said: Any) -> None:
 
 
 def check_data(task: TaskFile) -> None:
+    if not isinstance(task.settings.get("dataset_kwargs") or {}, dict):
+        raise BadInput(
+            f"tasks: {task.file}: dataset_kwargs is {task.settings['dataset_kwargs']!r}; "
+            "give a mapping, such as {data_files: items.jsonl}"
+        )
     if not task.settings.get("dataset_path"):
         raise BadInput(f"tasks: {task.file} says no dataset_path; give json with data_files, or a name")
     if not task.dataset:
