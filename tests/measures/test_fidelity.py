@@ -7,9 +7,11 @@ import pytest
 
 import workbench
 from workbench import BadInput
-from workbench.measures import Fidelity, compare, verdict, word
+from workbench.measures import Fidelity, TokenStrip, compare, verdict, word
 from workbench.measures.fidelity import front
 from workbench.measures.intervals import mcnemar
+from workbench.measures.made_by import made_by
+from workbench.pruning import Prune
 from workbench.quantization import Quantize
 
 FIELDS = dict(test_examples=0, predict_examples=0, calibration_examples=4)
@@ -67,6 +69,42 @@ def test_the_figure_shows_front_quartiles_and_tolerance(measured, tmp_path):
     measured.save(tmp_path / "saved")
     again = workbench.Result.load(tmp_path / "saved")
     assert again.figure().to_json() == measured.figure().to_json()
+
+
+def test_what_has_no_place_in_the_figure_is_named_and_points_say_their_commands(measured, results):
+    """Kind: a figure that leaves something out, or cannot be followed up, says nothing of it."""
+    fig = measured.figure()
+    assert "not drawn, 0 to rounding: itself" in fig.layout.title.text
+    first, second = (said.split("\n") for said in fig.data[2].meta["clicked"])
+    assert first[0].startswith("workbench run quantize --format int3 ")
+    assert first[0].endswith(" --subject bytelm") and "--device" not in first[0]
+    assert first[1] == f"workbench run attribution --subject bytelm --changed {results / 'int3'}"
+    assert "--format int8" in second[0]
+    commands = measured.tables["commands"]
+    assert list(commands[commands["subject"] == "itself"]["command"]) == [
+        f"workbench run attribution --subject bytelm --changed {results / 'itself'}"
+    ]
+
+
+def test_a_changed_model_is_called_as_its_folder(results):
+    """Kind: two models of one name in a figure's title. A result keeps the name of what it was made from."""
+    asked = TokenStrip(changed=str(results / "int3"))
+    dense = workbench.subject("bytelm")
+    assert asked.changed_model(dense).name == "int3" and dense.name == "bytelm"
+    assert asked.with_fields(changed="bytelm").changed_model(dense).name == "bytelm"
+
+
+def test_every_step_of_a_model_has_its_command():
+    """Two further examples: several steps, and a step of an instrument that this version does not have."""
+    steps = [
+        {"instrument": "prune", "fields": Prune(sparsity=0.6).model_dump(mode="json")},
+        {"instrument": "melt", "fields": {"heat": 3}},
+    ]
+    assert made_by(steps, "my model") == [
+        "workbench run prune --sparsity 0.6 --subject 'my model' --out step-1",
+        "workbench run melt --heat 3 --subject step-1",
+    ]
+    assert made_by([], "bytelm") == []
 
 
 def test_a_second_domain_and_a_budget(results):

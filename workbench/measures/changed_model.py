@@ -40,5 +40,7 @@ class BesideChanged(SubjectInstrument):
         return hashlib.sha256(json.dumps([super().key(on), stamp(self.changed)]).encode()).hexdigest()[:24]
 
     def changed_model(self, on: Subject) -> Subject:
-        """The changed model, on the subject's data."""
-        return candidate(self.changed, on).model
+        """The changed model, on the subject's data, by the name of its folder or file."""
+        opened = candidate(self.changed, on)
+        opened.model.name = opened.name
+        return opened.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from workbench.instruments import SubjectInstrument
 from workbench.latency import Latency
 from workbench.measures.floor import Floor
 from workbench.measures.language import TokenPairs, confidence_table
+from workbench.measures.made_by import looked_into, made_by
 from workbench.measures.reference import (
     Comparison,
     Reference,
@@ -59,7 +60,7 @@ class FidelityResult(Result):
         shown = self.table[self.table[name] > 0]
         words = {"kl": "KL to the reference (nats an item)", "distance": "distance to the reference"}
         unit = {"bits": "bits a weight", "megabytes": "size (MB)"}
-        fig = figure(f"Same model? Against {self.facts['reference']}", unit[x], words[name], yaxis_type="log")
+        fig = figure(self.title(name), unit[x], words[name], yaxis_type="log")
         least = shown[name].min() / 100 if len(shown) else 0.0
         low, median, high = (
             shown[f"{name}_{part}"].clip(lower=least) for part in ("quarter", "median", "three_quarters")
@@ -98,6 +99,7 @@ class FidelityResult(Result):
             name="mean, 95 % interval",
             customdata=shown[["verdict"]],
             hovertemplate="%{text}: %{y:.4g} (%{customdata[0]})<extra></extra>",
+            meta={"clicked": [self.commands(int(row)) for row in shown.index]},
         )
         for label, value, index in (
             ("tolerance", self.facts["tolerance"], 1),
@@ -108,6 +110,19 @@ class FidelityResult(Result):
                 line = dict(color=color(index), dash="dash" if label == "tolerance" else "dot")
                 fig.add_scatter(x=ends, y=[value, value], mode="lines", line=line, name=label)
         return fig
+
+    def title(self, name: str) -> str:
+        """Names the models that a log axis has no place for."""
+        text = f"Same model? Against {self.facts['reference']}"
+        itself = self.table[(self.table[name] <= 0) & (self.table["verdict"] != "reference")]["subject"]
+        if len(itself):
+            text += f"<br><sup>not drawn, 0 to rounding: {', '.join(itself)}</sup>"
+        return text
+
+    def commands(self, row: int) -> str:
+        """What made the model in a row of the table, where that is known, and what looks into it."""
+        known = self.tables.get("commands")
+        return "" if known is None else "\n".join(known[known["row"] == row]["command"])
 
 
 def front(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
@@ -180,6 +195,7 @@ class Fidelity(SubjectInstrument):
         row = {"subject": on.name, **sized(size_of(on)), "verdict": "reference", "word": "same"}
         rows = [row | self.costs(on, progress)]
         buckets, domains = list[pd.DataFrame](), list[dict[str, Any]]()
+        commands: list[dict[str, Any]] = []
         for source in progress.track(self.sources, "compare"):
             if self.split not in references:
                 break
@@ -190,6 +206,10 @@ class Fidelity(SubjectInstrument):
             main = compared[self.split]
             if main is None or progress.stopped:
                 break
+            commands += [
+                {"row": len(rows), "subject": opened.name, "command": command}
+                for command in (*opened.made_by, looked_into(on.name, source))
+            ]
             rows.append(self.row(opened, main, on) | self.costs(opened.model, progress))
             domains += [
                 {"subject": opened.name, "domain": split} | domain_numbers(comparison)
@@ -201,7 +221,7 @@ class Fidelity(SubjectInstrument):
             del opened, compared, main
         table = complete(pd.DataFrame(rows))
         facts = self.facts(on, table, references.get(self.split), progress)
-        tables = {"domains": pd.DataFrame(domains)} if domains else {}
+        tables = {"domains": pd.DataFrame(domains), "commands": pd.DataFrame(commands)} if domains else {}
         if buckets:
             tables["buckets"] = pd.concat(buckets, ignore_index=True)
         return self.result(table, facts, tables=tables)
@@ -262,14 +282,15 @@ def timing(model: Subject, split: str, batch_size: int, progress: Progress) -> d
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to compare, on the reference's data, what it takes to store, and its own tokenizer if it has
-    one.
+    """A model to compare, on the reference's data, what it takes to store, its own tokenizer if it has one,
+    and the commands that gave it, as far as they are known.
     """
 
     name: str
     model: Subject
     size: Size
     tokenizer: Any = None
+    made_by: Sequence[str] = ()
 
 
 def candidate(source: str, on: Subject) -> Candidate:
@@ -282,7 +303,9 @@ def candidate(source: str, on: Subject) -> Candidate:
     found.model.to(on.device)
     name = (folder.stem if is_gguf(source) else folder.name) if folder.exists() else source
     size = gguf_size(folder) if is_gguf(source) else size_of(found)
-    return Candidate(name, other_model(on, found), size, found.tokenizer)
+    begun_from = found.origin.get("builtin") or found.origin.get("source") or on.name
+    made = made_by(found.history, on.name if begun_from == "folder" else begun_from)
+    return Candidate(name, other_model(on, found), size, found.tokenizer, made)
 
 
 def stamp(source: str) -> list[Any]:
