@@ -227,11 +227,20 @@ def check_numbers(found: Any, annotation: Any, field: str) -> None:
         if isinstance(found, bool) or number_of(found, field) is None:
             raise BadInput(f"{field}: {found!r} is not a number; give one such as 90, 0.5 or 1e-3")
     elif isinstance(found, list | tuple) and listed(annotation) is not None:
-        for item in found:
-            check_numbers(item, listed(annotation), field)
+        for item, kind in zip(found, members(annotation, len(found)), strict=False):
+            check_numbers(item, kind, field)
     elif isinstance(found, dict) and mapped(annotation) is not None:
         for name, item in found.items():
             check_numbers(item, mapped(annotation), f"{field}.{name}")
+
+
+def members(annotation: Any, count: int) -> list[Any]:
+    """The type of each of so many items; a tuple may have one for each place."""
+    for kind in kinds(annotation):
+        places = get_args(kind)
+        if get_origin(kind) is tuple and places and places[-1] is not Ellipsis:
+            return list(places)
+    return [listed(annotation)] * count
 
 
 def textual(annotation: Any) -> bool:

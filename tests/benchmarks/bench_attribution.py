@@ -16,7 +16,6 @@ import torch
 
 import workbench
 from workbench.measures.attribution import Attribution, Run
-from workbench.measures.finished_parts import FinishedParts
 from workbench.measures.parts import beside, parts_of
 from workbench.measures.suffix import Suffix
 from workbench.progress import Progress
@@ -24,6 +23,7 @@ from workbench.pruning import Prune
 from workbench.quantization import Quantize
 from workbench.subjects import Subject
 from workbench.unfinished import journal
+from workbench.unfinished.finished_parts import FinishedParts
 
 
 def changed(on: Subject, change: str, windows: int) -> Subject:

@@ -19,11 +19,11 @@ from workbench import BadInput
 from workbench.cli import main
 from workbench.measures import Attribution, compare
 from workbench.measures.attribution import said
-from workbench.measures.finished_parts import FinishedParts, read
 from workbench.measures.parts import OutputScores, noisy, parts_of, role_of, tensors_of, weight_error
 from workbench.measures.suffix import Suffix
 from workbench.progress import Progress
 from workbench.subjects import Mask, Subject
+from workbench.unfinished.finished_parts import FinishedParts, read
 
 ASKED = Attribution(changed="at hand", test_examples=8)
 #: A weight of each architecture, in its second block.

@@ -17,7 +17,6 @@ from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.measures.attribution_result import AttributionResult
 from workbench.measures.changed_model import BesideChanged, changed_parameter
-from workbench.measures.finished_parts import FinishedParts, Record
 from workbench.measures.intervals import block_bootstrap
 from workbench.measures.parts import (
     OUTSIDE,
@@ -34,6 +33,7 @@ from workbench.measures.suffix import Suffix
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
+from workbench.unfinished.finished_parts import FinishedParts, Record
 
 #: full / sum of the parts within which what the parts do adds up well enough to predict from.
 ADDITIVE = (0.8, 1.25)

@@ -37,13 +37,13 @@ from workbench.measures.calibration.domains import (
 from workbench.measures.calibration.domains import size_of as count_of
 from workbench.measures.calibration.resampled import Resampled, Values, by_text, interval
 from workbench.measures.fidelity import check_comparable, stamp
-from workbench.measures.finished_parts import FinishedParts, Record
 from workbench.measures.reference import Reference, batch_of, reference_of
 from workbench.names import run_in_turn
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.storage.forecast import Forecast, weight_bytes
 from workbench.subjects import Split, Subject
+from workbench.unfinished.finished_parts import FinishedParts, Record
 
 PREVIEW_EVERY = 1.0  # seconds
 PROBED = 2  # examples of the test split that methods which always measure on it are given

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from workbench.errors import BadInput
-from workbench.measures.finished_parts import FinishedParts
 from workbench.measures.suites.continuations import (
     Answer,
     Batch,
@@ -19,6 +18,7 @@ from workbench.measures.suites.continuations import (
 )
 from workbench.progress import Progress
 from workbench.subjects import Subject
+from workbench.unfinished.finished_parts import FinishedParts
 
 
 class Interrupted(Exception):
@@ -94,10 +94,10 @@ def model_class() -> Any:
 
             self.answering = True
             found = answered(self.on, pairs, self.tokens, track, remembered)
-            self.answering = False
             known = [answer for answer in found if answer is not None]
             if len(known) < len(found):
                 raise Interrupted
+            self.answering = False
             return known
 
         def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[Answer]:

@@ -15,7 +15,6 @@ from workbench.axis import parameter
 from workbench.errors import BadInput, notice
 from workbench.instruments import SubjectInstrument
 from workbench.measures.fidelity import candidate, check_comparable, stamp
-from workbench.measures.finished_parts import FinishedParts
 from workbench.measures.reference import on_its_data
 from workbench.measures.suites.answers import TaskAnswers, answers_of, item_table
 from workbench.measures.suites.built_tasks import build
@@ -28,6 +27,7 @@ from workbench.progress import Progress
 from workbench.results import Result
 from workbench.subjects import Subject
 from workbench.subjects.tasks import CausalLM
+from workbench.unfinished.finished_parts import FinishedParts
 
 COLUMNS = ("subject", "task", "metric", "items", "chance", "score", "score_se", "score_low", "score_high")
 COMPARED = ("recovery", "recovery_low", "recovery_high", "right_to_wrong", "wrong_to_right", "mcnemar_p")

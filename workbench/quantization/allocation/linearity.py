@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from workbench.axis import Options, parameter
-from workbench.measures.finished_parts import FinishedParts, Record
 from workbench.measures.suffix import Suffix
 from workbench.quantization.allocation.swapped import DISK, distance, groups_of, through
 from workbench.quantization.allocation.width_cost import WIDTH_COST, Candidates, WidthCost
 from workbench.subjects import Layer
+from workbench.unfinished.finished_parts import FinishedParts, Record
 
 
 class Noise(Options):

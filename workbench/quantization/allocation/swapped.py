@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workbench.curvature.operators.weights import place_of, with_weights
-from workbench.measures.finished_parts import FinishedParts, Record
 from workbench.measures.suffix import Suffix
 from workbench.progress import Progress
 from workbench.subjects import Layer, Subject
+from workbench.unfinished.finished_parts import FinishedParts, Record
 
 Deltas = Mapping[str, Sequence[Tensor]]
 DISK = 2048.0  # megabytes of dense distributions kept while it runs
