@@ -109,15 +109,15 @@ class TextProgress(Progress):
 
     def _left(self, label: str, done: int, total: int | None) -> str:
         """What is left at the speed so far, in words; nothing of what takes no time."""
-        now = time.monotonic()
-        began = self._began.setdefault(label, now) if done else now
-        self._began[label] = began
-        if not total or not 0 < done < total or now - began < 2:
+        spent = time.monotonic() - self._began[label]
+        if not total or not 0 < done < total or spent < 2:
             return ""
-        return f", about {duration((now - began) / done * (total - done))} left"
+        return f", about {duration(spent / done * (total - done))} left"
 
     def show(self, label: str, done: int, total: int | None) -> None:
         if self._headless:
+            if not done or label not in self._began:
+                self._began[label] = time.monotonic()
             if self._file and (time.monotonic() - self._last > 0.5 or done == total):
                 self._last = time.monotonic()
                 whole = "?" if total is None else total

@@ -134,6 +134,11 @@ def front(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
     return best
 
 
+def sources_in(candidates: str) -> list[str]:
+    """What a line names, separated by commas."""
+    return [part.strip() for part in candidates.split(",") if part.strip()]
+
+
 def check_comparable(on: Subject, field: str, sources: Iterable[str]) -> None:
     """`BadInput` for a reference whose outputs do not compare, and for GGUF files that are not there."""
     check_kind(on)
@@ -171,7 +176,7 @@ class Fidelity(SubjectInstrument):
 
     @property
     def sources(self) -> list[str]:
-        return [part.strip() for part in self.candidates.split(",") if part.strip()]
+        return sources_in(self.candidates)
 
     def check(self, on: Subject) -> None:
         on.split(self.split)

@@ -341,8 +341,7 @@ class Run:
         return record
 
     def preview(self) -> None:
-        watched = self.progress.watched
-        if watched and time.monotonic() - self.previewed > PREVIEW_EVERY:
+        if self.progress.watched and time.monotonic() - self.previewed > PREVIEW_EVERY:
             self.previewed = time.monotonic()
             self.progress.preview(self.result())
 

@@ -14,7 +14,7 @@ import pandas as pd
 from workbench.axis import parameter
 from workbench.errors import BadInput, notice
 from workbench.instruments import SubjectInstrument
-from workbench.measures.fidelity import candidate, check_comparable, stamp
+from workbench.measures.fidelity import candidate, check_comparable, sources_in, stamp
 from workbench.measures.reference import on_its_data
 from workbench.measures.suites.answers import TaskAnswers, answers_of, item_table
 from workbench.measures.suites.built_tasks import build
@@ -79,7 +79,7 @@ class TaskSuite(SubjectInstrument):
 
     @property
     def sources(self) -> list[str]:
-        return [part.strip() for part in self.candidates.split(",") if part.strip()]
+        return sources_in(self.candidates)
 
     def check(self, on: Subject) -> None:
         check_asked(on, self.chat)
