@@ -164,6 +164,14 @@ def test_a_result_does_not_replace_the_subject_it_is_of(instrument, tmp_path, mo
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
+def test_what_a_result_replaces_is_said_before_it_is_computed(cache, tmp_path, capsys):
+    folder = tmp_path / "kept"
+    trace = ["run", "trace", "--subject", "digits-softmax", "--out", str(folder)]
+    assert main(trace) == 0 and "will replace" not in capsys.readouterr().err
+    assert main([*trace, "--seed", "1", "--dry-run"]) == 0
+    assert "holds a result of trace, which this run's result will replace" in capsys.readouterr().err
+
+
 def test_help_lists_the_fields(capsys):
     assert main(["run", "quantize", "--help"]) == 0
     text = capsys.readouterr().out

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import workbench
 from workbench import BadInput, Progress, pruning, quantization, studies
@@ -33,6 +34,14 @@ def test_a_sweep_in_processes_equals_one_by_one_and_is_free_again(vit):
     assert all(chain.stored(vit) for group in runs.values() for chain in group)
     alone = runs["wanda"][1].run(vit, cache=False)
     assert alone.facts["loss"] == pytest.approx(table["loss"].iloc[3], abs=1e-6)
+
+
+def test_a_plain_module_is_swept_in_this_process(cache):
+    rows = {"inputs": torch.randn(16, 6), "labels": torch.arange(16) % 2}
+    layers = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    plain = workbench.subject(layers, data=rows)
+    runs = {"magnitude": [pruning.Prune(sparsity=s, predict_examples=0) for s in (0.3, 0.6)]}
+    assert len(studies.sweep(plain, runs, jobs=2)) == 2
 
 
 def test_chains_that_begin_alike_compute_the_beginning_once(vit):

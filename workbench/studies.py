@@ -63,13 +63,13 @@ def sweep(
         instrument.check(on)
     wanted = {"": [(instrument,) for instrument in beside]} | chains
     # a worker computes with one thread, and what is read back here is what it computed
-    alone = jobs == 1 or on.device.type != "cpu"
+    alone = jobs == 1 or on.device.type != "cpu" or not on.has_file
     with contextlib.nullcontext() if alone else threads(1):
         missing = families(
             on, {name: [chain for chain in group if not stored(on, chain)] for name, group in wanted.items()}
         )
         workers = min(jobs or len(os.sched_getaffinity(0)), sum(map(len, missing)))
-        if workers > 1 and on.device.type == "cpu":
+        if workers > 1 and not alone:
             in_processes(on, [part for group in missing for part in dealt(group, workers)], workers, progress)
         rows = []
         last: dict[str, Subject] = {}

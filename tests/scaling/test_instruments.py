@@ -125,6 +125,11 @@ def test_wrong_fit_requests(runs, fields, message):
         ScalingFit(**fields).run(runs)
 
 
+def test_a_cut_off_that_holds_nothing_out_says_so(runs):
+    found = ScalingFit(fit_below=1e40, starts=64, resamples=50, against=(), checks=False).run(runs)
+    assert found.facts["held_out_runs"] == 0 and "held_out_error" not in found.facts
+
+
 def test_one_model_size_is_refused_with_the_reason(runs):
     one = runs.where(runs.table.params == runs.table.params[0])
     with pytest.raises(BadInput, match=r"params: every fitted run has 1e.07"):

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from workbench.commands import options
@@ -122,6 +123,8 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
                 f"out: {space.out!r} is the folder of the subject, whose weights the result would replace; "
                 "give another place, or --overwrite"
             )
+        if earlier := saved_there(goal):
+            told(f"out: {space.out!r} holds {earlier}, which this run's result will replace")
     if len(steps) > 1 or name != steps[0][0]:
         changed = "".join(f" --{option} {text}" for option, text in texts.items())
         print(f"{name} = {in_words(steps)}{', with' + changed if changed else ''}")
@@ -161,6 +164,18 @@ def foretold(instruments: Sequence[Any], on: Any, memory: int | None, cache: boo
             continue
         print(f"{instrument.name()} {replace(found, seconds=instrument.foretold_seconds(on)).words()}")
     return 0
+
+
+def saved_there(folder: Path) -> str:
+    """What an earlier command has saved in a folder, in words; empty where there is none."""
+    from workbench.results import Result
+
+    try:
+        found = Result.load(folder, open_subject=False)
+    except BadInput:
+        return ""
+    model = " and its model" if (folder / "workbench.json").exists() else ""
+    return f"a result of {found.instrument.name()}{model}"
 
 
 def saved(result: Any, out: str, overwrite: bool) -> int:

@@ -16,7 +16,10 @@ from workbench.measures.attribution import Attribution
 from workbench.measures.fidelity import front
 from workbench.measures.texts.token_strip import TokenStrip
 from workbench.measures.words import WORDS
+from workbench.progress import TextProgress
+from workbench.storage.resident import trim
 from workbench.subjects import Subject
+from workbench.subjects.changes import baked, restoring
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -162,7 +165,10 @@ def changed_by(on: Subject, run: Instrument) -> Subject:
     """The model that a run gives, computed without the measurements beside it."""
     unmeasured = {name: 0 for name in ("test_examples", "predict_examples") if name in type(run).model_fields}
     made: Subject = run.with_fields(**unmeasured).run(on, cache=False).subject
+    if not any(restoring(made.model)):
+        made = made.with_model(baked(made.model))  # nothing held but what it computes with
     made.name = f"{on.name}, {in_short(run)}"
+    trim()
     return made
 
 
@@ -174,14 +180,13 @@ def in_short(run: Instrument) -> str:
 def budget_of(on: Subject, changed: Subject, examples: int) -> go.Figure | Said:
     """Which block made the divergence, and which module of the worst one."""
     asked = Attribution(changed=changed.name, parts="worst", test_examples=examples)
-    return drawn(lambda: asked.between(on, changed).figure(show="budget"))
+    return drawn(lambda: asked.between(on, changed, TextProgress()).figure(show="budget"))
 
 
 def strip_of(on: Subject, changed: Subject, examples: int) -> go.Figure | Said:
     """A text, each token coloured by its divergence; of a classifier the answers that flipped."""
-    return drawn(
-        lambda: TokenStrip(changed=changed.name, test_examples=examples).between(on, changed).figure()
-    )
+    asked = TokenStrip(changed=changed.name, test_examples=examples)
+    return drawn(lambda: asked.between(on, changed, TextProgress()).figure())
 
 
 def drawn(make: Any) -> Any:

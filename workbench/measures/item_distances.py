@@ -11,9 +11,9 @@ alike.
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class ItemDistances:
     def __init__(self, on: Subject, answers: Sequence[Answer], disk: float = 2048.0) -> None:
         self.on, self.kind, self.answers = on, kind_of(on.task), list(answers)
         self.known: list[Tensor] | None = None
+        self.file: mmap.mmap | None = None  # what `known` lies in
         self.spread = 1.0
         if self.kind in ("language", "classification"):
             items = sum(len(a.rows) for a in self.answers)
@@ -87,6 +88,7 @@ class ItemDistances:
             ):  # a word that neither can say has chance 0 and ln 0, and adds nothing
                 kept = torch.where(chances == 0, 0.0, product).sum(-1)
             found.append(-kept.double())
+            self.let_go()
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.double)
 
     def chances(self, index: int, part: slice) -> Tensor:
@@ -106,16 +108,23 @@ class ItemDistances:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         dtype = self.logits(self.answers[0], slice(1)).dtype
-        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as place:
-            file = str(Path(place) / "chances")
-            held = torch.from_file(file, shared=True, size=items * width, dtype=dtype).view(items, width)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(max(1, items * width * dtype.itemsize))
+            self.file = mmap.mmap(file.fileno(), 0)
+        held = torch.frombuffer(self.file, dtype=dtype, count=items * width).view(items, width)
         parts = list(held.split([len(a.rows) for a in self.answers]))
         step = chunk_length(width)
         for index, kept in enumerate(parts):
             for first in range(0, len(kept), step):
                 part = slice(first, first + step)
                 kept[part] = self.chances(index, part).cpu()
+                self.let_go()
         self.known = parts
+
+    def let_go(self) -> None:
+        """Pages of the file that were read stay with the system, which may need their place, not with us."""
+        if self.file is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.file.madvise(mmap.MADV_DONTNEED)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workbench.kernels.training.cross_entropy_rows import places_of_largest
 from workbench.measures.intervals import block_bootstrap, quantiles
 from workbench.storage.resident import trim
 from workbench.subjects.vocabulary import wide
@@ -43,12 +44,13 @@ class TokenPairs:
     same_top: NDArray[np.bool_]
     dense_log_p: NDArray[np.float64]  # of the target
     changed_log_p: NDArray[np.float64]
+    right: NDArray[np.bool_]  # whether the changed model's first choice is the target
 
     @classmethod
     def of(cls, parts: Sequence[dict[str, Tensor]]) -> TokenPairs:
         whole = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
         order = np.lexsort((whole["position"], whole["window"]))
-        wanted = {"window": np.int64, "position": np.int64, "same_top": np.bool_}
+        wanted = {"window": np.int64, "position": np.int64, "same_top": np.bool_, "right": np.bool_}
         return cls(
             **{f.name: whole[f.name][order].astype(wanted.get(f.name, np.float64)) for f in fields(cls)}
         )
@@ -67,23 +69,33 @@ def chunk_length(vocabulary: int) -> int:
 def pair_of(dense: Tensor, changed: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """What is kept of the logits (n, vocabulary) of both, each (n,). Overwrites both."""
     places = targets[:, None]
-    log_p = dense.sub_(dense.logsumexp(-1, keepdim=True))
-    log_q = changed.sub_(changed.logsumexp(-1, keepdim=True))
-    top, choice = log_p.max(-1)
+    z_p, p, ln_sum_p, choice = softmax_of(dense)
+    z_q, q, ln_sum_q, changed_choice = softmax_of(changed)
     found = {
-        "confidence": top.exp(),
-        "same_top": choice == log_q.argmax(-1),
-        "dense_log_p": log_p.gather(-1, places)[:, 0],
-        "changed_log_p": log_q.gather(-1, places)[:, 0],
+        "confidence": (-ln_sum_p[:, 0]).exp(),
+        "same_top": choice == changed_choice,
+        "right": changed_choice == targets,
+        "dense_log_p": (z_p.gather(-1, places) - ln_sum_p)[:, 0],
+        "changed_log_p": (z_q.gather(-1, places) - ln_sum_q)[:, 0],
     }
-    p = log_p.exp()
-    terms = log_p.sub_(log_q).mul_(p)
+    terms = z_p.sub_(z_q).sub_(ln_sum_p - ln_sum_q).mul_(p)
     divergence = terms.sum(-1)
     if not divergence.isfinite().all():  # a word that neither model can say has ln 0 twice, and adds nothing
         divergence = torch.where(p == 0, 0.0, terms).sum(-1)
     found["divergence"] = divergence
-    found["acceptance"] = torch.minimum(p, log_q.exp_(), out=p).sum(-1)
+    found["acceptance"] = torch.minimum(p, q, out=q).sum(-1)
     return found
+
+
+def softmax_of(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits less their largest one (overwritten), their softmax, the ln of the sum of their exponentials
+    (n, 1), and the place of the largest (n,): one exponential for all of it.
+    """
+    choice = places_of_largest(logits)
+    below = logits.sub_(logits.gather(-1, choice[:, None]))
+    chances = below.exp()
+    total = chances.sum(-1, keepdim=True)
+    return below, chances.div_(total), total.log(), choice
 
 
 def pairs_in_chunks(

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from workbench.errors import BadInput
 from workbench.subjects import Subject
-from workbench.subjects.changes import Change, bake, changes_of, stacks_of
+from workbench.subjects.changes import Change, bake, baked, changes_of, restoring, stacks_of
 
 OUTSIDE = "outside"
 
@@ -217,15 +217,9 @@ def beside(dense: Subject, changed: Subject) -> tuple[Subject, Subject]:
         changed = changed.copy()
         changed.model.to(wanted.device, wanted.dtype)
     changed.model.eval()
-    asking = [
-        change
-        for module in changed.model.modules()
-        for tensor in stacks_of(module)
-        for change in changes_of(module, tensor)
-        if type(change).restored is not Change.restored
-    ]
-    if not asking:  # changed weights are computed once, not at every swap
-        changed = changed.with_model(bake(copy.deepcopy(changed.model)))
+    asking = list(restoring(changed.model))
+    if not asking:
+        changed = changed.with_model(baked(changed.model))  # weights computed once, not at every swap
     else:
         dense = dense.copy()
         dense.model.eval()

@@ -31,6 +31,7 @@ from workbench.subjects.tasks import (
     Batch,
     Embedding,
     LanguageModel,
+    Measured,
     ModuleTask,
     SquaredErrorTask,
     Task,
@@ -170,7 +171,7 @@ class Reference:
             )
         found: list[Any] = []
 
-        def compare(examples: Tensor, output: Any, batch: Batch) -> None:
+        def compare(examples: Tensor, output: Any, batch: Batch) -> Measured | None:
             mine, dense = answer_of(changed.task, output, batch, examples), self.answers[len(found)]
             if mine.outputs != dense.outputs:
                 raise BadInput(
@@ -178,6 +179,7 @@ class Reference:
                     f"{self.on.name!r} has {dense.outputs}; only models that say the same words compare"
                 )
             found.append(look(dense, mine))
+            return measured_in(found[-1]) if self.kind == "language" else None
 
         evaluation = changed.evaluate(self.split, self.batch_size, self.limit, progress, seen=compare)
         if found and not progress.stopped:
@@ -193,6 +195,11 @@ def paired(kind: str, dense: Answer, changed: Answer) -> Any:
         )
         return found | {"window": dense.example, "position": dense.position}
     return dense, changed
+
+
+def measured_in(pairs: dict[str, Tensor]) -> Measured:
+    """Loss and metrics of the changed model in what is kept of a batch: its logits are formed once."""
+    return -float(pairs["changed_log_p"].mean()), {"accuracy": float(pairs["right"].sum())}
 
 
 def joined(kind: str, found: Sequence[Any]) -> Pairs:

@@ -212,8 +212,9 @@ class ScalingFit(Instrument):
         tables["runs"] = runs
         left = np.isin(np.arange(len(keep)), np.array(self.exclude, dtype=int), invert=True)
         ahead = left if self.fit_below is None else left & (compute_of(table_all) > self.fit_below)
-        if self.fit_below is not None and ahead.any():
+        if self.fit_below is not None:
             facts["held_out_runs"] = int(ahead.sum())
+        if self.fit_below is not None and ahead.any():
             facts["held_out_error"] = float(np.mean(np.abs(runs.error[ahead])))
             inside = (runs.low <= observed) & (observed <= runs.high)
             facts["held_out_inside_band"] = float(np.mean(inside[ahead]))

@@ -36,7 +36,7 @@ def check_saved(subject: Any, folder: Path) -> str:
     """What the comparison found, or why there was none, as a clause. `BadInput` when the folder does not open
     or has another loss.
     """
-    if not hasattr(subject.model, "save_pretrained") and not subject.origin.get("builtin"):
+    if not subject.has_file:
         return "not opened again: the code of a plain module is not in the folder"
     split = list(subject.splits)[-1]
     here = probe_loss(subject, split)

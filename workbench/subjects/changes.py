@@ -248,6 +248,19 @@ def bake(model: nn.Module) -> nn.Module:
     return model
 
 
+def baked(model: nn.Module) -> nn.Module:
+    """A copy to be read, whose changed weights are plain values; what is not changed it shares."""
+    shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    return bake(copy.deepcopy(model, shared))
+
+
+def restoring(model: nn.Module) -> Iterator[Change]:
+    """The changes that ask something of the whole model (`Change.restored`)."""
+    for module in model.modules():
+        for tensor in stacks_of(module):
+            yield from (c for c in changes_of(module, tensor) if type(c).restored is not Change.restored)
+
+
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy, its parameters where a run's changed weights go."""
     place = disk()

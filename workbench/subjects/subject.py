@@ -29,13 +29,13 @@ from workbench.subjects.examples.card import card
 from workbench.subjects.identity import Seen
 from workbench.subjects.layers import Layer, plain_experts
 from workbench.subjects.stored import declare_wide, narrow, write_tensors
-from workbench.subjects.tasks import Batch, LanguageModel, Task
+from workbench.subjects.tasks import Batch, LanguageModel, Measured, Task
 
 if TYPE_CHECKING:
     from workbench.instruments import Instrument
 
 SHARDS = {"max_shard_size": "500MB"}  # of a model that a run kept in files: one is held at a time
-TOKENS = 8192  # of a batch whose answers are measured
+TOKENS = 4096  # of a batch whose answers are measured
 Split = dict[str, Tensor]  # column -> (examples, ...)
 
 
@@ -310,11 +310,12 @@ class Subject:
         batch_size: int = 64,
         limit: int | None = None,
         progress: Progress | None = None,
-        seen: Callable[[Tensor, Any, Batch], None] | None = None,
+        seen: Callable[[Tensor, Any, Batch], Measured | None] | None = None,
     ) -> dict[str, float]:
         """Mean loss and metrics over a split (perplexity for language models); exact whatever the batch size,
         which is the largest: there are no more than `TOKENS` tokens in a batch of several examples.
-        `seen` gets what a loss is measured of: the rows of the split, the task's output and the batch.
+        `seen` gets what a loss is measured of: the rows of the split, the task's output and the batch; what
+        it gives is taken for the batch's loss and metrics.
         """
         progress = progress or Progress()
         if self.task.targets in self.task.columns and self.task.targets not in self.split(split):
@@ -405,6 +406,11 @@ class Subject:
             if told is not None:
                 self.reopened(draft, told)
         return Path(folder)
+
+    @property
+    def has_file(self) -> bool:
+        """Whether a saved folder is enough for another process; of a plain module the code is missing."""
+        return hasattr(self.model, "save_pretrained") or bool(self.origin.get("builtin"))
 
     def reopened(self, folder: Path, told: Callable[[str], Any]) -> None:
         """Open a saved folder in a fresh process; `BadInput` when that fails or its loss is another."""

@@ -23,8 +23,10 @@ from workbench.subjects.columns import DECODED, SOURCE, TARGET, TEXT, Column, en
 from workbench.subjects.vocabulary import Unspoken, unspoken, wide
 
 Batch = dict[str, Tensor]
-#: Gets a batch's output (`Unspoken` of a language model) and the batch.
-Seen = Callable[[Any, Batch], None]
+#: What `Task.measured` gives: the mean loss over the items, and sums over items of each metric.
+Measured = tuple[float, dict[str, float]]
+#: Gets a batch's output (`Unspoken` of a language model) and the batch; may give what it measured of them.
+Seen = Callable[[Any, Batch], Measured | None]
 Made = TypeVar("Made", bound="Task")
 
 
@@ -132,13 +134,12 @@ class Task:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.criterion(self.deferred(model, batch), batch)
 
-    def measured(
-        self, model: nn.Module, batch: Batch, seen: Seen | None = None
-    ) -> tuple[float, dict[str, float]]:
+    def measured(self, model: nn.Module, batch: Batch, seen: Seen | None = None) -> Measured:
         """(mean loss over the items, sums over items of each metric); `seen` gets the output they are of."""
         output = self.output(model, batch)
-        if seen is not None:
-            seen(output, batch)
+        known = None if seen is None else seen(output, batch)
+        if known is not None:
+            return known
         return float(self.criterion(output, batch)), self.metrics(output, batch)
 
 
@@ -270,12 +271,11 @@ class LanguageModel(TokenTask):
             return {"accuracy": float(output.measured()[1])}
         return super().metrics(output, batch)
 
-    def measured(
-        self, model: nn.Module, batch: Batch, seen: Seen | None = None
-    ) -> tuple[float, dict[str, float]]:
+    def measured(self, model: nn.Module, batch: Batch, seen: Seen | None = None) -> Measured:
         output = self.deferred(model, batch)
-        if seen is not None:
-            seen(output, batch)
+        known = None if seen is None else seen(output, batch)
+        if known is not None:
+            return known
         if isinstance(output, Unspoken):
             loss, hits = output.measured()
             return float(loss), {"accuracy": float(hits)}

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
+import workbench
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.training.sweep.objective import check_stands
+from workbench.training.sweep.objective import check_stands, prepared_folder
 from workbench.training.sweep.sweeps import Sweep, Trial
 from workbench.training.sweep.trial_ledger import ATTEMPTS, Ledger, owner_name, permanent
 
@@ -208,3 +210,11 @@ def test_ctrl_c_keeps_finished_trials_and_the_same_command_goes_on(tmp_path, wor
     assert table(tmp_path).state.tolist() == ["done"] * 6
     assert all(begun(tmp_path)[str(n)] == 1 for n in done)
     assert not [pid for pid in os.listdir("/proc") if pid == str(process.pid)]
+
+
+def test_a_module_that_no_other_process_can_open_is_refused_before_its_trials():
+    rows = {"inputs": torch.randn(20, 3), "labels": torch.arange(20) % 2}
+    plain = workbench.subject(torch.nn.Linear(3, 2), data=rows)
+    with pytest.raises(BadInput, match="workers: 2 processes cannot open .*use workers=1"):
+        prepared_folder(plain, 2)
+    assert prepared_folder(plain, 1) == plain.fingerprint

@@ -137,6 +137,11 @@ def prepared_folder(on: Subject, workers: int) -> str:
         opened.cache_clear()
         HERE[on.fingerprint] = on
         return on.fingerprint
+    if not on.has_file:
+        raise BadInput(
+            f"workers: {workers} processes cannot open {on.name!r}, a plain module whose code no folder "
+            "holds; use workers=1"
+        )
     folder = cache_folder() / "sweeps" / "subjects" / on.fingerprint
     if not (folder / "workbench.json").exists():
         on.save(folder, private=True)
