@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 
 import workbench
 from workbench.measures.attribution import Attribution, Run
+from workbench.measures.attribution_result import by_role
 from workbench.measures.parts import beside, parts_of
 from workbench.measures.suffix import Suffix
 from workbench.progress import Progress
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--disk", type=float, default=2048.0)
     parser.add_argument("--parts", choices=("blocks", "modules"), default="modules")
+    parser.add_argument("--roles", default="", help="CSV that gets a row a kind of module")
     space = parser.parse_args()
     torch.set_num_threads(1)
     on = workbench.subject(space.subject)
@@ -70,13 +73,14 @@ def main() -> None:
         start = time.process_time() - began
         passes = [forward(run.suffix)]
         run.controls()
+        run.predict()
         print(f"dense answers {start:.1f} s, forward {passes[0]:.2f} s, {run.facts}", flush=True)
         for level in levels:
             mine = [part for part in parts if part.level == level]
             began = time.process_time()
             spent = 0.0
             for count, part in enumerate(run.through(mine), 1):
-                run.found[part] = dict(run.measured(part) or {})
+                run.found[part] |= run.measured(part) or {}
                 if count % 30 == 0:
                     now = time.process_time()
                     passes.append(forward(run.suffix))
@@ -101,6 +105,9 @@ def main() -> None:
         print(f"{name}: {value}")
     for table in result.tables.values():
         print(table.to_string())
+    if space.roles:
+        rows = by_role(result.table).assign(subject=space.subject, change=space.change)
+        rows.to_csv(space.roles, mode="a", header=not Path(space.roles).exists(), index=False, float_format="%.4g")
     print(result.table.sort_values("kl", ascending=False).groupby("level").head(6).to_string())
 
 

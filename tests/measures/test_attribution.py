@@ -19,7 +19,16 @@ from workbench import BadInput
 from workbench.cli import main
 from workbench.measures import Attribution, compare
 from workbench.measures.attribution import said
-from workbench.measures.parts import OutputScores, noisy, parts_of, role_of, tensors_of, weight_error
+from workbench.measures.attribution_result import beside_usual, by_role, recorded_roles, unusual
+from workbench.measures.parts import (
+    OutputScores,
+    noisy,
+    parts_of,
+    role_of,
+    second_order,
+    tensors_of,
+    weight_error,
+)
 from workbench.measures.suffix import Suffix
 from workbench.progress import Progress
 from workbench.subjects import Mask, Subject
@@ -139,6 +148,37 @@ def test_small_changes_add_up_and_are_predicted():
     assert dense.fingerprint == before and result.facts["no_swap"] == 0
     scores = result.tables["scores"].set_index(["level", "score"])["rank_correlation"]
     assert scores["module", "output_error"] > 0.2
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_small_changes_are_predicted_from_gradients(architecture):
+    """1/2 d.G d of each part against the divergence that it makes, within four standard errors of the draws."""
+    dense = on(architecture, examples(architecture), 0.2)
+    changed = altered(dense, amount=0.02)
+    result = ASKED.between(dense, changed)
+    parts = [part for part in parts_of(dense, changed) if part.level != "role"]
+    draws = 60
+    found = second_order(dense, changed, parts, "test", 8, draws, 0, Progress())
+    for part, predicted in zip(parts, found, strict=True):
+        measured = lines(result, part.level).loc[part.name, "kl"]
+        assert predicted == pytest.approx(measured, rel=0.05 + 4 * (2 / (8 * draws)) ** 0.5), part.name
+    some = lines(result, "module")["second_order"]
+    assert (some > 0).all() and "second_order" in set(result.tables["scores"]["score"])
+    without = ASKED.with_fields(second_order=False).between(dense, changed)
+    assert without.table["second_order"].isna().all()
+
+
+def test_a_module_far_above_what_is_usual_for_its_kind_is_named():
+    roles = ["self_attn.q_proj", "mlp.down_proj"] * 8
+    table = pd.DataFrame({"level": "module", "block": [f"b.{i // 2}" for i in range(16)], "role": roles})
+    table["part"] = table["block"] + "." + table["role"]
+    table["kl"] = [1.0] * 15 + [300.0]
+    shown = beside_usual(table, True)
+    assert unusual(shown).startswith("b.7.mlp.down_proj (15.2 times the mean; usual for down_proj: ")
+    assert unusual(beside_usual(table, False)) == ""
+    bands = by_role(table).set_index("role")
+    assert bands.loc["q_proj", "high"] == pytest.approx(1 / table["kl"].mean()) and bands["parts"].sum() == 16
+    assert set(recorded_roles()["role"]) >= set(bands.index)
 
 
 def test_what_does_not_add_up_is_called_unreliable():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import workbench
+from workbench.curvature.estimators.gauss_newton import gauss_newton_scores
 from workbench.curvature.estimators.quadratic import measured_change, predicted_change
 from workbench.curvature.operators.curvature_operator import curvature_operator
 from workbench.errors import BadInput
@@ -26,7 +27,6 @@ from workbench.quantization.allocation.integer_program import (
 from workbench.quantization.allocation.layer_sensitivity import (
     alone,
     candidates,
-    gauss_newton_scores,
     top_eigenvalues,
     traces,
 )

@@ -15,7 +15,7 @@ from scipy import stats
 
 from workbench.axis import parameter
 from workbench.errors import BadInput
-from workbench.measures.attribution_result import AttributionResult
+from workbench.measures.attribution_result import AttributionResult, beside_usual, unusual
 from workbench.measures.changed_model import BesideChanged, changed_parameter
 from workbench.measures.intervals import block_bootstrap
 from workbench.measures.parts import (
@@ -25,6 +25,7 @@ from workbench.measures.parts import (
     beside,
     noisy,
     parts_of,
+    second_order,
     taken,
     weight_error,
 )
@@ -45,7 +46,8 @@ LEVELS = {
 }
 PREVIEW_EVERY = 1.0  # seconds
 #: Scores that cost no swap, and what is measured with one.
-SCORES = ("weight_error", "output_error", "output_turn")
+SCORES = ("weight_error", "output_error", "output_turn", "second_order")
+DRAWS = 2  # of targets, for each example of the second order
 
 
 class Attribution(BesideChanged):
@@ -65,6 +67,9 @@ class Attribution(BesideChanged):
     split: str = parameter("test", "split the texts come from")
     give_back: int = parameter(3, "worst parts whose repair is predicted and measured", ge=0, le=32)
     noise: bool = parameter(True, "also swap each block with random noise of the norm of its change")
+    second_order: bool = parameter(
+        True, "also predict each part's divergence from gradients, 1/2 d.G d of its matrices (no swap)"
+    )
     disk: float = parameter(
         2048.0, "of the dense distributions kept on disk while it runs, to save time", ge=0, unit="MB"
     )
@@ -112,10 +117,12 @@ class Run:
         asked = self.asked
         self.suffix = Suffix(self.dense, asked.split, asked.test_examples, self.progress, asked.disk)
         self.example = self.suffix.distances.example
+        self.found = {part: {} for part in self.parts}
 
     def all(self) -> None:
         if not self.controls():
             return
+        self.predict()
         for level in ("block", "role", "module"):
             parts = [part for part in self.parts if part.level == level]
             label = {"block": "blocks", "role": "kinds of module", "module": "modules"}[level]
@@ -123,7 +130,7 @@ class Run:
                 record = self.measured(part)
                 if record is None:
                     return
-                self.found[part] = dict(record)
+                self.found[part] |= record
                 self.preview()
             if level == "block" and self.asked.parts == "worst":
                 self.only_worst()
@@ -227,6 +234,29 @@ class Run:
         if record is not None:
             self.facts["no_swap"] = max(record["most"], self.facts.get("no_swap", 0.0))
 
+    def predict(self) -> None:
+        """The divergence that each part's change of its matrices makes, to second order."""
+        if not self.asked.second_order or kind_of(self.dense.task) not in ("language", "classification"):
+            return
+
+        def measure() -> Record | None:
+            found = second_order(
+                self.dense,
+                self.changed,
+                self.parts,
+                self.asked.split,
+                self.asked.test_examples,
+                DRAWS,
+                self.asked.seed,
+                self.progress,
+            )
+            return None if self.progress.stopped else {"values": found}
+
+        record = self.finished.get("second order", measure)
+        if record is not None:
+            for part, value in zip(self.parts, record["values"], strict=True):
+                self.found[part]["second_order"] = value
+
     def repair(self, level: str) -> None:
         """Give the worst parts of the changed model back to the dense one: predicted and measured."""
         parts = [part for part in self.parts if part.level == level]
@@ -270,11 +300,14 @@ class Run:
         rows = [
             {"level": part.level, "part": part.name, "block": part.block, "role": part.role} | record
             for part in self.parts
-            if (record := self.found.get(part))
+            if "kl" in (record := self.found[part])
         ]
         table = pd.DataFrame(rows, columns=["level", "part", "block", "role", *COLUMNS])
         sums = table.groupby("level")["kl"].transform("sum")
         table.insert(4, "share", (table["kl"] / sums.where(sums > 0)).fillna(0.0))
+        modules = sum(part.level == "module" for part in self.parts)
+        every = self.asked.parts == "modules" and modules == (table["level"] == "module").sum()
+        table = beside_usual(table, every)
         tables = {"scores": correlations(table)}
         if self.given_back:
             tables["given_back"] = pd.DataFrame(self.given_back)
@@ -310,6 +343,8 @@ class Run:
         ratios = {n: facts[f"{n}_additivity"] for n in ("blocks", "modules") if f"{n}_additivity" in facts}
         if ratios:
             facts["prediction"] = said(ratios)
+        if above := unusual(table):
+            facts["above_usual"] = above
         return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 from pydantic import BaseModel, Field
 
 from workbench.results import Result
+from workbench.storage.places import data_folder
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -19,6 +21,8 @@ TITLES = {
     "share": "share of the sum of its level (%)",
     "weight_error": "|W' - W|² / |W|² (no unit)",
     "output_error": "|y' - y|² / |y|² (no unit)",
+    "times_mean": "times the mean of all modules",
+    "second_order": "predicted from gradients, ½ δᵀGδ ({unit})",
 }
 DECADES = 3.0  # that the colours of a logarithmic scale span
 
@@ -27,7 +31,7 @@ class AttributionView(BaseModel):
     """What the viewer may choose without measuring again."""
 
     show: Literal["grid", "budget"] = Field("grid", description="the grid of parts, or each block's share")
-    value: Literal["kl", "share", "weight_error", "output_error"] = Field(
+    value: Literal["kl", "share", "times_mean", "weight_error", "output_error", "second_order"] = Field(
         "kl", description="what the grid's colours show"
     )
     scale: Literal["log", "linear"] = Field("log", description="the colours' scale")
@@ -44,6 +48,50 @@ class AttributionResult(Result):
         return budget(self) if chosen.show == "budget" else grid(self, chosen.value, chosen.scale == "log")
 
 
+def by_role(table: pd.DataFrame) -> pd.DataFrame:
+    """Each role's modules in times of the mean module: how many, and their 10, 50 and 90 % quantiles."""
+    modules = table[(table["level"] == "module") & (table["block"] != "outside")]
+    times = modules["kl"] / modules["kl"].mean()
+    found = times.groupby(modules["role"].str.rpartition(".")[2], sort=False)
+    quantiles = found.quantile([0.1, 0.5, 0.9]).unstack()
+    return quantiles.set_axis(["low", "median", "high"], axis=1).assign(parts=found.size()).reset_index()
+
+
+@functools.cache
+def recorded_roles() -> pd.DataFrame:
+    """`by_role` of the models that the project measured, by subject and change."""
+    return pd.read_csv(data_folder() / "evidence" / "attribution-roles.csv")
+
+
+def beside_usual(table: pd.DataFrame, every: bool) -> pd.DataFrame:
+    """With `times_mean` of each module, and the band that is usual for its role: from the least 10 % quantile
+    of our records to the largest 90 % quantile; NaN for a role of which there is no record, and where not
+    `every` module was measured.
+    """
+    if not every:
+        return table.assign(times_mean=np.nan, usual_low=np.nan, usual_high=np.nan)
+    inside = (table["level"] == "module") & (table["block"] != "outside")
+    mean = table["kl"][inside].mean()
+    bands = recorded_roles().groupby("role").agg(low=("low", "min"), high=("high", "max"))
+    role = table["role"].where(inside).str.rpartition(".")[2]
+    return table.assign(
+        times_mean=(table["kl"] / mean).where(inside) if mean else np.nan,
+        usual_low=role.map(bands["low"]),
+        usual_high=role.map(bands["high"]),
+    )
+
+
+def unusual(table: pd.DataFrame, most: int = 5) -> str:
+    """The modules farthest above what is usual for their role, in words."""
+    over = (table["times_mean"] / table["usual_high"]).where(table["times_mean"] > table["usual_high"]).dropna()
+    return ", ".join(
+        f"{table['part'][place]} ({table['times_mean'][place]:.1f} times the mean; usual for "
+        f"{table['role'][place].rpartition('.')[2]}: {table['usual_low'][place]:.2g} to "
+        f"{table['usual_high'][place]:.2g})"
+        for place in over.sort_values(ascending=False).index[:most]
+    )
+
+
 def grid(result: AttributionResult, value: str, logarithmic: bool) -> go.Figure:
     from workbench.figures import figure, heat
 
@@ -52,9 +100,15 @@ def grid(result: AttributionResult, value: str, logarithmic: bool) -> go.Figure:
     rows = list(dict.fromkeys(inside["block"]))
     columns = [WHOLE, *dict.fromkeys(inside["role"][inside["role"] != ""])]
     shown = np.full((len(rows), len(columns)), np.nan)
+    said = np.full(shown.shape, "", dtype=object)
     for _, row in inside.iterrows():
         place = rows.index(row["block"]), columns.index(row["role"] or WHOLE)
         shown[place] = 100 * row[value] if value == "share" else row[value]
+        if row["usual_high"] > 0:
+            said[place] = (
+                f"<br>{row['times_mean']:.2g} times the mean module; usual for its kind "
+                f"{row['usual_low']:.2g} to {row['usual_high']:.2g}"
+            )
     unit = TITLES[value].format(distance=distance_of(result), unit=result.facts["unit"])
     height = max(320, 130 + 17 * (len(rows)))
     fig = figure(title(result), "part of the block", "block", height=height)
@@ -65,8 +119,8 @@ def grid(result: AttributionResult, value: str, logarithmic: bool) -> go.Figure:
         columns,
         [name.rpartition(".")[2] if len(set(stacks(rows))) == 1 else name for name in rows],
         unit,
-        customdata=shown,
-        hovertemplate=f"block %{{y}}, %{{x}}: %{{customdata:.3g}}<extra>{unit}</extra>",
+        customdata=np.stack([shown.astype(object), said], -1),
+        hovertemplate=f"block %{{y}}, %{{x}}: %{{customdata[0]:.3g}}%{{customdata[1]}}<extra>{unit}</extra>",
         xgap=1,
         ygap=1,
     )

@@ -179,7 +179,7 @@ def in_short(run: Instrument) -> str:
 
 def budget_of(on: Subject, changed: Subject, examples: int) -> go.Figure | Said:
     """Which block made the divergence, and which module of the worst one."""
-    asked = Attribution(changed=changed.name, parts="worst", test_examples=examples)
+    asked = Attribution(changed=changed.name, parts="worst", test_examples=examples, second_order=False)
     return drawn(lambda: asked.between(on, changed, TextProgress()).figure(show="budget"))
 
 

@@ -14,12 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from workbench.curvature.estimators.gauss_newton import gauss_newton_scores
 from workbench.errors import BadInput
-from workbench.subjects import Subject
+from workbench.progress import Progress
+from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Change, bake, baked, changes_of, restoring, stacks_of
 
 OUTSIDE = "outside"
@@ -226,6 +229,55 @@ def beside(dense: Subject, changed: Subject) -> tuple[Subject, Subject]:
         for change in asking:
             change.restored(dense.model)
     return dense, changed
+
+
+class Deltas(Mapping[str, Sequence[Tensor]]):
+    """Layer name -> [changed weight less the dense one], formed when it is asked for."""
+
+    def __init__(self, dense: Sequence[Layer], changed: Sequence[Layer]) -> None:
+        self.pairs = {one.name: (one, two) for one, two in zip(dense, changed, strict=True)}
+
+    def __getitem__(self, name: str) -> Sequence[Tensor]:
+        dense, changed = self.pairs[name]
+        return [changed.weight.detach() - dense.weight.detach()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+def second_order(
+    dense: Subject,
+    changed: Subject,
+    parts: Sequence[Part],
+    split: str,
+    examples: int,
+    draws: int,
+    seed: int,
+    progress: Progress,
+) -> list[float]:
+    """1/2 d.G d of each part in nats an item, d the change of its matrices and G Gauss-Newton's matrix of the
+    dense model: what the divergence is for small changes. NaN for a part without a changed matrix.
+    """
+    mine = {layer.name: layer for layer in dense.layers("*")}
+    pairs = [(mine[two.name], two) for two in changed.layers("*") if two.name in mine]
+    pairs = [(one, two) for one, two in pairs if one.shape == two.shape and not one.weight.equal(two.weight)]
+    if not pairs:
+        return [float("nan")] * len(parts)
+    layers = [one for one, _ in pairs]
+    deltas = Deltas(layers, [two for _, two in pairs])
+    scores = gauss_newton_scores(dense, layers, deltas, split, examples, draws, seed, progress)[:, :, 0]
+    found = []
+    for part in parts:
+        inside = [
+            place
+            for place, layer in enumerate(layers)
+            if any(layer.name == name or layer.name.startswith(f"{name}.") for name in part.modules)
+        ]
+        found.append(float(np.square(scores[:, inside].sum(1)).sum()) if inside else float("nan"))
+    return found
 
 
 class OutputScores:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 
 import workbench
 from workbench import BadInput
+from workbench.measures import Fidelity
 from workbench.subjects.builtin import library_text, smollm2
 from workbench.subjects.builtin.library_text import Source
 
@@ -117,3 +119,44 @@ def test_weights_lie_on_the_grid_of_the_file():
     stored = next(t for t in smollm2.gguf_files.opened(file).tensors if t.name == "blk.3.ffn_down.weight")
     again = quants.dequantize(stored.data, GGMLQuantizationType.Q4_1)
     assert np.array_equal(weight.detach().numpy(), again)
+
+
+def made_again(source: Path, file: Path, kind: str) -> Path:
+    """The model of a GGUF file with its matrices in another of ggml's types, by the package gguf."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(file, "llama")
+    array = gguf.GGUFValueType.ARRAY
+    for name, known in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        inner = known.types[-1] if known.types[0] == array else None
+        writer.add_key_value(name, known.contents(), known.types[0], sub_type=inner)
+    wanted = gguf.GGMLQuantizationType[kind]
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if values.ndim == 2:
+            writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+        else:
+            writer.add_tensor(tensor.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@present
+@pytest.mark.long
+def test_types_made_of_its_own_file_are_in_their_order(tmp_path):
+    """Against the file that the subject was read from, which is exactly the same model."""
+    own = Path(smollm2.carrier_file())
+    files = [made_again(own, tmp_path / f"{kind}.gguf", kind) for kind in ("Q8_0", "Q5_1", "Q4_0")]
+    asked = Fidelity(
+        candidates=",".join(map(str, (own, *files))), test_examples=8, floor=False, speed=False
+    )
+    table = asked.run(workbench.subject("smollm2"), cache=False).table.set_index("subject")
+    print(table[["bits", "megabytes", "kl", "kl_low", "kl_high", "same_top"]].to_string())
+    assert table["kl"][own.stem] == 0
+    assert 0 < table["kl"]["Q8_0"] < table["kl"]["Q5_1"] < table["kl"]["Q4_0"]

@@ -12,13 +12,9 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from workbench.axis import Choice, parameter
+from workbench.curvature.estimators.gauss_newton import with_targets
 from workbench.curvature.estimators.quadratic import mean_loss, predicted_change
 from workbench.curvature.operators.curvature_operator import curvature_operator
-from workbench.curvature.operators.output_space import (
-    OutputCurvature,
-    check_kind,
-    draw_uniform,
-)
 from workbench.curvature.operators.weights import differentiable, place_of, with_weights
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
@@ -37,19 +33,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Change = tuple[str, int]  # (layer, number of its candidate)
-
-
-def with_targets(subject: Subject, split: str, batch_size: int, examples: int) -> Iterator[tuple[Batch, int]]:
-    """Each batch that holds a target, with its number of items; `BadInput` when none does."""
-    none = True
-    for batch in subject.batches(split, batch_size, examples):
-        if weight := subject.task.items(batch):
-            none = False
-            yield batch, weight
-    if none:
-        raise BadInput(
-            f"split: the first {examples} examples of {split!r} hold no target; check the label column"
-        )
 
 
 def alone(
@@ -95,79 +78,6 @@ def alone(
             if progress.stopped:
                 break
     return {name: [(float(a), float(b)) for a, b in found / items] for name, found in sums.items()}
-
-
-def gauss_newton_scores(
-    subject: Subject,
-    layers: Sequence[Layer],
-    deltas: Mapping[str, Sequence[Tensor]],
-    split: str = "calibration",
-    examples: int = 64,
-    samples: int = 4,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> np.ndarray:
-    """(examples x samples, layers, candidates): how far each layer's candidate change d moves
-    the log-likelihood of targets that the model draws.
-
-    A score is s = g.d / sqrt(2 x items x samples), g an example's gradient at targets y ~ p(y | x), so that
-    the sum of s^2 is an unbiased estimate of 1/2 d.G d of the mean loss, G the generalised Gauss-Newton
-    matrix (Martens 2020, section 9: for cross-entropy and squared error it is the Fisher matrix). The sum
-    of products of two changes' scores is likewise 1/2 d_i.G d_j, so one pass serves every layer, every
-    candidate and every pair of them (the expansion that Deng et al. 2025, CLADO, start from; the term by
-    which Schaefer et al. 2023 augment layer-wise Hessians is in their paper's body, which was not
-    available). Never negative: no layer looks free because the loss happens to curve downwards on these
-    examples. Its relative standard error is about sqrt(2 / (examples x samples)). One backward pass a sample;
-    every layer needs as many candidates. `BadInput` for a custom loss,
-    which defines no distribution to draw from.
-    """
-    progress = progress or Progress()
-    check_kind("mc-fisher", subject.task)
-    generator = torch.Generator().manual_seed(seed)
-    places = [place_of(layer) for layer in layers]
-    changes = [
-        torch.stack(
-            [(d.mT if layer.transposed else d).to(layer.original.dtype).flatten() for d in deltas[layer.name]]
-        )
-        for layer in layers
-    ]
-    found, items = [], 0
-    with differentiable(subject.model, places) as weights, torch.enable_grad():
-        for done, (batch, weight) in enumerate(with_targets(subject, split, 1, examples), 1):
-            progress.show("sensitivity of each layer", done, min(examples, subject.size(split)))
-            output = subject.task.output(subject.model, batch)
-            draws = draw_uniform(
-                "mc-fisher",
-                subject.task,
-                batch,
-                subject.task.flat(output, batch)[0].shape[-1],
-                samples,
-                generator,
-            )
-            middle = OutputCurvature("mc-fisher", subject.task, output, batch, draws)
-            assert middle.factors is not None
-            for factor in middle.factors:
-                gradients = torch.autograd.grad(
-                    middle.rows,
-                    weights,
-                    factor.reshape(middle.rows.shape),
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                found.append(
-                    torch.stack(
-                        [
-                            c.new_zeros(len(c)) if g is None else c @ g.flatten()
-                            for c, g in zip(changes, gradients, strict=True)
-                        ]
-                    )
-                    .double()
-                    .cpu()
-                )
-            items += weight
-            if progress.stopped:
-                break
-    return torch.stack(found).numpy() / (2 * items * samples) ** 0.5
 
 
 def measured_alone(

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workbench.axis import Axis, Options, parameter
+from workbench.curvature.estimators.gauss_newton import gauss_newton_scores
 from workbench.progress import Progress
 from workbench.quantization.allocation.integer_program import log_variance
 from workbench.quantization.allocation.layer_sensitivity import (
     alone,
-    gauss_newton_scores,
     measured_alone,
     top_eigenvalues,
     traces,
