@@ -1,4 +1,4 @@
-"""`python -m tests.identity [METHOD ...]`: run the pairs whose peers are installed, and store their records."""
+"""`python -m tests.identity [METHOD ...]`: run the pairs whose peers are installed, store their records."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 
 import torch
@@ -38,6 +41,27 @@ def stepped(
             optimizer.step()
         ended.append(torch.cat([weight.detach().flatten() for weight in weights]))
     return ended[0], ended[1]
+
+
+@beside(
+    "lamb",
+    peer="pytorch_optimizer",
+    kind=PEER,
+    compared="the weights (moments without bias correction; theirs adds eps to the ratio's norm)",
+    inputs=INPUTS,
+    tolerance=1e-6,
+)
+def lamb(draw: Draw) -> tuple[Tensor, Tensor]:
+    """Their `adam_debias` is the one that leaves the rate alone; without it they divide it by 1 - b1^t."""
+    from pytorch_optimizer import Lamb
+
+    from workbench.training.optimizer.lamb import LAMB
+
+    return stepped(
+        draw,
+        lambda ws: Lamb(ws, lr=LR, weight_decay=DECAY, weight_decouple=False, adam_debias=True),
+        lambda ws: LAMB(ws, lr=LR, weight_decay=DECAY, bias_correction=False),
+    )
 
 
 @beside("lion", peer="pytorch_optimizer", kind=PEER, compared="the weights", inputs=INPUTS, tolerance=1e-12)
@@ -136,4 +160,31 @@ def newton_schulz(draw: Draw) -> tuple[Tensor, Tensor]:
             ]
         ),
         torch.cat([orthogonalise(m).flatten() for m in matrices]),
+    )
+
+
+@beside(
+    "galore",
+    peer="galore-torch",
+    kind="authors' code",
+    compared="the weights, rank 4, a new subspace every 3 steps",
+    inputs="10 steps of two normal matrices (12 x 20, 20 x 9) on seeded normal gradients",
+    tolerance=1e-5,
+)
+def galore(draw: Draw) -> tuple[Tensor, Tensor]:
+    """Their package imports bitsandbytes for its 8-bit variant, so its `__init__` is passed by."""
+    from workbench.training.optimizer.galore import GaLore
+
+    spec = importlib.util.find_spec("galore_torch")
+    assert spec is not None and spec.submodule_search_locations is not None
+    package = types.ModuleType("galore_torch")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["galore_torch"] = package
+    theirs = importlib.import_module("galore_torch.adamw").AdamW
+    how = {"rank": 4, "update_proj_gap": 3, "scale": 0.25, "proj_type": "std"}
+    return stepped(
+        draw,
+        lambda ws: theirs([{"params": ws, **how}], lr=LR, eps=1e-8, no_deprecation_warning=True),
+        lambda ws: GaLore(ws, lr=LR, eps=1e-8, rank=4, refresh=3, alpha=0.25),
+        dtype=torch.float32,
     )
