@@ -17,6 +17,7 @@ from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.storage import evidence_record, verdict
+from workbench.storage.identity import identity_records, identity_sentence
 
 
 def catalog() -> dict[str, type[Instrument]]:
@@ -280,7 +281,13 @@ def method_door(card: Method) -> Door:
         facts.append(("defined", "; ".join(places(card.recipe))))
     note = "; ".join(dict.fromkeys(str((card.evidence() or {}).get("note", "")).split("; ")))
     facts.append(("evidence", ": ".join(part for part in (card.verdict(), note) if part)))
+    facts += identity_facts(card.name)
     return Door(card.name, f"{card.title} (method, {card.family})", tuple(facts))
+
+
+def identity_facts(name: str) -> list[tuple[str, str]]:
+    """A line for each code or table that a method, or an entry, was held against."""
+    return [("identity", identity_sentence(record)) for record in identity_records(name)]
 
 
 def places(steps: Iterable[Step]) -> list[str]:
@@ -325,6 +332,8 @@ def entry_door(entry: Entry) -> Door:
             )
             facts.append(("option", f"--{field}.{option.replace('_', '-')}: {info.description} ({default})"))
     facts.append(("defined", place_text(entry)))
+    if entry.name not in methods():  # else its card shows them
+        facts += identity_facts(entry.name)
     return Door(entry.name, entry.title or f"{entry.axis.kind}: {entry.axis.help}", tuple(facts))
 
 

@@ -46,12 +46,16 @@ def list_(arguments: list[str]) -> int:
 def list_methods(cards: dict[str, Any]) -> None:
     """A line a method with what was found here, and how often each verdict was."""
     from workbench.storage import VERDICTS, evidence_record, verdict
+    from workbench.storage.identity import OTHERS, identity_kind
 
     found = {name: verdict(evidence_record(note["family"], name)) for name, note in cards.items()}
     for name, note in cards.items():
         print(f"  {name:25} {note['family']:14} {found[name]:20} {note['title']} ({note['source']})")
     counts = Counter(found.values())
     print(f"{len(cards)} methods: " + ", ".join(f"{kind} {counts[kind]}" for kind in VERDICTS))
+    kinds = [kind for kind in map(identity_kind, cards) if kind]
+    others = sum(kind in OTHERS for kind in kinds)
+    print(f"{len(kinds)} found equal to their equations or to others' code, {others} of them to the latter")
 
 
 def show(arguments: list[str]) -> int:

@@ -57,7 +57,10 @@ def evidence_record(family: str, name: str) -> dict[str, Any] | None:
 def measured_methods() -> set[tuple[str, str]]:
     """(family, name) of every method of which a measurement is stored."""
     return {
-        (file.parent.name, file.stem) for folder in evidence_folders() for file in folder.glob("*/*.json")
+        (file.parent.name, file.stem)
+        for folder in evidence_folders()
+        for file in folder.glob("*/*.json")
+        if file.parent.name != "identity"  # numbers beside others' code: no measurement of an effect
     }
 
 

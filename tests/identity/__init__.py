@@ -1,0 +1,10 @@
+"""Methods run beside others' code on the same seeded inputs. By hand, never by `make test`:
+
+    python -m venv --system-site-packages /somewhere/peers      # from the project's own environment
+    /somewhere/peers/bin/pip install --no-deps -r tests/identity/peers.txt
+    /somewhere/peers/bin/python -m tests.identity               # all, or the names of methods
+
+Each pair whose peer is installed writes a record to `data/evidence/identity/METHOD.json`; the others are
+named and left as they are. Peers are installed without what they depend on, so that none changes torch.
+Nothing of theirs is copied here: a pair calls their code, or reads numbers that they publish.
+"""
