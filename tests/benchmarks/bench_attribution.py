@@ -107,7 +107,9 @@ def main() -> None:
         print(table.to_string())
     if space.roles:
         rows = by_role(result.table).assign(subject=space.subject, change=space.change)
-        rows.to_csv(space.roles, mode="a", header=not Path(space.roles).exists(), index=False, float_format="%.4g")
+        rows.to_csv(
+            space.roles, mode="a", header=not Path(space.roles).exists(), index=False, float_format="%.4g"
+        )
     print(result.table.sort_values("kl", ascending=False).groupby("level").head(6).to_string())
 
 

@@ -152,7 +152,7 @@ def test_small_changes_add_up_and_are_predicted():
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_small_changes_are_predicted_from_gradients(architecture):
-    """1/2 d.G d of each part against the divergence that it makes, within four standard errors of the draws."""
+    """1/2 d.G d of each part against the divergence that it makes, to four standard errors of the draws."""
     dense = on(architecture, examples(architecture), 0.2)
     changed = altered(dense, amount=0.02)
     result = ASKED.between(dense, changed)

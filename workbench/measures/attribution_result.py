@@ -53,8 +53,8 @@ def by_role(table: pd.DataFrame) -> pd.DataFrame:
     modules = table[(table["level"] == "module") & (table["block"] != "outside")]
     times = modules["kl"] / modules["kl"].mean()
     found = times.groupby(modules["role"].str.rpartition(".")[2], sort=False)
-    quantiles = found.quantile([0.1, 0.5, 0.9]).unstack()
-    return quantiles.set_axis(["low", "median", "high"], axis=1).assign(parts=found.size()).reset_index()
+    low, median, high = (found.quantile(share) for share in (0.1, 0.5, 0.9))
+    return pd.DataFrame(dict(low=low, median=median, high=high, parts=found.size())).reset_index()
 
 
 @functools.cache
@@ -83,7 +83,9 @@ def beside_usual(table: pd.DataFrame, every: bool) -> pd.DataFrame:
 
 def unusual(table: pd.DataFrame, most: int = 5) -> str:
     """The modules farthest above what is usual for their role, in words."""
-    over = (table["times_mean"] / table["usual_high"]).where(table["times_mean"] > table["usual_high"]).dropna()
+    over = (
+        (table["times_mean"] / table["usual_high"]).where(table["times_mean"] > table["usual_high"]).dropna()
+    )
     return ", ".join(
         f"{table['part'][place]} ({table['times_mean'][place]:.1f} times the mean; usual for "
         f"{table['role'][place].rpartition('.')[2]}: {table['usual_low'][place]:.2g} to "

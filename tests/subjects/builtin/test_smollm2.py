@@ -153,9 +153,7 @@ def test_types_made_of_its_own_file_are_in_their_order(tmp_path):
     """Against the file that the subject was read from, which is exactly the same model."""
     own = Path(smollm2.carrier_file())
     files = [made_again(own, tmp_path / f"{kind}.gguf", kind) for kind in ("Q8_0", "Q5_1", "Q4_0")]
-    asked = Fidelity(
-        candidates=",".join(map(str, (own, *files))), test_examples=8, floor=False, speed=False
-    )
+    asked = Fidelity(candidates=",".join(map(str, (own, *files))), test_examples=8, floor=False, speed=False)
     table = asked.run(workbench.subject("smollm2"), cache=False).table.set_index("subject")
     print(table[["bits", "megabytes", "kl", "kl_low", "kl_high", "same_top"]].to_string())
     assert table["kl"][own.stem] == 0

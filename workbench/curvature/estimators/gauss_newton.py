@@ -1,4 +1,4 @@
-"""How far changes of weights move a model's answers, to second order: Gauss-Newton's quadratic form, sampled."""
+"""How far changes of weights move a model's answers, to second order: a sampled Gauss-Newton form."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from workbench.quantization.rounding.feedback import Factors
 from workbench.quantization.rounding.rounding import ROUNDING
 from workbench.quantization.rounding_order import Rounded, Source, round_layers
 from workbench.results import Result
-from workbench.subjects import Batch, Layer, Subject
+from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
