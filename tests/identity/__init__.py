@@ -6,5 +6,6 @@
 
 Each pair whose peer is installed writes a record to `data/evidence/identity/METHOD.json`; the others are
 named and left as they are. Peers are installed without what they depend on, so that none changes torch.
-Nothing of theirs is copied here: a pair calls their code, or reads numbers that they publish.
+Nothing of theirs is copied here: a pair calls their code, or reads numbers that they publish or, of
+llama.cpp, that it printed of the pair stored beside them.
 """
