@@ -26,10 +26,11 @@ def stepped(
     ours: Make,
     shapes: tuple[tuple[int, ...], ...] = SHAPES,
     dtype: torch.dtype = torch.float64,
+    steps: int = STEPS,
 ) -> tuple[Tensor, Tensor]:
-    """The weights after `STEPS` steps of both on the same gradients."""
+    """The weights after the steps of both on the same gradients."""
     starts = [draw.normal(*shape, dtype=dtype) for shape in shapes]
-    gradients = [[draw.normal(*shape, dtype=dtype) for shape in shapes] for _ in range(STEPS)]
+    gradients = [[draw.normal(*shape, dtype=dtype) for shape in shapes] for _ in range(steps)]
     draw.shapes = draw.shapes[: len(shapes)]
     ended = []
     for make in (theirs, ours):
