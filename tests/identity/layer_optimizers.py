@@ -1,7 +1,8 @@
-"""First-order optimizers and those that need more than gradients, beside authors' code or sums written out."""
+"""Optimizers of first order and those that need more than gradients, beside authors' code or written out."""
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -25,7 +26,9 @@ SUMS = dict(kind=DERIVED, compared="the weights", inputs=INPUTS, tolerance=1e-12
 Derive = Callable[[Tensor, Tensor], Tensor]
 
 
-def summed(draw: Draw, name: str, derived: Derive, decay: float = 0.0, **options: Any) -> tuple[Tensor, Tensor]:
+def summed(
+    draw: Draw, name: str, derived: Derive, decay: float = 0.0, **options: Any
+) -> tuple[Tensor, Tensor]:
     """`derived(start, gradients (steps, ...))` beside the registered optimizer's weights."""
     starts = [draw.normal(*shape, dtype=torch.float64) for shape in SHAPES]
     gradients = [draw.normal(STEPS, *shape, dtype=torch.float64) for shape in SHAPES]
@@ -164,7 +167,7 @@ def mkor_inverse(draw: Draw) -> tuple[Tensor, Tensor]:
 
 def network(draw: Draw, *widths: int) -> nn.Sequential:
     parts: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         layer = nn.Linear(inputs, outputs).double()
         layer.weight.data = draw.normal(outputs, inputs, dtype=torch.float64) / inputs**0.5
         layer.bias.data = draw.normal(outputs, dtype=torch.float64) / 10
@@ -222,10 +225,11 @@ def mkor(draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 class TwoRanks:
-    """`torch.distributed` of two processes, as the first one sees it; `other` gives the second's gradients."""
+    """`torch.distributed` of two processes as the first sees it; `other` holds the second's gradients."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        self.groups, self.other = groups, {}
+        self.groups = groups
+        self.other: dict[Tensor, Tensor] = {}
 
     def get_world_size(self) -> int:
         return 2
@@ -274,17 +278,19 @@ def agvm(draw: Draw) -> tuple[Tensor, Tensor]:
     x, y = draw.normal(20, 16, 6, dtype=torch.float64), draw.normal(20, 16, 3, dtype=torch.float64)
     start = {k: v.clone() for k, v in model.state_dict().items()}
     groups = [{"params": list(layer.parameters())} for layer in model if isinstance(layer, nn.Linear)]
-    module.dist = TwoRanks(groups)
+    module.dist = ranks = TwoRanks(groups)  # type: ignore[attr-defined]
     hook = module.AgvmOptimizerHook(lr_update_start_iter=0, warmup_iters=0)
     theirs = torch.optim.SGD(groups, lr=LR, momentum=0.9)
     for step in range(20):
         half = F.mse_loss(model(x[step, 8:]), y[step, 8:]) / 2
         found = torch.autograd.grad(half, list(model.parameters()))
-        module.dist.other = dict(zip(model.parameters(), found, strict=True))
+        ranks.other = dict(zip(model.parameters(), found, strict=True))
         loss = F.mse_loss(model(x[step, :8]), y[step, :8])
         runner = SimpleNamespace(outputs={"loss": loss}, model=model, optimizer=theirs, iter=step)
         hook.after_train_iter(runner)
-    ended = [p.detach().flatten() for p in model.parameters()] + [torch.tensor(hook.scale_factors)]
+    ended = [p.detach().clone().flatten() for p in model.parameters()] + [
+        torch.tensor(hook.scale_factors, dtype=torch.float64)
+    ]
     model.load_state_dict(start)
     ours = make_optimizer("agvm", LR)(model)
     subject = SimpleNamespace(loss=lambda batch: F.mse_loss(model(batch["x"]), batch["y"]))
@@ -299,5 +305,5 @@ def agvm(draw: Draw) -> tuple[Tensor, Tensor]:
             group["lr"] = LR
         ours.prepare(run)  # type: ignore[attr-defined]
         ours.step()
-    scales = torch.tensor(list(ours.prepare.scales.values()))  # type: ignore[attr-defined]
+    scales = torch.tensor(list(ours.prepare.scales.values()), dtype=torch.float64)  # type: ignore[attr-defined]
     return torch.cat(ended), torch.cat([p.detach().flatten() for p in model.parameters()] + [scales])

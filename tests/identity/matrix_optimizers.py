@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from tests.identity.optimizers import INPUTS, LR, Make, stepped
 from tests.identity.pairs import Draw, beside
-from tests.identity.repositories import loaded, taken, uncompiled
+from tests.identity.repositories import Torch, loaded, taken, uncompiled, without_init
 from workbench.training.optimizer.optimizers import make_optimizer
 
 PEER, AUTHORS = "peer's code", "authors' code"
@@ -94,12 +94,14 @@ def kron(draw: Draw) -> tuple[Tensor, Tensor]:
     """The same probes: each side draws from torch's generator, one tensor a step."""
     with uncompiled():
         peer = importlib.import_module("kron_torch.kron")
-    quiet = type("Torch", (), {"__getattr__": lambda self, name: getattr(torch, name)})()
-    quiet.finfo = lambda dtype: SimpleNamespace(eps=0.0, tiny=torch.finfo(dtype).tiny)
-    theirs: Make = lambda ws: seeded(peer.Kron(ws, lr=LR, weight_decay=0.1, precond_dtype=torch.float64))
-    ours: Make = lambda ws: seeded(registered("kron", decay=0.1)(ws))
+    quiet = Torch(finfo=lambda dtype: SimpleNamespace(eps=0.0, tiny=torch.finfo(dtype).tiny))
+    made = registered("kron", decay=0.1)
     with patch.object(peer, "torch", quiet), contextlib.redirect_stdout(io.StringIO()):
-        return stepped(draw, theirs, ours)
+        return stepped(
+            draw,
+            lambda ws: seeded(peer.Kron(ws, lr=LR, weight_decay=0.1, precond_dtype=torch.float64)),
+            lambda ws: seeded(made(ws)),
+        )
 
 
 def seeded(optimizer: Optimizer) -> Optimizer:
@@ -113,7 +115,7 @@ def seeded(optimizer: Optimizer) -> Optimizer:
     version="f58a393e010395a5913176be5673d8839caa6285",
     kind=AUTHORS,
     compared="the weights (their Newton-Schulz kept in float64)",
-    inputs="10 steps of four normal matrices (12 x 20 to 9 x 5) and a vector on seeded normal gradients, fp64",
+    inputs="10 steps of four normal matrices (12 x 20 to 9 x 5) and a vector on normal gradients, fp64",
     tolerance=1e-6,
 )
 def scion(draw: Draw) -> tuple[Tensor, Tensor]:
@@ -167,8 +169,8 @@ def soft_cap(draw: Draw) -> tuple[Tensor, Tensor]:
                 with rounded_by_none():
                     theirs.append(found["soft_cap"](matrix, strengths[0]).flatten())
                 ours.append(muon.soft_cap(matrix, strengths[1]).flatten())
-            theirs.append(torch.tensor([strengths[0]]))
-            ours.append(torch.tensor([strengths[1]]))
+            theirs.append(torch.tensor([strengths[0]], dtype=torch.float64))
+            ours.append(torch.tensor([strengths[1]], dtype=torch.float64))
     return torch.cat(theirs), torch.cat(ours)
 
 
@@ -188,3 +190,22 @@ def adafactor(draw: Draw) -> tuple[Tensor, Tensor]:
         lambda ws: Adafactor(ws, lr=LR, scale_parameter=True, relative_step=False, warmup_init=False),
         registered("adafactor"),
     )
+
+
+@beside("adamw", peer="timm", kind=PEER, **WEIGHTS)
+def adamw(draw: Draw) -> tuple[Tensor, Tensor]:
+    without_init("timm", "optim")
+    theirs = importlib.import_module("timm.optim.adamw").AdamWLegacy
+    return stepped(
+        draw,
+        lambda ws: theirs(ws, lr=LR, betas=(0.9, 0.95), weight_decay=0.1),
+        registered("adamw", decay=0.1),
+    )
+
+
+@beside("sgd", peer="timm", kind=PEER, **WEIGHTS)
+def sgd(draw: Draw) -> tuple[Tensor, Tensor]:
+    """Without decay, which theirs takes off the weights and the entry adds to the gradient."""
+    without_init("timm", "optim")
+    theirs = importlib.import_module("timm.optim.sgdw").SGDW
+    return stepped(draw, lambda ws: theirs(ws, lr=LR, momentum=0.9, weight_decay=0.0), registered("sgd"))

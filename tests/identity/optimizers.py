@@ -106,7 +106,11 @@ def sophia(draw: Draw) -> tuple[Tensor, Tensor]:
     def theirs(weights: list[nn.Parameter]) -> Optimizer:
         made = SophiaH(weights, lr=LR / gamma, p=gamma, weight_decay=DECAY * gamma, update_period=10**9)
         plain = made.step
-        made.step = lambda: plain(hessian=[d.clone() for d in diagonals]) if first.pop(0) else plain()
+
+        def step() -> None:
+            plain(hessian=[d.clone() for d in diagonals]) if first.pop(0) else plain()
+
+        made.step = step  # type: ignore[method-assign, assignment]
         return made
 
     def ours(weights: list[nn.Parameter]) -> Optimizer:

@@ -62,3 +62,24 @@ def taken(repository: str, file: str, *names: str, until: str = "\f", **given: A
     with uncompiled():
         exec(compile(tree, str(path), "exec"), found)
     return {name: found[name] for name in names}
+
+
+def without_init(package: str, *inner: str) -> None:
+    """Make a package and those inside it importable without running what their `__init__` imports."""
+    spec = None if package in sys.modules else importlib.util.find_spec(package)
+    places = sys.modules[package].__path__ if spec is None else spec.submodule_search_locations
+    root = Path(next(iter(places or ())))
+    for name in ("", *inner):
+        module = ModuleType(f"{package}.{name}" if name else package)
+        module.__path__ = [str(root / name)]
+        sys.modules.setdefault(module.__name__, module)
+
+
+class Torch:
+    """`torch` with some names changed, for a module that rounds or draws where the numbers should not."""
+
+    def __init__(self, **changed: Any) -> None:
+        vars(self).update(changed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -167,7 +169,9 @@ def delayed_linear(draw: Draw) -> tuple[Tensor, Tensor]:
     return stepped(theirs, STEPS), ours("delayed-linear")
 
 
-@beside("rex", peer="pytorch_optimizer", inputs=f"{WHOLE}, the first left out: theirs starts at zero", **RATES)
+@beside(
+    "rex", peer="pytorch_optimizer", inputs=f"{WHOLE}, the first left out: theirs starts at zero", **RATES
+)
 def rex(draw: Draw) -> tuple[Tensor, Tensor]:
     from pytorch_optimizer.lr_scheduler.rex import REXScheduler
 
@@ -209,7 +213,7 @@ def power(draw: Draw) -> tuple[Tensor, Tensor]:
             b=b,
             c=tokens,
         )
-        options = dict(batch=batch, tokens=tokens, a=a, b=b, decay=0.0)
+        options: dict[str, Any] = dict(batch=batch, tokens=tokens, a=a, b=b, decay=0.0)
         pairs.append(
             (stepped(make, STEPS + 1, peak)[1:], ours("power", WARM / STEPS, peak=peak, **options)),
         )
@@ -224,7 +228,9 @@ def power(draw: Draw) -> tuple[Tensor, Tensor]:
     **RATES,
 )
 def infinite(draw: Draw) -> tuple[Tensor, Tensor]:
-    theirs = loaded("jdinalt/forgather", "src/forgather/ml/optim/infinite_lr_scheduler.py").InfiniteLRScheduler
+    theirs = loaded(
+        "jdinalt/forgather", "src/forgather/ml/optim/infinite_lr_scheduler.py"
+    ).InfiniteLRScheduler
     cool = round(0.3 * (STEPS - WARM))
     make = lambda opt: theirs(opt, WARM + 1, cool, constant_lr=0.3 * PEAK)  # noqa: E731
     until = STEPS - round(0.15 * (STEPS - WARM))
@@ -276,3 +282,49 @@ def one_cycle(draw: Draw) -> tuple[Tensor, Tensor]:
     rise = first + (PEAK - first) * np.sin(np.pi / 2 * t / turn) ** 2
     fall = last + (PEAK - last) * np.cos(np.pi / 2 * (t - turn) / (end - turn)) ** 2
     return torch.from_numpy(np.where(t <= turn, rise, fall)), ours("one-cycle", cycle_momentum=False)
+
+
+@beside(
+    "reference-time",
+    peer="Kaddour et al. 2023, the clock of a reference machine read step by step",
+    kind=DERIVED,
+    compared="the reference time of each optimizer's run, and the rates of a cosine by that clock",
+    inputs="AdamW, Lion and Sophia at 2, 1.6 and 3.2 seconds a step, 512 steps of the first; 100 uneven ones",
+    tolerance=1e-9,
+)
+def reference_time(draw: Draw) -> tuple[Tensor, Tensor]:
+    """What `optimizer-comparison` would train each for at equal time, stopped before it does."""
+    from workbench.training.studies.optimizer_comparison import OptimizerComparison
+
+    seconds = [2.0, 1.6, 3.2]
+    study = OptimizerComparison(optimizers=["adamw", "lion", "sophia"], equal="time", examples=512 * 32)
+    asked: list[dict[str, Any]] = []
+
+    def stopped(*given: Any) -> Any:
+        asked.extend(given[3])
+        raise StopIteration
+
+    with (
+        patch.object(OptimizerComparison, "kept_seconds", lambda *given: seconds),
+        patch.object(OptimizerComparison, "protocol", stopped),
+        contextlib.suppress(StopIteration),
+    ):
+        study._run(None, None)  # type: ignore[arg-type]
+    spent = [
+        one.get("examples", study.examples) / study.batch_size * s
+        for one, s in zip(asked, seconds, strict=True)
+    ]
+    took = draw.normal(100, dtype=torch.float64).abs().numpy()
+    ends = np.concatenate([[0.0], np.cumsum(took)])
+    now = [0.0]
+    made = TimeBudgetLR(
+        SGD([torch.zeros(1, requires_grad=True)], lr=PEAK), profile("cosine"), ends[-1], clock=lambda: now[0]
+    )
+    rates = []
+    for step in took:
+        rates.append(made.optimizer.param_groups[0]["lr"])
+        made.optimizer.step()
+        now[0] += step
+        made.step()
+    theirs = [*[math.fsum([2.0] * 512)] * 3, *(PEAK * np.cos(np.pi / 2 * ends[:-1] / ends[-1]) ** 2)]
+    return torch.tensor(theirs, dtype=torch.float64), torch.tensor([*spent, *rates], dtype=torch.float64)
