@@ -206,6 +206,42 @@ def accumulation(draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 @beside(
+    "large-batch-accumulation",
+    peer="accelerate",
+    kind=PEER,
+    compared="the weights",
+    inputs="5 steps of momentum on a 6-8-3 network, 16 examples in micro-batches of 4, fp64",
+    tolerance=1e-12,
+)
+def accumulated(draw: Draw) -> tuple[Tensor, Tensor]:
+    from accelerate import Accelerator
+
+    model = network(draw, 6, 8, 3)
+    x, y = draw.normal(48, 6, dtype=torch.float64), draw.normal(48, 3).argmax(1)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    peer, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    for position in range(0, 80, 4):
+        rows = take(48, 0, position, 4)
+        with accelerator.accumulate(peer):
+            accelerator.backward(F.cross_entropy(peer(x[rows]), y[rows]))
+            optimizer.step()
+            optimizer.zero_grad()
+    theirs = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+    model.load_state_dict(start)
+    fit(
+        on_bench(model, x, y),
+        steps=5,
+        batch_size=16,
+        micro_batch=4,
+        optimizer="sgd",
+        learning_rate=0.1,
+        **PLAIN,
+    )
+    return theirs, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@beside(
     "concurrent-adversary",
     peer="Liu et al. 2022, the gradients of a softmax regression in closed form",
     kind=DERIVED,
