@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,8 @@ from torch.nn import functional as F
 import workbench
 from tests.identity.layer_optimizers import network
 from tests.identity.pairs import Draw, beside
-from tests.identity.repositories import Torch, loaded, taken, without_init
+from tests.identity.repositories import source
+from tests.identity.scripts import Torch, loaded, part_of, taken
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import NormTest, gradient_variance, log_slope, noise_scale
 from workbench.training.data_order import take
@@ -78,8 +78,7 @@ def standardised(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
 )
 def weight_standardization(draw: Draw) -> tuple[Tensor, Tensor]:
     """Its package imports torchvision, so its `__init__` is passed by."""
-    without_init("timm", "layers")
-    theirs = importlib.import_module("timm.layers.std_conv").StdConv2d
+    theirs = part_of("timm", "layers.std_conv", "layers").StdConv2d
     weight, x, ours = standardised(draw)
     conv = theirs(32, 64, 1, eps=1e-10).double()
     conv.weight.data = weight[:, :, None, None].clone()
@@ -88,8 +87,7 @@ def weight_standardization(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "weight-standardization",
-    peer="joe-siyuan-qiao/pytorch-classification",
-    version="e6355f829e85ac05a71b8889f4fff77b9ab95d0b",
+    **source("joe-siyuan-qiao/pytorch-classification"),
     kind=AUTHORS,
     compared="the output of a layer",
     inputs="a 64 x 32 normal matrix as a convolution of one pixel, 10 normal inputs, fp64",
@@ -107,8 +105,7 @@ def standardised_by_authors(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "noise-scale",
-    peer="EleutherAI/gpt-neox",
-    version="ea7aefd8f8e183256992d9fede4d7c71a46d67a5",
+    **source("EleutherAI/gpt-neox"),
     kind=PEER,
     compared="tr(Sigma), |G|^2 and their ratio (theirs averaged over which gradient is its small batch)",
     inputs="8 gradients of 200 normal numbers about a common one, batches of 16 examples, fp64",
@@ -137,8 +134,7 @@ def gradient_noise(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "adadagrad",
-    peer="timlautk/AdAdaGrad",
-    version="cc126fba4b57c8ea1ffcd5ff5d30dc8891bf9f17",
+    **source("timlautk/AdAdaGrad"),
     kind=AUTHORS,
     compared="variance and squared norm of the gradient, and the next batch size",
     inputs="batches of 8 and 32 examples, a 6-8-3 network with cross-entropy, eta 0.1, 0.3 and 1, fp64",
@@ -299,8 +295,7 @@ def sqrt_rule(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "step-law",
-    peer="step-law/steplaw",
-    version="32a8f4cc50247695fb56cc6c9117abdf67c97763",
+    **source("step-law/steplaw"),
     kind=AUTHORS,
     compared="the exponents and the logarithms of the constants of both laws",
     inputs="4 sizes at 4 numbers of tokens, 5 % of normal noise about the published law",

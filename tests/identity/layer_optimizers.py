@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from tests.identity.optimizers import INPUTS, LR, SHAPES, STEPS
 from tests.identity.pairs import Draw, beside
-from tests.identity.repositories import loaded, taken
+from tests.identity.repositories import source
+from tests.identity.scripts import loaded, taken
 from workbench.training.optimizer.mkor import rank_one_inverse
 from workbench.training.optimizer.optimizers import make_optimizer
 
@@ -95,8 +96,7 @@ def lamb(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "one-bit-adam",
-    peer="microsoft/DeepSpeed",
-    version="38327e07f6cd39b63418f60cedd1651b0be3e7c3",
+    **source("microsoft/DeepSpeed"),
     kind=AUTHORS,
     compared="the weights, by their compression of what workers and server send (kept in float64)",
     inputs="5 steps of Adam, then 10 of four workers, a normal 12 x 20 matrix on seeded normal gradients",
@@ -148,8 +148,7 @@ def one_bit_adam(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "mkor",
-    peer="Mohammad-Mozaffari/mkor",
-    version="3a0e3bb2df346851569e98799d0f340556bad811",
+    **source("Mohammad-Mozaffari/mkor"),
     kind=AUTHORS,
     compared="the inverse, by their rank-one update",
     inputs="20 rank-one updates of a 16 x 16 identity with normal vectors, decay 0.9 as in the paper",
@@ -264,8 +263,7 @@ def hooks() -> Iterator[tuple[str, types.ModuleType]]:
 
 @beside(
     "agvm",
-    peer="Sense-X/AGVM",
-    version="b60d59813d238f4c7a37cf85ac51203f408c85e4",
+    **source("Sense-X/AGVM"),
     kind=AUTHORS,
     compared="the weights, and the factors of the modules",
     inputs="20 steps of momentum on a 6-8-8-3 network, halves of 16 examples in their two processes",

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from tests.identity.optimizers import INPUTS, LR, Make, stepped
 from tests.identity.pairs import Draw, beside
-from tests.identity.repositories import Torch, loaded, taken, uncompiled, without_init
+from tests.identity.repositories import source
+from tests.identity.scripts import Torch, loaded, part_of, taken, uncompiled
 from workbench.training.optimizer.optimizers import make_optimizer
 
 PEER, AUTHORS = "peer's code", "authors' code"
@@ -35,8 +36,7 @@ def rounded_by_none() -> Any:
 
 @beside(
     "soap",
-    peer="nikhilvyas/SOAP",
-    version="a1e553530fde97d0e6b307d7c82ac6d38b072340",
+    **source("nikhilvyas/SOAP"),
     kind=AUTHORS,
     compared="the weights (both find eigenbases in float32)",
     inputs="25 steps of two normal matrices (12 x 12, 9 x 9) and a vector on seeded normal gradients, fp64",
@@ -62,8 +62,7 @@ def soap(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "mars",
-    peer="AGI-Arena/MARS",
-    version="4831e28eba863a4e69d7e9474ff8e73bc1b410fe",
+    **source("AGI-Arena/MARS"),
     kind=AUTHORS,
     compared="the weights (ours adds eps before the bias correction, and 1e-15 under the root)",
     inputs="10 steps of two normal matrices (12 x 20, 20 x 9) and a vector on seeded normal gradients, fp64",
@@ -111,10 +110,9 @@ def seeded(optimizer: Optimizer) -> Optimizer:
 
 @beside(
     "scion",
-    peer="LIONS-EPFL/scion",
-    version="f58a393e010395a5913176be5673d8839caa6285",
+    **source("LIONS-EPFL/scion"),
     kind=AUTHORS,
-    compared="the weights (their Newton-Schulz kept in float64)",
+    compared="the weights (their Newton-Schulz kept in float64; it adds 1e-7 to the norm)",
     inputs="10 steps of four normal matrices (12 x 20 to 9 x 5) and a vector on normal gradients, fp64",
     tolerance=1e-6,
 )
@@ -139,8 +137,7 @@ def scion(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "muon-soft-cap",
-    peer="phess2/lipschitz-transformers",
-    version="9173461c4a0fc8c78c0deb76c0b0a6d593b95eb2",
+    **source("phess2/lipschitz-transformers"),
     kind=AUTHORS,
     compared="the strengths of the cap and the matrices that it gives (theirs kept in float64)",
     inputs="a 12 x 20 and a 20 x 9 normal matrix, caps 1, 2 and 4, steps of norm 0.02, 0.1 and 0.3",
@@ -194,8 +191,7 @@ def adafactor(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside("adamw", peer="timm", kind=PEER, **WEIGHTS)
 def adamw(draw: Draw) -> tuple[Tensor, Tensor]:
-    without_init("timm", "optim")
-    theirs = importlib.import_module("timm.optim.adamw").AdamWLegacy
+    theirs = part_of("timm", "optim.adamw", "optim").AdamWLegacy
     return stepped(
         draw,
         lambda ws: theirs(ws, lr=LR, betas=(0.9, 0.95), weight_decay=0.1),
@@ -206,6 +202,5 @@ def adamw(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside("sgd", peer="timm", kind=PEER, **WEIGHTS)
 def sgd(draw: Draw) -> tuple[Tensor, Tensor]:
     """Without decay, which theirs takes off the weights and the entry adds to the gradient."""
-    without_init("timm", "optim")
-    theirs = importlib.import_module("timm.optim.sgdw").SGDW
+    theirs = part_of("timm", "optim.sgdw", "optim").SGDW
     return stepped(draw, lambda ws: theirs(ws, lr=LR, momentum=0.9, weight_decay=0.0), registered("sgd"))

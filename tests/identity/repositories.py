@@ -1,85 +1,40 @@
-"""Code of authors whose repositories are no packages: read from a folder of checkouts, never copied."""
+"""Code that others published in a repository and not in a package: read from checkouts, never copied here.
+
+`IDENTITY_REPOSITORIES` names a folder that holds `owner+name` for each of them, at the commit below.
+"""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
-from unittest.mock import patch
 
-import torch
-
-#: Names the folder that holds a checkout OWNER+NAME of every repository, at the commit that its pair names.
-FOLDER = "WORKBENCH_IDENTITY_REPOSITORIES"
-
-
-def checkout(repository: str) -> Path | None:
-    """The folder of `owner/name`; None where there is none."""
-    root = os.environ.get(FOLDER)
-    folder = Path(root) / repository.replace("/", "+") if root else None
-    return folder if folder is not None and folder.is_dir() else None
-
-
-def file_of(repository: str, file: str) -> Path:
-    folder = checkout(repository)
-    if folder is None:
-        raise FileNotFoundError(f"{FOLDER} names no folder with a checkout of {repository}")
-    return folder / file
+COMMITS = {
+    "AGI-Arena/MARS": "4831e28eba863a4e69d7e9474ff8e73bc1b410fe",
+    "EleutherAI/gpt-neox": "ea7aefd8f8e183256992d9fede4d7c71a46d67a5",
+    "IBM/dolomite-engine": "d0ee186128e8b8dfff7c1f90390398fdabc75be7",
+    "LIONS-EPFL/scion": "f58a393e010395a5913176be5673d8839caa6285",
+    "Mohammad-Mozaffari/mkor": "3a0e3bb2df346851569e98799d0f340556bad811",
+    "Sense-X/AGVM": "b60d59813d238f4c7a37cf85ac51203f408c85e4",
+    "asteroidhouse/self-tuning-networks": "3c4204993343b09a413588e063ebcf0cff3d64fd",
+    "jdinalt/forgather": "f92f8b8b0940451edcd5642f516514e96aa2dd7e",
+    "joe-siyuan-qiao/pytorch-classification": "e6355f829e85ac05a71b8889f4fff77b9ab95d0b",
+    "microsoft/DeepSpeed": "38327e07f6cd39b63418f60cedd1651b0be3e7c3",
+    "nikhilvyas/SOAP": "a1e553530fde97d0e6b307d7c82ac6d38b072340",
+    "phess2/lipschitz-transformers": "9173461c4a0fc8c78c0deb76c0b0a6d593b95eb2",
+    "step-law/steplaw": "32a8f4cc50247695fb56cc6c9117abdf67c97763",
+    "timlautk/AdAdaGrad": "cc126fba4b57c8ea1ffcd5ff5d30dc8891bf9f17",
+}
 
 
-def uncompiled() -> Any:
-    """While entered, `torch.compile` leaves functions as they are: their decorators cost minutes here."""
-    return patch.object(torch, "compile", lambda function=None, **given: function or (lambda plain: plain))
+def repository(name: str) -> Path:
+    """The folder of a checkout."""
+    return Path(os.environ.get("IDENTITY_REPOSITORIES", "")) / name.replace("/", "+")
 
 
-def loaded(repository: str, file: str, **stand_ins: ModuleType) -> ModuleType:
-    """A file as a module. stand_ins : modules it imports and that the numbers do not need, a dot as "__"."""
-    spec = importlib.util.spec_from_file_location(f"peer_{abs(hash(file))}", file_of(repository, file))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with uncompiled(), patch.dict(sys.modules, {k.replace("__", "."): v for k, v in stand_ins.items()}):
-        spec.loader.exec_module(module)
-    return module
+def checked_out(name: str) -> bool:
+    return bool(os.environ.get("IDENTITY_REPOSITORIES")) and repository(name).is_dir()
 
 
-def taken(repository: str, file: str, *names: str, until: str = "\f", **given: Any) -> dict[str, Any]:
-    """Only these functions and classes of a script that would start a run when imported; `given` is what it
-    has imported by then, `until` what ends the code of a file that goes on with a log.
-    """
-    path = file_of(repository, file)
-    tree = ast.parse(path.read_text(encoding="utf-8").split(until)[0])
-    tree.body = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ImportFrom)
-        and (getattr(node, "name", "") in names or getattr(node, "module", "") == "__future__")
-    ]
-    found = dict(given)
-    with uncompiled():
-        exec(compile(tree, str(path), "exec"), found)
-    return {name: found[name] for name in names}
-
-
-def without_init(package: str, *inner: str) -> None:
-    """Make a package and those inside it importable without running what their `__init__` imports."""
-    spec = None if package in sys.modules else importlib.util.find_spec(package)
-    places = sys.modules[package].__path__ if spec is None else spec.submodule_search_locations
-    root = Path(next(iter(places or ())))
-    for name in ("", *inner):
-        module = ModuleType(f"{package}.{name}" if name else package)
-        module.__path__ = [str(root / name)]
-        sys.modules.setdefault(module.__name__, module)
-
-
-class Torch:
-    """`torch` with some names changed, for a module that rounds or draws where the numbers should not."""
-
-    def __init__(self, **changed: Any) -> None:
-        vars(self).update(changed)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+def source(name: str) -> dict[str, str]:
+    """What a pair says of a repository as its peer."""
+    return {"peer": name, "version": COMMITS[name][:12]}

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.repositories import loaded, taken
+from tests.identity.repositories import source
+from tests.identity.scripts import loaded, taken
 from workbench.training.schedule.schedules import profile, sampled
 from workbench.training.schedule.time_budget import TimeBudgetLR
 
@@ -181,8 +182,7 @@ def rex(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "power",
-    peer="IBM/dolomite-engine",
-    version="d0ee186128e8b8dfff7c1f90390398fdabc75be7",
+    **source("IBM/dolomite-engine"),
     inputs="two peaks, 400 steps of 32 sequences and 8192 tokens, 40 of them warm-up, before the decay",
     **(RATES | {"kind": AUTHORS}),
 )
@@ -222,8 +222,7 @@ def power(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "infinite",
-    peer="jdinalt/forgather",
-    version="f92f8b8b0940451edcd5642f516514e96aa2dd7e",
+    **source("jdinalt/forgather"),
     inputs=f"{WARMED}, up to the annealing (theirs is not the paper's)",
     **RATES,
 )

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from tests.identity.batch_sizes import on_bench, softmax
 from tests.identity.layer_optimizers import network
 from tests.identity.pairs import Draw, beside
-from tests.identity.repositories import loaded
+from tests.identity.repositories import source
+from tests.identity.scripts import loaded
 from workbench.curvature.estimators import flatness, traces
 from workbench.curvature.estimators.batch_theory import shifted_eigenvalue
 from workbench.curvature.estimators.lanczos import Lockstep
@@ -241,8 +242,7 @@ def flat(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside(
     "self-tuning",
-    peer="asteroidhouse/self-tuning-networks",
-    version="3c4204993343b09a413588e063ebcf0cff3d64fd",
+    **source("asteroidhouse/self-tuning-networks"),
     kind=AUTHORS,
     compared="the output of a layer at the hyperparameters drawn",
     inputs="a layer of 12 x 20 normal weights, response and gates, two hyperparameters, 10 inputs, fp64",
