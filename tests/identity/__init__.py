@@ -6,6 +6,8 @@
 
 Each pair whose peer is installed writes a record to `data/evidence/identity/METHOD.json`; the others are
 named and left as they are. Peers are installed without what they depend on, so that none changes torch.
+A peer "owner/name" is a public repository: a checkout of it, at the commit that its pair names, is the folder
+`owner+name` in the folder that the variable IDENTITY_REPOSITORIES names.
 Nothing of theirs is copied here: a pair calls their code, or reads numbers that they publish or, of
 llama.cpp, that it printed of the pair stored beside them.
 """
