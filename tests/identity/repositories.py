@@ -1,0 +1,93 @@
+"""Code that others published in a repository and not in a package: read from checkouts, never copied here.
+
+`IDENTITY_REPOSITORIES` names a folder that holds `owner+name` for each of them, at the commit below.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+COMMITS = {
+    "CASIA-IVA-Lab/FLAP": "3bb57db3449dd2fa04a5c2192de80e87e33be2b1",
+    "IST-DASLab/OBC": "9b7979bfc9ee20d87db553823a32ee9890beaa99",
+    "LLIKKE/HEAPr": "9c101aa96e3f222cd5109eb884eee614f479550b",
+    "Mohammad-Mozaffari/slope": "451f0bc5fd29db9b3fe0f17893d653f66f6ca40c",
+    "Shiweiliuiiiiiii/In-Time-Over-Parameterization": "1b6a89e6a467c8fc09f5c9571927ca5ad7c7ef00",
+    "ZIB-IOL/PERP": "0d4554b512cbd3c71225bf917e7886dccdbaabfe",
+    "alibaba/AliceMind": "a6d5afe5c272960ce61dc73adb0877bc94b5d664",
+    "amazon-science/icbs": "7d50aab905d68645f35e1db902e1c17e237911ee",
+    "arcee-ai/PruneMe": "faee6c9dfb70841e8355908ecded2b25298cffc0",
+    "ganguli-lab/Synaptic-Flow": "9dfa57aa4012c34028ee646d367f18e32f0e3bc7",
+    "horseee/LLM-Pruner": "128a07d977f9b205d60ab14cfbc6a78f8a8e39d2",
+    "huggingface/nn_pruning": "0cef2b2435d575f141feb12885f632b173df8f93",
+    "huggingface/transformers-research-projects": "fccd0cdab03c1407bb7def05e1b48528fc817078",
+    "kriskrisliu/PAT": "25cce191cb08feaead91355ee68e2054fb832d90",
+    "landskape-ai/Progressive-Pruning": "784063343566284ddcee79dd0d239344a8d1ecad",
+    "neuralmagic/sparseml": "1c04a016c830b0ccfbb0402e291405a2252c19a6",
+    "research4pan/AdaptPruner": "56658762e72461a3be05e210e83464c685422cd6",
+    "shuyao-wang/DSL": "a93cc5d6cc343222b42f18811a6777c76187e312",
+    "sramshetty/ShortGPT": "78d9615fdcae6d90368832bd0a86c49c323549b9",
+    "thu-ml/Adaptive-Sparse-Trainer": "723d742db507af47316043306f9797dca7af8ba2",
+}
+
+
+#: Modules that `absent` has made, until the file that asks for them has been read.
+STANDING_IN: list[str] = []
+
+
+def repository(name: str) -> Path:
+    """The folder of a checkout."""
+    return Path(os.environ.get("IDENTITY_REPOSITORIES", "")) / name.replace("/", "+")
+
+
+def checked_out(name: str) -> bool:
+    return bool(os.environ.get("IDENTITY_REPOSITORIES")) and repository(name).is_dir()
+
+
+def source(name: str) -> dict[str, str]:
+    """What a pair says of a repository as its peer."""
+    return {"peer": name, "version": COMMITS[name]}
+
+
+def absent(name: str, **holding: Any) -> None:
+    """Put a module in the place of one that a file imports, and of which nothing here needs more."""
+    if name not in sys.modules and not holding and importlib.util.find_spec(name.split(".")[0]) is not None:
+        return
+    if name not in sys.modules:
+        STANDING_IN.append(name)
+    made = sys.modules.setdefault(name, types.ModuleType(name))
+    for key, value in holding.items():
+        setattr(made, key, value)
+
+
+def loaded(name: str, module: str, root: str = "", packages: Iterable[str] = ()) -> Any:
+    """A module of a repository, found from the folder `root` in it. `packages` are those of its packages
+    whose own start is passed by. Its modules are known by their names only while it is read, as several
+    repositories use the same ones.
+    """
+    folder = repository(name) / root
+    before = dict(sys.modules)
+    for package in packages:
+        made = types.ModuleType(package)
+        made.__path__ = [str(folder / package.replace(".", "/"))]
+        sys.modules[package] = made
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(str(folder))
+        while STANDING_IN:
+            sys.modules.pop(STANDING_IN.pop(), None)
+        for key, found in list(sys.modules.items()):
+            file = getattr(found, "__file__", None) or ""
+            if key in packages or file.startswith(str(repository(name))):
+                sys.modules.pop(key)
+                if key in before:
+                    sys.modules[key] = before[key]
