@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -13,59 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.identity.given import (
+    AUTHORS,
+    DERIVED,
+    PEER,
+    doubles,
+    layer_of,
+    measured_as,
+    network,
+    scores_of,
+    subject_of,
+)
 from tests.identity.pairs import Draw, beside
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.axes import COMPENSATION, PRUNING_METHOD, SALIENCY, SPARSITY_SCHEDULE
-from workbench.statistics import StackedGradients, gradient_factors
-from workbench.subjects import Subject
-
-AUTHORS, PEER, DERIVED = "authors' code", "peer's code", "second derivation in fp64"
-
-
-@contextmanager
-def doubles() -> Iterator[None]:
-    """Numbers that code makes by itself are in double precision while entered."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def layer_of(weight: Tensor) -> Any:
-    """What an entry of an axis reads of a layer."""
-    return SimpleNamespace(weight=weight, shape=tuple(weight.shape), name="layer")
-
-
-def measured_as(gradients: Any = None, damp: float = 0.0, gram: Tensor | None = None) -> Any:
-    """A calibration that has measured these."""
-    return SimpleNamespace(
-        factors=lambda layer, options: gradients[layer.name] if isinstance(gradients, dict) else gradients,
-        absolute_damp=lambda options, share: damp,
-        gram=lambda layer: None if gram is None else gram[None],
-    )
-
-
-def network(
-    draw: Draw, widths: Sequence[int], linear: type[nn.Linear] = nn.Linear
-) -> tuple[nn.Sequential, Tensor, Tensor]:
-    """Linear layers of seeded weights with a tanh between them, 40 inputs and their classes."""
-    parts: list[nn.Module] = []
-    for number, (width, out) in enumerate(pairwise(widths)):
-        layer = linear(width, out)
-        layer.weight.data, layer.bias.data = draw.normal(out, width) / width**0.5, draw.normal(out)
-        parts += [nn.Tanh(), layer] if number else [layer]
-    inputs = draw.normal(40, widths[0])
-    return nn.Sequential(*parts), inputs, draw.normal(40, widths[-1]).argmax(-1)
-
-
-def subject_of(net: nn.Module, inputs: Tensor, labels: Tensor) -> Subject:
-    import workbench
-
-    every = {"inputs": inputs, "labels": labels}
-    return workbench.subject(net, data=dict.fromkeys(("train", "calibration", "validation", "test"), every))
-
+from workbench.statistics import StackedGradients
 
 # ---- oBERT -------------------------------------------------------------------------------------------------
 BLOCKS = "4 x 100 normal weights, 64 normal gradients, blocks of 50, damp 0.05, fp64"
@@ -198,14 +158,6 @@ def snip(draw: Draw) -> tuple[Tensor, Tensor]:
     return theirs, ours / ours.sum()
 
 
-def scores_of(saliency: str, on: Subject) -> Tensor:
-    """An entry's scores of all layers, from gradients in float32 (calibration itself keeps bfloat16)."""
-    layers = on.layers("*")
-    found = gradient_factors(on, layers, "train", 40, 16, torch.float32)
-    entry, calibration = SALIENCY.chosen(saliency), measured_as(found)
-    return torch.cat([entry(layer, calibration, None).flatten() for layer in layers])
-
-
 @beside(
     "obd",
     peer="the loss's own gradients, example by example",
@@ -253,7 +205,7 @@ def icbs(draw: Draw) -> tuple[Tensor, Tensor]:
         gone, loss = solvers.ExhaustiveSolver().solve(problem)
     scores = weight.abs()
     mask = scores > scores.flatten().kthvalue(8).values
-    options = PRUNING_METHOD["icbs"].options()
+    options: Any = PRUNING_METHOD["icbs"].options()
     kept, losses = solver.refine(
         weight,
         mask,
@@ -348,6 +300,24 @@ def cubic(draw: Draw) -> tuple[Tensor, Tensor]:
 
     theirs = [CubicSL.sparsity_compute_fn(0.0, 0.9, t, 0, 1, 6) for t in range(1, 7)]
     ours = SPARSITY_SCHEDULE.chosen({"name": "cubic", "events": 6})(0.9, 1)
+    return torch.tensor(theirs, dtype=torch.float64), torch.tensor(ours, dtype=torch.float64)
+
+
+@beside(
+    "recovery-minilm",
+    **source("neuralmagic/sparseml"),
+    kind=AUTHORS,
+    compared="the sparsity after each of the four events of gradual oBERT",
+    inputs="0 to 80 %",
+    tolerance=1e-12,
+)
+def gradual_obert(draw: Draw) -> tuple[Tensor, Tensor]:
+    absent("sparsezoo", Model=None)
+    absent("sparsezoo.utils", load_numpy_list=None)
+    packages = ("sparseml", "sparseml.utils")
+    helpers = loaded("neuralmagic/sparseml", "sparseml.utils.helpers", root="src", packages=packages)
+    theirs = [helpers.interpolate(t, 0, 4, 0.0, 0.8, "cubic") for t in range(1, 5)]
+    ours = SPARSITY_SCHEDULE.chosen({"name": "cubic", "events": 4})(0.8, 1)
     return torch.tensor(theirs, dtype=torch.float64), torch.tensor(ours, dtype=torch.float64)
 
 

@@ -72,7 +72,18 @@ def loaded(name: str, module: str, root: str = "", packages: Iterable[str] = ())
     whose own start is passed by. Its modules are known by their names only while it is read, as several
     repositories use the same ones.
     """
-    folder = repository(name) / root
+    return read(repository(name) / root, module, packages, repository(name))
+
+
+def part_of(package: str, module: str, packages: Iterable[str]) -> Any:
+    """A module of an installed package, past the start of its `packages`, which may ask for others."""
+    found = importlib.util.find_spec(package)
+    assert found is not None and found.submodule_search_locations is not None
+    folder = Path(next(iter(found.submodule_search_locations))).parent
+    return read(folder, module, packages, folder / package)
+
+
+def read(folder: Path, module: str, packages: Iterable[str], within: Path) -> Any:
     before = dict(sys.modules)
     for package in packages:
         made = types.ModuleType(package)
@@ -87,7 +98,7 @@ def loaded(name: str, module: str, root: str = "", packages: Iterable[str] = ())
             sys.modules.pop(STANDING_IN.pop(), None)
         for key, found in list(sys.modules.items()):
             file = getattr(found, "__file__", None) or ""
-            if key in packages or file.startswith(str(repository(name))):
+            if key in packages or file.startswith(str(within)):
                 sys.modules.pop(key)
                 if key in before:
                     sys.modules[key] = before[key]

@@ -1,4 +1,6 @@
-"""Small models of stock classes with seeded weights, as subjects on random tokens."""
+"""Small models of stock classes with seeded weights, as subjects on random tokens. Their type is left open:
+torch knows of what a model holds only that it is a tensor or a module.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,13 @@ SIZES: dict[str, Any] = {
 }
 
 
-def llama(draw: Draw, **sizes: Any) -> Subject:
+def llama(draw: Draw, **sizes: Any) -> Any:
     import transformers
 
     return seeded(draw, transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | sizes)))
 
 
-def mixtral(draw: Draw, **sizes: Any) -> Subject:
+def mixtral(draw: Draw, **sizes: Any) -> Any:
     """Four experts, of which each token goes to two."""
     import transformers
 

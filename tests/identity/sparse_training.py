@@ -8,11 +8,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tests.identity.given import AUTHORS, flat, network, scores_of, subject_of
 from tests.identity.pairs import Draw, beside
-from tests.identity.pruners import AUTHORS, DERIVED, PEER, network, scores_of, subject_of
-from tests.identity.small_models import llama
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.axes import SPARSITY_SCHEDULE
 from workbench.pruning.sparse_training import side_terms, trained_masks
@@ -37,10 +35,6 @@ def passed(module: Any, inputs: Tensor, upstream: Tensor, *given: Any) -> list[T
     return [outputs, *torch.autograd.grad(outputs, [x, *learned], upstream, allow_unused=True)]
 
 
-def flat(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part.detach().flatten() for part in parts])
-
-
 def drawn(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
     """A weight (16, 32), inputs (24, 32) and gradients of the outputs (24, 16), in double precision."""
     return tuple(draw.normal(*s, dtype=torch.float64) for s in ((16, 32), (24, 32), (24, 16)))  # type: ignore[return-value]
@@ -58,17 +52,18 @@ def movement(draw: Draw) -> tuple[Tensor, Tensor]:
     theirs = loaded("huggingface/transformers-research-projects", *MOVED)
     weight, inputs, wanted = drawn(draw)
     scores = draw.normal(16, 32, dtype=torch.float64)
-    masked = theirs.MaskedLinear(32, 16, bias=False, pruning_method="topK")
+    masked: Any = theirs.MaskedLinear(32, 16, bias=False, pruning_method="topK")
     masked.weight.data, masked.mask_scores.data = weight.clone(), scores.clone()
     mine = linear(weight)
     layer = Layer("layer", mine)
     layer.attach(trained_masks.MovementScores(scores.clone(), sparsity=0.75))
-    ours = layer.changes[0]
+    ours: Any = layer.changes[0]
     for _ in range(10):
-        for learned, outputs in (
+        both: Any = (
             ([masked.weight, masked.mask_scores], masked(inputs, 0.25)),
             ([layer.original, ours.score], mine(inputs)),
-        ):
+        )
+        for learned, outputs in both:
             found = torch.autograd.grad((outputs - wanted).square().mean(), learned)
             with torch.no_grad():
                 for parameter, gradient in zip(learned, found, strict=True):
@@ -164,51 +159,6 @@ def adaptive(draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 @beside(
-    "distillation",
-    **source("thu-ml/Adaptive-Sparse-Trainer"),
-    kind=PEER,
-    compared="cross-entropy + 4 KL at temperature 2 + the mean relative distance of hidden states, and its "
-    "gradients (theirs without bfloat16's eps, which it adds to a state's size, and the mean over blocks)",
-    inputs="a Llama of 3 blocks and a teacher of other weights, 8 sequences",
-    tolerance=1e-4,
-)
-def distillation(draw: Draw) -> tuple[Tensor, Tensor]:
-    from workbench.pruning.recovery.recovery import distilled_loss
-
-    absent("wandb")
-    theirs = loaded("thu-ml/Adaptive-Sparse-Trainer", "sparse_modeling")
-    student, teacher = llama(draw), llama(draw)
-    batch = next(student.batches("train", 8))
-    learned = [p for p in student.model.parameters() if p.requires_grad]
-
-    def run(on: Any) -> tuple[Tensor, list[Tensor]]:
-        states: list[Tensor] = []
-        hooks = [
-            block.register_forward_hook(
-                lambda module, args, out: states.append(out[0] if isinstance(out, tuple) else out)
-            )
-            for block in on.model.model.layers
-        ]
-        logits = on.model(input_ids=batch["input_ids"]).logits
-        for hook in hooks:
-            hook.remove()
-        return logits[:, :-1], states
-
-    logits, states = run(student)
-    with torch.no_grad():
-        goals, wanted = run(teacher)
-    task = F.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())
-    made = theirs.Distill_Model
-    with patch.object(theirs.torch, "finfo", lambda kind: SimpleNamespace(eps=0.0)):
-        near = made.layerwise_loss(None, states, wanted) / len(states)
-    loss = task + made.kl_loss(None, logits, goals) + near
-    ours = distilled_loss(student, teacher, batch)
-    return tuple(  # type: ignore[return-value]
-        flat([total[None], *torch.autograd.grad(total, learned)]) for total in (loss, ours)
-    )
-
-
-@beside(
     "pst",
     **source("alibaba/AliceMind"),
     kind=AUTHORS,
@@ -258,8 +208,8 @@ def double_pruned(draw: Draw) -> tuple[Tensor, Tensor]:
     """Their pruning is a CUDA kernel, so both products get the masks that a sort by size leaves.
     Theirs divides the adapters' product by their rank, ours is given a right factor so divided.
     """
-    from workbench.pruning.sparse_training.axes import BACKWARD
     from workbench.pruning.pattern import NM
+    from workbench.pruning.sparse_training.axes import BACKWARD
 
     for name in ("slope.ops.addmm", "slope.ops.matvec_add", "slope.utils", "pruning_kernels.sparse_backend"):
         absent(
@@ -292,7 +242,7 @@ def double_pruned(draw: Draw) -> tuple[Tensor, Tensor]:
     layer = Layer("layer", mine)
     layer.attach(Mask(mask))
     layer.attach(side_terms.SideLowRank(right.T / 4, left.T))
-    change = layer.changes[-1]
+    change: Any = layer.changes[-1]
     x = inputs.clone().requires_grad_()
     with BACKWARD.chosen("double-pruned")([layer], NM(2, 4)):
         outputs = mine(x)
@@ -379,7 +329,7 @@ def progressive(draw: Draw) -> tuple[Tensor, Tensor]:
     last = np.log(0.1) / np.log(0.8)
     found = []
     for level in np.linspace(1, last, 5):
-        pairs = [(m.weight_mask, m.weight) for m in net if isinstance(m, nn.Linear)]
+        pairs: list[Any] = [(m.weight_mask, m.weight) for m in net if isinstance(m, nn.Linear)]
         for mask, _ in pairs:
             mask.fill_(1.0)
         pruner = tools.SNIP(pairs)
@@ -391,102 +341,3 @@ def progressive(draw: Draw) -> tuple[Tensor, Tensor]:
     shares = SPARSITY_SCHEDULE.chosen("geometric")(0.9, 5)
     ours = [~smallest(scores, round(share * len(scores))) for share in shares]
     return torch.cat(found), torch.cat(ours).float()
-
-
-# ---- adapters under a mask ---------------------------------------------------------------------------------
-def masked_adapter(draw: Draw) -> tuple[list[Tensor], list[Tensor]]:
-    """PERP's masked adapter and ours, 60 % of the weight gone: outputs, gradients and merged weights."""
-    from workbench.pruning.recovery.recovery import merge
-
-    theirs = loaded("ZIB-IOL/PERP", "customLayers")
-    weight, inputs, upstream = drawn(draw)
-    mask = draw.normal(16, 32, dtype=torch.float64) > 0.25
-    up, down = (draw.normal(*s, dtype=torch.float64) / 3 for s in ((16, 8), (8, 32)))
-    adapter = nn.Module()
-    adapter.weight, adapter.bias = nn.Parameter(weight * mask, requires_grad=False), None
-    adapter.lora_A, adapter.lora_B = ({"default": linear(part)} for part in (down, up))
-    adapter.scaling = {"default": 1.0}
-    module = theirs.MaskLoRALayer(lora_layer=adapter, dropout_p=0.0)
-    x = inputs.clone().requires_grad_()
-    outputs = module(x)
-    learned = [adapter.lora_B["default"].weight, adapter.lora_A["default"].weight]
-    found = [outputs, *torch.autograd.grad(outputs, [x, *learned], upstream)]
-    module.set_effective_weights()
-    mine = linear(weight)
-    layer = Layer("layer", mine)
-    layer.attach(Mask(mask))
-    layer.attach(LowRank(up, down))
-    term = layer.changes[0]
-    y = inputs.clone().requires_grad_()
-    outputs = mine(y)
-    ours = [outputs, *torch.autograd.grad(outputs, [y, term.up, term.down], upstream)]
-    merge(layer)
-    return [*found, adapter.weight], [*ours, layer.weight]
-
-
-ADAPTER = dict(
-    **source("ZIB-IOL/PERP"),
-    compared="outputs, gradients of inputs, B and A, and the merged weight",
-    inputs=LAYER + ", 60 % pruned, rank 8, fp64",
-    tolerance=1e-12,
-)
-
-
-@beside("perp", kind=AUTHORS, **ADAPTER)
-def perp(draw: Draw) -> tuple[Tensor, Tensor]:
-    theirs, ours = masked_adapter(draw)
-    return flat(theirs), flat(ours)
-
-
-@beside("sparse-peft", kind=PEER, **ADAPTER)
-def sparse_peft(draw: Draw) -> tuple[Tensor, Tensor]:
-    """PERP's masked adapter is SparsePEFT's: the mask is where the pruned weight is not zero."""
-    return perp(draw)
-
-
-@beside(
-    "dsee",
-    peer="planted parts",
-    kind=DERIVED,
-    compared="low-rank part and support of a matrix made of both (ours stops when the rest falls by a "
-    "millionth of itself)",
-    inputs="a 24 x 32 matrix of rank 3 with 20 entries of size 10, fp64",
-    tolerance=1e-5,
-)
-def low_rank_plus_sparse(draw: Draw) -> tuple[Tensor, Tensor]:
-    low = draw.normal(24, 3, dtype=torch.float64) @ draw.normal(3, 32, dtype=torch.float64)
-    places = draw.normal(24 * 32).topk(20).indices.sort().values
-    entries = draw.normal(20, dtype=torch.float64).sign() * 10
-    planted = torch.zeros(24 * 32, dtype=torch.float64).scatter(0, places, entries).view(24, 32)
-    found, support, _ = side_terms.low_rank_plus_sparse(low + planted, 3, 20)
-    return flat([low, places.double()]), flat([found, support.sort().values.double()])
-
-
-@beside(
-    "dsee",
-    peer="the sum written out",
-    kind=DERIVED,
-    compared="outputs of W M + B A + S2, and the gradients of B, A and S2",
-    inputs=LAYER + ", rank 8, 20 entries, fp64",
-    tolerance=1e-9,
-)
-def dually_sparse(draw: Draw) -> tuple[Tensor, Tensor]:
-    weight, inputs, upstream = drawn(draw)
-    mask = weight.abs() > 0.5
-    up, down, values = (draw.normal(*s, dtype=torch.float64) for s in ((16, 8), (8, 32), (20,)))
-    places = draw.normal(16 * 32).topk(20).indices
-    layer = Layer("layer", linear(weight))
-    layer.attach(Mask(mask))
-    layer.attach(side_terms.SideEntries(places, values))
-    layer.attach(side_terms.SideLowRank(up, down))
-    ours = {type(change).__name__: change for change in layer.changes}
-    sides = [ours["SideLowRank"].up, ours["SideLowRank"].down, ours["SideEntries"].values]
-    outputs = layer.module(inputs)
-    mine = [outputs, *torch.autograd.grad(outputs, sides, upstream)]
-    felt = upstream.T @ inputs  # by the loss, of a change of any entry
-    total = inputs @ (weight * mask).T + inputs @ down.T @ up.T
-    at = [divmod(place, 32) for place in places.tolist()]
-    for (row, column), value in zip(at, values, strict=True):
-        total[:, row] += inputs[:, column] * value
-    theirs = [total, felt @ down.T, up.T @ felt, torch.stack([felt[place] for place in at])]
-    return flat(theirs), flat(mine)
