@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.identity.given import DERIVED, network, subject_of
+from tests.identity.given import DERIVED, PEER, network, subject_of
 from tests.identity.own_model import Blocks
 from tests.identity.pairs import Draw, beside
 from tests.identity.small_models import llama
@@ -21,6 +22,7 @@ from workbench.subjects import Subject
 
 LOOP = "AdamW, its cosine and the clipping written out, on the batches of our run"
 STEPS, RATE, BATCH = 8, 0.01, 16
+Again = Callable[..., None]
 
 
 @contextmanager
@@ -64,7 +66,36 @@ def trained_again(
             learning[name].sub_(rate * first / (1 - 0.9**step) / size)
 
 
-def sparse_then_dense(draw: Draw, method: str) -> tuple[Tensor, Tensor]:
+def trained_by_torch(
+    net: nn.Module,
+    rest: dict[str, Tensor],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    learning: dict[str, Tensor],
+    masks: dict[str, Tensor],
+) -> None:
+    """The same with torch's pruning, optimizer, schedule and clipping."""
+    from torch.nn.utils import clip_grad_norm_, prune
+
+    mine = deepcopy(net)
+    mine.load_state_dict({**rest, **learning})
+    modules = {name: mine.get_submodule(name.rpartition(".")[0]) for name in masks}
+    for name, mask in masks.items():
+        prune.custom_from_mask(modules[name], "weight", mask)
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    for inputs, labels in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(mine(inputs), labels).backward()
+        clip_grad_norm_(mine.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    for module in modules.values():
+        prune.remove(module, "weight")
+    for name, parameter in mine.named_parameters():
+        learning[name].copy_(parameter.detach())
+
+
+def sparse_then_dense(draw: Draw, method: str, again: Again) -> tuple[Tensor, Tensor]:
     """Weights after a sparse run, and after a dense one that starts from it with its mask lifted."""
     net, inputs, labels = network(draw, (12, 20, 16, 5))
     inputs, model = inputs.double(), net.double()
@@ -87,11 +118,11 @@ def sparse_then_dense(draw: Draw, method: str) -> tuple[Tensor, Tensor]:
     assert dense is not None
     found += [layer.weight.detach() for layer in dense.layers("*")]
     assert all(abs(float(mask.mean()) - 0.25) < 0.01 for mask in masks.values())
-    trained_again(model, {}, first, mine, masks)
+    again(model, {}, first, mine, masks)
     for name, mask in masks.items():
         mine[name].mul_(mask)
     wanted = [mine[name].clone() for name in masks]
-    trained_again(model, {}, second, mine, {})
+    again(model, {}, second, mine, {})
     wanted += [mine[name] for name in masks]
     return torch.cat([w.flatten() for w in wanted]), torch.cat([w.flatten() for w in found])
 
@@ -107,12 +138,25 @@ SPARSE = dict(
 
 @beside("spdf", **SPARSE)
 def spdf(draw: Draw) -> tuple[Tensor, Tensor]:
-    return sparse_then_dense(draw, "spdf")
+    return sparse_then_dense(draw, "spdf", trained_again)
 
 
 @beside("mediswift", **SPARSE)
 def mediswift(draw: Draw) -> tuple[Tensor, Tensor]:
-    return sparse_then_dense(draw, "mediswift")
+    return sparse_then_dense(draw, "mediswift", trained_again)
+
+
+TORCH = SPARSE | {"peer": "torch", "kind": PEER}
+
+
+@beside("spdf", **TORCH)
+def spdf_of_torch(draw: Draw) -> tuple[Tensor, Tensor]:
+    return sparse_then_dense(draw, "spdf", trained_by_torch)
+
+
+@beside("mediswift", **TORCH)
+def mediswift_of_torch(draw: Draw) -> tuple[Tensor, Tensor]:
+    return sparse_then_dense(draw, "mediswift", trained_by_torch)
 
 
 @beside(

@@ -43,6 +43,23 @@ def run(on: Any, examples: int = 9) -> None:
     tolerance=1e-5,
 )
 def taylor(draw: Draw) -> tuple[Tensor, Tensor]:
+    return group_scores(draw, "param_mix", "taylor2")
+
+
+@beside(
+    "obd",
+    **source("horseee/LLM-Pruner"),
+    kind=PEER,
+    compared="w^2 E[g^2] summed over heads and neurons, as shares of the largest (their 'param_second', on "
+    "gradients taken one example after the other)",
+    inputs=TOKENS,
+    tolerance=1e-5,
+)
+def second_order(draw: Draw) -> tuple[Tensor, Tensor]:
+    return group_scores(draw, "param_second", "obd")
+
+
+def group_scores(draw: Draw, way: str, saliency: str) -> tuple[Tensor, Tensor]:
     theirs = loaded(
         "horseee/LLM-Pruner",
         "LLMPruner.pruner.hf_llama_pruner",
@@ -60,7 +77,7 @@ def taylor(draw: Draw) -> tuple[Tensor, Tensor]:
             weight: Any = matrix.weight
             weight.grad = (0 if weight.grad is None else weight.grad) + gradient / len(rows)
             weight.acc_grad = getattr(weight, "acc_grad", 0) + gradient**2 / len(rows)
-    score = theirs.TaylorImportance(group_reduction="sum", taylor="param_mix")
+    score = theirs.TaylorImportance(group_reduction="sum", taylor=way)
     ways = (theirs.tp.prune_linear_out_channels, theirs.tp.prune_linear_in_channels)
     wanted = []
     for block in model.model.layers:
@@ -81,7 +98,7 @@ def taylor(draw: Draw) -> tuple[Tensor, Tensor]:
     layers = on.layers()
     gradients = gradient_factors(on, layers, "calibration", 9, 4, torch.float32)
     calibration = SimpleNamespace(factors=lambda layer, options: gradients[layer.name])
-    entry = SALIENCY.chosen("taylor2")
+    entry = SALIENCY.chosen(saliency)
     scores = {layer.name: entry(layer, calibration, None) for layer in layers}
     groups = {g.name: g.unit_scores(scores).flatten() for g in discover(on.model, ("heads", "neurons"))}
     ours = [
