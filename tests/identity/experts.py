@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.identity.given import AUTHORS, DERIVED
+from tests.identity.given import AUTHORS, DERIVED, PEER
 from tests.identity.pairs import Draw, beside
-from tests.identity.repositories import loaded, source
+from tests.identity.repositories import absent, loaded, source
 from tests.identity.small_models import mixtral, watched
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.engine.structures import score
+from workbench.pruning.engine.structures import Scored, score
 from workbench.pruning.pattern import Structures
 from workbench.pruning.saliency.expert_routing import routing
 from workbench.subjects.structure.units import discover
@@ -116,6 +118,52 @@ def selection_scores(draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 @beside(
+    "premoe",
+    "tcess",
+    **source("JarvisPei/PreMoe"),
+    kind=AUTHORS,
+    compared="the experts' mean selected logits, the largest of each token alone (theirs has K = 1 "
+    "written into it)",
+    inputs="a Mixtral of 2 blocks with 4 experts, 9 examples",
+    tolerance=1e-6,
+)
+def selected_logits(draw: Draw) -> tuple[Tensor, Tensor]:
+    """What they collect is a part of a run on their own model: it ends where that would start."""
+    absent("faiss")
+    absent("datasets", load_dataset=None, get_dataset_config_names=None)
+    absent("partial_process", equip_experts=None)
+    theirs = loaded("JarvisPei/PreMoe", "collect_utils")
+    theirs.F = torch.nn.functional  # which it uses and does not import
+    on = mixtral(draw)
+    gates = {f"{n}.gate": block.mlp.gate for n, block in enumerate(on.model.model.layers)}
+    collected: list[Tensor] = []
+
+    class Done(Exception):
+        pass
+
+    class Model:
+        def named_modules(self) -> Any:
+            return gates.items()
+
+        @property
+        def layers(self) -> None:
+            with watched(gates) as given, torch.no_grad():
+                for batch in on.batches("calibration", 3, 9):
+                    on.task.output(on.model, batch)
+            for name, gate in gates.items():
+                (hook,) = gate._forward_hooks.values()
+                hook(gate, (torch.cat([s.flatten(0, -2) for s in given[name]]),), None)
+                kept = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
+                collected.append(kept["gate_logits"].cell_contents[-1])
+            raise Done
+
+    with contextlib.suppress(Done):
+        theirs.collect_moe_gate_logits_r1(Model(), torch.zeros(9, 1))
+    wanted = [markers.double().mean(0) for markers in collected]
+    return torch.cat(wanted), routing(on, "calibration", 9, local=1).tcess.flatten()
+
+
+@beside(
     "slimmoe",
     "taylor2",
     peer="the loss's own gradients, example by example",
@@ -127,28 +175,71 @@ def selection_scores(draw: Draw) -> tuple[Tensor, Tensor]:
 )
 def slim_experts(draw: Draw) -> tuple[Tensor, Tensor]:
     on = mixtral(draw)
-    model = copy.deepcopy(on.model).double()
-    stacks = [block.mlp.experts for block in model.model.layers]
-    learned: list[Any] = [p for stack in stacks for p in (stack.gate_up_proj, stack.down_proj)]
-    sums = [[torch.zeros_like(p), torch.zeros_like(p)] for p in learned]
-    rows = list(on.batches("calibration", 1, 9))
-    for batch in rows:
-        loss = on.task.criterion(on.task.output(model, batch), batch)
-        for total, gradient in zip(sums, torch.autograd.grad(loss, learned), strict=True):
-            total[0] += gradient / len(rows)
-            total[1] += gradient**2 / len(rows)
-    scores = [
-        (mean * p - p**2 * square / 2).abs().detach() for p, (mean, square) in zip(learned, sums, strict=True)
-    ]
     theirs, ours = [], []
-    calibration = Calibration(on, on.layers("*mlp.experts*"), examples=9)
-    entry, pattern = SALIENCY.chosen({"name": "taylor2", "gradients": 9}), Structures(("neurons",))
-    for number, group in enumerate(discover(on.model, ("neurons",))):
-        gate, up = scores[2 * number].sum(2).chunk(2, dim=1)
-        units = gate + up + scores[2 * number + 1].sum(1)  # (experts, neurons)
+    measured = expert_gradients(on)
+    for (weight, mean, square), (down, down_mean, down_square), found in zip(
+        measured[::2], measured[1::2], slimmed(on), strict=True
+    ):
+        gate, up = (mean * weight - weight**2 * square / 2).abs().sum(2).chunk(2, dim=1)
+        units = gate + up + (down_mean * down - down**2 * down_square / 2).abs().sum(1)  # (experts, neurons)
         ordered = units.sort(1)
         costs = ordered.values.sum(0).cumsum(0)
-        found = score(group, entry, calibration, pattern)
         theirs += [ordered.indices.flatten().double(), costs / costs[-1]]
         ours += [found.order.flatten().double(), (found.cost[1:] / found.cost[-1]).double()]
     return torch.cat(theirs), torch.cat(ours)
+
+
+def expert_gradients(on: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each stack of experts with the mean and the mean square of its gradients, one example after another."""
+    model = copy.deepcopy(on.model).double()
+    stacks = [block.mlp.experts for block in model.model.layers]
+    learned: list[Any] = [p for stack in stacks for p in (stack.gate_up_proj, stack.down_proj)]
+    sums = [(torch.zeros_like(p), torch.zeros_like(p)) for p in learned]
+    rows = list(on.batches("calibration", 1, 9))
+    for batch in rows:
+        loss = on.task.criterion(on.task.output(model, batch), batch)
+        for (mean, square), gradient in zip(sums, torch.autograd.grad(loss, learned), strict=True):
+            mean += gradient / len(rows)
+            square += gradient**2 / len(rows)
+    return [(p.detach(), *both) for p, both in zip(learned, sums, strict=True)]
+
+
+def slimmed(on: Any) -> list[Scored]:
+    """What our scores say of the neurons of each block's experts."""
+    calibration = Calibration(on, on.layers("*mlp.experts*"), examples=9)
+    entry, pattern = SALIENCY.chosen({"name": "taylor2", "gradients": 9}), Structures(("neurons",))
+    return [score(group, entry, calibration, pattern) for group in discover(on.model, ("neurons",))]
+
+
+@beside(
+    "slimmoe",
+    **source("horseee/LLM-Pruner"),
+    kind=PEER,
+    compared="the order of the neurons of all experts, by the scores of an expert's three matrices (their "
+    "'param_mix')",
+    inputs="a Mixtral of 2 blocks with 4 experts of 48 neurons, 9 examples",
+    tolerance=0.0,
+)
+def slim_experts_of_others(draw: Draw) -> tuple[Tensor, Tensor]:
+    file, packages = "LLMPruner.pruner.hf_llama_pruner", ("LLMPruner", "LLMPruner.pruner")
+    theirs = loaded("horseee/LLM-Pruner", file, packages=packages)
+    taylor = theirs.TaylorImportance(group_reduction="sum", taylor="param_mix")
+    out, into = theirs.tp.prune_linear_out_channels, theirs.tp.prune_linear_in_channels
+    on = mixtral(draw)
+    measured = expert_gradients(on)
+    orders = []
+    for stack, down in zip(measured[::2], measured[1::2], strict=True):
+        for expert in range(4):
+            both = [part[expert].chunk(2, dim=0) for part in stack]
+            parts = [tuple(part[0] for part in both), tuple(part[1] for part in both)]
+            group = []
+            for (weight, mean, square), way in (
+                *((part, out) for part in parts),
+                (tuple(part[expert] for part in down), into),
+            ):
+                matrix: Any = nn.Parameter(weight)
+                matrix.grad, matrix.acc_grad = mean, square
+                target = SimpleNamespace(module=SimpleNamespace(weight=matrix))
+                group.append((SimpleNamespace(target=target, handler=way), list(range(48))))
+            orders.append(taylor(group).argsort())
+    return torch.cat(orders), torch.cat([found.order.flatten() for found in slimmed(on)])

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.identity.given import DERIVED, PEER, network, subject_of
+from tests.identity.given import AUTHORS, DERIVED, PEER, network, subject_of
 from tests.identity.own_model import Blocks
 from tests.identity.pairs import Draw, beside
+from tests.identity.repositories import absent, loaded, source
 from tests.identity.small_models import llama
 from workbench.pruning.sparse_training.train_sparse import TrainSparse
 from workbench.subjects import Subject
@@ -163,18 +166,60 @@ def mediswift_of_torch(draw: Draw) -> tuple[Tensor, Tensor]:
     "subtuning",
     peer=LOOP,
     kind=DERIVED,
-    compared="the validation loss of the head alone, of each block and of each second one, and which are "
-    "chosen",
+    compared="the validation loss of the head alone and of each set of blocks tried, and which are chosen",
     inputs="a network of 3 blocks of width 16 with 60 examples and as many others, fp64",
+    seed=2,
     tolerance=1e-6,
 )
 def subtuning(draw: Draw) -> tuple[Tensor, Tensor]:
+    result, tried = tuned(draw)
+    chosen: tuple[int, ...] = ()
+    while len(chosen) < 3:
+        best = min(
+            (b for b in tried if len(b) == len(chosen) + 1 and {*chosen} < {*b}), key=tried.__getitem__
+        )
+        if tried[best] > tried[chosen]:
+            break
+        chosen = best
+    rows = [
+        tuple(int(b) for b in str(name).split(",")) if name != "head" else () for name in result.table.blocks
+    ]
+    named = ",".join(map(str, chosen)) or "head"
+    wanted = [*(tried[blocks] for blocks in rows), float(named == result.facts["chosen"])]
+    found = [*result.table.loss, 1.0]
+    return torch.tensor(wanted, dtype=torch.float64), torch.tensor(found, dtype=torch.float64)
+
+
+@beside(
+    "subtuning",
+    **source("talswisa/SubTuning"),
+    kind=AUTHORS,
+    compared="the blocks that their greedy search chooses, of trainings written out here",
+    inputs="a network of 3 blocks of width 16 with 60 examples and as many others, fp64",
+    seed=2,
+    tolerance=0.0,
+)
+def greedy_search(draw: Draw) -> tuple[Tensor, Tensor]:
+    """Theirs looks for the largest value: e^-loss."""
+    result, tried = tuned(draw)
+    absent("src.train", train=lambda asked: math.exp(-tried[tuple(sorted(asked.model.layers_to_finetune))]))
+    absent("src.models", MODEL_LAYERS={})
+    theirs = loaded("talswisa/SubTuning", "src.greedy_subset_selection", packages=("src",))
+    asked = SimpleNamespace(model=SimpleNamespace(layers_to_finetune=[]))
+    wanted = theirs.GreedySubsetSearch([0, 1, 2], 0.0, asked, start="non").search()
+    chosen = result.facts["chosen"]
+    found = [] if chosen == "head" else [int(block) for block in chosen.split(",")]
+    return (torch.tensor([float(b in blocks) for b in range(3)]) for blocks in (wanted, found))  # type: ignore[return-value]
+
+
+def tuned(draw: Draw) -> tuple[Any, dict[tuple[int, ...], float]]:
+    """Our run, and the validation loss of every set of blocks, trained again."""
     import workbench
     from workbench.pruning.studies.subtune import Subtune
 
     model = Blocks()
     for parameter in model.parameters():
-        parameter.data = draw.normal(*parameter.shape, dtype=torch.float64) / 4
+        parameter.data = draw.normal(*parameter.shape, dtype=torch.float64) / 8
     splits = {
         name: {
             "inputs": draw.normal(60, 12, dtype=torch.float64),
@@ -183,7 +228,7 @@ def subtuning(draw: Draw) -> tuple[Tensor, Tensor]:
         for name in ("train", "validation", "test")
     }
     on = workbench.subject(model, data=splits)
-    settings = {"steps": STEPS, "batch_size": BATCH, "learning_rate": RATE, "gain": 0.0}
+    settings = {"steps": STEPS, "batch_size": BATCH, "learning_rate": RATE, "gain": 0.0, "most": 3}
     with trained_on() as batches:
         result = Subtune(**settings).run(on, cache=False)
     judged = splits["validation"]
@@ -197,23 +242,8 @@ def subtuning(draw: Draw) -> tuple[Tensor, Tensor]:
         outputs = torch.func.functional_call(model, mine, (judged["inputs"],))
         return float(F.cross_entropy(outputs, judged["labels"]))
 
-    tried: dict[tuple[int, ...], float] = {(): loss(())}
-    chosen: tuple[int, ...] = ()
-    for _ in range(2):
-        more = [tuple(sorted({*chosen, b})) for b in range(3) if b not in chosen]
-        tried |= {blocks: loss(blocks) for blocks in more}
-        best = min(more, key=tried.__getitem__)
-        if tried[best] > tried[chosen]:
-            break
-        chosen = best
-    rows = [
-        tuple(int(b) for b in str(name).split(",")) if name != "head" else () for name in result.table.blocks
-    ]
-    assert set(rows) == set(tried)
-    named = ",".join(map(str, chosen)) or "head"
-    wanted = [*(tried[blocks] for blocks in rows), float(named == result.facts["chosen"])]
-    found = [*result.table.loss, 1.0]
-    return torch.tensor(wanted, dtype=torch.float64), torch.tensor(found, dtype=torch.float64)
+    sets = (blocks for size in range(4) for blocks in combinations(range(3), size))
+    return result, {blocks: loss(blocks) for blocks in sets}
 
 
 @beside(

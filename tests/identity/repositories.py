@@ -16,7 +16,9 @@ from typing import Any
 
 COMMITS = {
     "CASIA-IVA-Lab/FLAP": "3bb57db3449dd2fa04a5c2192de80e87e33be2b1",
+    "IST-DASLab/DarwinLM": "3596da3973224da83255363a4fbe6757d569dc8c",
     "IST-DASLab/OBC": "9b7979bfc9ee20d87db553823a32ee9890beaa99",
+    "JarvisPei/PreMoe": "22780f107ed3ec7469fb76941f3de4e01371077d",
     "LLIKKE/HEAPr": "9c101aa96e3f222cd5109eb884eee614f479550b",
     "Mohammad-Mozaffari/slope": "451f0bc5fd29db9b3fe0f17893d653f66f6ca40c",
     "Shiweiliuiiiiiii/In-Time-Over-Parameterization": "1b6a89e6a467c8fc09f5c9571927ca5ad7c7ef00",
@@ -34,6 +36,7 @@ COMMITS = {
     "research4pan/AdaptPruner": "56658762e72461a3be05e210e83464c685422cd6",
     "shuyao-wang/DSL": "a93cc5d6cc343222b42f18811a6777c76187e312",
     "sramshetty/ShortGPT": "78d9615fdcae6d90368832bd0a86c49c323549b9",
+    "talswisa/SubTuning": "68b64c24ad0b5053d4ad2b79d0c6c459c327c5a4",
     "thu-ml/Adaptive-Sparse-Trainer": "723d742db507af47316043306f9797dca7af8ba2",
 }
 

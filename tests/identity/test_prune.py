@@ -15,11 +15,11 @@ from tests.identity import (
     replayed,
     sparse_training,
     structures,
-    structures_again,
+    ziplm,
 )
 from tests.identity.pairs import PAIRS, Draw, Pair, measured
 
-FILES = (adapters, experts, flap, pruners, replayed, sparse_training, structures, structures_again)
+FILES = (adapters, experts, flap, pruners, replayed, sparse_training, structures, ziplm)
 MODULES = {file.__name__ for file in FILES}
 DERIVED = [
     pair for pair in PAIRS if pair.kind == "second derivation in fp64" and pair.run.__module__ in MODULES

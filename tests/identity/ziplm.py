@@ -1,15 +1,19 @@
-"""Removal of structures derived a second time in double precision, where no code of others was found."""
+"""ZipLM: the removal of structures beside its authors' code and derived a second time, and the search for a
+speed-up.
+"""
 
 from __future__ import annotations
 
 from itertools import product
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from tests.identity.given import DERIVED
+from tests.identity.given import AUTHORS, DERIVED, flat
 from tests.identity.pairs import Draw, beside
+from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.allocation import latency
 from workbench.pruning.axes import Damped
 from workbench.pruning.engine.structures import Scored
@@ -59,6 +63,39 @@ def one_after_the_other(draw: Draw) -> tuple[Tensor, Tensor]:
             wanted = refitted(left)[1]
     theirs = torch.tensor([*gone, *lost], dtype=torch.float64)
     return torch.cat([theirs, wanted.flatten()]), torch.cat([order.double(), errors, ours.flatten()])
+
+
+@beside(
+    "ziplm",
+    "ziplm-minilm",
+    **source("IST-DASLab/DarwinLM"),
+    kind=AUTHORS,
+    compared="the weights after every removal, of heads and of neurons (its pruning is ZipLM's, in float32)",
+    inputs="10 x 24 normal weights, 8 heads of 3 columns or 24 neurons, 120 correlated inputs, damp 0.01",
+    tolerance=1e-4,
+)
+def darwin(draw: Draw) -> tuple[Tensor, Tensor]:
+    absent("src.model_utils", get_number_of_rows_and_cols=lambda layer: layer.weight.shape)
+    theirs = loaded("IST-DASLab/DarwinLM", "src.fast_obc_struct", packages=("src",))
+    weight, x = draw.normal(10, 24), draw.inputs(120, 24)
+    gram = (x.double().T @ x.double()) / len(x)
+    wanted, found = [], []
+    for width, levels in ((3, 8), (1, 24)):
+        layer = torch.nn.Linear(24, 10, bias=False)
+        layer.weight.data = weight.clone()
+        surgeon = theirs.FastOBCStruct(layer, Damped().damp)
+        surgeon.update(x)
+        surgeon.is_attn = width > 1
+        removed = [width * level for level in range(1, levels)]
+        with patch("builtins.print"), torch.no_grad():
+            wanted += surgeon.prune_struct(removed, removed, width)
+        units = torch.arange(24).reshape(levels, width)
+        order, _ = solver.removal_order(weight.double(), gram, units, Damped().damp)
+        for level in range(1, levels):
+            kept = torch.ones(24, dtype=torch.bool)
+            kept[units[order[:level]].flatten()] = False
+            found.append(solver.refit(weight.double(), gram, kept, Damped().damp))
+    return flat(wanted), flat(found)
 
 
 @beside(
