@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -10,11 +12,13 @@ import torch
 from torch import nn
 
 import workbench
+from workbench import instruments
 from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument
 from workbench.names import catalog, find
 from workbench.progress import Progress
+from workbench.quantization import Quantize
 from workbench.results import Result
 from workbench.storage import replacing
 from workbench.storage.writing import MANIFEST
@@ -138,6 +142,23 @@ def test_changing_a_model_leaves_the_original_alone_and_chains_from_the_store(ne
     )  # nothing computed yet
     assert torch.equal(Halve().run(again.subject).subject.model[0].weight, before / 4)
     assert [s["instrument"] for s in again.subject.history] == ["halve"]
+
+
+def test_a_run_gives_back_the_model_that_an_earlier_one_has_left(net, monkeypatch):
+    """The kind: a changed model's parts know each other, so it stays until the collector happens to come; a
+    report of seven runs held seven models.
+    """
+    monkeypatch.setattr(instruments, "LARGE", 0)
+    gc.disable()
+    try:
+        result = Quantize(layers="*", format="int4", calibration_examples=8).run(net, cache=False)
+        left = weakref.ref(result.subject.model)
+        del result
+        assert left() is not None
+        Norms(layers="*").run(net, cache=False)
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_one_seed_gives_one_result_and_threads_may_run(net):

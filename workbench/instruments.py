@@ -34,9 +34,12 @@ from workbench.progress import Progress, TextProgress, interrupt_stops
 from workbench.results import Result
 from workbench.storage import CannotWrite, cache_folder
 from workbench.storage.forecast import SHARE, Forecast, Plan, bytes_of, free_bytes, in_words, weight_bytes
-from workbench.storage.resident import on_disk
+from workbench.storage.resident import on_disk, reclaim
 from workbench.unfinished import journal
 from workbench.version import __version__, surroundings, threads, versions
+
+#: Bytes of weights from which it is worth a third of a second to look for models that nobody reaches.
+LARGE = 100_000_000
 
 #: What numpy and torch say of an allocation that no machine can serve.
 TOO_LARGE = (
@@ -190,6 +193,8 @@ class Instrument(Fields):
         for told in (*self.idle(), *self.asks_beyond(on)):
             notice(told)
         self.check(on)
+        if hasattr(on, "check_finite") and weight_bytes(on.model) >= LARGE:
+            reclaim()  # what an earlier run has left of its model
         room = room_for(self, on, given)
         where = on_disk(cache_folder()) if room.on_disk else contextlib.nullcontext()
         with journal(key, self.about(on), progress, fresh) as kept, where:

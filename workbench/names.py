@@ -265,6 +265,8 @@ def instrument_door(name: str) -> Door:
         ("python", f"{cls.__module__}.{cls.__name__}"),
         ("defined", line_of(cls)),
     ]
+    if name not in methods() and not entries_called(name):  # else these show them
+        facts += identity_facts(name)
     return Door(name, "instrument", tuple(facts))
 
 
@@ -286,7 +288,7 @@ def method_door(card: Method) -> Door:
 
 
 def identity_facts(name: str) -> list[tuple[str, str]]:
-    """A line for each code or table that a method, or an entry, was held against."""
+    """A line for each code or table that a method, an entry or an instrument was held against."""
     return [("identity", identity_sentence(record)) for record in identity_records(name)]
 
 

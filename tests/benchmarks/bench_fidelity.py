@@ -29,6 +29,7 @@ from workbench.measures.reference import Comparison, batch_of
 from workbench.progress import Progress
 from workbench.quantization import Quantize
 from workbench.subjects import Subject
+from workbench.subjects.changes import baked
 
 PROCESS = Path("/proc/self")
 
@@ -63,6 +64,7 @@ def passes(models: list[Subject], windows: int, batch_size: int) -> float:
 def time_it(name: str, windows: int, turns: int) -> None:
     on = workbench.subject(name)
     other = rounded(on, 4, "nearest", 1)
+    other = other.with_model(baked(other.model))  # its weights are put together before, as a saved model's
     batch_size = batch_of(on, "test")
     ratios = []
     for turn in range(turns):

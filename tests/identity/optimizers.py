@@ -26,10 +26,11 @@ def stepped(
     ours: Make,
     shapes: tuple[tuple[int, ...], ...] = SHAPES,
     dtype: torch.dtype = torch.float64,
+    steps: int = STEPS,
 ) -> tuple[Tensor, Tensor]:
-    """The weights after `STEPS` steps of both on the same gradients."""
+    """The weights after the steps of both on the same gradients."""
     starts = [draw.normal(*shape, dtype=dtype) for shape in shapes]
-    gradients = [[draw.normal(*shape, dtype=dtype) for shape in shapes] for _ in range(STEPS)]
+    gradients = [[draw.normal(*shape, dtype=dtype) for shape in shapes] for _ in range(steps)]
     draw.shapes = draw.shapes[: len(shapes)]
     ended = []
     for make in (theirs, ours):
@@ -105,7 +106,11 @@ def sophia(draw: Draw) -> tuple[Tensor, Tensor]:
     def theirs(weights: list[nn.Parameter]) -> Optimizer:
         made = SophiaH(weights, lr=LR / gamma, p=gamma, weight_decay=DECAY * gamma, update_period=10**9)
         plain = made.step
-        made.step = lambda: plain(hessian=[d.clone() for d in diagonals]) if first.pop(0) else plain()
+
+        def step() -> None:
+            plain(hessian=[d.clone() for d in diagonals]) if first.pop(0) else plain()
+
+        made.step = step  # type: ignore[method-assign, assignment]
         return made
 
     def ours(weights: list[nn.Parameter]) -> Optimizer:

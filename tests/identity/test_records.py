@@ -16,7 +16,8 @@ FILES = sorted(FOLDER.glob("*.json"))
 
 def test_every_record_is_whole_and_holds() -> None:
     index = current()
-    known = {*index["methods"], *(name for axis in index["axes"].values() for name in axis["entries"])}
+    known = {*index["methods"], *index["instruments"]}
+    known |= {*(name for axis in index["axes"].values() for name in axis["entries"])}
     assert FILES
     for file in FILES:
         assert file.stem in known, file.stem
@@ -25,12 +26,13 @@ def test_every_record_is_whole_and_holds() -> None:
             assert record["method"] == file.stem and record["command"].endswith(file.stem)
 
 
-def test_show_says_what_a_method_equals() -> None:
+def test_show_says_what_a_method_or_an_instrument_equals() -> None:
     from workbench.names import doors
 
     said = dict(doors("wanda")[0].facts)["identity"]
     assert said.startswith("equals llmcompressor 0.14.0.1 (peer's code) exactly in the weights")
     assert "identity" in dict(doors("nvfp4")[-1].facts)
+    assert dict(doors("fidelity")[0].facts)["identity"].startswith("equals llama.cpp b4748 ")
 
 
 @pytest.mark.parametrize(

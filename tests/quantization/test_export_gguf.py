@@ -364,6 +364,10 @@ def test_a_tokenizer_without_a_place_is_refused(tmp_path: Path) -> None:
     pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
     with pytest.raises(BadInput, match="is WordPiece; accepted are byte-level BPE"):
         tokenizer_fields(transformers.PreTrainedTokenizerFast(tokenizer_object=pieces), 300)
+    bytes_alone = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    bytes_alone.pre_tokenizer = byte_level().backend_tokenizer.pre_tokenizer
+    with pytest.raises(BadInput, match="has no merges, of which a GGUF file needs one"):
+        tokenizer_fields(transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_alone), 300)
     with pytest.raises(BadInput, match="word number 293, the model's vocabulary 200"):
         tokenizer_fields(byte_level(), 200)
 

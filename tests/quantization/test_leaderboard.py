@@ -33,11 +33,13 @@ SMALL = {
 def test_every_method_on_two_draws() -> None:
     on = workbench.subject("digits-vit")
     board = leaderboard(on, list(METHODS), [3], (0, 1), block_steps=1, **SMALL)
-    assert len(board) == len(METHODS) * 2 and np.isfinite(board["loss"]).all()
+    assert len(board) == len(METHODS) * 2 and np.isfinite(board[["loss", "kl"]]).all(None)
+    assert list(summary(board)["mean"]) == list(summary(board, "kl")["mean"])
+    assert list(summary(board.drop(columns="kl"))["mean"]) == list(summary(board, "loss")["mean"])
     table = summary(board)
     assert list(table["bits"]) == sorted(table["bits"]) and set(table["method"]) == set(METHODS)
     assert all(part["mean"].is_monotonic_increasing for _, part in table.groupby("bits"))
-    pair = board[(board["method"] == "gptq") & (board["bits"] == 3)]["loss"].to_numpy()
+    pair = board[(board["method"] == "gptq") & (board["bits"] == 3)]["kl"].to_numpy()
     half = table[(table["method"] == "gptq") & (table["bits"] == 3)]["half_width"].iloc[0]
     assert half == pytest.approx(t.ppf(0.975, 1) * abs(pair[0] - pair[1]) / 2)
     best = set(table["method"][:8])
@@ -51,8 +53,12 @@ def test_every_method_on_two_draws() -> None:
     assert list(shown)[::-1] == list(table["method"]) and {
         method for method, text in shown.items() if "±" in text
     } == set(again)
-    rise = table.set_index("method")["mean"]["gptq"] - board["dense_loss"].mean()
-    assert shown["gptq"].startswith(f"{rise:+.3f} ± ")
+    assert shown["gptq"].startswith(f"{table.set_index('method')['mean']['gptq']:.3f} ± ")
+    without = board.drop(columns="kl")
+    rise = summary(without).set_index("method")["mean"]["gptq"] - board["dense_loss"].mean()
+    losses = heat_map(without).data[0]
+    (gptq,) = losses.text[list(losses.y).index("gptq")]
+    assert gptq.startswith(f"{rise:+.3f} ± ")
 
 
 def test_every_choice_of_the_instrument_is_on_it() -> None:

@@ -52,7 +52,7 @@ def by_role(table: pd.DataFrame) -> pd.DataFrame:
     """Each role's modules in times of the mean module: how many, and their 10, 50 and 90 % quantiles."""
     modules = table[(table["level"] == "module") & (table["block"] != "outside")]
     times = modules["kl"] / modules["kl"].mean()
-    found = times.groupby(modules["role"].str.rpartition(".")[2], sort=False)
+    found = times.groupby(modules["role"].str.rpartition(".")[2].rename("role"), sort=False)
     low, median, high = (found.quantile(share) for share in (0.1, 0.5, 0.9))
     return pd.DataFrame(dict(low=low, median=median, high=high, parts=found.size())).reset_index()
 

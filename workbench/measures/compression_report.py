@@ -17,7 +17,7 @@ from workbench.measures.fidelity import front
 from workbench.measures.texts.token_strip import TokenStrip
 from workbench.measures.words import WORDS
 from workbench.progress import TextProgress
-from workbench.storage.resident import trim
+from workbench.storage.resident import reclaim
 from workbench.subjects import Subject
 from workbench.subjects.changes import baked, restoring
 
@@ -168,7 +168,7 @@ def changed_by(on: Subject, run: Instrument) -> Subject:
     if not any(restoring(made.model)):
         made = made.with_model(baked(made.model))  # nothing held but what it computes with
     made.name = f"{on.name}, {in_short(run)}"
-    trim()
+    reclaim()
     return made
 
 

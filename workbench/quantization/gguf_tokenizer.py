@@ -62,6 +62,8 @@ def tokenizer_fields(tokenizer: Any, size: int) -> dict[str, Any]:
         kind = {"ggml.model": "llama"}
     else:
         raise no_place(f"is {model['type']}")
+    if not merges:
+        raise no_place("has no merges, of which a GGUF file needs one at least")
     if any(" " in part for pair in merges for part in pair):
         raise no_place("has merges of words with blanks")
     words, kinds = words_of(tokenizer, parts, size)

@@ -309,6 +309,14 @@ def test_what_cannot_be_asked_is_one_line(tmp_path, monkeypatch):
         "reads https://.*nothing is fetched",
         task(tmp_path / "w", dataset_kwargs={"data_files": "https://a/b"}),
     )
+    for longer in ("x" * 300, "é" * 140):  # than any file's name can be
+        named = {"data_files": {"test": ["here.jsonl", longer]}}
+        refused("which is not there", task(tmp_path / "file", dataset_kwargs=named))
+        refused("not on this disk", task(tmp_path / "set", dataset_path=longer))
+        refused("cannot be read", task(tmp_path / "include", include=longer))
+        refused("is not a file", longer + ".yaml")
+        refused("is no task of the harness", longer)
+        refused("is no folder", "docstrings", task_data=longer)
     bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n"
         for old, new in zip("abcdefgh", "bcdefghi", strict=True)

@@ -12,7 +12,7 @@ from torch import nn
 from tests.training.test_loop import small
 from workbench.errors import BadInput
 from workbench.subjects import Layer, Subject
-from workbench.subjects.tasks import CustomLoss
+from workbench.subjects.tasks import CustomLoss, ModuleTask
 from workbench.training import NormTest, fit
 from workbench.training.batch.batch_size import (
     gradient_groups,
@@ -27,6 +27,7 @@ from workbench.training.batch.normalisation import (
     GhostBatchNorm,
     WeightStandardization,
 )
+from workbench.training.models.model_change import MODEL_CHANGE
 
 
 def test_noise_scale_is_unbiased_on_a_known_covariance() -> None:
@@ -143,6 +144,15 @@ def test_ghost_batch_norm() -> None:
     )  # a last ghost of one example joins its neighbour
     model = GhostBatchNorm.replacing(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), 8)
     assert isinstance(model[1], GhostBatchNorm)
+    for dtype in (torch.float64, torch.bfloat16):  # a model keeps its precision, whatever norms it has
+        for norm in (nn.BatchNorm1d(5), nn.LayerNorm(5)):
+            columns = {"inputs": torch.randn(8, 3, dtype=dtype), "labels": torch.zeros(8, dtype=torch.int64)}
+            on = Subject(
+                "small", nn.Sequential(nn.Linear(3, 5), norm).to(dtype), ModuleTask(), {"train": columns}
+            )
+            made = MODEL_CHANGE.chosen("ghost-batch-norm", "model_change", ghost=4)(on).model.train()
+            assert {value.dtype for value in made.state_dict().values()} == {dtype}
+            assert made(columns["inputs"]).dtype == dtype
     with pytest.raises(BadInput, match="ghost"):
         GhostBatchNorm(3, ghost=1)
 

@@ -67,6 +67,9 @@ def test_power() -> None:
     assert rate(0.02, 0) == pytest.approx(0.02 / 11) and rate(0.02, 1000) == pytest.approx(
         rate(0.02, 900) * 0.01
     )
+    # a peak that the law never reaches: the warm-up is a straight line to the law all the same
+    rise = np.array([s.sampled("power", 200, 0.1, learning_rate=1e9, batch=32, tokens=8192.0)[:21]])
+    assert np.diff(rise) == pytest.approx(rise[0, 0])
     # two budgets share the rate up to the earlier one's decay
     longer = PowerLR(optimizer(0.02), 5000, batch=128, tokens=128 * 4096, warmup=10).rate
     assert all(rate(0.02, t) == longer(0.02, t) for t in range(900))

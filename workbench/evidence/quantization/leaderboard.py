@@ -57,6 +57,7 @@ def every_method() -> dict[str, dict[str, Any]]:
 
 
 METHODS = every_method()
+TITLES = {"kl": "Divergence"}
 
 
 def instrument(method: str, width: int, steps: int = 0, **fields: Any) -> Quantize:
@@ -105,8 +106,8 @@ def leaderboard(
     block_steps: int = 0,
     **fields: Any,
 ) -> pd.DataFrame:
-    """One row for each method, width and seed: test loss, accuracy, bits with scales counted;
-    `fields` go to every `Quantize` alike.
+    """One row for each method, width and seed: divergence to the dense model, test loss, accuracy, bits with
+    scales counted; `fields` go to every `Quantize` alike.
 
     steps : iterations of the methods that learn (0: their own);
     block_steps : of those that learn a block at a time, each of which costs as much as dozens of a layer's
@@ -138,7 +139,8 @@ def leaderboard(
         result = made.run(drawn[seed], progress=progress.quiet())
         if result.partial:
             break
-        wanted = ("loss", "accuracy", "perplexity", "dense_loss", "average_bits", "output_error")
+        wanted = ("kl", "kl_low", "kl_high", "loss", "accuracy", "perplexity", "dense_loss", "average_bits")
+        wanted += ("output_error",)
         rows.append(
             {"method": method, "bits": width, "seed": seed}
             | {k: v for k, v in result.facts.items() if k in wanted}
@@ -147,12 +149,20 @@ def leaderboard(
     return pd.DataFrame(rows)
 
 
-def summary(board: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
+def first_measure(board: pd.DataFrame) -> str:
+    """`kl`, which tells the most, else `loss`."""
+    return "kl" if "kl" in board and board["kl"].notna().all() else "loss"
+
+
+def summary(board: pd.DataFrame, value: str = "") -> pd.DataFrame:
     """By width, best first: mean over seeds and half width of the 95 % t interval (NaN for a single seed),
     bits with scales, seconds of a run.
+
+    value : column that is averaged; empty: the divergence where there is one, else the loss
     """
     from scipy.stats import t
 
+    value = value or first_measure(board)
     grouped = (
         board.groupby(["bits", "method"])
         .agg(
@@ -174,17 +184,22 @@ def summary(board: pd.DataFrame, value: str = "loss") -> pd.DataFrame:
     )
 
 
-def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure:
+def curves(board: pd.DataFrame, value: str = "", most: int = 8) -> go.Figure:
     """Mean over seeds against bits (scales counted), with intervals:
     the `most` methods that are best at the smallest width, and nearest rounding.
     """
     from workbench.figures import figure, line, rule
 
+    value = value or first_measure(board)
     table = summary(board, value)
     first = table[table["bits"] == table["bits"].min()]["method"]
     shown = [m for m in board["method"].unique() if m in set(first[:most]) | {"nearest"}]
-    units = {"loss": "test loss (nats)", "accuracy": "test accuracy"}
-    axis = "log" if value == "loss" else "linear"
+    units = {
+        "kl": "KL(dense || changed) (nats an item)",
+        "loss": "test loss (nats)",
+        "accuracy": "test accuracy",
+    }
+    axis = "linear" if value == "accuracy" else "log"
     draws = board["seed"].nunique()
     which = (
         ""
@@ -192,7 +207,8 @@ def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure
         else f", the {len(shown)} best of {board['method'].nunique()} methods"
     )
     fig = figure(
-        f"{value.capitalize()} against width, {draws} calibration draw{'s' if draws > 1 else ''}{which}",
+        f"{TITLES.get(value, value.capitalize())} against width, {draws} calibration "
+        f"draw{'s' if draws > 1 else ''}{which}",
         "bits a weight, scales included",
         units.get(value, value),
         yaxis_type=axis,
@@ -212,22 +228,26 @@ def curves(board: pd.DataFrame, value: str = "loss", most: int = 8) -> go.Figure
 
 
 def heat_map(board: pd.DataFrame) -> go.Figure:
-    """Every method at every width: loss above the dense model's, the best at the smallest width on top;
-    colour on a logarithmic scale.
+    """Every method at every width: divergence to the dense model, or loss above its loss where there is none,
+    the best at the smallest width on top; colour on a logarithmic scale.
     """
     from workbench.figures import figure
 
-    table = summary(board)
-    table["rise"] = table["mean"] - float(board["dense_loss"].mean())
+    value = first_measure(board)
+    table = summary(board, value)
+    table["rise"] = table["mean"] - (float(board["dense_loss"].mean()) if value == "loss" else 0)
     wide = table.pivot(index="method", columns="bits", values="rise")
     wide = wide.sort_values(wide.columns[0], ascending=False)
     half = table.pivot(index="method", columns="bits", values="half_width").loc[wide.index]
+    sign = "+" if value == "loss" else ""
     text = [
-        [f"{v:+.3f}" + ("" if np.isnan(h) else f" ± {h:.3f}") for v, h in zip(row, spread, strict=True)]
+        [f"{v:{sign}.3f}" + ("" if np.isnan(h) else f" ± {h:.3f}") for v, h in zip(row, spread, strict=True)]
         for row, spread in zip(wide.to_numpy(), half.to_numpy(), strict=True)
     ]
     fig = figure(
-        "Test loss above the dense model's (nats)",
+        {"kl": "KL(dense || changed) (nats an item)", "loss": "Test loss above the dense model's (nats)"}[
+            value
+        ],
         "bits of the integers",
         "",
         height=120 + 24 * len(wide),

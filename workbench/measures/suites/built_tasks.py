@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from os.path import exists, isdir
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ def build(task: TaskFile, shots: int) -> Any:
     options = {name: value for name, value in options.items() if name not in IGNORED}
     if not task.dataset:
         options |= {"data_files": absolute(task.settings["dataset_kwargs"]["data_files"], task)}
-    elif task.folder.is_dir():
+    elif isdir(task.folder):
         settings["dataset_path"] = str(task.folder)
-    if not task.dataset or task.folder.is_dir():
+    if not task.dataset or isdir(task.folder):
         options["cache_dir"] = str(cache_folder() / "task-data-read")
     settings["dataset_kwargs"] = options
     if shots >= 0:
@@ -96,7 +97,7 @@ def absolute(value: Any, task: TaskFile) -> Any:
     if isinstance(value, list):
         return [absolute(inner, task) for inner in value]
     beside = task.file.parent / str(value)
-    return str((beside if beside.exists() else Path(str(value))).resolve())
+    return str((beside if exists(beside) else Path(str(value))).resolve())
 
 
 def resolved(value: Any, function: Callable[[Code], Any]) -> Any:

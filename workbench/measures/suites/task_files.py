@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import exists, isdir, isfile  # no error where a name is longer than any file's
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class TaskFile:
     def folder(self) -> Path:
         """Where the data set has to lie."""
         beside = self.file.parent / self.dataset
-        return beside if beside.is_dir() else self.data / self.dataset
+        return beside if isdir(beside) else self.data / self.dataset
 
     @property
     def prepared(self) -> Path | None:
@@ -73,6 +74,8 @@ class TaskFile:
         from datasets import config
 
         place = Path(config.HF_DATASETS_CACHE) / self.dataset.replace("/", "___")
+        if not isdir(place):
+            return None
         return next(iter(sorted(place.glob(f"{self.settings.get('dataset_name') or 'default'}*"))), None)
 
     @property
@@ -80,7 +83,7 @@ class TaskFile:
         """What its data is read from."""
         if not self.dataset:
             return self.file.parent
-        prepared = None if self.folder.is_dir() else self.prepared
+        prepared = None if isdir(self.folder) else self.prepared
         return self.folder if prepared is None else prepared
 
     @property
@@ -94,7 +97,7 @@ class TaskFile:
                     f"{self.file}"
                 )
             beside = self.file.parent / name
-            found.append(beside if beside.exists() or not Path(name).exists() else Path(name))
+            found.append(beside if exists(beside) or not exists(name) else Path(name))
         return found
 
     def stamped(self) -> list[Any]:
@@ -124,7 +127,7 @@ def task_files(tasks: str, data: str = "") -> list[TaskFile]:
     """
     check_installed()
     place = Path(data).expanduser() if data.strip() else usual_data()
-    if data.strip() and not place.is_dir():
+    if data.strip() and not isdir(place):
         raise BadInput(f"task-data: {data!r} is no folder; give the folder that the data sets lie in")
     found: dict[str, TaskFile] = {}
     for word in [part.strip() for part in tasks.split(",") if part.strip()]:
@@ -149,10 +152,10 @@ def meant(word: str, data: Path) -> list[TaskFile]:
     path = Path(word).expanduser()
     if word == OWN:
         return in_folder(docstring_items.kept(), data)
-    if path.is_dir():
+    if isdir(path):
         return in_folder(path, data)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
+    if path.suffix in (".yaml", ".yml") or isfile(path):
+        if not isfile(path):
             raise BadInput(f"tasks: {word!r} is not a file; give a task file (.yaml) or a folder of them")
         return [task_in(path, data)]
     return named(word, data)
@@ -341,7 +344,7 @@ def check_data(task: TaskFile) -> None:
     if not task.settings.get("dataset_path"):
         raise BadInput(f"tasks: {task.file} says no dataset_path; give json with data_files, or a name")
     if not task.dataset:
-        missing = [str(file) for file in task.files if not file.is_file()]
+        missing = [str(file) for file in task.files if not isfile(file)]
         if not task.files or missing:
             wrong = f"reads {missing[0]}, which is not there" if missing else "names no data_files"
             raise BadInput(f"tasks: {task.name!r} {wrong}; put the file into {task.file.parent}")
@@ -349,7 +352,7 @@ def check_data(task: TaskFile) -> None:
         raise BadInput(
             f"tasks: the README.md of {task.folder} names {remote}, and nothing is fetched; remove it"
         )
-    elif not task.folder.is_dir() and task.prepared is None:
+    elif not isdir(task.folder) and task.prepared is None:
         raise BadInput(
             f"tasks: the data set {task.dataset} of {task.name!r} is not on this disk, and nothing is "
             f"fetched; put its files into {task.folder}, or give as task-data the folder that holds "
@@ -360,7 +363,7 @@ def check_data(task: TaskFile) -> None:
 def described(folder: Path) -> Iterator[str]:
     """The files that the head of a data set's README names."""
     readme = folder / "README.md"
-    head = readme.read_text(encoding="utf-8", errors="replace").split("---") if readme.is_file() else []
+    head = readme.read_text(encoding="utf-8", errors="replace").split("---") if isfile(readme) else []
     if len(head) < 3 or head[0].strip():
         return
     try:

@@ -53,7 +53,7 @@ class GhostBatchNorm(nn.Module):
                         ghost,
                         child.eps,
                         child.momentum if child.momentum is not None else 0.1,
-                    )
+                    ).to(child.weight)
                     made.load_state_dict(
                         {k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"}
                     )
@@ -195,7 +195,8 @@ def ghost_batch_norm(on: Subject, options: GhostOptions) -> Subject:
         raise BadInput("model_change: ghost-batch-norm takes the place of norms, and this model has none")
     GhostBatchNorm.replacing(on.model, options.ghost)
     for parent, name, norm in found:
-        made = GhostBatchNorm(norm.get_parameter("weight").shape[0], options.ghost).to(on.device)
+        scale = norm.get_parameter("weight")
+        made = GhostBatchNorm(scale.shape[0], options.ghost).to(scale)
         with torch.no_grad():
             for own, value in norm.named_parameters(recurse=False):
                 made.get_parameter(own).copy_(value)

@@ -12,8 +12,8 @@ from workbench.training.schedule.schedules import LEARNING_RATE_SCHEDULE
 
 
 class PowerLR(LRScheduler):
-    """eta(n) = min(eta_max, batch x a x n^b) at n tokens seen, linear warm-up, exponential final decay
-    (Shen et al. 2024, eq. 5).
+    """eta(n) = min(eta_max, batch x a x n^b) at n tokens seen, exponential final decay; the warm-up is a
+    straight line to what the law gives at its end (Shen et al. 2024, eq. 5).
 
     eta_max is the optimizer's learning rate. batch : sequences per step. tokens : tokens of one step. It
     depends on no total except through the final decay over the last `decay` fraction,
@@ -40,7 +40,8 @@ class PowerLR(LRScheduler):
     def rate(self, peak: float, t: float) -> float:
         """The learning rate of step t (from 0), which ends at (t + 1) x tokens."""
         starts = self.total * (1 - self.decay)
-        body = min(peak, self.batch * self.a * ((min(t, starts) + 1) * self.tokens) ** self.b)
+        seen = min(max(t, self.warmup), starts) + 1  # steps
+        body = min(peak, self.batch * self.a * (seen * self.tokens) ** self.b)
         if t < self.warmup:
             return body * (t + 1) / (self.warmup + 1)
         return (
