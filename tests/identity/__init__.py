@@ -9,5 +9,6 @@ named and left as they are. Peers are installed without what they depend on, so 
 A peer "owner/name" is a public repository: a checkout of it, at the commit that its pair names, is the folder
 `owner+name` in the folder that the variable IDENTITY_REPOSITORIES names.
 Nothing of theirs is copied here: a pair calls their code, or reads numbers that they publish or, of
-llama.cpp, that it printed of the pair stored beside them.
+llama.cpp, that it printed of the pair stored beside them. Pairs that are derived a second time need no peer:
+the suite runs them as well.
 """

@@ -5,25 +5,58 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import sys
+import types
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 COMMITS = {
     "AGI-Arena/MARS": "4831e28eba863a4e69d7e9474ff8e73bc1b410fe",
+    "CASIA-IVA-Lab/FLAP": "3bb57db3449dd2fa04a5c2192de80e87e33be2b1",
     "EleutherAI/gpt-neox": "ea7aefd8f8e183256992d9fede4d7c71a46d67a5",
     "IBM/dolomite-engine": "d0ee186128e8b8dfff7c1f90390398fdabc75be7",
+    "IST-DASLab/DarwinLM": "3596da3973224da83255363a4fbe6757d569dc8c",
+    "IST-DASLab/OBC": "9b7979bfc9ee20d87db553823a32ee9890beaa99",
+    "JarvisPei/PreMoe": "22780f107ed3ec7469fb76941f3de4e01371077d",
     "LIONS-EPFL/scion": "f58a393e010395a5913176be5673d8839caa6285",
+    "LLIKKE/HEAPr": "9c101aa96e3f222cd5109eb884eee614f479550b",
     "Mohammad-Mozaffari/mkor": "3a0e3bb2df346851569e98799d0f340556bad811",
+    "Mohammad-Mozaffari/slope": "451f0bc5fd29db9b3fe0f17893d653f66f6ca40c",
     "Sense-X/AGVM": "b60d59813d238f4c7a37cf85ac51203f408c85e4",
+    "Shiweiliuiiiiiii/In-Time-Over-Parameterization": "1b6a89e6a467c8fc09f5c9571927ca5ad7c7ef00",
+    "ZIB-IOL/PERP": "0d4554b512cbd3c71225bf917e7886dccdbaabfe",
+    "alibaba/AliceMind": "a6d5afe5c272960ce61dc73adb0877bc94b5d664",
+    "amazon-science/icbs": "7d50aab905d68645f35e1db902e1c17e237911ee",
+    "arcee-ai/PruneMe": "faee6c9dfb70841e8355908ecded2b25298cffc0",
     "asteroidhouse/self-tuning-networks": "3c4204993343b09a413588e063ebcf0cff3d64fd",
+    "ganguli-lab/Synaptic-Flow": "9dfa57aa4012c34028ee646d367f18e32f0e3bc7",
+    "horseee/LLM-Pruner": "128a07d977f9b205d60ab14cfbc6a78f8a8e39d2",
+    "huggingface/nn_pruning": "0cef2b2435d575f141feb12885f632b173df8f93",
+    "huggingface/transformers-research-projects": "fccd0cdab03c1407bb7def05e1b48528fc817078",
     "jdinalt/forgather": "f92f8b8b0940451edcd5642f516514e96aa2dd7e",
     "joe-siyuan-qiao/pytorch-classification": "e6355f829e85ac05a71b8889f4fff77b9ab95d0b",
+    "kriskrisliu/PAT": "25cce191cb08feaead91355ee68e2054fb832d90",
+    "landskape-ai/Progressive-Pruning": "784063343566284ddcee79dd0d239344a8d1ecad",
     "microsoft/DeepSpeed": "38327e07f6cd39b63418f60cedd1651b0be3e7c3",
+    "neuralmagic/sparseml": "1c04a016c830b0ccfbb0402e291405a2252c19a6",
     "nikhilvyas/SOAP": "a1e553530fde97d0e6b307d7c82ac6d38b072340",
     "phess2/lipschitz-transformers": "9173461c4a0fc8c78c0deb76c0b0a6d593b95eb2",
+    "research4pan/AdaptPruner": "56658762e72461a3be05e210e83464c685422cd6",
+    "shuyao-wang/DSL": "a93cc5d6cc343222b42f18811a6777c76187e312",
+    "sramshetty/ShortGPT": "78d9615fdcae6d90368832bd0a86c49c323549b9",
     "step-law/steplaw": "32a8f4cc50247695fb56cc6c9117abdf67c97763",
+    "talswisa/SubTuning": "68b64c24ad0b5053d4ad2b79d0c6c459c327c5a4",
+    "thu-ml/Adaptive-Sparse-Trainer": "723d742db507af47316043306f9797dca7af8ba2",
     "timlautk/AdAdaGrad": "cc126fba4b57c8ea1ffcd5ff5d30dc8891bf9f17",
 }
+
+
+#: Modules that `absent` has made, until the file that asks for them has been read.
+STANDING_IN: list[str] = []
 
 
 def repository(name: str) -> Path:
@@ -38,3 +71,51 @@ def checked_out(name: str) -> bool:
 def source(name: str) -> dict[str, str]:
     """What a pair says of a repository as its peer."""
     return {"peer": name, "version": COMMITS[name][:12]}
+
+
+def absent(name: str, **holding: Any) -> None:
+    """Put a module in the place of one that a file imports, and of which nothing here needs more."""
+    if name not in sys.modules and not holding and importlib.util.find_spec(name.split(".")[0]) is not None:
+        return
+    if name not in sys.modules:
+        STANDING_IN.append(name)
+    made = sys.modules.setdefault(name, types.ModuleType(name))
+    for key, value in holding.items():
+        setattr(made, key, value)
+
+
+def loaded(name: str, module: str, root: str = "", packages: Iterable[str] = ()) -> Any:
+    """A module of a repository, found from the folder `root` in it. `packages` are those of its packages
+    whose own start is passed by. Its modules are known by their names only while it is read, as several
+    repositories use the same ones.
+    """
+    return read(repository(name) / root, module, packages, repository(name))
+
+
+def part_of(package: str, module: str, packages: Iterable[str]) -> Any:
+    """A module of an installed package, past the start of its `packages`, which may ask for others."""
+    found = importlib.util.find_spec(package)
+    assert found is not None and found.submodule_search_locations is not None
+    folder = Path(next(iter(found.submodule_search_locations))).parent
+    return read(folder, module, packages, folder / package)
+
+
+def read(folder: Path, module: str, packages: Iterable[str], within: Path) -> Any:
+    before = dict(sys.modules)
+    for package in packages:
+        made = types.ModuleType(package)
+        made.__path__ = [str(folder / package.replace(".", "/"))]
+        sys.modules[package] = made
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(str(folder))
+        while STANDING_IN:
+            sys.modules.pop(STANDING_IN.pop(), None)
+        for key, found in list(sys.modules.items()):
+            file = getattr(found, "__file__", None) or ""
+            if key in packages or file.startswith(str(within)):
+                sys.modules.pop(key)
+                if key in before:
+                    sys.modules[key] = before[key]

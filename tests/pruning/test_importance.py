@@ -217,6 +217,21 @@ def test_adaptive_shares_add_up_and_spare_the_blocks_that_change_most():
     assert counts[0] - counts[1] == pytest.approx(-0.3 * units * (importance[0] - importance[1]), abs=1.01)
 
 
+def test_adaptive_shares_count_what_an_earlier_event_has_taken():
+    """A block of which more is gone already than its share now says keeps its zeros; the others lose less."""
+    on = workbench.subject("digits-vit")
+    pattern, layers = Structures(("neurons",)), on.layers()
+    groups = groups_of(on, layers, pattern)
+    units = groups[0].units
+    gone = torch.arange(units) < int(0.7 * units)
+    groups[0].mask(~gone[None])
+    calibration = Calibration(on, layers, examples=32)
+    scored = [score(g, SALIENCY.chosen("magnitude"), calibration, pattern) for g in groups]
+    counts = adaptive(scored, 0.5, 0.1, calibration)
+    assert counts[0] == int(gone.sum()) and sum(counts) == pytest.approx(0.5 * 3 * units, abs=2)
+    assert not bool(scored[0].kept(counts[0])[0, gone].any())
+
+
 def test_the_trained_mask_starts_open_and_ends_with_as_many_channels_as_asked():
     mask = pat.ChannelMask(12, 8, 100, torch.device("cpu"))
     assert torch.allclose(mask.value, torch.ones(12))

@@ -173,8 +173,8 @@ def adaptive(
     """Sparsity of a block = sparsity - amplitude x its importance, in [0, 0.99]
     (Wang et al. 2025, Adapt-Pruner).
 
-    A common shift makes up for what the bounds cut off, so that the weights removed are the asked share
-    of all.
+    What an earlier event has taken stays taken. A common shift makes up for what the bounds cut off, so that
+    the weights removed are the asked share of all.
     """
     importance = block_importance(calibration)
     own = torch.tensor(
@@ -186,10 +186,11 @@ def adaptive(
     weights = torch.tensor(
         [float(s.group.weights_per_unit() * s.group.experts * s.group.units) for s in scored]
     )
+    gone = torch.tensor([float((~s.group.alive()).float().mean()) for s in scored])
     low, high = -1.0, 1.0
     for _ in range(50):
         shift = (low + high) / 2
-        shares = (sparsity - amplitude * own + shift).clamp(0, 0.99)
+        shares = (sparsity - amplitude * own + shift).clamp(0, 0.99).maximum(gone)
         low, high = (
             (shift, high) if float((shares * weights).sum() / weights.sum()) < sparsity else (low, shift)
         )

@@ -1,0 +1,43 @@
+"""Pairs of pruning whose other side is written out here: they need nothing that is not installed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from torch import Tensor
+
+from tests.identity import (
+    adapters,
+    experts,
+    flap,
+    pruners,
+    replayed,
+    sparse_training,
+    structures,
+    ziplm,
+)
+from tests.identity.pairs import PAIRS, Draw, Pair, measured
+
+FILES = (adapters, experts, flap, pruners, replayed, sparse_training, structures, ziplm)
+MODULES = {file.__name__ for file in FILES}
+DERIVED = [
+    pair for pair in PAIRS if pair.kind == "second derivation in fp64" and pair.run.__module__ in MODULES
+]
+
+
+@pytest.mark.parametrize("pair", DERIVED, ids=lambda pair: f"{pair.methods[0]}-{pair.run.__name__}")
+def test_a_second_derivation_agrees(pair: Pair) -> None:
+    record = measured(pair, "")
+    assert record["equal"], (record["difference"], record["theirs"], record["ours"])
+
+
+def test_two_numbers_that_differ_are_told() -> None:
+    """The kind: a pair of which one side is off by more than is allowed."""
+    pair = DERIVED[0]
+
+    def off(draw: Draw) -> tuple[Tensor, Tensor]:
+        theirs, ours = pair.run(draw)
+        return theirs, ours + 2 * pair.tolerance
+
+    assert not measured(dataclasses.replace(pair, run=off), "")["equal"]
