@@ -139,8 +139,8 @@ def leaderboard(
         result = made.run(drawn[seed], progress=progress.quiet())
         if result.partial:
             break
-        wanted = ("kl", "kl_low", "kl_high", "loss", "accuracy", "perplexity", "dense_loss", "average_bits")
-        wanted += ("output_error",)
+        wanted = ["kl", "kl_low", "kl_high", "loss", "accuracy", "perplexity", "dense_loss", "average_bits"]
+        wanted.append("output_error")
         rows.append(
             {"method": method, "bits": width, "seed": seed}
             | {k: v for k, v in result.facts.items() if k in wanted}
