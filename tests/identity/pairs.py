@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.identity.repositories import COMMITS, checked_out
 from workbench.storage import data_folder, replacing
 from workbench.storage.identity import incomplete
 
@@ -77,7 +78,9 @@ def beside(*methods: str, **about: Any) -> Callable[[Callable[[Draw], tuple[Tens
 
 
 def installed(pair: Pair) -> str | None:
-    """The peer's version; None for a package that is not there."""
+    """The peer's version; None for a package or a checkout that is not there."""
+    if pair.peer in COMMITS and not checked_out(pair.peer):
+        return None
     if pair.version or pair.kind in ("table of a format", "second derivation in fp64"):
         return pair.version
     try:

@@ -1,0 +1,277 @@
+"""Roundings that are trained, beside their authors' or others' code: values, and gradients where there are."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from tests.identity.pairs import Draw, beside
+from tests.identity.repositories import loaded, source
+
+AUTHORS, PEER = "authors' code", "peer's code"
+
+
+def told(**options: object) -> Any:
+    """Settings whose method has these options."""
+    return SimpleNamespace(method=SimpleNamespace(options=SimpleNamespace(**options)))
+
+
+def joined(*parts: Tensor | None) -> Tensor:
+    """All numbers of several tensors in one."""
+    return torch.cat([part.detach().double().flatten() for part in parts if part is not None])
+
+
+def leaf(values: Tensor) -> Tensor:
+    return values.clone().requires_grad_()
+
+
+def rows_of_size(draw: Draw, rows: int, width: int, size: float) -> Tensor:
+    """Normal weights whose rows have this mean magnitude, a number that 16 bits hold."""
+    weight = draw.normal(rows, width, dtype=torch.float64)
+    return (weight / weight.abs().mean(1, keepdim=True) * size).float()
+
+
+@beside(
+    "lsq",
+    **source("zhutmost/lsq-net"),
+    kind=PEER,
+    compared="the step's start, the rounded weights, the gradients of weights and step",
+    inputs="a row of 128 normal weights, 3 bits, one step, normal upstream gradients, fp64",
+    tolerance=1e-9,
+)
+def lsq(draw: Draw) -> tuple[Tensor, Tensor]:
+    """One group is the whole tensor, as theirs counts all weights of a tensor in the step's gradient."""
+    from workbench.quantization.trained.trained_rounding import LearnedStep
+
+    peer = loaded("zhutmost/lsq-net", "quan.quantizer.lsq", packages=("quan", "quan.quantizer"))
+    weight, upstream = (draw.normal(1, 128, dtype=torch.float64) for _ in range(2))
+    theirs = peer.LsqQuan(3, per_channel=False)
+    theirs.init_from(weight)
+    first = leaf(weight)
+    rounded = theirs(first)
+    rounded.backward(upstream)
+    ours = LearnedStep.begin(weight, 128, told(bits=3))
+    second = leaf(weight)
+    found = ours(second)
+    start = ours.step.detach().clone()
+    found.backward(upstream)
+    return (
+        joined(theirs.s.reshape(1), rounded, first.grad, theirs.s.grad),
+        joined(start, found, second.grad, ours.step.grad),
+    )
+
+
+@beside(
+    "ternary",
+    "trilm",
+    peer="transformers",
+    kind=PEER,
+    compared="the ternary weights of its BitNet layers, and the weights' gradient",
+    inputs="a row of 128 normal weights whose mean magnitude is 1/32, normal upstream gradients",
+    tolerance=1e-7,
+)
+def ternary(draw: Draw) -> tuple[Tensor, Tensor]:
+    from transformers.integrations.bitnet import WeightQuant
+
+    from workbench.quantization.trained.trained_rounding import MeanScaled
+
+    weight, upstream = rows_of_size(draw, 1, 128, 2.0**-5), draw.normal(1, 128)
+    first, second = leaf(weight), leaf(weight)
+    theirs = WeightQuant.apply(first)
+    theirs.backward(upstream)
+    ours = MeanScaled(format="ternary", group=128)(second)
+    ours.backward(upstream)
+    return joined(theirs, first.grad), joined(ours, second.grad)
+
+
+@beside(
+    "bibert",
+    **source("htqin/BiBERT"),
+    kind=AUTHORS,
+    compared="a layer's outputs from signs of inputs, and the gradients of weights and inputs",
+    inputs="24 x 32 normal weights, rows of mean magnitude 1/2, 40 normal inputs, normal upstream gradients",
+    tolerance=1e-5,
+)
+def bibert(draw: Draw) -> tuple[Tensor, Tensor]:
+    from workbench.quantization.activations.activations import SignInputs
+    from workbench.quantization.trained.trained_rounding import CentredSign
+
+    drawing = ("matplotlib", "matplotlib.pyplot", "seaborn")
+    peer = loaded("htqin/BiBERT", "utils_quant", root="transformer", without=drawing)
+    config = SimpleNamespace(quantize_act=True, weight_bits=1, input_bits=1, clip_val=2.5)
+    theirs = peer.QuantizeLinear(32, 24, config=config)
+    theirs.weight.data = rows_of_size(draw, 24, 32, 0.5)
+    theirs.bias.data.zero_()
+    inputs, upstream = draw.normal(40, 32), draw.normal(40, 24)
+    first, second, weight = leaf(inputs), leaf(inputs), leaf(theirs.weight.detach())
+    found = theirs(first)
+    found.backward(upstream)
+    ours = SignInputs().round(second) @ CentredSign(group=32)(weight).T
+    ours.backward(upstream)
+    return joined(found, theirs.weight.grad, first.grad), joined(ours, weight.grad, second.grad)
+
+
+@beside(
+    "fbi",
+    "fbi-llm",
+    **source("LiqunMa/FBI-LLM"),
+    kind=AUTHORS,
+    compared="the start of scales and offsets; from scales and offsets that 16 bits hold, the weights and the "
+    "gradients of weights, scales and offsets",
+    inputs="24 x 32 normal weights, a scale and an offset a column, normal upstream gradients",
+    tolerance=1e-5,
+)
+def fbi(draw: Draw) -> tuple[Tensor, Tensor]:
+    from workbench.quantization.trained.fbi_llm import ShiftedSign
+
+    peer = loaded("LiqunMa/FBI-LLM", "qat.learnable_binarizer", packages=("qat",))
+    weight, upstream = draw.normal(24, 32), draw.normal(24, 32)
+    theirs = peer.BinaryLinearWscales(weight.clone(), None, "column")
+    ours = ShiftedSign.begin(weight, 32, told(shared="column"))
+    starts = joined(theirs.wscale, theirs.wbias), joined(ours.alpha, ours.beta)
+    scale = 2.0 ** (torch.arange(32) % 4 - 2.0)
+    offset = (torch.arange(32) % 7 - 3.0) / 8 * scale
+    for holder, names in ((theirs, ("wscale", "wbias")), (ours, ("alpha", "beta"))):
+        for name, value in zip(names, (scale, offset), strict=True):
+            parameter = getattr(holder, name)
+            parameter.data = value.reshape(parameter.shape).clone()
+    outputs = theirs(torch.eye(32)).T
+    outputs.backward(upstream)
+    second = leaf(weight)
+    found = ours(second)
+    found.backward(upstream)
+    return (
+        joined(starts[0], outputs, theirs.weight.grad, theirs.wscale.grad, theirs.wbias.grad),
+        joined(starts[1], found, second.grad, ours.alpha.grad, ours.beta.grad),
+    )
+
+
+@beside(
+    "nipq",
+    **source("ECoLab-POSTECH/NIPQ"),
+    kind=AUTHORS,
+    compared="the weights after training, rounded to the learned bound and width",
+    inputs="24 x 32 normal weights, a bound of 7/4, 4 bits",
+    tolerance=1e-5,
+)
+def nipq(draw: Draw) -> tuple[Tensor, Tensor]:
+    """Their functions are run as they are written: this torch's compiler refuses them."""
+    from workbench.quantization.trained.chosen_widths import PseudoNoise
+
+    with patch.object(torch.jit, "script", lambda function: function):
+        peer = loaded("ECoLab-POSTECH/NIPQ", "nipq", root="my_lib")
+    weight, bound, width = draw.normal(24, 32), torch.tensor(1.75), torch.tensor(4.0)
+    share, ours_share = (width - 2) / 12, (width - PseudoNoise.low) / (PseudoNoise.high - PseudoNoise.low)
+    theirs = peer.noise_quant(
+        weight, torch.logit(share), torch.expm1(bound).log(), False, True, True, True, True
+    )
+    ours = PseudoNoise(bound.log().expand(24, 1).clone(), torch.logit(ours_share), group=32).eval()
+    return theirs, ours(weight)
+
+
+@beside(
+    "bipft",
+    **source("Xingrun-Xing/BiPFT"),
+    kind=AUTHORS,
+    compared="signs of queries and steps of maps, with the gradients of numbers and scales",
+    inputs="2 x 3 x 8 x 4 normal numbers, their softmax as maps, normal upstream gradients",
+    tolerance=1e-6,
+)
+def bipft_signs(draw: Draw) -> tuple[Tensor, Tensor]:
+    from workbench.quantization.trained.binary_attention import scaled_signs, scaled_steps
+
+    peer = loaded("Xingrun-Xing/BiPFT", "utils_quant", root="binary_pretraining")
+    numbers = draw.normal(2, 3, 8, 4)
+    theirs, ours = [], []
+    for symmetric, values, size in ((True, numbers, 0.75), (False, numbers.softmax(-1), 0.5)):
+        upstream = draw.normal(2, 3, 8, 4)
+        first, second = leaf(values), leaf(values)
+        alpha = peer.AlphaInit(torch.tensor(size))
+        alpha.initialized = True
+        found = peer.act_quant_fn(
+            first, alpha, 1, quant_method="elastic", symmetric=symmetric, layerwise=True
+        )
+        found.backward(upstream)
+        scale = leaf(torch.tensor(size))
+        mine = (scaled_signs if symmetric else scaled_steps)(second, scale)
+        mine.backward(upstream)
+        theirs += [found, first.grad, alpha.grad]
+        ours += [mine, second.grad, scale.grad]
+    return joined(*theirs), joined(*ours)
+
+
+@beside(
+    "bipft",
+    **source("Xingrun-Xing/BiPFT"),
+    kind=AUTHORS,
+    compared="what an attention of rank 1 puts out",
+    inputs="2 x 7 normal inputs of 48 features, 12 heads, its own queries, keys and values",
+    tolerance=1e-5,
+)
+def bipft(draw: Draw) -> tuple[Tensor, Tensor]:
+    """Theirs estimates with five linear maps to one number; `up` is the ones that spread it over a value."""
+    import transformers.pytorch_utils
+    import transformers.utils
+    from transformers.models.bert.modeling_bert import BertConfig, BertSelfAttention
+
+    from workbench.quantization.activations.attention import plain_attention
+    from workbench.quantization.trained.binary_attention import BinaryAttention
+    from workbench.subjects.changes import attach
+
+    for place in (transformers.pytorch_utils, transformers.utils):
+        for name in (
+            "find_pruneable_heads_and_indices",
+            "prune_linear_layer",
+            "add_code_sample_docstrings",
+            "add_start_docstrings",
+            "add_start_docstrings_to_model_forward",
+            "replace_return_docstrings",
+        ):
+            if not hasattr(place, name):
+                setattr(place, name, lambda *args, **named: lambda made: made)
+    peer = loaded("Xingrun-Xing/BiPFT", "bipft", root="binary_pretraining")
+    config = BertConfig(
+        hidden_size=48, num_attention_heads=12, attention_probs_dropout_prob=0.0, attn_implementation="eager"
+    )
+    for name, value in {
+        "input_bits": 1,
+        "weight_bits": 1,
+        "sym_quant_ffn_attn": False,
+        "sym_quant_qkvo": True,
+        "input_layerwise": True,
+        "weight_layerwise": True,
+        "input_quant_method": "elastic",
+        "weight_quant_method": "bwn",
+        "not_quantize_attention": False,
+        "clip_init_val": 2.5,
+        "learnable_scaling": True,
+    }.items():
+        setattr(config, name, value)
+    theirs = peer.BertSelfAttention(config)
+    for parameter in theirs.parameters():
+        if parameter.ndim:
+            parameter.data = draw.normal(*parameter.shape) * 0.3
+    hidden = draw.normal(2, 7, 48)
+    draw.shapes = [[2, 7, 48]]
+    made: dict[str, Tensor] = {}
+    for name in ("query", "key", "value"):
+        getattr(theirs, name).register_forward_hook(
+            lambda module, args, out, name=name: made.__setitem__(name, theirs.transpose_for_scores(out))
+        )
+    (context,) = theirs(hidden)
+    clips = (theirs.clip_query, theirs.clip_key, theirs.clip_value, theirs.clip_attn)
+    maps = (theirs.q_m, theirs.k_m, theirs.q_p, theirs.k_p, theirs.v_p)
+    weights, offsets = (torch.stack([getattr(m, n).detach() for m in maps]) for n in ("weight", "bias"))
+    scales = torch.stack([clip.detach() for clip in clips])
+    ours = BinaryAttention(scales, weights, offsets, torch.ones(1, 48))
+    module = BertSelfAttention(config).eval()
+    attach(module.query, "weight", ours)
+    ours.hidden = hidden
+    found, _ = plain_attention(
+        module, made["query"], made["key"], made["value"], None, scaling=4**-0.5, dropout=0.0
+    )
+    return context, found.flatten(-2)
