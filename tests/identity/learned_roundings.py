@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.identity.pairs import Draw, beside
 from tests.identity.quantized_training import joined, leaf
-from tests.identity.quantized_training_derived import half_to_even
+from tests.identity.quantized_training_derived import half_to_even, in_16_bits
 from tests.identity.repositories import loaded, source
 
 AUTHORS, PEER, FP64 = "authors' code", "peer's code", "second derivation in fp64"
@@ -81,8 +81,8 @@ def adaround(draw: Draw) -> tuple[Tensor, Tensor]:
     kind=AUTHORS,
     compared="the rounded weights with a zero point and without one, the gradients of offsets and clipping "
     "factors (theirs of the factors in 16 bits), and all of these after a step of their SignSGD",
-    inputs=f"{LAYER}, groups of 32 whose largest magnitude is 2, offsets within a half, factors from 0.75 to 1, "
-    "normal upstream gradients",
+    inputs=f"{LAYER}, groups of 32 whose largest magnitude is 2, offsets within a half, "
+    "factors from 0.75 to 1, normal upstream gradients",
     tolerance=1e-2,
 )
 def signround(draw: Draw) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def flexround(draw: Draw) -> tuple[Tensor, Tensor]:
     w, g = problem.weight.numpy(), upstream.numpy()
     low, high = w.min(1), w.max(1)
     signed = np.where(high > -low, -1, 1) * np.maximum(high, -low)
-    s1 = np.float16(np.float32(signed) / np.float32(8)).astype(np.float64)[:, None]
+    s1 = in_16_bits(signed / 8)[:, None]
     divisors, row = np.exp(ours.log_S2.detach().numpy()), np.exp(ours.log_s3.detach().numpy())
     u = w / (s1 * divisors * row)
     inside = (u >= -8) & (u <= 7)
@@ -212,26 +212,27 @@ def block_gradients(draw: Draw, divergence: bool) -> tuple[Tensor, Tensor]:
     from workbench.quantization.rounding.blockwise import reconstruct
     from workbench.subjects import Layer
 
-    model = nn.Sequential(*(nn.Linear(12, 12, dtype=torch.float64) for _ in range(2)))
+    parts: Any = [nn.Linear(12, 12, dtype=torch.float64) for _ in range(2)]
     weights, rounded = ([draw.normal(12, 12, dtype=torch.float64) / 3 for _ in range(2)] for _ in range(2))
     inputs = draw.normal(2, 5, 12, dtype=torch.float64)
-    for part, weight in zip(model, weights, strict=True):
+    for part, weight in zip(parts, weights, strict=True):
         part.weight.data, part.bias.data = weight.clone(), draw.normal(12, dtype=torch.float64)
     with torch.no_grad():
-        calls = [[Call((x,), {}, model[0](x)) for x in (inputs, model[0](inputs))]]
-        target = model(inputs)
-    model = nn.ModuleDict({"first": model[0], "last": model[1]})
+        calls = [[Call((x,), {}, parts[0](x)) for x in (inputs, parts[0](inputs))]]
+        target = parts[1](parts[0](inputs))
+    names = ["first", "last"]
+    model = nn.ModuleDict(dict(zip(names, parts, strict=True)))
     layers = [Layer(name, part) for name, part in model.items()]
-    made = [Free(SimpleNamespace(weight=w, masked=lambda v: v), r.clone()) for w, r in zip(weights, rounded)]
-    modules: Any = {name: [part] for name, part in zip(model, made, strict=True)}
+    given = [SimpleNamespace(weight=weight, masked=lambda values: values) for weight in weights]
+    made = [Free(one, values.clone()) for one, values in zip(given, rounded, strict=True)]
+    modules: Any = {name: [part] for name, part in zip(names, made, strict=True)}
     generator = torch.Generator().manual_seed(0)
-    names = list(model)
     reconstruct(
         model, names, layers, modules, calls, [[target]], 1, generator, Progress(), divergence=divergence
     )
 
     x, t = inputs.reshape(-1, 12).numpy(), target.reshape(-1, 12).numpy()
-    (first, last), (b1, b2) = (r.numpy() for r in rounded), (p.bias.detach().numpy() for p in model.values())
+    (first, last), (b1, b2) = (r.numpy() for r in rounded), (p.bias.detach().numpy() for p in parts)
     hidden = x @ first.T + b1
     out = hidden @ last.T + b2
     slope = 2 * (out - t) / np.square(t).sum()
@@ -247,10 +248,9 @@ BLOCK = "two blocks of a 12 x 12 layer with a bias, other weights than the dense
 
 @beside(
     "gradient-ptq",
-    "block",
     peer="Li et al. 2021, BRECQ, eq. 10",
     kind=FP64,
-    compared="the gradients by the rounded weights",
+    compared="the gradients by the rounded weights, of a block's outputs",
     inputs=BLOCK,
     tolerance=1e-9,
 )
@@ -306,10 +306,10 @@ def cbq_rounding(draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 @beside(
-    "layer",
+    "gradient-ptq",
     peer="Nagel et al. 2020, eq. 13",
     kind=FP64,
-    compared="the gradient that a layer's rounding is given",
+    compared="the gradient by the rounded weights, of a layer's outputs",
     inputs="24 x 64 normal weights and rounded ones, 256 correlated inputs, fp64",
     tolerance=1e-9,
 )

@@ -1,4 +1,4 @@
-"""Roundings that are trained, beside their authors' or others' code: values, and gradients where there are."""
+"""Roundings that are trained, beside their authors' or others' code: values and gradients."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def bibert(draw: Draw) -> tuple[Tensor, Tensor]:
     "fbi-llm",
     **source("LiqunMa/FBI-LLM"),
     kind=AUTHORS,
-    compared="the start of scales and offsets; from scales and offsets that 16 bits hold, the weights and the "
-    "gradients of weights, scales and offsets",
+    compared="the start of scales and offsets; from others that 16 bits hold, the weights and the gradients "
+    "of weights, scales and offsets",
     inputs="24 x 32 normal weights, a scale and an offset a column, normal upstream gradients",
     tolerance=1e-5,
 )
@@ -171,107 +171,3 @@ def nipq(draw: Draw) -> tuple[Tensor, Tensor]:
     )
     ours = PseudoNoise(bound.log().expand(24, 1).clone(), torch.logit(ours_share), group=32).eval()
     return theirs, ours(weight)
-
-
-@beside(
-    "bipft",
-    **source("Xingrun-Xing/BiPFT"),
-    kind=AUTHORS,
-    compared="signs of queries and steps of maps, with the gradients of numbers and scales",
-    inputs="2 x 3 x 8 x 4 normal numbers, their softmax as maps, normal upstream gradients",
-    tolerance=1e-6,
-)
-def bipft_signs(draw: Draw) -> tuple[Tensor, Tensor]:
-    from workbench.quantization.trained.binary_attention import scaled_signs, scaled_steps
-
-    peer = loaded("Xingrun-Xing/BiPFT", "utils_quant", root="binary_pretraining")
-    numbers = draw.normal(2, 3, 8, 4)
-    theirs, ours = [], []
-    for symmetric, values, size in ((True, numbers, 0.75), (False, numbers.softmax(-1), 0.5)):
-        upstream = draw.normal(2, 3, 8, 4)
-        first, second = leaf(values), leaf(values)
-        alpha = peer.AlphaInit(torch.tensor(size))
-        alpha.initialized = True
-        found = peer.act_quant_fn(
-            first, alpha, 1, quant_method="elastic", symmetric=symmetric, layerwise=True
-        )
-        found.backward(upstream)
-        scale = leaf(torch.tensor(size))
-        mine = (scaled_signs if symmetric else scaled_steps)(second, scale)
-        mine.backward(upstream)
-        theirs += [found, first.grad, alpha.grad]
-        ours += [mine, second.grad, scale.grad]
-    return joined(*theirs), joined(*ours)
-
-
-@beside(
-    "bipft",
-    **source("Xingrun-Xing/BiPFT"),
-    kind=AUTHORS,
-    compared="what an attention of rank 1 puts out",
-    inputs="2 x 7 normal inputs of 48 features, 12 heads, its own queries, keys and values",
-    tolerance=1e-5,
-)
-def bipft(draw: Draw) -> tuple[Tensor, Tensor]:
-    """Theirs estimates with five linear maps to one number; `up` is the ones that spread it over a value."""
-    import transformers.pytorch_utils
-    import transformers.utils
-    from transformers.models.bert.modeling_bert import BertConfig, BertSelfAttention
-
-    from workbench.quantization.activations.attention import plain_attention
-    from workbench.quantization.trained.binary_attention import BinaryAttention
-    from workbench.subjects.changes import attach
-
-    for place in (transformers.pytorch_utils, transformers.utils):
-        for name in (
-            "find_pruneable_heads_and_indices",
-            "prune_linear_layer",
-            "add_code_sample_docstrings",
-            "add_start_docstrings",
-            "add_start_docstrings_to_model_forward",
-            "replace_return_docstrings",
-        ):
-            if not hasattr(place, name):
-                setattr(place, name, lambda *args, **named: lambda made: made)
-    peer = loaded("Xingrun-Xing/BiPFT", "bipft", root="binary_pretraining")
-    config = BertConfig(
-        hidden_size=48, num_attention_heads=12, attention_probs_dropout_prob=0.0, attn_implementation="eager"
-    )
-    for name, value in {
-        "input_bits": 1,
-        "weight_bits": 1,
-        "sym_quant_ffn_attn": False,
-        "sym_quant_qkvo": True,
-        "input_layerwise": True,
-        "weight_layerwise": True,
-        "input_quant_method": "elastic",
-        "weight_quant_method": "bwn",
-        "not_quantize_attention": False,
-        "clip_init_val": 2.5,
-        "learnable_scaling": True,
-    }.items():
-        setattr(config, name, value)
-    theirs = peer.BertSelfAttention(config)
-    for parameter in theirs.parameters():
-        if parameter.ndim:
-            parameter.data = draw.normal(*parameter.shape) * 0.3
-    hidden = draw.normal(2, 7, 48)
-    draw.shapes = [[2, 7, 48]]
-    made: dict[str, Tensor] = {}
-    for name in ("query", "key", "value"):
-        getattr(theirs, name).register_forward_hook(
-            lambda module, args, out, name=name: made.__setitem__(name, theirs.transpose_for_scores(out))
-        )
-    (context,) = theirs(hidden)
-    clips = (theirs.clip_query, theirs.clip_key, theirs.clip_value, theirs.clip_attn)
-    maps = (theirs.q_m, theirs.k_m, theirs.q_p, theirs.k_p, theirs.v_p)
-    weights, offsets = (torch.stack([getattr(m, n).detach() for m in maps]) for n in ("weight", "bias"))
-    scales = torch.stack([clip.detach() for clip in clips])
-    ours = BinaryAttention(scales, weights, offsets, torch.ones(1, 48))
-    module = BertSelfAttention(config).eval()
-    attach(module.query, "weight", ours)
-    ours.hidden = hidden
-    found, _ = plain_attention(
-        module, made["query"], made["key"], made["value"], None, scaling=4**-0.5, dropout=0.0
-    )
-    return context, found.flatten(-2)

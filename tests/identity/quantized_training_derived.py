@@ -32,6 +32,11 @@ def half_to_even(numbers: np.ndarray) -> np.ndarray:
     return below + up
 
 
+def in_16_bits(numbers: np.ndarray) -> np.ndarray:
+    """What 16 bits hold of numbers in 32."""
+    return numbers.astype(np.float32).astype(np.float16).astype(np.float64)
+
+
 @beside(
     "l4q",
     peer="Jeon et al. 2024, L4Q",
@@ -84,9 +89,10 @@ def double_rounding(draw: Draw) -> tuple[Tensor, Tensor]:
 
     weight, upstream = drawn(draw)
     ours = DoubleRounding.begin(weight, 32, told(widths=[8, 6, 4, 2]))
-    steps = np.float16(np.abs(weight.numpy()).max(1, keepdims=True) / 127).astype(np.float64)
+    steps = in_16_bits(np.abs(weight.numpy()).max(1, keepdims=True) / 127)
     stored = np.clip(half_to_even(weight.numpy() / steps), -127, 127).astype(int)
-    theirs, found = [], []
+    theirs: list[Tensor] = []
+    found: list[Tensor | None] = []
     for width in (8, 6, 4, 2):
         ours.drawn, top, parts = width, 2 ** (width - 1) - 1, 2 ** (8 - width)
         quotient, rest = np.divmod(stored, parts)
@@ -126,7 +132,7 @@ def read_narrower(draw: Draw) -> tuple[Tensor, Tensor]:
     split = {"inputs": torch.zeros(1, 32), "labels": torch.zeros(1, 24)}
     on = Subject("one", torch.nn.Sequential(module), ModuleRegression(), {"train": split, "test": split})
     on.layers("*")[0].attach(FakeQuant.of(grid))
-    steps = np.float16(np.abs(weight.numpy()).max(1, keepdims=True) / np.float32(127)).astype(np.float64)
+    steps = in_16_bits(np.abs(weight.numpy()).max(1, keepdims=True) / 127)
     stored = half_to_even(weight.double().numpy() / steps).astype(int)
     theirs, found = [], []
     for width in (6, 4, 2):
@@ -139,10 +145,9 @@ def read_narrower(draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 @beside(
-    "fixed",
     "qfx",
     peer="Dai et al. 2024, QFX",
-    compared="the binary point of least squared error, the rounded weights, the gradients of weights and point",
+    compared="the binary point of least squared error, the weights, the gradients of weights and point",
     inputs=f"{WEIGHTS}, words of 4 bits",
     **DERIVED,
 )
@@ -314,46 +319,3 @@ def halo(draw: Draw) -> tuple[Tensor, Tensor]:
         product.backward(upstream)
         found += [product, first.grad, second.grad]
     return joined(*map(torch.from_numpy, theirs)), joined(*found)
-
-
-@beside(
-    "edgeqat",
-    peer="Shen et al. 2024, EdgeQAT",
-    kind=FP64,
-    compared="information in queries and keys, the distance of maps to a teacher's, the tokens kept wide",
-    inputs="2 x 4 heads of 9 tokens and 8 features, two key heads, padding in one example",
-    tolerance=1e-6,
-)
-def edgeqat(draw: Draw) -> tuple[Tensor, Tensor]:
-    """By loops over examples, heads and tokens; the product's terms are float32."""
-    from workbench.quantization.activations.attention import AttentionCall
-    from workbench.quantization.activations.token_importance import important_tokens, remember_importance
-    from workbench.quantization.trained.objective import information, map_distance
-
-    query, key = draw.normal(2, 4, 9, 8), draw.normal(2, 2, 9, 8)
-    keep = torch.ones(2, 9, dtype=torch.bool)
-    keep[1, 6:] = False
-    maps, taught = ((draw.normal(2, 4, 9, 9)).softmax(-1) for _ in range(2))
-    module = torch.nn.Identity()
-    call = AttentionCall(module, query, key, key, maps, keep)
-    goal = AttentionCall(module, query, key, key, taught, keep)
-    remember_importance(query, key, keep)
-    wide = important_tokens(2, 9, 0.5)
-    assert wide is not None
-    ours = joined(information([call]).reshape(1), map_distance([call], [goal]).reshape(1), wide.double())
-
-    logs, distances, chosen = [], [], np.zeros((2, 9))
-    q, k = query.double().numpy(), key.double().numpy()
-    for example, tokens in enumerate((9, 6)):
-        for heads in (q[example], k[example]):
-            logs += [math.log(1 + np.var(row, ddof=1)) for head in heads for row in head[:tokens]]
-        for head in range(4):
-            first, second = (t[example, head, :tokens].double().numpy().ravel() for t in (maps, taught))
-            distances.append(1 - first @ second / math.sqrt((first @ first) * (second @ second)))
-        scores = [
-            np.mean([q[example, h, t] @ k[example, h // 2, 0] for h in range(4)]) for t in range(tokens)
-        ]
-        narrow = sorted(range(tokens), key=lambda t: scores[t])[: tokens // 2]
-        chosen[example, [t for t in range(tokens) if t not in narrow]] = 1
-    theirs = np.array([-math.log(np.mean(logs)), np.mean(distances)])
-    return joined(torch.from_numpy(theirs), torch.from_numpy(chosen)), ours

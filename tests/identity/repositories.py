@@ -45,7 +45,7 @@ def checked_out(name: str) -> bool:
 
 def source(name: str) -> dict[str, str]:
     """What a pair says of a repository as its peer."""
-    return {"peer": name, "version": COMMITS[name]}
+    return {"peer": name, "version": COMMITS[name][:12]}
 
 
 def loaded(

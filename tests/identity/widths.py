@@ -15,15 +15,12 @@ from torch import Tensor, nn
 
 from tests.identity.pairs import Draw, beside
 from tests.identity.quantized_training import joined
+from tests.identity.width_solvers import budgets, cheapest, numbers
 
 FP64 = "second derivation in fp64"
 NETWORK = "a network 6-5-4-3 with tanh, 12 examples that it tells right, fp64; two changes a layer"
 DERIVED = dict(kind=FP64, inputs=NETWORK, tolerance=1e-9)
 SIZES, EXAMPLES, SEED = (6, 5, 4, 3), 12, 7
-
-
-def numbers(found: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(found, dtype=np.float64))
 
 
 class Small:
@@ -47,8 +44,8 @@ class Small:
         self.layers = self.on.layers("*")
         self.biases = [p.detach() for name, p in model.named_parameters() if "bias" in name]
         self.weights = torch.cat([layer.weight.detach().flatten() for layer in self.layers])
-        self.ends = np.cumsum([math.prod(layer.shape) for layer in self.layers])
-        self.places = [slice(end - math.prod(x.shape), end) for end, x in zip(self.ends, self.layers)]
+        ends = np.cumsum([math.prod(layer.shape) for layer in self.layers])
+        self.places = [slice(end - math.prod(x.shape), end) for end, x in zip(ends, self.layers, strict=True)]
         self.deltas = {
             layer.name: [draw.normal(*layer.shape, dtype=torch.float64) / size for size in (4, 10)]
             for layer in self.layers
@@ -58,7 +55,7 @@ class Small:
                 "layer": layer.name,
                 "width": width,
                 "weights": math.prod(layer.shape),
-                "weight_error": float(delta.square().sum() / layer.weight.square().sum()),
+                "weight_error": float(delta.square().sum() / layer.weight.detach().square().sum()),
             }
             for layer in self.layers
             for width, delta in zip((2, 3), self.deltas[layer.name], strict=True)
@@ -89,6 +86,16 @@ class Small:
         found = torch.autograd.functional.hessian(self.loss(self.x[part], self.y[part]), self.weights)
         return np.asarray(found)
 
+    def traces(self, probes: int, seed: int) -> np.ndarray:
+        """z_l (H z)_l of the dense Hessian, averaged over the signs that a seed gives."""
+        hessian, found = self.hessian(), np.zeros(len(self.layers))
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(probes):
+            signs = [torch.randint(0, 2, layer.shape, generator=generator) * 2 - 1 for layer in self.layers]
+            z = torch.cat([s.flatten() for s in signs]).numpy().astype(np.float64)
+            found += [float(z[p] @ (hessian @ z)[p]) / probes for p in self.places]
+        return found
+
     def changes(self) -> list[tuple[slice, np.ndarray]]:
         """Every candidate's place and change."""
         return [
@@ -108,12 +115,7 @@ class Small:
 def trace(draw: Draw) -> tuple[Tensor, Tensor]:
     """The dense Hessian of all weights; z_l (H z)_l over their number, times |d|^2 / 2."""
     small = Small(draw)
-    hessian, found = small.hessian(), np.zeros(3)
-    generator = torch.Generator().manual_seed(SEED)
-    for _ in range(8):
-        signs = [torch.randint(0, 2, layer.shape, generator=generator) * 2 - 1 for layer in small.layers]
-        z = torch.cat([s.flatten() for s in signs]).numpy().astype(np.float64)
-        found += [float(z[p] @ (hessian @ z)[p]) / 8 for p in small.places]
+    found = small.traces(8, SEED)
     costs = [
         max(found[small.places.index(p)], 0) / (p.stop - p.start) * float(d @ d) / 2
         for p, d in small.changes()
@@ -132,7 +134,7 @@ def curvature(draw: Draw) -> tuple[Tensor, Tensor]:
     small = Small(draw)
     hessian = small.hessian()
     costs = [max(0.5 * float(d @ hessian[p, p] @ d), 0) for p, d in small.changes()]
-    return numbers(costs), torch.from_numpy(small.cost("curvature").cost)
+    return numbers(costs), numbers(small.cost("curvature").cost)
 
 
 @beside(
@@ -143,9 +145,7 @@ def curvature(draw: Draw) -> tuple[Tensor, Tensor]:
     **(DERIVED | {"tolerance": 1e-6}),
 )
 def eigenvalue(draw: Draw) -> tuple[Tensor, Tensor]:
-    """By `eigvalsh` of every block. Power iteration starts in 32 bits and gains slowly where two eigenvalues
-    are close.
-    """
+    """By `eigvalsh` of every block; the product iterates in 32 bits."""
     from workbench.quantization.allocation.layer_sensitivity import top_eigenvalues
 
     small = Small(draw)
@@ -197,49 +197,7 @@ def curvature_allocation(draw: Draw) -> tuple[Tensor, Tensor]:
     for name in ("integer-program", "dynamic-program"):
         solver = WIDTH_SOLVER.chosen(name)
         found += [solver(ours.reshape(3, 2), sizes, budget).cost for budget in budgets(sizes)]
-    return joined(numbers(costs), numbers(theirs * 2)), joined(
-        numbers(ours), numbers(found)
-    )
-
-
-def budgets(sizes: np.ndarray) -> list[float]:
-    low, high = sizes.min(1).sum(), sizes.max(1).sum()
-    return [float(low + share * (high - low)) for share in (0.0, 0.3, 0.6, 1.0)]
-
-
-def cheapest(costs: np.ndarray, sizes: np.ndarray) -> list[float]:
-    """The least cost within each budget, of all choices."""
-    rows = np.arange(len(costs))
-    choices = [np.array(c) for c in itertools.product(range(costs.shape[1]), repeat=len(costs))]
-    return [
-        min(costs[rows, c].sum() for c in choices if sizes[rows, c].sum() <= budget + 1e-9)
-        for budget in budgets(sizes)
-    ]
-
-
-@beside(
-    "integer-program",
-    "dynamic-program",
-    peer="all choices",
-    kind=FP64,
-    compared="the least cost at four budgets",
-    inputs="six layers of 32 to 512 weights, four widths, costs that fall fourfold a bit with noise, fp64",
-    tolerance=1e-9,
-)
-def solvers(draw: Draw) -> tuple[Tensor, Tensor]:
-    from workbench.quantization.allocation.solver import WIDTH_SOLVER
-
-    widths = np.array([2.0, 3.0, 4.0, 8.0])
-    noise = draw.normal(6, 4, dtype=torch.float64).numpy()
-    costs = np.exp(noise / 3) * 4.0**-widths * 2.0 ** np.arange(6)[:, None]
-    sizes = widths * np.array([32, 64, 96, 128, 256, 512])[:, None]
-    theirs = cheapest(costs, sizes)
-    found = [
-        WIDTH_SOLVER.chosen(name)(costs, sizes, budget).cost
-        for name in ("integer-program", "dynamic-program")
-        for budget in budgets(sizes)
-    ]
-    return numbers(theirs * 2), numbers(found)
+    return joined(numbers(costs), numbers(theirs * 2)), joined(numbers(ours), numbers(found))
 
 
 @beside(
@@ -277,43 +235,16 @@ def interactions(draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 @beside(
-    "log-variance",
-    peer="Huang and Schultheiss 1963",
-    kind=FP64,
-    compared="real-valued widths at an average of 3 bits",
-    inputs="nine layers of 32 to 8,192 weights, sensitivities and variances over six powers of ten, fp64",
-    tolerance=1e-9,
-)
-def log_variance(draw: Draw) -> tuple[Tensor, Tensor]:
-    """Where n s v ln 4 4^-b = mu n for all layers; the multiplier mu by bisection on the average width."""
-    from workbench.quantization.allocation.integer_program import log_variance as ours
-
-    s, v = (np.exp(2 * draw.normal(9, dtype=torch.float64).numpy()) for _ in range(2))
-    n = 2.0 ** np.arange(5, 14)
-    low, high = -80.0, 80.0
-    for _ in range(200):
-        middle = (low + high) / 2
-        widths = np.log(s * v * math.log(4) / math.exp(middle)) / math.log(4)
-        low, high = (middle, high) if (n * widths).sum() > 3 * n.sum() else (low, middle)
-    return torch.from_numpy(widths), torch.from_numpy(ours(s, v, n, 3.0))
-
-
-@beside(
     "variance",
     "log-variance",
     peer="Gersho and Gray 1992",
-    compared="the costs of widths from the Hessian's blocks, the same eight probes and the weights' variances",
+    compared="the costs of widths from the same eight probes of the Hessian's blocks and the variances",
     **(DERIVED | {"tolerance": 1e-6}),
 )
 def variance(draw: Draw) -> tuple[Tensor, Tensor]:
     """The product's variances are of weights in 32 bits."""
     small = Small(draw)
-    hessian, found = small.hessian(), np.zeros(3)
-    generator = torch.Generator().manual_seed(SEED)
-    for _ in range(8):
-        signs = [torch.randint(0, 2, layer.shape, generator=generator) * 2 - 1 for layer in small.layers]
-        z = torch.cat([s.flatten() for s in signs]).numpy().astype(np.float64)
-        found += [float(z[p] @ (hessian @ z)[p]) / 8 for p in small.places]
+    found = small.traces(8, SEED)
     shares = np.array([max(t, 0) / (p.stop - p.start) for t, p in zip(found, small.places, strict=True)])
     shares = np.maximum(shares, 1e-3 * shares.max())
     costs = []
@@ -321,14 +252,14 @@ def variance(draw: Draw) -> tuple[Tensor, Tensor]:
         w = small.weights[place].numpy()
         spread = ((w - w.mean()) ** 2).sum() / (len(w) - 1)
         costs += [0.5 * share * len(w) * spread / 4.0**width for width in (2, 3)]
-    return numbers(costs), torch.from_numpy(small.cost("variance", probes=8).cost)
+    return numbers(costs), numbers(small.cost("variance", probes=8).cost)
 
 
 @beside(
     "linearity",
     "higgs-allocation",
     peer="Malinovskii et al. 2024, HIGGS",
-    compared="the slopes of the divergence in the squared relative size of noise, and the costs of the changes",
+    compared="the slopes of the divergence in the squared size of noise, and the costs of the changes",
     **(DERIVED | {"tolerance": 1e-5}),
 )
 def linearity(draw: Draw) -> tuple[Tensor, Tensor]:
