@@ -157,8 +157,8 @@ def adaquant(draw: Draw) -> tuple[Tensor, Tensor]:
     tolerance=1e-9,
 )
 def flexround(draw: Draw) -> tuple[Tensor, Tensor]:
-    """W^ = s1 q, q = clip(round(u)), u = W / (s1 S2 s3): dW^/d ln S2 = -s1 u inside and 0 outside,
-    dW^/d ln s1 = s1 (q - u) inside and s1 q outside.
+    """W^ = s1 q, q = clip(round(u)), u = W / (s1 S2 s3): dW^/d ln S2 = -s1 u where round(u) is inside and 0
+    where it is outside, dW^/d ln s1 = s1 (q - u) inside and s1 q outside.
     """
     problem = problem_of(draw, "int4")
     ours = rounding(problem, "flexround").double()
@@ -173,7 +173,7 @@ def flexround(draw: Draw) -> tuple[Tensor, Tensor]:
     s1 = in_16_bits(signed / 8)[:, None]
     divisors, row = np.exp(ours.log_S2.detach().numpy()), np.exp(ours.log_s3.detach().numpy())
     u = w / (s1 * divisors * row)
-    inside = (u >= -8) & (u <= 7)
+    inside = (half_to_even(u) >= -8) & (half_to_even(u) <= 7)
     q = np.clip(half_to_even(u), -8, 7)
     by_divisor = -g * s1 * u * inside
     theirs = (s1 * q, (g * s1 * (q - u * inside)).sum(1), by_divisor, by_divisor.sum(1))
@@ -181,6 +181,27 @@ def flexround(draw: Draw) -> tuple[Tensor, Tensor]:
         joined(*map(torch.from_numpy, theirs)),
         joined(mine, ours.log_s1.grad, ours.log_S2.grad, ours.log_s3.grad),
     )
+
+
+@beside(
+    "flexround",
+    **source("DeepWok/mase"),
+    kind=PEER,
+    compared="the weights at drawn divisors",
+    inputs=f"{LAYER}, one step for all, divisors from 1 to 1.6, so that nothing is clipped",
+    tolerance=1e-6,
+)
+def flexround_values(draw: Draw) -> tuple[Tensor, Tensor]:
+    """Theirs has no clipping and no gradient through its floor."""
+    peer = loaded("DeepWok/mase", "flexround_ops", root="src/chop/nn/quantized/modules/flexround")
+    problem = problem_of(draw, "int4-odd", "tensor", torch.float32)
+    ours = rounding(problem, "flexround")
+    theirs = peer.LinearFlexRound(64, 24, bias=False, config={"weight_only": True})
+    theirs.weight.data, theirs.s1.data = problem.weight, ours.base.scale.reshape(())
+    for name, size in (("S2", (24, 64)), ("s3", (24, 1))):
+        log = draw.normal(*size).abs().clamp(max=1) / 4
+        getattr(theirs, name).data, getattr(ours, f"log_{name}").data = log.exp(), log
+    return theirs(torch.eye(64)).T, ours.soft(0.0)
 
 
 class Free(nn.Module):

@@ -15,7 +15,9 @@ from typing import Any
 from unittest.mock import MagicMock
 
 COMMITS = {
+    "DeepWok/mase": "6ff398cf4c01a008540fd5ff2431f6e0740b4c5b",
     "ECoLab-POSTECH/NIPQ": "b0da822793625047378a9b9f25b35939383a0e9e",
+    "IST-DASLab/HALO": "d8c1dc9b669ba80fcc95f1e5ff0fde301604a65a",
     "LiqunMa/FBI-LLM": "ec98ddd29eb450014f9381ac1cbe6936bf44a3a9",
     "Xingrun-Xing/BiPFT": "63ec0a0a63ddb8838c66f5acb121c58fc2c068ed",
     "facebookresearch/SpinQuant": "8f47aa3f00e8662caf1a484153920a07e5281c3a",

@@ -78,16 +78,17 @@ def test_signround_clips_the_weights_own_extremes() -> None:
     assert whole.range[0].shape == (1, 1)
 
 
-def test_signround_learns_within_half_a_step_beyond_the_ends() -> None:
-    """clip(round(u)): what is rounded to an end still has a gradient, what lies farther out has none."""
-    made = rounding_of(problem(name="int4", granularity="channel"))
+@pytest.mark.parametrize("method", ["signround", "flexround"])
+def test_what_is_rounded_to_an_end_still_learns(method: str) -> None:
+    """clip(round(u)): within half a step beyond an end there is a gradient, farther out there is none."""
+    made = rounding_of(problem(name="int4", granularity="channel"), method)
     units = torch.tensor([[-8.6, -8.4, 6.0, 7.4, 7.6]], requires_grad=True)
     made.clipped_units(units).sum().backward()
     assert units.grad is not None and units.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
 
 
-def rounding_of(one: Problem) -> Any:
-    return ROUNDING.chosen("signround")(one)
+def rounding_of(one: Problem, method: str = "signround") -> Any:
+    return ROUNDING.chosen(method)(one)
 
 
 def test_rows_with_one_shared_zero_point_are_kept_as_a_whole() -> None:

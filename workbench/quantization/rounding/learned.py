@@ -78,10 +78,19 @@ class LearnedRounding(nn.Module):
         return self.problem.masked(self.soft(1.0).detach()), grid
 
     def nearest_units(self, units: Tensor) -> Tensor:
-        """Rounded units with a straight-through gradient inside the range and none outside."""
+        """round(clip(units)) with a straight-through gradient inside the range and none outside."""
         element = self.base.format.element
         inside = units.clamp(element.lowest, element.highest)
         return straight_through(element.round(units.detach()), inside)
+
+    def clipped_units(self, units: Tensor) -> Tensor:
+        """clip(round(units)): unlike round(clip(units)), the gradient passes within half a step beyond the
+        ends, too, where integers are rounded to them.
+        """
+        element, fixed = self.base.format.element, units.detach()
+        reached = torch.round(fixed) if isinstance(element, Integer) else fixed
+        inside = (reached >= element.lowest) & (reached <= element.highest)
+        return straight_through(element.round(fixed), torch.where(inside, units, fixed))
 
 
 @ROUNDING.add(
@@ -168,7 +177,7 @@ class LowRankAdaRound(AdaRound):
 
 @ROUNDING.add(
     "flexround",
-    formula="s1 round(W / (s1 S2 s3))",
+    formula="s1 clip(round(W / (s1 S2 s3)))",
     source="Lee et al. 2023, eq. 2",
     needs="inputs",
     options=Learned,
@@ -196,7 +205,7 @@ class FlexRound(LearnedRounding):
     def soft(self, progress: float) -> Tensor:
         step, _ = replace(self.base, scale=self.scale()).columns(self.problem.weight.shape[1])
         units = self.problem.weight / (step * (self.log_S2 + self.log_s3).exp()) + self.zero
-        return (self.nearest_units(units) - self.zero) * step
+        return (self.clipped_units(units) - self.zero) * step
 
     def grid(self) -> Grid:
         return replace(self.base, scale=self.scale().detach())
@@ -261,15 +270,6 @@ class SignRound(LearnedRounding):
         offset = straight_through(self.V.detach().clamp(-0.5, 0.5), self.V)
         place = 0.0 if shift is None else shift
         return (self.clipped_units(self.problem.weight / step + place + offset) - place) * step
-
-    def clipped_units(self, units: Tensor) -> Tensor:
-        """clip(round(units)): unlike round(clip(units)), the gradient passes within half a step beyond the
-        ends, too, where integers are rounded to them.
-        """
-        element, fixed = self.base.format.element, units.detach()
-        reached = torch.round(fixed) if isinstance(element, Integer) else fixed
-        inside = (reached >= element.lowest) & (reached <= element.highest)
-        return straight_through(element.round(fixed), torch.where(inside, units, fixed))
 
     def grid(self) -> Grid:
         scale, zero = self.grid_soft()
