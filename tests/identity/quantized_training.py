@@ -171,3 +171,53 @@ def nipq(draw: Draw) -> tuple[Tensor, Tensor]:
     )
     ours = PseudoNoise(bound.log().expand(24, 1).clone(), torch.logit(ours_share), group=32).eval()
     return theirs, ours(weight)
+
+
+@beside(
+    "halo",
+    "rounded",
+    **source("IST-DASLab/HALO"),
+    kind=AUTHORS,
+    compared="the product of a layer and both its gradients at levels 0, 1 and 2 (their CUDA kernels "
+    "replaced by dense matrices in fp64)",
+    inputs="32 x 64 normal inputs with one of forty times their size, 48 x 64 normal weights, int8, fp64",
+    tolerance=1e-9,
+)
+def halo(draw: Draw) -> tuple[Tensor, Tensor]:
+    """Their three autograd functions, which ask for bfloat16: it is another name of float64 for them here."""
+    from scipy.linalg import hadamard
+
+    from workbench.quantization.number.formats import named
+    from workbench.training.quantized_products import QuantizedLinear
+
+    def turned(rows: Tensor, transpose: bool = False) -> Tensor:
+        width = rows.shape[-1]
+        return rows @ torch.from_numpy(hadamard(width) / width**0.5)
+
+    def quantized(x: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor]:
+        step = x.abs().max() / 127
+        codes = torch.round(x / step)
+        return codes.T if transpose else codes, step
+
+    inputs = draw.normal(32, 64, dtype=torch.float64)
+    inputs[3, 5] = 40
+    weight, upstream = draw.normal(48, 64, dtype=torch.float64), draw.normal(32, 48, dtype=torch.float64)
+    packages = ("qllmt", "qllmt.nn", "qllmt.functional")
+    needless = ("qllmt.functional.hadamard", "qllmt.nn.halo_helpers", "qllmt.nn.fsdp")
+    theirs, ours = [], []
+    for level in (0, 1, 2):
+        peer = loaded("IST-DASLab/HALO", f"qllmt.nn.halo{level}_fns", packages=packages, without=needless)
+        peer.torch = SimpleNamespace(**vars(torch) | {"bfloat16": torch.float64})
+        peer.right_had, peer.contiguous_transpose = turned, lambda x: x.T
+        peer.qfsdp_forward, peer.qfsdp_backward = lambda *given, **named: (None, None), lambda *given: None
+        peer._quantize_fn_by_precision = lambda *given, **named: quantized
+        peer._matmul_kernel_by_precision = lambda *given: lambda a, ca, b, cb, out_prec: (a * ca) @ (b * cb).T
+        first, second = leaf(inputs), leaf(weight)
+        product = getattr(peer, f"HaloFnLevel{level}").apply(first, second, {"halo_precision": "int8"})
+        product.backward(upstream)
+        theirs += [product, first.grad, second.grad]
+        first, second = leaf(inputs), leaf(weight)
+        product = QuantizedLinear.apply(first, second, named("int8"), level)
+        product.backward(upstream)
+        ours += [product, first.grad, second.grad]
+    return joined(*theirs), joined(*ours)

@@ -50,6 +50,15 @@ def source(name: str) -> dict[str, str]:
     return {"peer": name, "version": COMMITS[name][:12]}
 
 
+class Unneeded(MagicMock):
+    """A module of which nothing is needed; what it would decorate stays as it is."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        if len(given) == 1 and isinstance(given[0], types.FunctionType) and not named:
+            return given[0]
+        return super().__call__(*given, **named)
+
+
 def loaded(
     name: str, module: str, root: str = "", packages: Iterable[str] = (), without: Iterable[str] = ()
 ) -> Any:
@@ -61,7 +70,7 @@ def loaded(
     folder = repository(name) / root
     before = dict(sys.modules)
     for unneeded in without:
-        sys.modules[unneeded] = MagicMock(name=unneeded, __path__=[], __spec__=None)
+        sys.modules[unneeded] = Unneeded(name=unneeded, __path__=[], __spec__=None)
     for package in packages:
         made = types.ModuleType(package)
         made.__path__ = [str(folder / package.replace(".", "/"))]

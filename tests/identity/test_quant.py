@@ -15,6 +15,7 @@ MODULES = (
     "quantized_attention",
     "quantized_training_derived",
     "quantizers",
+    "reconstruction",
     "transforms",
     "width_solvers",
     "widths",

@@ -161,6 +161,7 @@ def resq(draw: Draw) -> tuple[Tensor, Tensor]:
     inputs = draw.inputs(256, 32, dtype=torch.float64)
     gram = inputs.T @ inputs
     _, vectors = peer.perform_eigen_decomp(gram.clone())
+    torch.manual_seed(draw.seed)
     turns = [peer.random_orthogonal_matrix(n, "cpu") for n in (28, 4)]
     theirs = vectors @ torch.block_diag(*turns)
     given = Problem(draw.normal(16, 32, dtype=torch.float64), gram, named("int4"), generator=draw.generator)
@@ -219,3 +220,36 @@ def teq(draw: Draw) -> tuple[Tensor, Tensor]:
         unbiased = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
         log = log - rate * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
     return torch.from_numpy(best), ours
+
+
+@beside(
+    "teq",
+    **source("intel/neural-compressor"),
+    kind=AUTHORS,
+    compared="a layer's outputs with rounded weights at drawn scales (theirs holds the steps fixed in the "
+    "scales' gradient, ours moves them)",
+    inputs="40 x 64 normal inputs, 24 x 64 weights that span whole steps of 1/8 when scaled, 4 bits",
+    tolerance=1e-4,
+)
+def teq_outputs(draw: Draw) -> tuple[Tensor, Tensor]:
+    from tests.identity.quantizers import on_steps
+    from workbench.quantization.number.formats import named
+    from workbench.quantization.rounding.problem import Problem
+    from workbench.quantization.transform.coordinates import Transform
+
+    parts = "neural_compressor.torch.algorithms.weight_only".split(".")
+    packages = tuple(".".join(parts[: end + 1]) for end in range(4))
+    peer = loaded(
+        "intel/neural-compressor",
+        "neural_compressor.torch.algorithms.weight_only.modules",
+        packages=packages,
+        without=("neural_compressor.torch.utils",),
+    )
+    inputs, scale = draw.normal(40, 64), (draw.normal(64) / 2).exp()
+    weight = on_steps(draw.normal(24, 64), 64, 0.125, 15) / scale
+    linear = nn.Linear(64, 24, bias=False)
+    linear.weight.data = weight
+    theirs = peer.TEQLinearFakeQuant(linear, nn.Parameter(scale), 4, -1, "asym")(inputs)
+    transform = Transform(scale=scale)
+    moved = Problem(weight, inputs.T @ inputs, named("uint4"), "channel").moved(transform)
+    return theirs, transform.inputs(inputs) @ moved.grid().round(moved.weight).T

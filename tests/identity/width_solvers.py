@@ -34,6 +34,15 @@ def cheapest(costs: np.ndarray, sizes: np.ndarray) -> list[float]:
     ]
 
 
+def falling(draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    """(costs, sizes) of six layers at four widths."""
+    widths = np.array([2.0, 3.0, 4.0, 8.0])
+    noise = draw.normal(6, 4, dtype=torch.float64).numpy()
+    costs = np.exp(noise / 3) * 4.0**-widths * 2.0 ** np.arange(6)[:, None]
+    sizes = widths * np.array([32, 64, 96, 128, 256, 512])[:, None]
+    return costs, sizes
+
+
 @beside(
     "integer-program",
     "dynamic-program",
@@ -46,10 +55,7 @@ def cheapest(costs: np.ndarray, sizes: np.ndarray) -> list[float]:
 def solvers(draw: Draw) -> tuple[Tensor, Tensor]:
     from workbench.quantization.allocation.solver import WIDTH_SOLVER
 
-    widths = np.array([2.0, 3.0, 4.0, 8.0])
-    noise = draw.normal(6, 4, dtype=torch.float64).numpy()
-    costs = np.exp(noise / 3) * 4.0**-widths * 2.0 ** np.arange(6)[:, None]
-    sizes = widths * np.array([32, 64, 96, 128, 256, 512])[:, None]
+    costs, sizes = falling(draw)
     theirs = cheapest(costs, sizes)
     found = [
         WIDTH_SOLVER.chosen(name)(costs, sizes, budget).cost
@@ -79,3 +85,28 @@ def log_variance(draw: Draw) -> tuple[Tensor, Tensor]:
         widths = np.log(s * v * math.log(4) / math.exp(middle)) / math.log(4)
         low, high = (middle, high) if (n * widths).sum() > 3 * n.sum() else (low, middle)
     return torch.from_numpy(widths), torch.from_numpy(ours(s, v, n, 3.0))
+
+
+@beside(
+    "integer-program",
+    "curvature-allocation",
+    peer="nvidia-modelopt",
+    kind="peer's code",
+    compared="the cost of the widths that its integer program chooses at three budgets",
+    inputs="six layers of 32 to 512 weights, four widths, costs that fall fourfold a bit with noise",
+    tolerance=1e-9,
+)
+def peers_program(draw: Draw) -> tuple[Tensor, Tensor]:
+    """The solver of its AutoQuantize, by PuLP."""
+    from modelopt.torch.opt.searcher import LPS
+
+    from workbench.quantization.allocation.solver import WIDTH_SOLVER
+
+    costs, sizes = falling(draw)
+    theirs, found = [], []
+    for budget in budgets(sizes)[1:]:
+        given = {"size": sizes.tolist()}
+        chosen, _ = LPS("widths", {"size": budget}, given, costs.tolist())()
+        theirs.append(costs[np.arange(6), np.array(chosen)].sum())
+        found.append(WIDTH_SOLVER.chosen("integer-program")(costs, sizes, budget).cost)
+    return numbers(theirs), numbers(found)
