@@ -5,7 +5,9 @@ block-wise and sequential calibration.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,13 @@ from workbench.quantization.activations.sequential import block_calls, paired_mo
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.rounding.blockwise import output_of, windows
-from workbench.quantization.rounding.learned import AdaRound, Learned, LearnedLowRank, LowRankAdaRound
+from workbench.quantization.rounding.learned import (
+    AdaRound,
+    Learned,
+    LearnedLowRank,
+    LowRankAdaRound,
+    keep_best,
+)
 from workbench.quantization.rounding.nearest import rounded
 from workbench.quantization.rounding.problem import Problem
 from workbench.quantization.rounding.rounding import ROUNDING
@@ -48,6 +56,52 @@ def test_better_than_nearest_and_on_the_grid(method: str, name: str, granularity
     assert torch.allclose(grid.round(values), values, atol=1e-5)
     nearest = one.error(rounded(one, "nearest")[0])
     assert one.error(values) < 0.97 * nearest
+
+
+def test_signround_clips_the_weights_own_extremes() -> None:
+    """s = (max W a - min W b) / (2^b - 1), eq. 4, not the ends of the grid, which lie up to half a step off;
+    a range that was clipped stays clipped.
+    """
+    one = problem(name="uint4")
+    low, high = (getattr(one.weight.reshape(24, 2, 16), end)(-1) for end in ("amin", "amax"))
+    made = rounding_of(one)
+    assert torch.equal(made.range[0], low) and torch.equal(made.range[1], high)
+    made.alpha.data.fill_(0.75)
+    made.beta.data.fill_(0.625)
+    scale, zero = made.grid_soft()
+    assert torch.equal(scale, ((0.75 * high - 0.625 * low) / 15).half().float())
+    assert torch.equal(zero, torch.round(-0.625 * low / scale))
+    clipped = rounding_of(replace(one, rule="mse"))
+    share = clipped.base.scale / made.base.scale
+    assert (share < 1).any() and torch.allclose(clipped.range[1], high * share)
+    whole = rounding_of(problem(name="uint4", granularity="tensor"))
+    assert whole.range[0].shape == (1, 1)
+
+
+@pytest.mark.parametrize("method", ["signround", "flexround"])
+def test_what_is_rounded_to_an_end_still_learns(method: str) -> None:
+    """clip(round(u)): within half a step beyond an end there is a gradient, farther out there is none."""
+    made = rounding_of(problem(name="int4", granularity="channel"), method)
+    units = torch.tensor([[-8.6, -8.4, 6.0, 7.4, 7.6]], requires_grad=True)
+    made.clipped_units(units).sum().backward()
+    assert units.grad is not None and units.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, 0.0]]
+
+
+def rounding_of(one: Problem, method: str = "signround") -> Any:
+    return ROUNDING.chosen(method)(one)
+
+
+def test_rows_with_one_shared_zero_point_are_kept_as_a_whole() -> None:
+    """The kind: rows are mixed of two solutions whose shared step is one and whose zero points differ."""
+    one = problem(name="uint3", granularity="tensor")
+    grid = one.grid()
+    assert grid.zero is not None
+    moved = replace(grid, zero=grid.zero + 1)
+    error = torch.tensor([1.0, 0.0] * 12)
+    values, found, _ = keep_best(
+        grid.round(one.weight), grid, error, moved.round(one.weight), moved, 1 - error + 0.1
+    )
+    assert torch.equal(found.round(values), values)
 
 
 @pytest.mark.parametrize("name", ["e2m1", "nf4"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from workbench.axis import Choice, Options, parameter
 from workbench.quantization.number.elements import Integer
-from workbench.quantization.number.grid import Grid, stored
+from workbench.quantization.number.grid import Grid, in_groups, stored
 from workbench.quantization.number.split_grid import SplitGrid
 from workbench.quantization.rounding.problem import Problem
 from workbench.quantization.rounding.rounding import OBJECTIVE, ROUNDING
@@ -78,10 +78,19 @@ class LearnedRounding(nn.Module):
         return self.problem.masked(self.soft(1.0).detach()), grid
 
     def nearest_units(self, units: Tensor) -> Tensor:
-        """Rounded units with a straight-through gradient inside the range and none outside."""
+        """round(clip(units)) with a straight-through gradient inside the range and none outside."""
         element = self.base.format.element
         inside = units.clamp(element.lowest, element.highest)
         return straight_through(element.round(units.detach()), inside)
+
+    def clipped_units(self, units: Tensor) -> Tensor:
+        """clip(round(units)): unlike round(clip(units)), the gradient passes within half a step beyond the
+        ends, too, where integers are rounded to them.
+        """
+        element, fixed = self.base.format.element, units.detach()
+        reached = torch.round(fixed) if isinstance(element, Integer) else fixed
+        inside = (reached >= element.lowest) & (reached <= element.highest)
+        return straight_through(element.round(fixed), torch.where(inside, units, fixed))
 
 
 @ROUNDING.add(
@@ -168,7 +177,7 @@ class LowRankAdaRound(AdaRound):
 
 @ROUNDING.add(
     "flexround",
-    formula="s1 round(W / (s1 S2 s3))",
+    formula="s1 clip(round(W / (s1 S2 s3)))",
     source="Lee et al. 2023, eq. 2",
     needs="inputs",
     options=Learned,
@@ -196,7 +205,7 @@ class FlexRound(LearnedRounding):
     def soft(self, progress: float) -> Tensor:
         step, _ = replace(self.base, scale=self.scale()).columns(self.problem.weight.shape[1])
         units = self.problem.weight / (step * (self.log_S2 + self.log_s3).exp()) + self.zero
-        return (self.nearest_units(units) - self.zero) * step
+        return (self.clipped_units(units) - self.zero) * step
 
     def grid(self) -> Grid:
         return replace(self.base, scale=self.scale().detach())
@@ -204,7 +213,7 @@ class FlexRound(LearnedRounding):
 
 @ROUNDING.add(
     "signround",
-    formula="s round(clip(W / s + V)), |V| <= 1/2, by signed gradient descent",
+    formula="s clip(round(W / s + V)), |V| <= 1/2, by signed gradient descent",
     source="Cheng et al. 2023, eqs. 3 to 5",
     needs="inputs",
     options=Learned,
@@ -224,12 +233,18 @@ class SignRound(LearnedRounding):
         self.beta = nn.Parameter(torch.ones_like(self.base.scale))
         self.range: tuple[Tensor, Tensor] | None = None
         if self.base.format.affine:
-            assert self.base.zero is not None
-            element = self.base.format.element
-            self.range = (
-                (element.lowest - self.base.zero) * self.base.scale,
-                (element.highest - self.base.zero) * self.base.scale,
-            )
+            self.range = self.extremes()
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest weight of every group, which the factors clip, as far as the grid holds
+        them already.
+        """
+        blocks, base = in_groups(self.problem.weight, self.base.group), self.base
+        low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+        if base.scale.shape[-2] == 1:
+            low, high = low.amin(-2, keepdim=True), high.amax(-2, keepdim=True)
+        share = base.scale / stored((high - low) / base.format.element.highest, base.format)
+        return low * share, high * share
 
     def grid_soft(self) -> tuple[Tensor, Tensor | None]:
         """(scale, zero point) per group, with straight-through gradients in the clipping factors,
@@ -254,7 +269,7 @@ class SignRound(LearnedRounding):
         )
         offset = straight_through(self.V.detach().clamp(-0.5, 0.5), self.V)
         place = 0.0 if shift is None else shift
-        return (self.nearest_units(self.problem.weight / step + place + offset) - place) * step
+        return (self.clipped_units(self.problem.weight / step + place + offset) - place) * step
 
     def grid(self) -> Grid:
         scale, zero = self.grid_soft()
@@ -430,11 +445,12 @@ def keep_best(
     best: Tensor, grid: Grid, error: Tensor, values: Tensor, new_grid: Grid, new_error: Tensor
 ) -> tuple[Tensor, Grid, Tensor]:
     """Row by row the better of two solutions, with its row of scales;
-    as a whole when rows share scales or column factors that differ.
+    as a whole when rows share scales, zero points or column factors that differ.
     """
-    shared = new_grid.transform is not None or (
-        len(grid.scale) == 1 and not torch.equal(grid.scale, new_grid.scale)
+    same = torch.equal(grid.scale, new_grid.scale) and (
+        grid.zero is None or new_grid.zero is None or torch.equal(grid.zero, new_grid.zero)
     )
+    shared = new_grid.transform is not None or (len(grid.scale) == 1 and not same)
     if shared and len(values) > 1:
         return (values, new_grid, new_error) if bool(new_error.sum() < error.sum()) else (best, grid, error)
     better = new_error < error

@@ -16,6 +16,8 @@ from workbench.quantization.quantize import Quantize
 from workbench.quantization.trained.train_quantized import TrainQuantized
 from workbench.results import Result
 from workbench.subjects import Subject
+from workbench.training.chosen import chosen_settings
+from workbench.training.data_order import Draws
 from workbench.training.loop import fit
 
 
@@ -82,17 +84,21 @@ class PtqOrQat(SubjectInstrument):
 
     def _run(self, on: Subject, progress: Progress) -> Result:
         dense = on.copy()
+        alike = self.trained(self.widths[0])  # the optimizer and the batches of the other side
         fit(
             dense,
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             weight_decay=0.0,
-            schedule="linear",
             warmup=0.0,
             seed=self.seed,
+            order=Draws(self.seed),
+            own_generator=False,
+            evaluate_split="",
             progress=progress,
             label="in full precision",
+            **chosen_settings(alike),
         )
         rows = []
         for width in progress.track(self.widths, "widths"):
