@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import sys
 
 import torch
 
-import tests.identity
-from tests.identity.pairs import PAIRS, installed, measured, store
+from tests.identity.pairs import every_pair, installed, measured, store
 from workbench.names import methods
 from workbench.storage.identity import OTHERS, identity_kind, identity_sentence
 
 
 def main(chosen: list[str]) -> None:
     torch.set_num_threads(1)
-    for module in pkgutil.iter_modules(tests.identity.__path__):
-        if not module.name.startswith(("test_", "__")):
-            importlib.import_module(f"tests.identity.{module.name}")
-    for pair in PAIRS:
+    for pair in every_pair():
         names = [name for name in pair.methods if not chosen or name in chosen]
         version = installed(pair) if names else ""
         if version is None:

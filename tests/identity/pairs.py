@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
 import json
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +67,7 @@ class Pair:
     finding: str = ""
 
 
+#: Registered so far; `every_pair` reads all files.
 PAIRS: list[Pair] = []
 
 
@@ -75,6 +79,14 @@ def beside(*methods: str, **about: Any) -> Callable[[Callable[[Draw], tuple[Tens
         return run
 
     return registered
+
+
+def every_pair() -> list[Pair]:
+    """The pairs of all files here."""
+    for module in pkgutil.walk_packages([str(Path(__file__).parent)], "tests.identity."):
+        if not module.name.rpartition(".")[2].startswith(("test_", "__")):
+            importlib.import_module(module.name)
+    return PAIRS
 
 
 def installed(pair: Pair) -> str | None:

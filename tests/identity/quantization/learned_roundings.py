@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.quantized_training import joined, leaf
-from tests.identity.quantized_training_derived import half_to_even, in_16_bits
+from tests.identity.quantization.quantized_training import joined, leaf
+from tests.identity.quantization.quantized_training_derived import half_to_even, in_16_bits
 from tests.identity.repositories import loaded, source
 
 AUTHORS, PEER, FP64 = "authors' code", "peer's code", "second derivation in fp64"

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tests.identity.optimizers import INPUTS, LR, Make, stepped
 from tests.identity.pairs import Draw, beside
 from tests.identity.repositories import source
 from tests.identity.scripts import Torch, loaded, part_of, taken, uncompiled
+from tests.identity.training.optimizers import INPUTS, LR, Make, stepped
 from workbench.training.optimizer.optimizers import make_optimizer
 
 PEER, AUTHORS = "peer's code", "authors' code"

@@ -11,10 +11,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tests.identity.given import AUTHORS, PEER, doubles, flat
 from tests.identity.pairs import Draw, beside
+from tests.identity.pruning.given import AUTHORS, PEER, doubles, flat
+from tests.identity.pruning.small_models import llama, watched
 from tests.identity.repositories import absent, loaded, part_of, source
-from tests.identity.small_models import llama, watched
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine import structures

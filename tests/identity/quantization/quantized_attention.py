@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.quantized_training import joined, leaf
+from tests.identity.quantization.quantized_training import joined, leaf
 from tests.identity.repositories import loaded, source
 
 AUTHORS, FP64 = "authors' code", "second derivation in fp64"

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tests.identity.given import AUTHORS, DERIVED, flat
 from tests.identity.pairs import Draw, beside
+from tests.identity.pruning.given import AUTHORS, DERIVED, flat
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.allocation import latency
 from workbench.pruning.axes import Damped

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.quantized_training import joined, told
-from tests.identity.quantized_training_derived import half_to_even, in_16_bits
-from tests.identity.width_solvers import numbers
-from tests.identity.widths import NETWORK, Small
+from tests.identity.quantization.quantized_training import joined, told
+from tests.identity.quantization.quantized_training_derived import half_to_even, in_16_bits
+from tests.identity.quantization.width_solvers import numbers
+from tests.identity.quantization.widths import NETWORK, Small
 
 FP64 = "second derivation in fp64"
 

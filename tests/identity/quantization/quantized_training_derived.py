@@ -12,7 +12,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.quantized_training import joined, leaf, told
+from tests.identity.quantization.quantized_training import joined, leaf, told
 
 FP64 = "second derivation in fp64"
 DERIVED = dict(kind=FP64, tolerance=1e-9)

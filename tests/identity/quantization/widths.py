@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.quantized_training import joined
-from tests.identity.width_solvers import budgets, cheapest, numbers
+from tests.identity.quantization.quantized_training import joined
+from tests.identity.quantization.width_solvers import budgets, cheapest, numbers
 
 FP64 = "second derivation in fp64"
 NETWORK = "a network 6-5-4-3 with tanh, 12 examples that it tells right, fp64; two changes a layer"

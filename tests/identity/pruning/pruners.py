@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.identity.given import (
+from tests.identity.pairs import Draw, beside
+from tests.identity.pruning.given import (
     AUTHORS,
     DERIVED,
     PEER,
@@ -22,7 +23,6 @@ from tests.identity.given import (
     scores_of,
     subject_of,
 )
-from tests.identity.pairs import Draw, beside
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.axes import COMPENSATION, PRUNING_METHOD, SALIENCY, SPARSITY_SCHEDULE
 from workbench.statistics import StackedGradients

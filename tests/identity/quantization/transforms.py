@@ -9,10 +9,10 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 
-from tests.identity.learned_roundings import problem_of
 from tests.identity.pairs import Draw, beside
-from tests.identity.quantized_training import joined
-from tests.identity.quantized_training_derived import in_16_bits
+from tests.identity.quantization.learned_roundings import problem_of
+from tests.identity.quantization.quantized_training import joined
+from tests.identity.quantization.quantized_training_derived import in_16_bits
 from tests.identity.repositories import loaded, source
 
 AUTHORS, PEER, FP64 = "authors' code", "peer's code", "second derivation in fp64"
@@ -232,7 +232,7 @@ def teq(draw: Draw) -> tuple[Tensor, Tensor]:
     tolerance=1e-4,
 )
 def teq_outputs(draw: Draw) -> tuple[Tensor, Tensor]:
-    from tests.identity.quantizers import on_steps
+    from tests.identity.quantization.quantizers import on_steps
     from workbench.quantization.number.formats import named
     from workbench.quantization.rounding.problem import Problem
     from workbench.quantization.transform.coordinates import Transform

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import workbench
-from tests.identity.layer_optimizers import network
 from tests.identity.pairs import Draw, beside
 from tests.identity.repositories import source
 from tests.identity.scripts import Torch, loaded, part_of, taken
+from tests.identity.training.layer_optimizers import network
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import NormTest, gradient_variance, log_slope, noise_scale
 from workbench.training.data_order import take

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.identity.learned_roundings import problem_of, rounding
 from tests.identity.pairs import Draw, beside
-from tests.identity.quantized_training import joined
-from tests.identity.quantized_training_derived import in_16_bits
-from tests.identity.quantizers import on_steps
+from tests.identity.quantization.learned_roundings import problem_of, rounding
+from tests.identity.quantization.quantized_training import joined
+from tests.identity.quantization.quantized_training_derived import in_16_bits
+from tests.identity.quantization.quantizers import on_steps
 from tests.identity.repositories import loaded, source
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
@@ -152,7 +152,7 @@ def half_precision(draw: Draw) -> tuple[Tensor, Tensor]:
     tolerance=1e-6,
 )
 def binary(draw: Draw) -> tuple[Tensor, Tensor]:
-    from tests.identity.quantized_training import rows_of_size
+    from tests.identity.quantization.quantized_training import rows_of_size
 
     peer = loaded("LiqunMa/FBI-LLM", "qat.base_binarizer", packages=("qat",))
     weight = rows_of_size(draw, 24, 128, 0.5)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.identity.optimizers import INPUTS, LR, SHAPES, STEPS
 from tests.identity.pairs import Draw, beside
 from tests.identity.repositories import source
 from tests.identity.scripts import loaded, taken
+from tests.identity.training.optimizers import INPUTS, LR, SHAPES, STEPS
 from workbench.training.optimizer.mkor import rank_one_inverse
 from workbench.training.optimizer.optimizers import make_optimizer
 

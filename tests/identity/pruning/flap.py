@@ -10,10 +10,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tests.identity.given import AUTHORS, flat
 from tests.identity.pairs import Draw, beside
+from tests.identity.pruning.given import AUTHORS, flat
+from tests.identity.pruning.small_models import llama
 from tests.identity.repositories import loaded, source
-from tests.identity.small_models import llama
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.subjects.structure.units import discover

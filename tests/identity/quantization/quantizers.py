@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.identity.learned_roundings import problem_of, rounding
 from tests.identity.pairs import Draw, beside
-from tests.identity.quantized_training import joined
-from tests.identity.quantized_training_derived import half_to_even
+from tests.identity.quantization.learned_roundings import problem_of, rounding
+from tests.identity.quantization.quantized_training import joined
+from tests.identity.quantization.quantized_training_derived import half_to_even
 from tests.identity.repositories import loaded, source
 
 AUTHORS, PEER, FP64 = "authors' code", "peer's code", "second derivation in fp64"

@@ -1,4 +1,4 @@
-"""Pairs of pruning whose other side is written out here: they need nothing that is not installed."""
+"""Pairs whose other side is written out here, in float64: they need nothing that is not installed."""
 
 from __future__ import annotations
 
@@ -7,28 +7,14 @@ import dataclasses
 import pytest
 from torch import Tensor
 
-from tests.identity import (
-    adapters,
-    experts,
-    flap,
-    pruners,
-    replayed,
-    sparse_training,
-    structures,
-    ziplm,
-)
-from tests.identity.pairs import PAIRS, Draw, Pair, measured
+from tests.identity.pairs import Draw, Pair, every_pair, measured
 
-FILES = (adapters, experts, flap, pruners, replayed, sparse_training, structures, ziplm)
-MODULES = {file.__name__ for file in FILES}
-DERIVED = [
-    pair for pair in PAIRS if pair.kind == "second derivation in fp64" and pair.run.__module__ in MODULES
-]
+DERIVED = [pair for pair in every_pair() if pair.kind == "second derivation in fp64"]
 
 
 @pytest.mark.parametrize("pair", DERIVED, ids=lambda pair: f"{pair.methods[0]}-{pair.run.__name__}")
 def test_a_second_derivation_agrees(pair: Pair) -> None:
-    record = measured(pair, "")
+    record = measured(pair, pair.version)
     assert record["equal"], (record["difference"], record["theirs"], record["ours"])
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.identity.given import AUTHORS, DERIVED, PEER, network, subject_of
-from tests.identity.own_model import Blocks
 from tests.identity.pairs import Draw, beside
+from tests.identity.pruning.given import AUTHORS, DERIVED, PEER, network, subject_of
+from tests.identity.pruning.own_model import Blocks
+from tests.identity.pruning.small_models import llama
 from tests.identity.repositories import absent, loaded, source
-from tests.identity.small_models import llama
 from workbench.pruning.sparse_training.train_sparse import TrainSparse
 from workbench.subjects import Subject
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.identity.batch_sizes import on_bench, softmax
-from tests.identity.layer_optimizers import network
 from tests.identity.pairs import Draw, beside
 from tests.identity.repositories import source
 from tests.identity.scripts import loaded
+from tests.identity.training.batch_sizes import on_bench, softmax
+from tests.identity.training.layer_optimizers import network
 from workbench.curvature.estimators import flatness, traces
 from workbench.curvature.estimators.batch_theory import shifted_eigenvalue
 from workbench.curvature.estimators.lanczos import Lockstep

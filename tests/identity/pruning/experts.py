@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.identity.given import AUTHORS, DERIVED, PEER
 from tests.identity.pairs import Draw, beside
+from tests.identity.pruning.given import AUTHORS, DERIVED, PEER
+from tests.identity.pruning.small_models import mixtral, watched
 from tests.identity.repositories import absent, loaded, source
-from tests.identity.small_models import mixtral, watched
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.structures import Scored, score

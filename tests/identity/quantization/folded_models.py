@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.quantized_training import joined
+from tests.identity.quantization.quantized_training import joined
 from tests.identity.repositories import loaded, source
 
 AUTHORS = "authors' code"

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from tests.identity.given import AUTHORS, flat, network, scores_of, subject_of
 from tests.identity.pairs import Draw, beside
+from tests.identity.pruning.given import AUTHORS, flat, network, scores_of, subject_of
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.axes import SPARSITY_SCHEDULE
 from workbench.pruning.sparse_training import side_terms, trained_masks

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.identity.given import AUTHORS, DERIVED, PEER, flat
 from tests.identity.pairs import Draw, beside
+from tests.identity.pruning.given import AUTHORS, DERIVED, PEER, flat
+from tests.identity.pruning.small_models import llama
+from tests.identity.pruning.sparse_training import LAYER, drawn, linear
 from tests.identity.repositories import absent, loaded, source
-from tests.identity.small_models import llama
-from tests.identity.sparse_training import LAYER, drawn, linear
 from workbench.pruning.sparse_training import side_terms
 from workbench.subjects import Layer, LowRank, Mask
 

@@ -1,0 +1,1 @@
+"""Traces and spectra beside others' code."""

@@ -1,0 +1,1 @@
+"""Pruning beside others' code."""

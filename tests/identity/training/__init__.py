@@ -1,0 +1,1 @@
+"""Optimizers, schedules and batches beside others' code."""
