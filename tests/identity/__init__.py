@@ -1,11 +1,9 @@
 """Methods run beside others' code on the same seeded inputs. By hand, never by `make test`:
 
-    python -m venv --system-site-packages /somewhere/peers      # from the project's own environment
-    /somewhere/peers/bin/pip install --no-deps -r tests/identity/peers.txt
-    /somewhere/peers/bin/python -m tests.identity               # all, or the names of methods
-
-Peers that are no packages are read from checkouts: `IDENTITY_REPOSITORIES` names a folder that holds
-`owner+name` for each, at the commit of `repositories.py`.
+    .venv/bin/python -m venv PEERS           # and put the path of the project's own site-packages into
+                                             # PEERS/lib/python3.*/site-packages/own.pth
+    PEERS/bin/pip install --no-deps -r tests/identity/peers.txt
+    PEERS/bin/python -m tests.identity       # all, or the names of methods
 
 Each pair whose peer is there writes a record to `data/evidence/identity/METHOD.json`; the others are
 named and left as they are. Peers are installed without what they depend on, so that none changes torch.

@@ -134,7 +134,11 @@ def part_of(package: str, module: str, packages: Iterable[str]) -> Any:
 def read(
     folder: Path, module: str, packages: Iterable[str], within: Path, without: Iterable[str] = ()
 ) -> Any:
-    before = dict(sys.modules)
+    before = {name: found for name, found in sys.modules.items() if name not in STANDING_IN}
+    own = {file.stem for file in folder.iterdir()} - {*sys.stdlib_module_names}
+    for name in before:  # another repository's module of the same name
+        if name.partition(".")[0] in own:
+            sys.modules.pop(name)
     for unneeded in without:
         sys.modules[unneeded] = Unneeded(name=unneeded, __path__=[], __spec__=None)
     for package in packages:
@@ -152,5 +156,4 @@ def read(
             file = getattr(found, "__file__", None) or ""
             if key in without or key in packages or str(file).startswith(str(within)):
                 sys.modules.pop(key)
-                if key in before:
-                    sys.modules[key] = before[key]
+        sys.modules |= {name: found for name, found in before.items() if name not in sys.modules}
