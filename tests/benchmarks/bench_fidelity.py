@@ -66,6 +66,7 @@ def time_it(name: str, windows: int, turns: int) -> None:
     other = rounded(on, 4, "nearest", 1)
     other = other.with_model(baked(other.model))  # its weights are put together before, as a saved model's
     batch_size = batch_of(on, "test")
+    passes([on, other], 1, batch_size)  # the weights lie in a file until they are read
     ratios = []
     for turn in range(turns):
         dense = on.with_model(on.model)  # nothing is remembered of it
