@@ -15,6 +15,7 @@ METHODS: list[Method] = [
         "lower loss than rounding after as many steps",
         None,
         recipe=(("train-quantized", {"method": "lsq", "method.bits": 2}),),
+        departs="Inputs are not rounded, nor is a step of theirs learned.",
     ),
     Method(
         "trilm",
@@ -26,6 +27,8 @@ METHODS: list[Method] = [
         "lower loss than rounding to ternary after as many steps",
         197,
         recipe=(("train-quantized", {"method": "ternary"}),),
+        departs="One model and one linear rate without decay, where the source halves the peak rate "
+        "midway, drops weight decay for the last third and fits a family of sizes.",
     ),
     Method(
         "continual-qat",
@@ -43,6 +46,8 @@ METHODS: list[Method] = [
             ),
         ),
         subject="bytelm",
+        departs="Inputs stay as they are unless `--activation-bits 8` is given, and one linear decay "
+        "of the rate spans both phases.",
     ),
     Method(
         "nipq",
@@ -54,6 +59,9 @@ METHODS: list[Method] = [
         "lower loss than LSQ at 3 bits after as many steps",
         356,
         recipe=(("train-quantized", {"method": "nipq"}),),
+        departs="Noise is uniform, widths are real numbers and weights alone have them, where the "
+        "authors draw from the layer's own rounding errors, round widths as they train and "
+        "end with steps under real rounding.",
     ),
     Method(
         "csq",
@@ -65,6 +73,9 @@ METHODS: list[Method] = [
         "lower loss than LSQ at 3 bits after as many steps",
         276,
         recipe=(("train-quantized", {"method": "csq", "method.strength": 0.3}),),
+        departs="Training ends with the gates, without the source's second phase, which fine-tunes "
+        "under fixed masks; a scale a row, and a closed plane between open ones still costs "
+        "its bit.",
     ),
     Method(
         "fliqs",
@@ -78,6 +89,8 @@ METHODS: list[Method] = [
         recipe=(
             ("train-quantized", {"method": "fliqs", "method.formats": ["int2", "int3", "int4", "e2m1"]}),
         ),
+        departs="The reward is the batch's loss and grids span the largest magnitude; shapes of the "
+        "network are not searched.",
     ),
     Method(
         "l4q",
@@ -89,6 +102,8 @@ METHODS: list[Method] = [
         "lower loss than adapters beside a rounded weight, merged and rounded, at 2 bits",
         335,
         recipe=(("train-quantized", {"method": "l4q", "method.bits": 2}),),
+        departs="The grid has no learned offset; low-rank terms learn at ten times the rate in place "
+        "of their scale.",
     ),
     Method(
         "bibert",
@@ -100,6 +115,8 @@ METHODS: list[Method] = [
         "accuracy above the commonest class with binary weights and inputs",
         8,
         recipe=(("train-quantized", {"method": "bibert", "learning_rate": 0.002}),),
+        departs="Attention stays as it is, without Boolean maps, and nothing is distilled; embeddings "
+        "are not binary.",
     ),
     Method(
         "halo",
@@ -112,6 +129,8 @@ METHODS: list[Method] = [
         "loss than no rotation",
         221,
         recipe=(("train", {"precision": "int6 rotation 2", "start": "random"}),),
+        departs="Rotations mix within blocks where a side is no power of two; products are simulated, "
+        "without quantized communication.",
     ),
     Method(
         "double-rounding",
@@ -147,6 +166,7 @@ METHODS: list[Method] = [
         "a gap below 0.02 nats at 8 bits, which opens from 4 bits down",
         358,
         recipe=(("ptq-or-qat", {}),),
+        departs="Widths are simulated: no latency is measured.",
     ),
     Method(
         "qfx",
@@ -158,6 +178,8 @@ METHODS: list[Method] = [
         "at 4 bits lower loss than one binary point for all tensors after as many dense steps",
         373,
         recipe=(("train-quantized", {"method": "fixed", "method.bits": 4}),),
+        departs="Weights alone are in fixed point; inputs, norms and biases are not, and no integer "
+        "simulator repeats the products.",
     ),
     Method(
         "fbi-llm",
@@ -200,6 +222,8 @@ METHODS: list[Method] = [
             ),
         ),
         subject="bytelm",
+        departs="The student begins as the teacher itself, and maps are compared by 1 - cos, where "
+        "the authors pre-train the student apart and add log cos.",
     ),
     Method(
         "bipft",
@@ -212,5 +236,6 @@ METHODS: list[Method] = [
         "estimates of rank 1 give a lower loss than none",
         193,
         recipe=(("train-quantized", {"method": "bipft", "method.rank": 1}),),
+        departs="Binary training begins at a dense model, where the source pre-trains in binary.",
     ),
 ]
