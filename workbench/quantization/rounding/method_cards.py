@@ -120,6 +120,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="The thin matrices move logits that begin at the weights' own remainders; outliers are "
+        "neither truncated nor rescaled first, and inputs are not rounded.",
     ),
     Method(
         "gradient-ptq",
