@@ -169,6 +169,19 @@ METHODS: list[Method] = [
         departs="Widths are simulated: no latency is measured.",
     ),
     Method(
+        "adapt",
+        "quantization",
+        "AdaPT: fixed-point words that grow and shrink in training",
+        "Kummer et al. 2021",
+        r"\min b: D_{KL}(h(W)\,\|\,h(Q_b(W))) \approx 0;\ \sum_k |g_k| / |\sum_k g_k|",
+        "training",
+        "loss within 1 % of training in float32, with words of fewer than 16 bits on average",
+        220,
+        recipe=(("train-quantized", {"method": "adapt"}),),
+        departs="Look-back, bins and the rule for added bits stay fixed, weights alone are rounded, and "
+        "there is no sparsifying loss.",
+    ),
+    Method(
         "qfx",
         "quantization",
         "QFX: trained binary points",
