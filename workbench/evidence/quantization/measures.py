@@ -91,8 +91,8 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "loftq": against(
         {"format": "int2", "adapter": "loftq"}, {"format": "int2", "adapter": "qlora"}, ("bytelm",)
     ),
-    "nipq": compared({"method": "nipq"}, {"method": "lsq"}),
-    "csq": compared({"method": "csq", "method.strength": 0.3}, {"method": "lsq"}),
+    "nipq": compared({"method": "nipq", "method.settle": 0.2}, {"method": "lsq"}),
+    "csq": compared({"method": "csq", "method.strength": 0.3, "method.settle": 0.2}, {"method": "lsq"}),
     "fliqs": compared(
         {"method": "fliqs", "method.formats": ["int2", "int3", "int4", "e2m1"]},
         {"method": "lsq"},

@@ -58,10 +58,9 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         356,
-        recipe=(("train-quantized", {"method": "nipq"}),),
+        recipe=(("train-quantized", {"method": "nipq", "method.settle": 0.2}),),
         departs="Noise is uniform, widths are real numbers and weights alone have them, where the "
-        "authors draw from the layer's own rounding errors, round widths as they train and "
-        "end with steps under real rounding.",
+        "authors draw from the layer's own rounding errors and round widths as they train.",
     ),
     Method(
         "csq",
@@ -72,10 +71,9 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         276,
-        recipe=(("train-quantized", {"method": "csq", "method.strength": 0.3}),),
-        departs="Training ends with the gates, without the source's second phase, which fine-tunes "
-        "under fixed masks; a scale a row, and a closed plane between open ones still costs "
-        "its bit.",
+        recipe=(("train-quantized", {"method": "csq", "method.strength": 0.3, "method.settle": 0.2}),),
+        departs="A row has a scale of its own, where the source has one a layer, and a closed plane between "
+        "open ones still costs its bit; that gates grow sharp anew in the second phase is derived here.",
     ),
     Method(
         "fliqs",
