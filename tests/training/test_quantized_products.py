@@ -14,6 +14,7 @@ from workbench.errors import BadInput
 from workbench.quantization.number.formats import named
 from workbench.subjects import Mask
 from workbench.training import fit
+from workbench.training.precision.precision import PRECISION
 from workbench.training.quantized_products import (
     QuantizedLinear,
     QuantizedProducts,
@@ -76,6 +77,31 @@ def test_the_three_products_are_those_of_the_formula() -> None:
             )
             torch.testing.assert_close(dx, expected)
             torch.testing.assert_close(dw, rounded(upstream, form).T @ rounded(x, form))
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_gradients_have_a_format_of_their_own(level: int) -> None:
+    """FP8 training: X and W in E4M3, dY in E5M2; Micikevicius et al. 2022, section 3."""
+    values, gradients = named("e4m3fn"), named("e5m2")
+    x, weight = torch.randn(32, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    upstream = torch.randn(32, 8)
+    y = QuantizedLinear.apply(x, weight, values, level, gradients)
+    dx, dw = torch.autograd.grad(y, (x, weight), upstream)
+    with torch.no_grad():
+        mix = over_tokens(torch.eye(32)) if level == 2 else torch.eye(32)
+        expected = mix.T @ rounded(mix @ upstream, gradients) @ rounded(weight, values)
+        torch.testing.assert_close(dx, expected)
+        torch.testing.assert_close(dw, rounded(upstream, gradients).T @ rounded(x, values))
+        assert not torch.allclose(dw, rounded(upstream, values).T @ rounded(x, values))
+
+
+def test_both_formats_are_spelled_in_one_word_each() -> None:
+    chosen = PRECISION.chosen("e4m3fn rotation 1 gradients e5m2")
+    assert (chosen.options.format, chosen.options.rotation) == ("e4m3fn", 1)
+    assert chosen.options.gradient_format == "e5m2" and str(chosen) == "e4m3fn rotation 1 gradients e5m2"
+    assert str(PRECISION.chosen("e4m3fn gradients e5m2")) == "e4m3fn gradients e5m2"
+    with pytest.raises(BadInput):
+        PRECISION.chosen("e4m3fn gradients e9")
 
 
 @pytest.mark.parametrize("format", ["int8", "int6", "e3m2"])

@@ -351,8 +351,8 @@ class RoundingOrder:
         calls = [block_calls(self.on, block, examples) for block in blocks]
         wanted = block_calls(self.dense, blocks[-1], examples) if self.settings.in_sequence else calls[-1]
         targets = [[call.output for call in wanted]]
-        angular = modules[layers[0].name][0].angular
-        if angular and self.settings.in_sequence:
+        learned = modules[layers[0].name][0]
+        if learned.homologous and self.settings.in_sequence:
             targets.append([call.output for call in calls[-1]])
         reconstruct(
             self.on.model,
@@ -365,7 +365,7 @@ class RoundingOrder:
             self.generator,
             self.progress,
             divergence=rounding.options.objective.options.window > 1,
-            angular=angular,
+            angular=learned.angular,
         )
 
 

@@ -14,6 +14,8 @@ placement is that of the authors' published implementation; its quantized commun
 part of this. Here H and K are block-diagonal where a side is no power of two, and K mixes at most `TOKENS`
 tokens, the last block filled with zeros. Rounding is simulated: values on the format's grid, products in
 the model's own precision. What is not a linear layer, and all that lies outside the blocks, is left alone.
+The gradient dY may have a format of its own: FP8 training rounds X and W to E4M3 and dY to E5M2 (Micikevicius
+et al. 2022).
 """
 
 from __future__ import annotations
@@ -80,16 +82,21 @@ def output(x: Tensor, weight: Tensor, format: Format | None, level: int) -> Tens
     return rounded(x, format) @ rounded(weight, format).mT
 
 
-def input_gradient(error: Tensor, weight: Tensor, format: Format | None, level: int) -> Tensor:
-    """dY W (tokens, in) of error (tokens, out)."""
+def input_gradient(
+    error: Tensor, weight: Tensor, format: Format | None, level: int, of_error: Format | None = None
+) -> Tensor:
+    """dY W (tokens, in) of error (tokens, out); `of_error` is dY's own format, None the other operand's."""
+    of_error = of_error or format
     if level < 2:
-        return rounded(error, format) @ rounded(weight, format)
-    return over_tokens(rounded(over_tokens(filled(error)), format) @ rounded(weight, format))[: len(error)]
+        return rounded(error, of_error) @ rounded(weight, format)
+    return over_tokens(rounded(over_tokens(filled(error)), of_error) @ rounded(weight, format))[: len(error)]
 
 
-def weight_gradient(error: Tensor, x: Tensor, format: Format | None) -> Tensor:
-    """dY^T X (out, in)."""
-    return rounded(error, format).mT @ rounded(x, format)
+def weight_gradient(
+    error: Tensor, x: Tensor, format: Format | None, of_error: Format | None = None
+) -> Tensor:
+    """dY^T X (out, in); `of_error` is dY's own format, None the other operand's."""
+    return rounded(error, of_error or format).mT @ rounded(x, format)
 
 
 def relative_errors(x: Tensor, weight: Tensor, error: Tensor, format: Format) -> dict[str, float]:
@@ -122,22 +129,33 @@ class QuantizedLinear(Function):
     """x (..., in), weight (out, in) -> (..., out) by the three products above."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, format: Format | None, level: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        format: Format | None,
+        level: int,
+        of_error: Format | None = None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.format, ctx.level = format, level
+        ctx.format, ctx.level, ctx.of_error = format, level, of_error
         return output(x.flatten(0, -2), weight, format, level).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
         error = upstream[0].flatten(0, -2)
         by_input = (
-            input_gradient(error, weight, ctx.format, ctx.level).unflatten(0, x.shape[:-1])
+            input_gradient(error, weight, ctx.format, ctx.level, ctx.of_error).unflatten(0, x.shape[:-1])
             if ctx.needs_input_grad[0]
             else None
         )
-        by_weight = weight_gradient(error, x.flatten(0, -2), ctx.format) if ctx.needs_input_grad[1] else None
-        return by_input, by_weight, None, None
+        by_weight = (
+            weight_gradient(error, x.flatten(0, -2), ctx.format, ctx.of_error)
+            if ctx.needs_input_grad[1]
+            else None
+        )
+        return by_input, by_weight, None, None, None
 
 
 class QuantizedProducts(WeightCalls):
@@ -145,11 +163,14 @@ class QuantizedProducts(WeightCalls):
     biases are added in full precision.
 
     format : a name with a scale and no zero point, as int8, int6 or e4m3fn, or "" for no rounding;
-        level : 0, 1 or 2 `BadInput` for stacked experts, whose products are not those of a linear layer,
-            for other formats and other levels.
+        level : 0, 1 or 2;  gradient_format : of the gradient of what a layer puts out, "" for the same
+    `BadInput` for stacked experts, whose products are not those of a linear layer, for other formats and
+    other levels.
     """
 
-    def __init__(self, layers: Sequence[Layer], format: str, level: int = 0) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], format: str, level: int = 0, gradient_format: str = ""
+    ) -> None:
         super().__init__(layers)
         if level not in LEVELS:
             raise BadInput(
@@ -160,14 +181,8 @@ class QuantizedProducts(WeightCalls):
             raise BadInput(
                 f"precision: {stacked[0]} is a stack of experts; {format} products need plain linear layers"
             )
-        self.format, self.level = (named(format) if format else None), level
-        if self.format is not None and (
-            self.format.scale != "real" or self.format.affine or self.format.block
-        ):
-            raise BadInput(
-                f"precision: {format} is no format of one scale a tensor without zero point; accepted: "
-                "int2 to int16 and ExMy as e4m3fn"
-            )
+        self.format, self.level = scaled_format(format), level
+        self.gradient_format = scaled_format(gradient_format)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -176,12 +191,26 @@ class QuantizedProducts(WeightCalls):
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             if self.found(given["weight"]) is not None:
                 product: Tensor = QuantizedLinear.apply(
-                    given["input"], given["weight"], self.format, self.level
+                    given["input"], given["weight"], self.format, self.level, self.gradient_format
                 )
                 return product if given.get("bias") is None else product + given["bias"]
         elif name == "addmm" and len(args) == 3 and self.found(args[2]) is not None:
-            return QuantizedLinear.apply(args[1], args[2].mT, self.format, self.level) + args[0]
+            product = QuantizedLinear.apply(
+                args[1], args[2].mT, self.format, self.level, self.gradient_format
+            )
+            return product + args[0]
         return func(*args, **kwargs)
+
+
+def scaled_format(name: str) -> Format | None:
+    """A format of one scale a tensor; None for no name."""
+    format = named(name) if name else None
+    if format is not None and (format.scale != "real" or format.affine or format.block):
+        raise BadInput(
+            f"precision: {name} is no format of one scale a tensor without zero point; accepted: "
+            "int2 to int16 and ExMy as e4m3fn"
+        )
+    return format
 
 
 class Rounded(Options):
@@ -189,10 +218,18 @@ class Rounded(Options):
     rotation: int = parameter(
         0, "Hadamard rotations (HALO's levels): none, forward, forward and input gradient", ge=0, le=2
     )
+    gradient_format: str = parameter(
+        "", "format of the gradients of what layers put out, as e5m2 beside e4m3fn (empty: the same)"
+    )
 
 
 def spelled(options: Rounded) -> str:
-    return f"{options.format} rotation {options.rotation}" if options.rotation else options.format
+    rotation = f" rotation {options.rotation}" if options.rotation else ""
+    return (
+        options.format
+        + rotation
+        + (f" gradients {options.gradient_format}" if options.gradient_format else "")
+    )
 
 
 @PRECISION.add(
@@ -204,4 +241,6 @@ def spelled(options: Rounded) -> str:
     beside={"precision.format": "int8"},
 )
 def rounded_products(subject: Subject, options: Rounded) -> QuantizedProducts:
-    return QuantizedProducts(subject.layers("blocks"), options.format, options.rotation)
+    return QuantizedProducts(
+        subject.layers("blocks"), options.format, options.rotation, options.gradient_format
+    )

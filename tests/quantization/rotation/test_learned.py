@@ -12,6 +12,8 @@ import torch
 import workbench
 from workbench.errors import BadInput
 from workbench.progress import Progress
+from workbench.quantization.activations.activations import rounded_inputs
+from workbench.quantization.number.formats import named
 from workbench.quantization.rotation.fold import random_rotation, rotate
 from workbench.quantization.rotation.learned import (
     cayley_step,
@@ -20,6 +22,7 @@ from workbench.quantization.rotation.learned import (
     principal_rotation,
 )
 from workbench.quantization.rotation.rotate import Rotate
+from workbench.quantization.transform.hadamard_orders import mixed
 from workbench.subjects import Subject
 
 
@@ -126,3 +129,34 @@ def test_the_instrument_measures_the_spread_before_and_after(
 def test_post_norm_models_are_refused_before_anything_runs(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match="stays online"):
         Rotate().run(workbench.subject(checkpoints["bert"], data="random"), Progress(), cache=False)
+
+
+def test_learning_sees_the_online_rotation_before_down_projections(checkpoints: dict[str, Path]) -> None:
+    """The first loss is that of the Hadamard rotations, down-projections' inputs rounded in turned form."""
+    on = with_outliers(checkpoints, "llama")
+    with torch.no_grad():
+        for block in on.model.model.layers:
+            block.mlp.down_proj.weight.mul_(100.0)
+    fields = {"steps": 1, "examples": 8, "batch_size": 8, "activation_bits": 3}
+    generator = torch.Generator().manual_seed(0)
+    width, head = on.model.config.hidden_size, on.model.model.layers[0].self_attn.head_dim
+    stream = random_rotation(width, "hadamard", generator)
+    heads = [random_rotation(head, "hadamard", generator) for _ in on.model.model.layers]
+    made = rotate(on, rotation=stream, heads=heads)
+
+    def turned_and_rounded(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        order = args[0].shape[-1]
+        rounded = rounded_inputs(mixed(args[0], order), named("uint3"), None, None)
+        return (mixed(rounded, order, back=True),)
+
+    def plainly_rounded(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (rounded_inputs(args[0], named("uint3"), None, None),)
+
+    for layer in made.layers("blocks"):
+        hook = turned_and_rounded if layer.name.endswith("down_proj") else plainly_rounded
+        layer.module.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        expected = float(made.task.loss(made.model, next(made.batches("calibration", 8, 8))))
+    _, (online,) = learned_rotation(on, **fields, online=True)
+    _, (without,) = learned_rotation(on, **fields)
+    assert online == pytest.approx(expected, rel=1e-4) and without != pytest.approx(online, rel=1e-4)

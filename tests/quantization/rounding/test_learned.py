@@ -16,7 +16,7 @@ import workbench
 from tests.conftest import ARCHITECTURES
 from workbench.errors import BadInput
 from workbench.progress import Progress
-from workbench.quantization import Quantize
+from workbench.quantization import Quantize, rounding_order
 from workbench.quantization.activations.sequential import block_calls, paired_moments, target
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import Grid
@@ -265,7 +265,50 @@ def test_a_window_lowers_the_error_behind_it_and_low_rank_rounding_has_few_param
     errors = {k: float((v - outputs["dense"]).square().mean()) for k, v in outputs.items()}
     assert errors["two"] < errors["one"] < errors["nearest"] and errors["two, low rank"] < errors["nearest"]
     module = LowRankAdaRound(problem(), LearnedLowRank())
-    assert sum(p.numel() for p in module.parameters()) == 5 * (24 + 32)
+    assert sum(p.numel() for p in module.parameters()) == 5 * (24 + 32) + module.base.scale.numel()
+
+
+def test_low_rank_rounding_learns_its_steps() -> None:
+    """d loss / d log s is <g, values>, and what it ends on lies on the grid that it hands over."""
+    one = problem()
+    module = LowRankAdaRound(one, LearnedLowRank(steps=100))
+    upstream = torch.randn_like(one.weight)
+    values = module.soft(0.0)
+    values.backward(upstream)
+    assert module.log_step.grad is not None
+    expected = 0.02 * (upstream * values.detach()).unflatten(1, (-1, 16)).sum(-1)
+    torch.testing.assert_close(module.log_step.grad, expected, rtol=1e-3, atol=1e-5)
+    found, grid = module.learned()
+    assert not torch.equal(grid.scale, module.base.scale)
+    torch.testing.assert_close(grid.round(found), found)
+
+
+def test_low_rank_rounding_has_two_targets(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the dense blocks give on dense inputs, and on those of the quantized prefix (CBQ)."""
+    on = workbench.subject(checkpoints["llama"], data="random")
+    dense, seen = on.copy(), []
+
+    def note(
+        model: Any, blocks: Any, layers: Any, modules: Any, calls: Any, targets: Any, *rest: Any, **more: Any
+    ) -> None:
+        seen.append((blocks, calls, targets))
+
+    monkeypatch.setattr(rounding_order, "reconstruct", note)
+    fields = {"format": "int2", "rounding": "lowrank-adaround", "rounding.objective": "block"}
+    Quantize(**SMALL, **fields).run(on, Progress(), cache=False)
+    for blocks, calls, (first, second) in seen:
+        parts = [dense.model.get_submodule(block) for block in blocks]
+        wanted = block_calls(dense, blocks[-1], 8)
+        with torch.no_grad():
+            again = [output_of(parts, [{} for _ in parts], call) for call in calls]
+        for mine, theirs in zip((*first, *second), (*[c.output for c in wanted], *again), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    _, _, (first, second) = seen[-1]
+    assert not torch.allclose(first[0], second[0], atol=1e-4), (
+        "the last block reads what rounding has changed"
+    )
 
 
 def test_the_first_block_sees_the_dense_inputs(checkpoints: dict[str, Path]) -> None:

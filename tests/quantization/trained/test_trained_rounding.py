@@ -37,7 +37,7 @@ def told(**options: object) -> Any:
 
 
 def course(**options: object) -> Course:
-    settings = told(**({"budget": 3.0, "strength": 1.0} | options))
+    settings = told(**({"budget": 3.0, "strength": 1.0, "settle": 0.0} | options))
     return Course(settings, torch.Generator().manual_seed(0))
 
 
@@ -53,6 +53,38 @@ def test_every_rounding_trains_a_subject_of_16_bits(checkpoints: dict[str, Path]
     assert result.subject is not None and np.isfinite(result.table["train_loss"]).all()
     assert {layer.weight.dtype for layer in result.subject.layers()} == {torch.bfloat16}
     assert result.tables is not None and len(result.tables["widths"]) == len(on.layers("*"))
+
+
+def test_pseudo_noise_ends_with_rounding() -> None:
+    """The last steps compute with what training ends on, and the width no longer moves."""
+    weight = torch.randn(6, 40)
+    noise = PseudoNoise.begin(weight, 40, told(budget=3.0))
+    late = course(settle=0.25)
+    late.done = 0.75
+    noise.prepare(late)
+    assert not noise.settled and noise.width.requires_grad
+    late.done = 0.8
+    noise.prepare(late)
+    values, _ = noise.final(weight)
+    torch.testing.assert_close(noise.change(weight), values, rtol=2e-3, atol=1e-4)
+    (noise.change(weight).sum()).backward()
+    assert noise.place.grad is None and noise.log_bound.grad is not None
+
+
+def test_bit_planes_are_trained_under_fixed_masks_at_last() -> None:
+    """CSQ's second phase: gates are zeros and ones and get no gradient, planes get theirs."""
+    weight = torch.randn(6, 40)
+    planes = BitPlanes.begin(weight, 40, told(budget=3.0))
+    with torch.no_grad():
+        planes.keep.copy_(torch.tensor([-1.0, -1, -1, 0.1, 1, 1, 1]))
+    late = course(settle=0.25)
+    late.done = 0.8
+    planes.prepare(late)
+    assert planes.gates().tolist() == [0, 0, 0, 1, 1, 1, 1] and float(planes.width) == 5
+    planes.change(weight).sum().backward()
+    assert planes.sharpness < 16 < planes.last, "sharpness grows a second time"
+    assert planes.keep.grad is None and planes.positive.grad is not None
+    assert planes.positive.grad[:3].abs().max() == 0 and planes.positive.grad[3:].abs().max() > 0
 
 
 def test_pseudo_noise_has_the_variance_of_rounding() -> None:

@@ -24,7 +24,7 @@ SHARED: dict[str, Any] = {
 }
 BINARISED = SHARED | {"format": "binary", "range": "centred", "salient": "columns", "salient.share": 0.2}
 LAYER = BINARISED | {"rounding": "scales", "rounding.steps": 40}
-BLOCK = LAYER | {"rounding.objective": "block", "sequential": True, "target": "outputs"}
+BLOCK = LAYER | {"rounding.objective": "block"}
 RESTORING: dict[str, Any] = {"method": "adapters", "steps": 40, "batch_size": 4, "test_examples": 64}
 RATES = (3e-4, 1e-3, 3e-3)
 

@@ -38,6 +38,13 @@ FOUR: dict[str, Any] = {
     "activations": "token",
     "activations.format": "uint4",
 }
+EIGHT = {"format": "int8", "granularity": "channel", "activations.format": "uint6"}
+
+
+def wide(share: float) -> dict[str, Any]:
+    """The input features with the most energy in 8 bits, and the weights that they meet."""
+    columns = {"salient": "columns", "salient.share": share, "salient.bits": 8}
+    return {"activations.wide_share": share} | columns
 
 
 MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
@@ -47,11 +54,11 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
     "adaquant": against({"rounding": "adaquant"} | FEW, NEAREST, ("bytelm",)),
     "teq": against({"transform": "teq"} | FEW_FOR_TRANSFORM, NEAREST, ("bytelm",)),
     "outliertune": against(
-        {"format": "int8", "granularity": "channel", "activations": "channel", "activations.format": "uint6"},
-        {"format": "int8", "granularity": "channel", "activations": "tensor", "activations.format": "uint6"},
+        EIGHT | {"activations": "channel", "transform": "smooth", "transform.alpha": 1.0},
+        EIGHT | {"activations": "tensor"},
         test_examples=ROUNDED_INPUTS,
     ),
-    "outlier-split": against(FOUR | {"activations.wide_share": 0.0625}, FOUR, test_examples=ROUNDED_INPUTS),
+    "outlier-split": against(FOUR | wide(0.0625), FOUR, test_examples=ROUNDED_INPUTS),
     "clipping-search": against({"range": "mse"}, NEAREST),
     "asymmetric-calibration": against(
         {"rounding": "gptq", "format": "int2", "range": "mse", "sequential": True, "target": "outputs"},
@@ -76,16 +83,16 @@ MEASURES: dict[str, Callable[[str, Progress], dict[str, Any]]] = {
         ROUNDED_INPUTS,
     ),
     "resq": against(
-        FOUR | {"transform": "resq", "activations.wide_share": 0.125},
-        FOUR | {"transform": "hadamard", "activations.wide_share": 0.125},
+        FOUR | {"transform": "resq"} | wide(0.125),
+        FOUR | {"transform": "hadamard"} | wide(0.125),
         ("bytelm",),
         ROUNDED_INPUTS,
     ),
     "loftq": against(
         {"format": "int2", "adapter": "loftq"}, {"format": "int2", "adapter": "qlora"}, ("bytelm",)
     ),
-    "nipq": compared({"method": "nipq"}, {"method": "lsq"}),
-    "csq": compared({"method": "csq", "method.strength": 0.3}, {"method": "lsq"}),
+    "nipq": compared({"method": "nipq", "method.settle": 0.2}, {"method": "lsq"}),
+    "csq": compared({"method": "csq", "method.strength": 0.3, "method.settle": 0.2}, {"method": "lsq"}),
     "fliqs": compared(
         {"method": "fliqs", "method.formats": ["int2", "int3", "int4", "e2m1"]},
         {"method": "lsq"},

@@ -12,20 +12,22 @@ from workbench.quantization.rotation.rotate import Rotate
 
 
 def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
-    """Four-bit weights and activations of the bytelm after a learned rotation of the stream,
-    against the Hadamard rotation it started from.
+    """Four-bit weights and activations of the bytelm after learned rotations of the stream and the heads,
+    against the Hadamard rotations they started from; GPTQ, down-projections turned online in both.
     """
     rows, on = [], opened("bytelm")
     settings = Quantize(
         format="int4",
         granularity="channel",
+        rounding="gptq",
+        transform={"name": "hadamard", "only": "*.down_proj"},
         activations={"name": "token", "format": "uint4"},
         calibration_examples=16,
         predict_examples=0,
         test_examples=ROUNDED_INPUTS,
     )
     learning: dict[str, Any] = {
-        "kind": {"name": "learned", "steps": 40, "activation_bits": 4, "heads": False},
+        "kind": {"name": "learned", "steps": 40, "activation_bits": 4, "online": True},
         "calibration_examples": 32,
     }
     for seed in progress.track(SEEDS, name):
@@ -35,7 +37,7 @@ def learned_rotations(name: str, progress: Progress) -> dict[str, Any]:
                     "loss"
                 ]
             )
-            for fields in (learning, {"kind": "hadamard", "calibration_examples": 16})
+            for fields in (learning, {"kind": "hadamard", "kind.heads": True, "calibration_examples": 16})
         ]
         rows.append({"seed": seed, "learned": losses[0], "hadamard": losses[1]})
     mean, low, high = interval([r["learned"] - r["hadamard"] for r in rows])

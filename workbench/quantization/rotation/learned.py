@@ -12,6 +12,7 @@ from torch.func import functional_call
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import ActivationQuant, activation_format
 from workbench.quantization.rotation.fold import folded, random_rotation, rotate, turned
+from workbench.quantization.transform.hadamard_orders import widest
 from workbench.statistics import second_moments
 from workbench.subjects import Subject
 from workbench.subjects.changes import bake
@@ -46,12 +47,14 @@ def learned_rotation(
     batch_size: int = 8,
     start: str = "hadamard",
     heads: bool = True,
+    online: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Subject, list[float]]:
     """(rotated subject, loss at every step): the rotation of the stream, and one of each block's heads, that
     minimise the loss with the inputs of the blocks' layers rounded per token, weights exact
-    (SpinQuant's R1 and R2). Mini-batches of the calibration split; the rate decays linearly.
+    (SpinQuant's R1 and R2). Mini-batches of the calibration split; the rate decays linearly. With `online`
+    the inputs of the layers that end the blocks are rounded after a Hadamard rotation (R4), as they will be.
 
     The rotations with the least such loss over all `examples`, the start included, looked at five times,
     are taken.
@@ -68,8 +71,12 @@ def learned_rotation(
     turns += [random_rotation(stream.head_size, start, generator).to(device) for _ in stream.heads if heads]
     names = {module: name for name, module in model.named_modules()}
     format = activation_format("int", activation_bits).name
-    rounding = ActivationQuant(format=format, granularity="token")
-    hooks = [layer.module.register_forward_pre_hook(rounding.before) for layer in work.layers("blocks")]
+    last = [block[-1][2] for block in stream.blocks] if online else []
+    hooks = []
+    for layer in work.layers("blocks"):
+        turns_inputs = any(layer.module is module for module in last)
+        rounding = token_rounding(format, layer.shape[-1] if turns_inputs else 0).to(device)
+        hooks.append(layer.module.register_forward_pre_hook(rounding.before))
 
     def loss(rotations: Sequence[Tensor], batch: Batch) -> Tensor:
         values = turned(stream, rotations[0].float(), [r.float() for r in rotations[1:]])
@@ -103,6 +110,14 @@ def learned_rotation(
         for hook in hooks:
             hook.remove()
     return rotate(subject, rotation=orthogonal(best[0]), heads=[orthogonal(t) for t in best[1:]]), losses
+
+
+def token_rounding(format: str, turned_width: int = 0) -> ActivationQuant:
+    """Rounds each token's inputs; those of a given width after a Hadamard rotation, which is undone."""
+    if not turned_width:
+        return ActivationQuant(format=format, granularity="token")
+    signs, block = torch.ones(turned_width), widest(turned_width)
+    return ActivationQuant(signs=signs, block=block, format=format, granularity="token")
 
 
 class LossOf(nn.Module):

@@ -55,6 +55,11 @@ class LearnedRotation(Options):
         4, "width of the rounded inputs whose loss is minimised", ge=2, le=8, unit="bits"
     )
     heads: bool = parameter(True, "also turn what each block's heads read and write")
+    online: bool = parameter(
+        False,
+        "learn with the down-projections' inputs turned by a Hadamard matrix (SpinQuant's R4), for a "
+        "`quantize` that turns them online",
+    )
 
 
 @ROTATION.add(
@@ -72,6 +77,7 @@ def learned(on: Subject, examples: int, seed: int, progress: Progress, options: 
         options.activation_bits,
         examples,
         heads=options.heads,
+        online=options.online,
         seed=seed,
         progress=progress,
     )

@@ -44,9 +44,9 @@ class LearnedRounding(nn.Module):
     learning_rate: ClassVar[float] = 1e-2
     signed: ClassVar[bool] = False  # signed gradient descent instead of Adam
     exact: ClassVar[bool] = True  # soft() is on the grid already, with a straight-through gradient
-    # a block's objective counts angles, and the dense block on the quantized prefix's inputs as a second
-    # target
-    angular: ClassVar[bool] = False
+    angular: ClassVar[bool] = False  # a block's objective counts angles
+    # a block's second target is what the dense block makes of the quantized prefix's inputs
+    homologous: ClassVar[bool] = False
 
     def __init__(self, problem: Problem, options: Learned) -> None:
         super().__init__()
@@ -128,7 +128,11 @@ class AdaRound(LearnedRounding):
 
     def soft(self, progress: float) -> Tensor:
         element = self.base.format.element
-        return ((self.floor + self.h()).clamp(element.lowest, element.highest) - self.zero) * self.step
+        return self.in_steps((self.floor + self.h()).clamp(element.lowest, element.highest))
+
+    def in_steps(self, units: Tensor) -> Tensor:
+        """Weights of whole or real-valued units."""
+        return (units - self.zero) * self.step
 
     def penalty(self, progress: float) -> Tensor | None:
         if progress < self.warm:
@@ -141,12 +145,12 @@ class AdaRound(LearnedRounding):
     def hard(self) -> tuple[Tensor, Grid]:
         element = self.base.format.element
         units = (self.floor + (self.h() >= 0.5)).clamp(element.lowest, element.highest)
-        return self.problem.masked((units - self.zero) * self.step), self.base
+        return self.problem.masked(self.in_steps(units)), self.grid()
 
 
 @ROUNDING.add(
     "lowrank-adaround",
-    formula="adaround with V = V_0 + A_1 A_2",
+    formula="adaround with V = V_0 + A_1 A_2, s learned",
     source="Ding et al. 2025, CBQ, LoRA-rounding",
     needs="inputs",
     options=LearnedLowRank,
@@ -154,11 +158,13 @@ class AdaRound(LearnedRounding):
 )
 class LowRankAdaRound(AdaRound):
     """AdaRound whose logits are moved by a product of two thin matrices, V = V_0 + A_1 A_2
-    (Ding et al. 2025, CBQ's LoRA-rounding; rank 5).
+    (Ding et al. 2025, CBQ's LoRA-rounding; rank 5), and whose steps are learned.
 
-    V_0, held fixed, leaves the weights as they are, as in AdaRound.
+    V_0, held fixed, leaves the weights as they are, as in AdaRound. Whole numbers floor(W / s) are those of
+    the first step s.
     """
 
+    homologous: ClassVar[bool] = True
     options: LearnedLowRank
 
     def learn(self, start: Tensor) -> None:
@@ -170,9 +176,21 @@ class LowRankAdaRound(AdaRound):
             nn.Parameter(drawn),
             nn.Parameter(torch.zeros(rank, columns, device=start.device)),
         )
+        self.log_step = nn.Parameter(torch.zeros_like(self.base.scale))
 
     def logits(self) -> Tensor:
         return self.start + self.A1 @ self.A2
+
+    def scale(self) -> Tensor:
+        learned = self.base.scale * (0.02 * self.log_step).exp()
+        return straight_through(stored(learned.detach(), self.base.format), learned)
+
+    def in_steps(self, units: Tensor) -> Tensor:
+        step, _ = replace(self.base, scale=self.scale()).columns(self.problem.weight.shape[1])
+        return (units - self.zero) * step
+
+    def grid(self) -> Grid:
+        return replace(self.base, scale=self.scale().detach())
 
 
 @ROUNDING.add(
@@ -327,6 +345,7 @@ class Scales(LearnedRounding):
 
     learning_rate: ClassVar[float] = 1e-2
     angular: ClassVar[bool] = True
+    homologous: ClassVar[bool] = True
 
     def __init__(self, problem: Problem, options: Learned) -> None:
         super().__init__(problem, options)

@@ -23,24 +23,41 @@ class Budget(Options):
     strength: float = parameter(1.0, "how hard it pulls (nats a bit)", ge=0, le=1000, scale="log")
 
 
+class SettlingBudget(Budget):
+    settle: float = parameter(
+        0.0,
+        "share of the steps, the last, that train with the widths as they are then",
+        ge=0,
+        lt=1,
+        step=0.05,
+    )
+
+
+def settled(course: Course) -> bool:
+    """Whether the last share of the steps, in which widths no longer move, has begun."""
+    return course.done > 1 - course.settings.method.options.settle
+
+
 @TRAINED_ROUNDING.add(
     "nipq",
     formula="clip(w, -a, a) + D n, n uniform, D = a / (2^(b-1) - 1)",
     source="Shin et al. 2023, NIPQ",
     needs="training",
     title="NIPQ",
-    options=Budget,
+    options=SettlingBudget,
 )
 class PseudoNoise(TrainedRounding):
     """NIPQ (Shin et al. 2023): in training clip(w, -a, a) + D n with n uniform in [-1/2, 1/2] and the step
     D = a / (2^(b-1) - 1); a and the real-valued width b are learned, without a straight-through estimate.
     Outside training w is rounded to the nearest whole width.
 
-    The penalty is strength |average width - budget|. Only weights get noise here, not activations.
+    The penalty is strength |average width - budget|. Only weights get noise here, not activations. With
+    `settle` the last steps round, straight through, to the nearest whole width; the bound is still learned.
     """
 
     rate = 30.0
     low, high = 2.0, 8.0
+    settled = False
 
     def __init__(self, log_bound: Tensor, place: Tensor, *, group: int) -> None:
         super().__init__()
@@ -62,10 +79,12 @@ class PseudoNoise(TrainedRounding):
         self.drawn = int(
             torch.randint(2**31, (), generator=course.generator)
         )  # the step's noise, the same in every forward pass
+        self.settled = settled(course)
 
     @property
     def width(self) -> Tensor:
-        return self.low + (self.high - self.low) * torch.sigmoid(self.place)
+        width = self.low + (self.high - self.low) * torch.sigmoid(self.place)
+        return width.detach().round() if self.settled else width
 
     def step(self) -> Tensor:
         return self.log_bound.exp() / (2 ** (self.width - 1) - 1)
@@ -75,6 +94,10 @@ class PseudoNoise(TrainedRounding):
             values, _ = self.final(weight.float())
             return values.to(weight.dtype)
         bound, step = (spread(t, self.group, weight.shape[-1]) for t in (self.log_bound.exp(), self.step()))
+        if self.settled:
+            highest = 2 ** (self.width - 1) - 1
+            units = torch.minimum(torch.maximum(weight / step, -highest), highest)
+            return (units + (units.round() - units).detach()) * step
         noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(self.drawn)).to(weight) - 0.5
         return torch.minimum(torch.maximum(weight, -bound), bound) + step * noise
 
@@ -103,7 +126,7 @@ class PseudoNoise(TrainedRounding):
     source="Xiao et al. 2023, CSQ",
     needs="training",
     title="CSQ",
-    options=Budget,
+    options=SettlingBudget,
 )
 class BitPlanes(TrainedRounding):
     """CSQ (Xiao et al. 2023): w = s/(2^n - 1) sum_b (f(p_b) - f(q_b)) f(m_b) 2^b with gates f(m) =
@@ -112,10 +135,13 @@ class BitPlanes(TrainedRounding):
 
     The penalty is strength (average width - budget) sum_b f(m_b), its first factor held fixed, so a layer's
     width grows or shrinks. The planes start at the weight's own bits,
-    with the step enlarged by what the soft gates take away.
+    with the step enlarged by what the soft gates take away. With `settle` the last steps are the paper's
+    second phase: open planes stay open, closed ones closed, and beta grows again from its start, as saturated
+    planes would not learn.
     """
 
     rate = 30.0
+    settled = False
     planes: ClassVar[int] = 7  # with the sign, eight bits
     first, last, ajar = (
         4.0,
@@ -162,9 +188,14 @@ class BitPlanes(TrainedRounding):
         )
 
     def prepare(self, course: Course) -> None:
-        self.sharpness.fill_(self.first * (self.last / self.first) ** course.done)
+        self.settled, settle = settled(course), course.settings.method.options.settle
+        done = (course.done - 1 + settle) / settle if self.settled else course.done / (1 - settle)
+        self.sharpness.fill_(self.first * (self.last / self.first) ** done)
 
     def gates(self) -> Tensor:
+        """In the second phase, with `settle`, the open planes stay open and the others closed."""
+        if self.settled:
+            return (self.keep.detach() > 0).to(self.keep.dtype)
         return torch.sigmoid(self.sharpness * self.keep)
 
     @property

@@ -15,6 +15,7 @@ METHODS: list[Method] = [
         "lower loss than rounding after as many steps",
         None,
         recipe=(("train-quantized", {"method": "lsq", "method.bits": 2}),),
+        departs="Inputs are not rounded, nor is a step of theirs learned.",
     ),
     Method(
         "trilm",
@@ -26,6 +27,8 @@ METHODS: list[Method] = [
         "lower loss than rounding to ternary after as many steps",
         197,
         recipe=(("train-quantized", {"method": "ternary"}),),
+        departs="One model and one linear rate without decay, where the source halves the peak rate "
+        "midway, drops weight decay for the last third and fits a family of sizes.",
     ),
     Method(
         "continual-qat",
@@ -43,6 +46,8 @@ METHODS: list[Method] = [
             ),
         ),
         subject="bytelm",
+        departs="Inputs stay as they are unless `--activation-bits 8` is given, and one linear decay "
+        "of the rate spans both phases.",
     ),
     Method(
         "nipq",
@@ -53,7 +58,9 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         356,
-        recipe=(("train-quantized", {"method": "nipq"}),),
+        recipe=(("train-quantized", {"method": "nipq", "method.settle": 0.2}),),
+        departs="Noise is uniform, widths are real numbers and weights alone have them, where the "
+        "authors draw from the layer's own rounding errors and round widths as they train.",
     ),
     Method(
         "csq",
@@ -64,7 +71,9 @@ METHODS: list[Method] = [
         "training",
         "lower loss than LSQ at 3 bits after as many steps",
         276,
-        recipe=(("train-quantized", {"method": "csq", "method.strength": 0.3}),),
+        recipe=(("train-quantized", {"method": "csq", "method.strength": 0.3, "method.settle": 0.2}),),
+        departs="A row has a scale of its own, where the source has one a layer, and a closed plane between "
+        "open ones still costs its bit; that gates grow sharp anew in the second phase is derived here.",
     ),
     Method(
         "fliqs",
@@ -78,6 +87,8 @@ METHODS: list[Method] = [
         recipe=(
             ("train-quantized", {"method": "fliqs", "method.formats": ["int2", "int3", "int4", "e2m1"]}),
         ),
+        departs="The reward is the batch's loss and grids span the largest magnitude; shapes of the "
+        "network are not searched.",
     ),
     Method(
         "l4q",
@@ -89,6 +100,8 @@ METHODS: list[Method] = [
         "lower loss than adapters beside a rounded weight, merged and rounded, at 2 bits",
         335,
         recipe=(("train-quantized", {"method": "l4q", "method.bits": 2}),),
+        departs="The grid has no learned offset; low-rank terms learn at ten times the rate in place "
+        "of their scale.",
     ),
     Method(
         "bibert",
@@ -100,6 +113,8 @@ METHODS: list[Method] = [
         "accuracy above the commonest class with binary weights and inputs",
         8,
         recipe=(("train-quantized", {"method": "bibert", "learning_rate": 0.002}),),
+        departs="Attention stays as it is, without Boolean maps, and nothing is distilled; embeddings "
+        "are not binary.",
     ),
     Method(
         "halo",
@@ -112,6 +127,8 @@ METHODS: list[Method] = [
         "loss than no rotation",
         221,
         recipe=(("train", {"precision": "int6 rotation 2", "start": "random"}),),
+        departs="Rotations mix within blocks where a side is no power of two; products are simulated, "
+        "without quantized communication.",
     ),
     Method(
         "double-rounding",
@@ -147,6 +164,20 @@ METHODS: list[Method] = [
         "a gap below 0.02 nats at 8 bits, which opens from 4 bits down",
         358,
         recipe=(("ptq-or-qat", {}),),
+        departs="Widths are simulated: no latency is measured.",
+    ),
+    Method(
+        "adapt",
+        "quantization",
+        "AdaPT: fixed-point words that grow and shrink in training",
+        "Kummer et al. 2021",
+        r"\min b: D_{KL}(h(W)\,\|\,h(Q_b(W))) \approx 0;\ \sum_k |g_k| / |\sum_k g_k|",
+        "training",
+        "loss within 1 % of training in float32, with words of fewer than 16 bits on average",
+        220,
+        recipe=(("train-quantized", {"method": "adapt"}),),
+        departs="Look-back, bins and the rule for added bits stay fixed, weights alone are rounded, and "
+        "there is no sparsifying loss.",
     ),
     Method(
         "qfx",
@@ -158,6 +189,8 @@ METHODS: list[Method] = [
         "at 4 bits lower loss than one binary point for all tensors after as many dense steps",
         373,
         recipe=(("train-quantized", {"method": "fixed", "method.bits": 4}),),
+        departs="Weights alone are in fixed point; inputs, norms and biases are not, and no integer "
+        "simulator repeats the products.",
     ),
     Method(
         "fbi-llm",
@@ -200,6 +233,8 @@ METHODS: list[Method] = [
             ),
         ),
         subject="bytelm",
+        departs="The student begins as the teacher itself, and maps are compared by 1 - cos, where "
+        "the authors pre-train the student apart and add log cos.",
     ),
     Method(
         "bipft",
@@ -212,5 +247,6 @@ METHODS: list[Method] = [
         "estimates of rank 1 give a lower loss than none",
         193,
         recipe=(("train-quantized", {"method": "bipft", "method.rank": 1}),),
+        departs="Binary training begins at a dense model, where the source pre-trains in binary.",
     ),
 ]

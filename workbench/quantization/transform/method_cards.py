@@ -15,6 +15,8 @@ METHODS: list[Method] = [
         "lower loss than nearest rounding at 3 bits",
         387,
         recipe=(("quantize", {"transform": "teq", "format": "int3"}),),
+        departs="Every layer learns a scale of its own on its own output and keeps it online, where "
+        "the authors learn one a norm on the model's loss and fold it.",
     ),
     Method(
         "outliertune",
@@ -29,13 +31,17 @@ METHODS: list[Method] = [
             (
                 "quantize",
                 {
+                    "transform": "smooth",
+                    "transform.alpha": 1.0,
                     "activations": "channel",
                     "format": "int8",
                     "granularity": "channel",
-                    "activations.format": "int6",
+                    "activations.format": "uint6",
                 },
             ),
         ),
+        departs="A feature's scale is its largest magnitude, not its range, and stays online, where "
+        "the authors fold it into the norm; zero points stay a feature's own.",
     ),
     Method(
         "flatquant",
@@ -53,11 +59,14 @@ METHODS: list[Method] = [
                     "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activations.format": "int4",
+                    "activations.format": "uint4",
                     "transform": "flatquant",
                 },
             ),
         ),
+        departs="Every layer learns a P of its own on its own output and clips by the grid's rule, "
+        "where the authors share P among the layers that read a norm, learn clipping "
+        "thresholds on the blocks' outputs and turn keys and values as well.",
     ),
     Method(
         "resq",
@@ -76,11 +85,18 @@ METHODS: list[Method] = [
                     "format": "int4",
                     "granularity": "channel",
                     "activations": "token",
-                    "activations.format": "int4",
+                    "activations.format": "uint4",
                     "transform": "resq",
                     "activations.wide_share": 0.125,
+                    "salient": "columns",
+                    "salient.share": 0.125,
+                    "salient.bits": 8,
                 },
             ),
         ),
+        departs="Every layer is turned online by a dense matrix of its own, which counts in its size, "
+        "and rounded to the nearest; the authors fold one rotation into the stream, turn "
+        "down-projections by blocked Hadamard matrices, keys and values by head, and round "
+        "with GPTQ.",
     ),
 ]

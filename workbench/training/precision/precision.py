@@ -18,21 +18,28 @@ from workbench.errors import BadInput
 if TYPE_CHECKING:
     from workbench.subjects import Subject
 
-ROTATED = re.compile(r"(\S+) rotation (\d+)")
+SPELLED = re.compile(r"(\S+)(?: rotation (\d+))?(?: gradients (\S+))?")
 
 
 def number_format(text: str) -> Mapping[str, Any] | None:
-    """`int8`, or `int8 rotation 2` with Hadamard rotations, as options of `rounded`.
+    """`int8`, `int8 rotation 2` with Hadamard rotations, or `e4m3fn gradients e5m2`, as options of `rounded`.
 
     The formats are looked up by their axis, not imported: what trains in float32 does not depend on them.
     """
-    found = ROTATED.fullmatch(text)
-    name, rotation = (found[1], int(found[2])) if found else (text, 0)
+    found = SPELLED.fullmatch(text)
+    if found is None:
+        return None
+    name, rotation, gradients = found.groups()
     try:
-        axis("number-format").chosen(name)
+        for each in (name, gradients):
+            if each is not None:
+                axis("number-format").chosen(each)
     except BadInput:
         return None
-    return {"name": "rounded", "format": name} | ({"rotation": rotation} if rotation else {})
+    options: dict[str, Any] = {"rotation": int(rotation)} if rotation else {}
+    return (
+        {"name": "rounded", "format": name} | options | ({"gradient_format": gradients} if gradients else {})
+    )
 
 
 PRECISION = Axis(
