@@ -51,9 +51,15 @@ def methods_page() -> str:
         rows = []
         for card in cards:
             name = f"`{card.name}`<br>{cell(card.title)}"
-            what = (cell(card.source), formula(card.formula), card.needs, cell(card.claim))
+            what = (
+                cell(card.source),
+                formula(card.formula),
+                card.needs,
+                cell(card.claim),
+                cell(card.departs),
+            )
             rows.append((name, *what, found_here(card)))
-        head = ("method", "source", "formula", "needs", "claim", "measured here")
+        head = ("method", "source", "formula", "needs", "claim", "differs here", "measured here")
         parts += [f"## {family.capitalize()}", table(head, rows)]
     return "\n\n".join(parts) + "\n"
 

@@ -269,6 +269,7 @@ def test_show_says_source_formula_recipe_and_file(card: Method):
     on = find(card.recipe[0][0]).on
     assert facts["run"] == f"workbench run {card.name} --{on} {card.subject}"
     assert all(place.rpartition(":")[2].isdigit() for place in facts["defined"].split("; ")), facts["defined"]
+    assert facts.get("departs", "") == card.departs
     assert facts["evidence"]
     text = "\n".join(described(door))
     assert card.name in text and card.recipe[0][0] in text

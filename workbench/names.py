@@ -64,6 +64,7 @@ class Method:
     row: int | None = None  # the technique list's number
     recipe: tuple[Step, ...] = ()
     subject: str = "digits-vit"  # the smallest built-in subject that it is for, or the table of runs
+    departs: str = ""  # in one sentence, how what runs here differs from what the source does
 
     def evidence(self) -> dict[str, Any] | None:
         """The stored measurement, one's own before the project's (`FAMILY/NAME.json`),
@@ -277,6 +278,8 @@ def method_door(card: Method) -> Door:
         ("needs", card.needs),
         ("claims", card.claim),
     ]
+    if card.departs:
+        facts.append(("departs", card.departs))
     if card.recipe:
         facts.append(("recipe", in_words(card.recipe)))
         facts.append(("run", f"workbench run {card.name} --{find(card.recipe[0][0]).on} {card.subject}"))
