@@ -22,6 +22,7 @@ from workbench.pruning.sparse_training.side_terms import (
     SideEntries,
     SideLowRank,
     block_means,
+    lazy_share,
     low_rank_plus_sparse,
 )
 from workbench.pruning.sparse_training.trained_masks import mask_in_force
@@ -76,6 +77,24 @@ def test_every_method_trains_and_leaves_what_it_says(method, vit):
     for show in ("loss", "masks", "layers"):
         assert result.figure(show=show).data
     assert not any(layer.changes for layer in vit.layers())
+
+
+def test_lazy_adapters_learn_at_the_peak_rate_in_steps_of_their_own(vit):
+    assert [lazy_share(done, 20, 0.1) for done in (0, 17, 18, 19)] == pytest.approx([0, 0, 1, 0.5])
+    assert lazy_share(0, 20, 1.0) == 1 and lazy_share(19, 20, 0.0) == 0
+    result = train(vit, "slope", steps=20, learning_rate=1e-3, **{"backward.lazy": 0.1})
+    sides = [c for a in result.subject.layers("blocks") for c in a.changes if isinstance(c, SideLowRank)]
+    moved = max(float(side.up.detach().abs().max()) for side in sides)
+    assert 1e-3 < moved <= 1.5e-3 + 1e-6  # Adam's first two steps: the rate, then at most half of it
+    assert all(float(side.blend) == 1 for side in sides)
+
+
+def test_the_second_mask_saves_in_one_product_of_three(vit):
+    once = train(vit, "static", pattern="2:4", steps=4)
+    twice = train(vit, "slope", steps=4)
+    saved = once.facts["matmul_share"] - twice.facts["matmul_share"]
+    weights = sum(a.original.numel() for a in vit.layers("*"))
+    assert saved == pytest.approx(0.09375 / 3 * once.facts["weights"] / weights, rel=0.1)
 
 
 def test_a_result_is_saved_and_its_subject_opens_again(vit, tmp_path):
