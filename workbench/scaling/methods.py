@@ -11,7 +11,9 @@ from workbench.scaling.formulas.lawbook import law
 RUNS = "finished runs of several sizes and token counts"
 
 
-def _card(name: str, row: int | None, needs: str, claim: str, runs: str = "", **fields: Any) -> Method:
+def _card(
+    name: str, row: int | None, needs: str, claim: str, runs: str = "", departs: str = "", **fields: Any
+) -> Method:
     """The card of a law. `runs` : the project's table to fit it to (none: the one that was drawn from it)."""
     shape = law(name)
     return Method(
@@ -25,6 +27,7 @@ def _card(name: str, row: int | None, needs: str, claim: str, runs: str = "", **
         row,
         recipe=(("scaling-fit", {"law": name} | fields),),
         subject=runs or f"drawn/{name}",
+        departs=departs,
     )
 
 
@@ -54,6 +57,8 @@ METHODS: list[Method] = [
         "training curves of several sizes at several batch sizes",
         "predicts a larger run's curve at any batch before it starts",
         "scaling-sweep",
+        departs="This law is the last step of the recipe, which is "
+        "`workbench.scaling.kaplan.kaplan_recipe` in Python and gives no intervals.",
     ),
     _card(
         "step-law-lr",
@@ -74,18 +79,23 @@ METHODS: list[Method] = [
         "end-of-schedule losses of a baseline optimizer",
         "an optimizer's worth is the tokens the baseline would need",
         **LOWEST,
+        departs="The law of a single curve: no runs of one and of many epochs are compared here.",
     ),
     _card(
         "sparse-average",
         170,
         "dense runs and runs pruned while training",
         "average parameters explain sparse and dense losses by one law",
+        departs="No runs of one's own are behind it: `train-sparse` prunes from the start to seven tenths "
+        "of a run, where the paper does from a quarter to three.",
     ),
     _card(
         "ensemble",
         176,
         "ensembles of one to five members",
         "the loss falls to an asymptote as a power of the members",
+        departs="Members and parameters have a law each, not one of both, and no runs with tuned weight "
+        "decay or distillation are behind it.",
     ),
     _card(
         "power-params",
@@ -93,12 +103,16 @@ METHODS: list[Method] = [
         "runs of several sizes on fixed data with tuned regularisation",
         "the loss falls to an asymptote as a power of the parameters",
         **LOWEST,
+        departs="Members and parameters have a law each, not one of both, and the runs are not those of a "
+        "tuned weight decay.",
     ),
     _card(
         "quantization-aware",
         177,
         "runs with several shares of quantization-aware training",
         "the best share grows with tokens per parameter byte",
+        departs="No runs of one's own are behind it, and none here starts quantization-aware training at "
+        "the peak rate and decays once.",
     ),
     _card("precision", 202, "runs at several precisions", "low precision acts like fewer parameters"),
     _card(
@@ -106,18 +120,23 @@ METHODS: list[Method] = [
         202,
         "runs at several weight precisions",
         "low weight precision acts like fewer parameters",
+        departs="What rounding does to a model that was trained in low precision, a product over the "
+        "precisions, is left out.",
     ),
     _card(
         "post-training-precision",
         202,
         "losses before and after post-training quantization",
         "over-trained models lose more to quantization",
+        departs="What rounding does to a model that was trained in low precision, a product over the "
+        "precisions, is left out.",
     ),
     _card(
         "float-precision",
         261,
         "runs in several floating-point formats",
         "exponent bits are worth a little more than mantissa bits",
+        departs="No runs of one's own are behind it.",
     ),
     _card(
         "data-constrained",
