@@ -84,6 +84,8 @@ METHODS: list[Method] = [
         342,
         recipe=(("flatness", {}),),
         subject="hidden-markov",
+        departs="Models count as of minimal loss within 2 % of the least that is possible, and what does not "
+        "come so near in its steps is left out; width and training after convergence are not varied.",
     ),
     Method(
         "quadratic-prediction",
