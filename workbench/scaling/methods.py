@@ -132,6 +132,14 @@ METHODS: list[Method] = [
         "precisions, is left out.",
     ),
     _card(
+        "mixed-quantization",
+        368,
+        "losses before and after quantizing a share of the parameters, for several sizes",
+        "larger models bear a larger share in low precision",
+        departs="That size and share multiply is the paper's; its exact factors could not be read, so that "
+        "powers stand for them, and no ladder of one's own models is behind it.",
+    ),
+    _card(
         "float-precision",
         261,
         "runs in several floating-point formats",
