@@ -89,6 +89,13 @@ def test_lazy_adapters_learn_at_the_peak_rate_in_steps_of_their_own(vit):
     assert all(float(side.blend) == 1 for side in sides)
 
 
+def test_gates_close_at_their_own_defaults():
+    """The card's measurement prunes four fifths with the pull and the rate that a bare request has."""
+    fields = workbench.method("block-movement").recipe[0][1]
+    bare = TrainSparse(method="block-movement", pattern="hybrid 8x8")
+    assert bare.masks == TrainSparse(**fields).masks
+
+
 def test_the_second_mask_saves_in_one_product_of_three(vit):
     once = train(vit, "static", pattern="2:4", steps=4)
     twice = train(vit, "slope", steps=4)
@@ -108,7 +115,7 @@ def test_the_budget_is_constant_while_weights_are_exchanged(vit):
     result = train(vit, "dsl", steps=20, start="random")
     kept = {round(s, 9) for s in result.tables["masks"].sparsity}
     assert len(kept) == 1 and result.tables["masks"].moved.max() > 0
-    assert result.tables["layers"].density.nunique() > 1  # densities moved from layer to layer
+    assert result.tables["layers"].density.nunique() == 1  # every matrix keeps its own number of weights
 
 
 def test_half_of_each_kind_of_matrix_rests_bit_for_bit(vit):
