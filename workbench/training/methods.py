@@ -8,8 +8,8 @@ from workbench.training.schedule.method_cards import METHODS as SCHEDULE
 
 #: How the optimizers were compared, where the paper's comparison is finer.
 ONLY_THE_RATE = (
-    "Of the hyperparameters the learning rate alone is tuned, on a ladder that is extended twice at most, "
-    "where the paper's comparison tunes all of them by coordinate descent."
+    "Of the hyperparameters the learning rate alone is tuned, where the paper's comparison tunes all of them "
+    "by coordinate descent."
 )
 
 METHODS: list[Method] = [
