@@ -72,14 +72,19 @@ METHODS: list[Method] = [
         "a batch-size grid for several token counts",
         "the best batch depends on tokens alone",
     ),
-    _card("loss-time", 25, "a one-epoch training curve", "the loss falls as a power law of the step"),
+    _card(
+        "loss-time",
+        25,
+        "a one-epoch training curve",
+        "the loss falls as a power law of the step",
+        departs="The law of a single curve: no runs of one and of many epochs are compared here.",
+    ),
     _card(
         "power-data",
         28,
         "end-of-schedule losses of a baseline optimizer",
         "an optimizer's worth is the tokens the baseline would need",
         **LOWEST,
-        departs="The law of a single curve: no runs of one and of many epochs are compared here.",
     ),
     _card(
         "sparse-average",
@@ -87,7 +92,7 @@ METHODS: list[Method] = [
         "dense runs and runs pruned while training",
         "average parameters explain sparse and dense losses by one law",
         departs="No runs of one's own are behind it: `train-sparse` prunes from the start to seven tenths "
-        "of a run, where the paper does from a quarter to three.",
+        "of a run, where the paper does from one quarter to three quarters.",
     ),
     _card(
         "ensemble",
@@ -114,14 +119,19 @@ METHODS: list[Method] = [
         departs="No runs of one's own are behind it, and none here starts quantization-aware training at "
         "the peak rate and decays once.",
     ),
-    _card("precision", 202, "runs at several precisions", "low precision acts like fewer parameters"),
+    _card(
+        "precision",
+        202,
+        "runs at several precisions",
+        "low precision acts like fewer parameters",
+        departs="What rounding does to a model that was trained in low precision, a product over the "
+        "precisions, is left out.",
+    ),
     _card(
         "weight-precision",
         202,
         "runs at several weight precisions",
         "low weight precision acts like fewer parameters",
-        departs="What rounding does to a model that was trained in low precision, a product over the "
-        "precisions, is left out.",
     ),
     _card(
         "post-training-precision",
