@@ -31,6 +31,7 @@ CONSTANTS: dict[str, dict[str, float]] = {
     "precision": CHINCHILLA | {"gw": 2.7, "ga": 2.2, "gkv": 1.0},
     "weight-precision": CHINCHILLA | {"gw": 2.7},
     "post-training-precision": {"CT": 0.05, "gd": 0.5, "gn": 0.5, "gp": 0.6},
+    "mixed-quantization": {"C": 20.0, "a": 1.6, "b": 0.2, "gn": 0.3},
     "float-precision": {"E": 1.8, "n": 480.0, "d": 2000.0, "alpha": 0.35, "beta": 0.37}
     | {"gamma": 1e3, "delta": 1.5, "nu": 1.5},
     "data-constrained": {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.353, "beta": 0.353}
@@ -56,6 +57,7 @@ SPANS: dict[str, tuple[float, float] | list[float]] = {
     "mantissa_bits": [1.0, 2.0, 3.0, 4.0, 7.0],
     "block_size": [32.0, 64.0, 128.0, 256.0, 512.0],
     "qat_fraction": (0.05, 0.9),
+    "quantized_share": (0.1, 1.0),
     "sparsity": [0.0, 0.5, 0.75, 0.875],
 }
 

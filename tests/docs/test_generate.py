@@ -86,7 +86,7 @@ def test_tables_come_from_the_registries(source: tuple[Path, dict[str, Path]]) -
     wanda = next(line for line in methods.splitlines() if line.startswith("| `wanda`<br>"))
     measured = workbench.methods()["wanda"].evidence()
     assert measured is not None and f"{verdict(measured)}, on {measured['subject']} |" in wanda
-    assert all(line.count(" | ") == 5 for line in methods.splitlines() if line.startswith("| `"))
+    assert all(line.count(" | ") == 6 for line in methods.splitlines() if line.startswith("| `"))
 
 
 def test_registered_axes_become_tables(monkeypatch: pytest.MonkeyPatch) -> None:

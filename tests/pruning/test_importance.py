@@ -140,6 +140,10 @@ def test_routing_is_the_mean_over_real_tokens(checkpoints):
     real = batch["attention_mask"].reshape(-1).bool()
     for mine, layer in zip(found.tcess, logits, strict=True):
         assert torch.allclose(mine, selection(layer[real], 2).mean(0), atol=1e-5)
+    first = SALIENCY.chosen({"name": "tcess", "local": 1, "confidence": 0.9})
+    scores = first(Calibration(on, on.layers(), "calibration", 6), [])
+    for mine, layer in zip(scores, logits, strict=True):
+        assert torch.allclose(mine, selection(layer[real], 1).mean(0), atol=1e-5)
 
 
 def test_the_nearest_pattern_is_found_and_survives_the_disk(tmp_path):

@@ -103,6 +103,7 @@ def test_every_resample_counts():
         "chinchilla",
         "weight-precision",
         "post-training-precision",
+        "mixed-quantization",
         "float-precision",
         "quantization-aware",
         "data-constrained",

@@ -40,6 +40,7 @@ TRUTHS = {
     "routed": dict(a=-0.082, b=-0.108, c=0.009, d=1.104, Estart=1.85, Emax=314),
     "sparse-average": dict(E=1.8, A=480, B=2000, alpha=0.35, beta=0.37),
     "post-training-precision": dict(CT=0.05, gd=0.5, gn=0.5, gp=0.6),
+    "mixed-quantization": dict(C=20.0, a=1.6, b=0.2, gn=0.3),
     "step-law-lr": dict(c=1.79, x=0.713, y=0.307),
     "step-law-batch": dict(c=0.58, y=0.571),
     "batch-hyperbola": dict(smin=1293.83, emin=2834258),
@@ -61,6 +62,8 @@ def columns_for(shape, rows=60):
         "activation_bits": (2, 16),
         "kv_bits": (2, 16),
         "post_bits": (2, 8),
+        "quantized_share": (0.1, 1),
+        "block_size": (16, 512),
         "experts": (1, 512),
         "steps": (1e3, 1e6),
         "step": (1, 1e5),
@@ -94,6 +97,7 @@ def test_gradient_and_hessian_of_every_law_match_finite_differences(name):
         "flops": (1e17, 1e22),
         "unique_tokens": (1e8, 1e9),
         "qat_fraction": (0.1, 0.9),
+        "quantized_share": (0.1, 0.9),
         "sparsity": (0.1, 0.9),
     }
     rng = np.random.default_rng(5)

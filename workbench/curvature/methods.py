@@ -68,6 +68,9 @@ METHODS: list[Method] = [
         115,
         recipe=(("batch-size-theory", {}),),
         subject="digits-softmax",
+        departs="A rate counts as stable while the loss stays within half a nat of its start, which a "
+        "loss that saturates bears far beyond 2 / lambda, and the paper's learner of rate and "
+        "momentum from the running spectrum is left out.",
     ),
     Method(
         "flatness",
@@ -81,6 +84,8 @@ METHODS: list[Method] = [
         342,
         recipe=(("flatness", {}),),
         subject="hidden-markov",
+        departs="Models count as of minimal loss within 2 % of the least that is possible, and what does not "
+        "come so near in its steps is left out; width and training after convergence are not varied.",
     ),
     Method(
         "quadratic-prediction",

@@ -128,6 +128,8 @@ METHODS: list[Method] = [
         "a refined Wanda mask beats Wanda at 50 %",
         15,
         recipe=(("prune", {"method": "icbs", "method.gradients": 128, "method.damp": 1.0}),),
+        departs="Blocks of candidates never cross layers, and the gradient's term is left out unless "
+        "method.slope asks for it.",
     ),
     Method(
         "gradual-magnitude",
@@ -186,6 +188,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="Scores of single weights are added up under one threshold for all blocks: no scores of "
+        "whole vectors, no other aggregation, no blocks that are spared.",
     ),
     Method(
         "ziplm",
@@ -197,6 +201,8 @@ METHODS: list[Method] = [
         "half of heads and neurons: better than magnitude and FLAP, and its update helps",
         94,
         recipe=(("prune", {"method": "ziplm", "pattern": "heads+neurons", "sparsity": 0.5}),),
+        departs="Groups weigh alike, without SPDY's search for their coefficients, neurons go a 128th of "
+        "a group at a time, and a speed-up is reached in one shot.",
     ),
     Method(
         "perp",
@@ -219,6 +225,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="Adapters under the mask with biases and norms are the one variant: no ScaleLoRA, no "
+        "layer-wise reconstruction.",
     ),
     Method(
         "sparse-peft",
@@ -241,6 +249,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="Adapters have one rank, without the search over ranks, and merging into INT4 is a chain "
+        "of its own: quantize, then train-sparse --method lora --masks kept.",
     ),
     Method(
         "distillation",

@@ -28,6 +28,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="No candidates are searched for, intermediate states are not distilled, and activations "
+        "are aggregated in one way.",
     ),
     Method(
         "minitron-depth",
@@ -39,6 +41,7 @@ METHODS: list[Method] = [
         "one block of three removed: Block Influence better than random and no worse than magnitude",
         64,
         recipe=(("prune", {"method": "minitron", "pattern": "layers", "sparsity": 0.33}),),
+        departs="No candidates are searched for: blocks go in the order of their influence.",
     ),
     Method(
         "adapt-pruner",
@@ -65,6 +68,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="Shares follow from the sparsity of each event alone, with amplitude 0.1, where the "
+        "authors' code adds a step's share to those before, with 0.03 a step.",
     ),
     Method(
         "deeper-layers",
@@ -115,6 +120,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="The mask restricts the norms as well, and in the last fifth the channels of the largest "
+        "scores are kept exactly, where the authors freeze the soft mask.",
     ),
     Method(
         "heapr",
@@ -128,6 +135,8 @@ METHODS: list[Method] = [
         31,
         recipe=(("prune", {"method": "heapr", "pattern": "neurons", "sparsity": 0.25}),),
         subject="bytemoe",
+        departs="Every expert of a layer loses equally many neurons, in steps of eight, as they are "
+        "stacked in one tensor; the authors rank the neurons of all experts together.",
     ),
     Method(
         "premoe",
@@ -141,6 +150,8 @@ METHODS: list[Method] = [
         86,
         recipe=(("prune", {"method": "premoe", "pattern": "experts", "sparsity": 0.5}),),
         subject="bytemoe",
+        departs="The stored pattern nearest to a query is found by `ExpertPatterns` in Python alone, not "
+        "by a run.",
     ),
     Method(
         "slimmoe",
@@ -168,6 +179,8 @@ METHODS: list[Method] = [
             ),
         ),
         subject="bytemoe",
+        departs="Only neurons of experts are removed, no attention heads, and a stage trains before it "
+        "prunes, so that the first distils the dense model from itself.",
     ),
     Method(
         "ziplm-minilm",
@@ -191,5 +204,7 @@ METHODS: list[Method] = [
             ),
         ),
         subject="minilm-docstrings",
+        departs="Groups weigh alike, without SPDY's search for their coefficients, neurons go a 128th of "
+        "a group at a time, and a speed-up is reached in one shot.",
     ),
 ]

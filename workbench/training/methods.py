@@ -6,6 +6,12 @@ from workbench.names import Method
 from workbench.training.batch.method_cards import METHODS as BATCH
 from workbench.training.schedule.method_cards import METHODS as SCHEDULE
 
+#: How the optimizers were compared, where the paper's comparison is finer.
+ONLY_THE_RATE = (
+    "Of the hyperparameters the learning rate alone is tuned, where the paper's comparison tunes all of them "
+    "by coordinate descent."
+)
+
 METHODS: list[Method] = [
     Method(
         "lamb",
@@ -28,6 +34,7 @@ METHODS: list[Method] = [
         "lower loss than AdamW at equal tuning",
         28,
         recipe=(("train", {"optimizer": "muon"}),),
+        departs=ONLY_THE_RATE,
     ),
     Method(
         "soap",
@@ -39,6 +46,7 @@ METHODS: list[Method] = [
         "lower loss than AdamW at equal tuning",
         28,
         recipe=(("train", {"optimizer": "soap", "learning_rate": 0.003}),),
+        departs=ONLY_THE_RATE,
     ),
     Method(
         "lion",
@@ -50,6 +58,7 @@ METHODS: list[Method] = [
         "lower loss than AdamW with half the state",
         28,
         recipe=(("train", {"optimizer": "lion", "learning_rate": 0.0001}),),
+        departs=ONLY_THE_RATE,
     ),
     Method(
         "galore",
@@ -61,6 +70,8 @@ METHODS: list[Method] = [
         "loss within a few per cent of Adam with much less optimizer state",
         332,
         recipe=(("train", {"optimizer": "galore", "learning_rate": 0.01}),),
+        departs="Moments are kept in 32 bits and weights change after the whole backward pass, where the "
+        "paper also has 8-bit moments and updates a layer inside it.",
     ),
     Method(
         "muon-soft-cap",
@@ -123,6 +134,7 @@ METHODS: list[Method] = [
         "lower loss than AdamW at equal tuning",
         28,
         recipe=(("train", {"optimizer": "sophia"}),),
+        departs=ONLY_THE_RATE,
     ),
     Method(
         "kron",
@@ -134,6 +146,7 @@ METHODS: list[Method] = [
         "lower loss than AdamW at equal tuning",
         28,
         recipe=(("train", {"optimizer": "kron"}),),
+        departs=ONLY_THE_RATE,
     ),
     Method(
         "mars",
@@ -145,6 +158,7 @@ METHODS: list[Method] = [
         "lower loss than AdamW at equal tuning",
         28,
         recipe=(("train", {"optimizer": "mars", "learning_rate": 0.003}),),
+        departs=ONLY_THE_RATE,
     ),
     Method(
         "scion",
@@ -156,6 +170,7 @@ METHODS: list[Method] = [
         "lower loss than AdamW at equal tuning",
         28,
         recipe=(("train", {"optimizer": "scion", "learning_rate": 0.01}),),
+        departs=ONLY_THE_RATE,
     ),
     Method(
         "mkor",
@@ -200,6 +215,8 @@ METHODS: list[Method] = [
         "lower loss than random search in the same time",
         23,
         recipe=(("self-tuning", {}),),
+        departs="One draw of the hyperparameters serves a whole batch, where the paper draws for every "
+        "example, and what responds is linear layers, to an L2 penalty and dropout.",
     ),
     Method(
         "agvm",

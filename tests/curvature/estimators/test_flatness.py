@@ -4,6 +4,11 @@ and its correlations.
 
 from __future__ import annotations
 
+import itertools
+import math
+from itertools import pairwise
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,7 +23,13 @@ from workbench.curvature.estimators.flatness import (
 )
 from workbench.errors import BadInput
 from workbench.subjects import TASK, Subject, subject
-from workbench.subjects.builtin.hidden_markov import Corpus, hidden_markov, small_model
+from workbench.subjects.builtin.hidden_markov import (
+    Corpus,
+    chain_rules,
+    exact_loss,
+    hidden_markov,
+    small_model,
+)
 
 
 def transitions(corpus: Corpus) -> torch.Tensor:
@@ -72,6 +83,40 @@ def test_the_common_loss_is_the_best_of_the_run_that_got_least_far() -> None:
     assert [(point.loss, point.step) for point in at_one_loss(runs)] == [(2.8, 1), (2.9, 1), (2.9, 2)]
 
 
+def test_the_least_loss_is_that_of_every_path_of_hidden_states() -> None:
+    move, emit = chain_rules()
+    sequences = hidden_markov(3, length=4, seed=5).tokens.numpy()
+
+    def chance(tokens: np.ndarray) -> float:
+        paths = itertools.product(range(6), repeat=len(tokens))
+        return sum(
+            math.prod([1 / 6, *(move[a, b] for a, b in pairwise(path))])
+            * math.prod(emit[state, token] for state, token in zip(path, tokens, strict=True))
+            for path in paths
+        )
+
+    lost = sum(math.log(chance(row[:1])) - math.log(chance(row)) for row in sequences)
+    assert exact_loss(sequences, move, emit) == pytest.approx(lost / 9, rel=1e-9)
+
+
+def test_models_above_the_least_loss_are_compared_with_nothing() -> None:
+    runs = [[Checkpoint(loss, 0, {}) for loss in losses] for losses in ([3.0, 2.8, 2.5], [3.1, 2.9])]
+    assert [point.loss for point in at_one_loss(runs, 2.8)] == [2.8, 2.9]
+    table = pd.DataFrame(
+        {
+            "loss": [2.4, 2.4, 2.4, 2.42],
+            "minimal": [True, True, True, False],
+            "trace": [1.0, 2.0, 3.0, 0.0],
+            "top_eigenvalue": [1.0, 2.0, 3.0, 0.0],
+            "probe_accuracy": [0.9, 0.8, 0.7, 0.1],
+        }
+    )
+    found = rank_correlations(table)
+    assert found["models"] == 3 and found["trace_correlation"] == pytest.approx(-1)
+    none = rank_correlations(table[table["minimal"]].head(2))
+    assert none["models"] == 2 and math.isnan(none["trace_correlation"])
+
+
 def test_the_probe_reads_states_better_than_guessing() -> None:
     fit, test = hidden_markov(512, seed=2), hidden_markov(512, seed=3)
     guess = float(torch.bincount(test.states[:, -1]).max()) / 512
@@ -103,5 +148,6 @@ def test_the_instrument_needs_a_text_whose_states_are_known_and_correlates_what_
     result = Flatness(seeds=1, steps=20, probes=2, examples=8).run(on, cache=False)
     assert len(result.table) == 4 and {"trace_correlation", "models"} <= set(result.facts)
     assert result.table["probe_accuracy"].between(0, 1).all()
+    assert result.table["least_loss"].between(2.7, 2.8).all() and result.facts["models"] == 0
     with pytest.raises(BadInput, match="take hidden-markov"):
         Flatness().check(subject("digits-vit"))

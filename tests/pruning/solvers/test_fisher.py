@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from itertools import combinations, pairwise
 
 import pytest
@@ -10,9 +11,9 @@ from workbench.evidence.oracles.exact import best_subset, obs_path, refit
 from workbench.kernels.sparse.block_fisher import block_fisher, block_fisher_inverse
 from workbench.progress import Progress
 from workbench.pruning import Prune
-from workbench.pruning.axes import Gradients
+from workbench.pruning.axes import SALIENCY, Gradients
 from workbench.pruning.calibration import Calibration
-from workbench.pruning.pattern import NM, make_mask
+from workbench.pruning.pattern import NM, Tiles, make_mask
 from workbench.pruning.solvers import fisher
 from workbench.statistics import GradientFactors, StackedGradients, example_gradients, gradient_factors
 from workbench.subjects import Mask
@@ -109,6 +110,29 @@ def test_two_of_four_takes_the_pair_with_the_smallest_joint_loss():
                 losses[pair] = refit(weight[r], hessian, kept)[1]
             gone = tuple((~mask[r, start : start + 4]).nonzero().flatten().add(start).tolist())
             assert gone == min(losses, key=losses.get)  # type: ignore[arg-type]
+
+
+def test_a_tile_costs_the_loss_of_removing_it_with_the_rest_of_its_rows_refitted():
+    torch.manual_seed(4)
+    weight, gradients = torch.randn(4, 12, dtype=torch.float64), torch.randn(30, 4, 12, dtype=torch.float64)
+    scores = fisher.tile_scores(weight, StackedGradients(gradients), 0.05, 13, Tiles(2, 4))
+    for top, left in itertools.product((0, 2), (0, 4, 8)):
+        losses = []
+        for r in (top, top + 1):
+            kept = torch.ones(12, dtype=torch.bool)
+            kept[left : left + 4] = False
+            losses.append(refit(weight[r], dense_fisher(gradients[:, r], 0.05), kept)[1])
+        assert float(scores[top : top + 2, left : left + 4].sum()) == pytest.approx(sum(losses), rel=1e-9)
+
+
+def test_blocks_of_four_go_by_their_joint_cost(checkpoints):
+    subject = workbench.subject(checkpoints["bert"], data="random")
+    calibration, layer = Calibration(subject, subject.layers()), subject.layers()[0]
+    options = {"name": "fisher", "gradients": 8}
+    single, four = (SALIENCY.chosen(options)(layer, calibration, p) for p in (Tiles(1, 1), Tiles(1, 4)))
+    costs = four.unflatten(-1, (-1, 4)).sum(-1)
+    assert torch.equal(four.unflatten(-1, (-1, 4)).amax(-1), four.unflatten(-1, (-1, 4)).amin(-1))
+    assert not torch.allclose(costs / single.unflatten(-1, (-1, 4)).sum(-1), torch.ones(()), atol=1e-3)
 
 
 def test_rows_are_padded_when_the_block_does_not_divide_them():

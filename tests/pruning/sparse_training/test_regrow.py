@@ -15,32 +15,28 @@ def sparse(layer):
     return torch.rand(layer.shape) < 0.4
 
 
-def test_an_exchange_keeps_the_budget_and_is_the_brute_force_choice(masked_pair):
+def test_an_exchange_keeps_every_layers_budget_and_is_the_brute_force_choice(masked_pair):
     subject, layers = masked_pair((6, 8, 3), sparse)
     before = [mask_in_force(layer).clone() for layer in layers]
-    weights = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
     gradients = {
         k: v.abs() for k, v in dense_gradients(subject, layers, next(subject.batches("train", 40))).items()
     }
     optimizer = torch.optim.AdamW(subject.model.parameters(), 0.01)
     subject.loss(next(subject.batches("train", 40))).backward()
     optimizer.step()
-    weights = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
+    weights = [layer.weight.detach().abs().flatten() for layer in layers]
     count = exchange(layers, gradients, 0.3, optimizer)
-    old, new = (
-        torch.cat([m.flatten() for m in before]),
-        torch.cat([mask_in_force(layer).flatten() for layer in layers]),
-    )
-    assert count == round(0.3 * int(old.sum())) and int(new.sum()) == int(old.sum())
-    kept = old.nonzero().flatten()
-    smallest = set(kept[weights[kept].argsort()[:count]].tolist())
-    grown = torch.cat([gradients[layer.name].flatten() for layer in layers])
-    free = (~old).nonzero().flatten()
-    largest = set(free[grown[free].argsort(descending=True)[:count]].tolist())
-    assert (
-        set((old & ~new).nonzero().flatten().tolist()) == smallest
-        and set((new & ~old).nonzero().flatten().tolist()) == largest
-    )
+    assert count == sum(round(0.3 * int(old.sum())) for old in before)
+    for layer, was, sizes in zip(layers, before, weights, strict=True):
+        old, new = was.flatten(), mask_in_force(layer).flatten()
+        moved = round(0.3 * int(old.sum()))
+        assert int(new.sum()) == int(old.sum()) and moved > 0
+        kept, free = old.nonzero().flatten(), (~old).nonzero().flatten()
+        wanted = gradients[layer.name].flatten()[free]
+        smallest = set(kept[sizes[kept].argsort()[:moved]].tolist())
+        largest = set(free[wanted.argsort(descending=True)[:moved]].tolist())
+        assert set((old & ~new).nonzero().flatten().tolist()) == smallest
+        assert set((new & ~old).nonzero().flatten().tolist()) == largest
     for layer, was in zip(layers, before, strict=True):
         moved = mask_in_force(layer) != was
         assert bool((layer.original[moved] == 0).all()) and bool(

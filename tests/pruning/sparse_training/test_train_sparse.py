@@ -22,6 +22,7 @@ from workbench.pruning.sparse_training.side_terms import (
     SideEntries,
     SideLowRank,
     block_means,
+    lazy_share,
     low_rank_plus_sparse,
 )
 from workbench.pruning.sparse_training.trained_masks import mask_in_force
@@ -78,6 +79,31 @@ def test_every_method_trains_and_leaves_what_it_says(method, vit):
     assert not any(layer.changes for layer in vit.layers())
 
 
+def test_lazy_adapters_learn_at_the_peak_rate_in_steps_of_their_own(vit):
+    assert [lazy_share(done, 20, 0.1) for done in (0, 17, 18, 19)] == pytest.approx([0, 0, 1, 0.5])
+    assert lazy_share(0, 20, 1.0) == 1 and lazy_share(19, 20, 0.0) == 0
+    result = train(vit, "slope", steps=20, learning_rate=1e-3, **{"backward.lazy": 0.1})
+    sides = [c for a in result.subject.layers("blocks") for c in a.changes if isinstance(c, SideLowRank)]
+    moved = max(float(side.up.detach().abs().max()) for side in sides)
+    assert 1e-3 < moved <= 1.5e-3 + 1e-6  # Adam's first two steps: the rate, then at most half of it
+    assert all(float(side.blend) == 1 for side in sides)
+
+
+def test_gates_close_at_their_own_defaults():
+    """The card's measurement prunes four fifths with the pull and the rate that a bare request has."""
+    fields = workbench.method("block-movement").recipe[0][1]
+    bare = TrainSparse(method="block-movement", pattern="hybrid 8x8")
+    assert bare.masks == TrainSparse(**fields).masks
+
+
+def test_the_second_mask_saves_in_one_product_of_three(vit):
+    once = train(vit, "static", pattern="2:4", steps=4)
+    twice = train(vit, "slope", steps=4)
+    saved = once.facts["matmul_share"] - twice.facts["matmul_share"]
+    weights = sum(a.original.numel() for a in vit.layers("*"))
+    assert saved == pytest.approx(0.09375 / 3 * once.facts["weights"] / weights, rel=0.1)
+
+
 def test_a_result_is_saved_and_its_subject_opens_again(vit, tmp_path):
     result = train(vit, "slope")
     again = Result.load(result.save(tmp_path / "r"))
@@ -89,7 +115,7 @@ def test_the_budget_is_constant_while_weights_are_exchanged(vit):
     result = train(vit, "dsl", steps=20, start="random")
     kept = {round(s, 9) for s in result.tables["masks"].sparsity}
     assert len(kept) == 1 and result.tables["masks"].moved.max() > 0
-    assert result.tables["layers"].density.nunique() > 1  # densities moved from layer to layer
+    assert result.tables["layers"].density.nunique() == 1  # every matrix keeps its own number of weights
 
 
 def test_half_of_each_kind_of_matrix_rests_bit_for_bit(vit):

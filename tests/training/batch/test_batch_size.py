@@ -128,6 +128,15 @@ def test_norm_test_grows_the_batch_in_the_loop() -> None:
     assert run.position == sum(rule.sizes) and run.history.batch_size.tolist() == rule.sizes
 
 
+def test_the_norm_test_reads_gradients_that_are_not_clipped_yet() -> None:
+    sizes = []
+    for clip in (None, 1e-3):
+        rule = NormTest(eta=0.8, largest=40, sample=8)
+        fit(small(), steps=2, batch_size=4, learning_rate=0.05, clip=clip, batch_rule=rule)
+        sizes.append(rule.sizes)
+    assert sizes[0] == sizes[1] and sizes[0][1] < 40  # clipped gradients ask for the largest batch at once
+
+
 def test_ghost_batch_norm() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(24, 5, 3)

@@ -3,9 +3,11 @@ and what they learned (Liu et al. 2023).
 
 The corpus (`hidden-markov`) is a hidden Markov chain, so the downstream question has an answer: which hidden
 state is the chain in? Small causal transformers are trained with several optimizers and noise levels for the
-same number of steps. The loss at which they are compared comes from the runs themselves: the lowest
-validation loss of the run that got least far. Every run's checkpoint is the one where it first got there;
-then its curvature is measured and a linear probe reads the hidden state from its features.
+same number of steps. The paper compares models of one *minimal* loss, and the least that any model can reach
+is known here: that of the filter which knows the chain. Models are compared where they are first within
+`WITHIN` of it, and a run that does not get there counts for nothing. Without a known least loss they are
+compared at the lowest validation loss of the run that got least far. Then the curvature of each is measured
+and a linear probe reads the hidden state from its features.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from workbench.curvature.estimators.traces import hutchinson
 from workbench.curvature.operators.curvature_operator import curvature_operator
 from workbench.progress import Progress
 from workbench.subjects import Subject
-from workbench.subjects.builtin.hidden_markov import Corpus
+from workbench.subjects.builtin.hidden_markov import Corpus, chain_rules, exact_loss
 
+#: How near to the least loss a model counts as one of minimal loss, as a share of it.
+WITHIN = 0.02
 #: Splits that the probe is fitted on and judged by.
 PROBED = ("read", "asked")
 
@@ -79,10 +83,20 @@ def train(
     return found
 
 
-def at_one_loss(runs: Sequence[Sequence[Checkpoint]]) -> list[Checkpoint]:
-    """Of each run the checkpoint that is first as low as the lowest loss of the run that got least far."""
-    goal = max((run[-1].loss for run in runs), default=0.0)
-    return [next(point for point in run if point.loss <= goal) for run in runs]
+def least_loss(on: Subject) -> float | None:
+    """Validation loss of the best predictor there is, None where it is not known."""
+    if on.name != "hidden-markov":
+        return None
+    return exact_loss(on.split("validation")["input_ids"].cpu().numpy(), *chain_rules())
+
+
+def at_one_loss(runs: Sequence[Sequence[Checkpoint]], goal: float | None = None) -> list[Checkpoint]:
+    """Of each run the checkpoint that is first as low as `goal`, or its last where it never is.
+    Without a goal it is the lowest loss of the run that got least far.
+    """
+    if goal is None:
+        goal = max((run[-1].loss for run in runs), default=0.0)
+    return [next((point for point in run if point.loss <= goal), run[-1]) for run in runs]
 
 
 @torch.no_grad()
@@ -117,10 +131,12 @@ def flatness_study(
     probes: int = 48,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """One row a model: recipe, seed, validation loss and step of its checkpoint, trace with standard error,
-    top eigenvalue, probe accuracy.
+    """One row a model: recipe, seed, validation loss and step of its checkpoint, whether that is minimal
+    (`least_loss` is the bound), trace with standard error, top eigenvalue, probe accuracy.
     """
     progress = progress or Progress()
+    least = least_loss(on)
+    goal = None if least is None else (1 + WITHIN) * least
     jobs = [(name, recipe, seed) for seed in range(seeds) for name, recipe in RECIPES.items()]
     subjects = [untrained(on, seed) for _, _, seed in jobs]
     read, asked = (Corpus(on.split(name)["input_ids"], on.split(name)["states"]) for name in PROBED)
@@ -129,7 +145,11 @@ def flatness_study(
         runs.append(train(subject, recipe, seed, steps))
     rows = []
     measured = zip(
-        progress.track(subjects[: len(runs)], "models measured"), jobs, at_one_loss(runs), runs, strict=False
+        progress.track(subjects[: len(runs)], "models measured"),
+        jobs,
+        at_one_loss(runs, goal),
+        runs,
+        strict=False,
     )
     for subject, (name, _, seed), point, run in measured:
         subject.model.load_state_dict(point.state)
@@ -144,6 +164,8 @@ def flatness_study(
                 "seed": seed,
                 "loss": point.loss,
                 "steps": point.step,
+                "minimal": goal is None or point.loss <= goal,
+                "least_loss": np.nan if least is None else least,
                 "lowest_loss": run[-1].loss,
                 "trace": trace.value,
                 "trace_standard_error": trace.error,
@@ -156,14 +178,19 @@ def flatness_study(
 
 def rank_correlations(table: pd.DataFrame, tolerance: float = 0.01) -> dict[str, float]:
     """Spearman correlation of trace and top eigenvalue with the probe's accuracy,
-    over models whose losses agree within `tolerance` of the median.
+    over models of minimal loss whose losses agree within `tolerance` of the median; NaN for fewer than three.
     """
+    if "minimal" in table:
+        table = table[table["minimal"]]
     middle = float(table["loss"].median())
     matched = table[(table["loss"] - middle).abs() <= tolerance * middle]
     found = {"models": float(len(matched)), "loss": middle}
     for name in ("trace", "top_eigenvalue"):
         from scipy import stats  # slow to import
 
+        if len(matched) < 3:
+            found |= {f"{name}_correlation": np.nan, f"{name}_p": np.nan}
+            continue
         answer = stats.spearmanr(matched[name], matched["probe_accuracy"])
         found |= {f"{name}_correlation": float(answer.statistic), f"{name}_p": float(answer.pvalue)}
     return found

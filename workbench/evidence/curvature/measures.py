@@ -121,7 +121,7 @@ def measure_flatness(name: str, progress: Progress) -> dict[str, Any]:
     found = rank_correlations(table)
     holds = found["trace_correlation"] < 0 and found["trace_p"] < 0.05
     return {
-        "holds": holds,
+        "holds": holds if found["models"] >= 3 else None,
         **found,
         "rows": table.to_dict("records"),
         "note": f"{found['models']:.0f} models at loss {found['loss']:.3f}: "

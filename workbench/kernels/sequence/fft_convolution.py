@@ -8,8 +8,9 @@ the transform is three dense steps,
 
 and no permutation is needed when the filter's spectrum is kept in the same order. A convolution is transform,
 product, inverse transform: eight real matrix products that a kernel can hold on the chip, where an FFT
-of butterflies cannot use tensor cores. Order 3 splits N1 once more. A frequency-sparse filter (only the first
-rows and columns of its spectrum matrix non-zero) shrinks the matrices themselves.
+of butterflies cannot use tensor cores. Order 3 splits N1 once more, without a kernel of its own. Where this
+departs from the paper: a frequency-sparse filter is zeroed and no block of it is skipped, and gating and
+partial convolutions are left out.
 
 >>> u, k = torch.randn(2, 3, 64), torch.randn(3, 64)
 >>> bool(torch.allclose(fft_convolution(u, k), fft_convolution_reference(u, k), atol=1e-4))

@@ -6,6 +6,11 @@ embeddings, linears and norms see (1, tokens, hidden), attention runs per sequen
 and the result is unpacked to the padded shape with zeros at the padding. The heads on top are untouched. Zeng
 et al. (2022); prepacked prompts with the key-value cache handed back per sequence: Zhao et al. (2024).
 
+Where this departs from them: one kernel runs over all lengths, in place of a stream for each group of
+lengths; a batch is one packed row, in place of bins under block-diagonal masks (`packing.bin_pack` makes
+those); sequences are exchanged between processes by no loader (`packing.balance` says how they would be);
+linears, norms and activations are the model's own, unfused.
+
 >>> from transformers import BertConfig, BertModel
 >>> sizes = {"hidden_size": 32, "intermediate_size": 64}
 >>> config = BertConfig(vocab_size=50, num_hidden_layers=2, num_attention_heads=4, **sizes)

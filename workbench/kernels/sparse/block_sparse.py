@@ -7,7 +7,9 @@ forward and both backward products.
 
 Absent blocks are neither stored nor visited. Blocks may be any size from 4 x 4; from 16 to 128 the Triton
 kernels run. Wang et al. (2022, sparse inference on CPUs);
-tile skipping as in block-sparse OpenAI kernels (Gray et al., 2017).
+tile skipping as in block-sparse OpenAI kernels (Gray et al., 2017). Where this departs from the former: the
+product on a CPU is torch's of block rows in float, with square blocks, no 8-bit integers and no fused
+activation.
 
 >>> w = torch.randn(8, 12)
 >>> w[:4, 4:] = 0

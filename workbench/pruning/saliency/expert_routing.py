@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workbench.axis import Options
+from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.pruning.axes import SALIENCY
@@ -178,9 +178,21 @@ class ExpertPatterns:
         return cls(scores)
 
 
-def of_calibration(calibration: Calibration) -> Routing:
+class Counted(Options):
+    local: int = parameter(
+        0, "largest logits of a token that count; 0: the model's own experts a token", ge=0
+    )
+    confidence: float = parameter(0.0, "least softmax over those for one to count", ge=0, le=1)
+
+
+def of_calibration(calibration: Calibration, local: int = 0, confidence: float = 0.0) -> Routing:
     return routing(
-        calibration.subject, calibration.split, calibration.examples, progress=calibration.progress
+        calibration.subject,
+        calibration.split,
+        calibration.examples,
+        local or None,
+        confidence,
+        progress=calibration.progress,
     )
 
 
@@ -189,10 +201,11 @@ def of_calibration(calibration: Calibration) -> Routing:
     formula="E[z_e, where e is among the K largest and confident]",
     source="Pei et al. 2025 (PreMoe)",
     needs="inputs",
+    options=Counted,
     traits="experts",
 )
-def tcess(calibration: Calibration, groups: Sequence[object], options: Options) -> Tensor:
-    return of_calibration(calibration).tcess
+def tcess(calibration: Calibration, groups: Sequence[object], options: Counted) -> Tensor:
+    return of_calibration(calibration, options.local, options.confidence).tcess
 
 
 @SALIENCY.add(

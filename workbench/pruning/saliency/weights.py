@@ -19,7 +19,7 @@ from torch import Tensor
 from workbench.axis import Options
 from workbench.pruning.axes import SALIENCY, BlockFisher, Damped, Gradients
 from workbench.pruning.calibration import Calibration, rows_of
-from workbench.pruning.pattern import NM, Pattern
+from workbench.pruning.pattern import NM, Pattern, Tiles
 from workbench.pruning.solvers import fisher, obs
 from workbench.subjects import Layer
 
@@ -161,4 +161,11 @@ def fisher_scores(
     damp = calibration.absolute_damp(options, options.damp)
     if isinstance(pattern, NM) and pattern.along == -1 and pattern.of <= 8:
         return fisher.nm_scores(weight, gradients, damp, options.block, pattern).reshape(layer.shape)
+    if isinstance(pattern, Tiles) and joint(pattern, weight.shape[-1], options.block) and not greedy:
+        return fisher.tile_scores(weight, gradients, damp, options.block, pattern).reshape(layer.shape)
     return fisher.saliency(weight, gradients, damp, options.block, greedy).reshape(layer.shape)
+
+
+def joint(tiles: Tiles, inputs: int, block: int) -> bool:
+    """Whether the rows of a tile lie inside blocks of the Fisher matrix, so that its cost is a joint one."""
+    return 1 < tiles.columns <= block and inputs % tiles.columns == 0

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from workbench.kernels.sparse.block_fisher import block_fisher, block_fisher_inverse
-from workbench.pruning.pattern import NM
+from workbench.pruning.pattern import NM, Tiles
 from workbench.statistics import GradientFactors, StackedGradients
 
 Gradients = GradientFactors | StackedGradients
@@ -149,6 +149,31 @@ def nm_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pat
         rho = (wq * torch.linalg.solve(inside, wq.unsqueeze(-1)).squeeze(-1)).sum(-1) / 2
         chosen = sets[rho.argmin(-1)]  # (blocks, groups, drop)
         scores = torch.ones_like(w).scatter_(-1, chosen, 0.0)
+        found[start:stop] = unblocked(scores.flatten(1), inputs, width)
+    return found
+
+
+def tile_scores(weight: Tensor, gradients: Gradients, damp: float, block: int, pattern: Tiles) -> Tensor:
+    """Scores whose sums over tiles are the tiles' joint rho_Q; a tile's is spread evenly over its weights.
+
+    Rows of a tile lie in different blocks of F, so its rho_Q is the sum of those of its rows. Needs rows that
+    the tiles' columns divide; blocks of F are the multiple of the columns next to `block`.
+    """
+    weight = like_gradients(weight, gradients)
+    inputs, columns = weight.shape[-1], pattern.columns
+    width = max(block // columns, 1) * columns
+    found = torch.empty_like(weight)
+    for start, stop in chunks(len(weight), inputs, gradients.examples):
+        inverse = block_fisher_inverse(gradient_rows(gradients, start, stop, width), width, damp)
+        w = blocked(weight[start:stop], width).unflatten(-1, (-1, columns))  # (blocks, groups, C)
+        inside = (
+            inverse.unflatten(-1, (-1, columns))
+            .unflatten(-3, (-1, columns))
+            .diagonal(dim1=1, dim2=3)
+            .permute(0, 3, 1, 2)
+        )  # (blocks, groups, C, C)
+        rho = (w * torch.linalg.solve(inside, w.unsqueeze(-1)).squeeze(-1)).sum(-1, keepdim=True) / 2
+        scores = (rho / columns).expand_as(w)
         found[start:stop] = unblocked(scores.flatten(1), inputs, width)
     return found
 

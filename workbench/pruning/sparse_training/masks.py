@@ -92,13 +92,13 @@ def adaptive(course: Course, sparsity: float, options: Pull) -> None:
 
 
 class Gated(Options):
-    penalty: float = parameter(0.1, "weight of the open gates' share in the loss", ge=0)
+    penalty: float = parameter(
+        20.0, "weight of the open gates' share in the loss; too small a one closes none", ge=0
+    )
     threshold: float = parameter(
         0.1, "a gate stays open while the sigmoid of its score is above this", gt=0, lt=0.5
     )
-    learning_rate: float = parameter(
-        3e-2, "peak learning rate of the gates' scores", gt=0, le=10, scale="log"
-    )
+    learning_rate: float = parameter(0.1, "peak learning rate of the gates' scores", gt=0, le=10, scale="log")
 
 
 @MASKS.add(

@@ -30,6 +30,8 @@ METHODS: list[Method] = [
             ),
         ),
         subject="minilm-docstrings",
+        departs="The learning rate decays once, where oBERT rewinds it after every event, and no layers "
+        "are dropped and nothing is rounded to INT8 afterwards.",
     ),
     Method(
         "movement",
@@ -64,6 +66,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="The penalty is constant, without a warm-up, and the pruned model is not fine-tuned again "
+        "with its blocks filled up.",
     ),
     Method(
         "ast",
@@ -77,6 +81,9 @@ METHODS: list[Method] = [
         240,
         recipe=(("train-sparse", {"method": "ast", "pattern": "2:4"}),),
         subject="bytelm",
+        departs="The pull on pruned weights goes through Adam's first moment and ends at three quarters "
+        "of the run, and the projection of the block sums is fixed; the authors' code keeps the "
+        "pull out of the moment and up to the end, and trains the projection.",
     ),
     Method(
         "slope",
@@ -101,6 +108,9 @@ METHODS: list[Method] = [
             ),
         ),
         subject="bytelm",
+        departs="Adapters learn at a rate of their own that starts at the run's peak, as the run's is "
+        "nearly zero by then, and take part in a tenth of a short run, where the paper gives them "
+        "a hundredth.",
     ),
     Method(
         "dsl",
@@ -116,6 +126,7 @@ METHODS: list[Method] = [
             ("train-sparse", {"method": "dsl", "sparsity": 0.9, "start": "random", "learning_rate": 0.003}),
         ),
         subject="bytelm",
+        departs="Matrices of a transformer stand for the embedding tables of a recommender.",
     ),
     Method(
         "spdf",
@@ -150,6 +161,8 @@ METHODS: list[Method] = [
             ("train-sparse", {"method": "dense", "masks": "lifted"}),
         ),
         subject="bytelm",
+        departs="The composition is that of spdf: no soft prompts, and no dense model of equal compute "
+        "beside it.",
     ),
     Method(
         "app",
@@ -184,6 +197,7 @@ METHODS: list[Method] = [
                 {"method": "pst", "sparsity": 0.8, "masks.rank": 4, "terms.rank": 4, "learning_rate": 0.003},
             ),
         ),
+        departs="The part |w| of the scores lets no gradient through.",
     ),
     Method(
         "dsee",
@@ -196,6 +210,8 @@ METHODS: list[Method] = [
         "the decomposition's support beats a random one",
         33,
         recipe=(("train-sparse", {"method": "dsee", "stages": 2, "learning_rate": 0.003}),),
+        departs="Single weights are masked, no heads or neurons, and the decomposition is GoDec's in "
+        "GreBsmo's place.",
     ),
     Method(
         "hft",

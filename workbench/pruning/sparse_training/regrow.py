@@ -2,8 +2,8 @@
 
 Every `period` steps a share of the kept weights with the smallest magnitudes is given up and as many others
 come back at zero, chosen by the size of the dense gradient (Evci et al. 2020; DSL, Wang et al. 2024) or at
-random (Mocanu et al. 2018). The share falls as alpha/2 (1 + cos(pi t / T)). Compared over all layers at once,
-so the density of each layer moves while their sum does not.
+random (Mocanu et al. 2018). The share falls as alpha/2 (1 + cos(pi t / T)). Every matrix keeps its own number
+of weights, as in all three: compared over all layers, a few of them would lose nearly everything.
 """
 
 from __future__ import annotations
@@ -44,31 +44,28 @@ def exchange(
     share: float,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
-    """Give up round(share x kept) weights, the smallest of all layers,
-    and bring back as many of the pruned ones with the largest `wanted`.
+    """In each layer give up round(share x kept) weights, the smallest, and bring back as many of the pruned
+    ones with the largest `wanted`.
 
     What was given up does not come back in the same exchange. What comes back starts at zero with empty
-    optimizer moments. Returns the number exchanged: the budget is the same before and after.
+    optimizer moments. Returns the number exchanged: every layer's budget is the same before and after.
     """
-    masks = [mask_in_force(layer) for layer in layers]
-    assert all(m is not None for m in masks), "prune and regrow needs a mask on every layer"
-    before = torch.cat([m.flatten() for m in masks if m is not None])
-    sizes = torch.cat([layer.weight.detach().abs().flatten() for layer in layers])
-    scores = torch.cat([wanted[layer.name].flatten().float() for layer in layers])
-    count = min(round(share * int(before.sum())), int((~before).sum()))
-    dropped = smallest(sizes.masked_fill(~before, math.inf), count)
-    grown = smallest((-scores).masked_fill(before, math.inf), count)
-    after = (before & ~dropped) | grown
-    at = 0
-    for layer, mask in zip(layers, masks, strict=True):
-        assert mask is not None
-        part = slice(at, at + mask.numel())
-        at += mask.numel()
-        moved = (dropped[part] | grown[part]).reshape(mask.shape)
+    exchanged = 0
+    for layer in layers:
+        before = mask_in_force(layer)
+        assert before is not None, "prune and regrow needs a mask on every layer"
+        kept = before.flatten()
+        sizes = layer.weight.detach().abs().flatten()
+        scores = wanted[layer.name].flatten().float()
+        count = min(round(share * int(kept.sum())), int((~kept).sum()))
+        dropped = smallest(sizes.masked_fill(~kept, math.inf), count)
+        grown = smallest((-scores).masked_fill(kept, math.inf), count)
+        exchanged += count
+        moved = (dropped | grown).reshape(before.shape)
         moved = moved.mT if layer.transposed else moved
         layer.original.masked_fill_(moved, 0.0)
         for value in (optimizer.state.get(layer.original, {}) if optimizer is not None else {}).values():
             if isinstance(value, Tensor) and value.shape == layer.original.shape:
                 value.masked_fill_(moved, 0.0)
-        layer.attach(Mask(after[part].reshape(mask.shape).contiguous()))
-    return count
+        layer.attach(Mask(((kept & ~dropped) | grown).reshape(before.shape)))
+    return exchanged

@@ -122,6 +122,7 @@ class Course:
         steps = [len(part) for part in np.array_split(np.arange(plan.steps), plan.stages)][stage]
         on = plan.portion(self.on, stage, plan.stages)
         before = [self.exchange] if self.masks == "regrow" else []
+        before += [self.lead_adapters] if self.lazy_adapters() else []
         run = fit(
             on,
             steps=steps,
@@ -153,21 +154,59 @@ class Course:
         )
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW without decay unless another is chosen; trained scores have a rate of their own."""
+        """AdamW without decay unless another is chosen; trained scores and lazy adapters have rates of their
+        own.
+        """
+        rate = self.plan.learning_rate
         scores = {
             id(p) for layer in self.layers if (s := selection_of(layer)) is not None for p in s.parameters()
         }
-        own = [p for p in model.parameters() if p.requires_grad and id(p) in scores]
-        for parameter in own:  # so that the optimizer is built on the others
+        lazy = {id(p) for p in self.lazy_adapters()}
+        learning = [p for p in model.parameters() if p.requires_grad]
+        own = [
+            (
+                [p for p in learning if id(p) in scores],
+                getattr(self.plan.masks.options, "learning_rate", rate),
+            ),
+            ([p for p in learning if id(p) in lazy], rate),
+        ]
+        apart = [p for parameters, _ in own for p in parameters]
+        for parameter in apart:  # so that the optimizer is built on the others
             parameter.requires_grad_(False)
-        made = make_optimizer(self.plan.optimizer, self.plan.learning_rate)(model)
-        for parameter in own:
+        made = make_optimizer(self.plan.optimizer, rate)(model)
+        for parameter in apart:
             parameter.requires_grad_(True)
-        if own:
-            first = {key: value for key, value in made.param_groups[0].items() if key != "params"}
-            rate = getattr(self.plan.masks.options, "learning_rate", self.plan.learning_rate)
-            made.add_param_group({**first, "params": own, "lr": rate, "weight_decay": 0.0})
+        first = {key: value for key, value in made.param_groups[0].items() if key != "params"}
+        for parameters, peak in own:
+            if parameters:
+                made.add_param_group({**first, "params": parameters, "lr": peak, "weight_decay": 0.0})
         return made
+
+    def lazy_adapters(self) -> list[nn.Parameter]:
+        """What waits for the last steps of a double-pruned run."""
+        if not self.late:
+            return []
+        return [
+            p
+            for layer in self.layers
+            for change in layer.changes
+            if isinstance(change, side_terms.SideLowRank)
+            for p in change.parameters()
+        ]
+
+    def lead_adapters(self, run: Training) -> None:
+        """Before a step: lazy adapters wait, with nothing in the optimizer, and then learn at a rate that
+        falls from the run's peak to zero over their own steps. The run's own rate has fallen by then.
+        """
+        waiting = self.lazy_adapters()
+        left = side_terms.lazy_share(self.done, self.plan.steps, self.plan.backward.options.lazy)
+        if not left:
+            for parameter in waiting:
+                parameter.grad = None
+        known = {id(p) for p in waiting}
+        for group in run.optimizer.param_groups:
+            if any(id(p) in known for p in group["params"]):
+                group["lr"] = self.plan.learning_rate * left
 
     def loss(self, on: Subject, batch: Batch) -> Tensor:
         plan = self.plan
@@ -223,7 +262,9 @@ class Course:
                 selection.sparsity = cubic(
                     0.0, plan.sparsity, min(round(share * 1000), 700), 700
                 )  # the last three tenths at full sparsity
-        if self.backward is not None and share >= 1 - plan.backward.options.lazy:
+        if self.backward is not None and side_terms.lazy_share(
+            self.done, plan.steps, plan.backward.options.lazy
+        ):
             side_terms.let_in(self.layers)
         if self.done % max(plan.steps // RECORDS, 1) == 0 or self.done == plan.steps:
             self.record()
@@ -295,6 +336,8 @@ class Course:
     def facts(self) -> dict[str, Any]:
         plan = self.plan
         mean = float(np.mean([r["sparsity"] for r in self.records])) if self.records else self.final
+        if self.backward is not None:  # one product of three, dX, sees the zeros of the second mask as well
+            mean += sum(int(gone.sum()) for gone in self.backward.dropped.values()) / self.weights / 3
         found: dict[str, Any] = {
             "sparsity": self.final,
             "steps": self.done,

@@ -135,6 +135,14 @@ def add_low_rank(
         )
 
 
+def lazy_share(done: int, steps: int, lazy: float) -> float:
+    """Share of the lazy adapters' own steps, the last `lazy` of all, that is ahead after `done` of `steps`:
+    1 when they enter, 0 before.
+    """
+    ahead = 1 - done / steps
+    return min(ahead / lazy, 1.0) if 0 < ahead <= lazy + 1e-9 else 0.0
+
+
 def let_in(layers: Sequence[Layer]) -> None:
     """Switch on the lazy adapters."""
     for layer in layers:

@@ -54,6 +54,7 @@ KNOWN_COLUMNS = (
     "epochs",
     "post_bits",
     "qat_fraction",
+    "quantized_share",
     "distance",
 )
 

@@ -135,6 +135,13 @@ SCHEMA: dict[str, Column] = {
     "block_size": Column("elements sharing one scale", "elements"),
     "sparsity": Column("share of zero weights", "", strict=False, high=1.0),
     "qat_fraction": Column("share of tokens in quantization-aware training", "", strict=False, high=1.0),
+    "quantized_share": Column(
+        "share of the parameters in low precision",
+        "",
+        strict=False,
+        high=1.0,
+        other_names=("quantization_ratio", "q_r"),
+    ),
     "experts": Column(
         "experts per routed layer", "experts", other_names=("num_experts", "n_experts", "nume")
     ),

@@ -23,15 +23,36 @@ class Corpus:
     states: Tensor
 
 
+def chain_rules(states: int = 6, tokens: int = 24, rules: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(states, states) chances of the next state, and (states, tokens) of what a state emits."""
+    world = np.random.default_rng(rules)
+    move = 0.85 * np.eye(states)[world.permutation(states)] + 0.15 * world.dirichlet(np.ones(states), states)
+    return move, world.dirichlet(0.35 * np.ones(tokens), states)
+
+
+def exact_loss(sequences: np.ndarray, move: np.ndarray, emit: np.ndarray) -> float:
+    """Nats a token, from the second on, of the best predictor there is: the filter that knows the chain.
+
+    sequences (n, length) of tokens; the first hidden state is uniform.
+    """
+    belief = np.full((len(sequences), len(move)), 1 / len(move))
+    lost = 0.0
+    for t in range(sequences.shape[1]):
+        joint = belief * emit[:, sequences[:, t]].T
+        chance = joint.sum(1, keepdims=True)
+        lost -= float(np.log(chance).sum()) if t else 0.0
+        belief = joint / chance @ move
+    return lost / sequences[:, 1:].size
+
+
 def hidden_markov(
     count: int, length: int = 24, states: int = 6, tokens: int = 24, seed: int = 0, rules: int = 0
 ) -> Corpus:
     """Sequences of a sticky hidden chain whose states emit overlapping sets of tokens;
     `rules` seeds the chain itself.
     """
-    draw, world = np.random.default_rng(seed), np.random.default_rng(rules)
-    move = 0.85 * np.eye(states)[world.permutation(states)] + 0.15 * world.dirichlet(np.ones(states), states)
-    emit = world.dirichlet(0.35 * np.ones(tokens), states)
+    draw = np.random.default_rng(seed)
+    move, emit = chain_rules(states, tokens, rules)
     hidden = np.empty((count, length), dtype=np.int64)
     seen = np.empty_like(hidden)
     hidden[:, 0] = draw.integers(states, size=count)

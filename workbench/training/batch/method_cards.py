@@ -52,6 +52,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="The variance is that of a sample of the batch just used, and a batch never shrinks; the "
+        "coordinate-wise test and AdaGrad's norm variant are left out.",
     ),
     Method(
         "large-batch-accumulation",
@@ -121,6 +123,8 @@ METHODS: list[Method] = [
                 },
             ),
         ),
+        departs="Clean and disturbed examples are normalised apart but share scale and shift, where "
+        "AdvProp keeps norms of their own.",
     ),
     Method(
         "sqrt-rule",

@@ -51,6 +51,7 @@ METHODS: list[Method] = [
             ),
         ),
         subject="bytelm",
+        departs="Without muP: the peak learning rate is that of one model size.",
     ),
     Method(
         "infinite",
@@ -75,6 +76,8 @@ METHODS: list[Method] = [
         340,
         recipe=(("train", {"schedule": "cosine", "schedule.final": 0.1, "warmup": 0.1}),),
         subject="bytelm",
+        departs="Every phase starts with an empty optimizer: the moments that the checkpoint was trained "
+        "with are not carried over.",
     ),
     Method(
         "reference-time",
@@ -86,6 +89,8 @@ METHODS: list[Method] = [
         "gains over an undecayed baseline vanish against one that decays within the budget",
         349,
         recipe=(("optimizer-comparison", {"equal": "time", "optimizers": ["adamw", "lion", "sophia"]}),),
+        departs="Optimizers alone are compared, without layer stacking, selective backpropagation or RHO "
+        "loss, by the time of a step on this machine.",
     ),
     Method(
         "budgeted-decay",
@@ -97,6 +102,8 @@ METHODS: list[Method] = [
         "decaying within the budget beats a constant rate and a schedule too long for it",
         321,
         recipe=(("train", {"schedule": "linear", "warmup": 0.0, "start": "random"}),),
+        departs="The budget is in steps: a schedule over seconds is `TimeBudgetLR` in Python alone, and "
+        "the paper's masked language model is not trained.",
     ),
     Method(
         "step-law",

@@ -27,9 +27,9 @@ from workbench.training.studies.learning_rate_batch_size import ticks
 from workbench.training.sweep.fields import SweptInstrument
 from workbench.training.sweep.objective import Start, TrainingObjective, prepared_folder, swept
 
-#: How often a ladder is extended by two rungs where the best learning rate was at its end:
-#: the rule is everybody's.
-EXTENSIONS = 2
+#: How often a ladder is extended by two rungs where the best learning rate was at its end: until it lies
+#: inside, but for a loss that does not depend on it. The rule is everybody's.
+EXTENSIONS = 8
 
 
 def interval(values: Any, level: float = 0.9) -> tuple[float, float, float]:

@@ -77,6 +77,26 @@ def post_training_precision(options: Options) -> Law:
 
 
 @LAW.add(
+    "mixed-quantization",
+    title="Post-training quantization of a share of the parameters",
+    formula=r"\delta = C \frac{Q_r^{a} Q_b^{b}}{N^{\gamma_N}}",
+    source="Cao et al. 2024 (size and ratio multiply; powers are this project's choice)",
+)
+def mixed_quantization(options: Options) -> Law:
+    return predicts(
+        "C * quantized_share**a * block_size**b / params**gn",
+        (
+            scale("C", "size", (1e-6, 1e6)),
+            exponent("a", "grows with the share that is quantized", (0.2, 3.0)),
+            exponent("b", "grows with the values that share a scale", (0.0, 1.5)),
+            exponent("gn", "falls with parameters", (0.0, 1.5)),
+        ),
+        ("params", "quantized_share", "block_size"),
+        target="loss_increase",
+    )
+
+
+@LAW.add(
     "float-precision",
     title="Floating-point training",
     formula=(
