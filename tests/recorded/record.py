@@ -60,8 +60,8 @@ def write(entries: Mapping[str, dict[str, Any]]) -> None:
 
 
 def machine() -> str:
-    """What decides the last digits of a float: torch, the processor's instructions, the number of threads, and
-    which kernels are chosen for this processor among those, told by what they give.
+    """What decides the last digits of a float: torch, the processor's instructions, the number of threads,
+    and which kernels are chosen for this processor among those, told by what they give.
     """
     return (
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
