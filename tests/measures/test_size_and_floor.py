@@ -93,7 +93,7 @@ def test_the_floor_of_bfloat16_lies_above_that_of_float32():
     half.model.bfloat16().float()
     floors = [floor_of(reference_of(subject)).measures()["kl"] for subject in (whole, half)]
     changed = compare(whole, on("llama", columns, 0.05)).measures()["kl"]
-    assert abs(floors[0]) < 1e-9 < floors[1] < changed / 100
+    assert 10 * abs(floors[0]) < floors[1] < changed / 100  # the first is rounding, of either sign
 
 
 def test_the_floor_is_kept_with_the_subject(tmp_path, monkeypatch):
