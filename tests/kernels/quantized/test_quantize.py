@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.identity.quantization.number_formats import NF4 as PUBLISHED
 from workbench.errors import BadInput
 from workbench.kernels.quantized.hadamard import hadamard, hadamard_matrix, hadamard_quantize
 from workbench.kernels.quantized.kronecker import kronecker, kronecker_quantize
@@ -110,25 +111,7 @@ def test_gradient_passes_inside_and_stops_where_clipped(kind: str, backend: str)
 
 
 def test_nf4_is_the_published_codebook() -> None:
-    published = [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ]
-    assert pytest.approx(published, abs=2e-6) == list(NF4)
+    assert pytest.approx(list(PUBLISHED), abs=2e-6) == list(NF4)
 
 
 def test_random_bits_are_spread_and_a_function_of_the_element() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.identity.quantization.number_formats import NF4 as PUBLISHED
 from workbench.errors import BadInput
 from workbench.quantization.number.elements import Codebook, lloyd_max, normal_float
 from workbench.quantization.number.formats import named
@@ -96,25 +97,7 @@ def test_bounds_and_counts() -> None:
 
 
 def test_normal_float_equals_the_published_codebook() -> None:
-    published = [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ]
-    assert np.abs(np.array(normal_float(4)) - published).max() < 2e-7
+    assert np.abs(np.array(normal_float(4)) - PUBLISHED).max() < 2e-7
 
 
 def test_optimal_quantizers_of_a_gaussian() -> None:
