@@ -190,11 +190,11 @@ class Instrument(Fields):
             return result
         if hasattr(on, "check_finite"):
             on.check_finite()
+            if weight_bytes(on.model) >= LARGE:
+                reclaim()  # what an earlier run has left of its model
         for told in (*self.idle(), *self.asks_beyond(on)):
             notice(told)
         self.check(on)
-        if hasattr(on, "check_finite") and weight_bytes(on.model) >= LARGE:
-            reclaim()  # what an earlier run has left of its model
         room = room_for(self, on, given)
         where = on_disk(cache_folder()) if room.on_disk else contextlib.nullcontext()
         with journal(key, self.about(on), progress, fresh) as kept, where:

@@ -179,7 +179,7 @@ def flexround(draw: Draw) -> tuple[Tensor, Tensor]:
     theirs = (s1 * q, (g * s1 * (q - u * inside)).sum(1), by_divisor, by_divisor.sum(1))
     return (
         joined(*map(torch.from_numpy, theirs)),
-        joined(mine, ours.log_s1.grad, ours.log_S2.grad, ours.log_s3.grad),
+        joined(mine, ours.log_step.grad, ours.log_S2.grad, ours.log_s3.grad),
     )
 
 

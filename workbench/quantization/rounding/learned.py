@@ -93,6 +93,30 @@ class LearnedRounding(nn.Module):
         return straight_through(element.round(fixed), torch.where(inside, units, fixed))
 
 
+class LearnedSteps(LearnedRounding):
+    """A rounding that also learns its grid's scales, s exp(pace log_step); a grid keeps them in the format's
+    precision.
+    """
+
+    pace: ClassVar[float] = 1.0
+
+    def __init__(self, problem: Problem, options: Learned) -> None:
+        super().__init__(problem, options)
+        self.log_step = nn.Parameter(torch.zeros_like(self.base.scale))
+
+    def scale(self) -> Tensor:
+        learned = self.base.scale * (self.pace * self.log_step).exp()
+        return straight_through(stored(learned.detach(), self.base.format), learned)
+
+    def steps(self) -> Tensor:
+        """The scale of each weight's column."""
+        step, _ = replace(self.base, scale=self.scale()).columns(self.problem.weight.shape[1])
+        return step
+
+    def grid(self) -> Grid:
+        return replace(self.base, scale=self.scale().detach())
+
+
 @ROUNDING.add(
     "adaround",
     formula="s clip(floor(W / s) + h(V)), h a stretched sigmoid pushed to 0 or 1",
@@ -156,7 +180,7 @@ class AdaRound(LearnedRounding):
     options=LearnedLowRank,
     traits=("learned", "needs equal steps"),
 )
-class LowRankAdaRound(AdaRound):
+class LowRankAdaRound(LearnedSteps, AdaRound):
     """AdaRound whose logits are moved by a product of two thin matrices, V = V_0 + A_1 A_2
     (Ding et al. 2025, CBQ's LoRA-rounding; rank 5), and whose steps are learned.
 
@@ -165,6 +189,7 @@ class LowRankAdaRound(AdaRound):
     """
 
     homologous: ClassVar[bool] = True
+    pace: ClassVar[float] = 0.02
     options: LearnedLowRank
 
     def learn(self, start: Tensor) -> None:
@@ -176,21 +201,12 @@ class LowRankAdaRound(AdaRound):
             nn.Parameter(drawn),
             nn.Parameter(torch.zeros(rank, columns, device=start.device)),
         )
-        self.log_step = nn.Parameter(torch.zeros_like(self.base.scale))
 
     def logits(self) -> Tensor:
         return self.start + self.A1 @ self.A2
 
-    def scale(self) -> Tensor:
-        learned = self.base.scale * (0.02 * self.log_step).exp()
-        return straight_through(stored(learned.detach(), self.base.format), learned)
-
     def in_steps(self, units: Tensor) -> Tensor:
-        step, _ = replace(self.base, scale=self.scale()).columns(self.problem.weight.shape[1])
-        return (units - self.zero) * step
-
-    def grid(self) -> Grid:
-        return replace(self.base, scale=self.scale().detach())
+        return (units - self.zero) * self.steps()
 
 
 @ROUNDING.add(
@@ -201,7 +217,7 @@ class LowRankAdaRound(AdaRound):
     options=Learned,
     traits=("learned", "needs real scales"),
 )
-class FlexRound(LearnedRounding):
+class FlexRound(LearnedSteps):
     """A learned divisor for every weight: s1 round(W / (s1 S2 s3)) (Lee et al. 2023, eq. 2);
     the grid's own step s1 is learned too.
 
@@ -212,21 +228,13 @@ class FlexRound(LearnedRounding):
 
     def __init__(self, problem: Problem, options: Learned) -> None:
         super().__init__(problem, options)
-        self.log_s1 = nn.Parameter(torch.zeros_like(self.base.scale))
         self.log_S2 = nn.Parameter(torch.zeros_like(problem.weight))
         self.log_s3 = nn.Parameter(torch.zeros(len(problem.weight), 1, device=problem.weight.device))
 
-    def scale(self) -> Tensor:
-        learned = self.base.scale * self.log_s1.exp()
-        return straight_through(stored(learned.detach(), self.base.format), learned)
-
     def soft(self, progress: float) -> Tensor:
-        step, _ = replace(self.base, scale=self.scale()).columns(self.problem.weight.shape[1])
+        step = self.steps()
         units = self.problem.weight / (step * (self.log_S2 + self.log_s3).exp()) + self.zero
         return (self.clipped_units(units) - self.zero) * step
-
-    def grid(self) -> Grid:
-        return replace(self.base, scale=self.scale().detach())
 
 
 @ROUNDING.add(
@@ -302,28 +310,21 @@ class SignRound(LearnedRounding):
     options=Learned,
     traits=("learned", "needs real scales"),
 )
-class AdaQuant(LearnedRounding):
+class AdaQuant(LearnedSteps):
     """The weights themselves and the step move freely: Q_s(W + V)
     (Hubara et al. 2021, eq. 5, with the inputs not quantized).
     """
 
     learning_rate: ClassVar[float] = 1e-2
+    pace: ClassVar[float] = 0.1
 
     def __init__(self, problem: Problem, options: Learned) -> None:
         super().__init__(problem, options)
         self.V = nn.Parameter(torch.zeros_like(problem.weight))  # in steps
-        self.log_step = nn.Parameter(torch.zeros_like(self.base.scale))
-
-    def scale(self) -> Tensor:
-        learned = self.base.scale * (0.1 * self.log_step).exp()
-        return straight_through(stored(learned.detach(), self.base.format), learned)
 
     def soft(self, progress: float) -> Tensor:
-        step, _ = replace(self.base, scale=self.scale()).columns(self.problem.weight.shape[1])
+        step = self.steps()
         return (self.nearest_units(self.problem.weight / step + self.zero + self.V) - self.zero) * step
-
-    def grid(self) -> Grid:
-        return replace(self.base, scale=self.scale().detach())
 
 
 @ROUNDING.add(
