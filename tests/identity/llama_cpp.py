@@ -23,6 +23,7 @@ from tests.identity.pairs import Draw, beside
 from workbench.measures.intervals import quantiles
 from workbench.measures.language import TokenPairs
 from workbench.measures.reference import Answer, Comparison, joined, measured_in, paired, same
+from workbench.storage.identity import PEER
 
 PAIR = Path(__file__).with_name("llama_cpp.npz")
 #: What was run, and the tables that it printed.
@@ -184,7 +185,7 @@ def beside_printed(draw: Draw, *ends: str) -> tuple[Tensor, Tensor]:
 BESIDE = dict(
     peer="llama.cpp",
     version="b4748 c392e50",
-    kind="peer's code",
+    kind=PEER,
     inputs="124 bytes that bytelm and its int4 rounding (a scale a tensor) predict",
 )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.identity.repositories import COMMITS, checked_out
 from workbench.storage import data_folder, replacing
-from workbench.storage.identity import incomplete
+from workbench.storage.identity import FP64, TABLE, incomplete
 
 #: Numbers of each side that a record shows.
 SHOWN = 4
@@ -93,7 +93,7 @@ def installed(pair: Pair) -> str | None:
     """The peer's version; None for a package or a checkout that is not there."""
     if pair.peer in COMMITS and not checked_out(pair.peer):
         return None
-    if pair.version or pair.kind in ("table of a format", "second derivation in fp64"):
+    if pair.version or pair.kind in (TABLE, FP64):
         return pair.version
     try:
         return importlib.metadata.version(pair.peer).split("+")[0]

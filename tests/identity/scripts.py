@@ -6,7 +6,6 @@ import ast
 import importlib
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -47,22 +46,6 @@ def taken(owner: str, file: str, *names: str, until: str = "\f", **given: Any) -
     with uncompiled():
         exec(compile(tree, str(path), "exec"), found)
     return {name: found[name] for name in names}
-
-
-def part_of(package: str, module: str, *inner: str) -> ModuleType:
-    """A module of an installed package, without what the `__init__` of it and of `inner` would import."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations is not None
-    root = Path(next(iter(spec.submodule_search_locations)))
-    for name in ("", *inner):
-        made = ModuleType(f"{package}.{name}" if name else package)
-        made.__path__ = [str(root / name)]
-        sys.modules[made.__name__] = made
-    try:
-        return importlib.import_module(f"{package}.{module}")
-    finally:
-        for known in [name for name in sys.modules if name.split(".")[0] == package]:
-            del sys.modules[known]
 
 
 class Torch:

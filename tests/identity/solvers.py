@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.identity.pairs import Draw, beside
+from workbench.storage.identity import PEER
 
-PEER = "peer's code"
 LAYER = "64 x 128 normal weights, 512 correlated inputs"
 COMPRESSOR = dict(peer="llmcompressor", kind=PEER, inputs=LAYER)
 

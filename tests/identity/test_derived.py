@@ -8,8 +8,9 @@ import pytest
 from torch import Tensor
 
 from tests.identity.pairs import Draw, Pair, every_pair, measured
+from workbench.storage.identity import FP64
 
-DERIVED = [pair for pair in every_pair() if pair.kind == "second derivation in fp64"]
+DERIVED = [pair for pair in every_pair() if pair.kind == FP64]
 
 
 @pytest.mark.parametrize("pair", DERIVED, ids=lambda pair: f"{pair.methods[0]}-{pair.run.__name__}")

@@ -12,14 +12,14 @@ from typing import Any
 from workbench.errors import notice
 from workbench.storage.places import data_folder
 
-AUTHORS, PEER, TABLE, DERIVED = (
+AUTHORS, PEER, TABLE, FP64 = (
     "authors' code",
     "peer's code",
     "table of a format",
     "second derivation in fp64",
 )
 #: Whose numbers ours were held against, the strongest evidence first.
-KINDS = (AUTHORS, PEER, TABLE, DERIVED)
+KINDS = (AUTHORS, PEER, TABLE, FP64)
 #: Those that somebody else wrote.
 OTHERS = KINDS[:3]
 #: Field of a record -> what it holds.

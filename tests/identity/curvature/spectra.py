@@ -22,8 +22,7 @@ from workbench.curvature.estimators.batch_theory import shifted_eigenvalue
 from workbench.curvature.estimators.lanczos import Lockstep
 from workbench.curvature.estimators.quadratic import predicted_change
 from workbench.curvature.operators.curvature_operator import DenseOperator, curvature_operator
-
-PEER, AUTHORS, DERIVED = "peer's code", "authors' code", "second derivation in fp64"
+from workbench.storage.identity import AUTHORS, FP64, PEER
 
 
 def spectrum(draw: Draw, size: int) -> Tensor:
@@ -61,7 +60,7 @@ def slq(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "slq",
     peer="moments of the whole matrix",
-    kind=DERIVED,
+    kind=FP64,
     compared="the first 16 moments of the quadrature of each probe, each over its size",
     inputs="a 60 x 60 symmetric matrix of decaying spectrum, 30 Lanczos steps, 4 normal probes, fp64",
     tolerance=1e-9,
@@ -81,7 +80,7 @@ def slq_moments(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "batch-size-theory",
     peer="Benaych-Georges & Nadakuditi 2011, the transform of a semicircle by quadrature",
-    kind=DERIVED,
+    kind=FP64,
     compared="the shifted eigenvalues and the edge",
     inputs="eigenvalues 0.3 to 30 of 1000 x 1000 noise, batches of 16 to 512 of 2048, V = 400",
     tolerance=1e-10,
@@ -157,7 +156,7 @@ TAYLOR = dict(
 )
 
 
-@beside("quadratic-prediction", peer="the whole gradient and Hessian by torch.func", kind=DERIVED, **TAYLOR)
+@beside("quadratic-prediction", peer="the whole gradient and Hessian by torch.func", kind=FP64, **TAYLOR)
 def quadratic_prediction(draw: Draw) -> tuple[Tensor, Tensor]:
     model, x, y, changes, ours = expanded(draw)
     gradient, hessian = hessian_of(model, x, y)
@@ -216,7 +215,7 @@ def hessian_trace(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "flatness",
     peer="the whole Hessian by torch.func, ranks counted out",
-    kind=DERIVED,
+    kind=FP64,
     compared="the Hessian's trace (probes that span), the checkpoints at one loss, the rank correlations",
     inputs="a 4-8-4 network without biases and 20 examples; 12 runs of falling losses; 12 models, fp64",
     tolerance=1e-9,
@@ -276,7 +275,7 @@ def self_tuning(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "lipschitz-transformer",
     peer="Newhouse et al. 2025, token by token",
-    kind=DERIVED,
+    kind=FP64,
     compared="the logits, and the certificate",
     inputs="2 sequences of 7 tokens, width 8, 2 blocks, normal weights, fp64",
     tolerance=1e-10,

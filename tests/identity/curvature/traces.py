@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tests.identity.pairs import Draw, beside
 from workbench.curvature.estimators import traces
+from workbench.storage.identity import PEER
 
 INPUTS = "a 60 x 60 symmetric matrix of decaying spectrum, fp64, the same probes"
-ABOUT = dict(peer="curvlinops-for-pytorch", kind="peer's code", compared="the estimate", inputs=INPUTS)
+ABOUT = dict(peer="curvlinops-for-pytorch", kind=PEER, compared="the estimate", inputs=INPUTS)
 
 
 def estimated(

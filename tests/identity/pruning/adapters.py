@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.pruning.given import AUTHORS, DERIVED, PEER, flat
+from tests.identity.pruning.given import flat
 from tests.identity.pruning.small_models import llama
 from tests.identity.pruning.sparse_training import LAYER, drawn, linear
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.sparse_training import side_terms
+from workbench.storage.identity import AUTHORS, FP64, PEER
 from workbench.subjects import Layer, LowRank, Mask
 
 
@@ -118,7 +119,7 @@ def sparse_peft(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "dsee",
     peer="planted parts",
-    kind=DERIVED,
+    kind=FP64,
     compared="low-rank part and support of a matrix made of both (ours stops when the rest falls by a "
     "millionth of itself)",
     inputs="a 24 x 32 matrix of rank 3 with 20 entries of size 10, fp64",
@@ -136,7 +137,7 @@ def low_rank_plus_sparse(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "dsee",
     peer="the sum written out",
-    kind=DERIVED,
+    kind=FP64,
     compared="outputs of W M + B A + S2, and the gradients of B, A and S2",
     inputs=LAYER + ", rank 8, 20 entries, fp64",
     tolerance=1e-9,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.pruning.given import AUTHORS, DERIVED, PEER
 from tests.identity.pruning.small_models import mixtral, watched
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.axes import SALIENCY
@@ -20,6 +19,7 @@ from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine.structures import Scored, score
 from workbench.pruning.pattern import Structures
 from workbench.pruning.saliency.expert_routing import routing
+from workbench.storage.identity import AUTHORS, FP64, PEER
 from workbench.subjects.structure.units import discover
 
 
@@ -87,7 +87,7 @@ def atomic_experts(draw: Draw) -> tuple[Tensor, Tensor]:
     "premoe",
     "tcess",
     peer="the definition, token by token",
-    kind=DERIVED,
+    kind=FP64,
     compared="the experts' expected selection scores at the model's two of four, and those counted where "
     "the share of the two is at least 0.6 (ours in float32)",
     inputs="a Mixtral of 2 blocks with 4 experts, 9 examples",
@@ -167,7 +167,7 @@ def selected_logits(draw: Draw) -> tuple[Tensor, Tensor]:
     "slimmoe",
     "taylor2",
     peer="the loss's own gradients, example by example",
-    kind=DERIVED,
+    kind=FP64,
     compared="the order of the neurons of all experts and the cost of removing so many, as shares of all "
     "(ours in float32)",
     inputs="a Mixtral of 2 blocks with 4 experts of 48 neurons, 9 examples",

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.pruning.given import AUTHORS, flat
+from tests.identity.pruning.given import flat
 from tests.identity.pruning.small_models import llama
 from tests.identity.repositories import loaded, source
 from workbench.pruning.axes import SALIENCY
 from workbench.pruning.calibration import Calibration
+from workbench.storage.identity import AUTHORS
 from workbench.subjects.structure.units import discover
 
 HEAD = 128  # written into the authors' code

@@ -16,8 +16,6 @@ from workbench.pruning.axes import SALIENCY
 from workbench.statistics import gradient_factors
 from workbench.subjects import Subject
 
-AUTHORS, PEER, DERIVED = "authors' code", "peer's code", "second derivation in fp64"
-
 
 def flat(parts: Sequence[Tensor]) -> Tensor:
     """All numbers of several tensors, one after the other."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.pruning.given import AUTHORS, doubles, flat, subject_of
+from tests.identity.pruning.given import doubles, flat, subject_of
 from tests.identity.pruning.own_model import FeedForward
 from tests.identity.pruning.sparse_training import block_pruning
 from tests.identity.repositories import source
 from workbench.pruning.sparse_training.block_movement import attach_gates
 from workbench.pruning.sparse_training.trained_masks import Gates, selection_of
+from workbench.storage.identity import AUTHORS
 
 
 @beside(

@@ -13,9 +13,6 @@ from torch.nn import functional as F
 
 from tests.identity.pairs import Draw, beside
 from tests.identity.pruning.given import (
-    AUTHORS,
-    DERIVED,
-    PEER,
     doubles,
     layer_of,
     measured_as,
@@ -26,6 +23,7 @@ from tests.identity.pruning.given import (
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.axes import COMPENSATION, PRUNING_METHOD, SALIENCY, SPARSITY_SCHEDULE
 from workbench.statistics import StackedGradients
+from workbench.storage.identity import AUTHORS, FP64, PEER
 
 # ---- oBERT -------------------------------------------------------------------------------------------------
 BLOCKS = "4 x 100 normal weights, 64 normal gradients, blocks of 50, damp 0.05, fp64"
@@ -161,7 +159,7 @@ def snip(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "obd",
     peer="the loss's own gradients, example by example",
-    kind=DERIVED,
+    kind=FP64,
     compared="w^2 E[g^2] / 2 as a share of the largest (ours from factored gradients in float32)",
     inputs="a network 12-20-16-5 with 40 examples",
     tolerance=1e-6,
@@ -325,7 +323,7 @@ def gradual_obert(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "least-squares",
     peer="LAPACK's least squares on the inputs, row by row",
-    kind=DERIVED,
+    kind=FP64,
     compared="the weights refitted to the dense outputs (ours by conjugate gradients to 1e-6)",
     inputs="16 x 32 normal weights, 60 % gone at random, 256 correlated inputs, damp 0.01",
     tolerance=1e-5,

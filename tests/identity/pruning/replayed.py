@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.pruning.given import AUTHORS, DERIVED, PEER, network, subject_of
+from tests.identity.pruning.given import network, subject_of
 from tests.identity.pruning.own_model import Blocks
 from tests.identity.pruning.small_models import llama
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.sparse_training.train_sparse import TrainSparse
+from workbench.storage.identity import AUTHORS, FP64, PEER
 from workbench.subjects import Subject
 
 LOOP = "AdamW, its cosine and the clipping written out, on the batches of our run"
@@ -132,7 +133,7 @@ def sparse_then_dense(draw: Draw, method: str, again: Again) -> tuple[Tensor, Te
 
 SPARSE = dict(
     peer=LOOP,
-    kind=DERIVED,
+    kind=FP64,
     compared="the weights after 8 sparse steps under our random mask, and after 8 dense ones from there",
     inputs="a network 12-20-16-5 with 40 examples, 75 % masked, fp64",
     tolerance=1e-9,
@@ -165,7 +166,7 @@ def mediswift_of_torch(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "subtuning",
     peer=LOOP,
-    kind=DERIVED,
+    kind=FP64,
     compared="the validation loss of the head alone and of each set of blocks tried, and which are chosen",
     inputs="a network of 3 blocks of width 16 with 60 examples and as many others, fp64",
     seed=2,
@@ -249,7 +250,7 @@ def tuned(draw: Draw) -> tuple[Any, dict[tuple[int, ...], float]]:
 @beside(
     "hft",
     peer="counted by hand",
-    kind=DERIVED,
+    kind=FP64,
     compared="how many matrices of attention and feed-forward, and norms, have moved in each block: half, "
     "the odd one in every other block; and that everything outside the blocks has",
     inputs="a Llama of 3 blocks (4 + 3 matrices and 2 norms each), two steps",

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.pruning.given import AUTHORS, flat, network, scores_of, subject_of
+from tests.identity.pruning.given import flat, network, scores_of, subject_of
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.axes import SPARSITY_SCHEDULE
 from workbench.pruning.sparse_training import side_terms, trained_masks
 from workbench.pruning.sparse_training.axes import MASKS
+from workbench.storage.identity import AUTHORS
 from workbench.subjects import Layer, LowRank, Mask
 
 LAYER = "a 16 x 32 layer and 24 inputs, normal"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.pruning.given import AUTHORS, PEER, doubles, flat
+from tests.identity.pruning.given import doubles, flat
 from tests.identity.pruning.small_models import llama, watched
 from tests.identity.repositories import absent, loaded, part_of, source
 from workbench.pruning.axes import SALIENCY
@@ -20,6 +20,7 @@ from workbench.pruning.calibration import Calibration
 from workbench.pruning.engine import structures
 from workbench.pruning.pattern import Structures
 from workbench.statistics import gradient_factors
+from workbench.storage.identity import AUTHORS, PEER
 from workbench.subjects.structure.units import discover
 
 TOKENS = "a Llama of 3 blocks and 9 examples"

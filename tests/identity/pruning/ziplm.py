@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.pruning.given import AUTHORS, DERIVED, flat
+from tests.identity.pruning.given import flat
 from tests.identity.repositories import absent, loaded, source
 from workbench.pruning.allocation import latency
 from workbench.pruning.axes import Damped
 from workbench.pruning.engine.structures import Scored
 from workbench.pruning.solvers import ziplm as solver
+from workbench.storage.identity import AUTHORS, FP64
 
 
 @beside(
     "ziplm",
     "ziplm-minilm",
     peer="LAPACK's least squares on the inputs, for every unit that is left",
-    kind=DERIVED,
+    kind=FP64,
     compared="the order in which units go, the output error after each, and the weights refitted to the "
     "three that stay longest",
     inputs="10 x 24 normal weights, 8 units of 3 columns, 120 correlated inputs, damp 0.01",
@@ -102,7 +103,7 @@ def darwin(draw: Draw) -> tuple[Tensor, Tensor]:
     "latency",
     "ziplm-minilm",
     peer="every choice tried",
-    kind=DERIVED,
+    kind=FP64,
     compared="the units that each group loses, and their summed relative cost, at the least cost that is "
     "twice as fast by the table",
     inputs="3 groups of 4 heads and 3 of 32 neurons at 9 levels, a table in steps of a 400th of the saving",

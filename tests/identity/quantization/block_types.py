@@ -17,8 +17,8 @@ from tests.identity.quantization.quantizers import on_steps
 from tests.identity.repositories import loaded, source
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
+from workbench.storage.identity import AUTHORS, FP64, PEER, TABLE
 
-AUTHORS, PEER, FP64 = "authors' code", "peer's code", "second derivation in fp64"
 WEIGHTS = "24 x 128 normal weights"
 
 
@@ -91,7 +91,7 @@ def mxfp4_blocks(draw: Draw) -> tuple[Tensor, Tensor]:
     "int",
     "nearest",
     peer="auto-round",
-    kind="authors' code",
+    kind=AUTHORS,
     compared="nearest rounding on 4, 8 and 16 values, the scale's sign towards the longer side",
     inputs=f"{WEIGHTS}, 2, 3 and 4 bits, groups of 32",
     tolerance=1e-6,
@@ -120,7 +120,7 @@ MAX = (
 @beside(
     "quantile",
     peer="Max 1960, table I",
-    kind="table of a format",
+    kind=TABLE,
     compared="the positive values of 4, 8 and 16",
     inputs="2, 3 and 4 bits, to four digits",
     tolerance=5.1e-4,

@@ -16,8 +16,7 @@ from tests.identity.quantization.quantized_training import joined, told
 from tests.identity.quantization.quantized_training_derived import half_to_even, in_16_bits
 from tests.identity.quantization.width_solvers import numbers
 from tests.identity.quantization.widths import NETWORK, Small
-
-FP64 = "second derivation in fp64"
+from workbench.storage.identity import FP64
 
 
 @beside(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tests.identity.pairs import Draw, beside
 from tests.identity.quantization.quantized_training import joined
 from tests.identity.repositories import loaded, source
+from workbench.storage.identity import AUTHORS
 
-AUTHORS = "authors' code"
 LLAMA = "a seeded Llama of 2 blocks, width 32, with norms' scales from 0.7 to 1.3"
 INPUTS = f"{LLAMA}, 8 examples of 24 random tokens"
 

@@ -14,8 +14,8 @@ from tests.identity.pairs import Draw, beside
 from tests.identity.quantization.quantized_training import joined, leaf
 from tests.identity.quantization.quantized_training_derived import half_to_even, in_16_bits
 from tests.identity.repositories import loaded, source
+from workbench.storage.identity import AUTHORS, FP64, PEER
 
-AUTHORS, PEER, FP64 = "authors' code", "peer's code", "second derivation in fp64"
 LAYER = "24 x 64 normal weights, 4 bits"
 ROWS = f"{LAYER}, a scale a row, normal upstream gradients"
 

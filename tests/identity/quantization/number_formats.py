@@ -8,8 +8,8 @@ from torch import Tensor
 from tests.identity.pairs import Draw, beside
 from workbench.quantization.number.formats import named
 from workbench.quantization.number.grid import fit
+from workbench.storage.identity import PEER, TABLE
 
-PEER = "peer's code"
 WEIGHTS = "64 x 128 seeded normal weights"
 
 
@@ -140,7 +140,7 @@ NF4 = (
     "nf",
     "nf4",
     peer="QLoRA, appendix E",
-    kind="table of a format",
+    kind=TABLE,
     compared="the sixteen values",
     inputs="4 bits",
     tolerance=1e-5,

@@ -12,8 +12,7 @@ from torch import Tensor
 from tests.identity.pairs import Draw, beside
 from tests.identity.quantization.quantized_training import joined, leaf
 from tests.identity.repositories import loaded, source
-
-AUTHORS, FP64 = "authors' code", "second derivation in fp64"
+from workbench.storage.identity import AUTHORS, FP64
 
 
 @beside(

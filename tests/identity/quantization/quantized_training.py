@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tests.identity.pairs import Draw, beside
 from tests.identity.repositories import loaded, source
-
-AUTHORS, PEER = "authors' code", "peer's code"
+from workbench.storage.identity import AUTHORS, PEER
 
 
 def told(**options: object) -> Any:

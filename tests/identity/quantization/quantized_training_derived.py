@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.identity.pairs import Draw, beside
 from tests.identity.quantization.quantized_training import joined, leaf, told
+from workbench.storage.identity import FP64
 
-FP64 = "second derivation in fp64"
 DERIVED = dict(kind=FP64, tolerance=1e-9)
 WEIGHTS = "24 x 32 normal weights, normal upstream gradients, fp64"
 

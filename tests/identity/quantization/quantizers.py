@@ -15,8 +15,7 @@ from tests.identity.quantization.learned_roundings import problem_of, rounding
 from tests.identity.quantization.quantized_training import joined
 from tests.identity.quantization.quantized_training_derived import half_to_even
 from tests.identity.repositories import loaded, source
-
-AUTHORS, PEER, FP64 = "authors' code", "peer's code", "second derivation in fp64"
+from workbench.storage.identity import AUTHORS, FP64, PEER
 
 
 def on_steps(weight: Tensor, group: int, step: float, levels: int) -> Tensor:

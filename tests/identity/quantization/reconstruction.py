@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tests.identity.pairs import Draw, beside
 from tests.identity.quantization.learned_roundings import problem_of
 from tests.identity.quantization.quantized_training import joined
+from workbench.storage.identity import FP64
 
-FP64 = "second derivation in fp64"
 BLOCK = "two blocks of a 12 x 12 layer with a bias, other weights than the dense ones, 10 tokens, fp64"
 
 

@@ -14,8 +14,7 @@ from tests.identity.quantization.learned_roundings import problem_of
 from tests.identity.quantization.quantized_training import joined
 from tests.identity.quantization.quantized_training_derived import in_16_bits
 from tests.identity.repositories import loaded, source
-
-AUTHORS, PEER, FP64 = "authors' code", "peer's code", "second derivation in fp64"
+from workbench.storage.identity import AUTHORS, FP64
 
 
 @beside(

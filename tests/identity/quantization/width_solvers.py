@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.identity.pairs import Draw, beside
-
-FP64 = "second derivation in fp64"
+from workbench.storage.identity import FP64, PEER
 
 
 def numbers(found: Any) -> Tensor:
@@ -91,7 +90,7 @@ def log_variance(draw: Draw) -> tuple[Tensor, Tensor]:
     "integer-program",
     "curvature-allocation",
     peer="nvidia-modelopt",
-    kind="peer's code",
+    kind=PEER,
     compared="the cost of the widths that its integer program chooses at three budgets",
     inputs="six layers of 32 to 512 weights, four widths, costs that fall fourfold a bit with noise",
     tolerance=1e-9,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tests.identity.pairs import Draw, beside
 from tests.identity.quantization.quantized_training import joined
 from tests.identity.quantization.width_solvers import budgets, cheapest, numbers
+from workbench.storage.identity import FP64
 
-FP64 = "second derivation in fp64"
 NETWORK = "a network 6-5-4-3 with tanh, 12 examples that it tells right, fp64; two changes a layer"
 DERIVED = dict(kind=FP64, inputs=NETWORK, tolerance=1e-9)
 SIZES, EXAMPLES, SEED = (6, 5, 4, 3), 12, 7

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 import workbench
 from tests.identity.pairs import Draw, beside
-from tests.identity.repositories import source
-from tests.identity.scripts import Torch, loaded, part_of, taken
+from tests.identity.repositories import part_of, source
+from tests.identity.scripts import Torch, loaded, taken
 from tests.identity.training.layer_optimizers import network
+from workbench.storage.identity import AUTHORS, FP64, PEER
 from workbench.subjects import Subject
 from workbench.training.batch.batch_size import NormTest, gradient_variance, log_slope, noise_scale
 from workbench.training.data_order import take
@@ -23,7 +24,6 @@ from workbench.training.loop import fit
 from workbench.training.losses import TRAINING_LOSS
 from workbench.training.models.model_change import MODEL_CHANGE
 
-PEER, AUTHORS, DERIVED = "peer's code", "authors' code", "second derivation in fp64"
 PLAIN: dict[str, Any] = dict(schedule="constant", warmup=0.0, clip=None, weight_decay=0.0)
 
 
@@ -78,7 +78,7 @@ def standardised(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
 )
 def weight_standardization(draw: Draw) -> tuple[Tensor, Tensor]:
     """Its package imports torchvision, so its `__init__` is passed by."""
-    theirs = part_of("timm", "layers.std_conv", "layers").StdConv2d
+    theirs = part_of("timm", "timm.layers.std_conv", ("timm", "timm.layers")).StdConv2d
     weight, x, ours = standardised(draw)
     conv = theirs(32, 64, 1, eps=1e-10).double()
     conv.weight.data = weight[:, :, None, None].clone()
@@ -175,7 +175,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 @beside(
     "large-batch-accumulation",
     peer="the gradient of the whole batch in closed form",
-    kind=DERIVED,
+    kind=FP64,
     compared="the weights",
     inputs="5 steps of momentum, 16 sequences of 6 tokens in micro-batches of 3, a fifth of them no target",
     tolerance=1e-12,
@@ -240,7 +240,7 @@ def accumulated(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "concurrent-adversary",
     peer="Liu et al. 2022, the gradients of a softmax regression in closed form",
-    kind=DERIVED,
+    kind=FP64,
     compared="the weights, adversaries by sign and by length, of weights none, one and two steps old",
     inputs="6 steps of momentum, batches of 10 of 50 examples of 8 normal numbers, epsilon 0.05",
     tolerance=1e-12,

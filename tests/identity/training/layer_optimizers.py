@@ -18,12 +18,12 @@ from tests.identity.pairs import Draw, beside
 from tests.identity.repositories import source
 from tests.identity.scripts import loaded, taken
 from tests.identity.training.optimizers import INPUTS, LR, SHAPES, STEPS
+from workbench.storage.identity import AUTHORS, FP64
 from workbench.training.optimizer.mkor import rank_one_inverse
 from workbench.training.optimizer.optimizers import make_optimizer
 
-AUTHORS, DERIVED = "authors' code", "second derivation in fp64"
 DECAY = 0.1
-SUMS = dict(kind=DERIVED, compared="the weights", inputs=INPUTS, tolerance=1e-12)
+SUMS = dict(kind=FP64, compared="the weights", inputs=INPUTS, tolerance=1e-12)
 Derive = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -177,7 +177,7 @@ def network(draw: Draw, *widths: int) -> nn.Sequential:
 @beside(
     "mkor",
     peer="Mozaffari et al. 2023, algorithm 1 with dense inverses",
-    kind=DERIVED,
+    kind=FP64,
     compared="the weights",
     inputs="25 steps of momentum on a 6-8-3 network and squared errors, the stabiliser at work",
     tolerance=1e-10,

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tests.identity.pairs import Draw, beside
-from tests.identity.repositories import source
-from tests.identity.scripts import Torch, loaded, part_of, taken, uncompiled
+from tests.identity.repositories import part_of, source
+from tests.identity.scripts import Torch, loaded, taken, uncompiled
 from tests.identity.training.optimizers import INPUTS, LR, Make, stepped
+from workbench.storage.identity import AUTHORS, PEER
 from workbench.training.optimizer.optimizers import make_optimizer
 
-PEER, AUTHORS = "peer's code", "authors' code"
 WEIGHTS = dict(compared="the weights", inputs=INPUTS, tolerance=1e-9)
 SQUARE = ((12, 12), (9, 9), (7,))
 
@@ -191,7 +191,7 @@ def adafactor(draw: Draw) -> tuple[Tensor, Tensor]:
 
 @beside("adamw", peer="timm", kind=PEER, **WEIGHTS)
 def adamw(draw: Draw) -> tuple[Tensor, Tensor]:
-    theirs = part_of("timm", "optim.adamw", "optim").AdamWLegacy
+    theirs = part_of("timm", "timm.optim.adamw", ("timm", "timm.optim")).AdamWLegacy
     return stepped(
         draw,
         lambda ws: theirs(ws, lr=LR, betas=(0.9, 0.95), weight_decay=0.1),
@@ -202,5 +202,5 @@ def adamw(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside("sgd", peer="timm", kind=PEER, **WEIGHTS)
 def sgd(draw: Draw) -> tuple[Tensor, Tensor]:
     """Without decay, which theirs takes off the weights and the entry adds to the gradient."""
-    theirs = part_of("timm", "optim.sgdw", "optim").SGDW
+    theirs = part_of("timm", "timm.optim.sgdw", ("timm", "timm.optim")).SGDW
     return stepped(draw, lambda ws: theirs(ws, lr=LR, momentum=0.9, weight_decay=0.0), registered("sgd"))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tests.identity.pairs import Draw, beside
+from workbench.storage.identity import AUTHORS, PEER
 
-PEER = "peer's code"
 LR, DECAY, STEPS = 0.05, 0.1, 10
 SHAPES = ((12, 20), (20, 9))
 INPUTS = "10 steps of two normal matrices (12 x 20, 20 x 9) on seeded normal gradients, fp64"
@@ -171,7 +171,7 @@ def newton_schulz(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "galore",
     peer="galore-torch",
-    kind="authors' code",
+    kind=AUTHORS,
     compared="the weights, rank 4, a new subspace every 3 steps",
     inputs="10 steps of two normal matrices (12 x 20, 20 x 9) on seeded normal gradients",
     tolerance=1e-5,

@@ -17,10 +17,10 @@ from torch.optim import SGD, Optimizer
 from tests.identity.pairs import Draw, beside
 from tests.identity.repositories import source
 from tests.identity.scripts import loaded, taken
+from workbench.storage.identity import AUTHORS, FP64, PEER
 from workbench.training.schedule.schedules import profile, sampled
 from workbench.training.schedule.time_budget import TimeBudgetLR
 
-PEER, AUTHORS, DERIVED = "peer's code", "authors' code", "second derivation in fp64"
 STEPS, WARM, PEAK = 400, 40, 0.1
 RATES = dict(kind=PEER, compared="the learning rate of every step", tolerance=1e-12)
 WARMED = "400 steps, 40 of them warm-up (theirs read one step later: its step 0 runs at zero)"
@@ -239,7 +239,7 @@ def infinite(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "infinite",
     peer="Singh et al. 2025, the exponential annealing",
-    kind=DERIVED,
+    kind=FP64,
     compared="the learning rates of the annealing",
     inputs="400 steps: the logarithm of the rate falls evenly from 0.3 to 0.01 of the peak",
     tolerance=1e-12,
@@ -253,7 +253,7 @@ def annealed(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "uba",
     peer="Tang et al. 2025, the odds of a rate",
-    kind=DERIVED,
+    kind=FP64,
     compared="the learning rate of every step but the first",
     inputs="400 steps at phi 0.5, 2 and 5: eta / (peak - eta) = 2 / phi cot(pi p / 2)^2",
     tolerance=1e-12,
@@ -269,7 +269,7 @@ def uba(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "one-cycle",
     peer="Smith & Topin 2019, two half cosines",
-    kind=DERIVED,
+    kind=FP64,
     compared="the learning rate of every step",
     inputs="400 steps, 0.3 of them rising",
     tolerance=1e-12,
@@ -286,7 +286,7 @@ def one_cycle(draw: Draw) -> tuple[Tensor, Tensor]:
 @beside(
     "reference-time",
     peer="Kaddour et al. 2023, the clock of a reference machine read step by step",
-    kind=DERIVED,
+    kind=FP64,
     compared="the reference time of each optimizer's run, and the rates of a cosine by that clock",
     inputs="AdamW, Lion and Sophia at 2, 1.6 and 3.2 seconds a step, 512 steps of the first; 100 uneven ones",
     tolerance=1e-9,
