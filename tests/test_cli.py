@@ -173,6 +173,55 @@ def test_what_a_result_replaces_is_said_before_it_is_computed(cache, tmp_path, c
     assert "holds a result of trace, which this run's result will replace" in capsys.readouterr().err
 
 
+STEEP = """
+import torch, workbench
+from workbench.subjects import Subject
+from workbench.subjects.tasks import CustomLoss
+def steep():
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, 0.5)
+    data = {"inputs": torch.ones(512, 1)}
+    loss = CustomLoss(lambda output, batch: output.square().exp().mean())
+    return Subject("steep", module, loss, {"train": data})
+"""
+
+
+def test_what_diverges_or_has_no_noise_is_told_in_words(cache, tmp_path, capsys, recwarn):
+    """Fault 45: numbers that are none stand beside the word that says why, and no NaN is a fact."""
+    (tmp_path / "steep.py").write_text(STEEP)
+    source = ["--subject", f"{tmp_path / 'steep.py'}:steep"]
+    options = ["--learning-rate", "100", "--optimizer", "sgd", "--schedule", "constant", "--steps", "20"]
+    assert main(["run", "train", *source, *options]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "steps 2" in first and "diverged True" in first and "nan" not in first.lower()
+    assert main(["run", "gradient-noise", *source]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "noise scale 0," in first and "nan" not in first.lower()
+    assert not [w for w in recwarn if "divide" in str(w.message)]
+
+
+def test_a_study_whose_every_run_fails_is_an_error(cache, tmp_path, capsys):
+    """Fault 52, the whole command: a result on nothing is an error, in the words of what failed."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    source = ["--subject", f"{tmp_path / 'failing.py'}:failing", "--examples", "64"]
+    grid = ["--learning-rate-points", "3", "--batch-sizes", "8", "--start", "weights", "--workers", "1"]
+    assert main(["run", "learning-rate-batch-size", *source, *grid]) != 0
+    told = capsys.readouterr()
+    assert "no trial finished" in told.err and "out of luck" in told.err
+
+
+FAILING = """
+import torch
+from workbench.subjects import Subject
+from workbench.subjects.tasks import CustomLoss
+def refuse(output, batch):
+    raise RuntimeError("out of luck")
+def failing():
+    splits = {name: {"inputs": torch.ones(64, 1)} for name in ("train", "validation")}
+    return Subject("failing", torch.nn.Linear(1, 1), CustomLoss(refuse), splits)
+"""
+
+
 def test_help_lists_the_fields(capsys):
     assert main(["run", "quantize", "--help"]) == 0
     text = capsys.readouterr().out

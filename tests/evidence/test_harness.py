@@ -45,3 +45,13 @@ def test_stored_claims_are_judged_by_their_intervals(record, claims):
         assert claim["holds"] is below(low, high, claim.get("margin", 0.0))
     if len(claims) == len(record["claims"]):
         assert record["holds"] is together(c["holds"] for c in claims)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((data_folder() / "evidence" / "scaling").glob("*.json")), ids=lambda f: f.stem
+)
+def test_no_verdict_stands_on_a_fit_that_has_not_converged(file):
+    """Kind: evidence that holds, or does not, by what the product itself does not believe."""
+    record = json.loads(file.read_text())
+    if "NOT converged" in record.get("certificate", ""):
+        assert verdict(record) == "cannot be shown here"

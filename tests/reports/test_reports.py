@@ -14,6 +14,7 @@ import yaml
 
 from tests.notebook import write
 from workbench import BadInput, progress, reports
+from workbench.cli import main
 
 DECLARED = """\
 subject: str = "digits # not a comment"  # what to measure
@@ -45,6 +46,15 @@ def text_of(notebook: Path) -> str:
         for o in c.get("outputs", [])
         if o.output_type == "stream"
     )
+
+
+@pytest.mark.parametrize("text", ["0.*,1.*", pytest.param('["0.*", "1.*"]', marks=pytest.mark.long)])
+def test_lists_of_a_report_are_written_with_or_without_brackets(
+    book: Path, tmp_path: Path, text: str
+) -> None:
+    """Fault 32, through the command: two globs, not one text that is spelled out by its letters."""
+    assert main(["report", str(book), "--layers", text, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads(text_of(tmp_path / "out" / book.name))[4] == ["0.*", "1.*"]
 
 
 def test_declarations_are_read_with_types_defaults_and_help(book: Path) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 import workbench
 from tests.subjects.test_checkpoints import letters
@@ -76,6 +77,37 @@ def test_the_order_of_classes_is_matched_by_meaning(labels, classifier, tmp_path
     assert texts == dict(zip(map(tuple, other["input_ids"].tolist()), other["labels"].tolist(), strict=True))
     if not isinstance(labels[0], str) or labels[0].strip().isdigit():
         assert "labels: 0 is POSITIVE, 1 is NEGATIVE" in on.data_note  # shown
+
+
+@pytest.mark.parametrize("labels", [["negative", "positive"], [1, 0]])
+def test_the_order_of_classes_of_images_is_matched_by_meaning(labels, tmp_path):
+    """Kind 6: a picture that is black is NEGATIVE, in whatever order the column has its words."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        image_size=8,
+        patch_size=4,
+        id2label={0: "POSITIVE", 1: "NEGATIVE"},
+        label2id={"POSITIVE": 0, "NEGATIVE": 1},
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8})
+    processor.save_pretrained(tmp_path / "vit")
+    files = []
+    for i in range(20):
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.new("RGB", (8, 8), (255 * (i % 2),) * 3).save(files[-1])
+    pd.DataFrame({"image": files, "label": labels * 10}).to_csv(tmp_path / "t.csv", index=False)
+    on = workbench.subject(
+        tmp_path / "vit", data=tmp_path / "t.csv", image_column="image", label_column="label"
+    )
+    assert on.labels == ["POSITIVE", "NEGATIVE"]
+    for split in on.splits.values():
+        dark = split["pixel_values"].flatten(1).mean(1) < 0
+        assert torch.equal(split["labels"], dark.long())
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,16 @@ def strip_of(on: Subject, changed: Subject, examples: int) -> go.Figure | Said:
     return drawn(lambda: asked.between(on, changed, TextProgress()).figure())
 
 
+def budget_and_strip(
+    on: Subject, run: Instrument, budget_examples: int, strip_examples: int
+) -> tuple[go.Figure | Said, go.Figure | Said]:
+    """Where the model that a run gives departs from the dense one, by part and by token. The model itself is
+    let go.
+    """
+    changed = changed_by(on, run)
+    return budget_of(on, changed, budget_examples), strip_of(on, changed, strip_examples)
+
+
 def drawn(make: Any) -> Any:
     """The figure; what refuses a task says so in its place."""
     try:

@@ -13,10 +13,13 @@ from workbench.scaling.fitting import fit
 from workbench.scaling.formulas.lawbook import law
 from workbench.scaling.runs import OWN_SWEEP, Runs
 
+CLAIMED = 0.02  # relative error of a prediction
+
 
 def measure_held_out(name: str, progress: Progress) -> dict[str, Any]:
     """Fit the law to the project's small runs (lowest loss per size and token count)
-    and predict the held-out larger one.
+    and predict the held-out larger one. Its gate: the fit has converged, and another seed moves a loss
+    by less than the claim allows.
     """
     runs = Runs.open(OWN_SWEEP).table
     held = runs[runs.role == "held out"]
@@ -37,8 +40,10 @@ def measure_held_out(name: str, progress: Progress) -> dict[str, Any]:
     ]
     seeds = seeds[seeds.learning_rate == runs[runs.role == "seed"].learning_rate.iloc[0]]
     multiple = float(held.flops.max() / small.flops.max())
+    spread = float(seeds.loss.std() / seeds.loss.mean())
+    passed = found.certificate.converged and 1.96 * spread < CLAIMED
     return {
-        "holds": bool(error.max() < 0.02),
+        "holds": bool(error.max() < CLAIMED),
         "held_out_error": float(error.max()),
         "power_in_compute_error": float(baseline_error.max()),
         "predicted": predicted.tolist(),
@@ -46,13 +51,14 @@ def measure_held_out(name: str, progress: Progress) -> dict[str, Any]:
         "compute_multiple": multiple,
         "fitted_runs": len(small),
         "fit_rmse": found.rmse,
-        "seed_spread": float(seeds.loss.std() / seeds.loss.mean()),
+        "seed_spread": spread,
         "parameters": found.params,
         "certificate": found.certificate.text,
+        "gate": {"converged": found.certificate.converged, "seeds": 1.96 * spread, "passed": passed},
         "note": f"held-out run at {multiple:.2g} x the compute predicted within {100 * error.max():.1f} % (a "
         "power law in compute alone: "
         f"{100 * baseline_error.max():.1f} %; the same run with another seed differs by "
-        f"{100 * seeds.loss.std() / seeds.loss.mean():.1f} %)",
+        f"{100 * spread:.1f} %)" + ("" if found.certificate.converged else f"; {found.certificate.text}"),
     }
 
 

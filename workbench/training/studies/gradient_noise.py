@@ -54,11 +54,13 @@ class GradientNoise(SubjectInstrument):
         batches = np.unique(np.round(np.geomspace(1, max(4 * min(found.simple, 1e6), 64), 60)).astype(int))
         # eq. 2.11 and 2.12 of the source: steps 1 + B_noise / B over the least,
         # examples 1 + B / B_noise over the least
+        with np.errstate(divide="ignore"):  # gradients without noise: every batch above one is for nothing
+            over = 1 + batches / np.float64(found.simple)
         table = pd.DataFrame(
             {
                 "batch_size": batches,
                 "steps_over_least": 1 + found.simple / batches,
-                "examples_over_least": 1 + batches / found.simple,
+                "examples_over_least": over,
             }
         )
         return self.result(table, facts, arrays={"gram": gram})
