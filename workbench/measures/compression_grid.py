@@ -26,6 +26,7 @@ class RunGrid:
     combined : [sparsity, bits] of prune, then quantize
     gradients : of the Fisher;  curvature_layers : whose Hessian's spectrum is drawn
     curvature_examples, predict_examples : of the spectrum, and of the predicted loss changes; 0 for none
+    curvature_batch : examples of the spectrum in memory at a time
     budget_examples : of the error budget
     jobs : worker processes, each of which holds the model; 0 for one per core
     """
@@ -40,6 +41,7 @@ class RunGrid:
     gradients: int
     curvature_layers: str
     curvature_examples: int
+    curvature_batch: int
     predict_examples: int
     budget_examples: int
     jobs: int
@@ -82,6 +84,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> RunGrid:
             gradients=128,
             curvature_layers=layers,
             curvature_examples=16,
+            curvature_batch=8,
             predict_examples=16,
             budget_examples=48,
             jobs=0,
@@ -99,6 +102,7 @@ def grid_for(on: Subject, layers: str = "blocks", **chosen: Any) -> RunGrid:
             gradients=128,
             curvature_layers=f"{last}.*",
             curvature_examples=4,
+            curvature_batch=1,  # the probabilities of a text's words take more than the block
             predict_examples=0,
             budget_examples=8,
             jobs=1,  # its products are large enough for all threads, and nobody else holds the model

@@ -33,6 +33,7 @@ from workbench.curvature.operators.weights import (
 )
 from workbench.errors import BadInput, NotFinite
 from workbench.progress import Progress
+from workbench.storage.resident import let_go
 from workbench.subjects import Batch, Subject, bake
 
 GRAPH_MEMORY = (
@@ -257,6 +258,7 @@ class CurvatureOperator:
         made = self._built(batch, draws)
         if number < self._room:
             self._kept[number] = made
+            let_go(self.subject.model.parameters())  # a kept graph asks again for few of them
         return made
 
     def _weighed(self, batch: Batch, draws: Tensor | None) -> Graph:
@@ -266,6 +268,7 @@ class CurvatureOperator:
         with weighed(self.subject.model, self._held) as size:
             made = self._built(batch, draws)
         self._room = GRAPH_MEMORY // max(size[0], 1)
+        let_go(self.subject.model.parameters())
         return made
 
     def keeps_all_graphs(self) -> bool:
