@@ -50,8 +50,9 @@ class ItemDistances:
                 a.spoken and not a.plain for a in self.answers
             )  # of the model, which will be changed
             if 4 * items * width <= disk * 1e6 or own_code:
-                self._keep(items, width)
-            self.own = [self.costs(index, answer) for index, answer in enumerate(self.answers)]
+                self.own = self._keep(items, width)
+            else:
+                self.own = [self.costs(index, answer) for index, answer in enumerate(self.answers)]
         elif self.kind == "output":
             spoken = torch.cat([a.known() for a in self.answers]).double()
             self.spread = max(float(spoken.var(0, correction=0).mean()), np.finfo(float).tiny)
@@ -80,14 +81,7 @@ class ItemDistances:
         step = chunk_length(answer.outputs)
         for first in range(0, len(answer.rows), step):
             part = slice(first, first + step)
-            chances = self.chances(index, part)
-            product = self.logits(answer, part).log_softmax(-1).mul_(chances)
-            kept = product.sum(-1)
-            if (
-                not kept.isfinite().all()
-            ):  # a word that neither can say has chance 0 and ln 0, and adds nothing
-                kept = torch.where(chances == 0, 0.0, product).sum(-1)
-            found.append(-kept.double())
+            found.append(cross_entropy(self.chances(index, part), self.logits(answer, part)))
             self.let_go()
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.double)
 
@@ -103,8 +97,10 @@ class ItemDistances:
         return values if self.kind == "language" else values.double()
 
     @torch.no_grad()
-    def _keep(self, items: int, width: int) -> None:
-        """Write all probabilities to a file without a name, which goes when nobody reads it any more."""
+    def _keep(self, items: int, width: int) -> list[Tensor]:
+        """Write all probabilities to a file without a name, which goes when nobody reads it any more; what
+        `costs` says of the dense model itself.
+        """
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         dtype = self.logits(self.answers[0], slice(1)).dtype
@@ -113,18 +109,33 @@ class ItemDistances:
             self.file = mmap.mmap(file.fileno(), 0)
         held = torch.frombuffer(self.file, dtype=dtype, count=items * width).view(items, width)
         parts = list(held.split([len(a.rows) for a in self.answers]))
-        step = chunk_length(width)
+        step, own = chunk_length(width), []
         for index, kept in enumerate(parts):
+            costs = [torch.zeros(0, dtype=torch.double)]
             for first in range(0, len(kept), step):
                 part = slice(first, first + step)
-                kept[part] = self.chances(index, part).cpu()
+                logits = self.logits(self.answers[index], part)
+                chances = logits.softmax(-1)
+                costs.append(cross_entropy(chances, logits))
+                kept[part] = chances.cpu()
                 self.let_go()
+            own.append(torch.cat([each.to(costs[-1].device) for each in costs]))
         self.known = parts
+        return own
 
     def let_go(self) -> None:
         """Pages of the file that were read stay with the system, which may need their place, not with us."""
         if self.file is not None and hasattr(mmap, "MADV_DONTNEED"):
             self.file.madvise(mmap.MADV_DONTNEED)
+
+
+def cross_entropy(chances: Tensor, logits: Tensor) -> Tensor:
+    """(n,) -sum_v p_v ln q_v of probabilities p and logits of q, both (n, outputs), in double."""
+    product = logits.log_softmax(-1).mul_(chances)
+    kept = product.sum(-1)
+    if not kept.isfinite().all():  # a word that neither can say has chance 0 and ln 0, and adds nothing
+        kept = torch.where(chances == 0, 0.0, product).sum(-1)
+    return -kept.double()
 
 
 @torch.no_grad()
