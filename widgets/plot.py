@@ -26,10 +26,12 @@ import traitlets
 from plotly.io import to_json
 from plotly.offline import get_plotlyjs
 
+import workbench.figures
 from widgets.whole import Whole
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _HERE = Path(__file__).parent
+_SELECTION = Path(workbench.figures.__file__).with_name("selection.js")
 
 
 @functools.cache
@@ -91,12 +93,12 @@ def _spec(figure: go.Figure | None) -> dict[str, Any]:
 class PlotView(Whole, anywidget.AnyWidget):
     """A live view of one Plotly figure; assign `figure` to change it.
 
-    figure : what is drawn. alt : text for screen readers (default: the figure's title). clicked : the last
-        point clicked, {"trace", "point", "x", "y"} or None. Set the figure in the constructor when there is
-        one: the first state a page receives is then complete.
+    figure : what is drawn. alt : text for screen readers (default: what the figure says of itself, else its
+        title). clicked : the last point clicked, {"trace", "point", "x", "y", "layer"} or None. Set the
+        figure in the constructor when there is one: the first state a page receives is then complete.
     """
 
-    _esm = (_HERE / "plot.js").read_text(encoding="utf-8")
+    _esm = _SELECTION.read_text(encoding="utf-8") + (_HERE / "plot.js").read_text(encoding="utf-8")
     _css = (_HERE / "workbench.css").read_text(encoding="utf-8")
     spec = traitlets.Dict().tag(sync=True, to_json=packed)
     revision = traitlets.Int(0).tag(sync=True)

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, create_model
 
 from workbench.errors import BadInput
 from workbench.storage import cache_folder, damage, replacing
@@ -252,3 +252,10 @@ def card_line(row: pd.Series[Any]) -> str:
 
 def format_fact(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def choices(name: str, **fields: tuple[str, ...]) -> type[BaseModel]:
+    """A pydantic model with one choice a field, the first being the default:
+    the view settings of a result.
+    """
+    return create_model(name, **{k: (Literal[v], Field(v[0], description=k)) for k, v in fields.items()})  # type: ignore[call-overload]

@@ -298,7 +298,7 @@ def frontier(table: pd.DataFrame, dense: Card, title: str) -> go.Figure:
         if value[i] > max((value[j] for j in order if size[j] <= size[i] and j != i), default=-np.inf)
     ]
     line(fig, size[best], table[dense.score][best], "best for its size", index=6, mode="lines")
-    points(fig, [dense.bytes / 1e6], [dense.value], "dense", index=5)
+    points(fig, [dense.bytes / 1e6], [dense.value], "dense", index=6)
     return fig
 
 

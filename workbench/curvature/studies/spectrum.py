@@ -191,7 +191,10 @@ class SpectrumResult(Result):
                 Literal["density", "layers"],
                 parameter("density", "the density, or every layer's mean eigenvalue"),
             ),
-            "axis": (Literal["linear", "signed log"], parameter("linear", "scale of the eigenvalue axis")),
+            "axis": (
+                Literal["linear", "signed log"],
+                parameter("signed log", "scale of the eigenvalue axis"),
+            ),
         }
         if names:
             fields["layer"] = (Literal[("whole", *names)], parameter("whole", "whose spectrum"))
@@ -222,12 +225,11 @@ class SpectrumResult(Result):
         if layer != "whole" and layer in self.layer_names():
             table = self.tables["layer_density"]
             return density_figure(
-                table[table["layer"] == layer], f"Spectrum of {layer}", view.get("axis", "linear")
+                table[table["layer"] == layer], f"Spectrum of {layer}", view.get("axis", "signed log")
             )
         fields = self.instrument.model_dump()
-        title = f"{LABEL[fields['operator']]} spectrum, {fields['layers']}" + (
-            " (running)" if self.partial else ""
-        )
+        so_far = " (so far)" if self.partial else ""
+        title = f"{LABEL[fields['operator']]} spectrum, {fields['layers']}{so_far}"
         marks: list[tuple[float, str]] = []
         batch = view.get("batch")
         if batch and batch < self.facts.get("items", 0):
@@ -235,7 +237,7 @@ class SpectrumResult(Result):
         return density_figure(
             self.table,
             title,
-            view.get("axis", "linear"),
+            view.get("axis", "signed log"),
             self.tables.get("outliers"),
             (self.facts["bulk_low"], self.facts["bulk_high"]) if "bulk_low" in self.facts else None,
             marks,

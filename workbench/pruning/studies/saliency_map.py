@@ -291,20 +291,18 @@ class SaliencyMapResult(Result):
         return copy.evaluate(split, limit=limit, progress=progress)
 
     def figure(self, **view: Any) -> go.Figure:
-        from workbench.figures import color, figure, heat, line
+        from workbench.figures import by_layer, color, figure, heat, line, rule
 
         shown = SaliencyView(**view)
         percent = f"{100 * shown.sparsity:.0f} % sparsity"
         if shown.show == "density":
-            fig = figure(f"What each method keeps at {percent}", x="layer", y="share kept", barmode="group")
-            for index, method in enumerate(self.methods):
-                fig.add_bar(
-                    x=self.table.layer,
-                    y=self.densities(method, shown.sparsity),
-                    name=method,
-                    marker_color=color(index),
-                )
-            return fig
+            return by_layer(
+                f"What each method keeps at {percent}",
+                self.table.layer.to_list(),
+                {method: self.densities(method, shown.sparsity) for method in self.methods},
+                "share kept",
+                between=(0, 1),
+            )
         tables = self.tables
         if shown.show == "heads":
             fig = figure(
@@ -333,7 +331,7 @@ class SaliencyMapResult(Result):
             for method in self.methods:
                 curve = tables["curves"].query("method == @method")
                 line(fig, curve.sparsity, np.maximum(curve.predicted_change, 1e-12), method, mode="lines")
-            fig.add_vline(x=shown.sparsity, line_dash="dot")
+            rule(fig, percent, x=shown.sparsity)
             return fig
         grid = np.eye(len(self.methods))
         near = min(GRID, key=lambda s: abs(s - shown.sparsity))

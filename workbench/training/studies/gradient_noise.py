@@ -77,6 +77,9 @@ class NoiseResult(Result):
             axis.update(dtick="D2", exponentformat="none")
         line(fig, self.table.batch_size, self.table.steps_over_least, "optimizer steps", mode="lines")
         line(fig, self.table.batch_size, self.table.examples_over_least, "examples", mode="lines")
-        if np.isfinite(self.facts["noise_scale"]):
-            rule(fig, f"noise scale {self.facts['noise_scale']:.3g}", x=self.facts["noise_scale"])
+        scale, low, high = (self.facts[f"noise_scale{end}"] for end in ("", "_low", "_high"))
+        if np.isfinite(scale) and low > 0 and np.isfinite(high):
+            rule(fig, f"noise scale {scale:.3g} ({low:.3g} to {high:.3g})", x=scale)
+        else:
+            fig.update_layout(title_text="The noise scale is not known: its interval has no end")
         return fig

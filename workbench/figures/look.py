@@ -46,7 +46,7 @@ _AXIS = dict(
     tickcolor="rgba(128,128,128,0.6)",
     title=dict(standoff=8),
     exponentformat="power",
-    minorloglabels="complete",
+    minorloglabels="small digits",
 )
 
 
@@ -287,7 +287,7 @@ def heat(
 def table_figure(table: pd.DataFrame, title: str) -> go.Figure:
     """The default picture of a tidy table: its first numeric column across, every other one as a curve.
 
-    A table whose first column is text (layer names, methods) becomes grouped bars over it. Instruments that
+    A table whose first column is text (layer names, methods) becomes grouped bars beside it. Instruments that
     know what their numbers mean override `Result.figure` instead.
     """
     numeric = [
@@ -303,8 +303,10 @@ def table_figure(table: pd.DataFrame, title: str) -> go.Figure:
         for name in numeric[1:]:
             line(fig, table[first], table[name], name)
         return fig
-    fig = figure(title, x=first, y=numeric[0] if len(numeric) == 1 else "value", barmode="group")
     labels = table[first].astype(str) if first not in numeric else table.index.astype(str)
+    height = 150 + len(table) * (9 + 11 * len(numeric))
+    fig = figure(title, numeric[0] if len(numeric) == 1 else "value", first, barmode="group", height=height)
     for index, name in enumerate(numeric):
-        fig.add_bar(x=labels, y=table[name], name=name, marker_color=color(index))
+        fig.add_bar(y=labels, x=table[name], orientation="h", name=name, marker_color=color(index))
+    fig.update_yaxes(type="category", autorange="reversed", tickvals=labels)
     return fig
