@@ -136,12 +136,24 @@ async function render({ model, el }) {
     model.save_changes();
   }
 
+  // The figure as a picture, dark on white: what is kept of it in the notebook's file.
+  async function picture(message) {
+    if (!message.picture || !Plotly || empty()) return;
+    const spec = unpacked(model.get("spec"));
+    const layout = { ...spec.layout, font: { color: "#222" }, paper_bgcolor: "#fff", plot_bgcolor: "#fff" };
+    const height = layout.height ?? layout.template?.layout?.height ?? 400;
+    const url = await Plotly.toImage({ data: spec.data, layout }, { format: "png", width: 900, height });
+    model.send({ picture: url });
+  }
+
   model.on("change:spec", redraw);
+  model.on("msg:custom", picture);
   return () => {
     gone = true;
     theme.disconnect();
     size.disconnect();
     model.off("change:spec", redraw);
+    model.off("msg:custom", picture);
     layerFigures.shown.delete(holder);
     if (Plotly) Plotly.purge(holder);
   };

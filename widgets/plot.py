@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -113,6 +114,19 @@ class PlotView(Whole, anywidget.AnyWidget):
 
     def __init__(self, figure: go.Figure | None = None, alt: str = "", **traits: Any) -> None:
         super().__init__(spec=_spec(figure), alt=alt, **traits)
+        self._told: Callable[[str], None] | None = None
+        self.on_msg(self._pictured)
+
+    def ask_picture(self, told: Callable[[str], None]) -> None:
+        """`told(png)` with the figure as the page draws it next, in base64; never called without a page."""
+        self._told = told
+        self.send({"picture": True})
+
+    def _pictured(self, _: Any, message: Any, buffers: Any) -> None:
+        picture = str(message.get("picture", "")) if isinstance(message, dict) else ""
+        told, self._told = self._told, None
+        if told is not None and picture.startswith("data:image/png;base64,"):
+            told(picture.partition(",")[2])
 
     @property
     def figure(self) -> go.Figure:

@@ -51,7 +51,7 @@ class Latency(SubjectInstrument):
         16, "tokens that a causal language model goes on by, timed; 0: none", ge=0, le=4096, unit="tokens"
     )
     layers: str = parameter("blocks", "layers timed alone: blocks or globs")
-    split: str = parameter("test", "split the batch comes from")
+    split: str = parameter("test", "split the batch comes from", group="Data")
 
     @classmethod
     def result_class(cls) -> type[Result]:

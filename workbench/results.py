@@ -83,6 +83,10 @@ class Result:
         note = " (partial: stopped early)" if self.partial else ""
         return f"{self.instrument.name()}{note}: {shown}"
 
+    def leading(self) -> pd.DataFrame:
+        """The rows that a reader wants first, where the table itself is what a figure draws."""
+        return self.table
+
     def calibration(self) -> list[str]:
         """A line for each row of the calibration card."""
         found = self.tables.get("calibration")
@@ -92,10 +96,13 @@ class Result:
         return self.summary()
 
     def _repr_html_(self) -> str:
-        rows = self.table.head(60).to_html(
-            index=False, border=0, float_format=lambda v: f"{v:.5g}", escape=True
+        rows = (
+            self.leading()
+            .head(60)
+            .to_html(index=False, border=0, float_format=lambda v: f"{v:.5g}", escape=True)
         )
-        more = f"<p>{len(self.table) - 60} more rows</p>" if len(self.table) > 60 else ""
+        left = len(self.leading()) - 60
+        more = f"<p>{left} more rows</p>" if left > 0 else ""
         cards = "".join(f"<p>{html.escape(line)}</p>" for line in self.calibration())
         return f"<p>{html.escape(self.summary())}</p>{rows}{more}{cards}"
 

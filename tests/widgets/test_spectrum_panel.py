@@ -70,6 +70,7 @@ def test_run_click_overlay_and_batch(cache: Path) -> None:
 def test_what_is_asked_during_a_run_comes_next(cache: Path) -> None:
     dense = mlp(torch.float32)
     panel = SpectrumPanel(dense, others={"pruned": pruned(dense)}, probes=2, steps=10, batch_size=6)
+    assert panel.job.wait(PATIENCE)
     panel.other.value = "pruned"
     assert "press Run first" in panel.job.note.value and panel.other.value == "nothing"
 

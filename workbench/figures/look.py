@@ -15,7 +15,7 @@ blindness; magnitudes use cividis (Nuñez, Anderton and Renslow, 2018).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,27 @@ def color(index: int, alpha: float | None = None) -> str:
         return value
     red, green, blue = (int(value[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha:g})"
+
+
+#: Methods that stand in several figures of a report, by the look that they have in each.
+LOOKS = {
+    "magnitude": 0,
+    "wanda": 1,
+    "obert": 2,
+    "round to nearest": 3,
+    "gptq": 4,
+    "obert, then gptq": 5,
+    "sparsegpt": 9,
+    "obd": 10,
+    "obert-greedy": 8,
+    "sparsegpt, then gptq": 12,
+}
+
+
+def looks(names: Iterable[str]) -> dict[str, int | None]:
+    """The look of each method: its own where all have one, else the next of the figure (None)."""
+    found = {name: LOOKS.get(name.lower()) for name in names}
+    return found if None not in found.values() else dict.fromkeys(found)
 
 
 def figure(title: str, x: str = "", y: str = "", **layout: Any) -> go.Figure:

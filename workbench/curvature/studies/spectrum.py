@@ -40,9 +40,10 @@ class Spectrum(CurvatureInstrument):
         gt=0,
         le=0.5,
         scale="log",
+        group="Numerics",
     )
     reorthogonalise: Literal["auto", "full", "none"] = parameter(
-        "auto", "keep all Krylov vectors orthogonal (auto: when they fit in 2 GiB)"
+        "auto", "keep all Krylov vectors orthogonal (auto: when they fit in 2 GiB)", group="Numerics"
     )
     per_layer: bool = parameter(False, "also the spectrum of every layer's own block, in the same passes")
 
@@ -211,6 +212,13 @@ class SpectrumResult(Result):
                 ),
             )
         return create_model("SpectrumView", **fields)
+
+    def leading(self) -> pd.DataFrame:
+        """The resolved eigenvalues, the largest first, not the density's grid."""
+        found = self.tables.get("outliers")
+        if found is None or not len(found):
+            return self.table
+        return found.reindex(found["eigenvalue"].abs().sort_values(ascending=False).index)
 
     def layer_names(self) -> list[str]:
         table = self.tables.get("layer_density")

@@ -201,14 +201,18 @@ class LayerSensitivity(SubjectInstrument):
         [4], "widths to try (integer format; any other format ignores them)", min_length=1, unit="bits"
     )
     granularity: Literal["auto", "tensor", "channel", "group"] = parameter("auto", "what shares a scale")
-    group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
-    range: Literal["auto", "minmax", "mse", "mean"] = parameter("auto", "how scales are found")
-    rounding: Choice = ROUNDING.choice("nearest")
+    group_size: int = parameter(
+        64, "weights of a group", ge=1, le=4096, scale="log", unit="weights", group="Rounding"
+    )
+    range: Literal["auto", "minmax", "mse", "mean"] = parameter(
+        "auto", "how scales are found", group="Rounding"
+    )
+    rounding: Choice = ROUNDING.choice("nearest", group="Rounding")
     calibration_examples: int = parameter(
-        64, "calibration examples of the inputs' second moments", ge=1, unit="examples"
+        64, "calibration examples of the inputs' second moments", ge=1, unit="examples", group="Data"
     )
     predict_examples: int = parameter(
-        32, "calibration examples of prediction and measurement", ge=1, unit="examples"
+        32, "calibration examples of prediction and measurement", ge=1, unit="examples", group="Data"
     )
     measure: bool = parameter(True, "measure each layer's loss change as well")
 

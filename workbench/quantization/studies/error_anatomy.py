@@ -140,12 +140,16 @@ class ErrorAnatomy(Quantize):
     changes_model: ClassVar[bool] = False
     summary_line: ClassVar[str] = ""
 
-    calibration_examples: int = parameter(64, "calibration examples", ge=1, unit="examples")
+    calibration_examples: int = parameter(64, "calibration examples", ge=1, unit="examples", group="Data")
     predict_examples: int = parameter(
-        16, "calibration examples of the loss changes (0: none)", ge=0, unit="examples"
+        16, "calibration examples of the loss changes (0: none)", ge=0, unit="examples", group="Data"
     )
     test_examples: int = parameter(
-        0, "test examples of the whole quantized model at most (0: no test)", ge=0, unit="examples"
+        0,
+        "test examples of the whole quantized model at most (0: no test)",
+        ge=0,
+        unit="examples",
+        group="Data",
     )
 
     @classmethod

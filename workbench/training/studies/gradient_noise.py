@@ -23,7 +23,7 @@ class GradientNoise(SubjectInstrument):
 
     summary_line = "gradient noise scale with interval: the batch size up to which larger batches pay"
 
-    split: str = parameter("train", "data split", min_length=1)
+    split: str = parameter("train", "data split", min_length=1, group="Data")
     groups: int = parameter(24, "independent batches whose gradients are compared", ge=4, le=4096)
     size: int = parameter(16, "examples of each batch", ge=1, le=4096)
     level: float = parameter(0.9, "probability content of the interval", gt=0.5, lt=1)
