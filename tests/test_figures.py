@@ -102,8 +102,8 @@ def test_the_default_figure_of_a_table() -> None:
     )
     assert (
         [t.type for t in bars.data] == ["bar"]
-        and list(bars.data[0].x) == ["a", "b"]
-        and list(bars.data[0].y) == [1.0, 2.0]
+        and list(bars.data[0].y) == ["a", "b"]
+        and list(bars.data[0].x) == [1.0, 2.0]
     )
     curve = figures.table_figure(pd.DataFrame({"step": [1, 2], "loss": [3.0, 2.0]}), "T")
     assert (

@@ -20,7 +20,7 @@ import pytest
 import widgets
 import workbench
 from tests.notebook import write
-from widgets.choices import ChoiceControl
+from widgets.settings.choices import ChoiceControl
 from workbench.axis import AXES, axis_of
 from workbench.cli import main
 from workbench.families import PLUGINS, load_plugins, module_name

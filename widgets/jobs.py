@@ -20,11 +20,11 @@ import ipywidgets
 
 from widgets.whole import Whole
 from workbench.errors import BadInput
-from workbench.progress import Progress
+from workbench.progress import Pace, Progress
 from workbench.results import Result
 
 #: Seconds between two updates of the bar or of a live figure; every message costs the page a redraw.
-SHOW_EVERY, PREVIEW_EVERY = 0.1, 0.4
+SHOW_EVERY, PREVIEW_EVERY, SAY_EVERY = 0.1, 0.4, 1.0
 
 
 class Note(ipywidgets.HTML):
@@ -75,19 +75,23 @@ class WidgetProgress(Progress):
         self, bar: ipywidgets.IntProgress, note: Note, preview: Callable[[Result], None] | None = None
     ) -> None:
         super().__init__()
-        self._bar, self._note, self._preview = bar, note, preview
-        self._shown = self._previewed = 0.0
+        self._bar, self._note, self._preview, self._pace = bar, note, preview, Pace()
+        self._shown = self._previewed = self._said = 0.0
+        self._label = ""
 
     def show(self, label: str, done: int, total: int | None) -> None:
-        now = time.monotonic()
+        now, left = time.monotonic(), self._pace.left(label, done, total)
         if now - self._shown < SHOW_EVERY and done != total:
             return
         self._shown = now
         with self._bar.hold_sync():
             self._bar.max = total or max(done, 1)
             self._bar.value = done
+        if now - self._said < SAY_EVERY and done != total and label == self._label:
+            return  # what is read out changes at most once a second
+        self._said, self._label = now, label
         asked = " (stopping)" if self.stop.is_set() else ""
-        self._note.say(f"{label} {done} of {total}{asked}" if total else f"{label} {done}{asked}")
+        self._note.say(f"{label} {done}{f' of {total}' if total else ''}{left}{asked}")
 
     def preview(self, result: Result) -> None:
         now = time.monotonic()
@@ -114,7 +118,7 @@ class Job(Whole, ipywidgets.HBox):
         self._thread: threading.Thread | None = None
         self._progress: WidgetProgress | None = None
         self._lock = threading.Lock()  # between the work's last act and a request that arrives meanwhile
-        self._going = False
+        self._going = self._aside = False
         self._waiting: Callable[[], None] | None = None
         self.run = ipywidgets.Button(
             description="Run", button_style="primary", tooltip="Run with these settings"
@@ -136,16 +140,24 @@ class Job(Whole, ipywidgets.HBox):
     def running(self) -> bool:
         return self._going
 
-    def start(self) -> None:
-        """Begin in a thread; does nothing while one is running."""
+    def start(self, work: Callable[[Progress], Any] | None = None, begins: str = "starting") -> None:
+        """Begin in a thread; does nothing while one is running.
+
+        work : instead of the job's own, which comes next when it is asked for meanwhile; when it returns None
+            there is nothing to show
+        begins : what is said until the work says more
+        """
         with self._lock:
             if self._going:
+                if self._aside and work is None:
+                    self._waiting = self.start
                 return
-            self._going = True
+            self._going, self._aside = True, work is not None
             self._busy(True)
         self._progress = WidgetProgress(self.bar, self.note, self._preview)
-        self.note.say("starting")
-        self._thread = threading.Thread(target=self._go, args=(self._progress,), daemon=True)
+        self.note.say(begins)
+        task = (self._progress, work or self._work)
+        self._thread = threading.Thread(target=self._go, args=task, daemon=True)
         self._thread.start()
 
     def after(self, call: Callable[[], None]) -> bool:
@@ -187,13 +199,18 @@ class Job(Whole, ipywidgets.HBox):
         """Do the work here and now, in this thread (headless)."""
         self._finished(self._work(progress))
 
-    def _go(self, progress: WidgetProgress) -> None:
+    def _go(self, progress: WidgetProgress, work: Callable[[Progress], Any]) -> None:
         began = time.monotonic()
         try:
-            value = self._work(progress)
+            value = work(progress)
             if self.comm is None:  # closed meanwhile
                 return
+            if value is None and self._aside:
+                self.note.say("ready")
+                return
             self._finished(value)
+            if work is not self._work:
+                return
             how = "stopped, kept what was there" if progress.partial else "done"
             self.note.say(f"{how} after {time.monotonic() - began:.1f} s")
         except Exception as error:

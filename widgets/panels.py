@@ -15,11 +15,10 @@ view. In a headless report the same cell runs at once and shows the result.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import html
-import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,23 @@ import ipywidgets
 
 import workbench
 import workbench.reports
-from widgets.compare import can_overlay, differences, facts_html, overlay, settings_apart
-from widgets.controls import Controls, help_html
+from widgets.compare import Comparison, can_overlay, differences, facts_html, on_shared_axes, overlay
 from widgets.jobs import Job, Note, guarded
+from widgets.keeping import Kept
 from widgets.plot import PlotView
 from widgets.sending import Report, check_known_elsewhere, source_of
+from widgets.settings.controls import Controls, help_html
+from widgets.settings.parameters import read_parameters, settings_html, what_decides
+from widgets.toolbar import Tools, code_of, named
 from widgets.whole import Whole, take_down
+from workbench.commands.as_typed import command_of
 from workbench.errors import BadInput
 from workbench.instruments import Instrument
-from workbench.names import find
 from workbench.progress import Progress, TextProgress
 from workbench.results import Result
-from workbench.values import read_file
 
+QUICK = 0.2  # seconds that a check may take to be asked after every change
 KEPT = 12  # earlier results of a panel that can be compared with
-KNOWN = ("instrument", "subject", "settings", "view", "fingerprint")
 
 
 class Panel(Whole, ipywidgets.VBox):
@@ -89,20 +90,29 @@ class Panel(Whole, ipywidgets.VBox):
         self.plot, self.beside = PlotView(), PlotView()
         plots = ipywidgets.Box([self.plot, self.beside])
         plots.add_class("wb-views")
-        self._make_comparison()
+        self.comparison = Comparison(guarded(self.job.note, self._draw))
+        self.beside.layout.display = "none"
         self._make_report_row()
+        texts = {
+            "code": lambda: code_of(self.instrument, self.on),
+            "command": lambda: command_of(self.instrument, named(self.on)),
+        }
+        self.tools = Tools(self.kind, self.controls, self.job.note, texts, lambda: self.result)
+        self._kept: Kept | None = None
+        self._patient = True
         self.job.add_class("wb-section")
         super().__init__(
             [
                 ipywidgets.HTML(self._title()),
                 self.controls,
-                ipywidgets.HTML(help_html(self.controls.fields)),
                 self.job,
                 self.view_box,
                 plots,
                 self.summary,
                 self.comparison,
+                self.tools,
                 self.report_row,
+                ipywidgets.HTML(help_html(self.controls.fields)),
             ]
         )
         self.children[0].add_class("wb-title")
@@ -110,6 +120,10 @@ class Panel(Whole, ipywidgets.VBox):
         self.add_class(f"wb-panel-{self.kind.name()}")
         if os.environ.get("WORKBENCH_HEADLESS"):
             self.job.now(TextProgress())
+        elif not isinstance(on, str):
+            self._offer_names()
+            if self.kind.cached:
+                self.job.start(self._stored, "looking for a stored result of these settings")
 
     # ---- settings ------------------------------------------------------------------------------------------
     @property
@@ -152,16 +166,62 @@ class Panel(Whole, ipywidgets.VBox):
         if self.job.running:
             return
         try:
-            _ = self.instrument
+            instrument = self.instrument
+            self._check(instrument)
         except BadInput as error:
             self.job.note.complain(error)
-        else:
-            self.job.note.say("ready")
+            self.controls.mark(str(error).split(":")[0].split(".")[0])
+            self._outdated(True)
+            return
+        self.controls.mark()
+        old = self.result is not None and instrument != self.result.instrument
+        self._outdated(old)
+        idle = "; ".join(instrument.idle())
+        state = "settings changed since the run shown: press Run" if old else "ready"
+        self.job.note.say(f"{state} ({idle})" if idle else state)
+
+    def _check(self, instrument: Instrument) -> None:
+        """What can be seen to fail on the subject; asked after every change while the answer is quick."""
+        if isinstance(self.on, str) or not self._patient:
+            return
+        began = time.monotonic()
+        instrument.check(self.on)
+        self._patient = time.monotonic() - began < QUICK
+
+    def _outdated(self, old: bool) -> None:
+        """Dim what is shown when it is not of the settings above it."""
+        for widget in (self.plot, self.beside, self.summary):
+            (widget.add_class if old else widget.remove_class)("wb-outdated")
+        self.tools.back.disabled = not old
+
+    def _offer_names(self) -> None:
+        """The subject's own layers and splits, in the fields that ask for them."""
+        if not hasattr(self.on, "splits"):
+            return
+        splits = list(self.on.splits)
+        layers = ["blocks", "all", *(layer.name for layer in self.on.layers("*"))]
+        fields = self.controls.fields
+        self.controls.suggest({name: splits for name in fields if name == "split" or name.endswith("_split")})
+        self.controls.suggest({"layers": layers})
 
     # ---- running -------------------------------------------------------------------------------------------
     def _work(self, progress: Progress) -> Result:
         instrument = self.instrument
-        return instrument.run(self.opened(progress), progress=progress)
+        if isinstance(self.on, str):
+            self.job.note.say(f"opening {Path(self.on).name}")
+            self.opened(progress)
+            self._offer_names()
+            self.job.note.say("starting")
+        return instrument.run(self.on, progress=progress)
+
+    def _stored(self, progress: Progress) -> Result | None:
+        """The result that these settings have in the cache, if they have one."""
+        instrument = self.instrument
+        if not instrument.stored(self.on):
+            return None
+        result = instrument.run(self.on, progress=progress)
+        self.job.note.say(f"stored result of {str(result.provenance.get('date', ''))[:16].replace('T', ' ')}")
+        return result
 
     def _preview(self, result: Result) -> None:
         self.plot.figure = result.figure(**self._valid_view(result))
@@ -177,6 +237,15 @@ class Panel(Whole, ipywidgets.VBox):
         self._show_view_controls(result)
         self._offer_comparisons()
         self._draw()
+        self._outdated(self._changed_meanwhile(result))
+        if self._kept is not None:
+            self._kept.keep(self.plot, self._facts_kept(), self.result.summary() if self.result else "")
+
+    def _changed_meanwhile(self, result: Result) -> bool:
+        try:
+            return self.instrument != result.instrument
+        except BadInput:
+            return True
 
     # ---- the figure ----------------------------------------------------------------------------------------
     def _show_view_controls(self, result: Result) -> None:
@@ -229,62 +298,25 @@ class Panel(Whole, ipywidgets.VBox):
             name, earlier = other
             table = differences(result, earlier, name)
             drawn = earlier.figure(**self._valid_view(earlier))
-            if self.how.value == "over it" and can_overlay(figure, drawn):
+            if self.comparison.how.value == "over it" and can_overlay(figure, drawn):
                 figure = overlay(figure, drawn, name)
             else:
                 second = drawn
                 second.update_layout(title_text=f"{name}: {drawn.layout.title.text or ''}")
+                on_shared_axes(figure, second)
         self.plot.figure = figure
         if second is not None or self.beside.spec["data"]:
             self.beside.figure = second
         self.beside.layout.display = "" if second is not None else "none"
-        if self.table.value != table:
-            self.table.value = table
-
-    # ---- comparison ----------------------------------------------------------------------------------------
-    def _make_comparison(self) -> None:
-        style = {"description_width": "initial"}
-        self.compare = ipywidgets.Dropdown(
-            description="Compare with", options=[("nothing", 0)], value=0, style=style
-        )
-        self.how = ipywidgets.Dropdown(
-            description="drawn",
-            options=["over it", "side by side"],
-            value="over it",
-            style=style,
-            layout=ipywidgets.Layout(width="12rem"),
-        )
-        self.table = ipywidgets.HTML()
-        row = ipywidgets.HBox([self.compare, self.how], layout=ipywidgets.Layout(flex_flow="row wrap"))
-        self.comparison = ipywidgets.VBox([row, self.table], layout=ipywidgets.Layout(display="none"))
-        self.comparison.add_class("wb-section")
-        self.beside.layout.display = "none"
-        for picker in (self.compare, self.how):
-            picker.observe(guarded(self.job.note, lambda _: None if self._quiet else self._draw()), "value")
+        self.comparison.say(table)
 
     def _offer_comparisons(self) -> None:
         earlier = {self._runs - back: result for back, result in enumerate(reversed(self.results))}
         del earlier[self._runs]
-        self.comparison.layout.display = "" if earlier else "none"
-        chosen = self.compare.value
-        self._quiet = True
-        self.compare.options = [
-            ("nothing", 0),
-            *((self._label(number, result), number) for number, result in earlier.items()),
-        ]
-        self.compare.value = chosen if chosen in earlier else 0
-        self._quiet = False
-
-    def _label(self, number: int, result: Result) -> str:
-        """run 2 (sparsity 0.7): the settings that set it apart from the run shown."""
-        apart = [
-            f"{name.replace('_', ' ')} {then}"
-            for name, then, _ in settings_apart(result.instrument, self.results[-1].instrument)
-        ]
-        return f"run {number} ({', '.join(apart[:3]) or 'same settings'})"
+        self.comparison.offer(earlier, self.results[-1])
 
     def _compared(self) -> tuple[str, Result] | None:
-        number = self.compare.value
+        number = self.comparison.pick.value
         return (f"run {number}", self.results[number - self._runs - 1]) if number else None
 
     # ---- report --------------------------------------------------------------------------------------------
@@ -365,6 +397,28 @@ class Panel(Whole, ipywidgets.VBox):
             f"{html.escape(Path(self._name).name)}</h3><p>{html.escape(' '.join(about.split()))}</p>"
         )
 
+    def _ipython_display_(self) -> None:
+        """The live panel, and below it what stays in the saved notebook."""
+        from IPython.display import display
+
+        if os.environ.get("WORKBENCH_HEADLESS"):
+            display(self._repr_mimebundle_(), raw=True)
+            return
+        bundle = super()._repr_mimebundle_()
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
+        display(data, raw=True, metadata=metadata)
+        self._kept = Kept()
+        self.add_class("wb-kept-below")
+        if self.result is not None:
+            self._kept.keep(self.plot, self._facts_kept(), self.result.summary())
+
+    def _facts_kept(self) -> str:
+        """Facts with the settings, the table and the next step, as HTML that needs no style sheet."""
+        if self.result is None:
+            return self._title() + settings_html(self.controls.values)
+        code = html.escape(code_of(self.result.instrument, self._name))  # type: ignore[arg-type]
+        return f"{self._title()}{self.result._repr_html_()}<p>Again:</p><pre>{code}</pre>"
+
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Any]]:
         """The live view, and beside it what other viewers, reports and the exporter show:
         figure, summary and table.
@@ -373,62 +427,10 @@ class Panel(Whole, ipywidgets.VBox):
         twin["text/html"] = (
             self.result._repr_html_()
             if self.result is not None
-            else self._title() + _settings_html(self.controls.values)
+            else self._title() + settings_html(self.controls.values)
         )
         if os.environ.get("WORKBENCH_HEADLESS"):
             return twin
         bundle = super()._repr_mimebundle_(**options)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
         return {**data, **twin}, metadata
-
-
-def read_parameters(
-    source: str | os.PathLike[str] | Mapping[str, Any],
-) -> tuple[Instrument, Any, Mapping[str, Any] | None]:
-    """Instrument, what it works on and the view, from a YAML or JSON file or a mapping."""
-    if isinstance(source, Mapping):
-        given = dict(source)
-    else:
-        given = read_file(source)
-    if not isinstance(given, dict) or "instrument" not in given or "subject" not in given:
-        raise BadInput(
-            f"parameters: expected a mapping with instrument and subject (keys: {', '.join(KNOWN)})"
-        )
-    unknown = [key for key in given if key not in KNOWN]
-    if unknown:
-        raise BadInput(f"{unknown[0]}: unknown parameter of a panel (parameters: {', '.join(KNOWN)})")
-    kind = find(given["instrument"])
-    on: Any = given["subject"]
-    if given.get("fingerprint"):
-        on = workbench.reports.reopen(kind, on, given["fingerprint"])
-    return as_chosen(kind(**(given.get("settings") or {}))), on, given.get("view")
-
-
-def what_decides(instrument: Instrument) -> dict[str, Any]:
-    """The fields that were given, from which the others follow; all that matter, where some came under names
-    of one release ago and are not among the given.
-    """
-    given = instrument.given()
-    return given if type(instrument)(**given) == instrument else as_chosen(instrument).given()
-
-
-def as_chosen(instrument: Instrument) -> Instrument:
-    """The same instrument with only those fields given that decide the others: settings that a report wrote
-    hold every field, those that a method fills in among them.
-    """
-    kind = type(instrument)
-    given = {name: getattr(instrument, name) for name in kind.model_fields}
-    for name in kind.model_fields:
-        rest = {key: value for key, value in given.items() if key != name}
-        with contextlib.suppress(BadInput):
-            if kind(**rest) == instrument:
-                given = rest
-    return kind(**given)
-
-
-def _settings_html(values: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th scope='row'>{html.escape(k)}</th><td>{html.escape(json.dumps(v))}</td></tr>"
-        for k, v in values.items()
-    )
-    return f"<table><tbody>{rows}</tbody></table>"

@@ -47,7 +47,8 @@ async function render({ model, el }) {
   el.classList.add("wb-plot");
   const holder = document.createElement("div");
   holder.className = "wb-plot-figure";
-  holder.setAttribute("role", "img");
+  holder.setAttribute("role", "group"); // not img: what is in an image cannot be reached
+  holder.setAttribute("aria-roledescription", "figure");
   holder.textContent = "loading the plot…";
   const said = document.createElement("pre"); // what the last clicked point says (trace.meta.clicked)
   said.className = "wb-plot-picked";
@@ -56,7 +57,7 @@ async function render({ model, el }) {
   el.append(holder, said);
 
   let Plotly = null, gone = false, drawing = false;
-  let listening = false;
+  let listening = false, shapes = [];
   let outdated = true, resized = false; // what is left to do; Plotly must not be called while it draws
   const empty = () => model.get("spec").data.length === 0;
 
@@ -85,12 +86,21 @@ async function render({ model, el }) {
     const began = performance.now();
     const revision = model.get("revision"), spec = unpacked(model.get("spec"));
     const title = spec.layout?.title?.text || "figure";
-    holder.setAttribute("aria-label", (model.get("alt") || title).replace(/<[^>]+>/g, " "));
+    holder.setAttribute("aria-label", (model.get("alt") || spec.layout?.meta?.alt || title).replace(/<[^>]+>/g, " "));
     await Plotly.react(holder, spec.data, themed(spec.layout || {}, el), CONFIG);
+    shapes = spec.layout?.shapes || [];
+    const layered = spec.data.some((trace) => trace.meta?.layers);
+    holder.tabIndex = layered ? 0 : -1;
     said.hidden = !spec.data.some((trace) => trace.meta?.clicked);
-    if (el.dataset.revision !== String(revision)) said.textContent = "Click a point, bar or word: what it says stays here.";
-    if (!listening) holder.on("plotly_click", clicked); // `on` is there once Plotly has drawn
+    if (el.dataset.revision !== String(revision)) said.textContent = layered
+      ? "Click a layer, or walk with the arrow keys: what it says stays here."
+      : "Click a point, bar or word: what it says stays here.";
+    if (!listening) {
+      holder.on("plotly_click", clicked); // `on` is there once Plotly has drawn
+      walkLayers(Plotly, holder, () => shapes, (cell) => { said.textContent = cell.said; }, chosen);
+    }
     listening = true;
+    if (layered && layerFigures.selected) await markLayer(Plotly, holder, shapes);
     el.dataset.milliseconds = (performance.now() - began).toFixed(1);
     el.dataset.revision = revision;
   }
@@ -113,17 +123,38 @@ async function render({ model, el }) {
 
   function clicked(event) {
     const point = event.points[0];
-    said.textContent = point.data.meta?.clicked?.[point.pointNumber] ?? said.textContent;
-    model.set("clicked", { trace: point.curveNumber, point: point.pointNumber ?? null, x: point.x, y: point.y });
+    said.textContent = saidOf(point.data, point.pointNumber) ?? said.textContent;
+    const layer = [point.pointNumber].flat().reduce((names, i) => names?.[i], point.data.meta?.layers) ?? null;
+    if (layer) selectLayer(layer);
+    model.set("clicked", { trace: point.curveNumber, point: point.pointNumber ?? null, x: point.x, y: point.y, layer });
     model.save_changes();
   }
 
+  // Enter on a layer that was reached with the arrow keys is a click on it.
+  function chosen(cell) {
+    model.set("clicked", { trace: cell.trace, point: cell.point, x: null, y: null, layer: cell.name });
+    model.save_changes();
+  }
+
+  // The figure as a picture, dark on white: what is kept of it in the notebook's file.
+  async function picture(message) {
+    if (!message.picture || !Plotly || empty()) return;
+    const spec = unpacked(model.get("spec"));
+    const layout = { ...spec.layout, font: { color: "#222" }, paper_bgcolor: "#fff", plot_bgcolor: "#fff" };
+    const height = layout.height ?? layout.template?.layout?.height ?? 400;
+    const url = await Plotly.toImage({ data: spec.data, layout }, { format: "png", width: 900, height });
+    model.send({ picture: url });
+  }
+
   model.on("change:spec", redraw);
+  model.on("msg:custom", picture);
   return () => {
     gone = true;
     theme.disconnect();
     size.disconnect();
     model.off("change:spec", redraw);
+    model.off("msg:custom", picture);
+    layerFigures.shown.delete(holder);
     if (Plotly) Plotly.purge(holder);
   };
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,10 +27,12 @@ import traitlets
 from plotly.io import to_json
 from plotly.offline import get_plotlyjs
 
+import workbench.figures
 from widgets.whole import Whole
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _HERE = Path(__file__).parent
+_SELECTION = Path(workbench.figures.__file__).with_name("selection.js")
 
 
 @functools.cache
@@ -91,12 +94,12 @@ def _spec(figure: go.Figure | None) -> dict[str, Any]:
 class PlotView(Whole, anywidget.AnyWidget):
     """A live view of one Plotly figure; assign `figure` to change it.
 
-    figure : what is drawn. alt : text for screen readers (default: the figure's title). clicked : the last
-        point clicked, {"trace", "point", "x", "y"} or None. Set the figure in the constructor when there is
-        one: the first state a page receives is then complete.
+    figure : what is drawn. alt : text for screen readers (default: what the figure says of itself, else its
+        title). clicked : the last point clicked, {"trace", "point", "x", "y", "layer"} or None. Set the
+        figure in the constructor when there is one: the first state a page receives is then complete.
     """
 
-    _esm = (_HERE / "plot.js").read_text(encoding="utf-8")
+    _esm = _SELECTION.read_text(encoding="utf-8") + (_HERE / "plot.js").read_text(encoding="utf-8")
     _css = (_HERE / "workbench.css").read_text(encoding="utf-8")
     spec = traitlets.Dict().tag(sync=True, to_json=packed)
     revision = traitlets.Int(0).tag(sync=True)
@@ -111,6 +114,19 @@ class PlotView(Whole, anywidget.AnyWidget):
 
     def __init__(self, figure: go.Figure | None = None, alt: str = "", **traits: Any) -> None:
         super().__init__(spec=_spec(figure), alt=alt, **traits)
+        self._told: Callable[[str], None] | None = None
+        self.on_msg(self._pictured)
+
+    def ask_picture(self, told: Callable[[str], None]) -> None:
+        """`told(png)` with the figure as the page draws it next, in base64; never called without a page."""
+        self._told = told
+        self.send({"picture": True})
+
+    def _pictured(self, _: Any, message: Any, buffers: Any) -> None:
+        picture = str(message.get("picture", "")) if isinstance(message, dict) else ""
+        told, self._told = self._told, None
+        if told is not None and picture.startswith("data:image/png;base64,"):
+            told(picture.partition(",")[2])
 
     @property
     def figure(self) -> go.Figure:

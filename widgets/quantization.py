@@ -23,13 +23,12 @@ from widgets.panels import Panel
 from widgets.plot import PlotView
 from widgets.whole import Whole
 from workbench.errors import BadInput
-from workbench.figures import color, figure, line, rule
+from workbench.figures import by_layer, figure, line, rule
 from workbench.progress import Progress
 from workbench.quantization.allocation.allocate import Allocate
 from workbench.quantization.allocation.allocation_scores import AllocationScores, ScoredResult
 from workbench.quantization.allocation.budget import budget_in
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.quantize_result import short_names
 from workbench.quantization.quantized_layer import moments_for
 from workbench.quantization.studies.matrix_histogram import (
     Look,
@@ -317,10 +316,13 @@ class AllocationPanel(Whole, ipywidgets.VBox):
             here = float(point[column])
             proven = f"predicted loss change {point['cost']:.4g} nats (proven bound {point['bound']:.4g})"
             words = f"{here:.2f} bits on average, {proven}"
-        fig = figure("Width of each layer", "layer", "bits", yaxis_rangemode="tozero")
-        fig.add_bar(x=list(widths), y=list(widths.values()), name="bits", marker_color=color(0))
-        short_names(fig, list(widths))
-        self.plot.figure = fig
+        self.plot.figure = by_layer(
+            "Width of each layer",
+            list(widths),
+            {"bits": list(widths.values())},
+            "bits",
+            between=(0.0, float(max(self.result.instrument.model_dump()["widths"]))),
+        )
         curve = figure(
             "Predicted cost of the best allocation",
             "average bits",

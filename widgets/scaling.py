@@ -26,6 +26,7 @@ from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling import Draws, Runs, ScalingFit, compute_optimal, law, laws, load_runs
 from workbench.scaling.comparison import compute_of
+from workbench.scaling.conclusion import doubt_of
 from workbench.scaling.figures import short
 from workbench.scaling.objective import OBJECTIVE
 
@@ -99,12 +100,15 @@ class ScalingPanel(Whole, ipywidgets.VBox):
             **wide,
         )
         self.lowest = ipywidgets.Checkbox(
-            value=False, description="lowest loss per size and tokens", indent=False
+            value=True, description="lowest loss per size and tokens", indent=False
         )
         self.restore = ipywidgets.Button(
-            description="Bring back dropped runs", disabled=True, layout=ipywidgets.Layout(width="auto")
+            description="Bring back dropped runs",
+            disabled=True,
+            layout=ipywidgets.Layout(width="auto", min_width="13rem"),
         )
         self.note, self.facts, self.plan = Note("ready"), ipywidgets.HTML(), ipywidgets.HTML()
+        self.doubt = ipywidgets.HTML()
         self.note.layout.flex = "0 0 auto"  # below each other, not beside
         self.plot = PlotView()
         for name, control in (
@@ -134,7 +138,7 @@ class ScalingPanel(Whole, ipywidgets.VBox):
             f"<p>{len(self.runs)} runs; click a run to leave it out, again to bring it back</p>"
         )
         title.add_class("wb-title")
-        super().__init__([title, controls, self.note, self.facts, self.plan, self.plot])
+        super().__init__([title, controls, self.note, self.doubt, self.facts, self.plan, self.plot])
         self.add_class("wb-panel")
         self.add_class("wb-panel-scaling")
         guarded(self.note, self.refit)()
@@ -182,6 +186,9 @@ class ScalingPanel(Whole, ipywidgets.VBox):
         )
         dropped = f"; {len(self.dropped)} dropped" if self.dropped else ""
         self.note.say(f"{facts['runs']} runs fitted{dropped}: {facts['certificate']}")
+        doubt = doubt_of(facts)
+        self.doubt.value = f'<p role="alert" class="wb-doubt">{html.escape(doubt)}</p>' if doubt else ""
+        (self.plan.add_class if doubt else self.plan.remove_class)("wb-outdated")
         self.draw()
         self.spend()
 

@@ -161,7 +161,10 @@ class SparsityPanel(Whole, ipywidgets.VBox):
             self.bitmap.show(mask, f"{layer}: kept by {method} at {sparsity:.0%}")
         rows = [
             ("kept in this layer", f"{mask.mean():.1%}"),
-            ("diagonal Fisher's loss change", f"{result.predicted(method, sparsity):+.4g}"),
+            (
+                "loss change by the diagonal Fisher alone",
+                f"{result.predicted(method, sparsity):+.4g} nats (holds for small changes; press Measure)",
+            ),
         ]
         rows += [
             (

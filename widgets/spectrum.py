@@ -24,7 +24,7 @@ from widgets.jobs import guarded
 from widgets.panels import Panel
 from widgets.plot import PlotView
 from workbench.curvature import Spectrum
-from workbench.curvature.studies.drawings import grid_of_layers, layers_figure, with_room_for_labels
+from workbench.curvature.studies.drawings import layers_figure, with_room_for_labels
 from workbench.errors import BadInput
 from workbench.figures import color
 from workbench.instruments import Instrument
@@ -109,11 +109,8 @@ class SpectrumPanel(Panel):
         if point is None or self._map is None:
             return
         self.layers_plot.clicked = None  # type: ignore[assignment]  # or a second click on the same cell would be no change
-        rows, columns, where = grid_of_layers(list(self._map.tables["layers"]["layer"]))
-        wanted = (rows.index(str(point["y"])), columns.index(str(point["x"])))
-        name = next((layer for layer, place in where.items() if place == wanted), None)
-        if name is not None:
-            self.measure_layer(name)
+        if point.get("layer"):
+            self.measure_layer(point["layer"])
 
     # ---- other subjects ------------------------------------------------------------------------------------
     def lay_over(self, name: str) -> None:

@@ -47,6 +47,7 @@ def parameter(
     scale: Literal["linear", "log"] = "linear",
     step: float | None = None,
     only_with: str = "",
+    group: str = "",
     **bounds: Any,
 ) -> Any:
     """One field of an instrument or of an entry's options.
@@ -54,8 +55,12 @@ def parameter(
 
     only_with : the field without which this one is not read ("bisect"), one of several ("money or flops"), or
         the value that another has to have ("change=prune"); see `Fields.idle`
+    group : what it stands under in a panel and in the help ("Data"); without one it is among the few that are
+        shown at once
     """
     extra: dict[str, Any] = {"unit": unit, "scale": scale, "step": step}
+    if group:
+        extra["group"] = group
     if only_with:
         extra["only_with"] = only_with
     return Field(default, description=help, json_schema_extra=extra, **bounds)

@@ -85,7 +85,7 @@ workbench show NAME                                    formula, source, file, re
 workbench run NAME --subject SUBJECT [--field value ...] [--out FOLDER]
 workbench run NAME --runs FILE [--field value ...] [--out FOLDER]
 workbench report NOTEBOOK [--subject SUBJECT] [--parameter value ...] [--out FOLDER]
-workbench results [--clear [stale | damaged | all]]     what the cache holds, and its size
+workbench results [list | open | compare | delete] [NAME ...]    stored results; --clear removes them
 workbench evidence METHOD [METHOD ...] | --family FAMILY
 workbench kernels list | check | bench
 

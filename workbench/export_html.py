@@ -44,7 +44,9 @@ HIDDEN_TAGS = {"parameters", "injected-parameters", "hide-in-report", PAPERMILL_
 
 _HERE = Path(__file__).parent
 _STYLE = (_HERE / "report_page.css").read_text(encoding="utf-8")
-_SCRIPT = (_HERE / "report_page.js").read_text(encoding="utf-8")
+_SCRIPT = "".join(
+    (_HERE / part).read_text(encoding="utf-8") for part in ("figures/selection.js", "report_page.js")
+)
 
 _TAGS = set(
     "a abbr acronym b blockquote code em i li ol strong ul "
@@ -286,12 +288,15 @@ def _figure(figure: Mapping[str, Any], number: int) -> str:
     content = {key: figure[key] for key in ("data", "layout", "config") if key in figure}
     # A "<" in the data could otherwise end the script element early.
     payload = json.dumps(_finite(content), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    title = (figure.get("layout") or {}).get("title") or {}
-    label = re.sub(
-        r"<[^>]+>", " ", (title if isinstance(title, str) else title.get("text") or "") or "figure"
-    )
+    layout = figure.get("layout") or {}
+    title = layout.get("title") or {}
+    meta = layout.get("meta")
+    told = str(meta.get("alt") or "") if isinstance(meta, Mapping) else ""
+    words = told or (title if isinstance(title, str) else title.get("text")) or "figure"
+    label = re.sub(r"<[^>]+>", " ", words)
     return (
-        f'<div id="figure-{number}" class="figure" role="img" aria-label="{html.escape(label)}"></div>'
+        f'<div id="figure-{number}" class="figure" role="group" aria-roledescription="figure" '
+        f'aria-label="{html.escape(label)}"></div>'
         f'<script type="application/json" data-figure="figure-{number}">{payload}</script>\n'
     )
 

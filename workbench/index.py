@@ -79,7 +79,7 @@ def field_note(name: str, info: Any) -> dict[str, Any]:
         note["choices"] = choices
     if (text := bounds_text(info)) != "":
         note["bounds"] = text
-    for key in ("unit", "axis"):
+    for key in ("unit", "axis", "group"):
         if extra.get(key):
             note[key] = str(extra[key])
     if not info.is_required():

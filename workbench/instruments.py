@@ -85,7 +85,7 @@ class Instrument(Fields):
     cached: ClassVar[bool] = True
     summary_line: ClassVar[str] = ""
 
-    seed: int = parameter(0, "seed of every random choice", ge=0, le=2**32 - 1)
+    seed: int = parameter(0, "seed of every random choice", ge=0, le=2**32 - 1, group="Machine and seed")
 
     @classmethod
     def name(cls) -> str:
@@ -345,6 +345,7 @@ class SubjectInstrument(Instrument):
         "auto",
         "where to compute: auto (the best present), cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        group="Machine and seed",
     )
 
     def calibrates(self) -> dict[str, tuple[str, int]]:

@@ -51,7 +51,7 @@ class Latency(SubjectInstrument):
         16, "tokens that a causal language model goes on by, timed; 0: none", ge=0, le=4096, unit="tokens"
     )
     layers: str = parameter("blocks", "layers timed alone: blocks or globs")
-    split: str = parameter("test", "split the batch comes from")
+    split: str = parameter("test", "split the batch comes from", group="Data")
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -118,22 +118,15 @@ class LatencyResult(Result):
     """Milliseconds of every layer, format beside format."""
 
     def figure(self, **view: Any) -> go.Figure:
-        from workbench.figures import color, figure
+        from workbench.figures import by_layer
 
-        fig = figure(
+        timed = [str(c) for c in self.table.columns if str(c).endswith("_ms")]
+        return by_layer(
             f"Milliseconds of each layer, batch {self.facts['batch']}",
-            x="layer",
-            y="milliseconds (median)",
-            barmode="group",
+            self.table["layer"].to_list(),
+            {name.removesuffix("_ms"): self.table[name] for name in timed},
+            "milliseconds (median)",
         )
-        for index, name in enumerate(c for c in self.table.columns if c.endswith("_ms")):
-            fig.add_bar(
-                x=self.table["layer"],
-                y=self.table[name],
-                name=name.removesuffix("_ms"),
-                marker_color=color(index),
-            )
-        return fig
 
 
 def timed(

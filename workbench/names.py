@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +229,7 @@ def options_text(fields: Mapping[str, Any]) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    return f"'{text}'" if " " in text or text == "" else text
+    return shlex.quote(text)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from IPython.display import HTML
 
 from workbench import reports
 from workbench.axis import Choice
+from workbench.commands.as_typed import command_of
+from workbench.facts import told
 from workbench.instruments import Instrument
 from workbench.names import catalog
 from workbench.results import Result
@@ -61,6 +63,19 @@ def instruments() -> HTML:
             (f"<code>{name}</code>", f"<code>{package}.{kind.__name__}</code>", html.escape(about), kind.on)
         )
     return _table(["instrument", "class", "about", "works on"], rows)
+
+
+def in_short(result: Result, source: str) -> HTML:
+    """A result's facts in words with the command that makes it."""
+    facts = "".join(
+        f"<tr><th scope='row'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in told(result.facts)
+    )
+    partial = "<p>Stopped early: this result is partial.</p>" if result.partial else ""
+    command = html.escape(command_of(result.instrument, source))
+    on = html.escape(str(result.provenance.get("on", "")))
+    about = f"<p>{html.escape(result.instrument.name())} on {on}.</p>"
+    return HTML(f"{about}{partial}<table><tbody>{facts}</tbody></table><p>Made by</p><pre>{command}</pre>")
 
 
 def settings(instrument: Instrument, on: Any) -> pd.DataFrame:

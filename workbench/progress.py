@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from workbench.results import Result
 
 Item = TypeVar("Item")
+#: Seconds between two lines where there is neither a terminal nor a notebook.
+EVERY = 10.0
 
 
 class Progress:
@@ -93,9 +95,40 @@ class Part(Progress):
         self.whole.say(text)
 
 
+class Pace:
+    """How fast each label's work goes, and what is left of it in words."""
+
+    def __init__(self) -> None:
+        self._began: dict[str, float] = {}
+
+    def left(self, label: str, done: int, total: int | None) -> str:
+        """What is left at the speed so far; nothing of what takes no time."""
+        if not done or label not in self._began:
+            self._began[label] = time.monotonic()
+        spent = time.monotonic() - self._began[label]
+        if not total or not 0 < done < total or spent < 2:
+            return ""
+        return f", about {duration(spent / done * (total - done))} left"
+
+
+class Line:
+    """One line of text below a notebook's cell, written over while the work goes on: it is saved with the
+    notebook, and read without a kernel.
+    """
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self._place = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def say(self, text: str) -> None:
+        if self._place is not None:  # there is no page
+            self._place.update({"text/plain": text}, raw=True)
+
+
 class TextProgress(Progress):
-    """tqdm bars in a terminal or a notebook, one per label;
-    in a headless report the text goes to the file named by `WORKBENCH_PROGRESS_FILE`.
+    """tqdm bars in a terminal, one a label; one line in a notebook; elsewhere a line every `EVERY` seconds.
+    In a headless report the text goes to the file named by `WORKBENCH_PROGRESS_FILE`.
     """
 
     def __init__(self) -> None:
@@ -103,29 +136,30 @@ class TextProgress(Progress):
         self._bars: dict[str, Any] = {}
         self._file = os.environ.get("WORKBENCH_PROGRESS_FILE")
         self._headless = bool(os.environ.get("WORKBENCH_HEADLESS"))
-        self._drawn = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._last = 0.0
-        self._began: dict[str, float] = {}
-
-    def _left(self, label: str, done: int, total: int | None) -> str:
-        """What is left at the speed so far, in words; nothing of what takes no time."""
-        spent = time.monotonic() - self._began[label]
-        if not total or not 0 < done < total or spent < 2:
-            return ""
-        return f", about {duration(spent / done * (total - done))} left"
+        self._pace = Pace()
+        self._line: Line | None = None
+        self._last = self._began = time.monotonic()
 
     def show(self, label: str, done: int, total: int | None) -> None:
+        left, now = self._pace.left(label, done, total), time.monotonic()
+        since = now - self._last
         if self._headless:
-            if not done or label not in self._began:
-                self._began[label] = time.monotonic()
-            if self._file and (time.monotonic() - self._last > 0.5 or done == total):
-                self._last = time.monotonic()
-                whole = "?" if total is None else total
-                Path(self._file).write_text(f"{label} {done}/{whole}{self._left(label, done, total)}\n")
-            return
-        if not self._drawn:
-            return
-        from tqdm.auto import tqdm
+            if self._file and (since > 0.5 or done == total):
+                self._last = now
+                Path(self._file).write_text(f"{label} {done}/{'?' if total is None else total}{left}\n")
+        elif "ipykernel" in sys.modules:
+            if since > 0.5:
+                self._last = now
+                self._line = self._line or Line()
+                self._line.say(f"{label} {done}{f' of {total}' if total else ''}{left}")
+        elif sys.stderr.isatty():
+            self._draw_bar(label, done, total)
+        elif since > EVERY:
+            self._last = now
+            self.say(f"{label} {done}{f' of {total}' if total else ''}{left}")
+
+    def _draw_bar(self, label: str, done: int, total: int | None) -> None:
+        from tqdm import tqdm
 
         bar = self._bars.get(label)
         if bar is None or done < bar.n:
@@ -141,6 +175,9 @@ class TextProgress(Progress):
         print(f"workbench: {text}", file=sys.stderr)
 
     def close(self) -> None:
+        if self._line is not None:
+            self._line.say(f"took {duration(time.monotonic() - self._began)}")
+            self._line = None
         for bar in self._bars.values():
             bar.close()
         self._bars.clear()

@@ -27,6 +27,9 @@
     return { autosize: true, ...layout, height, font: { color: ink, ...(layout.font || {}) } };
   }
 
+  // No button that would send the figure to a server.
+  const LOCAL = { modeBarButtonsToRemove: ["select2d", "lasso2d", "sendChartToCloud"] };
+
   function fail(message) {
     for (const { holder } of figures) { holder.classList.add("failure"); holder.textContent = message; }
   }
@@ -34,16 +37,23 @@
   // What a clicked point says (trace.meta.clicked, a text for each point) stays below the figure, to be read and copied.
   function listen({ holder, spec }) {
     if (!(spec.data || []).some((trace) => trace.meta?.clicked)) return;
+    const layered = spec.data.some((trace) => trace.meta?.layers);
     const said = document.createElement("pre");
     said.className = "picked";
     said.setAttribute("role", "status");
-    said.textContent = "Click a point, bar or word: what it says stays here.";
+    said.textContent = layered
+      ? "Click a layer, or walk with the arrow keys: what it says stays here."
+      : "Click a point, bar or word: what it says stays here.";
     holder.after(said);
+    const say = (words) => { said.textContent = words; said.dataset.picked = "yes"; };
+    if (layered) holder.tabIndex = 0;
+    if (layered) walkLayers(window.Plotly, holder, () => spec.layout?.shapes || [], (cell) => say(cell.said));
     holder.on("plotly_click", ({ points: [point] }) => {
-      const words = point.data.meta?.clicked?.[point.pointNumber];
+      const words = saidOf(point.data, point.pointNumber);
       if (words === undefined) return;
-      said.textContent = words;
-      said.dataset.picked = "yes";
+      say(words);
+      const layer = [point.pointNumber].flat().reduce((names, i) => names?.[i], point.data.meta.layers);
+      if (layer) selectLayer(layer);
     });
   }
 
@@ -60,13 +70,16 @@
     document.head.append(script);
     const draw = ({ holder, spec }) => window.Plotly.react(
       holder, spec.data || [], themed(spec.layout || {}),
-      { responsive: true, displaylogo: false, topojsonURL: "", ...(spec.config || {}) });
+      { responsive: true, displaylogo: false, topojsonURL: "", ...(spec.config || {}), ...LOCAL });
     for (const figure of figures) {
       await draw(figure);
       listen(figure);
     }
     document.documentElement.dataset.figures = "drawn";
-    const redraw = () => figures.forEach(draw);
+    const redraw = async () => {
+      await Promise.all(figures.map(draw));
+      if (layerFigures.selected) selectLayer(layerFigures.selected);
+    };
     media.addEventListener("change", redraw);
     addEventListener("beforeprint", () => { printing = true; redraw(); });
     addEventListener("afterprint", () => { printing = false; redraw(); });

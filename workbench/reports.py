@@ -294,7 +294,10 @@ def render(
     from workbench import export_html
 
     with replacing(paths.html, overwrite=overwrite) as draft:
-        draft.write_text(export_html.page(notebook), encoding="utf-8")
+        title = (
+            f"{values['instrument']} on {Path(values['subject']).name}" if "instrument" in values else None
+        )
+        draft.write_text(export_html.page(notebook, title), encoding="utf-8")
     return ReportPaths(paths.notebook, paths.html, error)
 
 
@@ -329,7 +332,7 @@ def _execute(
                 parameters=values,
                 kernel_name="python3",
                 language="python",
-                kernel_manager_class=_kernel_manager(private),
+                kernel_manager_class=_kernel_manager(private, target.parent),
                 engine_name=_engine(),
                 watch=watch,
                 store_widget_state=False,
@@ -403,7 +406,7 @@ def _tidy(notebook: nbformat.NotebookNode, source: Path, target: Path, error: st
     )
 
 
-def _kernel_manager(private: Path) -> type:
+def _kernel_manager(private: Path, folder: Path) -> type:
     """A kernel manager for this interpreter, no registry of kernels asked.
 
     It talks over a unix socket in a private folder (TCP on loopback where paths are too long or there are
@@ -416,6 +419,7 @@ def _kernel_manager(private: Path) -> type:
     socket = str(private / "kernel")
     local = {} if os.name == "nt" or len(socket) > 90 else {"transport": "ipc", "ip": socket}
     environment = {**os.environ, **HEADLESS, "WORKBENCH_PROGRESS_FILE": str(private / "progress")}
+    environment["WORKBENCH_REPORT_FOLDER"] = str(folder.resolve())
 
     class ThisInterpreter(AsyncKernelManager):
         def __init__(self, **traits: Any) -> None:

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, create_model
 
 from workbench.errors import BadInput
 from workbench.storage import cache_folder, damage, replacing
@@ -83,6 +83,10 @@ class Result:
         note = " (partial: stopped early)" if self.partial else ""
         return f"{self.instrument.name()}{note}: {shown}"
 
+    def leading(self) -> pd.DataFrame:
+        """The rows that a reader wants first, where the table itself is what a figure draws."""
+        return self.table
+
     def calibration(self) -> list[str]:
         """A line for each row of the calibration card."""
         found = self.tables.get("calibration")
@@ -92,10 +96,13 @@ class Result:
         return self.summary()
 
     def _repr_html_(self) -> str:
-        rows = self.table.head(60).to_html(
-            index=False, border=0, float_format=lambda v: f"{v:.5g}", escape=True
+        rows = (
+            self.leading()
+            .head(60)
+            .to_html(index=False, border=0, float_format=lambda v: f"{v:.5g}", escape=True)
         )
-        more = f"<p>{len(self.table) - 60} more rows</p>" if len(self.table) > 60 else ""
+        left = len(self.leading()) - 60
+        more = f"<p>{left} more rows</p>" if left > 0 else ""
         cards = "".join(f"<p>{html.escape(line)}</p>" for line in self.calibration())
         return f"<p>{html.escape(self.summary())}</p>{rows}{more}{cards}"
 
@@ -252,3 +259,10 @@ def card_line(row: pd.Series[Any]) -> str:
 
 def format_fact(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def choices(name: str, **fields: tuple[str, ...]) -> type[BaseModel]:
+    """A pydantic model with one choice a field, the first being the default:
+    the view settings of a result.
+    """
+    return create_model(name, **{k: (Literal[v], Field(v[0], description=k)) for k, v in fields.items()})  # type: ignore[call-overload]

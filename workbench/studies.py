@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 
 from workbench.axis import Choice
 from workbench.errors import BadInput
-from workbench.figures import figure, line, points, rule
+from workbench.figures import figure, line, looks, points, rule
 from workbench.instruments import Instrument
 from workbench.overview import WholeTable
 from workbench.progress import Progress, TextProgress
@@ -246,9 +246,10 @@ def curves(
 ) -> go.Figure:
     """One line a series, `y` against `x`; `dense` draws the uncompressed model's value as a reference."""
     fig = figure(title, x_title, y_title, **layout)
+    index = looks(map(str, table["series"]))
     for name, part in table.groupby("series", sort=False):
         part = part.sort_values(x)
-        line(fig, part[x], part[y], str(name))
+        line(fig, part[x], part[y], str(name), index=index[str(name)])
     if dense is not None:
         rule(fig, f"dense {dense:.4g}", y=dense)
     return fig
@@ -273,8 +274,9 @@ def predicted_beside_measured(
         yaxis_type="log",
         height=480,
     )
+    index = looks(map(str, good["series"]))
     for name, part in good.groupby("series", sort=False):
-        points(fig, part[predicted], part[measured], str(name))
+        points(fig, part[predicted], part[measured], str(name), index=index[str(name)])
     if len(good):
         ends = [good[[predicted, measured]].min().min(), good[[predicted, measured]].max().max()]
         line(fig, ends, ends, "equal", index=6, mode="lines")
@@ -288,9 +290,10 @@ def frontier(table: pd.DataFrame, dense: Card, title: str) -> go.Figure:
     fig = figure(
         title, "size of the compressed layers (MB)", f"test {dense.score}", xaxis_type="log", height=480
     )
+    index = looks(map(str, table["series"]))
     size, value = table["size"] / 1e6, table[dense.score] * (1 if dense.higher_is_better else -1)
     for name, part in table.groupby("series", sort=False):
-        points(fig, part["size"] / 1e6, part[dense.score], str(name))
+        points(fig, part["size"] / 1e6, part[dense.score], str(name), index=index[str(name)])
     order = size.argsort()
     best = [
         i
@@ -298,7 +301,7 @@ def frontier(table: pd.DataFrame, dense: Card, title: str) -> go.Figure:
         if value[i] > max((value[j] for j in order if size[j] <= size[i] and j != i), default=-np.inf)
     ]
     line(fig, size[best], table[dense.score][best], "best for its size", index=6, mode="lines")
-    points(fig, [dense.bytes / 1e6], [dense.value], "dense", index=5)
+    points(fig, [dense.bytes / 1e6], [dense.value], "dense", index=6)
     return fig
 
 

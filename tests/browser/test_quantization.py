@@ -74,7 +74,7 @@ def test_the_grid_and_the_error_follow_the_slider_and_the_page_says_how_fast(
 ) -> None:
     page = opened(lab, watched, "formats")
     panel = page.locator(".wb-panel-quantization")
-    facts, title = panel.locator(".wb-facts"), page.locator(".wb-plot [role=img], .wb-plot-figure").first
+    facts, title = panel.locator(".wb-facts"), page.locator(".wb-plot [role=group], .wb-plot-figure").first
     expect(title).to_have_attribute("aria-label", re.compile("^int4 on "))
     values = f"() => {TRACES}.find((t) => t.name === 'values of the format').x.length"
     assert page.evaluate(values) == 16
@@ -115,7 +115,7 @@ def test_the_allocation_slider_walks_the_front(lab: Lab, watched: Watched) -> No
     panel = page.locator(".wb-panel-allocation")
     expect(panel).to_contain_text("proven bound")
     page.wait_for_function("() => document.querySelectorAll('.wb-plot-figure')[0]?._fullData?.length")
-    bars = "() => [...document.querySelectorAll('.wb-plot-figure')[0]._fullData[0].y]"
+    bars = "() => [...document.querySelectorAll('.wb-plot-figure')[0]._fullData[0].x]"
     before = page.evaluate(bars)
     handle = page.locator(".wb-field-average .noUi-handle")
     handle.press("End")
@@ -137,8 +137,8 @@ def test_bars_are_sorted_filtered_and_laid_over_another_run(lab: Lab, watched: W
     run = panel.get_by_role("button", name="Run", exact=True)
     run.click()
     expect(note).to_have_text(re.compile("done after"))
-    heights = f"() => [...{TRACES}[0].y]"
-    page.wait_for_function(f"() => {TRACES}[0].type === 'bar'")
+    heights = f"() => [...{TRACES}[0].x]"
+    page.wait_for_function(f"() => {TRACES}[0].type === 'scatter'")
     plain = page.evaluate(heights)
     panel.get_by_label("sort", exact=True).select_option(label="largest first")
     page.wait_for_function(
@@ -149,7 +149,7 @@ def test_bars_are_sorted_filtered_and_laid_over_another_run(lab: Lab, watched: W
     only.fill("fc1")
     only.press("Enter")
     page.wait_for_function(
-        f"() => [...{TRACES}[0].x].every((name) => name.includes('fc1')) && {TRACES}[0].x.length < "
+        f"() => [...{TRACES}[0].y].every((name) => name.includes('fc1')) && {TRACES}[0].x.length < "
         f"{len(plain)}"
     )
     only.fill("")

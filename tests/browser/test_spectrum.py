@@ -29,16 +29,19 @@ WATCH = f"""() => {{ const plot = {FIGURES}[0]; window.titles = [];
 new MutationObserver(() => window.titles.push(plot.querySelector('.wb-plot-figure')?.layout?.title?.text ?? \
 '')).observe(
   plot, {{ attributes: true, attributeFilter: ['data-revision'] }}); }}"""
-# where the heat map's cell of a layer is on the page
+# where a layer's cell, bar or point is on the page
 CELL = """(name) => { const plot = document.querySelector('.wb-layers .wb-plot-figure'), \
-full = plot?._fullLayout, heat = plot?._fullData?.[0];
-if (!heat?.customdata) return null;
+full = plot?._fullLayout, shown = plot?._fullData?.[0];
+if (!shown?.meta?.layers) return null;
 plot.scrollIntoView({ block: 'center' });
 const box = plot.getBoundingClientRect();
-for (let row = 0; row < heat.y.length; row++) for (let column = 0; column < heat.x.length; \
-column++) if (heat.customdata[row][column] === name)
-  return [box.left + full._size.l + full.xaxis.d2p(heat.x[column]), \
-box.top + full._size.t + full.yaxis.d2p(heat.y[row])];
+const at = (x, y) => [box.left + full._size.l + full.xaxis.d2p(x), \
+box.top + full._size.t + full.yaxis.d2p(y)];
+for (const [i, row] of shown.meta.layers.entries()) {
+  if (row === name) return at(shown.type === 'bar' ? shown.x[i] / 2 : shown.x[i], shown.y[i]);
+  const j = Array.isArray(row) ? row.indexOf(name) : -1;
+  if (j >= 0) return at(shown.x[j], shown.y[i]);
+}
 return null; }"""
 
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import expect as playwright_expect
 
 import widgets
 from tests.browser.lab import Watched
 from widgets.bitmap import Bitmap
 from widgets.plot import PlotView, _gzipped_plotly, packed
-from workbench.figures import figure, heat, line
+from workbench.figures import by_layer, figure, heat, line
 
 SOURCES = Path(widgets.__file__).parent
+SCRIPTS = {"plot.js": PlotView._esm, "bitmap.js": Bitmap._esm}
 
 # What a widget's view sees of the kernel: named values with change events.
 MOUNT = """async ([state, source, library]) => {
@@ -60,7 +62,7 @@ def mount(
         f"<body data-jp-theme-light='{theme}' "
         f"style='width:900px;margin:0'><style>{(SOURCES / 'workbench.css').read_text()}</style></body>"
     )
-    watched.page.evaluate(MOUNT, [wire(state), (SOURCES / view).read_text(), wire(library)])
+    watched.page.evaluate(MOUNT, [wire(state), SCRIPTS[view], wire(library)])
 
 
 def bitmap_state(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def test_plot_draws_binary_arrays_follows_the_theme_and_keeps_the_last_state(wat
     full = "el.querySelector('.wb-plot-figure')._fullData"
     assert page.evaluate(f"() => [...{full}[0].y]") == [0, 1, 4, 9, 16]
     assert page.evaluate(f"() => {full}[1].z.map((row) => [...row])") == [[0, 1, 2], [3, 4, 5]]
-    assert page.locator("[role=img]").get_attribute("aria-label") == "Five squares"
+    assert page.get_by_role("group").get_attribute("aria-label") == "Five squares"
     page.evaluate(
         "() => { document.body.style.setProperty('--jp-ui-font-color1', 'rgb(250, 250, 250)'); "
         "document.body.dataset.jpThemeLight = 'false' }"
@@ -192,6 +194,32 @@ def test_plot_draws_binary_arrays_follows_the_theme_and_keeps_the_last_state(wat
     page.wait_for_function("() => el.querySelector('.wb-plot-figure')._fullLayout.width === 500")
     page.evaluate("() => cleanup()")
     assert page.evaluate("() => listening()") == 0
+
+
+def test_layers_are_walked_with_the_keys_clicked_and_marked_in_every_figure(watched: Watched) -> None:
+    names = [f"m.layers.{block}.{role}" for block in range(12) for role in ("q", "k", "v")]
+    view = PlotView(by_layer("Error", names, {"error": np.arange(1.0, 37.0)}, "nats"))
+    mount(watched, "plot.js", plot_state(view), _gzipped_plotly())
+    page = watched.page
+    page.wait_for_selector(".main-svg")
+    plot = page.get_by_role("group", name="Error. error of 36 layers: largest 36 (m.layers.11.v)")
+    plot.focus()
+    said = page.get_by_role("status")
+    for key, layer in (("ArrowDown", "0.q"), ("ArrowDown", "0.k"), ("ArrowRight", "1.k"), ("End", "11.v")):
+        page.keyboard.press(key)
+        playwright_expect(said).to_contain_text(f"m.layers.{layer}; error: ")
+    marks = "el.querySelector('.wb-plot-figure')._fullLayout.shapes.map((s) => [s.x0, s.x1, s.y0, s.y1])"
+    assert page.evaluate(f"() => {marks}") == [[10.5, 11.5, 1.5, 2.5]]
+    page.keyboard.press("Enter")
+    assert page.evaluate("() => model.get('clicked').layer") == "m.layers.11.v"
+    # another figure of the page, which shows the same layers as rows
+    rows = by_layer("Few", names[-6:], {"share": np.linspace(0.1, 0.6, 6)}, "share", between=(0, 1))
+    page.evaluate("(update) => receive(update)", wire({"spec": packed(PlotView(rows).spec), "revision": 1}))
+    page.wait_for_function("() => el.dataset.revision === '1'")
+    assert page.evaluate(f"() => {marks}") == [[0, 1, 4.5, 5.5]]
+    page.locator(".barlayer .point path").first.click(force=True)
+    page.wait_for_function("() => model.get('clicked').layer === 'm.layers.10.q'")
+    playwright_expect(said).to_have_text("m.layers.10.q; share: 0.1")
 
 
 def test_an_empty_plot_takes_no_room_until_it_has_a_figure(watched: Watched) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import workbench
-from workbench.measures import compression_grid
-from workbench.measures.compression_grid import grid_for
+from workbench.measures.compression import grid as compression_grid
+from workbench.measures.compression.grid import grid_for
 
 
 def test_a_small_model_gets_every_width_and_a_large_one_few_runs_on_few_examples(

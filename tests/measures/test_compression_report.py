@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import workbench
-from workbench.measures import compression_report as nearness
+from workbench.measures.compression import report as nearness
 from workbench.pruning import Prune
 from workbench.quantization import Quantize
 

@@ -115,3 +115,27 @@ def test_saved_results_of_strangers_are_checked(net, tmp_path) -> None:
         with pytest.raises(BadInput) as caught:
             Result.load(folder)
         assert "\n" not in str(caught.value)
+
+
+def test_results_are_found_opened_compared_and_deleted(net, tmp_path, capsys) -> None:
+    keys = [Counted(seed=seed).run(net).provenance["key"] for seed in (0, 1)]
+    assert main(["results", "--instrument", "counted", "--since", "2000-01-01"]) == 0
+    text = capsys.readouterr().out
+    assert all(key[:8] in text for key in keys) and "sum 3" in text and "2 results" in text
+    assert main(["results", "--instrument", "prune"]) == 0
+    assert "0 results" in capsys.readouterr().out and main(["results", "--since", "2999"]) == 0
+    page = tmp_path / "page.html"
+    assert main(["results", "open", keys[0][:8], "--out", str(page)]) == 0
+    assert "<h1>counted on " in page.read_text() and "data-figure" in page.read_text()
+    capsys.readouterr()
+    assert main(["results", "compare", *keys, "--out", str(tmp_path / "both.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1:] for line in lines if line.startswith("seed")] == [["0", "1"]]
+    assert not any(line.startswith("device") for line in lines)  # the same in both
+    assert main(["results", "delete", keys[0]]) == 0
+    assert [entry.key for entry in kept_results.entries()] == [keys[1]]
+    for wrong in (["open"], ["open", "nothing"], ["throw", keys[1]], ["list", "counted"]):
+        capsys.readouterr()
+        assert main(["results", *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert kept_results.called("counted").key == keys[1]

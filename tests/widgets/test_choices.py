@@ -16,9 +16,9 @@ import yaml
 
 import widgets
 import workbench
-from widgets.choices import FILLED, ChoiceControl
 from widgets.compare import differences
-from widgets.controls import Controls, help_html
+from widgets.settings.choices import FILLED, ChoiceControl
+from widgets.settings.controls import Controls, help_html
 from workbench import overview
 from workbench.axis import AXES, Axis, Choice, Options, parameter
 from workbench.errors import BadInput
@@ -181,7 +181,7 @@ def test_runs_are_told_apart_by_choices_and_their_options() -> None:
         panel.controls.values = given
         panel.job.run.click()
         assert panel.job.wait(60)
-    assert [label for label, _ in panel.compare.options[1:]] == [
+    assert [label for label, _ in panel.comparison.pick.options[1:]] == [
         "run 2 (scoring fisher)",
         "run 1 (scoring fisher)",
     ]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-from widgets.controls import Controls, choices
+from widgets.settings.controls import Controls, choices
 from workbench.axis import parameter
 from workbench.errors import BadInput
 from workbench.instruments import Instrument

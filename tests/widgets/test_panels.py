@@ -177,28 +177,29 @@ def test_comparison_over_it_and_side_by_side() -> None:
     assert panel.comparison.layout.display == "none"
     panel.controls.values = {"frequency": 7}
     run(panel)
-    assert panel.comparison.layout.display == "" and [label for label, _ in panel.compare.options] == [
+    offered = [label for label, _ in panel.comparison.pick.options]
+    assert panel.comparison.layout.display == "" and offered == [
         "nothing",
         "run 1 (frequency 2)",
     ]
-    panel.compare.value = 1
+    panel.comparison.pick.value = 1
     assert [t.name for t in panel.plot.figure.data] == ["wave", "run 1: wave"]
     np.testing.assert_allclose(panel.plot.figure.data[1].y, np.sin(2 * np.arange(20)))
-    assert "frequency" in panel.table.value and panel.beside.layout.display == "none"
-    panel.how.value = "side by side"
+    assert "frequency" in panel.comparison.table.value and panel.beside.layout.display == "none"
+    panel.comparison.how.value = "side by side"
     assert (
         len(panel.plot.figure.data) == 1
         and panel.beside.layout.display == ""
         and panel.beside.figure.layout.title.text == "run 1: Wave"
     )
-    panel.compare.value = 0
-    assert panel.beside.layout.display == "none" and panel.table.value == ""
+    panel.comparison.pick.value = 0
+    assert panel.beside.layout.display == "none" and panel.comparison.table.value == ""
     for _ in range(15):
         run(panel)
     assert (
         len(panel.results) == 12
-        and panel.compare.options[1][0].startswith("run 16")
-        and panel.compare.options[-1][1] == 6
+        and panel.comparison.pick.options[1][0].startswith("run 16")
+        and panel.comparison.pick.options[-1][1] == 6
     )
 
 

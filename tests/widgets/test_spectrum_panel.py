@@ -49,21 +49,16 @@ def test_run_click_overlay_and_batch(cache: Path) -> None:
     panel.other.value = "nothing"
     assert not any((trace.get("name") or "").startswith("pruned: ") for trace in panel.plot.spec["data"])
 
-    heat = panel.layers_plot.spec["data"][0]
-    row, column = next(
-        (i, j)
-        for i, names in enumerate(heat["customdata"])
-        for j, name in enumerate(names)
-        if name == "0.weight"
-    )
-    panel.layers_plot.clicked = {"trace": 0, "point": None, "x": heat["x"][column], "y": heat["y"][row]}
+    shown = panel.layers_plot.spec["data"][0]
+    assert "0.weight" in shown["meta"]["layers"]
+    panel.layers_plot.clicked = {"trace": 0, "point": 0, "x": None, "y": None, "layer": "0.weight"}
     assert panel.job.wait(PATIENCE)
     assert (
         panel.result.instrument.model_dump()["layers"] == "0.weight"
         and panel.result.facts["parameters"] == 20
     )
     assert panel.layers_plot.clicked is None  # a second click on the same cell is a click again
-    assert not panel.whole.disabled and panel.layers_plot.spec["data"][0]["customdata"] == heat["customdata"]
+    assert not panel.whole.disabled and panel.layers_plot.spec["data"][0]["meta"] == shown["meta"]
     panel.measure_all()
     assert (
         panel.job.wait(PATIENCE)
@@ -75,6 +70,7 @@ def test_run_click_overlay_and_batch(cache: Path) -> None:
 def test_what_is_asked_during_a_run_comes_next(cache: Path) -> None:
     dense = mlp(torch.float32)
     panel = SpectrumPanel(dense, others={"pruned": pruned(dense)}, probes=2, steps=10, batch_size=6)
+    assert panel.job.wait(PATIENCE)
     panel.other.value = "pruned"
     assert "press Run first" in panel.job.note.value and panel.other.value == "nothing"
 

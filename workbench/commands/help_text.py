@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import Any
 
@@ -35,16 +36,36 @@ def run_help(name: str, index: dict[str, Any]) -> str | None:
         f"workbench run {name} {source} [--option VALUE ...] [--out FOLDER]",
         "",
         *textwrap.wrap(note["about"], WIDTH),
+        "",
+        f"example: {example(name, note)}",
     ]
     return "\n".join([*head, instrument_help(note, index, "Options")])
 
 
+def example(name: str, note: dict[str, Any]) -> str:
+    """A command that runs as it stands, where the defaults do."""
+    source = "--subject digits-vit" if note["on"] == "subject" else "--runs scaling-sweep"
+    essential = [f for f in note["fields"] if "group" not in f and f.get("default")]
+    numbers = [f for f in essential if f["default"].replace(".", "").isdigit()] or essential
+    chosen = [f"--{f['name'].replace('_', '-')} {quoted(f['default'])}" for f in numbers[:1]]
+    return " ".join(["workbench run", name, source, *chosen])
+
+
+def quoted(text: str) -> str:
+    return f"'{text}'" if re.search(r"[^\w.,:+-]", text) else text
+
+
 def instrument_help(note: dict[str, Any], index: dict[str, Any], title: str) -> str:
-    lines = ["", title]
-    for field in note["fields"]:
-        lines += field_help(field, "  ")
-        if "axis" in field:
-            lines += entries_help(field, index["axes"][field["axis"]])
+    lines: list[str] = []
+    groups = dict.fromkeys(field.get("group", "") for field in note["fields"])
+    for group in sorted(groups, key=bool):  # what has no group comes first
+        lines += ["", group or title]
+        for field in note["fields"]:
+            if field.get("group", "") != group:
+                continue
+            lines += field_help(field, "  ")
+            if "axis" in field:
+                lines += entries_help(field, index["axes"][field["axis"]])
     subject = {
         "subject": "a built-in name, a folder, a GGUF file, a hub id or file.py:function"
     } | SUBJECT_OPTIONS

@@ -136,7 +136,9 @@ def run_steps(name: str, arguments: Sequence[str]) -> int:
     cache, fresh = not space.no_cache, space.fresh
     for result in run_in_turn(instruments, on, progress, cache=cache, fresh=fresh, memory=memory):
         print(result.summary())
-    print(result.table.head(40).to_string(index=False, float_format=lambda v: f"{v:.5g}", max_colwidth=60))
+    print(
+        result.leading().head(40).to_string(index=False, float_format=lambda v: f"{v:.5g}", max_colwidth=60)
+    )
     for line in result.calibration():
         print(line)
     code = 0 if space.out is None else saved(result, space.out, space.overwrite)

@@ -63,15 +63,19 @@ class Attribution(BesideChanged):
         "how finely: blocks; also each module of the worst block; each kind of module in all blocks; also "
         "each module",
     )
-    test_examples: int = parameter(8, "texts", ge=1, unit="examples")
-    split: str = parameter("test", "split the texts come from")
+    test_examples: int = parameter(8, "texts", ge=1, unit="examples", group="Data")
+    split: str = parameter("test", "split the texts come from", group="Data")
     give_back: int = parameter(3, "worst parts whose repair is predicted and measured", ge=0, le=32)
     noise: bool = parameter(True, "also swap each block with random noise of the norm of its change")
     second_order: bool = parameter(
         True, "also predict each part's divergence from gradients, 1/2 d.G d of its matrices (no swap)"
     )
     disk: float = parameter(
-        2048.0, "of the dense distributions kept on disk while it runs, to save time", ge=0, unit="MB"
+        2048.0,
+        "of the dense distributions kept on disk while it runs, to save time",
+        ge=0,
+        unit="MB",
+        group="Machine and seed",
     )
 
     @classmethod

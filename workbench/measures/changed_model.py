@@ -22,7 +22,7 @@ class BesideChanged(SubjectInstrument):
     """An instrument on a subject and the model that `changed` names."""
 
     changed: str = changed_parameter()
-    split: str = parameter("test", "split the texts come from")
+    split: str = parameter("test", "split the texts come from", group="Data")
 
     def check(self, on: Subject) -> None:
         on.split(self.split)

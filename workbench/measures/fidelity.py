@@ -161,9 +161,11 @@ class Fidelity(SubjectInstrument):
         0.03, "divergence that is still accepted", gt=0, le=100, unit="nats an item", scale="log"
     )
     budget: float = parameter(0.0, "size that a model may have; 0: any", ge=0, unit="MB")
-    test_examples: int = parameter(64, "texts", ge=2, unit="examples")
-    split: str = parameter("test", "split the texts come from")
-    other_split: str = parameter("other-domain", "texts of another kind; left out where there are none")
+    test_examples: int = parameter(64, "texts", ge=2, unit="examples", group="Data")
+    split: str = parameter("test", "split the texts come from", group="Data")
+    other_split: str = parameter(
+        "other-domain", "texts of another kind; left out where there are none", group="Data"
+    )
     floor: bool = parameter(True, "also measure the reference against itself within its storage's rounding")
     speed: bool = parameter(
         True,

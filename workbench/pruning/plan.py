@@ -52,25 +52,30 @@ class PrunePlan(SubjectInstrument):
         "blocks",
         "which layers: blocks (all inside the repeated blocks) or globs over names, such as '*.query,*.key'",
     )
-    saliency: Choice = SALIENCY.choice(None)
-    compensation: Choice = COMPENSATION.choice(None)
-    allocation: Choice = SPARSITY_ALLOCATION.choice(None)
-    sparsity_schedule: Choice = SPARSITY_SCHEDULE.choice("one-shot")
+    saliency: Choice = SALIENCY.choice(None, group="Pruning method")
+    compensation: Choice = COMPENSATION.choice(None, group="Pruning method")
+    allocation: Choice = SPARSITY_ALLOCATION.choice(None, group="Pruning method")
+    sparsity_schedule: Choice = SPARSITY_SCHEDULE.choice("one-shot", group="Pruning method")
     calibration_examples: int = parameter(
-        128, "examples for the layers' input statistics", ge=1, unit="examples"
+        128, "examples for the layers' input statistics", ge=1, unit="examples", group="Data"
     )
     sequential: bool = parameter(
         True,
         "block by block: calibrate on the inputs that the already pruned blocks produce; else on the dense "
         "model's (no difference where nothing but the weights is read, or where gradients, recovery or "
         "other layers' scores are)",
+        group="Pruning method",
     )
     recovery: Choice = RECOVERY.choice("none")
     predict_examples: int = parameter(
-        32, "examples for predicted and measured loss change (0: leave them out)", ge=0, unit="examples"
+        32,
+        "examples for predicted and measured loss change (0: leave them out)",
+        ge=0,
+        unit="examples",
+        group="Data",
     )
-    calibration_split: str = parameter("calibration", "split that all statistics come from")
-    test_split: str = parameter("test", "split for the reported loss and metrics")
+    calibration_split: str = parameter("calibration", "split that all statistics come from", group="Data")
+    test_split: str = parameter("test", "split for the reported loss and metrics", group="Data")
 
     @classmethod
     def renamed(cls) -> Mapping[str, str]:

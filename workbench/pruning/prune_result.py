@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel
 
-from workbench.results import Result
+from workbench.errors import BadInput
+from workbench.results import Result, choices
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 
-class PruneView(BaseModel):
-    """What the viewer may choose without pruning again."""
-
-    show: Literal[
-        "sparsity", "relative_error", "relative_output_error", "predicted_change", "distances", "recovery"
-    ] = "sparsity"
-
-
+TITLES = {
+    "sparsity": "Sparsity of each layer",
+    "relative_error": "Weight error of each layer",
+    "relative_output_error": "Output error of each layer",
+    "predicted_change": "Predicted loss change of each layer",
+}
 AXES = {
     "sparsity": "share of zeros",
     "relative_error": "squared weight error / squared weight",
@@ -35,29 +34,33 @@ class PruneResult(Result):
     for pruned layers also the angular distance over every run of blocks; the recovery's curve.
     """
 
-    def view_model(self) -> type[BaseModel]:
-        return PruneView
+    def view_model(self) -> type[BaseModel] | None:
+        return choices("PruneView", show=self.shows()) if self.shows() else None
+
+    def shows(self) -> tuple[str, ...]:
+        """What there is to show, the first by default."""
+        columns = () if self.table.empty else tuple(c for c in AXES if c in self.table)
+        return columns + tuple(name for name in ("distances", "recovery") if name in self.tables)
 
     def figure(self, **view: Any) -> go.Figure:
-        from workbench.figures import color, figure
+        from workbench.figures import by_layer
 
-        show = PruneView(**view).show
-        distances = self.tables.get("distances")
-        if show == "distances" and distances is not None:
-            return distance_map(distances)
-        recovery = self.tables.get("recovery")
-        if recovery is not None and (
-            show == "recovery" or self.table.empty
-        ):  # nothing else is there while the recovery runs
-            return recovery_curve(recovery)
-        if show not in self.table:
-            show = "sparsity"
-        title = (
-            f"{getattr(self.instrument, 'method', 'prune')} at {100 * self.facts['sparsity']:.0f} % sparsity"
+        shows = self.shows() or ("sparsity",)
+        show = view.get("show", shows[0])
+        if show not in shows:
+            raise BadInput(f"show: {show!r} is not in this result; give one of {', '.join(shows)}")
+        if show == "distances":
+            return distance_map(self.tables["distances"])
+        if show == "recovery":  # while it runs there is nothing else
+            return recovery_curve(self.tables["recovery"])
+        method = getattr(self.instrument, "method", "prune")
+        return by_layer(
+            f"{TITLES[show]}: {method} at {100 * self.facts['sparsity']:.0f} % sparsity",
+            self.table["layer"].to_list(),
+            {TITLES[show]: self.table[show]},
+            AXES[show],
+            between=(0, 1) if show == "sparsity" else None,
         )
-        fig = figure(title, x="layer", y=AXES[show])
-        fig.add_bar(x=self.table["layer"], y=self.table[show], marker_color=color(0), name=AXES[show])
-        return fig
 
 
 def recovery_curve(recovery: pd.DataFrame) -> go.Figure:

@@ -35,32 +35,43 @@ class QuantizeSettings(SubjectInstrument):
         "auto",
         "how scales are found: largest magnitude, least squared error, mean magnitude, "
         "or (binary) with the mean as zero point",
+        group="Transform and exceptions",
     )
     rounding: Choice = ROUNDING.choice("nearest")
-    transform: Choice = TRANSFORM.choice("none")
-    activations: Choice = ACTIVATION_QUANTIZER.choice("none")
+    transform: Choice = TRANSFORM.choice("none", group="Transform and exceptions")
+    activations: Choice = ACTIVATION_QUANTIZER.choice("none", group="Activations and cache")
     kv_bits: int = parameter(
-        0, "width of keys and values as a cache would keep them (0: left alone)", ge=0, le=8, unit="bits"
+        0,
+        "width of keys and values as a cache would keep them (0: left alone)",
+        ge=0,
+        le=8,
+        unit="bits",
+        group="Activations and cache",
     )
     layer_bits: dict[str, int] = parameter(
-        {}, "width by layer glob, where it differs from the format's (integers only)"
+        {},
+        "width by layer glob, where it differs from the format's (integers only)",
+        group="Transform and exceptions",
     )
-    salient: Choice = SALIENT.choice("none")
-    adapter: Choice = ADAPTER.choice("none")
+    salient: Choice = SALIENT.choice("none", group="Transform and exceptions")
+    adapter: Choice = ADAPTER.choice("none", group="Transform and exceptions")
     sequential: bool = parameter(
         True,
         "block by block: calibrate on the inputs that the already quantized blocks produce; else on the "
         "dense model's (no difference where nothing but the weights is read)",
+        group="Order of layers",
     )
     within: bool = parameter(
         False,
         "sequential: inside a block too, layers that read the same after those that they read from "
         "(q, k, v; o; gate, up; down)",
+        group="Order of layers",
     )
     target: Literal["weights", "outputs"] = parameter(
         "weights",
         "sequential: what is rounded, the dense weights, or weights fitted so that on those inputs they give "
         "what the dense layer gives on its own",
+        group="Order of layers",
     )
     sequential_damp: float = parameter(
         0.01,
@@ -69,14 +80,21 @@ class QuantizeSettings(SubjectInstrument):
         gt=0,
         le=1,
         scale="log",
+        group="Order of layers",
     )
     calibration_examples: int = parameter(
-        128, "calibration examples for the inputs' second moments", ge=1, unit="examples"
+        128, "calibration examples for the inputs' second moments", ge=1, unit="examples", group="Data"
     )
     predict_examples: int = parameter(
-        32, "calibration examples of predicted and measured loss change (0: none)", ge=0, unit="examples"
+        32,
+        "calibration examples of predicted and measured loss change (0: none)",
+        ge=0,
+        unit="examples",
+        group="Data",
     )
-    test_examples: int = parameter(1024, "test examples at most (0: no test)", ge=0, unit="examples")
+    test_examples: int = parameter(
+        1024, "test examples at most (0: no test)", ge=0, unit="examples", group="Data"
+    )
 
     @classmethod
     def renamed(cls) -> Mapping[str, str]:

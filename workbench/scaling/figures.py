@@ -255,10 +255,7 @@ def frontier_figure(result: Result) -> go.Figure:
         mode="lines",
     )
     budget = float(result.facts["budget_flops"])
-    style = dict(color="rgba(128,128,128,0.9)", width=1.2, dash="dash")
-    fig.add_vline(
-        x=budget, line=style, annotation_text=f"budget {budget:.2g} FLOPs", annotation_position="top left"
-    )
+    rule(fig, f"budget {budget:.2g} FLOPs", x=budget)
     return fig
 
 

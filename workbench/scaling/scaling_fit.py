@@ -36,30 +36,36 @@ class ScalingFit(Instrument):
     on: ClassVar[Literal["subject", "runs"]] = "runs"
 
     law: Choice = LAW.choice("chinchilla")
-    objective: Choice = OBJECTIVE.choice("huber")
+    objective: Choice = OBJECTIVE.choice("huber", group="Fit")
     space: Literal["auto", "log", "linear"] = parameter(
-        "auto", "compare logarithms or plain values; auto: logarithms for losses"
+        "auto", "compare logarithms or plain values; auto: logarithms for losses", group="Fit"
     )
-    starts: int = parameter(512, "starting points of the search", ge=1, le=100_000, scale="log")
+    starts: int = parameter(512, "starting points of the search", ge=1, le=100_000, scale="log", group="Fit")
     fit_below: float | None = parameter(
         None, "fit only runs with at most this much compute, predict the rest", unit="FLOPs", gt=0
     )
     drop_highest: int = parameter(
-        0, "leave out this many runs with the highest loss (ties with the last one go too)", ge=0
+        0,
+        "leave out this many runs with the highest loss (ties with the last one go too)",
+        ge=0,
+        group="Runs that are left out",
     )
     lowest_per_cell: bool = parameter(
         False,
         "of runs that differ only in what the law does not see (learning rate, seed), "
         "fit only the lowest loss",
     )
-    exclude: tuple[int, ...] = parameter((), "rows to leave out, counted from 0")
+    exclude: tuple[int, ...] = parameter(
+        (), "rows to leave out, counted from 0", group="Runs that are left out"
+    )
     intervals: Literal["runs", "residuals", "profile"] = parameter(
         "runs",
         "resample whole runs (no assumption on the scatter) or residuals (keeps the grid of runs), "
         "or profile the objective",
+        group="Intervals",
     )
-    resamples: int = parameter(500, "bootstrap refits", ge=20, le=20_000, scale="log")
-    level: float = parameter(0.9, "probability content of every interval", gt=0, lt=1)
+    resamples: int = parameter(500, "bootstrap refits", ge=20, le=20_000, scale="log", group="Intervals")
+    level: float = parameter(0.9, "probability content of every interval", gt=0, lt=1, group="Intervals")
     against: tuple[str, ...] = parameter(
         ("kaplan", "over-training", "power-compute"),
         "other laws to compare with on the same runs",
@@ -70,6 +76,7 @@ class ScalingFit(Instrument):
         True,
         "also calibrate the bands on held-out compute, leave runs out one by one, predict held-out runs and "
         "compare with other laws (slower)",
+        group="Fit",
     )
 
     @classmethod

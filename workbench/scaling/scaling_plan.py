@@ -82,22 +82,42 @@ class ScalingPlan(ScalingFit):
     flops: float | None = parameter(
         None, "training budget in FLOPs; or give gpu_hours or money", unit="FLOPs", gt=0
     )
-    gpu_hours: float | None = parameter(None, "training budget in device hours", unit="hours", gt=0)
-    money: float | None = parameter(None, "training budget in money", gt=0)
+    gpu_hours: float | None = parameter(
+        None, "training budget in device hours", unit="hours", gt=0, group="Budget in hours or money"
+    )
+    money: float | None = parameter(None, "training budget in money", gt=0, group="Budget in hours or money")
     price_per_gpu_hour: float | None = parameter(
-        None, "price of a device hour, in the same money", only_with="money", gt=0
+        None,
+        "price of a device hour, in the same money",
+        only_with="money",
+        gt=0,
+        group="Budget in hours or money",
     )
     peak_flops: float | None = parameter(
-        None, "FLOP/s of one device", only_with="gpu_hours or money", unit="FLOP/s", gt=0
+        None,
+        "FLOP/s of one device",
+        only_with="gpu_hours or money",
+        unit="FLOP/s",
+        gt=0,
+        group="Budget in hours or money",
     )
     utilisation: float = parameter(
-        0.4, "share of the peak that training reaches", only_with="gpu_hours or money", gt=0, le=1
+        0.4,
+        "share of the peak that training reaches",
+        only_with="gpu_hours or money",
+        gt=0,
+        le=1,
+        group="Budget in hours or money",
     )
     inference_tokens: float = parameter(
-        0.0, "tokens that the model will serve in its life", unit="tokens", ge=0
+        0.0, "tokens that the model will serve in its life", unit="tokens", ge=0, group="Life of the model"
     )
-    unique_tokens: float | None = parameter(None, "distinct tokens there are", unit="tokens", gt=0)
-    fixed: dict[str, float] = parameter({}, "values of the law's other columns, for example {bits: 8}")
+    unique_tokens: float | None = parameter(
+        None, "distinct tokens there are", unit="tokens", gt=0, group="Life of the model"
+    )
+    fixed: dict[str, float] = parameter(
+        {}, "values of the law's other columns, for example {bits: 8}", group="Life of the model"
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:

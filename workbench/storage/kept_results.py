@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,42 @@ class Entry:
     bytes: int
     state: str
     reason: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def chosen(
+    instrument: str = "", on: str = "", since: str = "", found: list[Entry] | None = None
+) -> list[Entry]:
+    """The whole results of an instrument, of a subject, or since a day ("2026-11-28"), the newest first."""
+    return [
+        entry
+        for entry in (entries() if found is None else found)
+        if entry.state == "whole"
+        and (not instrument or entry.instrument == instrument)
+        and (not on or on.lower() in entry.on.lower())
+        and entry.date >= since
+    ]
+
+
+def called(text: str) -> Entry:
+    """The whole result whose key begins with `text`, or the newest of the instrument of that name."""
+    found = chosen()
+    keyed = [entry for entry in found if entry.key.startswith(text)]
+    if len(keyed) > 1 and len({entry.key for entry in keyed}) > 1:
+        raise BadInput(f"name: {text!r} begins the keys of {len(keyed)} results; give more of it")
+    of_instrument = [entry for entry in found if entry.instrument == text]
+    if not text or not (keyed or of_instrument):
+        raise BadInput(
+            f"name: no stored result is called {text!r}; `workbench results` lists keys and instruments"
+        )
+    return (keyed or of_instrument)[0]
+
+
+def remove(entry: Entry) -> bool:
+    """Remove one stored result; a run that needs it computes it again."""
+    return _remove(entry.folder)
 
 
 def entries() -> list[Entry]:
@@ -122,6 +158,9 @@ def _entry(place: Path) -> Entry:
         size(place),
         "damaged" if reason else "whole",
         reason,
+        fields=dict(told.get("fields") or {}),
+        facts=dict(told.get("facts") or {}),
+        seconds=float(about.get("seconds") or 0.0),
     )
 
 

@@ -16,12 +16,16 @@ FIELDS = ("optimizer", "precision", "micro_batch", "clip")
 class RunFields(Fields):
     """Fields of whatever trains on the way: they go to its run on the training loop."""
 
-    optimizer: Choice = OPTIMIZER.choice("adamw", usual=ADAMW)
-    precision: Choice = PRECISION.choice("fp32")
+    optimizer: Choice = OPTIMIZER.choice("adamw", usual=ADAMW, group="Training")
+    precision: Choice = PRECISION.choice("fp32", group="Training")
     micro_batch: int = parameter(
-        0, "examples at once (gradient accumulation); 0 takes the whole batch", ge=0, le=65536
+        0,
+        "examples at once (gradient accumulation); 0 takes the whole batch",
+        ge=0,
+        le=65536,
+        group="Training",
     )
-    clip: float = parameter(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e6)
+    clip: float = parameter(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e6, group="Training")
 
 
 def chosen_settings(fields: RunFields) -> dict[str, Any]:

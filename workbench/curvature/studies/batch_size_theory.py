@@ -106,18 +106,32 @@ class BatchSizeTheory(CurvatureInstrument):
         "random matrix theory beside measurement, and learning-rate limits"
     )
 
-    split: str = parameter("train", "data split whose first examples stand for the full data", min_length=1)
-    examples: int = parameter(256, "examples that count as the full batch", ge=8, le=65536, scale="log")
-    smallest: int = parameter(8, "smallest batch", ge=1, le=4096, scale="log")
+    split: str = parameter(
+        "train", "data split whose first examples stand for the full data", min_length=1, group="Data"
+    )
+    examples: int = parameter(
+        256, "examples that count as the full batch", ge=8, le=65536, scale="log", group="Data"
+    )
+    smallest: int = parameter(8, "smallest batch", ge=1, le=4096, scale="log", group="Measurement")
     sizes: int = parameter(5, "batch sizes, spaced geometrically up to the full one", ge=2, le=12)
     repeats: int = parameter(4, "random batches of each size", ge=1, le=64)
-    noise_probes: int = parameter(4, "probes for the noise's total variance", ge=1, le=64)
-    tolerance: float = parameter(0.01, "relative residual of each eigenvalue", gt=0, lt=1, scale="log")
+    noise_probes: int = parameter(
+        4, "probes for the noise's total variance", ge=1, le=64, group="Measurement"
+    )
+    tolerance: float = parameter(
+        0.01, "relative residual of each eigenvalue", gt=0, lt=1, scale="log", group="Measurement"
+    )
     learning_rates: bool = parameter(
         False, "also bisect the largest stable learning rate of SGD and Adam by short trainings"
     )
     training_steps: int = parameter(
-        60, "steps of each such training", only_with="learning_rates", ge=8, le=10_000, scale="log"
+        60,
+        "steps of each such training",
+        only_with="learning_rates",
+        ge=8,
+        le=10_000,
+        scale="log",
+        group="Measurement",
     )
 
     @classmethod

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike, NDArray
 
-from workbench.figures import color, figure, heat, line
+from workbench.figures import by_layer, color, figure, line
 
 
 def signed_log(values: ArrayLike, unit: float) -> NDArray[np.float64]:
@@ -22,7 +20,7 @@ def signed_log(values: ArrayLike, unit: float) -> NDArray[np.float64]:
 def density_figure(
     table: pd.DataFrame,
     title: str,
-    axis: str = "linear",
+    axis: str = "signed log",
     outliers: pd.DataFrame | None = None,
     bulk: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
@@ -133,45 +131,13 @@ def with_room_for_labels(fig: go.Figure, share: float = 0.06, most: int = 8) -> 
     return fig
 
 
-def grid_of_layers(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
-    """Layers as a grid: one row per weight's name inside its block, one column per block number
-    ('-' outside blocks).
-    """
-    rows: list[str] = []
-    columns: list[str] = []
-    where: dict[str, tuple[int, int]] = {}
-    for name in names:
-        match = re.search(r"(?<![\w])(\d+)\.", name)
-        column, row = (match[1], name[match.end() :]) if match else ("-", name)
-        if match and "decoder" in name[: match.start()]:
-            row = f"decoder {row}"
-        rows += [row] if row not in rows else []
-        columns += [column] if column not in columns else []
-        where[name] = (rows.index(row), columns.index(column))
-    return rows, columns, where
-
-
 def layers_figure(
-    table: pd.DataFrame, value: str = "mean_eigenvalue", unit: str = "mean eigenvalue"
+    table: pd.DataFrame,
+    value: str = "mean_eigenvalue",
+    unit: str = "mean eigenvalue",
+    title: str = "Curvature by layer",
 ) -> go.Figure:
-    """A heat map of one number per layer; each cell carries its layer's name for clicks and hovering."""
+    """One number a layer; each cell carries its layer's name for clicks and hovering."""
     if not len(table):
-        return figure("Curvature by layer: no layer finished yet")
-    rows, columns, where = grid_of_layers(list(table["layer"]))
-    z = np.full((len(rows), len(columns)), np.nan)
-    names: list[list[Any]] = [["" for _ in columns] for _ in rows]
-    for name, number in zip(table["layer"], table[value], strict=True):
-        i, j = where[name]
-        z[i, j], names[i][j] = number, name
-    fig = figure("Curvature by layer", x="block", y="", height=max(320, 22 * len(rows) + 120))
-    heat(
-        fig,
-        z,
-        columns,
-        rows,
-        unit,
-        customdata=names,
-        hovertemplate="%{customdata}<br>" + unit + " %{z:.4g}<extra></extra>",
-    )
-    fig.update_xaxes(type="category")
-    return fig
+        return figure(f"{title}: no layer finished yet")
+    return by_layer(title, table["layer"].to_list(), {unit: table[value]}, unit)

@@ -241,6 +241,7 @@ class PredictionResult(Result):
                 self.table.assign(radius=self.table["radius"].replace(math.inf, 64.0)),
                 "radius",
                 "validity radius (in units of the change)",
+                "How far the prediction holds, by layer",
             )
         fig = figure(
             f"Loss change of {what}, one layer at a time", x="predicted loss change", y="measured loss change"

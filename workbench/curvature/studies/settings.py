@@ -31,14 +31,21 @@ class CurvatureInstrument(SubjectInstrument):
         "weights it covers: all (every trainable parameter), blocks, or globs over layer or parameter names",
         min_length=1,
     )
-    split: str = parameter("calibration", "data split", min_length=1)
+    split: str = parameter("calibration", "data split", min_length=1, group="Data")
     examples: int = parameter(
-        64, "examples of the split, exact over all of them", ge=1, le=65536, scale="log"
+        64, "examples of the split, exact over all of them", ge=1, le=65536, scale="log", group="Data"
     )
     batch_size: int = parameter(
-        8, "examples in memory at a time; does not change the result", ge=1, le=4096, scale="log"
+        8,
+        "examples in memory at a time; does not change the result",
+        ge=1,
+        le=4096,
+        scale="log",
+        group="Data",
     )
-    dtype: Literal["float32", "float64"] = parameter("float32", "precision of every product")
+    dtype: Literal["float32", "float64"] = parameter(
+        "float32", "precision of every product", group="Machine and seed"
+    )
 
     def check(self, on: Subject) -> None:
         check_kind(self.operator, on.task)

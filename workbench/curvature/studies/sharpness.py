@@ -146,14 +146,19 @@ class Sharpness(CurvatureInstrument):
         gt=0,
         le=10,
         scale="log",
+        group="Search",
     )
-    momentum: float = parameter(0.9, "Adam's first-moment decay beta1", ge=0, lt=1)
-    epsilon: float = parameter(1e-8, "Adam's epsilon", gt=0, le=1, scale="log")
-    tolerance: float = parameter(1e-3, "relative residual of the eigenvalue", gt=0, lt=1, scale="log")
+    momentum: float = parameter(0.9, "Adam's first-moment decay beta1", ge=0, lt=1, group="Search")
+    epsilon: float = parameter(1e-8, "Adam's epsilon", gt=0, le=1, scale="log", group="Search")
+    tolerance: float = parameter(
+        1e-3, "relative residual of the eigenvalue", gt=0, lt=1, scale="log", group="Search"
+    )
     bisect: bool = parameter(
         False, "also find both limits by bisection on the true gradients (about 100 to 400 gradients each)"
     )
-    bisect_steps: int = parameter(24, "iterations of each stability test", only_with="bisect", ge=4, le=500)
+    bisect_steps: int = parameter(
+        24, "iterations of each stability test", only_with="bisect", ge=4, le=500, group="Search"
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:

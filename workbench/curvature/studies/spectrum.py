@@ -40,9 +40,10 @@ class Spectrum(CurvatureInstrument):
         gt=0,
         le=0.5,
         scale="log",
+        group="Numerics",
     )
     reorthogonalise: Literal["auto", "full", "none"] = parameter(
-        "auto", "keep all Krylov vectors orthogonal (auto: when they fit in 2 GiB)"
+        "auto", "keep all Krylov vectors orthogonal (auto: when they fit in 2 GiB)", group="Numerics"
     )
     per_layer: bool = parameter(False, "also the spectrum of every layer's own block, in the same passes")
 
@@ -191,7 +192,10 @@ class SpectrumResult(Result):
                 Literal["density", "layers"],
                 parameter("density", "the density, or every layer's mean eigenvalue"),
             ),
-            "axis": (Literal["linear", "signed log"], parameter("linear", "scale of the eigenvalue axis")),
+            "axis": (
+                Literal["linear", "signed log"],
+                parameter("signed log", "scale of the eigenvalue axis"),
+            ),
         }
         if names:
             fields["layer"] = (Literal[("whole", *names)], parameter("whole", "whose spectrum"))
@@ -209,6 +213,13 @@ class SpectrumResult(Result):
             )
         return create_model("SpectrumView", **fields)
 
+    def leading(self) -> pd.DataFrame:
+        """The resolved eigenvalues, the largest first, not the density's grid."""
+        found = self.tables.get("outliers")
+        if found is None or not len(found):
+            return self.table
+        return found.reindex(found["eigenvalue"].abs().sort_values(ascending=False).index)
+
     def layer_names(self) -> list[str]:
         table = self.tables.get("layer_density")
         return [] if table is None else list(dict.fromkeys(table["layer"]))
@@ -222,12 +233,11 @@ class SpectrumResult(Result):
         if layer != "whole" and layer in self.layer_names():
             table = self.tables["layer_density"]
             return density_figure(
-                table[table["layer"] == layer], f"Spectrum of {layer}", view.get("axis", "linear")
+                table[table["layer"] == layer], f"Spectrum of {layer}", view.get("axis", "signed log")
             )
         fields = self.instrument.model_dump()
-        title = f"{LABEL[fields['operator']]} spectrum, {fields['layers']}" + (
-            " (running)" if self.partial else ""
-        )
+        so_far = " (so far)" if self.partial else ""
+        title = f"{LABEL[fields['operator']]} spectrum, {fields['layers']}{so_far}"
         marks: list[tuple[float, str]] = []
         batch = view.get("batch")
         if batch and batch < self.facts.get("items", 0):
@@ -235,7 +245,7 @@ class SpectrumResult(Result):
         return density_figure(
             self.table,
             title,
-            view.get("axis", "linear"),
+            view.get("axis", "signed log"),
             self.tables.get("outliers"),
             (self.facts["bulk_low"], self.facts["bulk_high"]) if "bulk_low" in self.facts else None,
             marks,

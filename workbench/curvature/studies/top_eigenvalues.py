@@ -38,13 +38,21 @@ class TopEigenvalues(CurvatureInstrument):
         gt=0,
         lt=1,
         scale="log",
+        group="Search",
     )
-    block: int = parameter(2, "vectors multiplied together", ge=1, le=32)
+    block: int = parameter(2, "vectors multiplied together", ge=1, le=32, group="Search")
     max_products: int = parameter(
-        600, "matrix-vector products, at most, at each end and search", ge=4, le=100_000, scale="log"
+        600,
+        "matrix-vector products, at most, at each end and search",
+        ge=4,
+        le=100_000,
+        scale="log",
+        group="Search",
     )
     verify: bool = parameter(
-        True, "search once more, orthogonally to what was found, for missed copies of repeated eigenvalues"
+        True,
+        "search once more, orthogonally to what was found, for missed copies of repeated eigenvalues",
+        group="Search",
     )
 
     @classmethod

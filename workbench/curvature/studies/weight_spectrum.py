@@ -216,7 +216,8 @@ class WeightSpectrumResult(Result):
         layer = view.get("layer", "map")
         if layer == "map":
             measure = view.get("measure", "stable_rank")
-            return layers_figure(self.table, measure, measure.replace("_", " "))
+            words = measure.replace("_", " ")
+            return layers_figure(self.table, measure, words, f"{words.capitalize()} of each layer")
         values = self.tables["eigenvalues"]
         values = values[values["layer"] == layer]
         row = self.table[self.table["layer"] == layer].iloc[0]

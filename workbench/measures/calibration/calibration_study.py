@@ -90,11 +90,19 @@ class CalibrationStudy(SubjectInstrument):
         "the second domain: a split, a file with a column text, 'random' tokens; auto: the split "
         "other-domain, or random tokens where there is none",
     )
-    bits: int = parameter(3, "width of integer formats", ge=1, le=8, unit="bits")
-    sparsity: float = parameter(0.5, "share of the weights that pruning removes", gt=0, lt=1, step=0.01)
-    layers: str = parameter("blocks", "layers to change, comma-separated globs; 'blocks': all in the blocks")
-    test_examples: int = parameter(64, "texts of each domain that are measured on", ge=2, unit="examples")
-    test_split: str = parameter("test", "split the texts of the first domain come from")
+    bits: int = parameter(3, "width of integer formats", ge=1, le=8, unit="bits", group="What is compressed")
+    sparsity: float = parameter(
+        0.5, "share of the weights that pruning removes", gt=0, lt=1, step=0.01, group="What is compressed"
+    )
+    layers: str = parameter(
+        "blocks",
+        "layers to change, comma-separated globs; 'blocks': all in the blocks",
+        group="What is compressed",
+    )
+    test_examples: int = parameter(
+        64, "texts of each domain that are measured on", ge=2, unit="examples", group="Data"
+    )
+    test_split: str = parameter("test", "split the texts of the first domain come from", group="Data")
 
     @classmethod
     def result_class(cls) -> type[Result]:

@@ -70,7 +70,9 @@ class TaskSuite(SubjectInstrument):
     )
     shots: int = parameter(-1, "examples before each item; -1: as many as the task says", ge=-1, le=100)
     limit: int = parameter(0, "of each task, the first ones; 0: all", ge=0, unit="items")
-    batch_tokens: int = parameter(2048, "read at once, padding included", ge=1, scale="log", unit="tokens")
+    batch_tokens: int = parameter(
+        2048, "read at once, padding included", ge=1, scale="log", unit="tokens", group="Machine and seed"
+    )
     chat: bool = parameter(False, "put each item into the tokenizer's chat template")
 
     @classmethod

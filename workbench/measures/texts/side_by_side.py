@@ -42,8 +42,8 @@ class SideBySide(BesideChanged):
     summary_line: ClassVar[str] = "two language models go on with the same texts; where they part"
 
     changed: str = changed_parameter()
-    test_examples: int = parameter(20, "texts", ge=1, le=1000, unit="examples")
-    split: str = parameter("test", "split the texts come from")
+    test_examples: int = parameter(20, "texts", ge=1, le=1000, unit="examples", group="Data")
+    split: str = parameter("test", "split the texts come from", group="Data")
     prompt_tokens: int = parameter(32, "of each text that both models read", ge=1, unit="tokens")
     new_tokens: int = parameter(64, "that both models write", ge=1, le=4096, unit="tokens")
     choose: Literal["greedy", "sampled", "both"] = parameter(

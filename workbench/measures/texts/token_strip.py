@@ -41,9 +41,9 @@ class TokenStrip(BesideChanged):
 
     changed: str = changed_parameter()
     test_examples: int = parameter(
-        0, "texts; 0: 8 of a language model, 256 of a classifier", ge=0, unit="examples"
+        0, "texts; 0: 8 of a language model, 256 of a classifier", ge=0, unit="examples", group="Data"
     )
-    split: str = parameter("test", "split the texts come from")
+    split: str = parameter("test", "split the texts come from", group="Data")
     top: int = parameter(5, "first words of both models that are kept of every token", ge=1, le=50)
 
     @classmethod

@@ -55,38 +55,41 @@ class SparsePlan(SubjectInstrument, RunFields):
         "hybrid 16x16 (blocks in attention, whole neurons elsewhere)",
     )
     layers: str = parameter("blocks", "which layers carry masks: blocks or globs over names")
-    masks: Choice = MASKS.choice(None)
+    masks: Choice = MASKS.choice(None, group="Masks")
     saliency: Choice = SALIENCY.choice(
-        None, "what chooses a mask that is made before training", usual={"gradients": 64}
+        None, "what chooses a mask that is made before training", usual={"gradients": 64}, group="Masks"
     )
     allocation: Choice = SPARSITY_ALLOCATION.choice(
-        None, "how a mask made before training shares its sparsity among layers"
+        None, "how a mask made before training shares its sparsity among layers", group="Masks"
     )
     sparsity_schedule: Choice = SPARSITY_SCHEDULE.choice(
-        None, "sparsity over the run: from-start, cubic, or from stage to stage: geometric, late"
+        None,
+        "sparsity over the run: from-start, cubic, or from stage to stage: geometric, late",
+        group="Masks",
     )
-    trainable: Choice = TRAINABLE.choice(None)
-    terms: Choice = TERMS.choice(None)
-    objective: Choice = OBJECTIVE.choice(None)
-    backward: Choice = BACKWARD.choice(None)
-    start: Start = parameter("weights", "start from the subject's weights or from random ones")
+    trainable: Choice = TRAINABLE.choice(None, group="Masks")
+    terms: Choice = TERMS.choice(None, group="Masks")
+    objective: Choice = OBJECTIVE.choice(None, group="Masks")
+    backward: Choice = BACKWARD.choice(None, group="Masks")
+    start: Start = parameter("weights", "start from the subject's weights or from random ones", group="Masks")
     steps: int = parameter(200, "optimizer steps in all", ge=1, le=1_000_000, scale="log")
-    batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
+    batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log", group="Training")
     learning_rate: float = parameter(
         1e-3, "peak learning rate, anew in every stage", gt=0, le=10, scale="log"
     )
-    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine", group="Training")
     stages: int = parameter(
         1,
         "parts of the run: the half that learns is drawn, and a staged schedule prunes, at the start of each",
         ge=1,
         le=1000,
+        group="Masks",
     )
-    portion: Choice = PORTION.choice(None)
+    portion: Choice = PORTION.choice(None, group="Masks")
     calibration_examples: int = parameter(
-        64, "examples for saliencies that need inputs", ge=1, unit="examples"
+        64, "examples for saliencies that need inputs", ge=1, unit="examples", group="Data"
     )
-    test_split: str = parameter("test", "split for the reported loss and metrics")
+    test_split: str = parameter("test", "split for the reported loss and metrics", group="Data")
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**with_sparsity_schedule(given))

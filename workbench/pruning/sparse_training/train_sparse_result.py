@@ -25,16 +25,14 @@ class TrainSparseResult(Result):
         return TrainSparseView
 
     def figure(self, **view: Any) -> go.Figure:
-        from workbench.figures import color, figure, line
+        from workbench.figures import by_layer, figure, line
 
         show, tables = TrainSparseView(**view).show, self.tables
         method = getattr(self.instrument, "method", "train-sparse")
         if show == "layers" and len(tables.get("layers", ())):
-            fig = figure(f"What {method} keeps of each layer", x="layer", y="share kept")
-            fig.add_bar(
-                x=tables["layers"].layer, y=tables["layers"].density, marker_color=color(0), name="share kept"
-            )
-            return fig
+            kept = {"share kept": tables["layers"].density}
+            names = tables["layers"].layer.to_list()
+            return by_layer(f"What {method} keeps of each layer", names, kept, "share kept", between=(0, 1))
         if show == "masks" and len(tables.get("masks", ())):
             records = tables["masks"]
             fig = figure(f"Masks of {method} over the run", x="step", y="share of the weights")

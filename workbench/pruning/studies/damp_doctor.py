@@ -44,14 +44,14 @@ class DampDoctor(SubjectInstrument):
 
     layers: str = parameter("blocks", "which layers: blocks or globs")
     calibration_examples: int = parameter(
-        128, "examples for the layers' input statistics", ge=1, unit="examples"
+        128, "examples for the layers' input statistics", ge=1, unit="examples", group="Data"
     )
     damps: int = parameter(
         5, "damps to try for the loss, from the smallest that works everywhere to 1 (0: spectra only)", ge=0
     )
     sparsity: float = parameter(0.6, "sparsity of the SparseGPT pruning whose loss is compared", gt=0, lt=1)
-    calibration_split: str = parameter("calibration", "split for the statistics")
-    test_split: str = parameter("validation", "split for the losses")
+    calibration_split: str = parameter("calibration", "split for the statistics", group="Data")
+    test_split: str = parameter("validation", "split for the losses", group="Data")
 
     @classmethod
     def result_class(cls) -> type[Result]:

@@ -44,9 +44,9 @@ class FisherSweep(SubjectInstrument):
         "unstructured", "unstructured, 2:4, block 4x1: what single-weight pruning accepts"
     )
     layers: str = parameter("blocks", "which layers: blocks or globs")
-    calibration_split: str = parameter("calibration", "split for the gradients")
+    calibration_split: str = parameter("calibration", "split for the gradients", group="Data")
     test_split: str = parameter(
-        "validation", "split for the losses: a sweep chooses, so not the one that is reported"
+        "validation", "split for the losses: a sweep chooses, so not the one that is reported", group="Data"
     )
 
     @classmethod

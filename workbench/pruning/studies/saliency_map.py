@@ -65,14 +65,18 @@ class SaliencyMap(SubjectInstrument):
     )
     layers: str = parameter("blocks", "which layers: blocks or globs")
     calibration_examples: int = parameter(
-        64, "examples for the layers' input statistics", ge=1, unit="examples"
+        64, "examples for the layers' input statistics", ge=1, unit="examples", group="Data"
     )
-    gradients: int = parameter(64, "per-example gradients", ge=1, unit="examples")
+    gradients: int = parameter(64, "per-example gradients", ge=1, unit="examples", group="Data")
     damp: float = parameter(
-        0.01, "damp of Hessians and Fisher blocks, as a share of their mean diagonal", gt=0, scale="log"
+        0.01,
+        "damp of Hessians and Fisher blocks, as a share of their mean diagonal",
+        gt=0,
+        scale="log",
+        group="Fisher",
     )
-    block: int = parameter(50, "weights in one block of the Fisher", ge=1)
-    calibration_split: str = parameter("calibration", "split for the statistics")
+    block: int = parameter(50, "weights in one block of the Fisher", ge=1, group="Fisher")
+    calibration_split: str = parameter("calibration", "split for the statistics", group="Data")
 
     @classmethod
     def result_class(cls) -> type[Result]:
@@ -238,10 +242,14 @@ def overlaps(ranks: dict[str, NDArray[np.uint16]], methods: list[str], layers: l
     return pd.DataFrame(rows, columns=["a", "b", "sparsity", "jaccard"])
 
 
+#: Layers whose masks are shown as thumbnails at most.
+THUMBNAILS = 6
+
+
 class SaliencyView(BaseModel):
     """What the viewer may change without computing anew."""
 
-    show: Literal["density", "heads", "predicted", "overlap"] = "density"
+    show: Literal["masks", "density", "heads", "predicted", "overlap"] = "masks"
     sparsity: float = parameter(0.7, "share of the weights removed", ge=0, le=0.99, step=0.01)
 
 
@@ -258,6 +266,17 @@ class SaliencyMapResult(Result):
     def mask(self, method: str, layer: str, sparsity: float) -> NDArray[np.bool_]:
         """True where `method` keeps the weight at this sparsity, shape (..., out, in)."""
         return self.arrays[f"{method}/{layer}"] >= round(sparsity * (LEVELS + 1))
+
+    def thumbnails(self, title: str, sparsity: float) -> go.Figure:
+        """The masks of the first layers, one of each kind."""
+        from workbench.figures import grid_of_layers, short_names
+        from workbench.pruning.studies.mask_thumbnails import thumbnails
+
+        names = self.table.layer.to_list()
+        kinds = grid_of_layers(names).where
+        first = list({kinds[name][0]: name for name in reversed(names)}.values())[::-1][:THUMBNAILS]
+        masks = {m: {name: self.mask(m, name, sparsity) for name in first} for m in self.methods}
+        return thumbnails(title, masks, short_names(first))
 
     def densities(self, method: str, sparsity: float) -> NDArray[np.float64]:
         """Share kept in each layer, in the order of the table."""
@@ -291,20 +310,20 @@ class SaliencyMapResult(Result):
         return copy.evaluate(split, limit=limit, progress=progress)
 
     def figure(self, **view: Any) -> go.Figure:
-        from workbench.figures import color, figure, heat, line
+        from workbench.figures import by_layer, color, figure, heat, line, rule
 
         shown = SaliencyView(**view)
         percent = f"{100 * shown.sparsity:.0f} % sparsity"
+        if shown.show == "masks":
+            return self.thumbnails(f"What each method keeps at {percent}", shown.sparsity)
         if shown.show == "density":
-            fig = figure(f"What each method keeps at {percent}", x="layer", y="share kept", barmode="group")
-            for index, method in enumerate(self.methods):
-                fig.add_bar(
-                    x=self.table.layer,
-                    y=self.densities(method, shown.sparsity),
-                    name=method,
-                    marker_color=color(index),
-                )
-            return fig
+            return by_layer(
+                f"What each method keeps at {percent}",
+                self.table.layer.to_list(),
+                {method: self.densities(method, shown.sparsity) for method in self.methods},
+                "share kept",
+                between=(0, 1),
+            )
         tables = self.tables
         if shown.show == "heads":
             fig = figure(
@@ -333,7 +352,7 @@ class SaliencyMapResult(Result):
             for method in self.methods:
                 curve = tables["curves"].query("method == @method")
                 line(fig, curve.sparsity, np.maximum(curve.predicted_change, 1e-12), method, mode="lines")
-            fig.add_vline(x=shown.sparsity, line_dash="dot")
+            rule(fig, percent, x=shown.sparsity)
             return fig
         grid = np.eye(len(self.methods))
         near = min(GRID, key=lambda s: abs(s - shown.sparsity))

@@ -42,11 +42,11 @@ class Subtune(SubjectInstrument, RunFields):
         0.02, "smallest share by which a further block must lower the validation loss", ge=0, lt=1
     )
     steps: int = parameter(100, "optimizer steps of every candidate", ge=1, le=1_000_000, scale="log")
-    batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
+    batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log", group="Training")
     learning_rate: float = parameter(1e-3, "peak learning rate", gt=0, le=10, scale="log")
-    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
-    choose_on: str = parameter("validation", "split whose loss chooses the blocks")
-    test_split: str = parameter("test", "split for the reported loss and metrics")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine", group="Training")
+    choose_on: str = parameter("validation", "split whose loss chooses the blocks", group="Data")
+    test_split: str = parameter("test", "split for the reported loss and metrics", group="Data")
 
     @classmethod
     def renamed(cls) -> Mapping[str, str]:

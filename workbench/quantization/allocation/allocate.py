@@ -55,6 +55,7 @@ class Allocate(AllocationSettings):
         le=8,
         unit="bits",
         step=0.25,
+        group="Other budgets",
     )
     bits: float = parameter(
         0.0,
@@ -73,22 +74,34 @@ class Allocate(AllocationSettings):
         unit="nats",
     )
     milliseconds: float = parameter(
-        0.0, "budget of the layers' measured times, with `times` (0: another budget)", ge=0, unit="ms"
+        0.0,
+        "budget of the layers' measured times, with `times` (0: another budget)",
+        ge=0,
+        unit="ms",
+        group="Other budgets",
     )
     average: Literal["weights", "multiplications", "latency"] = parameter(
         "weights",
         "what the budget limits: bits of the weights (size); "
         "bits times multiplications (bit operations at one activation width: a layer counts for the "
         "tokens it sees); or the layers' measured times, up to that of all layers at the budget's width",
+        group="Other budgets",
     )
     times: str = parameter(
         "",
         "CSV of times on the target device, with columns layer (a glob), width and milliseconds; "
         "for average latency and for milliseconds",
+        group="Other budgets",
     )
-    solver: Choice = WIDTH_SOLVER.choice("integer-program")
-    draws: int = parameter(3, "random allocations to compare with (0: compare with none at all)", ge=0, le=50)
-    test_examples: int = parameter(1024, "test examples at most", ge=1, unit="examples")
+    solver: Choice = WIDTH_SOLVER.choice("integer-program", group="Other budgets")
+    draws: int = parameter(
+        3,
+        "random allocations to compare with (0: compare with none at all)",
+        ge=0,
+        le=50,
+        group="Measurement",
+    )
+    test_examples: int = parameter(1024, "test examples at most", ge=1, unit="examples", group="Data")
 
     @classmethod
     def result_class(cls) -> type[Result]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel
 
 from workbench.quantization.allocation.allocation_scores import ScoredResult
-from workbench.quantization.quantize_result import choices
+from workbench.results import choices
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -19,20 +19,15 @@ class AllocateResult(ScoredResult):
     scores: ClassVar[str] = "sensitivity"
 
     def figure(self, view: str = "front", **more: Any) -> go.Figure:
-        from workbench.figures import figure, line, points
+        from workbench.figures import by_layer, figure, line, points
 
         if view == "widths":
-            fig = figure("Width of each layer", "layer", "bits")
-            for index, (name, part) in enumerate(self.tables["widths"].groupby("strategy", sort=False)):
-                line(
-                    fig,
-                    part["layer"].to_numpy(),
-                    part["width"].to_numpy(),
-                    str(name),
-                    mode="lines+markers",
-                    index=index,
-                )
-            return fig
+            widths = self.tables["widths"]
+            wide = widths.pivot(index="layer", columns="strategy", values="width")
+            names = list(dict.fromkeys(widths["layer"]))
+            found = {str(s): wide[s].loc[names] for s in dict.fromkeys(widths["strategy"])}
+            ends = (0.0, float(widths["width"].max()))
+            return by_layer("Width of each layer", names, found, "bits", between=ends)
         if view == "strategies":
             fig = figure("Loss at one size", "strategy", "test loss (nats)")
             points(fig, self.table["strategy"].to_numpy(), self.table["loss"].to_numpy(), "measured")

@@ -25,9 +25,8 @@ from workbench.quantization.allocation.settings import SWAPS, AllocationSettings
 from workbench.quantization.allocation.solver import WIDTH_SOLVER
 from workbench.quantization.allocation.swapped import corrected, groups_of
 from workbench.quantization.allocation.width_cost import Candidates, WidthCost
-from workbench.quantization.quantize_result import choices
 from workbench.quantization.quantized_layer import moments_for
-from workbench.results import Result
+from workbench.results import Result, choices
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -90,17 +89,16 @@ class AllocationScoresResult(ScoredResult):
     """Every layer at every width, and the front of what can be had for how many bytes."""
 
     def figure(self, view: str = "front", **more: Any) -> go.Figure:
-        from workbench.figures import figure, line
+        from workbench.figures import by_layer, figure, line
 
         unit = {"kl": "predicted KL (nats)", "distance": "predicted distance"}.get(
             self.problem().unit, "predicted cost"
         )
         if view == "layers":
-            fig = figure("Predicted cost of each layer", "layer", unit, yaxis_type="log")
-            for index, (width, part) in enumerate(self.table.groupby("width")):
-                layers, cost = part["layer"].to_numpy(), part["cost"].to_numpy()
-                line(fig, layers, cost, f"{width} bits", mode="lines+markers", index=index)
-            return fig
+            wide = self.table.pivot(index="layer", columns="width", values="cost")
+            names = list(dict.fromkeys(self.table["layer"]))
+            costs = {f"{width} bits": wide[width].loc[names] for width in wide}
+            return by_layer("Predicted cost of each layer", names, costs, unit, log=True)
         fig = figure("What can be had for how many bytes", "size (MB)", unit, yaxis_type="log")
         found = self.tables["front"]
         line(fig, found["bytes"].to_numpy() / 1e6, found["cost"].to_numpy(), "best allocations")

@@ -21,12 +21,11 @@ from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.number.number_format import NUMBER_FORMAT
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.quantize_result import choices
 from workbench.quantization.quantized_layer import layer_row, moments_for
 from workbench.quantization.rounding.feedback import Factors
 from workbench.quantization.rounding.rounding import ROUNDING
 from workbench.quantization.rounding_order import Rounded, Source, round_layers
-from workbench.results import Result
+from workbench.results import Result, choices
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -176,22 +175,16 @@ class LayerSensitivityResult(Result):
     """Predicted beside measured loss change, one point a layer."""
 
     def figure(self, view: str = "predicted beside measured", **more: Any) -> go.Figure:
-        from workbench.figures import figure, line
+        from workbench.figures import by_layer
         from workbench.studies import predicted_beside_measured
 
         table = self.table.assign(series=[f"{b:g} bits" for b in self.table["width"]])
         if view == "predicted beside measured" and "measured_change" in table:
             return predicted_beside_measured(table, "Loss change of each layer quantized alone")
-        fig = figure("Sensitivity of each layer", "layer", "loss change (nats)", yaxis_type="log")
-        for width, part in table.groupby("series", sort=False):
-            line(
-                fig,
-                part["layer"].to_numpy(),
-                part["predicted_second"].clip(lower=1e-12).to_numpy(),
-                f"{width}, curvature",
-                mode="lines+markers",
-            )
-        return fig
+        wide = table.pivot(index="layer", columns="series", values="predicted_second")
+        names = list(dict.fromkeys(table["layer"]))
+        found = {str(width): wide[width].loc[names] for width in dict.fromkeys(table["series"])}
+        return by_layer("Predicted cost of rounding each layer", names, found, "loss change (nats)", log=True)
 
     def view_model(self) -> type[BaseModel] | None:
         return choices("LayerSensitivityView", view=("predicted beside measured", "by layer"))
@@ -208,14 +201,18 @@ class LayerSensitivity(SubjectInstrument):
         [4], "widths to try (integer format; any other format ignores them)", min_length=1, unit="bits"
     )
     granularity: Literal["auto", "tensor", "channel", "group"] = parameter("auto", "what shares a scale")
-    group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
-    range: Literal["auto", "minmax", "mse", "mean"] = parameter("auto", "how scales are found")
-    rounding: Choice = ROUNDING.choice("nearest")
+    group_size: int = parameter(
+        64, "weights of a group", ge=1, le=4096, scale="log", unit="weights", group="Rounding"
+    )
+    range: Literal["auto", "minmax", "mse", "mean"] = parameter(
+        "auto", "how scales are found", group="Rounding"
+    )
+    rounding: Choice = ROUNDING.choice("nearest", group="Rounding")
     calibration_examples: int = parameter(
-        64, "calibration examples of the inputs' second moments", ge=1, unit="examples"
+        64, "calibration examples of the inputs' second moments", ge=1, unit="examples", group="Data"
     )
     predict_examples: int = parameter(
-        32, "calibration examples of prediction and measurement", ge=1, unit="examples"
+        32, "calibration examples of prediction and measurement", ge=1, unit="examples", group="Data"
     )
     measure: bool = parameter(True, "measure each layer's loss change as well")
 

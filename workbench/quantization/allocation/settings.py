@@ -29,6 +29,7 @@ def swaps_parameter(default: int) -> Any:
         ge=0,
         le=1000,
         unit="blocks",
+        group="Measurement",
     )
 
 
@@ -37,17 +38,21 @@ class AllocationSettings(SubjectInstrument):
 
     layers: str = parameter("blocks", "layers to quantize, comma-separated globs")
     widths: list[int] = parameter([2, 3, 4, 8], "widths a layer may get", min_length=2, unit="bits")
-    sensitivity: Choice = WIDTH_COST.choice("gauss-newton")
+    sensitivity: Choice = WIDTH_COST.choice("gauss-newton", group="Rounding")
     symmetric: bool = parameter(
-        False, "integers symmetric about zero, which at 2 bits leaves three of four values"
+        False, "integers symmetric about zero, which at 2 bits leaves three of four values", group="Rounding"
     )
-    group_size: int = parameter(64, "weights of a group", ge=1, le=4096, scale="log", unit="weights")
-    range: Literal["auto", "minmax", "mse"] = parameter("mse", "how scales are found")
-    rounding: Choice = ROUNDING.choice("gptq")
+    group_size: int = parameter(
+        64, "weights of a group", ge=1, le=4096, scale="log", unit="weights", group="Rounding"
+    )
+    range: Literal["auto", "minmax", "mse"] = parameter("mse", "how scales are found", group="Rounding")
+    rounding: Choice = ROUNDING.choice("gptq", group="Rounding")
     calibration_examples: int = parameter(
-        64, "calibration examples of the inputs' second moments", ge=1, unit="examples"
+        64, "calibration examples of the inputs' second moments", ge=1, unit="examples", group="Data"
     )
-    predict_examples: int = parameter(64, "calibration examples of the sensitivities", ge=1, unit="examples")
+    predict_examples: int = parameter(
+        64, "calibration examples of the sensitivities", ge=1, unit="examples", group="Data"
+    )
     swaps: int = swaps_parameter(0)
     swap_examples: int = parameter(
         8,
@@ -55,6 +60,7 @@ class AllocationSettings(SubjectInstrument):
         ge=1,
         unit="examples",
         only_with="swaps",
+        group="Data",
     )
 
     @classmethod

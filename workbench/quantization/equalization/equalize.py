@@ -12,9 +12,8 @@ from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.equalization.equalizations import EQUALIZATION, Scaled
 from workbench.quantization.equalization.scale_groups import fold, scale_groups
-from workbench.quantization.quantize_result import choices
 from workbench.quantization.rotation.fold import same_function, stream_of
-from workbench.results import Result
+from workbench.results import Result, choices
 from workbench.subjects import Subject
 from workbench.subjects.changes import bake
 

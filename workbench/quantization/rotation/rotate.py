@@ -15,10 +15,9 @@ from workbench.axis import Choice, parameter
 from workbench.instruments import SubjectInstrument
 from workbench.progress import Progress
 from workbench.quantization.activations.activations import InputRanges, input_ranges
-from workbench.quantization.quantize_result import choices
 from workbench.quantization.rotation.fold import change_of_outputs, stream_of
 from workbench.quantization.rotation.rotations import ROTATION
-from workbench.results import Result
+from workbench.results import Result, choices
 from workbench.subjects import Layer, Subject
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class RotateResult(Result):
     """
 
     def figure(self, column: str = "kurtosis", **more: Any) -> go.Figure:
-        from workbench.figures import figure, line
+        from workbench.figures import by_layer
 
         words = {
             "kurtosis": "kurtosis of the inputs (3 is Gaussian)",
@@ -40,11 +39,8 @@ class RotateResult(Result):
         }[column]
         kind = self.instrument.kind  # type: ignore[attr-defined]
         title = f"What each layer reads, before and after the {kind} rotation"
-        fig = figure(title, "layer", words, yaxis_type="log")
-        names = self.table["layer"].to_numpy()
-        for label, name in (("as trained", column), ("rotated", f"{column}_rotated")):
-            line(fig, names, self.table[name].to_numpy(), label, mode="lines+markers")
-        return fig
+        both = {"as trained": self.table[column], "rotated": self.table[f"{column}_rotated"]}
+        return by_layer(title, self.table["layer"].to_list(), both, words, log=True)
 
     def view_model(self) -> type[BaseModel] | None:
         return choices("RotateView", column=("kurtosis", "spread", "noise_gain"))

@@ -23,9 +23,8 @@ from workbench.quantization.noise import decibel, kurtosis
 from workbench.quantization.number.grid import Grid
 from workbench.quantization.number.packing import quantizer_of
 from workbench.quantization.quantize import Quantize
-from workbench.quantization.quantize_result import choices, short_names
 from workbench.quantization.quantized_layer import mask_of
-from workbench.results import Result
+from workbench.results import Result, choices
 from workbench.statistics.inputs import kept_positions
 from workbench.subjects import Layer, Subject
 
@@ -90,38 +89,25 @@ class ErrorAnatomyResult(Result):
 
     def figure(self, view: str = "noise", layer: str = "", **more: Any) -> go.Figure:
         """view : one of VIEWS, or "weights and grid" of one `layer` (default: the first)."""
-        from workbench.figures import color, figure, line
+        from workbench.figures import by_layer
 
         table = self.table
-        names = table["layer"].to_numpy()
+        names = table["layer"].to_list()
         if view == "weights and grid":
             return self._weights(layer or str(names[0]))
         title, unit, columns = VIEWS[view]
-        fig = figure(title, "layer", unit, yaxis_type="log" if view == "kurtosis" else "linear")
-        for column in columns:
-            if column not in table:
-                continue
-            values = table[column].to_numpy(dtype=float)
-            if len(columns) == 1:
-                fig.add_bar(x=names, y=values, name=WORDS[column], marker_color=color(0))
-            else:  # where there is no noise at all there is nothing to draw
-                line(
-                    fig,
-                    names,
-                    np.where(values < SILENT, values, np.nan) if view == "noise" else values,
-                    WORDS[column],
-                    mode="lines+markers",
-                )
+        shown = {WORDS[c]: table[c].to_numpy(dtype=float) for c in columns if c in table}
+        if view == "noise":  # where there is no noise at all there is nothing to draw
+            shown = {word: np.where(values < SILENT, values, np.nan) for word, values in shown.items()}
+        if view == "outliers" and not any(values.any() for values in shown.values()):
+            title += ": none"
         if view == "loss" and "predicted_change" in self.facts:
             facts = self.facts
-            fig.update_layout(
-                title_text=(
-                    f"{title}; all together: predicted {facts['predicted_change']:.3g}, "
-                    f"measured {facts['measured_change']:.3g} nats"
-                )
+            title += (
+                f"; all together: predicted {facts['predicted_change']:.3g}, "
+                f"measured {facts['measured_change']:.3g} nats"
             )
-        short_names(fig, [str(name) for name in names])
-        return fig
+        return by_layer(title, names, shown, unit, log=True if view == "kurtosis" else None)
 
     def _weights(self, layer: str) -> go.Figure:
         from workbench.quantization.studies.matrix_histogram import histogram_figure
@@ -154,12 +140,16 @@ class ErrorAnatomy(Quantize):
     changes_model: ClassVar[bool] = False
     summary_line: ClassVar[str] = ""
 
-    calibration_examples: int = parameter(64, "calibration examples", ge=1, unit="examples")
+    calibration_examples: int = parameter(64, "calibration examples", ge=1, unit="examples", group="Data")
     predict_examples: int = parameter(
-        16, "calibration examples of the loss changes (0: none)", ge=0, unit="examples"
+        16, "calibration examples of the loss changes (0: none)", ge=0, unit="examples", group="Data"
     )
     test_examples: int = parameter(
-        0, "test examples of the whole quantized model at most (0: no test)", ge=0, unit="examples"
+        0,
+        "test examples of the whole quantized model at most (0: no test)",
+        ge=0,
+        unit="examples",
+        group="Data",
     )
 
     @classmethod

@@ -41,10 +41,12 @@ class PtqOrQat(SubjectInstrument):
     )
     widths: list[int] = parameter([8, 4, 3, 2], "widths of the integers")
     steps: int = parameter(200, "optimizer steps of either side", ge=1, le=1_000_000, scale="log")
-    batch_size: int = parameter(16, "examples of a step", ge=1, le=4096, scale="log")
+    batch_size: int = parameter(16, "examples of a step", ge=1, le=4096, scale="log", group="Training")
     learning_rate: float = parameter(1e-3, "peak learning rate of AdamW (linear decay)", gt=0, scale="log")
-    calibration_examples: int = parameter(64, "calibration examples of the rounding afterwards", ge=1)
-    test_examples: int = parameter(512, "test examples at most", ge=1)
+    calibration_examples: int = parameter(
+        64, "calibration examples of the rounding afterwards", ge=1, group="Data"
+    )
+    test_examples: int = parameter(512, "test examples at most", ge=1, group="Data")
 
     @classmethod
     def result_class(cls) -> type[Result]:

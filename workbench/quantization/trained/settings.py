@@ -39,6 +39,7 @@ class TrainedSettings(SubjectInstrument, RunFields):
         ge=0,
         le=1,
         step=0.1,
+        group="Teacher",
     )
     temperature: float = parameter(
         1.0,
@@ -47,21 +48,25 @@ class TrainedSettings(SubjectInstrument, RunFields):
         gt=0,
         le=100,
         scale="log",
+        group="Teacher",
     )
     entropy: float = parameter(
-        0.0, "weight of the information in queries and keys, which is to grow", ge=0, le=100
+        0.0, "weight of the information in queries and keys, which is to grow", ge=0, le=100, group="Teacher"
     )
     attention_match: float = parameter(
         0.0,
         "weight of the distance (1 - cosine) between attention maps and those of the subject before training",
         ge=0,
         le=100,
+        group="Teacher",
     )
     activation_bits: int = parameter(
         0, "width of the layers' inputs, a scale for every token (0: left alone)", ge=0, le=8, unit="bits"
     )
     rounded_attention: bool = parameter(
-        False, "round queries, keys, values and attention maps to activation_bits as well"
+        False,
+        "round queries, keys, values and attention maps to activation_bits as well",
+        group="Attention and tokens",
     )
     wide_tokens: float = parameter(
         0.0,
@@ -70,19 +75,26 @@ class TrainedSettings(SubjectInstrument, RunFields):
         ge=0,
         lt=1,
         step=0.05,
+        group="Attention and tokens",
     )
     steps: int = parameter(200, "optimizer steps", ge=1, le=100000, scale="log")
-    batch_size: int = parameter(16, "examples of a step", ge=1, le=4096, scale="log", unit="examples")
+    batch_size: int = parameter(
+        16, "examples of a step", ge=1, le=4096, scale="log", unit="examples", group="Training"
+    )
     learning_rate: float = parameter(2e-4, "peak learning rate", gt=0, le=1, scale="log")
-    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("linear")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("linear", group="Training")
     switch_at: float = parameter(
-        0.0, "share of the steps trained in full precision first", ge=0, lt=1, step=0.05
+        0.0, "share of the steps trained in full precision first", ge=0, lt=1, step=0.05, group="Training"
     )
     reset_optimizer: bool = parameter(
-        False, "forget the optimizer's moments at the switch", only_with="switch_at"
+        False, "forget the optimizer's moments at the switch", only_with="switch_at", group="Training"
     )
-    from_scratch: bool = parameter(False, "start from random weights instead of the subject's")
-    test_examples: int = parameter(512, "test and validation examples at most", ge=1, unit="examples")
+    from_scratch: bool = parameter(
+        False, "start from random weights instead of the subject's", group="Training"
+    )
+    test_examples: int = parameter(
+        512, "test and validation examples at most", ge=1, unit="examples", group="Data"
+    )
 
     @classmethod
     def renamed(cls) -> Mapping[str, str]:

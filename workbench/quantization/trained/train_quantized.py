@@ -18,13 +18,12 @@ from workbench.progress import Progress
 from workbench.quantization.activations.attention import (
     order_of,
 )
-from workbench.quantization.quantize_result import choices
 from workbench.quantization.quantized_layer import put
 from workbench.quantization.trained.objective import Objective
 from workbench.quantization.trained.rounded_course import RoundedCourse
 from workbench.quantization.trained.settings import TRAINED_ROUNDING, TrainedSettings
 from workbench.quantization.trained.trained_rounding import TrainedRounding
-from workbench.results import Result
+from workbench.results import Result, choices
 from workbench.subjects import Layer, Subject
 from workbench.subjects.changes import Change
 

@@ -54,14 +54,21 @@ class Comparison(SweptInstrument):
         "learning rates tried for every candidate, a factor learning_rate_factor apart around the usual one",
         ge=1,
         le=20,
+        group="Ladder of rates",
     )
-    learning_rate_factor: float = parameter(2.0, "ratio of neighbouring learning rates", gt=1, le=10)
+    learning_rate_factor: float = parameter(
+        2.0, "ratio of neighbouring learning rates", gt=1, le=10, group="Ladder of rates"
+    )
     seeds: int = parameter(3, "runs of every candidate at its best learning rate", ge=1, le=20)
-    warmup: float = parameter(0.1, "linear warm-up as a fraction of the steps", ge=0, lt=1)
-    weight_decay: float = parameter(0.01, "weight decay of matrices", ge=0, le=10)
-    start: Start = parameter("random", "start every run from random weights or from the subject's")
-    evaluate_limit: int = parameter(512, "validation and test examples that a run is judged by", ge=1)
-    level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1)
+    warmup: float = parameter(0.1, "linear warm-up as a fraction of the steps", ge=0, lt=1, group="Training")
+    weight_decay: float = parameter(0.01, "weight decay of matrices", ge=0, le=10, group="Training")
+    start: Start = parameter(
+        "random", "start every run from random weights or from the subject's", group="Training"
+    )
+    evaluate_limit: int = parameter(
+        512, "validation and test examples that a run is judged by", ge=1, group="Data"
+    )
+    level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1, group="Intervals")
 
     @classmethod
     def renamed(cls) -> Mapping[str, str]:

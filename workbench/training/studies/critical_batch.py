@@ -110,22 +110,38 @@ class CriticalBatch(SweptInstrument):
     )
     learning_rate_low: float = parameter(2.5e-4, "lowest learning rate", gt=0, le=100, scale="log")
     learning_rate_high: float = parameter(4e-3, "highest learning rate", gt=0, le=100, scale="log")
-    learning_rate_points: int = parameter(3, "learning rates, evenly spaced in the logarithm", ge=1, le=50)
+    learning_rate_points: int = parameter(
+        3, "learning rates, evenly spaced in the logarithm", ge=1, le=50, group="Ladder of rates"
+    )
     examples: int = parameter(
         6144, "a run that has not reached the loss ends after so many examples", ge=16, le=10**9, scale="log"
     )
     steps: int = parameter(150, "but not before so many steps", ge=10, le=1_000_000, scale="log")
-    optimizer: Choice = OPTIMIZER.choice("adamw", "optimizer, at a constant rate")
-    start: Start = parameter("random", "start every run from random weights or from the subject's")
-    evaluate_limit: int = parameter(256, "validation examples that the loss is measured on", ge=1)
-    overhead: float = parameter(
-        0.2, "share of more examples than the reference batch that a large batch may cost", gt=0, le=100
+    optimizer: Choice = OPTIMIZER.choice("adamw", "optimizer, at a constant rate", group="Training")
+    start: Start = parameter(
+        "random", "start every run from random weights or from the subject's", group="Training"
     )
-    reference: int = parameter(0, "reference batch of that share; 0: the smallest thinkable", ge=0)
-    noise_groups: int = parameter(16, "independent batches whose gradients are compared", ge=4, le=4096)
-    noise_size: int = parameter(16, "examples of each of them", ge=1, le=4096)
-    level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1)
-    resamples: int = parameter(500, "bootstrap resamples of the hyperbola", ge=2, le=10_000)
+    evaluate_limit: int = parameter(
+        256, "validation examples that the loss is measured on", ge=1, group="Data"
+    )
+    overhead: float = parameter(
+        0.2,
+        "share of more examples than the reference batch that a large batch may cost",
+        gt=0,
+        le=100,
+        group="Noise scale",
+    )
+    reference: int = parameter(
+        0, "reference batch of that share; 0: the smallest thinkable", ge=0, group="Noise scale"
+    )
+    noise_groups: int = parameter(
+        16, "independent batches whose gradients are compared", ge=4, le=4096, group="Noise scale"
+    )
+    noise_size: int = parameter(16, "examples of each of them", ge=1, le=4096, group="Noise scale")
+    level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1, group="Intervals")
+    resamples: int = parameter(
+        500, "bootstrap resamples of the hyperbola", ge=2, le=10_000, group="Intervals"
+    )
 
     @classmethod
     def renamed(cls) -> Mapping[str, str]:

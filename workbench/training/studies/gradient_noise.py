@@ -23,7 +23,7 @@ class GradientNoise(SubjectInstrument):
 
     summary_line = "gradient noise scale with interval: the batch size up to which larger batches pay"
 
-    split: str = parameter("train", "data split", min_length=1)
+    split: str = parameter("train", "data split", min_length=1, group="Data")
     groups: int = parameter(24, "independent batches whose gradients are compared", ge=4, le=4096)
     size: int = parameter(16, "examples of each batch", ge=1, le=4096)
     level: float = parameter(0.9, "probability content of the interval", gt=0.5, lt=1)
@@ -79,6 +79,9 @@ class NoiseResult(Result):
             axis.update(dtick="D2", exponentformat="none")
         line(fig, self.table.batch_size, self.table.steps_over_least, "optimizer steps", mode="lines")
         line(fig, self.table.batch_size, self.table.examples_over_least, "examples", mode="lines")
-        if np.isfinite(self.facts["noise_scale"]):
-            rule(fig, f"noise scale {self.facts['noise_scale']:.3g}", x=self.facts["noise_scale"])
+        scale, low, high = (self.facts[f"noise_scale{end}"] for end in ("", "_low", "_high"))
+        if np.isfinite(scale) and low > 0 and np.isfinite(high):
+            rule(fig, f"noise scale {scale:.3g} ({low:.3g} to {high:.3g})", x=scale)
+        else:
+            fig.update_layout(title_text="The noise scale is not known: its interval has no end")
         return fig

@@ -101,18 +101,28 @@ class LearningRateBatchSize(SweptInstrument):
     learning_rate_high: float = parameter(3e-2, "highest peak learning rate", gt=0, le=100, scale="log")
     learning_rate_points: int = parameter(6, "learning rates, evenly spaced in the logarithm", ge=2, le=50)
     batch_sizes: tuple[int, ...] = parameter((8, 32, 128), "batch sizes (examples)", min_length=1)
-    micro_batch: int = parameter(0, "examples at once (gradient accumulation); 0 takes the whole batch", ge=0)
-    optimizer: Choice = OPTIMIZER.choice("adamw", "optimizer")
-    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine", "learning-rate schedule")
-    warmup: float = parameter(0.1, "linear warm-up as a fraction of the steps", ge=0, lt=1)
-    weight_decay: float = parameter(0.01, "weight decay of matrices", ge=0, le=10)
-    start: Start = parameter("random", "start every run from random weights or from the subject's")
-    evaluate_limit: int = parameter(512, "validation examples that a run is judged by", ge=1)
-    within: float = parameter(
-        0.05, "the bowl is fitted to runs within this fraction of the lowest loss", gt=0, le=1
+    micro_batch: int = parameter(
+        0, "examples at once (gradient accumulation); 0 takes the whole batch", ge=0, group="Training"
     )
-    level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1)
-    resamples: int = parameter(200, "bootstrap resamples of the bowl's interval", ge=2, le=10_000)
+    optimizer: Choice = OPTIMIZER.choice("adamw", "optimizer")
+    schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine", "learning-rate schedule", group="Training")
+    warmup: float = parameter(0.1, "linear warm-up as a fraction of the steps", ge=0, lt=1, group="Training")
+    weight_decay: float = parameter(0.01, "weight decay of matrices", ge=0, le=10, group="Training")
+    start: Start = parameter(
+        "random", "start every run from random weights or from the subject's", group="Training"
+    )
+    evaluate_limit: int = parameter(512, "validation examples that a run is judged by", ge=1, group="Data")
+    within: float = parameter(
+        0.05,
+        "the bowl is fitted to runs within this fraction of the lowest loss",
+        gt=0,
+        le=1,
+        group="Intervals",
+    )
+    level: float = parameter(0.9, "probability content of the intervals", gt=0.5, lt=1, group="Intervals")
+    resamples: int = parameter(
+        200, "bootstrap resamples of the bowl's interval", ge=2, le=10_000, group="Intervals"
+    )
 
     @classmethod
     def renamed(cls) -> Mapping[str, str]:

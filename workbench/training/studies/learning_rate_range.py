@@ -83,9 +83,11 @@ class LearningRateRange(SubjectInstrument):
     steps: int = parameter(200, "steps between them", ge=10, le=100_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
     optimizer: Choice = OPTIMIZER.choice("adamw", "optimizer")
-    weight_decay: float = parameter(0.0, "weight decay of matrices", ge=0, le=10)
-    memory: float = parameter(0.9, "of the exponential average that smooths the losses", ge=0, lt=1)
-    start: Start = parameter("random", "start from random weights or from the subject's")
+    weight_decay: float = parameter(0.0, "weight decay of matrices", ge=0, le=10, group="Training")
+    memory: float = parameter(
+        0.9, "of the exponential average that smooths the losses", ge=0, lt=1, group="Training"
+    )
+    start: Start = parameter("random", "start from random weights or from the subject's", group="Training")
 
     @classmethod
     def renamed(cls) -> Mapping[str, str]:

@@ -60,6 +60,7 @@ class OptimizerComparison(Comparison):
         (),
         "further budgets, as multiples of the examples, at which AdamW is run too, "
         "for the speed-up of the others; at least 3",
+        group="Ladder of rates",
     )
 
     @classmethod

@@ -48,16 +48,18 @@ class SelfTuning(SubjectInstrument):
 
     rounds: int = parameter(300, "rounds of steps on the weights and one on the hyperparameters", ge=1)
     inner_steps: int = parameter(2, "steps on the weights in a round", ge=1)
-    warmup_rounds: int = parameter(50, "rounds that leave the hyperparameters alone", ge=0)
+    warmup_rounds: int = parameter(50, "rounds that leave the hyperparameters alone", ge=0, group="Training")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
     learning_rate: float = parameter(1e-3, "learning rate of the weights (Adam)", gt=0, scale="log")
     setting_learning_rate: float = parameter(
-        1e-2, "learning rate of the hyperparameters (Adam)", gt=0, scale="log"
+        1e-2, "learning rate of the hyperparameters (Adam)", gt=0, scale="log", group="Training"
     )
-    l2: float = parameter(1e-4, "weight penalty to begin with", gt=0, scale="log")
-    dropout: float = parameter(0.1, "share of dropped units to begin with", gt=0, lt=1)
-    entropy: float = parameter(1e-3, "weight of the entropy of what is tried", ge=0)
-    start: Start = parameter("random", "start from the subject's weights or from random ones")
+    l2: float = parameter(1e-4, "weight penalty to begin with", gt=0, scale="log", group="What is tuned")
+    dropout: float = parameter(0.1, "share of dropped units to begin with", gt=0, lt=1, group="What is tuned")
+    entropy: float = parameter(1e-3, "weight of the entropy of what is tried", ge=0, group="What is tuned")
+    start: Start = parameter(
+        "random", "start from the subject's weights or from random ones", group="Training"
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:

@@ -38,23 +38,31 @@ class Train(SubjectInstrument):
     steps: int = parameter(200, "optimizer steps", ge=1, le=1_000_000, scale="log")
     batch_size: int = parameter(32, "examples per step", ge=1, le=65536, scale="log")
     micro_batch: int = parameter(
-        0, "examples at once (gradient accumulation); 0 takes the whole batch", ge=0, le=65536
+        0,
+        "examples at once (gradient accumulation); 0 takes the whole batch",
+        ge=0,
+        le=65536,
+        group="Training",
     )
     learning_rate: float = parameter(1e-3, "peak learning rate", gt=0, le=100, scale="log")
     optimizer: Choice = OPTIMIZER.choice("adamw")
-    weight_decay: float = parameter(0.01, "weight decay of matrices", ge=0, le=10)
+    weight_decay: float = parameter(0.01, "weight decay of matrices", ge=0, le=10, group="Training")
     schedule: Choice = LEARNING_RATE_SCHEDULE.choice("cosine")
-    warmup: float = parameter(0.05, "linear warm-up as a fraction of the steps", ge=0, lt=1)
-    clip: float = parameter(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e6)
-    precision: Choice = PRECISION.choice("fp32")
-    batch_rule: Choice = BATCH_RULE.choice("fixed")
-    loss: Choice = TRAINING_LOSS.choice("task")
-    model_change: Choice = MODEL_CHANGE.choice("none")
-    ema: float = parameter(0.0, "decay of averaged weights; 0 keeps the last weights", ge=0, lt=1)
-    start: Start = parameter("weights", "start from the subject's weights or from random ones")
-    split: str = parameter("train", "split to train on", min_length=1)
+    warmup: float = parameter(0.05, "linear warm-up as a fraction of the steps", ge=0, lt=1, group="Training")
+    clip: float = parameter(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e6, group="Training")
+    precision: Choice = PRECISION.choice("fp32", group="Training")
+    batch_rule: Choice = BATCH_RULE.choice("fixed", group="Training")
+    loss: Choice = TRAINING_LOSS.choice("task", group="Model and loss")
+    model_change: Choice = MODEL_CHANGE.choice("none", group="Model and loss")
+    ema: float = parameter(
+        0.0, "decay of averaged weights; 0 keeps the last weights", ge=0, lt=1, group="Training"
+    )
+    start: Start = parameter(
+        "weights", "start from the subject's weights or from random ones", group="Training"
+    )
+    split: str = parameter("train", "split to train on", min_length=1, group="Data")
     evaluate_every: int = parameter(
-        0, "steps between evaluations on the validation split; 0: only at the end", ge=0
+        0, "steps between evaluations on the validation split; 0: only at the end", ge=0, group="Data"
     )
 
     @classmethod

@@ -12,14 +12,17 @@ class SweptInstrument(SubjectInstrument):
     """A study whose runs are trials of a sweep."""
 
     seeds: int = parameter(1, "runs per cell, with different weights and data order", ge=1, le=20)
-    workers: int = parameter(2, "worker processes", ge=1, le=256)
+    workers: int = parameter(2, "worker processes", ge=1, le=256, group="Machine and seed")
     storage: str = parameter(
         "",
         "database of the sweep, an SQLAlchemy URL that several machines may share; empty: "
         "SQLite in the cache",
+        group="Machine and seed",
     )
     backend: Literal["loky", "dask", "ray"] = parameter(
-        "loky", "where workers run: processes here, or a Dask or Ray cluster that is already joined"
+        "loky",
+        "where workers run: processes here, or a Dask or Ray cluster that is already joined",
+        group="Machine and seed",
     )
 
     @classmethod

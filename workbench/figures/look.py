@@ -15,7 +15,7 @@ blindness; magnitudes use cividis (Nuñez, Anderton and Renslow, 2018).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ _AXIS = dict(
     tickcolor="rgba(128,128,128,0.6)",
     title=dict(standoff=8),
     exponentformat="power",
-    minorloglabels="complete",
+    minorloglabels="small digits",
 )
 
 
@@ -102,6 +102,27 @@ def color(index: int, alpha: float | None = None) -> str:
         return value
     red, green, blue = (int(value[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha:g})"
+
+
+#: Methods that stand in several figures of a report, by the look that they have in each.
+LOOKS = {
+    "magnitude": 0,
+    "wanda": 1,
+    "obert": 2,
+    "round to nearest": 3,
+    "gptq": 4,
+    "obert, then gptq": 5,
+    "sparsegpt": 9,
+    "obd": 10,
+    "obert-greedy": 8,
+    "sparsegpt, then gptq": 12,
+}
+
+
+def looks(names: Iterable[str]) -> dict[str, int | None]:
+    """The look of each method: its own where all have one, else the next of the figure (None)."""
+    found = {name: LOOKS.get(name.lower()) for name in names}
+    return found if None not in found.values() else dict.fromkeys(found)
 
 
 def figure(title: str, x: str = "", y: str = "", **layout: Any) -> go.Figure:
@@ -287,7 +308,7 @@ def heat(
 def table_figure(table: pd.DataFrame, title: str) -> go.Figure:
     """The default picture of a tidy table: its first numeric column across, every other one as a curve.
 
-    A table whose first column is text (layer names, methods) becomes grouped bars over it. Instruments that
+    A table whose first column is text (layer names, methods) becomes grouped bars beside it. Instruments that
     know what their numbers mean override `Result.figure` instead.
     """
     numeric = [
@@ -303,8 +324,10 @@ def table_figure(table: pd.DataFrame, title: str) -> go.Figure:
         for name in numeric[1:]:
             line(fig, table[first], table[name], name)
         return fig
-    fig = figure(title, x=first, y=numeric[0] if len(numeric) == 1 else "value", barmode="group")
     labels = table[first].astype(str) if first not in numeric else table.index.astype(str)
+    height = 150 + len(table) * (9 + 11 * len(numeric))
+    fig = figure(title, numeric[0] if len(numeric) == 1 else "value", first, barmode="group", height=height)
     for index, name in enumerate(numeric):
-        fig.add_bar(x=labels, y=table[name], name=name, marker_color=color(index))
+        fig.add_bar(y=labels, x=table[name], orientation="h", name=name, marker_color=color(index))
+    fig.update_yaxes(type="category", autorange="reversed", tickvals=labels)
     return fig

@@ -7,7 +7,7 @@ unit and help decide what is shown.
 
 Two-sided numbers become sliders (logarithmic where the field says so), choices a list, truth values a box to
 tick, one-sided numbers a number field, a field on an axis its entries with the options of the chosen one
-(`widgets.choices`); everything else (texts, tuples, mappings, optional numbers) is a line
+(`widgets.settings.choices`); everything else (texts, tuples, mappings, optional numbers) is a line
 of text, read as YAML unless the field is text. Values survive the way there and back unchanged:
 what a slider cannot show widens it.
 """
@@ -18,23 +18,25 @@ import enum
 import html
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 import ipywidgets
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from widgets.choices import NOT_GIVEN, ChoiceControl, entries_html
+from widgets.settings.choices import NOT_GIVEN, ChoiceControl, entries_html
+from widgets.settings.groups import grouped
+from widgets.settings.lines import as_line, from_line, holds
 from workbench.axis import Axis, Choice, Entry, Fields, axis_of
 from workbench.errors import BadInput
-from workbench.values import Parameters, reads_otherwise
 
+#: What text fields of these names begin to offer; a subject's own layers and splits come beside them.
+SUGGESTED = {"layers": ("blocks", "all"), "device": ("auto", "cpu", "cuda")}
+SPLITS = ("train", "calibration", "validation", "test")
 MOST = 2**53  # the largest whole number JavaScript counts with
-BLANKS = " \t\r\n"  # white space to YAML; a no-break space is text
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,83 @@ class Controls(ipywidgets.Box):
         fields = model.parameters() if hasattr(model, "parameters") else model.model_fields
         self.fields: dict[str, FieldInfo] = dict(fields)
         self.controls = {name: control(name, info, live, inside) for name, info in self.fields.items()}
-        super().__init__([item.widget for item in self.controls.values()])
+        groups = {} if inside else {name: str(_extra(info).get("group", "")) for name, info in fields.items()}
+        free, self.groups = grouped({name: item.widget for name, item in self.controls.items()}, groups)
+        shown = [*free, *self.groups]
+        if self.groups:
+            heads = ipywidgets.Box([group.head for group in self.groups])
+            heads.add_class("wb-group-heads")
+            shown.insert(len(free), heads)
+        super().__init__(shown)
         self.add_class("wb-controls")
         self._given: set[str] = set()
+        self._held = False
         for name, item in self.controls.items():
             item.widget.observe(lambda _, name=name: self._given.add(name), "value")
-        self.watch(self._say_filled)
+        self._plain = {name: item.read() for name, item in self.controls.items()}
+        self.watch(self._follow)
         if values:
             self.values = dict(values)
-        self._say_filled()
+        self._follow()
         if changed is not None:
             self.watch(changed)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` after any change."""
+
+        def after(_: Any) -> None:
+            if not self._held:
+                changed()
+
         for item in self.controls.values():
-            item.widget.observe(lambda _: changed(), "value")
+            item.widget.observe(after, "value")
+        self._watching = [*getattr(self, "_watching", []), changed]
+
+    def replace(self, values: Mapping[str, Any]) -> None:
+        """These values, and what a field begins with for all others; told as one change."""
+        self._held = True
+        try:
+            for name, item in self.controls.items():
+                item.write(self._plain[name])
+            self._given.clear()
+            self.values = values
+        finally:
+            self._held = False
+        for changed in self._watching:
+            changed()
+
+    def mark(self, wrong: str = "") -> None:
+        """Show which field an error names; none without one. Its group is opened."""
+        for name, item in self.controls.items():
+            (item.widget.add_class if name == wrong else item.widget.remove_class)("wb-wrong")
+        for group in self.groups:
+            if wrong in group.fields:
+                group.unfold()
+
+    def suggest(self, known: Mapping[str, Sequence[str]]) -> None:
+        """Words that the text fields of these names offer, beside any other text."""
+        for name, words in known.items():
+            if name in self.controls and isinstance(self.controls[name].widget, ipywidgets.Combobox):
+                self.controls[name].widget.options = list(words)
+
+    def _follow(self) -> None:
+        """What other fields' values decide: what a method gives, which fields act, how many are set."""
+        self._say_filled()
+        for name, info in self.fields.items():
+            needed = str(_extra(info).get("only_with", ""))
+            if needed:
+                acts = any(self._met(part) for part in needed.split(" or "))
+                self.controls[name].widget.layout.display = "" if acts else "none"
+        for group in self.groups:
+            group.say_changed(self._given)
+
+    def _met(self, needed: str) -> bool:
+        name, _, wanted = needed.partition("=")
+        try:
+            value = _name_of(self.controls[name].read())
+        except BadInput:  # said where the settings are checked
+            return True
+        return str(value) == wanted if wanted else bool(value)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -123,6 +186,10 @@ class Controls(ipywidgets.Box):
             item.widget.disabled = not enabled
 
 
+def _extra(info: FieldInfo) -> dict[str, Any]:
+    return info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+
+
 def _name_of(value: Any) -> Any:
     return value.get("name") if isinstance(value, Mapping) else value
 
@@ -141,7 +208,7 @@ def control(name: str, info: FieldInfo, live: bool = False, inside: str = "") ->
     """The control of one field. `live`: sliders report while they move
     (for settings of a view, which are cheap). `inside`: the field that it is an option of.
     """
-    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    extra = _extra(info)
     unit = extra.get("unit") or ""
     words = name.replace("_", " ")
     look: dict[str, Any] = {
@@ -179,6 +246,10 @@ def control(name: str, info: FieldInfo, live: bool = False, inside: str = "") ->
         )
     elif kind is float:
         made = _plain(ipywidgets.FloatText(**look))
+    elif kind is str and (words_known := suggested(name)):
+        made = _plain(
+            ipywidgets.Combobox(options=words_known, ensure_option=False, continuous_update=False, **look)
+        )
     elif kind is str:
         made = _plain(ipywidgets.Text(**look, continuous_update=False))
     elif get_origin(kind) in (list, tuple) and set(get_args(kind)) <= {str, ...}:
@@ -190,6 +261,11 @@ def control(name: str, info: FieldInfo, live: bool = False, inside: str = "") ->
     if default is not PydanticUndefined:
         made.write(to_jsonable_python(default))
     return made
+
+
+def suggested(name: str) -> list[str]:
+    """Words that a text field of this name is offered before a subject is known."""
+    return list(SPLITS if name == "split" or name.endswith("_split") else SUGGESTED.get(name, ()))
 
 
 def bounds(info: FieldInfo) -> tuple[float | None, float | None]:
@@ -308,25 +384,19 @@ def _texts(look: dict[str, Any]) -> Control:
 
     def read() -> list[Any]:
         if widget.value.strip().startswith("["):
-            return list(_from_line(widget.value, list[str], look["description"]))
+            return list(from_line(widget.value, list[str], look["description"]))
         return [part.strip() for part in widget.value.split(",") if part.strip()]
 
     def write(values: list[str]) -> None:
         plain = all(v and v == v.strip() and "," not in v and not v.startswith("[") for v in values)
-        widget.value = ", ".join(values) if plain else f"[{_as_line(values, list[str])}]"
+        widget.value = ", ".join(values) if plain else f"[{as_line(values, list[str])}]"
 
     return Control(widget, read, write)
 
 
-def _holds(kind: Any) -> tuple[bool, bool]:
-    """Whether a field of this type holds a list, and whether it holds a mapping."""
-    listing = get_origin(kind) in (list, tuple, set) or kind in (list, tuple)
-    return listing, kind is dict or get_origin(kind) is dict
-
-
 def _yaml(kind: Any, look: dict[str, Any]) -> Control:
     """A line of text for a value of any other type; an empty line is None."""
-    listing, mapping = _holds(kind)
+    listing, mapping = holds(kind)
     hint = (
         "none"
         if type(None) in get_args(kind)
@@ -339,50 +409,6 @@ def _yaml(kind: Any, look: dict[str, Any]) -> Control:
     widget = ipywidgets.Text(placeholder=hint, continuous_update=False, **look)
 
     def write(value: Any) -> None:
-        widget.value = _as_line(value, kind)
+        widget.value = as_line(value, kind)
 
-    return Control(widget, lambda: _from_line(widget.value, kind, look["description"]), write)
-
-
-def _from_line(text: str, kind: Any, name: str) -> Any:
-    """The value that a line of text stands for, brackets and braces added where they are left out."""
-    listing, mapping = _holds(kind)
-    line = text.strip(BLANKS)
-    if not line:
-        return [] if listing else {} if mapping else None
-    if listing and not line.startswith("["):
-        line = f"[{line}]"
-    if mapping and not line.startswith("{"):
-        line = f"{{{line}}}"
-    try:
-        value = yaml.load(line, Parameters)
-    except yaml.YAMLError:
-        advice = "write values separated by commas, and texts with special characters in quotes"
-        raise BadInput(f"{name}: {line!r} cannot be read; {advice}") from None
-    a_text = str in get_args(kind) and get_origin(kind) in (Union, types.UnionType)
-    return line if a_text and isinstance(value, str) and line[0] not in "'\"" else value
-
-
-class Lines(yaml.SafeDumper):
-    """Puts a text in quotes that `Parameters` would read as something else, `0E0` as a number."""
-
-
-def _as_text(dumper: Lines, text: str) -> yaml.Node:
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="'" if reads_otherwise(text) else None
-    )
-
-
-Lines.add_representer(str, _as_text)
-
-
-def _as_line(value: Any, kind: Any) -> str:
-    """The line that `_from_line` reads as this value."""
-    if value is None:
-        return ""
-    line = yaml.dump(
-        value, Dumper=Lines, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
-    ).strip(BLANKS)
-    line = line.removesuffix("...").strip(BLANKS)
-    bare = any(_holds(kind)) and not line.startswith(("[[", "[{", "{{"))
-    return line[1:-1] if bare else line
+    return Control(widget, lambda: from_line(widget.value, kind, look["description"]), write)

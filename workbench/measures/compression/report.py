@@ -48,7 +48,7 @@ def divergence_front(table: pd.DataFrame, commands: Sequence[str], dense_bytes: 
 
     table : rows of `studies.sweep`, runs that begin at the dense model;  commands : what gives each of them
     """
-    from workbench.figures import color, figure, points, rule
+    from workbench.figures import color, figure, looks, points, rule
 
     name = distance_in(table)
     if not name:
@@ -68,12 +68,14 @@ def divergence_front(table: pd.DataFrame, commands: Sequence[str], dense_bytes: 
     shown = shown[shown[name] > 0].reset_index(drop=True)
     if not len(shown):
         return Said("Every run is the dense model itself: no divergence to draw.")
+    index = looks(map(str, shown["series"]))
     for series, part in shown.groupby("series", sort=False):
         points(
             fig,
             part["megabytes"],
             part[name],
             str(series),
+            index=index[str(series)],
             error_y=dict(
                 type="data",
                 symmetric=False,
