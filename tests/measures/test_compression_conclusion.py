@@ -12,7 +12,8 @@ import workbench
 from workbench import studies
 from workbench.cli import main
 from workbench.measures.compression import conclusion as concluding
-from workbench.measures.compression.conclusion import conclusion, interval, recommended
+from workbench.measures.compression import report as nearness
+from workbench.measures.compression.conclusion import conclusion, recommended
 from workbench.progress import Progress
 from workbench.pruning import Prune
 from workbench.quantization import Quantize
@@ -82,13 +83,6 @@ def test_it_is_said_with_ratio_interval_and_command(table: pd.DataFrame) -> None
     assert "<table" in short._repr_html_()
 
 
-def test_the_interval_is_wilsons() -> None:
-    """Wilson 1927: the ends are where a share of that truth is 1.96 standard errors from the observed one."""
-    for share, n in ((0.89, 100), (0.0, 20), (1.0, 7)):
-        for end in interval(share, n):
-            assert abs(share - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, abs=1e-7)
-
-
 def test_the_model_that_is_written_is_the_one_that_was_measured(
     cache, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -98,7 +92,14 @@ def test_the_model_that_is_written_is_the_one_that_was_measured(
     runs = {"nearest": [Quantize(format="int8", test_examples=64, **shared)]}  # type: ignore[arg-type]
     every = studies.sweep(on, runs, Progress(), jobs=1)
     short = conclusion(on, every, runs, studies.card(on), 64, concluding.model_folder(""))
-    assert short.folder == "model" and short.sentences[-1] == "The recommended model is in model."
+    assert short.sentences[-1] == "The recommended model is in model."
+    assert short.folder_of(runs["nearest"][0]) == str(tmp_path / "model")
+    assert short.folder_of(Quantize(format="int4")) == ""
+    opened = nearness.changed_by(on, runs["nearest"][0], short.folder)
+    made = nearness.changed_by(on, runs["nearest"][0])
+    assert opened.name == made.name
+    for one, two in zip(opened.layers(), made.layers(), strict=True):
+        assert one.weight.equal(two.weight)
     saved = workbench.subject(str(tmp_path / "model"))
     assert saved.evaluate("test", limit=64)["loss"] == pytest.approx(every["loss"][0], rel=1e-5)
     # and the command that the report shows makes the same model

@@ -19,6 +19,7 @@ import pandas as pd
 from workbench.facts import in_bytes
 from workbench.instruments import Instrument
 from workbench.measures.compression.report import chosen, detail, distance_in
+from workbench.measures.intervals import wilson
 from workbench.measures.words import word
 from workbench.names import in_words, quoted, run_in_turn
 from workbench.progress import TextProgress
@@ -34,13 +35,19 @@ Run = Instrument | tuple[Instrument, ...]
 @dataclass(frozen=True)
 class Conclusion:
     """sentences : what the numbers say;  table : the models that a reader chooses between
-    commands : what makes the recommended one;  folder : where it is, "" when it was not written
+    chain : the runs of the recommended one;  commands : what makes it
+    folder : where it is, "" when it was not written
     """
 
     sentences: tuple[str, ...]
     table: pd.DataFrame
+    chain: tuple[Instrument, ...]
     commands: tuple[str, ...]
     folder: str = ""
+
+    def folder_of(self, run: Instrument) -> str:
+        """Where the model that a run gives was written; "" when it is not the recommended one."""
+        return self.folder if self.chain == (run,) else ""
 
     def _repr_html_(self) -> str:
         said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
@@ -71,17 +78,15 @@ def conclusion(
     places = {"recommended": best, "smallest": int(table["size"].idxmin())}
     if name:
         places["nearest to the dense model"] = int(table[name].idxmin())
-    chain = every[best] if isinstance(every[best], tuple) else (every[best],)
-    folder = written(on, chain, model_out) if model_out else ""  # type: ignore[arg-type]
-    sentences = [*said(table, best, dense, examples, name)]
-    if folder:
-        sentences.append(f"The recommended model is in {folder}.")
-    return Conclusion(
-        tuple(sentences),
-        shown(table, places, dense, examples, name),
-        commands(on, chain),
-        folder,  # type: ignore[arg-type]
-    )
+    found = every[best]
+    chain = found if isinstance(found, tuple) else (found,)
+    if model_out:
+        write(on, chain, model_out)
+    sentences = said(table, best, dense, examples, name)
+    if model_out:
+        sentences.append(f"The recommended model is in {os.path.relpath(model_out, report_folder())}.")
+    shown_rows = shown(table, places, dense, examples, name)
+    return Conclusion(tuple(sentences), shown_rows, chain, commands(on, chain), model_out)
 
 
 def named(table: pd.DataFrame) -> list[str]:
@@ -110,19 +115,11 @@ def recommended(table: pd.DataFrame, dense: Card) -> int:
     return int(score.idxmax() if dense.higher_is_better else score.idxmin())
 
 
-def interval(value: float, examples: int) -> tuple[float, float]:
-    """95 % interval of a share of so many examples (Wilson 1927, the score interval)."""
-    z, n = 1.959964, examples
-    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
 def score_text(value: float, dense: Card, examples: int) -> str:
     """A score with what it is known to: the interval of a share."""
     if dense.score != "accuracy" or not 0 <= value <= 1:
         return f"{value:.4g}" + (" nats" if dense.score == "loss" else "")
-    low, high = interval(value, examples)
+    low, high = wilson(round(value * examples), examples)
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
@@ -143,7 +140,8 @@ def said(table: pd.DataFrame, best: int, dense: Card, examples: int, name: str) 
     scores = [score_text(value, dense, examples) for value in (float(row[dense.score]), dense.value)]
     sentences = [
         f"{row['what']} is {role}: {size} in the place of {before} ({ratio:.1f} times less), "
-        f"{dense.score} {scores[0]} against {scores[1]}, on {examples} test examples."
+        f"{dense.score} {scores[0]} against {scores[1]}, on the {examples} test examples that it was "
+        "chosen on."
     ]
     if name and pd.notna(row[name]):
         low, high = float(row[f"{name}_low"]), float(row[f"{name}_high"])
@@ -200,12 +198,10 @@ def commands(on: Subject, chain: Sequence[Instrument]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def written(on: Subject, chain: Sequence[Instrument], model_out: str) -> str:
-    """Write what a chain gives to a folder, opened again and its loss compared; the folder."""
+def write(on: Subject, chain: Sequence[Instrument], folder: str) -> None:
+    """Write what a chain gives to a folder, opened again and its loss compared."""
     *_, result = run_in_turn(chain, on, TextProgress())
-    folder = Path(model_out)
-    result.save(folder, told=lambda _: None)
-    return os.path.relpath(folder, report_folder())
+    result.save(Path(folder), told=lambda _: None)
 
 
 def report_folder() -> Path:

@@ -19,6 +19,7 @@ from workbench.measures.words import WORDS
 from workbench.progress import TextProgress
 from workbench.storage.resident import reclaim
 from workbench.subjects import Subject
+from workbench.subjects import subject as open_subject
 from workbench.subjects.changes import baked, restoring
 
 if TYPE_CHECKING:
@@ -163,10 +164,14 @@ def smallest_near(
     return every[place]
 
 
-def changed_by(on: Subject, run: Instrument) -> Subject:
-    """The model that a run gives, computed without the measurements beside it."""
-    unmeasured = {name: 0 for name in ("test_examples", "predict_examples") if name in type(run).model_fields}
-    made: Subject = run.with_fields(**unmeasured).run(on, cache=False).subject
+def changed_by(on: Subject, run: Instrument, folder: str = "") -> Subject:
+    """The model that a run gives, computed without the measurements beside it, or opened where it is."""
+    if folder:
+        made = open_subject(folder)
+    else:
+        names = ("test_examples", "predict_examples")
+        unmeasured = {name: 0 for name in names if name in type(run).model_fields}
+        made = run.with_fields(**unmeasured).run(on, cache=False).subject
     if not any(restoring(made.model)):
         made = made.with_model(baked(made.model))  # nothing held but what it computes with
     made.name = f"{on.name}, {in_short(run)}"
@@ -192,12 +197,14 @@ def strip_of(on: Subject, changed: Subject, examples: int) -> go.Figure | Said:
 
 
 def budget_and_strip(
-    on: Subject, run: Instrument, budget_examples: int, strip_examples: int
+    on: Subject, run: Instrument, budget_examples: int, strip_examples: int, folder: str = ""
 ) -> tuple[go.Figure | Said, go.Figure | Said]:
     """Where the model that a run gives departs from the dense one, by part and by token. The model itself is
     let go.
+
+    folder : where it was written; "" when it was not
     """
-    changed = changed_by(on, run)
+    changed = changed_by(on, run, folder)
     return budget_of(on, changed, budget_examples), strip_of(on, changed, strip_examples)
 
 
