@@ -221,6 +221,22 @@ def test_a_local_folder_is_local_whatever_its_config_says(fields, word, folder):
 
 
 @pytest.mark.parametrize(
+    "fields, word",
+    [
+        ({"text_config": True}, "is a bool and no configuration that bert has"),
+        ({"decoder": "word"}, "is a str and no configuration"),
+        ({"text_encoder": {"pad_token_id": 0}}, "is a dict and no configuration"),
+        ({"generator": [1.5]}, "is a list and no configuration"),
+        ({"text_config": 0, "generator": 1}, "Multiple valid text configs"),
+    ],
+)
+def test_parts_of_a_configuration_are_configurations(fields, word, folder):
+    """Kind: what a library takes for a part of the configuration, of a file that has another thing there."""
+    with pytest.raises(BadInput, match=f"its config.json: .*{word}"):
+        opened(change(folder("bert"), **fields))
+
+
+@pytest.mark.parametrize(
     "fields", [{"auto_map": {"AutoModelForCausalLM": "org/name--file.Class"}}, {"_name_or_path": "org/name"}]
 )
 def test_names_of_others_that_are_not_followed(fields, folder):

@@ -65,13 +65,21 @@ def read_config(source: str | Path, local: bool) -> Any:
         return gguf_files.gguf_config(Path(source))
     try:
         with quiet_transformers(), local_only(local):
-            return transformers.AutoConfig.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(
                 source, local_files_only=local, trust_remote_code=False
             )
+            inner = config.get_text_config()
     except Exception as error:  # a stranger's file in another library: anything can be raised
         raise BadInput(
             f"subject: {str(source)!r} could not be opened: its config.json: {one_line(error)}"
         ) from None
+    if not isinstance(inner, transformers.PreTrainedConfig):
+        raise BadInput(
+            f"subject: {str(source)!r} could not be opened: its config.json: the part for text (text_config, "
+            f"text_encoder, decoder or generator) is a {type(inner).__name__} and no configuration that "
+            f"{config.model_type} has; take it out"
+        )
+    return config
 
 
 def open_model(
