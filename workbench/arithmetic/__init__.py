@@ -1,0 +1,22 @@
+"""Weights as arithmetic: several models become one, a difference is stored, a small model grows."""
+
+from __future__ import annotations
+
+from workbench.arithmetic.conflicts import conflict_table
+from workbench.arithmetic.merge import Merge
+from workbench.arithmetic.merging.merging import MERGE
+from workbench.arithmetic.models import Models, Parts, side_by_side
+from workbench.arithmetic.sources import Source, of_folder, of_subject, source_of
+
+__all__ = [
+    "MERGE",
+    "Merge",
+    "Models",
+    "Parts",
+    "Source",
+    "conflict_table",
+    "of_folder",
+    "of_subject",
+    "side_by_side",
+    "source_of",
+]

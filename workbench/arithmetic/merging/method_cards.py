@@ -1,0 +1,135 @@
+"""Method cards of merging."""
+
+from __future__ import annotations
+
+from workbench.names import Method
+
+#: How strengths and densities are found here, where a source has a fixed or a searched one.
+ON_VALIDATION = "The strength is the best of a few on the subject's validation split."
+
+METHODS: list[Method] = [
+    Method(
+        "wise-ft",
+        "arithmetic",
+        "WiSE-FT",
+        "Wortsman et al. 2022, Robust fine-tuning of zero-shot models",
+        r"(1 - \alpha) w_0 + \alpha w_1",
+        "a base and a fine-tuned model",
+        "between the ends the shifted data gain at little cost on the fine-tuned ones",
+        294,
+        recipe=(("merge", {"method": "wise-ft", "fine_tunes": 1}),),
+    ),
+    Method(
+        "greedy-soup",
+        "arithmetic",
+        "Model soups: greedy",
+        "Wortsman et al. 2022, Model soups",
+        r"w = \mathrm{mean}_{i \in S} w_i,\ S \text{ grown while validation does not get worse}",
+        "several fine-tunes of one base; a validation split",
+        "at or above the best member on validation, at the cost of one model",
+        291,
+        recipe=(("merge", {"method": "greedy-soup"}),),
+        departs="Models are ordered and accepted by validation loss unless --choose-by accuracy is given, "
+        "which is what the authors use.",
+    ),
+    Method(
+        "learned-soup",
+        "arithmetic",
+        "Model soups: learned",
+        "Wortsman et al. 2022, Model soups, appendix I",
+        r"\min_a L(\sum_i \mathrm{softmax}(a)_i w_i)",
+        "several fine-tunes of one base; gradients on the validation split",
+        "weights learned on validation do not fall behind the greedy soup",
+        291,
+        recipe=(("merge", {"method": "learned-soup"}),),
+        departs="The temperature on the logits that the authors learn beside the weights is left out, and "
+        "the weights are one a model, not one a layer.",
+    ),
+    Method(
+        "model-stock",
+        "arithmetic",
+        "Model Stock",
+        "Jang, Yun and Han 2024",
+        r"t \bar w + (1 - t) w_0,\ t = n \cos\theta / (1 + (n - 1) \cos\theta)",
+        "a base and two fine-tunes or more",
+        "two models come near a soup of many",
+        211,
+        recipe=(("merge", {"method": "model-stock", "fine_tunes": 2}),),
+        departs="The models are merged once, at the end, where the paper also merges after each epoch.",
+    ),
+    Method(
+        "fisher-weights",
+        "arithmetic",
+        "Fisher-weighted averaging",
+        "Matena and Raffel 2022",
+        r"w = \sum_i F_i w_i / \sum_i F_i",
+        "gradients of each model",
+        "above the plain mean where models were trained on different tasks",
+        None,
+        recipe=(("merge", {"method": "fisher-weights"}),),
+        departs="Targets are drawn once from each answer, where the authors sum over all classes where these "
+        "are few; all models count alike, where they search each one's weight.",
+    ),
+    Method(
+        "task-arithmetic",
+        "arithmetic",
+        "Task arithmetic",
+        "Ilharco et al. 2023",
+        r"w_0 + \lambda \sum_i (w_i - w_0)",
+        "a base and models trained from it",
+        "one model for several tasks, above the plain mean",
+        None,
+        recipe=(("merge", {"method": "task-arithmetic"}),),
+        departs=ON_VALIDATION,
+    ),
+    Method(
+        "ties",
+        "arithmetic",
+        "TIES-Merging",
+        "Yadav et al. 2023",
+        r"w_0 + \lambda\, \mathrm{mean}\{\hat d_i : \mathrm{sign}\, \hat d_i = s\},\ s = \mathrm{sign} \sum_j \hat d_j",
+        "a base and models trained from it",
+        "above task arithmetic where the models' signs conflict",
+        None,
+        recipe=(("merge", {"method": "ties"}),),
+        departs=ON_VALIDATION + " Where trimmed differences cancel exactly, the positive sign is elected.",
+    ),
+    Method(
+        "dare",
+        "arithmetic",
+        "DARE",
+        "Yu et al. 2024",
+        r"w_0 + \lambda \sum_i m_i d_i / (1 - p)",
+        "a base and models trained from it, whose differences are small",
+        "nine tenths of the differences can be dropped while their mean size is below 0.005",
+        382,
+        recipe=(("merge", {"method": "dare"}),),
+        departs=ON_VALIDATION,
+    ),
+    Method(
+        "pcb-merging",
+        "arithmetic",
+        "PCB-Merging",
+        "Du et al. 2024",
+        r"w_0 + \lambda \sum_i \beta_i d_i / \sum_i \beta_i",
+        "a base and models trained from it",
+        "above TIES and task arithmetic at a tuned strength",
+        185,
+        recipe=(("merge", {"method": "pcb-merging"}),),
+        departs="All models have one strength, the best of a few on the validation split, where the authors "
+        "also search one for each model by an evolutionary strategy.",
+    ),
+    Method(
+        "momentum-interpolation",
+        "arithmetic",
+        "Momentum weight interpolation",
+        "Stojanovski, Roth and Akata 2022",
+        r"s \leftarrow \tau s + (1 - \tau) w_i",
+        "a base and checkpoints in their order",
+        "the slow weights forget less than the last checkpoint",
+        231,
+        recipe=(("merge", {"method": "momentum-interpolation"}),),
+        departs="The slow weights follow the checkpoints that are named, where the paper's follow the "
+        "optimizer's steps.",
+    ),
+]

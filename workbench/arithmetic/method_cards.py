@@ -1,0 +1,8 @@
+"""Method cards of weights as arithmetic; those of each axis are beside its entries."""
+
+from __future__ import annotations
+
+from workbench.arithmetic.merging.method_cards import METHODS as MERGING
+from workbench.names import Method
+
+METHODS: list[Method] = [*MERGING]
