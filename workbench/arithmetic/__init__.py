@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from workbench.arithmetic.conflicts import conflict_table
+from workbench.arithmetic.delta import Delta
+from workbench.arithmetic.delta_result import reloaded
+from workbench.arithmetic.difference.difference import DIFFERENCE
 from workbench.arithmetic.merge import Merge
 from workbench.arithmetic.merging.merging import MERGE
 from workbench.arithmetic.models import Models, Parts, side_by_side
 from workbench.arithmetic.sources import Source, of_folder, of_subject, source_of
 
 __all__ = [
+    "DIFFERENCE",
     "MERGE",
+    "Delta",
     "Merge",
     "Models",
     "Parts",
@@ -17,6 +22,7 @@ __all__ = [
     "conflict_table",
     "of_folder",
     "of_subject",
+    "reloaded",
     "side_by_side",
     "source_of",
 ]

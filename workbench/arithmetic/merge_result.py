@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 from pydantic import BaseModel, Field
 
 from workbench.arithmetic.conflict_grid import VALUES, conflict_grid
@@ -49,7 +50,7 @@ class MergeResult(Result):
             return fig
         fig = figure(f"{method}: the path", "strength", "loss on validation (nats)")
         for density, path in merges.groupby("density", dropna=False):
-            name = method if density != density else f"density {density:g}"
+            name = method if pd.isna(density) else f"density {float(str(density)):g}"
             line(fig, path["strength"].to_numpy(), path["loss"].to_numpy(), name, mode="lines+markers")
         best = merges[merges["chosen"]]
         fig.add_scatter(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from workbench.subjects.changes import baked
 from workbench.subjects.checkpoint_files import check_folder, read_json, tensors_in
 from workbench.subjects.checkpoints import unwrapped
 from workbench.subjects.gguf_files import is_gguf
-from workbench.subjects.identity import files_in, saved_as
+from workbench.subjects.identity import files_in, memory_of, saved_as
 from workbench.subjects.loaders import builtin_names, subject
 
 #: Changes that put a weight on a number format's grid, by the name they are saved under.
@@ -44,6 +44,15 @@ class Source:
     def tensor(self, name: str) -> Tensor:
         """float32, on the CPU."""
         return self.read(name).detach().to("cpu", torch.float32)
+
+
+def weights_hash(source: Source, names: Iterable[str]) -> str:
+    """Of some of a model's tensors as float32, in this order: the same however the model is opened."""
+    total = hashlib.sha256()
+    for name in names:
+        total.update(name.encode())
+        total.update(memory_of(source.tensor(name)))
+    return total.hexdigest()[:24]
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ def drawn_loss(on: Subject, batch: Batch, generator: torch.Generator) -> Tensor:
     """Mean loss with targets drawn from the model's answers: classes, or numbers around what it says with
     variance one.
     """
-    rows, targets = on.task.flat(on.task.output(on.model, batch), batch)
+    rows = on.task.flat(on.task.output(on.model, batch), batch)[0]
     if on.task.loss_kind == "cross_entropy":
         chances = rows.detach().float().softmax(-1).cpu()
         classes = torch.multinomial(chances, 1, generator=generator).squeeze(1).to(rows.device)

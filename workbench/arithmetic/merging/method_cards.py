@@ -87,7 +87,7 @@ METHODS: list[Method] = [
         "arithmetic",
         "TIES-Merging",
         "Yadav et al. 2023",
-        r"w_0 + \lambda\, \mathrm{mean}\{\hat d_i : \mathrm{sign}\, \hat d_i = s\},\ s = \mathrm{sign} \sum_j \hat d_j",
+        r"w_0 + \lambda\, \mathrm{mean}\{\hat d_i : \mathrm{sign}\, \hat d_i = \mathrm{sign} \sum \hat d\}",
         "a base and models trained from it",
         "above task arithmetic where the models' signs conflict",
         None,
