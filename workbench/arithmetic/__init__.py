@@ -6,6 +6,10 @@ from workbench.arithmetic.conflicts import conflict_table
 from workbench.arithmetic.delta import Delta
 from workbench.arithmetic.delta_result import reloaded
 from workbench.arithmetic.difference.difference import DIFFERENCE
+from workbench.arithmetic.grow import Grow
+from workbench.arithmetic.growth.depth import stacking_tokens
+from workbench.arithmetic.growth.growth import GROWTH
+from workbench.arithmetic.interference import Interference
 from workbench.arithmetic.merge import Merge
 from workbench.arithmetic.merging.merging import MERGE
 from workbench.arithmetic.models import Models, Parts, side_by_side
@@ -13,8 +17,11 @@ from workbench.arithmetic.sources import Source, of_folder, of_subject, source_o
 
 __all__ = [
     "DIFFERENCE",
+    "GROWTH",
     "MERGE",
     "Delta",
+    "Grow",
+    "Interference",
     "Merge",
     "Models",
     "Parts",
@@ -25,4 +32,5 @@ __all__ = [
     "reloaded",
     "side_by_side",
     "source_of",
+    "stacking_tokens",
 ]
