@@ -99,7 +99,7 @@ def test_the_multiple_is_chosen_on_validation(family):
 def test_what_is_not_compressed_is_the_fine_tunes_own(family):
     base, (tuned, _) = family("llama")
     on = opened(tuned)
-    result = Delta(method="low-rank", base=str(base), **SMALL).run(on, cache=False)
+    result = Delta(method="singular-vectors", base=str(base), **SMALL).run(on, cache=False)
     mine, theirs = tensors(result.subject), tensors(on)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert torch.equal(mine[name], theirs[name])
@@ -116,7 +116,7 @@ def test_a_fine_tune_is_made_where_no_base_is_named(cache):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"strengths": (1.0,)}, "bitdelta has no strength"),
+        ({"strengths": (1.0,)}, "number-format has no strength"),
         ({"method": "compeft", "densities": (2.0,)}, "density"),
         ({"base": "nowhere"}, "unknown"),
         ({"layers": "nothing*"}, "matches no layer"),

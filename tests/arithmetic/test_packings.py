@@ -89,7 +89,7 @@ def test_random_drops_keep_what_is_left_over_the_share():
 
 def test_the_first_singular_vectors_are_the_nearest_of_their_rank():
     given = matrix()
-    found, _ = kept("low-rank", given, rank=5)
+    found, _ = kept("singular-vectors", given, rank=5)
     values = torch.linalg.svdvals(given.difference.double())
     error = (found - given.tuned).double().norm()
     assert float(error) == pytest.approx(float(values[5:].norm()), rel=1e-3)

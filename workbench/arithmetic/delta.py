@@ -51,7 +51,7 @@ class Delta(SubjectInstrument):
     summary_line: ClassVar[str] = "a fine-tune as base + compressed difference: bytes, KL, singular values"
     changes_model: ClassVar[bool] = True
 
-    method: Choice = DIFFERENCE.choice("bitdelta")
+    method: Choice = DIFFERENCE.choice("number-format")
     base: str = parameter(
         "",
         "what the subject was trained from: a folder, hub id or built-in; "

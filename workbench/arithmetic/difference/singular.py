@@ -27,7 +27,7 @@ class LowRank(Options):
 
 
 @DIFFERENCE.add(
-    "low-rank",
+    "singular-vectors",
     formula="w = w_base + U_r S_r V_r^T, the first r of the singular value decomposition of d",
     source="Eckart and Young 1936; the baseline of Liu et al. 2024 and Ping et al. 2024",
     title="Low-rank difference",

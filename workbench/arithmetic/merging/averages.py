@@ -41,6 +41,7 @@ def wise_ft(setting: Setting, options: Options) -> Rule:
     source="Shoemake 1985; mergekit",
     title="SLERP",
     traits=("strength", "share", "one", "pair"),
+    beside={"fine_tunes": 2},
 )
 def slerp(setting: Setting, options: Options) -> Rule:
     """The great circle from the first of two models (of one: from the base) to the other, by tensor."""
