@@ -10,7 +10,17 @@ import torch
 import workbench
 from tests.arithmetic.conftest import moved
 from tests.conftest import ARCHITECTURES, tiny
-from workbench.arithmetic import MERGE, Merge, conflict_table, of_folder, of_subject, side_by_side, source_of
+from workbench.arithmetic import (
+    MERGE,
+    Interference,
+    Merge,
+    conflict_table,
+    merge_checkpoints,
+    of_folder,
+    of_subject,
+    side_by_side,
+    source_of,
+)
 from workbench.arithmetic.sources import own_tensors
 from workbench.errors import BadInput
 from workbench.progress import Progress
@@ -281,7 +291,7 @@ def test_each_parents_own_data_and_head(family, tmp_path):
     base, parents = family("bert")
     folders = [str(opened(parent, seed=i).save(tmp_path / f"task{i}")) for i, parent in enumerate(parents)]
     on = opened(base)
-    result = Merge(parents=",".join(folders), data="parents", **SMALL).run(on, cache=False)
+    result = Merge(parents=",".join(folders), measured_on="parents", **SMALL).run(on, cache=False)
     parts = [workbench.subject(folder) for folder in folders]
     for part in parts:
         with torch.no_grad():
@@ -306,3 +316,37 @@ def test_conflicts_are_counts_of_signs(family):
     assert (row["block"], row["role"]) == ("bert.encoder.layer.1", "output.dense.weight")
     energy = d.square().sum((1, 2)).mean()
     assert row["cancelled"] == pytest.approx(float(1 - d.mean(0).square().sum() / energy))
+
+
+def test_files_merge_without_a_model(family, tmp_path):
+    """The same numbers as the instrument's, and a folder that transformers opens."""
+    base, parents = family("llama")
+    out = merge_checkpoints(base, parents, tmp_path / "merged", "ties", 0.7, progress=Progress(), density=0.3)
+    method = {"name": "ties", "density": 0.3}
+    result = Merge(method=method, parents=",".join(map(str, parents)), strengths=(0.7,), **SMALL).run(
+        opened(base), cache=False
+    )
+    found = tensors(opened(out))
+    assert all(torch.equal(value, found[name]) for name, value in tensors(result.subject).items())
+    with pytest.raises(BadInput, match="needs validation"):
+        merge_checkpoints(base, parents, tmp_path / "soup", "greedy-soup")
+    gpt2, _ = family("gpt2")
+    with pytest.raises(BadInput, match="other tensors in its blocks"):
+        merge_checkpoints(base, [gpt2], tmp_path / "other")
+
+
+def test_settings_of_fine_tunes_say_that_nothing_reads_them(family):
+    base, parents = family("bert")
+    with pytest.warns(UserWarning, match="steps: has no effect where parents is given"):
+        Merge(parents=",".join(map(str, parents)), steps=5, **SMALL).run(opened(base), cache=False)
+
+
+def test_interference_is_the_table_of_a_merge(family):
+    base, parents = family("bert")
+    named = ",".join(map(str, parents))
+    found = Interference(parents=named).run(opened(base), cache=False)
+    merge = Merge(parents=named, **SMALL).run(opened(base), cache=False)
+    assert found.table.equals(merge.tables["conflicts"])
+    assert found.facts["conflict"] == merge.facts["conflict"]
+    for value in ("conflict", "cosine", "norm", "relative", "cancelled"):
+        assert len(found.figure(value=value).data) == 1

@@ -11,6 +11,7 @@ from workbench.arithmetic.growth.depth import stacking_tokens
 from workbench.arithmetic.growth.growth import GROWTH
 from workbench.arithmetic.interference import Interference
 from workbench.arithmetic.merge import Merge
+from workbench.arithmetic.merged_files import merge_checkpoints
 from workbench.arithmetic.merging.merging import MERGE
 from workbench.arithmetic.models import Models, Parts, side_by_side
 from workbench.arithmetic.sources import Source, of_folder, of_subject, source_of
@@ -27,6 +28,7 @@ __all__ = [
     "Parts",
     "Source",
     "conflict_table",
+    "merge_checkpoints",
     "of_folder",
     "of_subject",
     "reloaded",

@@ -26,7 +26,7 @@ from workbench.arithmetic.difference.difference import (
     bytes_of,
     packing_of,
 )
-from workbench.arithmetic.fine_tunes import check_trains, fine_tuned
+from workbench.arithmetic.fine_tunes import check_trains, fine_tuned, idle_where_named
 from workbench.arithmetic.matrices import Place, places_of
 from workbench.arithmetic.merge import plain
 from workbench.arithmetic.merging.merging import write
@@ -73,6 +73,10 @@ class Delta(SubjectInstrument):
 
     def key(self, on: Any) -> str:
         return hashlib.sha256(json.dumps([super().key(on), stamp(self.base)]).encode()).hexdigest()[:24]
+
+    def idle(self) -> Iterator[str]:
+        yield from super().idle()
+        yield from idle_where_named(self, "base")
 
     def check(self, on: Subject) -> None:
         for split in ("calibration", "validation", "test"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
 from workbench.errors import BadInput, Stopped
 from workbench.progress import Progress
 from workbench.subjects import Subject
@@ -26,6 +30,15 @@ def fine_tuned(
         made.name = f"{on.name}, seed {seed + which}"
         found.append(made)
     return found
+
+
+def idle_where_named(settings: BaseModel, field: str) -> Iterator[str]:
+    """A line for each setting of the fine-tunes that somebody set, and that nothing reads where `field` names
+    models.
+    """
+    for name in ("fine_tunes", "steps", "learning_rate"):
+        if getattr(settings, field) and name in settings.model_fields_set:
+            yield f"{name}: has no effect where {field} is given"
 
 
 def check_trains(on: Subject) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
 from workbench.arithmetic.conflict_grid import VALUES, conflict_grid
 from workbench.arithmetic.conflicts import conflict_table, whole_model
-from workbench.arithmetic.fine_tunes import check_trains
+from workbench.arithmetic.fine_tunes import check_trains, idle_where_named
 from workbench.arithmetic.merge import Merge
 from workbench.axis import parameter
 from workbench.errors import BadInput
@@ -63,6 +64,10 @@ class Interference(SubjectInstrument):
     def key(self, on: Any) -> str:
         stamps = [stamp(source) for source in (*sources_in(self.parents), self.base)]
         return hashlib.sha256(json.dumps([super().key(on), stamps]).encode()).hexdigest()[:24]
+
+    def idle(self) -> Iterator[str]:
+        yield from super().idle()
+        yield from idle_where_named(self, "parents")
 
     def check(self, on: Subject) -> None:
         if self.base and not sources_in(self.parents):

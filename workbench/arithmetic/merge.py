@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pandas as pd
 
 from workbench.arithmetic.conflicts import DARE_LIMIT, conflict_table, whole_model
-from workbench.arithmetic.fine_tunes import check_trains, fine_tuned
+from workbench.arithmetic.fine_tunes import check_trains, fine_tuned, idle_where_named
 from workbench.arithmetic.lineage import lineage, zeros_lost
 from workbench.arithmetic.merge_result import MergeResult
 from workbench.arithmetic.merging.merging import MERGE, Setting, place
@@ -57,7 +57,7 @@ class Merge(SubjectInstrument):
     densities: tuple[float, ...] = parameter(
         (), "shares of the differences to keep, a path for each; empty: the method's own"
     )
-    data: Literal["subject", "parents"] = parameter(
+    measured_on: Literal["subject", "parents"] = parameter(
         "subject", "data to measure on: the subject's, or each parent's own with the parent's own head"
     )
     choose_by: Literal["loss", "accuracy"] = parameter("loss", "what the best point has the best of")
@@ -78,14 +78,18 @@ class Merge(SubjectInstrument):
         return hashlib.sha256(json.dumps([super().key(on), stamps]).encode()).hexdigest()[:24]
 
     # ---- what can be seen to fail --------------------------------------------------------------------------
+    def idle(self) -> Iterator[str]:
+        yield from super().idle()
+        yield from idle_where_named(self, "parents")
+
     def check(self, on: Subject) -> None:
         for split in ("validation", "test"):
             on.split(split)
         self.check_grid()
         count = len(self.sources) + bool(self.base)
         if not self.sources:
-            if self.base or self.data == "parents":
-                field = "base" if self.base else "data"
+            if self.base or self.measured_on == "parents":
+                field = "base" if self.base else "measured_on"
                 raise BadInput(f"{field}: needs parents that are named; name them with --parents")
             check_trains(on)
             count = self.fine_tunes
@@ -136,7 +140,7 @@ class Merge(SubjectInstrument):
 
     def hosts(self, on: Subject) -> list[Subject]:
         """Models that merges are written to, with the data that they are measured on."""
-        if self.data == "subject":
+        if self.measured_on == "subject":
             return [plain(on)]
         names = ([] if not self.base else [None]) + self.sources
         return [plain(on if each is None else opened(each, on, "parents")) for each in names]
