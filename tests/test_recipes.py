@@ -125,6 +125,7 @@ REDUCED: dict[str, dict[str, Any]] = {
     "delta": {"steps": 2, "calibration_examples": 8, "validation_examples": 16, "test_examples": 16}
     | {"method.steps": 2},
     "grow": {"test_examples": 16},
+    "v-cycle": {"small_steps": 2, "validation_examples": 16},
 }
 
 

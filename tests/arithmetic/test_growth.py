@@ -11,7 +11,7 @@ import torch
 import workbench
 from tests.arithmetic.test_merge import opened, tensors
 from tests.conftest import ARCHITECTURES, tiny
-from workbench.arithmetic import GROWTH, Grow, stacking_tokens
+from workbench.arithmetic import GROWTH, Grow, VCycle, stacking_tokens
 from workbench.arithmetic.growth import v_cycle
 from workbench.arithmetic.growth.width import cancelling, widened
 from workbench.errors import BadInput
@@ -132,6 +132,45 @@ def test_a_matrix_made_larger_and_smaller_again_is_itself():
     x = torch.randn(3)
     assert torch.allclose(big @ (v_cycle.copying(inside) @ x), v_cycle.copying(out) @ (weight @ x), atol=1e-6)
     assert torch.equal(v_cycle.interpolated(weight, -weight, 0.5), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_made_wider_and_coalesced_again_is_itself(architecture, family):
+    """The maps are left inverses on whole models: a head that shares its weight has become its own."""
+    _, (base, _) = family(architecture)
+    on = opened(base)
+    again = v_cycle.coalesced(widened(on.model, 2), 2, 1)
+    held = dict(again.named_parameters())
+    for name, value in on.model.named_parameters():
+        scale = 2**0.5 if name == "lm_head.weight" and architecture == "t5" else 1.0
+        assert torch.allclose(held[name], scale * value, atol=1e-6), name
+    deep = v_cycle.coalesced(GROWTH.chosen("interpolation")(on.model, 2), 1, 2)
+    held = dict(deep.named_parameters())
+    assert all(torch.allclose(held[n], v, atol=1e-6) for n, v in on.model.named_parameters())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_v_cycle_draws_the_large_model_towards_copies(architecture, family):
+    _, (base, _) = family(architecture)
+    on = opened(base)
+    result = VCycle(small_steps=2, batch_size=4, validation_examples=2).run(on, Progress(), cache=False)
+    assert list(result.table["stage"]) == ["large", "coalesced", "small, trained", "large again"]
+    assert result.facts["share_of_large_step"] < 0.6 and math.isfinite(result.facts["loss"])
+    stays = VCycle(small_steps=2, alpha=0.0, validation_examples=2).run(on, Progress(), cache=False)
+    assert all(torch.equal(v, tensors(on)[n]) for n, v in tensors(stays.subject).items())
+    result.figure()
+
+
+def test_coalescing_and_going_back_answers_as_the_small_model_did(family):
+    """alpha 1: what the small model says, the large one says (BERT norms its embeddings)."""
+    from workbench.arithmetic.grow import outputs
+    from workbench.arithmetic.growth.growth import relative_change
+
+    _, (base, _) = family("bert")
+    on = opened(base)
+    small = on.with_model(v_cycle.coalesced(on.model, 2, 1).eval())
+    back = on.with_model(v_cycle.interpolated_model(on.model, small.model, 2, 1, 1.0).eval())
+    assert relative_change(outputs(small), outputs(back)) < 1e-5
 
 
 def test_the_guideline_is_its_formula():

@@ -15,6 +15,7 @@ from workbench.arithmetic.merged_files import merge_checkpoints
 from workbench.arithmetic.merging.merging import MERGE
 from workbench.arithmetic.models import Models, Parts, side_by_side
 from workbench.arithmetic.sources import Source, of_folder, of_subject, source_of
+from workbench.arithmetic.v_cycle import VCycle
 
 __all__ = [
     "DIFFERENCE",
@@ -27,6 +28,7 @@ __all__ = [
     "Models",
     "Parts",
     "Source",
+    "VCycle",
     "conflict_table",
     "merge_checkpoints",
     "of_folder",

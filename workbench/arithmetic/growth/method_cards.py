@@ -53,5 +53,20 @@ METHODS: list[Method] = [
         "a loss in fewer FLOPs than from random weights, those of the small model counted",
         153,
         recipe=(("grow", {"method": "stack", "times": 4}),),
+        departs="Training before and after is `train`'s; nothing here decides when the small model has had enough "
+        "but the published guideline (--flops).",
+    ),
+    Method(
+        "v-cycle",
+        "arithmetic",
+        "Multi-level V-cycle",
+        "Zou et al. 2024",
+        r"(1 - \alpha) w + \alpha\, T W_s F,\ F T = 1",
+        "a training split",
+        "a loss in fewer FLOPs than the large model alone",
+        350,
+        recipe=(("v-cycle", {}),),
+        departs="One level; the large model's own steps before and after are `train`'s. Embeddings are scaled only "
+        "where they are the head too.",
     ),
 ]

@@ -117,12 +117,17 @@ def tiled(
     for axis, size in enumerate(value.shape):
         if axis == inward or (times := copies(name, size, shape[axis])) == 1:
             continue
-        parts = PARTS.get(name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2], 1)
+        parts = parts_of(name)
         pairs = zip(first.chunk(parts, axis), other.chunk(parts, axis), strict=True)
         first = torch.cat([piece for own, upper in pairs for piece in (own, *[upper] * (times - 1))], axis)
     if noise and inward is not None and count > 1 and block_of(name):
         first = first + cancelling(first, inward, count, noise)
     return first
+
+
+def parts_of(name: str) -> int:
+    """How many matrices a tensor holds side by side along its outputs."""
+    return PARTS.get(name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2], 1)
 
 
 def copies(name: str, before: int, after: int) -> int:
