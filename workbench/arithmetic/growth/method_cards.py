@@ -53,8 +53,8 @@ METHODS: list[Method] = [
         "a loss in fewer FLOPs than from random weights, those of the small model counted",
         153,
         recipe=(("grow", {"method": "stack", "times": 4}),),
-        departs="Training before and after is `train`'s; nothing here decides when the small model has had enough "
-        "but the published guideline (--flops).",
+        departs="Training before and after is `train`'s; when the small model has had enough is told "
+        "by the published guideline alone (--flops).",
     ),
     Method(
         "v-cycle",
@@ -66,7 +66,7 @@ METHODS: list[Method] = [
         "a loss in fewer FLOPs than the large model alone",
         350,
         recipe=(("v-cycle", {}),),
-        departs="One level; the large model's own steps before and after are `train`'s. Embeddings are scaled only "
-        "where they are the head too.",
+        departs="One level; the large model's own steps before and after are `train`'s. Embeddings are scaled "
+        "only where they are the head too.",
     ),
 ]

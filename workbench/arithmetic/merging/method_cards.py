@@ -67,7 +67,7 @@ METHODS: list[Method] = [
         "the mean is a better start for a further task than the base",
         219,
         recipe=(("merge", {"method": "uniform"}), ("train", {"steps": 100})),
-        departs="Heads of one size are averaged too, others stay the subject's, where the paper drops them all.",
+        departs="Heads of one size are averaged too, others stay; the paper drops all.",
     ),
     Method(
         "cold-fusion",
@@ -79,8 +79,8 @@ METHODS: list[Method] = [
         "each round is a better start than the one before",
         351,
         recipe=(("merge", {"method": "uniform", "fine_tunes": 4}),) * 3,
-        departs="Contributors see the subject's data in other orders, where the paper gives each a data set of its "
-        "own; models tuned elsewhere go in by --parents.",
+        departs="Contributors see the subject's data in other orders, where the paper gives each a data set of "
+        "its own; models tuned elsewhere go in by --parents.",
     ),
     Method(
         "fisher-weights",
