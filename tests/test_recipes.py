@@ -58,6 +58,9 @@ QUICK = (
     "concurrent-adversary",
     "self-tuning",
     "routed",
+    "model-stock",
+    "bitdelta",
+    "stack",
 )
 MINILM = "minilm-docstrings"
 #: Windows of a byte model's splits here: measuring one on all of them takes minutes.
@@ -111,6 +114,18 @@ REDUCED: dict[str, dict[str, Any]] = {
     "critical-batch": STUDY
     | {"target": 2.25, "steps": 30, "resamples": 20, "noise_groups": 4, "noise_size": 4},
     "scaling-fit": {"starts": 32, "resamples": 20, "checks": False},
+    "merge": {
+        "steps": 2,
+        "validation_examples": 16,
+        "test_examples": 16,
+        "method.examples": 4,
+        "method.probes": 1,
+        "method.epochs": 1,
+    },
+    "delta": {"steps": 2, "calibration_examples": 8, "validation_examples": 16, "test_examples": 16}
+    | {"method.steps": 2},
+    "grow": {"test_examples": 16},
+    "v-cycle": {"small_steps": 2, "validation_examples": 16},
 }
 
 

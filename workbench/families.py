@@ -16,7 +16,16 @@ from pathlib import Path
 
 from workbench.errors import BadInput, said
 
-FAMILIES = ("curvature", "pruning", "quantization", "latency", "training", "scaling", "measures")
+FAMILIES = (
+    "curvature",
+    "pruning",
+    "quantization",
+    "latency",
+    "training",
+    "scaling",
+    "measures",
+    "arithmetic",
+)
 #: Environment variable: Python files of the user's own, separated as in PATH. Reports and worker processes
 #: inherit it, so that what is registered here is known there.
 PLUGINS = "WORKBENCH_PLUGINS"

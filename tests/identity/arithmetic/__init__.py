@@ -1,0 +1,1 @@
+"""Merges, stored differences and growth beside others' code."""

@@ -1,0 +1,1 @@
+"""Ways to store a difference: signs, few entries, singular vectors, number formats."""

@@ -1,0 +1,1 @@
+"""Growth: width, depth, and the maps of a V-cycle."""

@@ -1,0 +1,1 @@
+"""Merges: averages, sums of differences, soups, means weighed by curvature."""
