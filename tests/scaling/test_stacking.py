@@ -8,6 +8,7 @@ from scipy import optimize, special, stats
 
 from workbench.errors import BadInput
 from workbench.scaling import law, stack
+from workbench.scaling.doubt.law_band import TOGETHER, law_band
 from workbench.scaling.doubt.stacking import (
     mixture_quantile,
     normal_log_density,
@@ -139,3 +140,41 @@ def test_laws_of_different_things_are_refused(two):
     renamed = replace(other.members[0].fit, law=replace(other.members[0].fit.law, target="distance"))
     with pytest.raises(BadInput, match="different things"):
         stacked([two.members[0], replace(other.members[0], fit=renamed)])
+
+
+def test_how_far_a_point_lies_beyond_the_published_data():
+    shape = law("chinchilla")
+    cells = {"params": [1e9, 1.6e11, 7e6], "tokens": [1e10, 1e10, 1e12]}
+    assert shape.beyond(cells) == pytest.approx([1, 10, 10])
+    assert law("power-compute").beyond({"flops": [1e30]}).tolist() == [1]
+
+
+def test_a_band_over_compute_is_the_stacks_own(two, runs):
+    """Along the largest run's tokens a parameter, to a hundred times its compute."""
+    import pandas as pd
+
+    table = law_band(two, pd.DataFrame(runs), 0.9)
+    whole = table[table.law == TOGETHER]
+    assert whole.flops.max() == pytest.approx(100 * runs["flops"].max())
+    assert (whole.tokens / whole.params).to_numpy() == pytest.approx(10**1.5)
+    again = two.band(whole, 0.9)
+    assert whole.low.to_numpy() == pytest.approx(again.low) and whole.high.to_numpy() == pytest.approx(
+        again.high
+    )
+    alone = table[table.law == "chinchilla"]
+    assert alone.beyond.max() == pytest.approx(70e6 / whole.params.min())
+    assert law_band(two, pd.DataFrame({"flops": runs["flops"]}), 0.9) is None
+
+
+def test_a_fit_says_its_laws_and_draws_dashes_beyond_what_was_published(runs, tmp_path, monkeypatch):
+    from workbench.scaling import Runs, ScalingFit
+
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    asked = ScalingFit(starts=32, resamples=40, against=("over-training",))
+    result = asked.run(Runs.from_table(runs))
+    assert "chinchilla" in result.facts["laws"] and result.tables["laws"].weight.sum() == pytest.approx(1)
+    drawn = result.figure(view="laws").data
+    dashes = {t.name: t.line.dash for t in drawn if t.name and "beyond" in t.name}
+    assert dashes and set(dashes.values()) == {"dash"}
+    bare = asked.with_fields(checks=False, against=()).run(Runs.from_table(runs)).figure(view="laws")
+    assert "run with checks" in bare.layout.annotations[0].text

@@ -202,7 +202,6 @@ class NextRun(Instrument):
         return self.result(asked.table, self._facts(asked, proposer), tables=tables)
 
     def _facts(self, asked: Asked, proposer: Proposer) -> dict[str, Any]:
-        weighed = zip(proposer.stack.names, proposer.stack.weights, strict=True)
         facts: dict[str, Any] = {
             "proposed": len(asked.table),
             "candidates": len(asked.pool),
@@ -213,7 +212,7 @@ class NextRun(Instrument):
             facts |= {"half_width_after": float(last.half_width), "cost": float(last.spent)}
         if len(asked.target) == 1:
             facts |= {c: float(asked.target[c].iloc[0]) for c in ("predicted", "low", "high")}
-        facts["laws"] = ", ".join(f"{name} {100 * w:.0f} %" for name, w in weighed if w > 0)
+        facts["laws"] = proposer.stack.said
         if proposer.stack.held_out == 0:
             facts["weights"] = "equal: too few runs to hold any out"
         if proposer.stack.left_out:

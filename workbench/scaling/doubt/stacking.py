@@ -129,6 +129,12 @@ class Stack:
         return tuple(int(k) for k in np.flatnonzero(self.weights >= PLAUSIBLE))
 
     @property
+    def said(self) -> str:
+        """The laws with their weights, as text."""
+        weighed = zip(self.names, self.weights, strict=True)
+        return ", ".join(f"{name} {100 * w:.0f} %" for name, w in weighed if w >= PLAUSIBLE)
+
+    @property
     def table(self) -> pd.DataFrame:
         """law, weight, log_score, parameters, error (mean |relative| at held-out runs), certificate."""
         return pd.DataFrame(
@@ -236,6 +242,20 @@ def stack(
     with the reason; BadInput when none remains, or when the law called `needed` is among them. A stop leaves
     the laws that are not fitted yet out.
     """
+    return stacked(*fitted_members(laws, runs, objective, starts, resamples, seed, needed, progress))
+
+
+def fitted_members(
+    laws: Sequence[Law],
+    runs: Any,
+    objective: Objective | None = None,
+    starts: int = DEFAULT_STARTS,
+    resamples: int = 200,
+    seed: int = 0,
+    needed: str = "",
+    progress: Progress | None = None,
+) -> tuple[list[PredictionIntervals], dict[str, str]]:
+    """The laws' intervals on the runs, and why the others are left out; as `stack`."""
     progress = progress or Progress()
     table = getattr(runs, "table", runs)
     members: list[PredictionIntervals] = []
@@ -248,7 +268,7 @@ def stack(
             if law.name == needed:
                 raise
             left_out[law.name] = str(error)
-    return stacked(members, left_out)
+    return members, left_out
 
 
 def _member(

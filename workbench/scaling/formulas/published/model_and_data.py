@@ -31,6 +31,7 @@ def chinchilla(options: Options) -> Law:
         "E + A / params**alpha + B / tokens**beta",
         CHINCHILLA,
         ("params", "tokens"),
+        published={"params": (70e6, 16e9), "tokens": (5e9, 500e9)},
     )
 
 
@@ -50,6 +51,7 @@ def kaplan(options: Options) -> Law:
             Parameter("alpha_d", "data exponent", (0.02, 0.5), low=1e-3, high=5.0),
         ),
         ("params", "tokens"),
+        published={"params": (768, 1.5e9), "tokens": (22e6, 23e9)},
     )
 
 
@@ -134,6 +136,7 @@ def over_training(options: Options) -> Law:
             exponent("eta", "twice the compute exponent", (0.02, 0.8)),
         ),
         ("params", "tokens"),
+        published={"params": (11e6, 6.9e9)},
     )
 
 
@@ -152,6 +155,7 @@ def data_constrained(options: Options) -> Law:
             scale("RN", "excess of parameters after which more are worthless", (0.2, 100.0)),
         ),
         ("params", "tokens", "unique_tokens"),
+        published={"params": (7e6, 9e9), "tokens": (1e8, 900e9)},
     )
 
 
