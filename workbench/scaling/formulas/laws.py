@@ -56,6 +56,14 @@ KNOWN_COLUMNS = (
     "qat_fraction",
     "quantized_share",
     "distance",
+    "streams",
+    "vocab_params",
+    "non_vocab_params",
+    "granularity",
+    "dense_tokens",
+    "sparse_tokens",
+    "expert_ratio",
+    "task_loss",
 )
 
 
