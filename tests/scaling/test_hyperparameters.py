@@ -155,3 +155,17 @@ def test_wrong_requests():
         fit_step_law(best_settings(bowls().query("params == 1e8")))
     with pytest.raises(BadInput, match="three different batch"):
         critical_batch(np.array([1, 2]), np.array([3, 4]))
+
+
+def test_published_rates_differ_as_they_are_known_to():
+    """Step Law over OpenEuroLLM: 3.1 times at 135 M and 10 B tokens, 1.7 at 7 B and 140 B, batches near."""
+    from workbench.scaling.hyperparameters import PUBLISHED_ADVICE, open_euro_llm, step_law
+
+    small, large = (135e6, 1e10), (7e9, 1.4e11)
+    assert step_law(*small)[0] / open_euro_llm(*small)[0] == pytest.approx(3.1, abs=0.1)
+    assert step_law(*large)[0] / open_euro_llm(*large)[0] == pytest.approx(1.7, abs=0.1)
+    for cell in (small, large):
+        assert step_law(*cell)[1] / open_euro_llm(*cell)[1] == pytest.approx(1, abs=0.225)
+    assert PUBLISHED_ADVICE["DeepSeek (published)"](1e9, 1e10) == pytest.approx(
+        (0.3118 * 6e19**-0.125, 0.292 * 6e19**0.3271)
+    )

@@ -134,12 +134,23 @@ def step_law(params: float, tokens: float) -> tuple[float, float]:
     return 1.79 * params**-0.713 * tokens**0.307, 0.58 * tokens**0.571
 
 
+def open_euro_llm(params: float, tokens: float) -> tuple[float, float]:
+    """Learning rate 0.371 N^-0.417 D^0.086 and batch size in tokens, 9.9e-5 N^0.145 D^0.460 sequences of
+    4,096 (OpenEuroLLM 2026, dense English models of 48 M to 1.7 B).
+    """
+    return 0.371 * params**-0.417 * tokens**0.086, 4096 * 9.9e-5 * params**0.145 * tokens**0.460
+
+
 def deepseek_law(params: float, tokens: float) -> tuple[float, float]:
     """DeepSeek's laws in compute: lr = 0.3118 C^-0.125, batch = 0.2920 C^0.3271 tokens (Bi et al., 2024),
     C = 6 N D.
     """
     compute = 6.0 * params * tokens
     return 0.3118 * compute**-0.125, 0.2920 * compute**0.3271
+
+
+#: Published advice beside Step Law's: who says so -> learning rate and batch tokens.
+PUBLISHED_ADVICE = {"OpenEuroLLM (published)": open_euro_llm, "DeepSeek (published)": deepseek_law}
 
 
 def advice_of(laws: dict[str, Any]) -> Advice:

@@ -177,6 +177,86 @@ METHODS: list[Method] = [
         recipe=(("critical-batch", {}),),
         subject="digits-vit",
     ),
+    _card(
+        "farseer",
+        None,
+        RUNS,
+        "the exponent of the data changes with size, which a fit to small runs carries to larger ones",
+    ),
+    _card(
+        "parallel-streams",
+        None,
+        "runs of several sizes and numbers of parallel streams",
+        "so many streams are worth a model larger by a factor that is linear in their logarithm",
+    ),
+    _card(
+        "vocabulary",
+        None,
+        "runs of several sizes, vocabularies and token counts",
+        "larger models deserve larger vocabularies",
+        departs="Exponents of the other parameters and of the tokens are two numbers; the authors' code "
+        "holds them equal.",
+    ),
+    _card(
+        "data-mixing",
+        None,
+        "runs of one size on several mixtures of domains",
+        "each domain's loss is exponential in the shares of the mixture",
+        departs="The factor before the exponential is left out, which the exponents hold, since shares sum "
+        "to one; the laws over steps and sizes that the paper nests it in are not here.",
+    ),
+    _card(
+        "domain-sum",
+        None,
+        "runs of one size on several mixtures of domains",
+        "domains add up inside one inverse",
+        departs="The terms of size and tokens are constant here: one size and token count at a time.",
+    ),
+    _card(
+        "granularity",
+        None,
+        "mixture-of-experts runs of several sizes, token counts and sizes of expert",
+        "finer experts help as a power law",
+    ),
+    _card(
+        "joint-experts",
+        None,
+        "dense and mixture-of-experts runs of several active sizes and token counts",
+        "one law for dense and routed models, with the token exponent changing with the experts",
+    ),
+    _card(
+        "upcycling",
+        None,
+        "mixture-of-experts runs that began from dense checkpoints of several lengths",
+        "the longer the dense stage, the slower the second one",
+        departs="The tokens of the two stages alone; `upcycling-size` has the size.",
+    ),
+    _card(
+        "upcycling-size",
+        None,
+        "upcycled runs of several sizes and sparsities at fixed tokens",
+        "sparsity and active parameters multiply, with an interaction",
+    ),
+    _card(
+        "rate-surface",
+        None,
+        "runs of several sizes over learning rate and batch size",
+        "one bowl in the logarithms moves with size and tokens",
+        departs="Where the bowl's lowest point lies is Step Law's; the bowl itself, in place of a grid's "
+        "best runs, is this project's choice.",
+    ),
+    _card(
+        "accuracy-of-loss",
+        None,
+        "task losses and accuracies of several models",
+        "accuracy is a sigmoid of the task's loss",
+    ),
+    _card(
+        "error-of-loss",
+        None,
+        "validation losses and average errors of several models",
+        "the average error falls exponentially with the loss",
+    ),
     _card("broken-power", None, "losses across a change of slope", "one smooth break joins two power laws"),
     _card("sparse", None, "runs at several sparsities", "sparsity and size act through one term"),
 ]

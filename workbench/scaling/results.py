@@ -17,6 +17,7 @@ from workbench.scaling import figures
 from workbench.scaling.comparison import compute_of
 from workbench.scaling.doubt.prediction import PredictionIntervals
 from workbench.scaling.fitting import Fit
+from workbench.scaling.law_figures import band_figure
 from workbench.scaling.planning import Draws
 
 Array = np.ndarray
@@ -25,11 +26,11 @@ Array = np.ndarray
 class FitView(BaseModel):
     """What to draw of a fit."""
 
-    view: Literal["fit", "residuals", "isoflop", "contour", "held out", "draws", "profile"] = Field(
+    view: Literal["fit", "residuals", "isoflop", "contour", "held out", "laws", "draws", "profile"] = Field(
         "fit",
         description=(
             "the law with the runs, residuals, IsoFLOP curves, contours, held-out error, "
-            "correlated parameters, profiles"
+            "several laws as a band, correlated parameters, profiles"
         ),
     )
 
@@ -110,6 +111,7 @@ class ScalingFitResult(Result):
             "isoflop": figures.isoflop_figure,
             "contour": figures.contour_figure,
             "held out": figures.held_out_figure,
+            "laws": band_figure,
             "draws": figures.draws_figure,
             "profile": figures.profile_figure,
         }

@@ -18,6 +18,7 @@ from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.comparison import compare, compute_of, extrapolation, held_out, information
+from workbench.scaling.doubt.law_band import beside, law_tables
 from workbench.scaling.doubt.prediction import PredictionIntervals, prediction_intervals
 from workbench.scaling.doubt.uncertainty import Bootstrap, bootstrap, influence, profile
 from workbench.scaling.fitting import Fit, columns_of, fit
@@ -184,7 +185,7 @@ class ScalingFit(Instrument):
     def _run(self, on: Runs, progress: Progress) -> Result:
         steps = iter(
             progress.track(
-                ["fit", "intervals", "influence", "held out", "comparison", "curves"], "scaling fit"
+                ["fit", "intervals", "influence", "held out", "comparison", "laws", "curves"], "scaling fit"
             )
         )
         next(steps)
@@ -232,6 +233,13 @@ class ScalingFit(Instrument):
         next(steps, None)
         if self.checks and self.against and not progress.stopped:
             self._compare(on, keep, found, tables)
+        next(steps, None)
+        if self.checks and self.against and drawn is not None and not progress.stopped:
+            others = [law(n) for n in self.against if n != self.law]
+            kept = on.where(keep).table
+            weighed = beside(coming, others, kept, min(self.starts, 128), self.seed, progress)
+            tables |= law_tables(weighed, kept, self.level)
+            facts["laws"] = weighed.said
         next(steps, None)
         arrays = {"theta": found.theta, "draws": drawn.theta if drawn is not None else found.theta[None]}
         tables |= curve_tables(found, coming, runs, self.level)

@@ -16,7 +16,14 @@ from workbench.scaling.comparison import compute_of
 from workbench.scaling.doubt.prediction import PredictionIntervals
 from workbench.scaling.fitting import Fit
 from workbench.scaling.formulas.laws import Law
-from workbench.scaling.hyperparameters import REQUIRED, advice_of, best_settings, fit_step_law, step_law
+from workbench.scaling.hyperparameters import (
+    PUBLISHED_ADVICE,
+    REQUIRED,
+    advice_of,
+    best_settings,
+    fit_step_law,
+    step_law,
+)
 from workbench.scaling.planning import (
     Draws,
     Plan,
@@ -274,6 +281,7 @@ class ScalingPlan(ScalingFit):
         """
         size, how = non_embedding(on, params)
         rows = [("Step Law (published)", *step_law(size, tokens), size, how)]
+        rows += [(name, *told(size, tokens), size, how) for name, told in PUBLISHED_ADVICE.items()]
         if all(c in on.table for c in REQUIRED):
             settings = best_settings(on)
             if (

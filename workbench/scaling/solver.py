@@ -214,7 +214,7 @@ def _downhill(hessian: Array, scale: Array, free: Array) -> Array:
     """
     with np.errstate(invalid="ignore"):
         scaled = hessian * scale[:, :, None] * scale[:, None, :]
-    scaled = scaled * free[:, :, None] * free[:, None, :]
+        scaled = scaled * free[:, :, None] * free[:, None, :]
     scaled[~np.isfinite(scaled).all((1, 2))] = np.eye(scaled.shape[1])
     values, vectors = np.linalg.eigh(scaled)
     size = np.abs(values)

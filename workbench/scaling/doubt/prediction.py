@@ -35,6 +35,8 @@ LADDER = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 DRIFT = 1.5
 #: Spare runs above the number of parameters that a fit below a cut-off needs.
 SPARE = 3
+#: Columns of the backtests; row: of the fitted runs.
+BACKTESTS = ("cutoff", "row", "multiple", "error", "scatter", "refits")
 STARTS = 48
 REFITS = 60
 
@@ -82,8 +84,8 @@ def weighted_quantile(values: Array, groups: Array, level: float) -> float:
 @dataclass(frozen=True)
 class PredictionIntervals:
     """Bands for new runs. `scatter`: of single runs, in the objective's space (relative for logarithms);
-    `largest`: compute of the largest fitted run (nan when the runs have none); `backtests`: cutoff, multiple,
-    error, scatter, refits, one row per held-out run of each cut-off of the ladder, in the objective's space;
+    `largest`: compute of the largest fitted run (nan when the runs have none); `backtests`: `BACKTESTS`,
+    one row per held-out run of each cut-off of the ladder, in the objective's space;
     `answers`: parameters fitted below each cut-off, one row each, working coordinates; `drift`: of the law's
     own error, see the module.
     """
@@ -156,7 +158,7 @@ def prediction_intervals(
     on the expected spread; without compute they hold scatter and parameter spread alone.
     """
     table = getattr(runs, "table", runs)
-    empty = pd.DataFrame({c: np.zeros(0) for c in ("cutoff", "multiple", "error", "scatter", "refits")})
+    empty = pd.DataFrame({c: np.zeros(0) for c in BACKTESTS})
     try:
         compute = compute_of(table)
     except BadInput:
@@ -194,6 +196,7 @@ def prediction_intervals(
             pd.DataFrame(
                 {
                     "cutoff": cutoff,
+                    "row": np.flatnonzero(above),
                     "multiple": inner.multiple(beyond),
                     "error": np.where(np.isfinite(error), error, np.inf),
                     "scatter": inner.scatter,

@@ -56,6 +56,14 @@ KNOWN_COLUMNS = (
     "qat_fraction",
     "quantized_share",
     "distance",
+    "streams",
+    "vocab_params",
+    "non_vocab_params",
+    "granularity",
+    "dense_tokens",
+    "sparse_tokens",
+    "expert_ratio",
+    "task_loss",
 )
 
 
@@ -117,6 +125,8 @@ class Law:
     source: str = ""
     title: str = ""
     fixed: Mapping[str, float] = field(default_factory=dict)
+    #: Column -> range of the data that the law was published on, as its source says.
+    published: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     #: True: residuals of the logarithm (losses, batch sizes); False: plain residuals.
     positive: bool = True
 
@@ -134,6 +144,17 @@ class Law:
             if p.name == name:
                 return p
         raise BadInput(f"law {self.name}: no parameter {name!r}; it has {', '.join(self.parameter_names)}")
+
+    def beyond(self, columns: Any) -> Array:
+        """How many times a point lies outside the data that the law was published on, in the column where it
+        does so most; 1 inside, and where no range is known.
+        """
+        times = np.ones(1)
+        for name, (low, high) in self.published.items():
+            if name in columns:
+                values = np.asarray(columns[name], dtype=np.float64)
+                times = np.maximum(times, np.maximum(values / high, low / values))
+        return times
 
     def fix(self, **values: float) -> Law:
         """The same law with some parameters held at known values."""

@@ -4,6 +4,8 @@ as in the papers, unless a law says otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from workbench.scaling.formulas.laws import Law, Parameter
 
 
@@ -38,6 +40,7 @@ def predicts(
     columns: tuple[str, ...],
     target: str = "loss",
     positive: bool = True,
+    published: Mapping[str, tuple[float, float]] | None = None,
 ) -> Law:
     """A law that its entry names."""
-    return Law("", formula, parameters, columns, target, positive=positive)
+    return Law("", formula, parameters, columns, target, positive=positive, published=published or {})

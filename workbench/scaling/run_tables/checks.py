@@ -50,6 +50,16 @@ def checked_runs(
     return frame, left_out, notes
 
 
+def checked_points(table: Any, columns: str | Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Runs that have not been made: names as in a run table, every number checked, compute filled."""
+    notes: list[str] = []
+    frame = _rename(_framed(table), mapping(columns), notes).reset_index(drop=True)
+    for column in [c for c in frame if c in SCHEMA]:
+        frame[column] = _checked(frame[column], SCHEMA[column], str(column))
+    _fill(frame, notes)
+    return frame
+
+
 def _framed(table: Any) -> pd.DataFrame:
     """Any table as a frame: one name a column, cells that can be compared."""
     try:

@@ -154,6 +154,25 @@ SCHEMA: dict[str, Column] = {
     "distance": Column(
         "distance of the weights from their start", "", strict=False, other_names=("weight_distance",)
     ),
+    "streams": Column("parallel streams of one model", "streams", other_names=("parallel_size",)),
+    "vocab_params": Column("parameters of the vocabulary's embeddings", "parameters"),
+    "non_vocab_params": Column(
+        "parameters beside the vocabulary's", "parameters", other_names=("non_vocab_parameters",)
+    ),
+    "granularity": Column("size of a feed-forward layer over that of an expert", ""),
+    "dense_tokens": Column("tokens of the dense stage before upcycling", "tokens", other_names=("d1",)),
+    "sparse_tokens": Column("tokens of the stage after upcycling", "tokens", other_names=("d2",)),
+    "expert_ratio": Column("total over active parameters, or experts over those a token meets", ""),
+    "task_loss": Column("loss of the right answers of a task", "nats", strict=False),
+    "accuracy": Column("share of a task's items that are right", "", strict=False, high=1.0),
+    "task_error": Column("share of a task's items that are wrong", "", strict=False, high=1.0),
+    "normalised_loss": Column(
+        "loss less that of a unigram model",
+        "nats per token",
+        low=-np.inf,
+        strict=False,
+        other_names=("unigram_normalized_loss",),
+    ),
     "loss_increase": Column(
         "loss increase from quantization",
         "nats per token",

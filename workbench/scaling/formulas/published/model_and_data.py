@@ -31,6 +31,7 @@ def chinchilla(options: Options) -> Law:
         "E + A / params**alpha + B / tokens**beta",
         CHINCHILLA,
         ("params", "tokens"),
+        published={"params": (70e6, 16e9), "tokens": (5e9, 500e9)},
     )
 
 
@@ -50,6 +51,7 @@ def kaplan(options: Options) -> Law:
             Parameter("alpha_d", "data exponent", (0.02, 0.5), low=1e-3, high=5.0),
         ),
         ("params", "tokens"),
+        published={"params": (768, 1.5e9), "tokens": (22e6, 23e9)},
     )
 
 
@@ -134,6 +136,7 @@ def over_training(options: Options) -> Law:
             exponent("eta", "twice the compute exponent", (0.02, 0.8)),
         ),
         ("params", "tokens"),
+        published={"params": (11e6, 6.9e9)},
     )
 
 
@@ -152,6 +155,7 @@ def data_constrained(options: Options) -> Law:
             scale("RN", "excess of parameters after which more are worthless", (0.2, 100.0)),
         ),
         ("params", "tokens", "unique_tokens"),
+        published={"params": (7e6, 9e9), "tokens": (1e8, 900e9)},
     )
 
 
@@ -191,4 +195,74 @@ def ensemble(options: Options) -> Law:
             exponent("alpha", "exponent", (0.2, 2.0)),
         ),
         ("members",),
+    )
+
+
+@LAW.add(
+    "farseer",
+    title="Farseer",
+    formula=r"L = e^{sN^{q}+S} + e^{BN^{-b}+Q}\,D^{-e^{AN^{a}+E}}",
+    source="Li et al. 2025, Predictable Scale II (bits per character, non-embedding N)",
+)
+def farseer(options: Options) -> Law:
+    return predicts(
+        "exp(s * params**q + S) + exp(B * params**(-b) + Q) * tokens**(-exp(A * params**a + E))",
+        (
+            Parameter("s", "how the limit of infinite data falls with size", (-0.3, -0.01), low=-5, high=1),
+            exponent("q", "its exponent", (0.05, 0.3), high=1.0),
+            Parameter("S", "logarithm of that limit at no size", (-1.0, 1.0), low=-10, high=10),
+            scale("B", "how the data term falls with size", (10.0, 1000.0)),
+            exponent("b", "its exponent", (0.05, 0.4), high=1.0),
+            Parameter("Q", "logarithm of the data term at infinite size", (-5.0, 1.0), low=-30, high=30),
+            Parameter("A", "how the data exponent changes with size", (-4.0, -0.5), low=-20, high=0),
+            exponent("a", "its exponent", (0.01, 0.15), high=1.0),
+            Parameter("E", "logarithm of the data exponent at no size", (1.0, 5.0), low=-5, high=20),
+        ),
+        ("params", "tokens"),
+        published={"params": (2e8, 2.51e10), "tokens": (1e9, 5.12e11)},
+    )
+
+
+@LAW.add(
+    "parallel-streams",
+    title="Parallel streams",
+    formula=r"L = E + \left(\frac{A}{N(k\ln P+1)}\right)^{\alpha}",
+    source="Chen et al. 2025, ParScale",
+)
+def parallel_streams(options: Options) -> Law:
+    return predicts(
+        "E + (A / (params * (k * log(streams) + 1)))**alpha",
+        (
+            floor(),
+            scale("A", "critical model size", (1e5, 1e10)),
+            scale("k", "what an e-fold of streams is worth, in parameters", (0.05, 2.0)),
+            exponent("alpha", "how fast more parameters help", (0.05, 0.6)),
+        ),
+        ("params", "streams"),
+        published={"params": (5.3e8, 4.5e9), "streams": (1, 8)},
+    )
+
+
+@LAW.add(
+    "vocabulary",
+    title="Vocabulary",
+    formula=r"L_u = -E + A_1/N_{nv}^{\alpha_1} + A_2/N_v^{\alpha_2} + B/D^{\beta}",
+    source="Tao et al. 2024 (loss over that of a unigram model)",
+)
+def vocabulary(options: Options) -> Law:
+    return predicts(
+        "-E + A1 / non_vocab_params**alpha1 + A2 / vocab_params**alpha2 + B / tokens**beta",
+        (
+            Parameter("E", "gain over unigrams of an infinite model", (3.0, 8.0), scale="log"),
+            scale("A1", "size of the term of the other parameters", (1.0, 1e6)),
+            scale("A2", "size of the vocabulary's term", (1.0, 1e6)),
+            scale("B", "size of the data term", (1.0, 1e8)),
+            exponent("alpha1", "how fast other parameters help"),
+            exponent("alpha2", "how fast vocabulary parameters help"),
+            exponent("beta", "how fast more tokens help"),
+        ),
+        ("non_vocab_params", "vocab_params", "tokens"),
+        target="normalised_loss",
+        positive=False,
+        published={"non_vocab_params": (33e6, 1.13e9)},
     )

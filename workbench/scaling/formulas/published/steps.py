@@ -5,7 +5,13 @@ from __future__ import annotations
 from workbench.axis import Options
 from workbench.scaling.formulas.lawbook import LAW
 from workbench.scaling.formulas.laws import Law, Parameter
-from workbench.scaling.formulas.parameters import exponent, floor, predicts, scale
+from workbench.scaling.formulas.parameters import CHINCHILLA, exponent, floor, predicts, scale
+
+RATE_SURFACE = """
+rate = log(learning_rate / (c * params**(-x) * tokens**y))
+batch = log(batch_tokens / (k * tokens**z))
+E + A / params**alpha + B / tokens**beta + h * rate**2 + g * batch**2
+"""
 
 
 @LAW.add(
@@ -124,4 +130,30 @@ def power_time(options: Options) -> Law:
         ("step",),
         target="distance",
         positive=False,
+    )
+
+
+@LAW.add(
+    "rate-surface",
+    title="Loss over learning rate and batch size",
+    formula=(
+        r"L = E + \frac{A}{N^\alpha} + \frac{B}{D^\beta} + h\ln^2\frac{\eta}{cN^{-x}D^{y}} "
+        r"+ g\ln^2\frac{b}{kD^{z}}"
+    ),
+    source="Li et al. 2025, eq. 1 (where the best ones lie; the bowls are this project's choice)",
+)
+def rate_surface(options: Options) -> Law:
+    return predicts(
+        RATE_SURFACE,
+        (
+            *CHINCHILLA,
+            scale("h", "curvature in the learning rate", (1e-4, 1.0)),
+            scale("c", "size of the best rate", (1e-4, 1e4)),
+            Parameter("x", "best rate falls with parameters", (0.0, 1.5), low=-3, high=3),
+            Parameter("y", "best rate grows with tokens", (0.0, 1.0), low=-3, high=3),
+            scale("g", "curvature in the batch size", (1e-4, 1.0)),
+            scale("k", "size of the best batch", (1e-4, 1e4)),
+            Parameter("z", "best batch grows with tokens", (0.0, 1.5), low=-3, high=3),
+        ),
+        ("params", "tokens", "learning_rate", "batch_tokens"),
     )
