@@ -162,7 +162,7 @@ class Run:
         blocks = self.suffix.order or list(dict.fromkeys(p.block for p in parts if p.block != OUTSIDE))
         for place, block in enumerate(blocks):
             here = [part for part in parts if part.block == block]
-            if place == len(blocks) // 2:
+            if place == len(blocks) - 1:  # behind every output that was passed on
                 self.unswapped(f"nothing, from {block} on", lambda: self.suffix.ask({}))
             yield from here
             self.move_on(block, here)
