@@ -98,7 +98,8 @@ def test_the_model_that_is_written_is_the_one_that_was_measured(
     runs = {"nearest": [Quantize(format="int8", test_examples=64, **shared)]}  # type: ignore[arg-type]
     every = studies.sweep(on, runs, Progress(), jobs=1)
     short = conclusion(on, every, runs, studies.card(on), 64, concluding.model_folder(""))
-    assert short.folder == "model" and short.sentences[-1] == "The recommended model is in model."
+    assert short.folder == "model"
+    assert short.sentences[-1] == "The recommended model is in the folder model, beside this report."
     saved = workbench.subject(str(tmp_path / "model"))
     assert saved.evaluate("test", limit=64)["loss"] == pytest.approx(every["loss"][0], rel=1e-5)
     # and the command that the report shows makes the same model
