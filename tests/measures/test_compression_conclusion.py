@@ -89,6 +89,7 @@ def test_the_interval_is_wilsons() -> None:
             assert abs(share - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, abs=1e-7)
 
 
+@pytest.mark.long
 def test_the_model_that_is_written_is_the_one_that_was_measured(
     cache, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
