@@ -70,7 +70,7 @@ def test_prune_and_quantize_run_on_every_architecture(architecture, checkpoints,
 
 def test_a_plain_module_is_pruned_from_the_command_line(module_file, cache, capsys):
     assert main(["run", "prune", "--subject", module_file, "--method", "magnitude", "--sparsity", "0.5"]) == 0
-    assert "sparsity 0.5" in capsys.readouterr().out
+    assert "sparsity 50 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -112,3 +112,15 @@ def test_the_default_figure_of_a_table() -> None:
         and curve.layout.yaxis.title.text == "loss"
     )
     assert len(figures.table_figure(pd.DataFrame({"word": ["x"]}), "T").data) == 0
+
+
+def test_no_figure_of_a_notebook_offers_to_be_sent_away() -> None:
+    bundle = pio.renderers["plotly_mimetype"].to_mimebundle(figures.figure("T").to_dict())
+    (shown,) = bundle.values()
+    assert shown["config"]["modeBarButtonsToRemove"] == ["sendChartToCloud"]
+
+
+def test_known_methods_keep_their_look_in_every_figure() -> None:
+    assert figures.looks(["GPTQ", "magnitude"]) == {"GPTQ": 4, "magnitude": 0}
+    assert figures.looks(["GPTQ", "my own"]) == {"GPTQ": None, "my own": None}
+    assert len(set(figures.look.LOOKS.values())) == len(figures.look.LOOKS)

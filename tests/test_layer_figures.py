@@ -48,7 +48,9 @@ def test_a_grid_has_a_cell_for_every_layer_of_every_stack() -> None:
 def test_few_layers_are_rows_and_many_are_cells_that_hold_their_values() -> None:
     values = np.arange(1.0, 73.0)
     few = by_layer("Error", BERT[:24], {"error": values[:24]}, "nats")
-    assert few.data[0].type == "bar" and few.data[0].orientation == "h"
+    assert few.data[0].type == "bar" and few.data[0].orientation == "h" and few.layout.xaxis.range is None
+    whole = by_layer("Share", BERT[:9], {"share": np.full(9, 0.5)}, "share", between=(0, 1))
+    assert whole.layout.xaxis.range == (0, 1)
     many = by_layer("Error", BERT, {"error": values, "other": values[::-1]}, "nats")
     assert [trace.type for trace in many.data] == ["heatmap", "heatmap"]
     for trace, given in zip(many.data, (values, values[::-1]), strict=True):

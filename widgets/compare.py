@@ -85,9 +85,9 @@ def on_shared_axes(*figures: go.Figure) -> None:
         axes = [figure.layout[name] for figure in figures]
         alike = len({(axis.type, axis.title.text) for axis in axes}) == 1
         free = all(axis.range is None and axis.autorange in (None, True) for axis in axes)
-        ends = shared_range(figures, name[0], axes[0].type == "log") if alike and free else None
-        for axis in axes if ends is not None else ():
-            axis.update(range=ends)
+        found = shared_range(figures, name[0], axes[0].type == "log") if alike and free else None
+        for axis in axes if found is not None else ():
+            axis.update(range=found)
 
 
 def shared_range(figures: Sequence[go.Figure], letter: str, logarithmic: bool) -> tuple[float, float] | None:

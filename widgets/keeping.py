@@ -10,6 +10,11 @@ from typing import Any
 
 from widgets.plot import PlotView
 
+#: Hides the panel's own output where its kernel is gone: JupyterLab says there that a model is not found.
+DEAD = (
+    "<style>.jp-OutputArea-child:has(.jupyter-widgets):not(:has(.jupyter-widgets *))"
+    ":has(+ .jp-OutputArea-child + .jp-OutputArea-child .wb-kept) { display: none; }</style>"
+)
 #: Outputs below a panel: the figure; facts, table and the next step.
 COUNT = 2
 
@@ -26,7 +31,7 @@ class Kept:
         """The figure as Plotly's JSON and, once the page has drawn it, as a picture; `facts` is HTML."""
         figure = {"text/plain": text, **plot.static_twin()}
         self._write(0, figure)
-        self._write(1, {"text/html": facts, "text/plain": text})
+        self._write(1, {"text/html": f'{DEAD}<div class="wb-kept">{facts}</div>', "text/plain": text})
         plot.ask_picture(lambda png: self._write(0, figure | {"image/png": png}))
 
     def _write(self, number: int, bundle: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from widgets.panels import Panel, read_parameters
+from widgets.panels import Panel
+from widgets.settings.parameters import read_parameters
 from workbench.instruments import Instrument
 
 #: Instrument's command-line name -> its special panel: a class, or "module:Class" (imported when needed).

@@ -88,8 +88,8 @@ class Panel(Whole, ipywidgets.VBox):
         self.view_controls: Controls | None = None
         self.view_box = ipywidgets.Box(layout=ipywidgets.Layout(display="none"))
         self.plot, self.beside = PlotView(), PlotView()
-        plots = ipywidgets.Box([self.plot, self.beside])
-        plots.add_class("wb-views")
+        self.views = ipywidgets.Box([self.plot, self.beside])
+        self.views.add_class("wb-views")
         self.comparison = Comparison(guarded(self.job.note, self._draw))
         self.beside.layout.display = "none"
         self._make_report_row()
@@ -107,7 +107,7 @@ class Panel(Whole, ipywidgets.VBox):
                 self.controls,
                 self.job,
                 self.view_box,
-                plots,
+                self.views,
                 self.summary,
                 self.comparison,
                 self.tools,
@@ -182,7 +182,7 @@ class Panel(Whole, ipywidgets.VBox):
 
     def _check(self, instrument: Instrument) -> None:
         """What can be seen to fail on the subject; asked after every change while the answer is quick."""
-        if isinstance(self.on, str) or not self._patient:
+        if isinstance(self.on, str) or not self._patient or not getattr(self.on, "made", True):
             return
         began = time.monotonic()
         instrument.check(self.on)
@@ -190,14 +190,14 @@ class Panel(Whole, ipywidgets.VBox):
 
     def _outdated(self, old: bool) -> None:
         """Dim what is shown when it is not of the settings above it."""
-        for widget in (self.plot, self.beside, self.summary):
+        for widget in (self.views, self.summary):
             (widget.add_class if old else widget.remove_class)("wb-outdated")
         self.tools.back.disabled = not old
 
     def _offer_names(self) -> None:
         """The subject's own layers and splits, in the fields that ask for them."""
-        if not hasattr(self.on, "splits"):
-            return
+        if not hasattr(self.on, "splits") or not getattr(self.on, "made", True):
+            return  # runs, or a model that would have to be computed to be asked
         splits = list(self.on.splits)
         layers = ["blocks", "all", *(layer.name for layer in self.on.layers("*"))]
         fields = self.controls.fields
@@ -210,8 +210,8 @@ class Panel(Whole, ipywidgets.VBox):
         if isinstance(self.on, str):
             self.job.note.say(f"opening {Path(self.on).name}")
             self.opened(progress)
-            self._offer_names()
             self.job.note.say("starting")
+        self._offer_names()
         return instrument.run(self.on, progress=progress)
 
     def _stored(self, progress: Progress) -> Result | None:

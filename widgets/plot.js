@@ -57,7 +57,7 @@ async function render({ model, el }) {
   el.append(holder, said);
 
   let Plotly = null, gone = false, drawing = false;
-  let listening = false, shapes = [];
+  let listening = false, shapes = [], buttons = [];
   let outdated = true, resized = false; // what is left to do; Plotly must not be called while it draws
   const empty = () => model.get("spec").data.length === 0;
 
@@ -87,7 +87,7 @@ async function render({ model, el }) {
     const revision = model.get("revision"), spec = unpacked(model.get("spec"));
     const title = spec.layout?.title?.text || "figure";
     holder.setAttribute("aria-label", (model.get("alt") || spec.layout?.meta?.alt || title).replace(/<[^>]+>/g, " "));
-    await Plotly.react(holder, spec.data, themed(spec.layout || {}, el), CONFIG);
+    await Plotly.react(holder, spec.data, themed(spec.layout || {}, el), { ...CONFIG, modeBarButtonsToAdd: buttons });
     shapes = spec.layout?.shapes || [];
     const layered = spec.data.some((trace) => trace.meta?.layers);
     holder.tabIndex = layered ? 0 : -1;
@@ -114,6 +114,7 @@ async function render({ model, el }) {
   loadPlotly(model).then(async (library) => {
     if (gone) return;
     Plotly = library;
+    buttons = figureButtons(Plotly);
     holder.textContent = "";
     await draw();
     if (gone) return;

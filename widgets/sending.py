@@ -56,6 +56,7 @@ class Report:
         self._told = told
         reports.check(NOTEBOOK, parameters)
         reports.write_parameters(self.parameters, parameters)
+        self._tell("starting a kernel of its own")
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 

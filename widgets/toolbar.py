@@ -52,7 +52,7 @@ class Toolbar(Whole, anywidget.AnyWidget):
     """Buttons that copy what `texts` make: kind -> a function that gives the text when it is asked for."""
 
     _esm = Path(__file__).with_name("toolbar.js").read_text(encoding="utf-8")
-    kinds = traitlets.List().tag(sync=True)
+    kinds: traitlets.List[Any] = traitlets.List().tag(sync=True)
 
     def __init__(self, texts: Mapping[str, Callable[[], str]]) -> None:
         self._texts = dict(texts)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,6 +40,8 @@ WORDS = {
     "predicted_change": "loss change, predicted",
     "two_over_top_change": "change of 2/λ",
 }
+#: The unit at a name's end, which its value says.
+UNIT = re.compile(r"_(bytes|ms|seconds|flops)$")
 SHARES = ("accuracy", "sparsity", "density", "share", "top1", "flips", "acceptance", "held_out_error")
 NATS = ("loss", "kl", "measured_change", "predicted_change", "change")
 
@@ -56,7 +59,7 @@ def told(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if {f"{name}_low", f"{name}_high"} <= shown.keys():
             low, high = (with_unit(name, shown[f"{name}_{end}"]) for end in ("low", "high"))
             value += f" ({low.partition(' ')[0]} to {high.partition(' ')[0]})"
-        yield WORDS.get(name, name.removesuffix("_bytes").replace("_", " ")), value
+        yield WORDS.get(name, UNIT.sub("", name).replace("_", " ")), value
 
 
 def with_unit(name: str, value: Any) -> str:

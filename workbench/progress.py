@@ -111,6 +111,12 @@ class Pace:
         return f", about {duration(spent / done * (total - done))} left"
 
 
+def in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, whose outputs are shown there."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
+
+
 class Line:
     """One line of text below a notebook's cell, written over while the work goes on: it is saved with the
     notebook, and read without a kernel.
@@ -147,7 +153,7 @@ class TextProgress(Progress):
             if self._file and (since > 0.5 or done == total):
                 self._last = now
                 Path(self._file).write_text(f"{label} {done}/{'?' if total is None else total}{left}\n")
-        elif "ipykernel" in sys.modules:
+        elif in_notebook():
             if since > 0.5:
                 self._last = now
                 self._line = self._line or Line()

@@ -70,7 +70,8 @@
     document.head.append(script);
     const draw = ({ holder, spec }) => window.Plotly.react(
       holder, spec.data || [], themed(spec.layout || {}),
-      { responsive: true, displaylogo: false, topojsonURL: "", ...(spec.config || {}), ...LOCAL });
+      { responsive: true, displaylogo: false, topojsonURL: "", ...(spec.config || {}), ...LOCAL,
+        modeBarButtonsToAdd: figureButtons(window.Plotly) });
     for (const figure of figures) {
       await draw(figure);
       listen(figure);

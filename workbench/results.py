@@ -18,6 +18,7 @@ import pandas as pd
 from pydantic import BaseModel, Field, create_model
 
 from workbench.errors import BadInput
+from workbench.facts import told
 from workbench.storage import cache_folder, damage, replacing
 from workbench.storage.resident import on_disk
 from workbench.storage.writing import READY, place
@@ -75,11 +76,7 @@ class Result:
 
     def summary(self) -> str:
         """One line: the facts a reader wants first."""
-        shown = ", ".join(
-            f"{k.replace('_', ' ')} {format_fact(v)}"
-            for k, v in self.facts.items()
-            if not isinstance(v, (dict, list))
-        )
+        shown = ", ".join(f"{name} {value}" for name, value in told(self.facts))
         note = " (partial: stopped early)" if self.partial else ""
         return f"{self.instrument.name()}{note}: {shown}"
 

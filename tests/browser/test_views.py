@@ -212,6 +212,13 @@ def test_layers_are_walked_with_the_keys_clicked_and_marked_in_every_figure(watc
     assert page.evaluate(f"() => {marks}") == [[10.5, 11.5, 1.5, 2.5]]
     page.keyboard.press("Enter")
     assert page.evaluate("() => model.get('clicked').layer") == "m.layers.11.v"
+    plot.hover()
+    with page.expect_download() as download:
+        page.locator("[data-title='Download the numbers as CSV']").click()
+    lines = Path(download.value.path()).read_text().splitlines()
+    assert lines[0] == "trace,layer,x,y,value" and len(lines) == 37
+    assert "error,m.layers.11.v,11,v,36" in lines
+    assert not page.locator("[data-title*='Share'], [data-title*='loud']").count()
     # another figure of the page, which shows the same layers as rows
     rows = by_layer("Few", names[-6:], {"share": np.linspace(0.1, 0.6, 6)}, "share", between=(0, 1))
     page.evaluate("(update) => receive(update)", wire({"spec": packed(PlotView(rows).spec), "revision": 1}))

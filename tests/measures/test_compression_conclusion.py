@@ -83,6 +83,7 @@ def test_it_is_said_with_ratio_interval_and_command(table: pd.DataFrame) -> None
     assert "<table" in short._repr_html_()
 
 
+@pytest.mark.long
 def test_the_model_that_is_written_is_the_one_that_was_measured(
     cache, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -92,7 +93,7 @@ def test_the_model_that_is_written_is_the_one_that_was_measured(
     runs = {"nearest": [Quantize(format="int8", test_examples=64, **shared)]}  # type: ignore[arg-type]
     every = studies.sweep(on, runs, Progress(), jobs=1)
     short = conclusion(on, every, runs, studies.card(on), 64, concluding.model_folder(""))
-    assert short.sentences[-1] == "The recommended model is in model."
+    assert short.sentences[-1] == "The recommended model is in the folder model, beside this report."
     assert short.folder_of(runs["nearest"][0]) == str(tmp_path / "model")
     assert short.folder_of(Quantize(format="int4")) == ""
     opened = nearness.changed_by(on, runs["nearest"][0], short.folder)

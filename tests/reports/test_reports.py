@@ -209,6 +209,22 @@ def test_a_headless_run_says_of_which_part_and_how_long(
     assert inner.stopped and not inner.watched
 
 
+def test_without_a_terminal_a_run_says_every_ten_seconds_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [100.0]
+    monkeypatch.delenv("WORKBENCH_HEADLESS", raising=False)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    told = progress.TextProgress()
+    for done in range(31):
+        told.show("blocks", done, 30)
+        clock[0] += 1
+    assert capsys.readouterr().err.splitlines() == [
+        "workbench: blocks 11 of 30, about 19 s left",
+        "workbench: blocks 22 of 30, about 8 s left",
+    ]
+
+
 def test_parameter_files_round_trip(tmp_path: Path) -> None:
     values = {
         "subject": "yes",

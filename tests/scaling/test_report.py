@@ -45,7 +45,8 @@ def test_report_from_a_foreign_table(tmp_path, monkeypatch):
         "runs 25",
         "converged",
         "extrapolation_error",
-        "scaling-plan: law chinchilla, budget flops 1e+22",
+        "scaling-plan: loss",
+        "law chinchilla, budget 1e+22 FLOPs",
         "band_error",
     ):
         assert wanted in text, wanted

@@ -71,9 +71,9 @@ def test_reset_presets_and_the_way_back(cache: Path) -> None:
     assert panel.job.wait(PATIENCE) and panel.result is not None
     assert panel.tools.back.disabled
     panel.controls.values = {"sparsity": 0.8}
-    assert "settings changed since" in panel.job.note.value and "wb-outdated" in panel.plot._dom_classes
+    assert "settings changed since" in panel.job.note.value and "wb-outdated" in panel.views._dom_classes
     panel.tools.back.click()
-    assert panel.instrument == panel.result.instrument and "wb-outdated" not in panel.plot._dom_classes
+    assert panel.instrument == panel.result.instrument and "wb-outdated" not in panel.views._dom_classes
     panel.tools.preset.value = "wanda"
     assert panel.instrument == published(Prune)["wanda"] and str(panel.instrument.method) == "wanda"  # type: ignore[attr-defined]
     panel.tools.reset.click()

@@ -103,7 +103,7 @@ def by_layer(
     layers = [str(name) for name in names]
     shown = {label: np.asarray(values, dtype=float) for label, values in series.items()}
     alt = in_words(layers, shown, unit)
-    kept = range(len(layers))
+    kept = np.arange(len(layers))
     if largest and layers:
         kept = np.argsort(-np.nan_to_num(next(iter(shown.values())), nan=-np.inf), kind="stable")[:FEW]
         title += f": the {FEW} largest of {len(layers)}" if len(layers) > FEW else ""
@@ -135,13 +135,14 @@ def in_words(layers: Sequence[str], series: Mapping[str, Numbers], unit: str) ->
 
 class Scale(NamedTuple):
     """kind : "linear", "log" or "signed" (linear within `near` of zero, logarithmic outside); low, high : its
-    ends, as drawn
+    ends, as drawn; fixed : somebody gave them
     """
 
     kind: str
     low: float
     high: float
     near: float = 1.0
+    fixed: bool = False
 
     @classmethod
     def of(cls, values: Numbers, log: bool | None, between: tuple[float, float] | None) -> Scale:
@@ -160,7 +161,7 @@ class Scale(NamedTuple):
                 least = max(float(np.log10(size.min())), top - DECADES)
                 return cls("log", least if top - least > 0.01 else top - 1, top)
         if between is not None:
-            return cls("linear", *between)
+            return cls("linear", *between, fixed=True)
         if low < 0 < high:
             low, high = -max(-low, high), max(-low, high)
         return cls("linear", low, high) if high > low else cls("linear", min(low, 0.0), max(high, 0.0) or 1.0)
@@ -196,8 +197,9 @@ def rows(
     several = len(series) > 1
     height = 150 + len(layers) * (20 if not several else 10 + 11 * len(series))
     fig = figure(title, unit, height=max(height, 220), barmode="group", bargap=0.25)
-    about = dict(hovertext=texts, hoverinfo="text", meta={"layers": layers, "clicked": plain(texts)})
     for index, (label, values) in enumerate(series.items()):
+        meta = {"layers": layers, "clicked": plain(texts), "values": known(values)}
+        about = dict(hovertext=texts, hoverinfo="text", meta=meta)
         if scale.kind == "linear":
             pattern = {"shape": PATTERNS[index % len(PATTERNS)], "fillmode": "overlay", "fgcolor": "white"}
             bars = {"color": color(index), "pattern": pattern}
@@ -206,7 +208,7 @@ def rows(
             dots = {"color": color(index), "symbol": MARKERS[index % len(MARKERS)], "size": 9}
             fig.add_scatter(x=scale.place(values), y=layers, mode="markers", name=label, marker=dots, **about)
     fig.update_layout(showlegend=several)
-    fig.update_xaxes(**scale.marks())
+    fig.update_xaxes(**scale.marks(), range=[scale.low, scale.high] if scale.fixed else None)
     fig.update_yaxes(
         type="category",
         autorange="reversed",
@@ -241,12 +243,10 @@ def cells(
     for name, text in zip(layers, texts, strict=True):
         names[grid.where[name]], words[grid.where[name]] = name, text
     readable = len(grid.columns) <= FEW_COLUMNS
+    meta = {"layers": names.tolist(), "clicked": [plain(row) for row in words.tolist()]}
     for number, (label, values) in enumerate(series.items(), 1):
-        drawn = np.full(shape, np.nan)
-        for name, value in zip(layers, scale.place(values), strict=True):
-            drawn[grid.where[name]] = value
         fig.add_heatmap(
-            z=drawn,
+            z=placed(scale.place(values), layers, grid),
             x=grid.columns,
             y=grid.rows,
             name=label,
@@ -255,8 +255,10 @@ def cells(
             ygap=1,
             hovertext=words,
             hoverinfo="text",
-            **({"text": written(values, layers, grid), "texttemplate": "%{text}"} if readable else {}),
-            meta={"layers": names.tolist(), "clicked": [plain(row) for row in words]},
+            **(
+                {"text": written(placed(values, layers, grid)), "texttemplate": "%{text}"} if readable else {}
+            ),
+            meta=meta | {"values": [known(row) for row in placed(values, layers, grid)]},
             row=number,
             col=1,
         )
@@ -269,13 +271,22 @@ def cells(
     return fig
 
 
-def written(values: Numbers, layers: Sequence[str], grid: Cells) -> list[list[str]]:
-    """The numbers in the cells."""
-    found = np.full((len(grid.rows), len(grid.columns)), "", dtype=object)
+def placed(values: Numbers, layers: Sequence[str], grid: Cells) -> Numbers:
+    """Each layer's value in its cell, NaN where there is no layer."""
+    found = np.full((len(grid.rows), len(grid.columns)), np.nan)
     for name, value in zip(layers, values, strict=True):
-        found[grid.where[name]] = f"{value:.2g}" if np.isfinite(value) else ""
-    texts: list[list[str]] = found.tolist()
-    return texts
+        found[grid.where[name]] = value
+    return found
+
+
+def written(values: Numbers) -> list[list[str]]:
+    """The numbers in the cells."""
+    return [[f"{value:.2g}" if np.isfinite(value) else "" for value in row] for row in values]
+
+
+def known(values: Numbers) -> list[float | None]:
+    """Numbers as JSON has them."""
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def plain(texts: Sequence[str]) -> list[str]:

@@ -91,6 +91,8 @@ def _template() -> go.layout.Template:
 
 TEMPLATE = _template()
 pio.templates["workbench"] = TEMPLATE
+# JupyterLab's own renderer offers to send a figure to a server; results are nobody else's.
+pio.renderers["plotly_mimetype"].config["modeBarButtonsToRemove"] = ["sendChartToCloud"]
 
 
 def color(index: int, alpha: float | None = None) -> str:

@@ -41,10 +41,10 @@ const saidOf = (trace, point) => [point].flat().reduce((texts, i) => texts?.[i],
 
 // The next layer in the direction of a key, from the selected one: cells of the same trace, nearest first.
 function layerBeside(cells, key) {
-  const here = cells.find((cell) => cell.name === layerFigures.selected);
-  if (!here) return cells[0];
   if (key === "Home") return cells[0];
   if (key === "End") return cells[cells.length - 1];
+  const here = cells.find((cell) => cell.name === layerFigures.selected);
+  if (!here) return cells[0];
   const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[key];
   const ahead = cells.filter((cell) => cell.trace === here.trace && (down
     ? cell.column === here.column && (cell.row - here.row) * down > 0
@@ -69,4 +69,42 @@ function walkLayers(Plotly, holder, shapes, said, chosen = () => {}) {
     selectLayer(cell.name);
     said(cell);
   });
+}
+
+// The numbers of a figure as CSV: a row a point or cell, with the layer's name and its value on no scale where known.
+function numbersOf(data) {
+  const quoted = (value) => {
+    const text = value === null || value === undefined ? "" : String(value);
+    return /[",\n]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
+  };
+  const rows = [["trace", "layer", "x", "y", "value"]];
+  data.forEach((trace, index) => {
+    const name = trace.name ?? index, { layers, values } = trace.meta || {};
+    if (trace.z) {
+      [...trace.z].forEach((row, i) => [...row].forEach((z, j) => rows.push(
+        [name, layers?.[i]?.[j], trace.x?.[j] ?? j, trace.y?.[i] ?? i, values ? values[i][j] : z])));
+      return;
+    }
+    [...(trace.x ?? trace.y ?? [])].forEach((_, i) => rows.push(
+      [name, layers?.[i], trace.x?.[i] ?? i, trace.y?.[i] ?? i, values?.[i]]));
+  });
+  return rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n";
+}
+
+// Buttons of a figure's bar: its picture as SVG, and its numbers.
+function figureButtons(Plotly) {
+  const nameOf = (plot) => (plot.layout?.title?.text || "figure")
+    .replace(/<[^>]+>/g, " ").replace(/[^\w.]+/g, "-").slice(0, 80);
+  const svg = (plot) => Plotly.downloadImage(plot, { format: "svg", filename: nameOf(plot) });
+  const csv = (plot) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([numbersOf(plot.data)], { type: "text/csv" }));
+    link.download = `${nameOf(plot)}.csv`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+  return [
+    { name: "svg", title: "Download as SVG", icon: Plotly.Icons.drawclosedpath, click: svg },
+    { name: "csv", title: "Download the numbers as CSV", icon: Plotly.Icons.disk, click: csv },
+  ];
 }

@@ -57,7 +57,7 @@ class PruneResult(Result):
         return by_layer(
             f"{TITLES[show]}: {method} at {100 * self.facts['sparsity']:.0f} % sparsity",
             self.table["layer"].to_list(),
-            {TITLES[show]: self.table[show]},
+            {show.replace("_", " "): self.table[show]},
             AXES[show],
             between=(0, 1) if show == "sparsity" else None,
         )

@@ -115,6 +115,6 @@ def plan_table(planned: Result) -> pd.DataFrame:
     found = {}
     for name, words in QUANTITIES.items():
         if name in rows.index:
-            row = rows.loc[name]
+            row = rows.loc[name].to_dict()
             found[words] = {c: short(float(row[c])) for c in ("estimate", "low", "high")}
     return pd.DataFrame.from_dict(found, orient="index")

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from workbench.facts import in_bytes
 from workbench.instruments import Instrument
@@ -75,18 +77,21 @@ def conclusion(
     name = distance_in(table)
     if name:  # of a chain it is the distance to its first step's model
         table.loc[[isinstance(run, tuple) for run in every], name] = math.nan
-    places = {"recommended": best, "smallest": int(table["size"].idxmin())}
+    places = {"recommended": best, "smallest": int(np.argmin(table["size"]))}
     if name:
-        places["nearest to the dense model"] = int(table[name].idxmin())
+        places["nearest to the dense model"] = int(np.nanargmin(table[name].astype(float)))
     found = every[best]
     chain = found if isinstance(found, tuple) else (found,)
     if model_out:
         write(on, chain, model_out)
-    sentences = said(table, best, dense, examples, name)
+    rows: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
+    sentences = said(rows, best, dense, examples, name)
     if model_out:
-        sentences.append(f"The recommended model is in {os.path.relpath(model_out, report_folder())}.")
-    shown_rows = shown(table, places, dense, examples, name)
-    return Conclusion(tuple(sentences), shown_rows, chain, commands(on, chain), model_out)
+        place = os.path.relpath(model_out, report_folder())
+        beside = "" if place.startswith("..") else ", beside this report"
+        sentences.append(f"The recommended model is in the folder {place}{beside}.")
+    best_ones = shown(rows, places, dense, examples, name)
+    return Conclusion(tuple(sentences), best_ones, chain, commands(on, chain), model_out)
 
 
 def named(table: pd.DataFrame) -> list[str]:
@@ -101,18 +106,26 @@ def named(table: pd.DataFrame) -> list[str]:
     return words
 
 
-def worst_allowed(dense: Card) -> float:
-    """The score up to which a model counts as as good as the dense one."""
-    return dense.value - POINT if dense.higher_is_better else dense.value * (1 + POINT)
+def good_enough(score: Any, dense: Card) -> Any:
+    """Whether a score, or each of several, is within `POINT` of the dense model's."""
+    if dense.higher_is_better:
+        return score >= dense.value - POINT
+    return score <= dense.value * (1 + POINT)
 
 
 def recommended(table: pd.DataFrame, dense: Card) -> int:
     """The row of the smallest model within `POINT` of the dense one's score; where none is, of the best."""
-    score, limit = table[dense.score], worst_allowed(dense)
-    good = table[score >= limit if dense.higher_is_better else score <= limit]
+    score = table[dense.score].to_numpy(dtype=float)
+    good = np.flatnonzero(good_enough(score, dense))
     if len(good):
-        return int(good.sort_values(["size", "loss"]).index[0])
-    return int(score.idxmax() if dense.higher_is_better else score.idxmin())
+        order = np.lexsort((table["loss"].to_numpy()[good], table["size"].to_numpy()[good]))
+        return int(good[order[0]])
+    return best_of(score, dense)
+
+
+def best_of(score: NDArray[np.float64], dense: Card) -> int:
+    """The place of the best score."""
+    return int(np.nanargmax(score) if dense.higher_is_better else np.nanargmin(score))
 
 
 def score_text(value: float, dense: Card, examples: int) -> str:
@@ -123,41 +136,35 @@ def score_text(value: float, dense: Card, examples: int) -> str:
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def said(table: pd.DataFrame, best: int, dense: Card, examples: int, name: str) -> list[str]:
+def said(rows: list[dict[str, Any]], best: int, dense: Card, examples: int, name: str) -> list[str]:
     """Which model, how near it is, and what the next smaller one loses."""
-    row = table.loc[best]
-    ratio = dense.bytes / float(row["size"])
-    kept = float(row[dense.score]) >= worst_allowed(dense)
-    if not dense.higher_is_better:
-        kept = float(row[dense.score]) <= worst_allowed(dense)
-    within = "a point" if dense.higher_is_better else "a percent"
-    role = (
-        f"the smallest of {len(table)} within {within} of the dense model's {dense.score}"
-        if kept
-        else f"the best of {len(table)}, none of which is within {within} of the dense model's {dense.score}"
-    )
-    size, before = in_bytes(float(row["size"])), in_bytes(dense.bytes)
-    scores = [score_text(value, dense, examples) for value in (float(row[dense.score]), dense.value)]
+    row = rows[best]
+    step = "a point" if dense.higher_is_better else "a percent"
+    within = f"within {step} of the dense model's {dense.score}"
+    role = f"the smallest of {len(rows)} {within}"
+    if not good_enough(row[dense.score], dense):
+        role = f"the best of {len(rows)}, none of which is {within}"
+    size, before = in_bytes(row["size"]), in_bytes(dense.bytes)
+    ratio = f"{dense.bytes / row['size']:.1f} times less"
+    scores = [score_text(value, dense, examples) for value in (row[dense.score], dense.value)]
     sentences = [
-        f"{row['what']} is {role}: {size} in the place of {before} ({ratio:.1f} times less), "
+        f"{row['what']} is {role}: {size} in the place of {before} ({ratio}), "
         f"{dense.score} {scores[0]} against {scores[1]}, on the {examples} test examples that it was "
         "chosen on."
     ]
     if name and pd.notna(row[name]):
-        low, high = float(row[f"{name}_low"]), float(row[f"{name}_high"])
-        verdict = f": {word(float(row[name]))}" if name == "kl" else ""
+        verdict = f": {word(row[name])}" if name == "kl" else ""
         unit = "nats an item" if name == "kl" else "(0: the same)"
         sentences.append(
-            f"Its outputs are {float(row[name]):.3g} {unit} from the dense model's, 95 % interval "
-            f"{low:.2g} to {high:.2g}{verdict}."
+            f"Its outputs are {row[name]:.3g} {unit} from the dense model's, 95 % interval "
+            f"{row[f'{name}_low']:.2g} to {row[f'{name}_high']:.2g}{verdict}."
         )
-    smaller = table[table["size"] < row["size"]]
-    if len(smaller):
-        score = smaller[dense.score]
-        after = table.loc[score.idxmax() if dense.higher_is_better else score.idxmin()]
+    smaller = [other for other in rows if other["size"] < row["size"]]
+    if smaller:
+        after = smaller[best_of(np.array([other[dense.score] for other in smaller], dtype=float), dense)]
         sentences.append(
-            f"The best that is smaller still, {after['what']} ({in_bytes(float(after['size']))}), has "
-            f"{dense.score} {score_text(float(after[dense.score]), dense, examples)}."
+            f"The best that is smaller still, {after['what']} ({in_bytes(after['size'])}), has "
+            f"{dense.score} {score_text(after[dense.score], dense, examples)}."
         )
     else:
         sentences.append("Nothing that was tried is smaller.")
@@ -165,26 +172,28 @@ def said(table: pd.DataFrame, best: int, dense: Card, examples: int, name: str) 
 
 
 def shown(
-    table: pd.DataFrame, places: Mapping[str, int], dense: Card, examples: int, name: str
+    rows: list[dict[str, Any]], places: Mapping[str, int], dense: Card, examples: int, name: str
 ) -> pd.DataFrame:
     """A row a role, the dense model last."""
-    rows = []
+    found = {}
     for role, place in places.items():
-        row = table.loc[place]
-        found = {
-            "": role,
+        row = rows[place]
+        found[role] = {
             "model": row["what"],
-            "size": in_bytes(float(row["size"])),
-            "times smaller": f"{dense.bytes / float(row['size']):.1f}",
-            f"test {dense.score}": score_text(float(row[dense.score]), dense, examples),
+            "size": in_bytes(row["size"]),
+            "times smaller": f"{dense.bytes / row['size']:.1f}",
+            f"test {dense.score}": score_text(row[dense.score], dense, examples),
         }
         if name:
             known = pd.notna(row[name])
-            found["KL (nats)" if name == "kl" else name] = f"{float(row[name]):.3g}" if known else ""
-        rows.append(found)
-    last = {"": "dense", "model": "", "size": in_bytes(dense.bytes), "times smaller": "1"}
-    rows.append(last | {f"test {dense.score}": score_text(dense.value, dense, examples)})
-    return pd.DataFrame(rows).fillna("").set_index("")
+            found[role]["KL (nats)" if name == "kl" else name] = f"{row[name]:.3g}" if known else ""
+    found["dense"] = {
+        "model": "",
+        "size": in_bytes(dense.bytes),
+        "times smaller": "1",
+        f"test {dense.score}": score_text(dense.value, dense, examples),
+    }
+    return pd.DataFrame.from_dict(found, orient="index").fillna("")
 
 
 def commands(on: Subject, chain: Sequence[Instrument]) -> tuple[str, ...]:

@@ -25,9 +25,9 @@ class AllocateResult(ScoredResult):
             widths = self.tables["widths"]
             wide = widths.pivot(index="layer", columns="strategy", values="width")
             names = list(dict.fromkeys(widths["layer"]))
-            found = {str(s): wide[s].loc[names] for s in dict.fromkeys(widths["strategy"])}
+            given = {str(s): wide[s].loc[names] for s in dict.fromkeys(widths["strategy"])}
             ends = (0.0, float(widths["width"].max()))
-            return by_layer("Width of each layer", names, found, "bits", between=ends)
+            return by_layer("Width of each layer", names, given, "bits", between=ends)
         if view == "strategies":
             fig = figure("Loss at one size", "strategy", "test loss (nats)")
             points(fig, self.table["strategy"].to_numpy(), self.table["loss"].to_numpy(), "measured")
