@@ -29,19 +29,34 @@ def value(key: int) -> float:
 
 def ranked(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int]) -> list[float]:
     """The numbers at these places (0: the least) of everything in the stream, which is read twice."""
-    upper = torch.zeros(HALF, dtype=torch.int64)
+    return ranked_rows(lambda: (part.reshape(1, -1) for part in stream()), ranks)[0]
+
+
+def ranked_rows(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int]) -> list[list[float]]:
+    """The same of each row of a stream of (rows, ...) tensors, all rows in the same two readings."""
+    upper: list[Tensor] = []
     for part in stream():
-        upper += torch.bincount(keys(part) >> 16, minlength=HALF)
-    ends = upper.cumsum(0)
-    bins = [int(torch.searchsorted(ends, rank, right=True)) for rank in ranks]
-    lower = {each: torch.zeros(HALF, dtype=torch.int64) for each in bins}
+        upper = upper or [torch.zeros(HALF, dtype=torch.int64) for _ in part]
+        for counts, row in zip(upper, part, strict=True):
+            counts += torch.bincount(keys(row) >> 16, minlength=HALF)
+    ends = [counts.cumsum(0) for counts in upper]
+    bins = [[int(torch.searchsorted(end, rank, right=True)) for rank in ranks] for end in ends]
+    lower = [{each: torch.zeros(HALF, dtype=torch.int64) for each in row} for row in bins]
     for part in stream():
-        found = keys(part)
-        for each, counts in lower.items():
-            counts += torch.bincount(found[found >> 16 == each] & (HALF - 1), minlength=HALF)
-    result = []
-    for rank, each in zip(ranks, bins, strict=True):
-        inside = rank - int(ends[each] - upper[each])
-        place = int(torch.searchsorted(lower[each].cumsum(0), inside, right=True))
-        result.append(value((each << 16) + place))
-    return result
+        for held, row in zip(lower, part, strict=True):
+            found = keys(row)
+            for each, counts in held.items():
+                counts += torch.bincount(found[found >> 16 == each] & (HALF - 1), minlength=HALF)
+    return [
+        [
+            placed(rank, each, upper[i], ends[i], lower[i][each])
+            for rank, each in zip(ranks, bins[i], strict=True)
+        ]
+        for i in range(len(upper))
+    ]
+
+
+def placed(rank: int, which: int, upper: Tensor, ends: Tensor, lower: Tensor) -> float:
+    """The number of a rank whose key's upper half is `which`."""
+    inside = rank - int(ends[which] - upper[which])
+    return value((which << 16) + int(torch.searchsorted(lower.cumsum(0), inside, right=True)))

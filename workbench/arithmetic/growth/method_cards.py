@@ -66,7 +66,7 @@ METHODS: list[Method] = [
         "a loss in fewer FLOPs than the large model alone",
         350,
         recipe=(("v-cycle", {}),),
-        departs="One level; the large model's own steps before and after are `train`'s. Embeddings are scaled "
-        "only where they are the head too.",
+        departs="One level; the large model's own steps before and after are `train`'s. Embeddings are "
+        "scaled only where they are the head too.",
     ),
 ]

@@ -79,8 +79,8 @@ METHODS: list[Method] = [
         "each round is a better start than the one before",
         351,
         recipe=(("merge", {"method": "uniform", "fine_tunes": 4}),) * 3,
-        departs="Contributors see the subject's data in other orders, where the paper gives each a data set of "
-        "its own; models tuned elsewhere go in by --parents.",
+        departs="Contributors see the subject's data in other orders, where the paper gives each a data "
+        "set of its own; models tuned elsewhere go in by --parents.",
     ),
     Method(
         "fisher-weights",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from workbench.arithmetic.merging.merging import MERGE, Setting
 from workbench.arithmetic.models import Models, Parts, Rule
-from workbench.arithmetic.order_statistics import ranked
+from workbench.arithmetic.order_statistics import ranked_rows
 from workbench.axis import Options, parameter
 from workbench.errors import BadInput
 
@@ -49,16 +48,14 @@ def pcb_merging(setting: Setting, options: Competition) -> Rule:
     """
     models = setting.models
     count = models.numbers
-    known = [magnitudes_of(models, i, count) for i in range(len(models.parents))]
+    known = ranges_of(models, count)
 
-    def balances(which: int) -> Iterator[Tensor]:
-        return (balance(parts.differences, known)[which] for parts in models.each())
+    def balances() -> Iterator[Tensor]:
+        return (balance(parts.differences, known) for parts in models.each())
 
-    least = int(count * (1 - options.density))
-    for i, found in enumerate(known):
-        stream = functools.partial(balances, i)
-        none, whole = ranked(stream, [min(least, count - 1), count - 1])
-        known[i] = Range(found.low, found.high, none, whole)
+    least = min(int(count * (1 - options.density)), count - 1)
+    ends = ranked_rows(balances, [least, count - 1])
+    known = [Range(r.low, r.high, none, whole) for r, (none, whole) in zip(known, ends, strict=True)]
 
     def rule(parts: Parts, scale: float) -> Tensor:
         weights = weights_of(balance(parts.differences, known), known)
@@ -68,19 +65,20 @@ def pcb_merging(setting: Setting, options: Competition) -> Rule:
     return rule
 
 
-def magnitudes_of(models: Models, which: int, count: int) -> Range:
+def ranges_of(models: Models, count: int) -> list[Range]:
     """The authors' clamp of |d|: at the sorted places int(n share) and int(n (1 - share) - 1)."""
 
     def magnitudes() -> Iterator[Tensor]:
-        return (parts.differences[which].abs() for parts in models.each())
+        return (parts.differences.abs() for parts in models.each())
 
-    low, high = ranked(magnitudes, [int(count * CLAMPED), max(int(count * (1 - CLAMPED) - 1), 0)])
-    if not high > low:
-        raise BadInput(
-            f"parents: {models.parents[which].name} differs from {models.base.name} by one size everywhere; "
-            "there is nothing to balance"
-        )
-    return Range(low, high)
+    ends = ranked_rows(magnitudes, [int(count * CLAMPED), max(int(count * (1 - CLAMPED) - 1), 0)])
+    for parent, (low, high) in zip(models.parents, ends, strict=True):
+        if not high > low:
+            raise BadInput(
+                f"parents: {parent.name} differs from {models.base.name} by one size everywhere; "
+                "there is nothing to balance"
+            )
+    return [Range(low, high) for low, high in ends]
 
 
 def column(known: list[Range], name: str, like: Tensor) -> Tensor:

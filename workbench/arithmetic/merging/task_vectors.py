@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workbench.arithmetic.merging.merging import MERGE, Setting
 from workbench.arithmetic.models import Models, Parts, Rule
-from workbench.arithmetic.order_statistics import ranked
+from workbench.arithmetic.order_statistics import ranked_rows
 from workbench.axis import Options, parameter
 
 
@@ -43,21 +43,14 @@ class Trim(Options):
 )
 def ties(setting: Setting, options: Trim) -> Rule:
     """Trim each difference to its largest entries, elect a sign, average those that have it."""
-    models = setting.models
-    least = {} if options.over == "tensor" else {i: cut(models, i, options.density) for i in each(models)}
+    known = [] if options.over == "tensor" else cuts(setting.models, options.density)
 
     def rule(parts: Parts, scale: float) -> Tensor:
-        kept = [
-            trimmed(d, least[i] if i in least else cut_of(d, options.density))
-            for i, d in enumerate(parts.differences)
-        ]
+        least = known or [cut_of(d, options.density) for d in parts.differences]
+        kept = [trimmed(d, smallest) for d, smallest in zip(parts.differences, least, strict=True)]
         return parts.base + scale * disjoint_mean(torch.stack(kept))
 
     return rule
-
-
-def each(models: Models) -> range:
-    return range(len(models.parents))
 
 
 def left_of(count: int, density: float) -> int:
@@ -67,13 +60,15 @@ def left_of(count: int, density: float) -> int:
     return max(count - int(density * count) - 1, 0)
 
 
-def cut(models: Models, which: int, density: float) -> float:
-    """The least magnitude that is kept of a model's differences."""
+def cuts(models: Models, density: float) -> list[float]:
+    """The least magnitude that is kept of each model's differences."""
 
     def magnitudes() -> Iterator[Tensor]:
-        return (parts.differences[which].abs() for parts in models.each())
+        return (parts.differences.abs() for parts in models.each())
 
-    return ranked(magnitudes, [left_of(models.numbers, density)])[0] if density < 1 else 0.0
+    if density >= 1:
+        return [0.0] * len(models.parents)
+    return [found[0] for found in ranked_rows(magnitudes, [left_of(models.numbers, density)])]
 
 
 def cut_of(difference: Tensor, density: float) -> float:
