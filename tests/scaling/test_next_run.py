@@ -183,7 +183,7 @@ def test_the_instrument_end_to_end(tmp_path):
     assert result.tables["target"].flops.iloc[0] == pytest.approx(10 * compute_of(runs.table).max())
     assert result.tables["pool"].cost.max() <= result.tables["target"].flops.iloc[0] / 3
     again = Result.load(result.save(tmp_path / "saved"))
-    for view in ("pool", "target"):
+    for view in ("pool", "target", "laws"):
         figure = again.figure(view=view)
         assert len(figure.data) >= 2 and figure.layout.title.text and figure.layout.xaxis.title.text
     with pytest.raises(BadInput, match="view"):
