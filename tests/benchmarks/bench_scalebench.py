@@ -34,7 +34,7 @@ PAGE = ROOT / "data" / "benchmarks" / "scaling.md"
 HEADING = "# ScaleBench"
 #: Shares of the budget at which what was picked is fitted and the rest is weighed anew.
 STAGES = (0.3, 0.65, 1.0)
-STARTS, DRAWS = 32, 32
+STARTS, DRAWS = 48, 48
 #: Scatter of a run before any is known, and the smallest that is believed after.
 NOISE, LEAST = 0.01, 1e-3
 

@@ -74,7 +74,7 @@ class NextRun(Instrument):
     budget: float | None = parameter(
         None,
         "what the proposed runs may cost together (FLOPs, or what cost counts); default: a third of the "
-        "target",
+        "target's compute, or the dearest candidate of a pool with costs of its own",
         gt=0,
     )
     batch: int = parameter(1, "runs to propose at once", ge=1, le=1000)

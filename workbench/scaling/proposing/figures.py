@@ -85,7 +85,7 @@ def target_figure(result: Result) -> go.Figure:
             "tokens": "training tokens",
             "params": "parameters",
         }.get(str(named), "cell"),
-        f"predicted {getattr(result.instrument, 'level', 0.9):.0%} interval",
+        f"predicted loss, with its {getattr(result.instrument, 'level', 0.9):.0%} interval",
         xaxis_type="log" if named else "linear",
     )
     for index, (name, low, high, shift) in enumerate(
