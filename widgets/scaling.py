@@ -6,7 +6,7 @@ and spend a budget.
 
 Runs below the compute cut-off are fitted, those above are predicted and their error is shown. Clicking a run
 leaves it out, clicking it again brings it back. The budget slider moves over the fitted law and its resamples
-without refitting.
+without refitting. Next run says which run would narrow the loss at the budget most, and draws it as a ghost.
 """
 
 from __future__ import annotations
@@ -18,20 +18,25 @@ import ipywidgets
 import numpy as np
 
 from widgets.jobs import Note, guarded
+from widgets.next_run import NextRunBox
 from widgets.panels import Panel
 from widgets.plot import PlotView
 from widgets.whole import Whole
 from workbench.errors import BadInput
 from workbench.progress import Progress
 from workbench.results import Result
-from workbench.scaling import Draws, Runs, ScalingFit, compute_optimal, law, laws, load_runs
+from workbench.scaling import Draws, NextRun, Runs, ScalingFit, compute_optimal, law, laws, load_runs
 from workbench.scaling.comparison import compute_of
 from workbench.scaling.conclusion import doubt_of
 from workbench.scaling.figures import short
+from workbench.scaling.law_figures import band_figure
 from workbench.scaling.objective import OBJECTIVE
+from workbench.scaling.proposing.figures import add_ghosts
 
 STARTS, RESAMPLES = 96, 200  # enough for a live answer: the report fits with more
-VIEWS = ("fit", "residuals", "isoflop", "contour", "draws")
+VIEWS = ("fit", "residuals", "isoflop", "contour", "draws", "laws")
+#: Laws that may be right beside the fitted one.
+OTHERS = ("chinchilla", "kaplan", "over-training", "power-compute")
 
 
 class ScalingPanel(Whole, ipywidgets.VBox):
@@ -54,6 +59,7 @@ class ScalingPanel(Whole, ipywidgets.VBox):
         self.runs: Runs = load_runs(runs, columns)
         self.result: Result | None = None
         self.dropped: set[int] = set()
+        self.planned: dict[str, float] = {}
         compute = compute_of(self.runs.table)
         low, high = float(np.log10(compute.min())), float(np.log10(compute.max()))
         needed = {name: (*known.columns, known.target) for name, known in laws().items()}
@@ -122,6 +128,8 @@ class ScalingPanel(Whole, ipywidgets.VBox):
         self.facts.add_class("wb-scaling-facts")
         self.plan.add_class("wb-scaling-plan")
 
+        others = [name for name in OTHERS if name in fits]
+        self.following = NextRunBox(others, self._question, guarded(self.note, self.draw))
         refit = guarded(self.note, lambda _: self.refit())
         for control in (self.law, self.objective, self.cutoff, self.lowest):
             control.observe(refit, "value")
@@ -138,7 +146,8 @@ class ScalingPanel(Whole, ipywidgets.VBox):
             f"<p>{len(self.runs)} runs; click a run to leave it out, again to bring it back</p>"
         )
         title.add_class("wb-title")
-        super().__init__([title, controls, self.note, self.doubt, self.facts, self.plan, self.plot])
+        shown = [title, controls, self.note, self.doubt, self.facts, self.plan, self.following, self.plot]
+        super().__init__(shown)
         self.add_class("wb-panel")
         self.add_class("wb-panel-scaling")
         guarded(self.note, self.refit)()
@@ -162,6 +171,7 @@ class ScalingPanel(Whole, ipywidgets.VBox):
     def refit(self) -> None:
         """Fit again with the settings shown and draw."""
         self.note.say("fitting…")
+        self.following.forget()
         self.result = self.instrument.run(self.runs, progress=Progress(), cache=False)
         self.restore.disabled = not self.dropped
         facts = self.result.facts
@@ -193,15 +203,43 @@ class ScalingPanel(Whole, ipywidgets.VBox):
         self.spend()
 
     def draw(self) -> None:
-        """Draw the last fit in the chosen view."""
-        if self.result is not None:
-            self.plot.figure = self.result.figure(view=self.view.value)
+        """Draw the last fit in the chosen view; a proposed run is a ghost on the fit's."""
+        if self.result is None:
+            return
+        asked = self.following.result
+        if self.view.value == "laws" and asked is not None:
+            self.plot.figure = band_figure(asked)
+            return
+        drawn = self.result.figure(view=self.view.value)
+        if self.view.value == "fit" and asked is not None:
+            add_ghosts(drawn, asked, str(self.result.tables["curves"].axis.iloc[0]))
+        self.plot.figure = drawn
+
+    def _question(self, others: tuple[str, ...]) -> tuple[NextRun, Runs]:
+        """What is asked about the budget's plan, of the runs that are fitted."""
+        if not self.planned:
+            raise BadInput(
+                f"law: {self.law.value} cannot divide a budget, so there is no target; take another"
+            )
+        whole = compute_of(self.runs.table)
+        kept = (whole <= self.cutoff.value) & ~np.isin(np.arange(len(whole)), sorted(self.dropped))
+        asked = NextRun(
+            target=", ".join(f"{name}={value:.6g}" for name, value in self.planned.items()),
+            law=self.law.value,
+            against=tuple(name for name in others if name != self.law.value),
+            objective=self.objective.value,
+            lowest_per_cell=self.lowest.value,
+            starts=STARTS,
+            resamples=RESAMPLES,
+        )
+        return asked, self.runs.where(kept)
 
     def spend(self) -> None:
         """Show the compute-optimal size and tokens for the budget, with intervals from the resampled fits."""
         if self.result is None:
             return
         chosen = law(self.law.value)
+        self.planned = {}
         if not {"params", "tokens"} <= set(chosen.columns):
             self.plan.value = (
                 "<p>this law does not know model size and tokens, so it cannot divide a budget</p>"
@@ -213,6 +251,7 @@ class ScalingPanel(Whole, ipywidgets.VBox):
         }
         plan = compute_optimal(draws, self.budget.value, fixed=other)
         shown = {r["quantity"]: r for r in plan.table.to_dict("records")}
+        self.planned = {name: float(shown[name]["estimate"]) for name in ("params", "tokens")}
         parts = [
             (
                 f"{label} <b>{short(shown[q]['estimate'])}</b> ({short(shown[q]['low'])} to "

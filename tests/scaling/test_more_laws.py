@@ -12,8 +12,8 @@ from workbench.scaling import Objective, Runs, ScalingFit, fit, law
 
 DATA = ROOT.parent / "shared" / "data" / "scalebench"
 ABSENT = pytest.mark.skipif(not DATA.exists(), reason="public run tables are not beside the checkout")
-FARSEER = {"s": -0.062465473, "q": 0.13, "S": 0.1284880679442551, "B": 230.73437075885855, "b": 0.1729}
-FARSEER |= {"Q": -1.544209554, "A": -1.665630816, "a": 0.0459, "E": 3.133347198805445}
+FARSEER = {"s": -0.062465473, "q": 0.13, "K": np.exp(0.1284880679442551), "B": 230.73437075885855}
+FARSEER |= {"b": 0.1729, "J": np.exp(-1.544209554), "A": -1.665630816, "a": 0.0459, "E": 3.133347198805445}
 DRAWN = (
     "parallel-streams",
     "vocabulary",

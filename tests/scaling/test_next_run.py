@@ -72,6 +72,12 @@ def test_points_from_a_file_have_its_columns_by_their_other_names(tmp_path):
     pd.DataFrame({"N": [1e7, -1.0], "D": [1e9, 2e9]}).to_csv(file, index=False)
     with pytest.raises(BadInput, match="pool: params: row 1 is -1.0"):
         points(str(file), "pool")
+    with pytest.raises(BadInput, match="pool: '.*gone.csv' does not exist"):
+        points(str(tmp_path / "gone.csv"), "pool")
+    with pytest.raises(
+        BadInput, match="target: bits: row 0 is 100.0, expected a number above 0 and at most 64"
+    ):
+        points("bits=100", "target")
 
 
 def test_beliefs_hold_what_the_calibrated_band_holds(proposer):
@@ -183,7 +189,7 @@ def test_the_instrument_end_to_end(tmp_path):
     assert result.tables["target"].flops.iloc[0] == pytest.approx(10 * compute_of(runs.table).max())
     assert result.tables["pool"].cost.max() <= result.tables["target"].flops.iloc[0] / 3
     again = Result.load(result.save(tmp_path / "saved"))
-    for view in ("pool", "target"):
+    for view in ("pool", "target", "laws"):
         figure = again.figure(view=view)
         assert len(figure.data) >= 2 and figure.layout.title.text and figure.layout.xaxis.title.text
     with pytest.raises(BadInput, match="view"):

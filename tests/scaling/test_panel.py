@@ -91,3 +91,31 @@ def test_laws_and_mistakes_are_said_in_words(panel):
 def test_a_law_without_its_columns_is_refused(panel):
     with pytest.raises(BadInput, match="law routed: needs column experts"):
         ScalingPanel(panel.runs, law="routed")
+
+
+def ghosts(panel):
+    return [t for t in panel.plot.figure.data if t.name == "next run (not made)"]
+
+
+def test_the_next_run_is_a_ghost_on_the_fit_until_the_fit_changes(panel):
+    panel.following.laws["kaplan"].value = False
+    panel.following.job.start()
+    panel.following.job.wait()
+    result = panel.following.result
+    assert result is not None and "kaplan" not in set(result.tables["laws"].law)
+    assert "would narrow the interval" in panel.following.answer.value
+    drawn = ghosts(panel)
+    assert drawn[0].x[0] == result.table.tokens[0] and drawn[0].y[0] == result.table.predicted[0]
+    assert "narrows the interval by" in drawn[0].hovertext[0]
+    panel.view.value = "laws"
+    assert any(t.name and "weight" in t.name for t in panel.plot.figure.data)
+    panel.view.value = "fit"
+    panel.following.laws["over-training"].value = False
+    assert panel.following.result is None and ghosts(panel) == [] and panel.following.answer.value == ""
+
+
+def test_a_law_that_divides_no_budget_has_no_next_run(panel):
+    panel.law.value = "power-data"
+    panel.following.job.start()
+    panel.following.job.wait()
+    assert "cannot divide a budget" in panel.following.job.note.value

@@ -18,7 +18,9 @@ from workbench.instruments import Instrument
 from workbench.progress import Progress
 from workbench.results import Result
 from workbench.scaling.comparison import compute_of
+from workbench.scaling.doubt.law_band import law_tables
 from workbench.scaling.formulas.lawbook import LAW, law
+from workbench.scaling.law_figures import band_figure
 from workbench.scaling.objective import OBJECTIVE
 from workbench.scaling.proposing.cells import points
 from workbench.scaling.proposing.figures import pool_figure, target_figure
@@ -33,19 +35,20 @@ SIDE = 12
 class NextRunView(BaseModel):
     """What to draw of proposed runs."""
 
-    view: Literal["pool", "target"] = Field(
-        "pool", description="what each candidate would teach against its cost, or the target's interval"
+    view: Literal["pool", "target", "laws"] = Field(
+        "pool",
+        description="what each candidate would teach against its cost, the target's interval, the laws",
     )
 
 
 class NextRunResult(Result):
-    """Proposed runs: `table` holds them in order; `tables` pool, target, laws, runs."""
+    """Proposed runs: `table` holds them in order; `tables` pool, target, laws, law_band, runs."""
 
     def view_model(self) -> type[BaseModel]:
         return NextRunView
 
     def figure(self, view: str = "pool", **more: Any) -> go.Figure:
-        makers = {"pool": pool_figure, "target": target_figure}
+        makers = {"pool": pool_figure, "target": target_figure, "laws": band_figure}
         if view not in makers:
             raise BadInput(f"view: {view!r} is not accepted, it should be one of {', '.join(makers)}")
         return makers[view](self)
@@ -71,7 +74,7 @@ class NextRun(Instrument):
     budget: float | None = parameter(
         None,
         "what the proposed runs may cost together (FLOPs, or what cost counts); default: a third of the "
-        "target",
+        "target's compute, or the dearest candidate of a pool with costs of its own",
         gt=0,
     )
     batch: int = parameter(1, "runs to propose at once", ge=1, le=1000)
@@ -199,6 +202,7 @@ class NextRun(Instrument):
             "laws": pd.concat([proposer.stack.table, left_out.assign(weight=0.0)], ignore_index=True),
             "runs": kept.table,
         }
+        tables |= law_tables(proposer.stack, kept.table, self.level) | {"laws": tables["laws"]}
         return self.result(asked.table, self._facts(asked, proposer), tables=tables)
 
     def _facts(self, asked: Asked, proposer: Proposer) -> dict[str, Any]:

@@ -158,6 +158,11 @@ class Stack:
         spreads = [np.broadcast_to(scale_of(m, level) * m.spread(columns), points) for m in self.members]
         return np.stack(means), np.stack(spreads)
 
+    def middle(self, columns: Any) -> Array:
+        """(points,) the mean of the laws, of logarithms where these are compared, in the target's units."""
+        means = np.stack([self.space(np.ravel(m.fit.predict(columns))) for m in self.members])
+        return self.natural(self.weights @ means)
+
     def space(self, values: Array) -> Array:
         with np.errstate(all="ignore"):
             return np.log(values) if self.log_space else values
@@ -261,7 +266,7 @@ def fitted_members(
     members: list[PredictionIntervals] = []
     left_out = dict.fromkeys((one.name for one in laws), "stopped before it was fitted")
     for law in progress.track(list(laws), "laws"):
-        left_out.pop(law.name)
+        left_out.pop(law.name, None)
         try:
             members.append(_member(law, table, objective, starts, resamples, seed, lambda: progress.stopped))
         except BadInput as error:

@@ -47,8 +47,7 @@ def cells(text: str, field: str = "cells") -> pd.DataFrame:
     count = int(np.prod([float(len(v)) for v in axes.values()]))
     if count > MOST:
         raise BadInput(f"{field}: {count:,} cells, at most {MOST:,} are accepted; take fewer values a column")
-    grid = pd.DataFrame(list(itertools.product(*axes.values())), columns=list(axes))
-    return checked_points(grid)
+    return points(pd.DataFrame(list(itertools.product(*axes.values())), columns=list(axes)), field)
 
 
 def _values(text: str, part: str, field: str) -> Array:
@@ -75,12 +74,10 @@ def points(given: Any, field: str, columns: str | Mapping[str, str] | None = Non
 
     BadInput for an unreadable file, no rows, or a number that its column does not accept.
     """
-    if isinstance(given, str | Path):
-        text = str(given)
-        if "=" in text and not Path(text).is_file():
-            return cells(text, field)
-        given = read(text)
+    if isinstance(given, str) and "=" in given and not Path(given).is_file():
+        return cells(given, field)
     try:
-        return checked_points(given, columns)
+        table = read(given) if isinstance(given, str | Path) else given
+        return checked_points(table, columns)
     except BadInput as error:
-        raise BadInput(f"{field}: {error}") from None
+        raise BadInput(f"{field}: {str(error).removeprefix('runs: ')}") from None

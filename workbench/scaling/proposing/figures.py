@@ -25,6 +25,22 @@ def described(row: pd.Series) -> str:
     return "<br>".join([*known, f"narrows the interval by {100 * row['narrows']:.2g} %"])
 
 
+def add_ghosts(fig: go.Figure, result: Result, axis: str) -> None:
+    """The proposed runs at their predicted loss on a figure whose x axis is a column of the candidates."""
+    proposed = result.table
+    if not len(proposed) or axis not in proposed:
+        return
+    fig.add_scatter(
+        x=proposed[axis],
+        y=proposed.predicted,
+        mode="markers",
+        name="next run (not made)",
+        hovertext=[described(row) for _, row in proposed.iterrows()],
+        hoverinfo="text",
+        marker=GHOST,
+    )
+
+
 def pool_figure(result: Result) -> go.Figure:
     """What every candidate is expected to teach, against its cost; the proposed ones are marked in order."""
     pool = result.tables["pool"]
@@ -69,7 +85,7 @@ def target_figure(result: Result) -> go.Figure:
             "tokens": "training tokens",
             "params": "parameters",
         }.get(str(named), "cell"),
-        f"predicted {getattr(result.instrument, 'level', 0.9):.0%} interval",
+        f"predicted loss, with its {getattr(result.instrument, 'level', 0.9):.0%} interval",
         xaxis_type="log" if named else "linear",
     )
     for index, (name, low, high, shift) in enumerate(

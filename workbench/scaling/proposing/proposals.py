@@ -47,11 +47,12 @@ EXACT = 1e-8
 class Asked:
     """Proposed runs.
 
-    table : one row a run, in order: the candidate's columns, `candidate` (its row in the pool), `cost`,
-        `spent` (up to and with it), `narrows` (share of the target's interval that it is expected to take
-        away), `low`, `high`, `half_width` (the target's interval after it, as expected; of a region the mean)
+    table : one row a run, in order: its `predicted` loss, the candidate's columns, `candidate` (its row in
+        the pool), `cost`, `spent` (up to and with it), `narrows` (share of the target's interval that it is
+        expected to take away), `low`, `high`, `half_width` (the target's interval after it, as expected; of
+        a region the mean)
     pool : the candidates with `cost`, `fall` (of the target's variance, in the space that is fitted),
-        `narrows`, `per_cost` (fall over cost)
+        `narrows`, `per_cost` (fall over cost), `predicted`
     target : the cells with `predicted`, `low`, `high` now, and `low_after`, `high_after` with the runs made
     half_width : of the target's interval now
     note : why no (further) run is proposed; "" when all that were asked for are
@@ -127,6 +128,7 @@ class Proposer:
             narrows = _narrowing(falls, before)
             if taught is None:
                 taught = self.pool.assign(fall=falls, narrows=narrows, per_cost=falls / cost)
+                taught["predicted"] = self.stack.middle(self.pool)
             left = float((half * np.sqrt(before / first)).mean()) if first > 0 else 0.0
             note = self._enough(left, width)
             if note:
@@ -142,7 +144,10 @@ class Proposer:
             share = float(narrows[chosen])
             now = now.after(int(candidates[chosen]), self.seed)
             before -= float(falls[chosen])
-            rows.append(self._row(chosen, spent, share, band, np.sqrt(before / first)))
+            rows.append(
+                {"predicted": taught.predicted[chosen]}
+                | self._row(chosen, spent, share, band, np.sqrt(before / first))
+            )
         assert taught is not None
         shrunk = np.sqrt(before / first) if first > 0 else 1.0
         middle, size = self._middle(band), half * shrunk

@@ -201,19 +201,19 @@ def ensemble(options: Options) -> Law:
 @LAW.add(
     "farseer",
     title="Farseer",
-    formula=r"L = e^{sN^{q}+S} + e^{BN^{-b}+Q}\,D^{-e^{AN^{a}+E}}",
+    formula=r"L = K e^{sN^{q}} + J e^{BN^{-b}}\,D^{-e^{AN^{a}+E}},\; K = e^{S},\, J = e^{Q}",
     source="Li et al. 2025, Predictable Scale II (bits per character, non-embedding N)",
 )
 def farseer(options: Options) -> Law:
     return predicts(
-        "exp(s * params**q + S) + exp(B * params**(-b) + Q) * tokens**(-exp(A * params**a + E))",
+        "K * exp(s * params**q) + J * exp(B * params**(-b)) * tokens**(-exp(A * params**a + E))",
         (
             Parameter("s", "how the limit of infinite data falls with size", (-0.3, -0.01), low=-5, high=1),
             exponent("q", "its exponent", (0.05, 0.3), high=1.0),
-            Parameter("S", "logarithm of that limit at no size", (-1.0, 1.0), low=-10, high=10),
+            scale("K", "that limit at no size, e^S", (0.3, 3.0)),
             scale("B", "how the data term falls with size", (10.0, 1000.0)),
             exponent("b", "its exponent", (0.05, 0.4), high=1.0),
-            Parameter("Q", "logarithm of the data term at infinite size", (-5.0, 1.0), low=-30, high=30),
+            scale("J", "the data term at infinite size, e^Q", (1e-3, 3.0)),
             Parameter("A", "how the data exponent changes with size", (-4.0, -0.5), low=-20, high=0),
             exponent("a", "its exponent", (0.01, 0.15), high=1.0),
             Parameter("E", "logarithm of the data exponent at no size", (1.0, 5.0), low=-5, high=20),
