@@ -77,7 +77,7 @@ def with_unit(name: str, value: Any) -> str:
         if last.endswith(ending):
             return f"{value:.4g} {unit}"
     if any(last == nats or last.endswith(f"_{nats}") for nats in NATS):
-        return f"{value:.4g} nats"
+        return f"{value:.5g} nats"
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 

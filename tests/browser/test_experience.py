@@ -113,19 +113,3 @@ def test_essentials_figure_keys_mistakes_copies_and_what_is_kept(lab: Lab, watch
     )
     shown = page.locator(".jp-OutputArea-child:visible")
     assert shown.count() == 1
-
-    # run again, the stored result is there at once
-    page.evaluate("() => { jupyterapp.commands.execute('notebook:restart-run-all'); }")
-    dialog = page.get_by_role("button", name="Restart", exact=True)
-    dialog.click()
-    expect(page.locator(".wb-panel-prune .wb-job .wb-note")).to_have_text(re.compile("stored result of"))
-    expect(page.locator(".wb-panel-prune .wb-plot-figure .main-svg").first).to_be_visible()
-
-    # opened again when its kernel is gone
-    page.evaluate("async () => { await jupyterapp.serviceManager.sessions.shutdownAll(); }")
-    page.goto(f"{lab.url}/lab/tree/prune.ipynb?token={lab.token}&reset&kernel=none")
-    page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
-    expect(page.locator(".jp-OutputArea-output .main-svg").first).to_be_visible()
-    expect(page.locator(".jp-RenderedHTMLCommon").get_by_text("sparsity").first).to_be_visible()
-    expect(page.get_by_text("model not found")).to_be_hidden()
-    watched.errors.clear()  # the widget's own model is gone, which JupyterLab writes to the console

@@ -302,7 +302,7 @@ def test_sent_to_report_is_the_same_result(
     restored = widgets.panel.from_parameters(written)
     assert restored.instrument == panel.instrument and restored.on.fingerprint == on.fingerprint
     page = panel.report.html.read_text()
-    assert str(panel.result.facts["nonzero"]) in page and f"{panel.result.facts['loss']:.5g}" in page
+    assert f"{panel.result.facts['nonzero']:,}" in page and f"{panel.result.facts['loss']:.5g}" in page
 
 
 def test_a_report_that_fails_says_why(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
