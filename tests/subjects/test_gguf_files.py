@@ -185,6 +185,23 @@ def test_a_file_cut_off_anywhere_is_named_in_one_line(plain, tmp_path, share):
     assert "\n" not in str(caught.value)
 
 
+def test_a_header_that_promises_more_than_the_file_holds(plain, tmp_path):
+    """Kind: numbers of a stranger's header that a loop would run to: a list's length, a number of blocks."""
+    content = plain.read_bytes()
+    words = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 4 + 4
+    long = content[:words] + (2**61).to_bytes(8, "little") + content[words + 8 :]
+    blocks = content.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    deep = content[:blocks] + (2**31).to_bytes(4, "little") + content[blocks + 4 :]
+    for damaged, message in (
+        (long, "its header goes on to byte"),
+        (deep, "block_count 2147483648 and holds"),
+    ):
+        (tmp_path / "long.gguf").write_bytes(damaged)
+        with pytest.raises(BadInput, match=message) as caught:
+            workbench.subject(tmp_path / "long.gguf", data="random")
+        assert "\n" not in str(caught.value)
+
+
 def test_a_missing_file_and_an_unknown_architecture(tmp_path):
     with pytest.raises(BadInput, match="is not a file"):
         workbench.subject(tmp_path / "none.gguf", data="random")

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,14 +48,34 @@ def check_gguf(file: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise BadInput(f"subject: {file.name} needs the package gguf, which reads it; pip install gguf")
     try:
-        tensors = opened(file).tensors
-        if not tensors:
+        content = bounded(file)
+        if not content.tensors:
             raise ValueError("it holds no tensors")
     except DAMAGED as error:
         reason = (str(error).strip().splitlines() or ["its header is cut off"])[0]
         raise BadInput(
             f"subject: {file.name} is not a complete GGUF file ({reason}); copy or download it again"
         ) from None
+    for name, field in content.fields.items():
+        if name.endswith(".block_count") and field.contents() > len(content.tensors):
+            raise BadInput(
+                f"subject: {file.name} says {name} {field.contents()} and holds {len(content.tensors)} "
+                "tensors, fewer than the blocks; copy or download it again"
+            )
+
+
+def bounded(file: Path) -> Any:
+    """`opened`, whose header is read no further than the file goes: a list in it may say any length."""
+    from gguf import GGUFReader
+
+    class Bounded(GGUFReader):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"its header goes on to byte {end} of {len(self.data)}")
+            return super()._get(offset, dtype, count, override_order)
+
+    return Bounded(file)
 
 
 def opened(file: Path) -> Any:
