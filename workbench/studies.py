@@ -315,15 +315,22 @@ def overview(table: pd.DataFrame) -> pd.DataFrame:
         "loss",
         "accuracy",
         "perplexity",
+        "kl",
+        "distance",
         "predicted_change",
         "measured_change",
         "seconds",
     ]
     shown = table[[c for c in wanted if c in table]].copy()
+    if {"sparsity", "bits"} <= set(shown):  # of a chain the distance is to its first step's model
+        chains = shown["sparsity"].notna() & shown["bits"].notna()
+        for name in {"kl", "distance"} & set(shown):
+            shown.loc[chains, name] = np.nan
     shown["size"] = (shown["size"] / 1e6).round(2)
     shown = shown.rename(
         columns={
             "size": "size (MB)",
+            "kl": "KL to dense (nats)",
             "predicted_change": "predicted change",
             "measured_change": "measured change",
         }

@@ -366,3 +366,15 @@ def test_stopped_at_once_there_is_no_part():
     progress.stop.set()
     result = ASKED.between(dense, altered(dense), progress)
     assert len(result.table) == 0 and "full" not in result.facts and progress.partial
+
+
+def test_noise_far_above_the_bars_is_drawn_at_the_end_of_their_axis():
+    """One marker had set the axis, and every bar lay flat on zero."""
+    dense = on("gpt2", examples("gpt2"))
+    result = Attribution(changed="at hand", parts="worst", give_back=0).between(dense, altered(dense))
+    block = result.table["level"] == "block"
+    tallest = result.table["kl_high"].max()
+    result.table.loc[block, "noise"] = [100 * tallest, *result.table.loc[block, "noise"].iloc[1:]]
+    drawn = next(t for t in result.figure(show="budget").data if "noise" in (t.name or ""))
+    assert max(drawn.y) <= 1.5 * tallest and drawn.marker.symbol[0] == "triangle-up"
+    assert "above the axis" in drawn.name and drawn.customdata[0] == 100 * tallest

@@ -11,6 +11,7 @@ import pytest
 import workbench
 from workbench import studies
 from workbench.cli import main
+from workbench.measures import compare
 from workbench.measures.compression import conclusion as concluding
 from workbench.measures.compression import report as nearness
 from workbench.measures.compression.conclusion import conclusion, recommended
@@ -94,10 +95,9 @@ def test_the_model_that_is_written_is_the_one_that_was_measured(
     every = studies.sweep(on, runs, Progress(), jobs=1)
     short = conclusion(on, every, runs, studies.card(on), 64, concluding.model_folder(""))
     assert short.sentences[-1] == "The recommended model is in the folder model, beside this report."
-    assert short.folder_of(runs["nearest"][0]) == str(tmp_path / "model")
-    assert short.folder_of(Quantize(format="int4")) == ""
-    opened = nearness.changed_by(on, runs["nearest"][0], short.folder)
-    made = nearness.changed_by(on, runs["nearest"][0])
+    assert short.folder == str(tmp_path / "model") and short.chain == (runs["nearest"][0],)
+    opened = nearness.changed_by(on, short.chain, short.folder)
+    made = nearness.changed_by(on, short.chain)
     assert opened.name == made.name
     for one, two in zip(opened.layers(), made.layers(), strict=True):
         assert one.weight.equal(two.weight)
@@ -109,3 +109,17 @@ def test_the_model_that_is_written_is_the_one_that_was_measured(
     assert main([*words, "--test-examples", "64"]) == 0
     again = workbench.subject(str(tmp_path / "again"))
     assert again.evaluate("test", limit=64)["loss"] == pytest.approx(every["loss"][0], rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_recommended_chain_is_held_beside_the_dense_model(cache, tmp_path) -> None:
+    """Its runs measure the distance to the model that each begins at."""
+    on = workbench.subject("digits-vit")
+    shared = dict(calibration_examples=8, predict_examples=0)
+    steps = (Prune(method="magnitude", sparsity=0.3, **shared), Quantize(format="int8", **shared))  # type: ignore[arg-type]
+    runs = {"both": [steps]}
+    every = studies.sweep(on, runs, Progress(), jobs=1)
+    short = conclusion(on, every, runs, studies.card(on), on.size("test"), str(tmp_path / "model"))
+    found = compare(on, nearness.changed_by(on, steps), batch_size=64).measures()
+    assert float(short.table.loc["recommended", "KL (nats)"]) == pytest.approx(found["kl"], rel=0.01)
+    assert studies.overview(every)["KL to dense (nats)"].tolist() == [""]

@@ -55,7 +55,7 @@ def test_the_smallest_that_is_near_is_explained(table):
     assert nearness.smallest_near(table, RUNS) is RUNS["GPTQ"][0]
     assert nearness.smallest_near(table, {"nearest": RUNS["nearest"]}) is RUNS["nearest"][1]
     assert nearness.smallest_near(table, RUNS, most=1e-3) is RUNS["GPTQ"][1]
-    assert nearness.in_short(RUNS["GPTQ"][0]) == "quantize int3 gptq"
+    assert nearness.in_short([RUNS["GPTQ"][0]]) == "quantize int3 gptq"
 
 
 def test_what_cannot_be_shown_is_said(table):
@@ -72,7 +72,7 @@ def test_what_cannot_be_shown_is_said(table):
 def test_the_explained_model_is_that_of_the_run():
     on = workbench.subject("digits-vit")
     run = Quantize(format="int4", rounding="nearest", predict_examples=0, test_examples=16)
-    changed = nearness.changed_by(on, run)
+    changed = nearness.changed_by(on, [run])
     assert changed.name == "digits-vit, quantize int4 nearest" and on.name == "digits-vit"
     want = run.run(on, cache=False).subject
     for mine, other in zip(changed.layers(), want.layers(), strict=True):

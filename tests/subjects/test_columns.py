@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import workbench
 from workbench import BadInput
+from workbench.measures import compare
 from workbench.pruning.recovery.recovery import distilled_loss
 from workbench.pruning.saliency.heapr import atomic_scores
 from workbench.statistics import second_moments
@@ -341,6 +342,33 @@ def test_padding_on_the_left_is_no_sign_of_a_short_text():
     ids = torch.tensor([[1, 1, 1, 7, 8]])
     batch = {"input_ids": ids, "attention_mask": (ids > 1).long(), "labels": torch.tensor([0])}
     assert torch.equal(TASK["sequence-classification"].value().trimmed(batch)["input_ids"], ids)
+
+
+def test_what_is_predicted_from_padding_is_no_target():
+    """Kind 5, another example: the first word of a text with padding on its left counted as one."""
+    torch.manual_seed(0)
+    config = t.LlamaConfig(**SMALL, num_key_value_heads=2)
+    models = [t.LlamaForCausalLM(config).eval() for _ in range(2)]
+    lengths, width = (9, 4, 6), 12
+    texts = [torch.randint(2, 61, (n,)) for n in lengths]
+
+    def columns(left: bool) -> dict[str, Tensor]:
+        ids, mask = torch.ones(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+        for row, text in enumerate(texts):
+            place = slice(width - len(text), None) if left else slice(0, len(text))
+            ids[row, place], mask[row, place] = text, 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    found = []
+    for left in (False, True):
+        splits = {"test": columns(left)}
+        dense, other = (Subject("llama", m, TASK["causal-lm"].value(), splits) for m in models)
+        assert dense.task.items(splits["test"]) == sum(lengths) - len(lengths)
+        measures = compare(dense, other, "test", 3).measures()
+        found.append({"loss": dense.evaluate("test")["loss"], **measures})
+    for name, value in found[0].items():
+        if isinstance(value, float):
+            assert found[1][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 class Pixels(nn.Module):

@@ -142,6 +142,10 @@ def colours(shown: np.ndarray[Any, Any]) -> dict[str, Any]:
     return dict(zmin=low, zmax=high if high > low else low + 1, colorbar=bar)
 
 
+#: Noise farther above the tallest bar than this is drawn at the axis's end: bars would be flat beside it.
+HEADROOM = 1.5
+
+
 def budget(result: AttributionResult) -> go.Figure:
     """Each block's distance alone, its interval, and that of noise of the same norm; the sum beside the
     whole is in the title. Beside it the modules of the worst block, where they were measured.
@@ -155,13 +159,16 @@ def budget(result: AttributionResult) -> go.Figure:
     fig.update_xaxes(type="category")
     fig.add_bar(**bars(result, table, names, "block"), name="a block's change alone", marker_color=color(0))
     if table["noise"].notna().any():
+        top = HEADROOM * float(result.table["kl_high"].max())
+        above = table["noise"] > top
         fig.add_scatter(
             x=names,
-            y=table["noise"],
-            name="random noise of the same norm",
+            y=table["noise"].clip(upper=top),
+            name="random noise of the same norm" + (" (triangle: above the axis)" if above.any() else ""),
             mode="markers",
-            marker=dict(symbol="diamond", color=color(1), size=8),
-            hovertemplate="block %{x}, noise: %{y:.4g}<extra></extra>",
+            marker=dict(symbol=np.where(above, "triangle-up", "diamond").tolist(), color=color(1), size=8),
+            customdata=table["noise"],
+            hovertemplate="block %{x}, noise: %{customdata:.4g}<extra></extra>",
             meta={"clicked": said_of(result, table)},
         )
     if len(table):

@@ -112,10 +112,12 @@ def places(task: Task, batch: Batch, examples: Tensor) -> tuple[Tensor, Tensor]:
     targets = batch[task.targets].cpu()
     if isinstance(task, SquaredErrorTask):
         return examples, torch.zeros(len(examples), dtype=torch.long)
+    if isinstance(task, TokenTask):
+        row, position = task.kept(batch).cpu().nonzero(as_tuple=True)
+        return examples[row], position + task.shift
     known = classes_of(task, targets) != (task.ignored if isinstance(task, ModuleTask) else task.missing)
-    shift = task.shift if isinstance(task, TokenTask) else 0
-    row, position = known.reshape(len(examples), -1)[:, shift:].nonzero(as_tuple=True)
-    return examples[row], position + shift
+    row, position = known.reshape(len(examples), -1).nonzero(as_tuple=True)
+    return examples[row], position
 
 
 def classes_of(task: Task, targets: Tensor) -> Tensor:

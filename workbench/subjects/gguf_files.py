@@ -68,7 +68,7 @@ def bounded(file: Path) -> Any:
     """`opened`, whose header is read no further than the file goes: a list in it may say any length."""
     from gguf import GGUFReader
 
-    class Bounded(GGUFReader):  # type: ignore[misc]
+    class Bounded(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             end = int(offset) + int(count) * np.dtype(dtype).itemsize
             if end > len(self.data):

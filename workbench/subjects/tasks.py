@@ -223,12 +223,17 @@ class TokenTask(Task):
     columns: ClassVar[Mapping[str, Column]] = {**TEXT, "labels": Column("targets", SOURCE)}
 
     def flat(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        keep = self.kept(batch)
         labels = batch[self.targets][:, self.shift :]
-        keep = labels != self.missing
         return output[:, : output.shape[1] - self.shift][keep], labels[keep]
 
     def items(self, batch: Batch) -> int:
-        return int((batch[self.targets][:, self.shift :] != self.missing).sum())
+        return int(self.kept(batch).sum())
+
+    def kept(self, batch: Batch) -> Tensor:
+        """(examples, positions less the shift) which targets count."""
+        known: Tensor = batch[self.targets][:, self.shift :] != self.missing
+        return known
 
 
 @task("token-classification", formula="-mean_t log softmax(z_t)[y_t] over labelled tokens")
@@ -295,9 +300,15 @@ class MaskedLM(LanguageModel):
 @task("causal-lm", formula="-mean_t log p(x_t | x_<t)", source="Bengio et al. 2003, sec. 2")
 @dataclass(frozen=True)
 class CausalLM(LanguageModel):
-    """Next-token prediction: `labels` are the input ids (-100 at padding); the shift happens here."""
+    """Next-token prediction: `labels` are the input ids (-100 at padding); the shift happens here. What is
+    predicted from padding, the first word of a text with padding on its left, is no target.
+    """
 
     shift: ClassVar[int] = 1
+
+    def kept(self, batch: Batch) -> Tensor:
+        known, mask = super().kept(batch), batch.get("attention_mask")
+        return known if mask is None or mask.ndim != 2 else known & (mask[:, :-1] != 0)
 
 
 @task("seq2seq-lm", formula="-mean_t log p(y_t | y_<t, x)", source="Sutskever et al. 2014, eq. 1")

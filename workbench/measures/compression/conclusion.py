@@ -22,11 +22,13 @@ from workbench.facts import in_bytes
 from workbench.instruments import Instrument
 from workbench.measures.compression.report import chosen, detail, distance_in
 from workbench.measures.intervals import wilson
+from workbench.measures.reference import batch_of, compare, distance_facts
 from workbench.measures.words import word
 from workbench.names import in_words, quoted, run_in_turn
 from workbench.progress import TextProgress
 from workbench.studies import Card
 from workbench.subjects import Subject
+from workbench.subjects import subject as open_subject
 
 #: How much worse a model may be to be recommended: a point of accuracy, a percent of a loss or a perplexity.
 POINT = 0.01
@@ -46,10 +48,6 @@ class Conclusion:
     chain: tuple[Instrument, ...]
     commands: tuple[str, ...]
     folder: str = ""
-
-    def folder_of(self, run: Instrument) -> str:
-        """Where the model that a run gives was written; "" when it is not the recommended one."""
-        return self.folder if self.chain == (run,) else ""
 
     def _repr_html_(self) -> str:
         said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
@@ -78,12 +76,15 @@ def conclusion(
     if name:  # of a chain it is the distance to its first step's model
         table.loc[[isinstance(run, tuple) for run in every], name] = math.nan
     places = {"recommended": best, "smallest": int(np.argmin(table["size"]))}
-    if name:
+    if name and table[name].notna().any():
         places["nearest to the dense model"] = int(np.nanargmin(table[name].astype(float)))
     found = every[best]
     chain = found if isinstance(found, tuple) else (found,)
     if model_out:
         write(on, chain, model_out)
+        if name and len(chain) > 1:
+            for column, value in distance_of(on, model_out, examples).items():
+                table.loc[best, column] = value
     rows: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
     sentences = said(rows, best, dense, examples, name)
     if model_out:
@@ -211,6 +212,13 @@ def write(on: Subject, chain: Sequence[Instrument], folder: str) -> None:
     """Write what a chain gives to a folder, opened again and its loss compared."""
     *_, result = run_in_turn(chain, on, TextProgress())
     result.save(Path(folder), told=lambda _: None)
+
+
+def distance_of(on: Subject, folder: str, examples: int) -> dict[str, float]:
+    """How far the model in a folder is from the dense one, with its interval."""
+    made = open_subject(folder)
+    compared = compare(on, made, "test", examples, batch_size=batch_of(on, "test"))
+    return distance_facts(compared.measures())
 
 
 def report_folder() -> Path:

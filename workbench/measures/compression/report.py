@@ -16,6 +16,7 @@ from workbench.measures.attribution import Attribution
 from workbench.measures.fidelity import front
 from workbench.measures.texts.token_strip import TokenStrip
 from workbench.measures.words import WORDS
+from workbench.names import run_in_turn
 from workbench.progress import TextProgress
 from workbench.storage.resident import reclaim
 from workbench.subjects import Subject
@@ -164,24 +165,33 @@ def smallest_near(
     return every[place]
 
 
-def changed_by(on: Subject, run: Instrument, folder: str = "") -> Subject:
-    """The model that a run gives, computed without the measurements beside it, or opened where it is."""
+def changed_by(on: Subject, chain: Sequence[Instrument], folder: str = "") -> Subject:
+    """The model that runs in turn give, computed without the measurements beside it; or opened, where it is
+    written.
+    """
     if folder:
         made = open_subject(folder)
     else:
-        names = ("test_examples", "predict_examples")
-        unmeasured = {name: 0 for name in names if name in type(run).model_fields}
-        made = run.with_fields(**unmeasured).run(on, cache=False).subject
+        *_, result = run_in_turn([unmeasured(run) for run in chain], on, cache=False)
+        made = result.subject
     if not any(restoring(made.model)):
         made = made.with_model(baked(made.model))  # nothing held but what it computes with
-    made.name = f"{on.name}, {in_short(run)}"
+    made.name = f"{on.name}, {in_short(chain)}"
     reclaim()
     return made
 
 
-def in_short(run: Instrument) -> str:
+def unmeasured(run: Instrument) -> Instrument:
+    names = ("test_examples", "predict_examples")
+    return run.with_fields(**{name: 0 for name in names if name in type(run).model_fields})
+
+
+def in_short(chain: Sequence[Instrument]) -> str:
     """`quantize int4 gptq`: the choices that tell a run from another."""
-    return " ".join([run.name(), *(str(getattr(run, n)) for n in TELLING if n in type(run).model_fields)])
+    return ", ".join(
+        " ".join([run.name(), *(str(getattr(run, n)) for n in TELLING if n in type(run).model_fields)])
+        for run in chain
+    )
 
 
 def budget_of(on: Subject, changed: Subject, examples: int) -> go.Figure | Said:
@@ -197,14 +207,14 @@ def strip_of(on: Subject, changed: Subject, examples: int) -> go.Figure | Said:
 
 
 def budget_and_strip(
-    on: Subject, run: Instrument, budget_examples: int, strip_examples: int, folder: str = ""
+    on: Subject, chain: Sequence[Instrument], budget_examples: int, strip_examples: int, folder: str = ""
 ) -> tuple[go.Figure | Said, go.Figure | Said]:
-    """Where the model that a run gives departs from the dense one, by part and by token. The model itself is
-    let go.
+    """Where the model that runs in turn give departs from the dense one, by part and by token. The model
+    itself is let go.
 
     folder : where it was written; "" when it was not
     """
-    changed = changed_by(on, run, folder)
+    changed = changed_by(on, chain, folder)
     return budget_of(on, changed, budget_examples), strip_of(on, changed, strip_examples)
 
 
