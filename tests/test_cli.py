@@ -196,7 +196,7 @@ def test_what_diverges_or_has_no_noise_is_told_in_words(cache, tmp_path, capsys,
     assert "steps 2" in first and "diverged True" in first and "nan" not in first.lower()
     assert main(["run", "gradient-noise", *source]) == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert "noise scale 0," in first and "nan" not in first.lower()
+    assert "noise scale 0 (0 to inf)" in first and "nan" not in first.lower()
     assert not [w for w in recwarn if "divide" in str(w.message)]
 
 

@@ -54,7 +54,7 @@ def test_the_report_runs_all_four_on_every_stock_class(
                 "settings": settings,
             },
         )
-        result, (stated, figure, shown, provenance) = done["result"], done["shown"]
+        result, (_, figure, shown, stated, provenance) = done["result"], done["shown"]
         assert not result.partial and len(figure.data) and shown is result, name
         assert stated.loc["instrument", "value"] == name and all(
             stated.loc[field, "value"] == str(value) for field, value in settings.items()

@@ -183,7 +183,7 @@ def test_from_the_command_line(tmp_path: Path, capsys):
     out = tmp_path / "out"
     given = ["--subject", str(tmp_path / "dense"), "--changed", str(tmp_path / "changed")]
     assert main(["run", "token-strip", *given, "--test-examples", "3", "--out", str(out)]) == 0
-    assert capsys.readouterr().out.startswith("token-strip: reference")
+    assert capsys.readouterr().out.startswith("token-strip: KL ")
     assert len(workbench.Result.load(next(out.rglob("result.json")).parent).figure().data) == 2
 
 

@@ -132,12 +132,19 @@ def test_settings_of_the_loop_reach_it(name: str, checkpoints: Any, monkeypatch:
 
 
 def test_no_instrument_trains_beside_the_loop() -> None:
-    """Whatever has steps or a learning rate has all of the loop's settings. Self-tuning alone does not: it
-    steps on two losses in turn, of the weights and of their hyperparameters.
+    """Whatever has steps or a learning rate has all of the loop's settings. Self-tuning does not: it steps on
+    two losses in turn, of the weights and of their hyperparameters; nor does weights' arithmetic, which
+    trains by the loop as it is by default, to have models to begin with.
     """
     of_the_loop = {"optimizer", "micro_batch", "clip", "precision"}
     trainers = {type(run).name() for run in TRAINERS.values()}
     for name, cls in workbench.catalog().items():
         fields = set(cls.model_fields)
-        if name != "self-tuning" and cls.changes_model and {"steps", "learning_rate"} & fields:
+        arithmetic = cls.__module__.startswith("workbench.arithmetic.")
+        if (
+            name != "self-tuning"
+            and not arithmetic
+            and cls.changes_model
+            and {"steps", "learning_rate"} & fields
+        ):
             assert name in trainers and of_the_loop <= fields, name

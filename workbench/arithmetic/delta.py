@@ -58,13 +58,24 @@ class Delta(SubjectInstrument):
         "empty: the subject is the base, and a fine-tune is made here",
     )
     layers: str = parameter("blocks", "matrices to compress, by glob; all else is stored as it is")
-    steps: int = parameter(100, "optimizer steps of the fine-tune made here", ge=1, le=1_000_000, scale="log")
-    learning_rate: float = parameter(1e-3, "its peak learning rate", gt=0, le=100, scale="log")
+    steps: int = parameter(
+        100,
+        "optimizer steps of the fine-tune made here",
+        ge=1,
+        le=1_000_000,
+        scale="log",
+        group="Fine-tune made here",
+    )
+    learning_rate: float = parameter(
+        1e-3, "its peak learning rate", gt=0, le=100, scale="log", group="Fine-tune made here"
+    )
     strengths: tuple[float, ...] = parameter((), "multiples to choose from on validation, where there is one")
     densities: tuple[float, ...] = parameter((), "shares to choose from on validation, where there is one")
-    calibration_examples: int = parameter(128, "examples for inputs and learning", ge=1, unit="examples")
-    validation_examples: int = parameter(128, "examples to choose on", ge=1, unit="examples")
-    test_examples: int = parameter(256, "examples to report on", ge=2, unit="examples")
+    calibration_examples: int = parameter(
+        128, "examples for inputs and learning", ge=1, unit="examples", group="Data"
+    )
+    validation_examples: int = parameter(128, "examples to choose on", ge=1, unit="examples", group="Data")
+    test_examples: int = parameter(256, "examples to report on", ge=2, unit="examples", group="Data")
     spectrum: bool = parameter(True, "also the singular values of every difference")
 
     @classmethod

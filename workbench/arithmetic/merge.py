@@ -48,9 +48,15 @@ class Merge(SubjectInstrument):
     base: str = parameter(
         "", "what all were trained from, where it is not the subject, which is then the first parent"
     )
-    fine_tunes: int = parameter(3, "fine-tunes to make where no parents are named", ge=1, le=32)
-    steps: int = parameter(100, "optimizer steps of each of them", ge=1, le=1_000_000, scale="log")
-    learning_rate: float = parameter(1e-3, "peak learning rate of each of them", gt=0, le=100, scale="log")
+    fine_tunes: int = parameter(
+        3, "fine-tunes to make where no parents are named", ge=1, le=32, group="Fine-tunes made here"
+    )
+    steps: int = parameter(
+        100, "optimizer steps of each of them", ge=1, le=1_000_000, scale="log", group="Fine-tunes made here"
+    )
+    learning_rate: float = parameter(
+        1e-3, "peak learning rate of each of them", gt=0, le=100, scale="log", group="Fine-tunes made here"
+    )
     strengths: tuple[float, ...] = parameter(
         (), "points of the path: shares from 0 to 1, or multiples of the differences; empty: the usual ones"
     )
@@ -58,12 +64,20 @@ class Merge(SubjectInstrument):
         (), "shares of the differences to keep, a path for each; empty: the method's own"
     )
     measured_on: Literal["subject", "parents"] = parameter(
-        "subject", "data to measure on: the subject's, or each parent's own with the parent's own head"
+        "subject",
+        "data to measure on: the subject's, or each parent's own with the parent's own head",
+        group="Choice",
     )
-    choose_by: Literal["loss", "accuracy"] = parameter("loss", "what the best point has the best of")
+    choose_by: Literal["loss", "accuracy"] = parameter(
+        "loss", "what the best point has the best of", group="Choice"
+    )
     keep_zeros: bool = parameter(True, "what is zero in every parent stays zero")
-    validation_examples: int = parameter(256, "examples that points are chosen on", ge=2, unit="examples")
-    test_examples: int = parameter(256, "examples that the chosen one is reported on", ge=2, unit="examples")
+    validation_examples: int = parameter(
+        256, "examples that points are chosen on", ge=2, unit="examples", group="Data"
+    )
+    test_examples: int = parameter(
+        256, "examples that the chosen one is reported on", ge=2, unit="examples", group="Data"
+    )
 
     @classmethod
     def result_class(cls) -> type[Result]:

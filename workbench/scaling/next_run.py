@@ -78,28 +78,40 @@ class NextRun(Instrument):
         gt=0,
     )
     batch: int = parameter(1, "runs to propose at once", ge=1, le=1000)
-    rule: Rule = parameter("per cost", "the largest fall of variance per cost, or the largest in total")
+    rule: Rule = parameter(
+        "per cost", "the largest fall of variance per cost, or the largest in total", group="Choice"
+    )
     worth: float = parameter(
-        0.05, "share of the interval that the whole budget must be worth; a run pro rata", ge=0, lt=1
+        0.05,
+        "share of the interval that the whole budget must be worth; a run pro rata",
+        ge=0,
+        lt=1,
+        group="Choice",
     )
     width: float | None = parameter(
         None,
         "propose no more once the interval's half-width (relative, for losses) is expected to be this",
         gt=0,
+        group="Choice",
     )
     law: Choice = LAW.choice("chinchilla")
     against: tuple[str, ...] = parameter(
         ("kaplan", "over-training", "power-compute"),
         "other laws that may be right, weighed on held-out compute",
     )
-    objective: Choice = OBJECTIVE.choice("huber")
+    objective: Choice = OBJECTIVE.choice("huber", group="Fit")
     lowest_per_cell: bool = parameter(
         False,
         "of runs that differ only in what the law does not see (learning rate, seed), take the lowest loss",
+        group="Fit",
     )
-    starts: int = parameter(128, "starting points of each law's search", ge=1, le=100_000, scale="log")
-    resamples: int = parameter(200, "draws of each law's parameters", ge=20, le=20_000, scale="log")
-    level: float = parameter(0.9, "probability content of every interval", gt=0, lt=1)
+    starts: int = parameter(
+        128, "starting points of each law's search", ge=1, le=100_000, scale="log", group="Fit"
+    )
+    resamples: int = parameter(
+        200, "draws of each law's parameters", ge=20, le=20_000, scale="log", group="Fit"
+    )
+    level: float = parameter(0.9, "probability content of every interval", gt=0, lt=1, group="Fit")
 
     @classmethod
     def result_class(cls) -> type[Result]:
