@@ -235,6 +235,14 @@ def test_what_cannot_be_met_is_one_line(dense: Subject, fields: dict[str, Any], 
     assert str(caught.value).startswith(told)
 
 
+@pytest.mark.parametrize("fields", [{"size": "1kB"}, {"bits": 0.5}])
+def test_what_no_codes_can_meet_is_refused_before_anything_is_scored(dense: Subject, fields: Any) -> None:
+    """Scoring went over the whole model first."""
+    asked = Allocate(**(SMALL | {"swaps": 0} | fields), draws=1, test_examples=4)
+    with pytest.raises(BadInput, match="cannot be met"):
+        asked.check(dense)
+
+
 def test_swapped_blocks_cost_what_they_do_alone(dense: Subject, scores: Any) -> None:
     """Kind: a prediction that was never beside a measurement. The corrected costs of a block add up to the
     divergence of the dense model with that block rounded, built by hand.

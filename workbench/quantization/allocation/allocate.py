@@ -172,6 +172,13 @@ class Allocate(AllocationSettings):
                 "ask for something between them"
             )
         super().check(on)
+        least = min(self.widths)  # of codes alone: known before anything is scored
+        if asked.field == "bits":
+            asked.reaches(least, "{:.4f}", "the codes of the smallest width take")
+        if asked.field == "size":
+            codes = {layer.name: least * layer.original.numel() / 8 for layer in on.layers(self.layers)}
+            told = "embeddings and layers that stay take their place, and with the smallest width all takes"
+            asked.reaches(size_of(on, instead=codes).bytes, "{:,.0f} bytes", told)
         if asked.field != "budget" and self.average == "multiplications":
             raise BadInput(
                 f"average: multiplications says what `budget` counts, and {asked.field} is given; "
