@@ -64,7 +64,7 @@ def divergence_front(table: pd.DataFrame, commands: Sequence[str], dense_bytes: 
         yaxis_type="log",
         height=500,
     )
-    fig.update_xaxes(exponentformat="none")
+    fig.update_xaxes(exponentformat="none", dtick="D2", minorloglabels="complete")  # 5, 10, 20
     fig.update_yaxes(exponentformat="none")
     shown = table.assign(command=list(commands)[: len(table)], megabytes=table["size"] / 1e6)
     shown = shown[shown[name] > 0].reset_index(drop=True)
