@@ -118,7 +118,7 @@ def test_a_fine_tune_is_made_where_no_base_is_named(cache):
     [
         ({"strengths": (1.0,)}, "number-format has no strength"),
         ({"method": "compeft", "densities": (2.0,)}, "density"),
-        ({"base": "nowhere"}, "unknown"),
+        ({"base": "nowhere"}, "base: 'nowhere' is unknown"),
         ({"layers": "nothing*"}, "matches no layer"),
     ],
 )

@@ -247,7 +247,7 @@ def test_a_base_without_a_head_lends_its_trunk(family, tmp_path):
         ({"parents": "ONE, TWO", "base": "BASE", "method": "slerp"}, "there are 3"),
         ({"parents": "ONE, BROKEN"}, "holds nan or inf"),
         ({"parents": "ONE, DEEP"}, "missing in"),
-        ({"parents": "ONE, nowhere"}, "unknown"),
+        ({"parents": "ONE, nowhere"}, "parents: 'nowhere' is unknown"),
         ({"parents": "BASE, BASE"}, "has the weights of"),
         ({"base": "ONE"}, "needs parents"),
     ],

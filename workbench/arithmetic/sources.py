@@ -140,10 +140,12 @@ def block_of(name: str) -> str:
 
 def opened(source: str, on: Subject, field: str) -> Subject:
     """A model that somebody named, as a subject of `on`'s task."""
-    if source in builtin_names() or ".py:" in source or (Path(source) / "workbench.json").is_file():
-        found = subject(source)
-    else:
-        found = subject(source, data="random", task=on.task.name, max_length=16)
+    own = source in builtin_names() or ".py:" in source or (Path(source) / "workbench.json").is_file()
+    options: dict[str, Any] = {} if own else {"data": "random", "task": on.task.name, "max_length": 16}
+    try:
+        found = subject(source, **options)
+    except BadInput as error:
+        raise BadInput(f"{field}: {str(error).removeprefix('subject: ')}") from None
     if found.task.name != on.task.name:
         raise BadInput(
             f"{field}: {source!r} has the task {found.task.name}, the subject {on.task.name}; "
