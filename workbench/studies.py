@@ -305,6 +305,13 @@ def frontier(table: pd.DataFrame, dense: Card, title: str) -> go.Figure:
     return fig
 
 
+def chained(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows are of a model that was pruned, and then quantized."""
+    if not {"sparsity", "bits"} <= set(table):
+        return pd.Series(False, table.index)
+    return table["sparsity"].notna() & table["bits"].notna()
+
+
 def overview(table: pd.DataFrame) -> pd.DataFrame:
     """The columns a reader compares, rounded."""
     wanted = [
@@ -322,10 +329,8 @@ def overview(table: pd.DataFrame) -> pd.DataFrame:
         "seconds",
     ]
     shown = table[[c for c in wanted if c in table]].copy()
-    if {"sparsity", "bits"} <= set(shown):  # of a chain the distance is to its first step's model
-        chains = shown["sparsity"].notna() & shown["bits"].notna()
-        for name in {"kl", "distance"} & set(shown):
-            shown.loc[chains, name] = np.nan
+    for name in {"kl", "distance"} & set(shown):  # of a chain it is to its first step's model
+        shown.loc[chained(table), name] = np.nan
     shown["size"] = (shown["size"] / 1e6).round(2)
     shown = shown.rename(
         columns={

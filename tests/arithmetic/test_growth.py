@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import workbench
 from tests.arithmetic.test_merge import opened, tensors
@@ -115,23 +116,60 @@ def test_noise_has_the_asked_size_and_cancels():
     assert 10 * math.log10(float(signal)) == pytest.approx(20.0, abs=1e-3)
 
 
+def coalescing(large: int, small: int) -> Tensor:
+    """F (small, large): unit i of the small model is the mean of i and i + small, as far as there are any;
+    every row sums to one (Zou et al. 2024, eq. 3, and the authors' default).
+    """
+    joined = torch.cat([torch.eye(small), torch.eye(small, large - small)], 1)
+    return joined / joined.sum(1, keepdim=True)
+
+
+def copying(coalesced: Tensor) -> Tensor:
+    """T (large, small) of F, or G of R: its transpose with rows that sum to one."""
+    turned = coalesced.T
+    return turned / turned.sum(1, keepdim=True)
+
+
+def merging_blocks(large: int, small: int) -> Tensor:
+    """R (small, large): each block of the small model is the mean of large / small neighbours."""
+    each = large // small
+    return torch.eye(small).repeat_interleave(each, 1) / each
+
+
+def smaller(weight: Tensor, out: Tensor, inside: Tensor) -> Tensor:
+    """A matrix (out, in) between coalesced units: F_out W T_in."""
+    return out @ weight @ copying(inside)
+
+
+def larger(weight: Tensor, out: Tensor, inside: Tensor) -> Tensor:
+    """The same the other way: T_out W F_in, which answers what W answered on copies of its inputs."""
+    return copying(out) @ weight @ inside
+
+
 def test_maps_of_a_v_cycle_are_left_inverses():
     for large, small in ((8, 4), (6, 4), (5, 5)):
-        joined = v_cycle.coalescing(large, small)
-        assert torch.allclose(joined @ v_cycle.copying(joined), torch.eye(small))
+        joined = coalescing(large, small)
+        assert torch.allclose(joined @ copying(joined), torch.eye(small))
         assert torch.allclose(joined.sum(1), torch.ones(small))
-    blocks = v_cycle.merging_blocks(6, 2)
-    assert torch.allclose(blocks @ v_cycle.copying(blocks), torch.eye(2))
+    blocks = merging_blocks(6, 2)
+    assert torch.allclose(blocks @ copying(blocks), torch.eye(2))
 
 
 def test_a_matrix_made_larger_and_smaller_again_is_itself():
     weight = torch.randn(4, 3)
-    out, inside = v_cycle.coalescing(7, 4), v_cycle.coalescing(6, 3)
-    big = v_cycle.larger(weight, out, inside)
-    assert torch.allclose(v_cycle.smaller(big, out, inside), weight, atol=1e-6)
+    out, inside = coalescing(7, 4), coalescing(6, 3)
+    big = larger(weight, out, inside)
+    assert torch.allclose(smaller(big, out, inside), weight, atol=1e-6)
     x = torch.randn(3)
-    assert torch.allclose(big @ (v_cycle.copying(inside) @ x), v_cycle.copying(out) @ (weight @ x), atol=1e-6)
+    assert torch.allclose(big @ (copying(inside) @ x), copying(out) @ (weight @ x), atol=1e-6)
     assert torch.equal(v_cycle.interpolated(weight, -weight, 0.5), torch.zeros(4, 3))
+
+
+def test_a_matrix_is_joined_as_the_maps_say():
+    """F W T of the source, by the function that makes the smaller model."""
+    model, weight = nn.ModuleDict({"layer": nn.Linear(6, 8)}), torch.randn(8, 6)
+    made = v_cycle.joined(model, "layer.weight", weight, (4, 3))
+    assert torch.allclose(made, smaller(weight, coalescing(8, 4), coalescing(6, 3)), atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -28,10 +28,9 @@ from workbench.arithmetic.difference.difference import (
 )
 from workbench.arithmetic.fine_tunes import check_trains, fine_tuned, idle_where_named
 from workbench.arithmetic.matrices import Place, places_of
-from workbench.arithmetic.merge import plain
 from workbench.arithmetic.merging.merging import write
 from workbench.arithmetic.models import Models, side_by_side
-from workbench.arithmetic.sources import of_subject, source_of, weights_hash
+from workbench.arithmetic.sources import of_subject, plain, source_of, weights_hash
 from workbench.axis import Choice, parameter
 from workbench.errors import BadInput, Stopped, notice
 from workbench.instruments import SubjectInstrument

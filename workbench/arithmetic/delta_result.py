@@ -13,10 +13,10 @@ from torch import Tensor
 
 from workbench.arithmetic.difference.difference import Stored, packing_of
 from workbench.arithmetic.matrices import places_of
-from workbench.arithmetic.sources import of_subject, own_tensors, weights_hash
+from workbench.arithmetic.sources import of_subject, own_tensors, plain, weights_hash
 from workbench.errors import BadInput
 from workbench.results import Result
-from workbench.subjects import Subject, bake
+from workbench.subjects import Subject
 from workbench.subjects.stored import survives
 
 if TYPE_CHECKING:
@@ -112,8 +112,7 @@ def reloaded(base: Subject, folder: str | os.PathLike[str]) -> Subject:
         raise BadInput(f"folder: {str(folder)!r} holds a result of {result.instrument.name()}, not of delta")
     told = result.tables["lineage"]
     wanted = told["weights"][told["kind"] == "base"].iloc[0]
-    mine = base.copy()
-    mine = mine.with_model(bake(mine.model))
+    mine = plain(base)
     source = of_subject(base)
     settings: Any = result.instrument
     places = places_of(mine, settings.layers)

@@ -9,8 +9,7 @@ import torch
 
 from workbench.arithmetic.growth.depth import stacking_tokens
 from workbench.arithmetic.growth.growth import GROWTH, config_of, relative_change
-from workbench.arithmetic.merge import plain
-from workbench.arithmetic.sources import block_of, own_tensors
+from workbench.arithmetic.sources import block_of, own_tensors, plain
 from workbench.axis import Choice, parameter
 from workbench.errors import BadInput
 from workbench.instruments import SubjectInstrument

@@ -16,7 +16,7 @@ from workbench.arithmetic.lineage import lineage, zeros_lost
 from workbench.arithmetic.merge_result import MergeResult
 from workbench.arithmetic.merging.merging import MERGE, Setting, place
 from workbench.arithmetic.models import Models, Rule, side_by_side
-from workbench.arithmetic.sources import Source, of_subject, opened, source_of
+from workbench.arithmetic.sources import Source, of_subject, opened, plain, source_of
 from workbench.axis import Choice, parameter
 from workbench.errors import BadInput, Stopped, notice
 from workbench.instruments import SubjectInstrument
@@ -24,7 +24,7 @@ from workbench.measures.fidelity import sources_in, stamp
 from workbench.measures.reference import distance_facts, reference_of
 from workbench.progress import Progress
 from workbench.results import Result
-from workbench.subjects import Subject, bake
+from workbench.subjects import Subject
 
 #: Strengths that are tried where none is given: of a share, and of a multiple of the differences.
 SHARES = tuple(round(0.1 * i, 1) for i in range(11))
@@ -173,7 +173,7 @@ class Merge(SubjectInstrument):
         hosts = self.hosts(on)
         setting = Setting(models, hosts, "validation", self.validation_examples, self.judged, progress)
         rows = self.ends(setting, progress)
-        points = self.path(setting, rows, progress)
+        points = self.path(setting, progress)
         if not points:
             raise Stopped("merge: stopped before a merge was measured")
         best = min(points, key=lambda point: point["score"])
@@ -216,15 +216,12 @@ class Merge(SubjectInstrument):
             rows.append({"kind": kind, "model": source.name} | averaged(setting.measured()))
         return rows
 
-    def path(self, setting: Setting, rows: list[dict[str, Any]], progress: Progress) -> list[dict[str, Any]]:
+    def path(self, setting: Setting, progress: Progress) -> list[dict[str, Any]]:
         """Every point of the grid, measured on validation."""
-        points: list[dict[str, Any]] = []
         grid = self.grid()
         total = sum(len(strengths) for _, strengths in grid)
         every = itertools.chain.from_iterable(self.along(setting, *each) for each in grid)
-        for point in progress.track(every, "measure the path", total):
-            points.append(point)
-        return points
+        return list(progress.track(every, "measure the path", total))
 
     def along(self, setting: Setting, density: float, strengths: Sequence[float]) -> Any:
         rule = self.rule(setting, density)
@@ -247,7 +244,6 @@ class Merge(SubjectInstrument):
         rows: list[dict[str, Any]] = []
         setting.hold(models.base)
         rows.append({"kind": "base", "model": models.base.name} | self.on_test(setting, quiet))
-        merge: list[dict[str, float]] = []
         for which in progress.track(range(len(models.parents)), "report on test"):
             setting.hold(models.parents[which])
             row = {"kind": "parent", "model": models.parents[which].name} | self.on_test(setting, quiet)
@@ -257,8 +253,8 @@ class Merge(SubjectInstrument):
             found = None if reference is None else reference.against(host, quiet, self.seed)
             rows.append(row | ({} if found is None else distance_facts(found.measures())))
         setting.place(rule, best["strength"], self.keep_zeros)
-        merge = [self.on_test(setting, quiet)]
-        rows.append({"kind": "merge", "model": self.method.name} | merge[0])
+        merge = self.on_test(setting, quiet)
+        rows.append({"kind": "merge", "model": self.method.name} | merge)
         table = pd.DataFrame(rows)
         facts: dict[str, Any] = {"method": self.method.name, "models": len(models.parents)}
         if self.method.has("strength"):
@@ -266,7 +262,7 @@ class Merge(SubjectInstrument):
         if self.method.has("density"):
             facts["density"] = best["density"]
         facts |= {f"validation_{name}": best[name] for name in ("loss", "accuracy") if name in best}
-        facts |= {name: value for name, value in merge[0].items() if name in ("loss", "accuracy")}
+        facts |= {name: value for name, value in merge.items() if name in ("loss", "accuracy")}
         parents = table[table["kind"] == "parent"]
         facts |= {"best_parent_loss": float(parents["loss"].min()), "base_loss": float(table["loss"][0])}
         for name in ("kl", "distance"):
@@ -277,12 +273,6 @@ class Merge(SubjectInstrument):
     def on_test(self, setting: Setting, progress: Progress) -> dict[str, float]:
         found = [host.evaluate("test", limit=self.test_examples, progress=progress) for host in setting.hosts]
         return averaged(found)
-
-
-def plain(on: Subject) -> Subject:
-    """A copy without changes on its weights."""
-    copy = on.copy()
-    return copy.with_model(bake(copy.model))
 
 
 def averaged(found: Sequence[Mapping[str, float]]) -> dict[str, float]:

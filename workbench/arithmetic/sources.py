@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import BadInput
-from workbench.subjects import Subject
+from workbench.subjects import Subject, bake
 from workbench.subjects.changes import baked
 from workbench.subjects.checkpoint_files import check_folder, read_json, tensors_in
 from workbench.subjects.checkpoints import unwrapped
@@ -69,6 +69,12 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def plain(on: Subject) -> Subject:
+    """A copy without changes on its weights."""
+    copy = on.copy()
+    return copy.with_model(bake(copy.model))
+
+
 def of_subject(on: Subject, name: str = "") -> Source:
     """A model in memory, the changes on its weights computed."""
     tensors = own_tensors(baked(on.model))
@@ -87,22 +93,25 @@ def of_folder(
     """
     check_folder(folder)
     stored = tensors_in(folder)
-    plain = {unwrapped(name): name for name in stored}
+    unwrapped_names = {unwrapped(name): name for name in stored}
     known: dict[str, str] = {}
     for name in wanted:
-        for spelled in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if spelled in plain:
-                known[name] = plain[spelled]
-                break
+        if spelled := next((each for each in spellings(name, prefix) if each in unwrapped_names), ""):
+            known[name] = unwrapped_names[spelled]
     if any(block_of(name) and name not in known for name in wanted):
         return None
-    taken = {*known.values(), *(plain[name] for name in aside if name in plain)}
-    known |= {name: key for name, key in plain.items() if key not in taken}
+    taken = {*known.values(), *(unwrapped_names[name] for name in aside if name in unwrapped_names)}
+    known |= {name: key for name, key in unwrapped_names.items() if key not in taken}
     read = functools.partial(
         from_shard, folder, {name: (stored[key].file, key) for name, key in known.items()}
     )
     shapes = {name: stored[key].shape for name, key in known.items()}
     return Source(folder.name, fingerprint_of(folder), shapes, read, grids_in(folder))
+
+
+def spellings(name: str, prefix: str) -> tuple[str, str, str]:
+    """How a checkpoint may call a tensor: as the model does, without the trunk's prefix, or with it."""
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
 
 
 def from_shard(folder: Path, places: Mapping[str, tuple[str, str]], name: str) -> Tensor:
@@ -194,6 +203,6 @@ def lacking(folder: Path, wanted: Collection[str], on: Subject) -> str:
     prefix = getattr(on.model, "base_model_prefix", "")
     spelled = (name for name in wanted if block_of(name))
     return next(
-        (n for n in spelled if not {n, n.removeprefix(f"{prefix}."), f"{prefix}.{n}"} & names),
+        (n for n in spelled if not names.intersection(spellings(n, prefix))),
         "",
     )

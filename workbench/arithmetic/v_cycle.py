@@ -10,7 +10,7 @@ from workbench.arithmetic.fine_tunes import check_trains
 from workbench.arithmetic.grow import count
 from workbench.arithmetic.growth.growth import config_of
 from workbench.arithmetic.growth.v_cycle import coalesced, interpolated_model
-from workbench.arithmetic.merge import plain
+from workbench.arithmetic.sources import plain
 from workbench.axis import parameter
 from workbench.errors import Stopped
 from workbench.instruments import SubjectInstrument

@@ -26,7 +26,7 @@ from workbench.measures.reference import batch_of, compare, distance_facts
 from workbench.measures.words import word
 from workbench.names import in_words, quoted, run_in_turn
 from workbench.progress import TextProgress
-from workbench.studies import Card
+from workbench.studies import Card, chained
 from workbench.subjects import Subject
 from workbench.subjects import subject as open_subject
 
@@ -97,14 +97,12 @@ def conclusion(
 
 def named(table: pd.DataFrame) -> list[str]:
     """`GPTQ, 4 bits` of each run; of a chain the sparsity too."""
-    chains = table["bits"].notna() & table["sparsity"].notna() if {"bits", "sparsity"} <= set(table) else None
     words = [f"{series}, {part}" for series, part in zip(table["series"], detail(table), strict=True)]
-    if chains is not None:
-        words = [
-            f"{text} at sparsity {s:g}" if both else text
-            for text, s, both in zip(words, table["sparsity"], chains, strict=True)
-        ]
-    return words
+    sparsities = table["sparsity"] if "sparsity" in table else [math.nan] * len(table)
+    return [
+        f"{text} at sparsity {s:g}" if both else text
+        for text, s, both in zip(words, sparsities, chained(table), strict=True)
+    ]
 
 
 def good_enough(score: Any, dense: Card) -> Any:
